@@ -55,16 +55,18 @@ def tanh_network(x, w1, bias, w2):
 
 
 def invert_by_newton(branch_and_jacobian, y, num_steps: int = 100):
-    """Solves ``x + g(x) = y`` for one vector by damped Newton steps with dense solves."""
+    """Solves ``x + g(x) = y`` for one vector by damped Newton steps with dense solves, until none is an improvement."""
     x = np.asarray(y, np.float64)
 
     def residual(x):
         return x + branch_and_jacobian(x)[0] - y
 
     for _ in range(num_steps):
-        step = np.linalg.solve(np.eye(len(x)) + branch_and_jacobian(x)[1], residual(x))
-        scale = 1.0
-        while scale > 1e-4 and np.linalg.norm(residual(x - scale * step)) > np.linalg.norm(residual(x)):
+        now = residual(x)
+        step, scale = np.linalg.solve(np.eye(len(x)) + branch_and_jacobian(x)[1], now), 1.0
+        while np.linalg.norm(residual(x - scale * step)) >= np.linalg.norm(now):
             scale /= 2
+            if scale < 1e-4:
+                return x
         x = x - scale * step
     return x

@@ -29,8 +29,10 @@ SHORTER = {
     r"\bsteps=\d+|\bminutes=[\d.]+": "steps=2",
     r"\b(num_blocks=|StageSpec\()\d+": r"\g<1>1",
     r"\b(num_(warmup|samples)=)\d+": r"\g<1>32",
-    r"\b5000\b": "256",  # points of the README, which share their programs with those of my_array.npy
+    r"\b(5000|1500)\b": "256",  # points of the README and of a notebook, which share their programs with those of my_array.npy
+    r"\b500(, context=|, 1\))": r"16\1",
     r"hidden=\(32, 32\), kernel_sizes=\(3, 1, 3\)": "hidden=(4,), kernel_sizes=(3, 3)",
+    r'            ir\.StageSpec\(num_blocks=\d+, hidden=\(64,\), activation="clipswish"\),\n': "",
     r'\(32,\), activation="clipswish"': '(64,), activation="clipswish"',  # a flow whose programs the page has compiled
     r"(fit_energy\(.*)steps=2": r"\1minutes=0.01",  # too little for a training by both divergences, which compiles for long
 }

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code runs, their commands parse, their numbers are those of the records."""
+"""The README, the pages of docs/ and a notebook: their code runs, their commands parse, their numbers are those of records."""
 
 import itertools
 import json
@@ -66,6 +66,15 @@ def blocks_of(language):
     return {name: found for name, text in texts.items() if (found := [b for b in blocks(text) if b.language == language])}
 
 
+OWN_DATA = "notebooks/own_data.ipynb"  # whose calls of `fit` are those of the pages
+
+
+def cells(path):
+    """The cells of a notebook as blocks, which a traceback tells by the number of the cell."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [Block("python", "".join(cell["source"]), i) for i, cell in enumerate(found, 1) if cell["cell_type"] == "code"]
+
+
 # --- Python ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,10 +111,10 @@ def run_pages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def failures(run_pages):
     broken = [Block("python", "import iresnet_jax as ir\n\nir.no_such_function()\n", 10)]
-    return run_pages({**blocks_of("python"), "broken.md": broken})
+    return run_pages({**blocks_of("python"), OWN_DATA: cells(ROOT / OWN_DATA), "broken.md": broken})
 
 
-@pytest.mark.parametrize("page", blocks_of("python"))
+@pytest.mark.parametrize("page", [*blocks_of("python"), OWN_DATA])
 def test_python_blocks_run(failures, page):
     assert failures[page] is None, failures[page]
 

@@ -14,7 +14,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax import loss_training
 
-STAGES = [ir.StageSpec(2, (8,), activation="clipswish")]
+STAGES = [ir.StageSpec(1, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
 QUICK = {"key": jax.random.key(1), "steps": 6, "batch_size": 16, "progress": False}
 PLAIN = QUICK | {"optimizer": optax.sgd(1e-3)}  # where the optimizer does not matter: it compiles sooner than Muon
@@ -23,7 +23,7 @@ PLAIN = QUICK | {"optimizer": optax.sgd(1e-3)}  # where the optimizer does not m
 @functools.cache
 def start():
     """The model that all begin with."""
-    return ir.Density.init(jax.random.key(0), X, stages=STAGES)
+    return ir.Density.init(jax.random.key(0), X, stages=STAGES).with_(unroll=True)  # compiles sooner
 
 
 def nll(model, batch, key):
@@ -83,7 +83,7 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
     seen = []
     trained = ir.train(
         *(start(), loss, X),
-        **QUICK | {"steps": 50, "optimizer": optax.sgd(-1e-3)},
+        **QUICK | {"steps": 50, "optimizer": optax.adam(-1e-2)},
         validation=X[:3],
         patience=2,
         every=5,
@@ -126,15 +126,14 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
 def test_everything_in_float64(tmp_path):
     with jax.enable_x64(True):
         x = X.astype(float)
-        trained = ir.train(ir.Density.init(jax.random.key(0), x, stages=STAGES), nll, x, validation=x[:8], **QUICK)
+        trained = ir.train(ir.Density.init(jax.random.key(0), x, stages=STAGES), nll, x, validation=x[:8], **PLAIN)
         own = jax.tree.leaves((trained.weights["stage0"].branch.weights, trained.prior))
         assert {leaf.dtype for leaf in own} == {np.dtype(float)}
         loaded = ir.load(trained.save(tmp_path / "model.npz"))
         expected = np.asarray(trained.log_prob(x))
         np.testing.assert_array_equal(loaded.log_prob(x), expected)
-        back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
-        assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
-        fitted = ir.fit(x, steps=2, architecture=STAGES, settings={"optimizer.name": "sgd"}, progress=False)
+        settings = {"optimizer.name": "sgd", "training.blocks": "unroll"}
+        fitted = ir.fit(x, steps=2, architecture=STAGES, settings=settings, progress=False)
         assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
     with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
         rounded = ir.load(tmp_path / "model.npz")
@@ -157,7 +156,7 @@ def test_a_loss_without_data_draws_its_own():
 def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
     images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1), np.uint8)
     labels = (images.mean(axis=(1, 2, 3)) > 127).astype(int)
-    stages = [ir.StageSpec(1, (4,), kernel_sizes=(3, 1), squeeze=2)]
+    stages = [ir.StageSpec(1, (4,), kernel_sizes=(1, 1), squeeze=2)]
     classifier = ir.Classifier.init(jax.random.key(0), images, 2, stages=stages)
 
     @jax.jit
@@ -181,23 +180,22 @@ INIT = {
         **{"context": X[:, :1], "budget": "block", "coeff": 0.8},
         **{"prior": "scales", "num_components": 4},
     },
-    "a network on contexts that are numbers, and classes": {"context": X[:, 0], "context_hidden": (8, 4), "num_classes": 3},
+    "a network on contexts that are numbers, and classes": {"context": X[:, 0], "context_hidden": (4,), "num_classes": 3},
 }
 
 
 @pytest.mark.parametrize("options", INIT.values(), ids=INIT)
 def test_init_gives_certified_models_that_train(options):
-    model = ir.Density.init(jax.random.key(0), X, stages=STAGES, **options)
+    model = ir.Density.init(jax.random.key(0), X, stages=STAGES, **options).with_(unroll=True)
     assert model.certificate().certified
-    context = options.get("context")
+    context = options["context"]
     assert np.all(np.abs(np.mean(model.encode(X, context=context), axis=0)) < 0.5)
-    rows = X if context is None else (X, context)
 
     def loss(model, batch, key):
-        x, context = (batch, None) if options.get("context") is None else batch
+        x, context = batch
         return -model.log_prob(x, key, context=context).mean()
 
-    trained = ir.train(model, loss, rows, **PLAIN)
+    trained = ir.train(model, loss, (X, context), **PLAIN)
     assert trained.certificate().certified
 
 

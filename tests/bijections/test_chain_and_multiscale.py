@@ -216,7 +216,7 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         @jax.jit
         @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         def run(weights, x):
-            bijection = network(weights, SeriesLogdet(3), **layout)  # with random probes: every layout must draw the same
+            bijection = network(weights, SeriesLogdet(2), **layout)  # with random probes: every layout must draw the same
             z, logdet, info = bijection.forward_and_logdet(x, jax.random.key(0))
             return jnp.sum(jnp.sin(z)) + jnp.sum(logdet * jnp.arange(1.0, 4.0)), (z, logdet, info.truncation_bound)
 
@@ -257,7 +257,7 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square(monkeypa
         return repeat(make, weights, unroll=True)
 
     def growth():
-        slopes = [jax.ShapeDtypeStruct((num_blocks, 3), jnp.float32) for num_blocks in (2, 4, 6)]
+        slopes = [jax.ShapeDtypeStruct((num_blocks, 3), jnp.float32) for num_blocks in (2, 3, 4)]
         few, more, most = (compiled_gradient(bijection_of, own, BATCH).cost_analysis()["flops"] for own in slopes)
         return (most - more) / (more - few)
 
@@ -269,7 +269,7 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square(monkeypa
 def test_program_size_does_not_depend_on_the_number_of_blocks():
     def num_lines(num_blocks, *, unroll):
         def run(weights, x):
-            bijection = network(weights, SeriesLogdet(3), unroll=unroll)
+            bijection = network(weights, SeriesLogdet(2), unroll=unroll)
             z, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
             return logdet, bijection.inverse(z)
 

@@ -4,15 +4,14 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import plain_flow as plain
 import pytest
-from certified_flows import FLOWS, JUMPS, changed, density
+from certified_flows import FLOWS, changed, density
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.bijection import isometric_bijection
-from iresnet_jax.certification import banded, prepared, trajectory
+from iresnet_jax.certification import banded, prepared
 from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -25,14 +24,12 @@ def exact_inverse(name, scale):
     own = density(name)
     flow = own.spec.flow
     x = scale * np.random.default_rng(2).normal(size=(2, *flow.event_shape))
-    with jax.enable_x64(True):
-        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), own.weights)
-        whole = lambda x: trajectory.follow(flow, weights, x[None], None)[0, -1][trajectory.places_of(flow).latents]  # noqa: E731
-        y, jacobians = jax.jit(lambda x: (jax.vmap(whole)(x), jax.vmap(jax.jacfwd(whole))(x)))(jnp.asarray(x))
-        y, jacobians = np.asarray(y).astype(np.float32), np.asarray(jacobians).reshape(2, flow.num_dims, -1)
-    preimages = []
-    for one, latents, jacobian in zip(x, y, jacobians, strict=True):
-        step = np.linalg.inv(jacobian)
+    latents_of = functools.partial(plain.forward, plain.FLOAT, flow, own.weights)
+    y, preimages = np.array([latents_of(one) for one in x]).astype(np.float32), []
+    moves = 1e-4 * np.eye(flow.num_dims).reshape(-1, *flow.event_shape)
+    for one, latents in zip(x, y, strict=True):
+        slopes = [(latents_of(one + move) - latents_of(one - move)) / 2e-4 for move in moves]
+        step = np.linalg.inv(np.transpose(slopes))
         preimage = plain.invert(plain.DECIMAL, flow, own.weights, latents, one, step, num_steps=5)
         wrong = plain.forward(plain.DECIMAL, flow, own.weights, preimage) - plain.DECIMAL.of(latents)
         assert max(abs(wrong)) < 1e-25
@@ -83,11 +80,10 @@ def test_bounds_hold_far_from_the_data_and_far_from_the_preimage(name):
         assert np.all(found.error_bound <= 1.01 * errors + 1e-14 * scale)
 
 
-@pytest.mark.parametrize("name", JUMPS)
-def test_slopes_that_jump_leave_the_bounds_of_the_blocks(name):
-    y, preimages = exact_inverse(name, 1.0)
+def test_slopes_that_jump_leave_the_bounds_of_the_blocks():
+    y, preimages = exact_inverse("maxmin", 1.0)
     x = rounded(preimages, np.float32)
-    found, errors = certify.inverse(density(name), y, x), errors_of(x, preimages)
+    found, errors = certify.inverse(density("maxmin"), y, x), errors_of(x, preimages)
     assert not found.applied.any()
     assert np.all(np.isinf(found.h))
     assert np.all(errors <= found.error_bound)

@@ -30,11 +30,11 @@ def spec_of(*stages, **fields):
 CONV = {"hidden": (4,), "kernel_sizes": (3, 3)}
 SPECS = {
     "elu, preactivated, not padded": spec_of(
-        StageSpec(2, **CONV, activation="elu", preactivation=True, squeeze=2, padding="CIRCULAR"), pad_channels=0
+        StageSpec(1, **CONV, activation="elu", preactivation=True, squeeze=2, padding="CIRCULAR"), pad_channels=0
     ),
     "squeezed, then dense": spec_of(
         StageSpec(1, **CONV, activation="clipswish", squeeze=2, positional_bias=True),
-        StageSpec(2, hidden=(5, 4), activation="lipswish"),
+        StageSpec(1, hidden=(5, 4), activation="lipswish"),
     ),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
 }
@@ -151,7 +151,7 @@ def test_what_cannot_be_certified_is_refused():
 def test_rectifiers_add_no_more_than_the_duality_says():
     """Against points of the sphere that put all their length where it counts."""
     own, rng = model("squeezed, then dense"), np.random.default_rng(0)
-    last = np.repeat(rng.normal(size=(2, own.spec.flow.num_dims)), 3000, axis=0)
+    last = np.repeat(rng.normal(size=(2, own.spec.flow.num_dims)), 1000, axis=0)
     head = Head.of(own, last)
     for distance in (0.1, 1.0, 10.0):
         bound = head.rectified(np.full(head.margins.shape, distance))

@@ -81,8 +81,9 @@ def test_a_training_that_is_stopped_is_the_last_of_fit_energy(monkeypatch):
         return model.with_(history=History({}, {}, 0, ended="it was stopped"))  # before anything was logged
 
     monkeypatch.setattr(energy_fitting, "train", stopped)
-    options = {"steps": 6, "num_particles": 1000, "stages": [ir.StageSpec(2, (8,))], "progress": False}
-    fitted = ir.fit_energy(lambda x: target(x, 0.5), 3, key=KEY, **options)
+    monkeypatch.setattr(energy_fitting, "particles", lambda *_, **__: np.ones((1, 1000, 3), np.float32))
+    monkeypatch.setattr(energy_fitting, "_start", lambda *_: wide())
+    fitted = ir.fit_energy(target, 3, key=KEY, steps=6, progress=False)
     assert len(calls) == len(fitted.history.attempts) == 1
 
 
@@ -92,7 +93,7 @@ def test_fit_energy_finds_both_modes(monkeypatch):
     def two_modes(x):
         return jnp.logaddexp(target(x - 4.0, 0.5), target(x + 4.0, 0.5))
 
-    options = {"scale": 4.0, "steps": 6, "num_particles": 1000, "stages": [ir.StageSpec(2, (8,))], "progress": False}
+    options = {"scale": 4.0, "steps": 2, "num_particles": 1000, "stages": [ir.StageSpec(1, (8,))], "progress": False}
     fitted = ir.fit_energy(two_modes, 3, key=KEY, **options)
     found = ir.evaluate_energy(fitted, two_modes, jax.random.key(1), 1000)
     log_z = math.log(2) + 3 * 0.5 * math.log(2 * math.pi * 0.25)

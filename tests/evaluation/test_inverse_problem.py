@@ -72,9 +72,11 @@ def test_the_worst_direction_is_that_of_the_dense_jacobian(run, evaluated):
     assert not np.any(inverse_problem._perturb(run.model, y, 0.05, too_small, jax.random.key(0)).within_bound)
 
 
-def test_command_and_report_say_the_same(workdir, run, evaluated, capsys):
+def test_command_and_report_say_the_same(workdir, run, evaluated, capsys, monkeypatch):
     summary, _ = evaluated
-    said = (workdir / runs.SAID).read_text()
+    runs.shorten_reports(monkeypatch, drawn=True)  # whose figures are few
+    assert main(["report", "--workdir", str(workdir)]) == 0
+    said = capsys.readouterr().out
     assert f"relative error {summary.relative_error:.4f} ± {summary.stderr:.4f}" in said
     report = json.loads((workdir / "report.json").read_text())
     assert report["inverse_problem"]["relative_error"] == pytest.approx(summary.relative_error, rel=1e-5)

@@ -23,18 +23,10 @@ PLANE = FlowSpec((2,), (StageSpec(3, hidden=(8,), activation="tanh"),), context_
 IMAGES = FlowSpec(
     (4, 4, 1),
     (
-        StageSpec(1, hidden=(5,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
-        StageSpec(1, hidden=(6,), activation="clipswish"),
-    ),
-    context_dim=CONTEXT_DIM,
-)
-MIXED = FlowSpec(
-    (4, 4, 1),
-    (
-        StageSpec(1, (3,), (3, 3), activation="tanh", squeeze=2, positional_bias=True, kind="sandwich"),
+        StageSpec(1, (3,), (3, 3), activation="tanh", squeeze=2, factor_out=True, positional_bias=True, kind="sandwich"),
         StageSpec(1, (4,), activation="clipswish"),
     ),
-    context_dim=3,
+    context_dim=CONTEXT_DIM,
 )
 SOLVER = Solver(atol=1e-12)
 
@@ -125,9 +117,10 @@ def test_gradients_with_respect_to_the_context(x64):
     def draw(context):
         return whole.sample(jax.random.key(6), BATCH, context=context)[0]
 
+    weights = jax.random.normal(jax.random.key(7), x.shape)
     samples, tangent = jax.jit(lambda c, d: jax.jvp(draw, (c,), (d,)))(context, direction)
-    jacobian = jax.jit(jax.jacrev(draw))(context)
-    np.testing.assert_allclose(jnp.einsum("bibk,bk->bi", jacobian, direction), tangent, atol=1e-9)
+    backwards = jax.jit(lambda c: jax.vjp(draw, c)[1](weights)[0])(context)
+    np.testing.assert_allclose(jnp.vdot(backwards, direction), jnp.vdot(weights, tangent), rtol=1e-8)
 
     def encode_one(x, context):
         return whole.encode(x[None], context=context[None])[0]
@@ -159,9 +152,9 @@ def test_the_estimators_gradient_reaches_the_context(x64, monkeypatch):
 def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     """Convolutional and dense, of two kinds, with a scale of contexts and a network on them."""
     scale = Standardize((1.0,) * CONTEXT_DIM, (2.0,) * CONTEXT_DIM)
-    spec = density.DensitySpec(MIXED, context=scale, context_hidden=(5, 3))
-    network = initial_network(jax.random.key(4), CONTEXT_DIM, (5, 3))
-    flow_alone, x, context = case(MIXED)
+    spec = density.DensitySpec(IMAGES, context=scale, context_hidden=(5, CONTEXT_DIM))
+    network = initial_network(jax.random.key(4), CONTEXT_DIM, (5, CONTEXT_DIM))
+    flow_alone, x, context = case(IMAGES)
     whole = flow_alone.with_(spec=spec, network=network)
     given = whole.given(context[0])
     np.testing.assert_allclose(log_prob(given, x), log_prob(whole, x, context=context[0]), rtol=1e-13)

@@ -195,10 +195,16 @@ def blocks_of(kept, images):
         yield block.branch, x, y
 
 
+@functools.cache
+def kept_model():
+    with jax.enable_x64(False):
+        return ir.load(RESULTS / "digits_hybrid")
+
+
 def test_slow_blocks_of_a_kept_model_take_a_fraction_of_the_evaluations(x64):
     """To a true error of 1e-5, against plain Banach iteration, the diagonal's evaluations included."""
     found = 0
-    for branch, x_true, y in blocks_of(ir.load(RESULTS / "digits_hybrid"), data.load("digits").examples["test"][:8]):
+    for branch, x_true, y in blocks_of(kept_model(), data.load("digits").examples["test"][:8]):
         _, banach = solve_and_watch(itself, branch, y, x_true, Solver(atol=TOLERANCE, memory=0))
         if banach.mean() < 35:
             continue
@@ -209,7 +215,7 @@ def test_slow_blocks_of_a_kept_model_take_a_fraction_of_the_evaluations(x64):
 
 
 def test_the_solver_of_a_model_can_do_without(x64):
-    kept = ir.load(RESULTS / "digits_density").continuous
+    kept = kept_model().continuous
     images = (data.load("digits").examples["test"][:4] + 0.5) / 17
     z, decode, evals = jax.jit(ir.Density.encode)(kept, images), jax.jit(ir.Density.decode), []
     for used in (True, False):

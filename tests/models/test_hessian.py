@@ -14,15 +14,15 @@ from iresnet_jax.models.density_spec import DensitySpec
 
 CLOSE = 1e-8  # float64, absolute; the Hessians' entries are of size 1
 SOLVER = ir.Solver(atol=1e-14)
-COUPLING = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 1.5]])
-Z = np.array([0.3, -0.7, 1.1])
+COUPLING = np.array([[2.0, 0.5], [0.5, 1.0]])
+Z = np.array([0.3, -0.7])
 
 
 def model():
-    """Three dimensions and two blocks, which are scanned, in float64."""
+    """Two dimensions and two blocks, which are scanned, in float64."""
     stage = ir.StageSpec(2, (3,), activation="clipswish")
     with jax.enable_x64(False):
-        single = kept.model(DensitySpec(ir.FlowSpec((3,), (stage,))))
+        single = kept.model(DensitySpec(ir.FlowSpec((2,), (stage,))))
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
 
 
@@ -54,8 +54,8 @@ def in_50_digits(model, z):
         assert abs(wrong).max() < 1e-50
         return (x**4).sum() / 4 + (x @ (numbers.of(COUPLING) @ x)) / 2
 
-    found, unit = np.zeros((3, 3)), np.eye(3, dtype=int)
-    for i, j in itertools.combinations_with_replacement(range(3), 2):
+    found, unit = np.zeros((2, 2)), np.eye(2, dtype=int)
+    for i, j in itertools.combinations_with_replacement(range(2), 2):
         signs = itertools.product((1, -1), repeat=2)
         total = sum(a * b * energy_at(tuple((a * unit[i] + b * unit[j]).tolist())) for a, b in signs)
         found[i, j] = found[j, i] = float(total / (4 * step * step))

@@ -23,7 +23,7 @@ QUADRATURE_ATOL = 2e-3  # of a smooth density on a grid of 100 x 100 middles
 LEVELS, NUM = 4, 5
 NOISE = NoiseSpec(num_blocks=2, hidden=(6,), network=(8, 3), window=3)
 VECTORS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),), noise=NOISE), transform=Logit(0.05), num_levels=LEVELS)
-IMAGES = dataclasses.replace(VECTORS, flow=FlowSpec((3, 2, 1), kept.STAGES, noise=NOISE))
+IMAGES = dataclasses.replace(VECTORS, flow=FlowSpec((3, 2, 1), (StageSpec(1, hidden=(8,)),), noise=NOISE))
 KEYS = functools.cache(lambda: tuple(jax.random.split(jax.random.key(5), 2)))
 
 terms = jax.jit(Density.terms)
@@ -133,6 +133,6 @@ def test_noise_of_what_has_no_levels_is_refused():
     with pytest.raises(ValueError, match="data of integer levels"):
         DensitySpec(VECTORS.flow)
     with pytest.raises(ValueError, match="is uniform"):
-        kept.model(kept.IMAGES).noise_flow(np.zeros((1, 4, 4, 1), np.uint8))
+        with_uniform_noise(kept.model(VECTORS)).noise_flow(np.zeros((1, 2), np.uint8))
     with pytest.raises(ValueError, match="density of variational noise"):
         ir.certify.log_prob(kept.model(VECTORS), np.zeros((2, 2), np.uint8))

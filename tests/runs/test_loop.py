@@ -336,23 +336,23 @@ def test_a_signal_during_the_imports_ends_training_in_one_sentence():
 
 def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before):
     settings = {"kind": "series", "num_terms": 1, "num_probes": 100, "training": {"total_steps": 6, "eval_every_steps": 2}}
-    config = runs.one_block(max_num_terms=100, **settings)
+    config = runs.one_block(max_num_terms=2, **settings)
     whole = loop.train(config, tmp_path / "whole")
     by_step = {record["step"]: record for record in measurements(tmp_path / "whole") if record["split"] == "validation"}
-    raised = by_step[2]["num_terms"]
     assert by_step[2]["training_bias"] < -TOLERATED_BIAS
-    assert 1 < raised <= by_step[4]["num_terms"] == int(whole.num_terms)
-    happens_before(3, send(signal.SIGTERM))
-    with pytest.raises(Stopped, match="after step 4 of 6"):
-        loop.train(config, tmp_path / "stopped")
+    assert by_step[4]["training_bias"] < -TOLERATED_BIAS  # no more than the most that are allowed
+    assert by_step[2]["num_terms"] == by_step[4]["num_terms"] == int(whole.num_terms) == 2
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (tmp_path / "resumed" / "checkpoints" / "6.npz").unlink()
     happens_before(3, lambda: pytest.fail("a step was taken twice"))
-    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path / "stopped")), jax.device_get(whole))
-    assert measurements(tmp_path / "stopped") == measurements(tmp_path / "whole")
+    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path / "resumed")), jax.device_get(whole))
+    assert measurements(tmp_path / "resumed") == measurements(tmp_path / "whole")
 
 
 def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_as_they_are(tmp_path):
     changes = {"augmentation.transformations": ("left", "mirror"), "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
-    config = runs.config_of(runs.DIGITS_CONFIG, **changes, **{"logdet.kind": "roulette"})
+    changes |= {"logdet.kind": "roulette", "evaluation.logdet.kind": "exact", "training.blocks": "unroll"}
+    config = runs.config_of(runs.DIGITS_CONFIG, **changes)
     ended = loop.train(config, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     (tmp_path / "resumed" / "checkpoints" / "6.npz").unlink()

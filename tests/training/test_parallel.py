@@ -77,7 +77,7 @@ def test_one_device_two_devices_and_vmap_agree(batches):
         np.testing.assert_allclose(state["weights"], reference["weights"], rtol=RTOL)
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 5])
+@pytest.mark.parametrize("num_rows", [1, 5])
 def test_rows_that_devices_share_are_those_of_vmap(num_rows):
     def statistics(row, scale):
         return {"sum": scale * row.sum(), "cubes": (row**3, jnp.max(row))}

@@ -16,14 +16,16 @@ from iresnet_jax.training import parallel
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which magnifies their rounding.
 RTOL, ATOL = 1e-4, 1e-5
 # What compiles fastest: one block without a loop over blocks, and, but for one of them, plain gradient descent.
-VECTORS = {"model.stages": ({"num_blocks": 1, "hidden": (4,)},), "training.blocks": "unroll"}
+DENSE = {"model.stages": ({"num_blocks": 1, "hidden": (4,)},), "training.blocks": "unroll"}
 CONVOLUTIONS = {"num_blocks": 1, "hidden": (2,), "kernel_sizes": (3, 1), "squeeze": 2}
-IMAGES = {"model.stages": (CONVOLUTIONS,), "training.blocks": "unroll"}
 CASES = {
-    "conditional": (runs.TOY_CONFIG, {**VECTORS, "data.name": "sbi_two_moons"}),
-    "hybrid": (runs.HYBRID_CONFIG, {**IMAGES, "augmentation.crop_padding": 1, "optimizer.name": "sgd"}),
-    "classifier": (runs.CLASSIFIER_CONFIG, IMAGES),
-    "reconstructor": (runs.INVERSION_CONFIG, {**IMAGES, "optimizer.name": "sgd"}),
+    "conditional": (runs.TOY_CONFIG, {**DENSE, "data.name": "sbi_two_moons", "logdet.kind": "series", "logdet.num_terms": 2}),
+    "hybrid": (
+        runs.HYBRID_CONFIG,
+        {**DENSE, "augmentation.crop_padding": 1, "optimizer.name": "sgd", "model.dequantization": "uniform"},
+    ),
+    "classifier": (runs.CLASSIFIER_CONFIG, {**DENSE, "model.stages": (CONVOLUTIONS,)}),
+    "reconstructor": (runs.INVERSION_CONFIG, {**DENSE, "optimizer.name": "sgd"}),
 }
 
 

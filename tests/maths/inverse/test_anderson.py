@@ -171,7 +171,8 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
 
     shared = functools.partial(branch, jnp.zeros((1, 6)))
     assert (solve(at_zero=shared) < solve()).all()
-    np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))  # the paper's iteration
+    if not refine:
+        np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))  # the paper's iteration
 
 
 def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):

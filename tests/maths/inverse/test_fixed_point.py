@@ -191,6 +191,7 @@ def test_bounds_hold_at_the_default_level_of_the_compiler(memory):
 
 def test_a_batch_of_lower_precision_than_the_branch():
     y = jnp.ones((2, 3), jnp.bfloat16)
-    x, info = invert_residual(lambda x: x @ (0.5 * jnp.eye(3, dtype=jnp.float32)), y, lipschitz_bound=0.5)
+    matrix = 0.5 * jnp.eye(3, dtype=jnp.float32)
+    x, info = jax.jit(lambda y: invert_residual(lambda x: x @ matrix, y, lipschitz_bound=0.5))(y)
     assert x.dtype == jnp.bfloat16
     assert np.all(np.linalg.norm(np.asarray(x, np.float64) - 1 / 1.5, axis=1) <= np.asarray(info.error_bound, np.float64))

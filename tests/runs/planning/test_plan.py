@@ -92,7 +92,7 @@ def test_the_target_is_this_process_unless_another_is_chosen():
 
 @pytest.mark.parametrize("name", runs.CONFIGS)
 def test_a_plan_for_gpus(name):
-    changes = {} if name == "toy" else {"logdet.kind": "series"}
+    changes = {} if name == "toy" else {"logdet.kind": "series", "logdet.num_terms": 2}
     config = runs.config_of(runs.CONFIGS[name], **SHARED, **changes)
     made = plan.make(config, topologies.machine("cuda:4"))
     assert (made.num_devices, made.batch_size) == (4, 32)
@@ -109,7 +109,7 @@ def test_a_plan_for_gpus(name):
 
 
 def test_a_plan_is_of_the_model_that_the_config_describes():
-    usual = {"data.name": "mnist", "training.batch_size": 8}
+    usual = {"data.name": "mnist", "training.batch_size": 8, "logdet.num_terms": 1}
     plain, given = (
         plan.make(runs.config_of(runs.DIGITS_CONFIG, **usual, **changes), topologies.machine("cuda")).num_parameters
         for changes in ({}, {"data.condition_on_labels": True})
@@ -118,7 +118,7 @@ def test_a_plan_is_of_the_model_that_the_config_describes():
 
 
 def test_arithmetic_of_a_plan_does_not_depend_on_how_the_batch_is_spread():
-    usual = {**SHARED, "constraint.norms": "certified"}
+    usual = {**SHARED, "constraint.norms": "certified", "logdet.num_terms": 1}
     config, parts = (runs.config_of(runs.DIGITS_CONFIG, **usual, **{"training.num_parts": count}) for count in (1, 4))
     one, four, in_parts = (
         plan.make(settings, topologies.machine(name)).flops_per_example

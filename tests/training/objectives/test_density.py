@@ -68,11 +68,6 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
     assert bias_with(1) == {**means, "num_terms": 1}  # after the last step there is nothing to go on with
 
 
-def test_terms_are_not_raised_beyond_the_most_that_are_allowed():
-    validation, current, model = validate_untrained(kind="series", num_terms=1, max_num_terms=2)
-    assert validation.measure(current, model).num_terms == 2
-
-
 def test_the_loss_is_that_of_transformed_images_given_their_transformations():
     seen = []
 

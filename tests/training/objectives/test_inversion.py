@@ -31,19 +31,16 @@ def small():
     """Two dense blocks on images of 2 x 2, in float64, with images and measurements partly outside [0, 1]."""
     flow = FlowSpec((2, 2, 1), (StageSpec(2, hidden=(3,), activation="softplus"),), 0.8, "block")
     [stage] = flow.layout
-    keys = jax.random.split(jax.random.key(0), 2)
-    branch = jax.vmap(stage.branch.initial_weights)(keys)
-    branch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), branch)
-
-    def scaled(layer):
-        norms = jnp.linalg.norm(layer["kernel"], ord=2, axis=(1, 2))
-        return {**layer, "kernel": layer["kernel"] * (0.8 / norms).reshape(-1, 1, 1)}
-
-    branch = {name: scaled(layer) for name, layer in branch.items()}
-    weights = {
-        "stage0": Block(ActNormParams(jnp.zeros((2, 4)), jnp.zeros((2, 4))), Branch(stage.branch, branch, jnp.full(2, 0.64)))
-    }
     rng = np.random.default_rng(0)
+
+    def drawn(layer):
+        kernels = rng.normal(size=(2, *layer["kernel"].shape))
+        norms = np.linalg.norm(kernels, ord=2, axis=(1, 2), keepdims=True)
+        return {"kernel": jnp.asarray(0.8 * kernels / norms), "bias": jnp.asarray(rng.normal(size=(2, *layer["bias"].shape)))}
+
+    shapes = jax.eval_shape(stage.branch.initial_weights, jax.random.key(0))
+    branch = Branch(stage.branch, {name: drawn(layer) for name, layer in shapes.items()}, jnp.full(2, 0.64))
+    weights = {"stage0": Block(ActNormParams(jnp.zeros((2, 4)), jnp.zeros((2, 4))), branch)}
     x, y = rng.uniform(size=(3, 2, 2, 1)), rng.normal(size=(3, 2, 2, 1))
     return Reconstructor(ReconstructorSpec(flow), weights, solver=Solver(atol=1e-12)), jnp.asarray(x), jnp.asarray(y)
 
@@ -67,6 +64,9 @@ def unrolled_loss(branch, x, y, forward_share):
     return (1 - forward_share) * back + forward_share * there
 
 
+unrolled = jax.jit(jax.value_and_grad(unrolled_loss))
+
+
 @pytest.mark.parametrize("forward_share", [0.3, 1.0])
 def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, forward_share):
     model, x, y = small()
@@ -80,9 +80,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_iteration_step_by_step(x64, 
 
     branch = model.weights["stage0"].branch.weights
     value, gradient = jax.jit(jax.value_and_grad(ours))(branch)
-    expected, of_steps = jax.jit(jax.value_and_grad(functools.partial(unrolled_loss, forward_share=forward_share)))(
-        branch, x, y
-    )
+    expected, of_steps = unrolled(branch, x, y, forward_share)
     np.testing.assert_allclose(value, expected, rtol=1e-9)
     chex.assert_trees_all_close(gradient, of_steps, rtol=ITERATION, atol=ITERATION * float(value))
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-2 * float(value)
@@ -101,7 +99,7 @@ def test_the_check_rejects_a_gradient_that_stops_at_the_inverse(x64):
             found = found - (block(branch, k, at) - at)
         return jnp.mean(jnp.sum((jnp.clip(found, 0, 1) - x.reshape(3, 4)) ** 2, axis=1))
 
-    exact = jax.jit(jax.grad(functools.partial(unrolled_loss, forward_share=0.0)))(branch, x, y)
+    _, exact = unrolled(branch, x, y, 0.0)
     wrong = jax.jit(jax.grad(one_step))(branch)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(wrong, exact, rtol=0.05, atol=1e-3)
