@@ -57,8 +57,9 @@ def collect_garbage_rarely() -> None:
 def keep_freed_memory() -> bool:
     """Makes glibc's allocator hold on to memory that is freed; call it before JAX starts its threads.
 
-    Threads share an arena for each core: an arena of their own would leave a tenth more memory to each. One holds arrays of less
-    than 64 MiB, and larger ones are returned all the same; only the first has no limit, which is that of all threads on one core.
+    Threads share as many arenas as there are cores: each of their own would hold on to memory that the others need. An arena
+    holds arrays of less than 64 MiB, and larger ones are returned all the same; only the first one, that of all threads on one
+    core, has no limit.
 
     Returns:
         Whether the C library could be told so: True on Linux with glibc.
