@@ -326,7 +326,8 @@ class _Race:
             self._say(f"{candidate}: given up, {error}")
             return
         self._runs.append((candidate, trained))
-        self._is_cut_short |= trained.attempt.num_steps < num_steps and trained.attempt.seconds > 0.9 * most
+        if trained.attempt.num_steps < num_steps and trained.attempt.seconds > 0.9 * most:
+            self._is_cut_short = True
 
     def _config_of(self, candidate: Candidate, num_steps: int) -> Config:
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}

@@ -24,7 +24,7 @@ _SETTINGS = {
     -2: 2**26,  # M_TOP_PAD: ask for that much more at a time
     -3: _LARGEST,  # M_MMAP_THRESHOLD: no mapping of their own for large arrays
 }
-_ARENAS = -8  # M_ARENA_MAX
+_ONE_ARENA = {-8: 1}  # M_ARENA_MAX
 
 
 def use_large_pages() -> None:
@@ -57,14 +57,13 @@ def collect_garbage_rarely() -> None:
 def keep_freed_memory() -> bool:
     """Makes glibc's allocator hold on to memory that is freed; call it before JAX starts its threads.
 
-    Threads share as many arenas as there are cores: each of their own would hold on to memory that the others need. An arena
-    holds arrays of less than 64 MiB, and larger ones are returned all the same; only the first one, that of all threads on one
-    core, has no limit.
+    An arena of a thread holds arrays of less than 64 MiB, and larger ones are returned all the same; only the first thread's
+    has no limit. Where there is one core, all threads share it. On several, compilation would take longer for it.
 
     Returns:
         Whether the C library could be told so: True on Linux with glibc.
     """
-    settings = _SETTINGS | {_ARENAS: num_cores()}
+    settings = _SETTINGS | (_ONE_ARENA if num_cores() == 1 else {})
     return all([_glibc("mallopt", parameter, value) for parameter, value in settings.items()])
 
 
