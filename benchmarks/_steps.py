@@ -108,15 +108,15 @@ class OurSteps(Steps):
         from iresnet_jax.data.batches import device_batches
         from iresnet_jax.runs import allocator
         from iresnet_jax.runs.planning import plan
-        from iresnet_jax.training.initialization import forget_programs
 
         self._jax = jax
         self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
         self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
-        forget_programs()
+        self.take()
+        self.wait()
         if keeps_memory:
             allocator.return_freed_memory()
-        self.warm_up(warmup)
+        self.warm_up(warmup - 1)
 
     def take(self):
         self._state, self._metrics = self._step(self._state, next(self._feed))

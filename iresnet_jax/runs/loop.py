@@ -31,7 +31,7 @@ from iresnet_jax.runs.model_from_config import load_data, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training import parallel
-from iresnet_jax.training.initialization import forget_programs, num_parameters
+from iresnet_jax.training.initialization import num_parameters
 from iresnet_jax.training.step import Objective, TrainingStep, TrainState
 from iresnet_jax.training.trainer import CompiledStep, Trainer, TrainingConfig
 
@@ -146,8 +146,6 @@ class _TrainerOnDisk(Trainer):
         if self._agreement is not None:
             compile_step = self._agreement.parallelize
         super().__init__(objective, settings, compile_step=compile_step, say=say or (lambda line: _logger.info("%s", line)))
-        forget_programs()
-        allocator.return_freed_memory()  # restoring and compiling leave fragments that steps could not use
         self._saved_at = time.monotonic()
         if self.step:
             _logger.info("resuming from step %d of %d", self.step, self.horizon)
@@ -173,6 +171,7 @@ class _TrainerOnDisk(Trainer):
         step, losses = hosts.from_first(restore)
         newest = found[0][0]._replace(constants=fresh.constants) if found else fresh
         state = hosts.broadcast(newest)  # a fresh state, too: hosts round differently
+        allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
         return state, step, losses
 
     def take_step(self, batch: Any) -> None:

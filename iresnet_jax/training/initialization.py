@@ -256,12 +256,6 @@ def _fitter(flow_spec: FlowSpec, feature_shape: tuple[int, ...] | None, num_devi
     return parallel.parallelize(fit)
 
 
-def forget_programs() -> None:
-    """Drops the programs of `initial_variables`, which a run calls once: they take as much memory as that of its step."""
-    _program.cache_clear()
-    _fitter.cache_clear()
-
-
 preprocess = quick_jit(lambda model, *given: model.preprocess(*given))  # one function for models of one shape
 _encode = quick_jit(lambda model, x, key, context: model.encode(x, key, context=context))
 
