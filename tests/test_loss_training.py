@@ -132,6 +132,8 @@ def test_everything_in_float64(tmp_path):
         loaded = ir.load(trained.save(tmp_path / "model.npz"))
         expected = np.asarray(trained.log_prob(x))
         np.testing.assert_array_equal(loaded.log_prob(x), expected)
+        back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
+        assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
         settings = {"optimizer.name": "sgd", "training.blocks": "unroll"}
         fitted = ir.fit(x, steps=2, architecture=STAGES, settings=settings, progress=False)
         assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
