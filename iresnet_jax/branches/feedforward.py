@@ -28,6 +28,7 @@ from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
 from iresnet_jax.maths.lipschitz_bounds import branch_bound, product_bound
 from iresnet_jax.maths.logdet.banded import num_operations, num_products, stencil_by_products, stencil_logdet
+from iresnet_jax.maths.logdet.exact import log_abs_det
 from iresnet_jax.maths.norms.power_iteration import soft_normalize
 
 Context = Float[Array, "b ... k"] | None
@@ -342,7 +343,7 @@ class FeedforwardSpec(BranchSpec):
         """Whether `logdet` exists and takes fewer operations than ``d`` products with the Jacobian."""
         if self.kernel_sizes is None:
             return self._is_elementwise and self.hidden[0] < self.in_shape[0]
-        return self.padding == "SAME" and num_products(self.in_shape, self._reach) < math.prod(self.in_shape)
+        return self.padding == "SAME" and self._stencil_cost < super().logdet_cost
 
     def trace(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
@@ -366,7 +367,8 @@ class FeedforwardSpec(BranchSpec):
     def logdet(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``log det(I + J_g(x))``, exact to rounding, for ``Lip(g) < 1``.
 
-        A dense branch takes the matrix of its hidden units, convolutions take their stencil.
+        A dense branch takes the matrix of its hidden units, convolutions take their stencil. The norm of that matrix, too, is
+        at most the product of the layers' norms.
         """
         if self.kernel_sizes is not None and not self._has_stencil:
             return stencil_logdet(stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach))
@@ -374,7 +376,7 @@ class FeedforwardSpec(BranchSpec):
         d0 = d0 if self.preactivation else None
         if self.kernel_sizes is None:
             matrices = two_layers.through_hidden_units(there, back, d0, d1)
-            return jnp.linalg.slogdet(jnp.eye(matrices.shape[-1], dtype=x.dtype)[None] + matrices)[1]
+            return log_abs_det(jnp.eye(matrices.shape[-1], dtype=x.dtype)[None] + matrices)
         return stencil_logdet(two_layers.stencil(there, back, d0, d1))
 
     @property
@@ -390,11 +392,16 @@ class FeedforwardSpec(BranchSpec):
             return super().logdet_cost
         if self.kernel_sizes is None:
             return 1 + 2 / 3 * self.hidden[0] ** 3 / product
-        elimination = num_operations(self.in_shape, self._reach) / product
+        return self._stencil_cost
+
+    @property
+    def _stencil_cost(self) -> float:
+        """`logdet_cost` by way of the stencil."""
+        elimination = num_operations(self.in_shape, self._reach) / self.product_operations
         if not self._has_stencil:
             return num_products(self.in_shape, self._reach) + elimination
         first, second = (math.prod(layer.kernel_shape) for layer in self.layers)
-        return 2.0 * math.prod(self.in_shape[:2]) * first * second / self.hidden[0] / product + elimination
+        return 2.0 * math.prod(self.in_shape[:2]) * first * second / self.hidden[0] / self.product_operations + elimination
 
     @property
     def _is_elementwise(self) -> bool:

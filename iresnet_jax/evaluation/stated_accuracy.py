@@ -198,13 +198,10 @@ class _Evaluation:
             keys = _probe_keys(self._key, numbers[places], noise_draw, b, draw)
             return inputs[places, k], None if contexts is None else contexts[places], keys
 
-        num_devices = None
-        if not sizes and not (branch.logdet and len(stage.branch.in_shape) == 3):  # LAPACK, see `density.evaluate_examples`
-            num_devices = 1 if parallel.num_processes() == 1 and jax.default_backend() == "cpu" else None
-            if branch.logdet is None:
-                fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
-                size = min(size, max(fits // multiple, 1) * multiple)
-        return parallel.over_batches(_evaluate_block, task, batch_of, len(numbers), size, num_devices=num_devices)
+        if not sizes and branch.logdet is None:
+            fits, multiple = max(FULL_ENTRIES // math.prod(stage.branch.in_shape) ** 2, 1), parallel.all_devices()
+            size = min(size, max(fits // multiple, 1) * multiple)
+        return parallel.over_batches(_evaluate_block, task, batch_of, len(numbers), size)
 
 
 @jax.tree_util.register_static

@@ -81,6 +81,16 @@ def floats(values: Any) -> jax.Array:
     return jax.device_put(np.asarray(values, jnp.result_type(float)))
 
 
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of LAPACK's, such as a factorisation, that ``vmap`` calls for one matrix after another on a CPU.
+
+    A batch of them waits for threads of XLA:CPU's pool while it has one itself: two programs that run at once, in threads or on
+    several simulated devices, wait for ever (jaxlib 0.10). The function cannot be differentiated in reverse.
+    """
+    looped = jax.custom_batching.sequential_vmap(lambda *matrices: function(*matrices))
+    return lambda *matrices: (looped if platform() == "cpu" else function)(*matrices)
+
+
 def find_programs_by(find: Find | None) -> None:
     """Makes a function that every program is asked of before it is traced; None asks none.
 

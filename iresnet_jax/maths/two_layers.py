@@ -6,6 +6,7 @@ activation may make several channels of one, copy after copy.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.convolution import Padding, conv
@@ -98,20 +99,25 @@ def stencil(
     """``J`` of two convolutions that take zeros beyond the border, as the stencil of `logdet.banded`; ``d0`` None is 1.
 
     A hidden pixel ``q`` carries the input of pixel ``q + a`` to the output of pixel ``q - b``, by the tap ``a`` of ``W_1`` and
-    the tap ``b`` of ``W_2``. One product of matrices takes ``D_1`` to all these paths; paths with the same ``a + b`` add up.
+    the tap ``b`` of ``W_2``. For each ``b`` one product of matrices takes ``D_1`` to these paths; those of one ``a + b`` add up.
     """
     b, h, w, _ = d1.shape
     taps, taps_back, width, c = len(there), len(back), there.shape[-1], back.shape[-1]
     there, back = there.reshape(taps, taps, -1, c, width), back.reshape(taps_back, taps_back, -1, width, c)
-    copies, size, border = there.shape[2], taps + taps_back - 1, taps_back // 2
-    pairs = jnp.einsum("xysih,uvtho->thuvxysio", there, back).reshape(d1.shape[-1], -1)
-    paths = (d1.reshape(-1, d1.shape[-1]) @ pairs).reshape(b, h, w, taps_back, taps_back, taps, taps, copies, c, c)
-    paths = jnp.pad(paths, ((0, 0), (border, border), (border, border)) + ((0, 0),) * 7)
+    copies, size = there.shape[2], taps + taps_back - 1
     found = jnp.zeros((b, h, w, size, size, copies, c, c), d1.dtype)
-    for u in range(taps_back):
-        for v in range(taps_back):
-            own = paths[:, u : u + h, v : v + w, u, v]
-            found = found.at[:, :, :, u : u + taps, v : v + taps].add(own)
+
+    def pixels(tap, side):  # of outputs whose hidden pixel is inside the image, and how far away that one is
+        shift = tap - taps_back // 2
+        first = min(max(-shift, 0), side)
+        return slice(first, max(min(side, side - shift), first)), shift
+
+    for u, v in np.ndindex(taps_back, taps_back):
+        (rows, down), (columns, right) = pixels(u, h), pixels(v, w)
+        hidden = d1[:, rows.start + down : rows.stop + down, columns.start + right : columns.stop + right]
+        pairs = jnp.einsum("xysih,tho->thxysio", there, back[u, v]).reshape(d1.shape[-1], -1)
+        paths = (hidden.reshape(-1, d1.shape[-1]) @ pairs).reshape(*hidden.shape[:3], taps, taps, copies, c, c)
+        found = found.at[:, rows, columns, u : u + taps, v : v + taps].add(paths)
     if d0 is not None:
         reach = size // 2
         d0 = jnp.pad(d0.reshape(b, h, w, copies, c), ((0, 0), (reach, reach), (reach, reach), (0, 0), (0, 0)))

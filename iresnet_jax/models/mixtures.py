@@ -75,7 +75,8 @@ def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float =
     labels = jax.random.categorical(key_label, _logits(params), shape=(n,))
     noise = jax.random.normal(key_noise, (n, mean.shape[1]), mean.dtype)
     identity = jnp.eye(mean.shape[1], dtype=mean.dtype)
-    scales = jax.vmap(lambda factor: jax.scipy.linalg.solve_triangular(factor, identity, lower=True))(_factors(params))
+    # One after the other: batches of LAPACK's functions can dead-lock, see `platforms.one_at_a_time`.
+    scales = jax.lax.map(lambda factor: jax.scipy.linalg.solve_triangular(factor, identity, lower=True), _factors(params))
 
     def with_component(drawn, component):  # one component at a time: (n, d, d) would be large
         k, mean, scale = component

@@ -105,13 +105,8 @@ def use_all_cores(config: Any) -> int:
 
 
 def num_devices(config: Any, cores: int) -> int:
-    """The most devices, up to one per core, that share batches and their parts evenly, with at least `LEAST_EXAMPLES` each.
-
-    One where log-determinants are exact: their batches of LU factorisations dead-lock on several CPU devices (jaxlib 0.10).
-    """
+    """The most devices, up to one per core, that share batches and their parts evenly, with at least `LEAST_EXAMPLES` each."""
     size, num_parts = config.training.batch_size, config.training.num_parts
-    if config.logdet.kind == "exact":
-        return 1
     return max(n for n in range(1, cores + 1) if n == 1 or (size % (n * num_parts) == 0 and size >= LEAST_EXAMPLES * n))
 
 

@@ -190,14 +190,16 @@ def over_batches(
         state: What the evaluation takes beside examples, such as a model. It is not donated.
         batch_of: Function that makes a pytree of the examples in given places, such as `rows_of` arrays.
         num_examples: Number of all examples.
-        batch_size: Most examples at once; rounded up to a multiple of the number of devices.
+        batch_size: Most examples at once, rounded up to a multiple of the number of devices. Batches are all of one size: no
+            larger than they have to be for as few as there are.
         num_devices: Devices to use, from the first, of a process that shares with no other; all by default.
 
     Returns:
         The outputs of all examples in order, on the host.
     """
     parts, multiple, is_shared = [], all_devices(), num_processes() > 1
-    size = -(-min(batch_size, filled_length(num_examples)) // multiple) * multiple
+    num_filled = filled_length(num_examples)
+    size = -(-num_filled // num_batches(num_filled, batch_size) // multiple) * multiple
     state = on_local_devices(state, num_devices=num_devices)  # once, not for every batch
     for places, mask in eval_batches(num_examples, size):
         batch = shard(batch_of(own_share(places)), num_devices=num_devices)
@@ -248,10 +250,8 @@ def fill_up(rows: np.ndarray) -> np.ndarray:
     return rows[np.arange(filled_length(len(rows))) % max(len(rows), 1)]
 
 
-def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
-    """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
-
-    The last batch is filled up with place 0, which its mask leaves out: ``sum(mask * values) / num_examples`` is a mean.
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """How many batches of this size it takes for all examples.
 
     Raises:
         ValueError: If there is no example, or none in a batch.
@@ -261,7 +261,16 @@ def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.nd
             f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
             "check that the split is not empty"
         )
-    batches = np.arange(-(-num_examples // batch_size) * batch_size).reshape(-1, batch_size)
+    return -(-num_examples // batch_size)
+
+
+def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
+    """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
+
+    The last batch is filled up with place 0, which its mask leaves out: ``sum(mask * values) / num_examples`` is a mean. Errors
+    are those of `num_batches`.
+    """
+    batches = np.arange(num_batches(num_examples, batch_size) * batch_size).reshape(-1, batch_size)
     return ((np.where(places < num_examples, places, 0), places < num_examples) for places in batches)
 
 
@@ -317,11 +326,7 @@ def in_this_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_first_device(tree: Any) -> Any:
-    """Arrays that are equal on all devices, on the first one alone.
-
-    What follows is then computed once. On several simulated CPU devices it also has to be: LAPACK's batches of eigenvalue
-    problems and factorisations dead-lock there, in a pool of as many threads as devices (jaxlib 0.10).
-    """
+    """Arrays that are equal on all devices, on the first one alone: what follows is then computed once."""
     return jax.device_put(tree, jax.local_devices()[0])
 
 

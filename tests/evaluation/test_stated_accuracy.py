@@ -57,7 +57,8 @@ def test_what_is_cheaper_exactly_is_exact():
     assert accuracy.bias == accuracy.stderr == accuracy.bias_bound == 0
     assert accuracy.met
     assert accuracy.plan == ("stage0: blocks 2 exact",)
-    assert accuracy.products > 2 * 16
+    (stage,) = model_at(0.9).spec.flow.layout
+    assert accuracy.products == pytest.approx(2 * stage.branch.logdet_cost)
 
 
 @pytest.mark.usefixtures("exact_is_dear")

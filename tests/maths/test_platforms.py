@@ -1,11 +1,46 @@
 """How programs are compiled: quickly, unless the user has said how, and within other programs as those are."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from iresnet_jax.maths import platforms
+from tests import tiny_runs as runs
+
+AT_ONCE = """
+import threading, jax, jax.numpy as jnp, numpy as np
+from iresnet_jax.branches.feedforward import FeedforwardSpec
+from iresnet_jax.maths.logdet.exact import dense_logdet
+
+spec = FeedforwardSpec((40,), (34,))
+blocks = jax.vmap(spec.initial_weights)(jax.random.split(jax.random.key(0), 64))
+vectors = jax.vmap(spec.initial_iterates)(jax.random.split(jax.random.key(1), 64))
+
+def logdets(blocks, x):
+    weights = jax.tree.map(lambda leaf: 0.3 * leaf[0], blocks)
+    return sum(dense_logdet(lambda x: 0.1 * jnp.tanh(x), x) + spec.logdet(weights, x))
+
+def norms(blocks, x):
+    del x
+    return jax.vmap(lambda *own: spec.singular_vectors(*own, num_steps=None, rtol=1e-3))(blocks, vectors)
+
+programs = [jax.pmap(function, in_axes=(None, 0)) for function in (jax.grad(logdets, argnums=1), norms)]
+x = np.random.default_rng(0).normal(size=(jax.local_device_count(), 64, 40)).astype(np.float32)
+
+def run():
+    for _ in range(12):
+        jax.block_until_ready([program(blocks, x) for program in programs])
+
+threads = [threading.Thread(target=run) for _ in range(2 // jax.local_device_count())]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
 
 
 def asks(x):
@@ -78,3 +113,10 @@ def test_within_another_program_options_are_those_of_that_one(without_flags):
 
 def test_objects_that_are_no_arrays_run_as_they_are(without_flags):
     assert platforms.quick_jit(lambda told, x: told.upper() + str(x))("no array, ", 1) == "NO ARRAY, 1"
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_exact_log_determinants_and_norms_at_once_do_not_wait_for_each_other(num_devices):
+    """In two threads of one device, and on two devices: batches of LAPACK's functions would wait for ever."""
+    environment = {**runs.environment(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+    subprocess.run([sys.executable, "-c", AT_ONCE], env=environment, check=True, timeout=120)

@@ -14,10 +14,10 @@ from iresnet_jax.runs.allocator import num_cores
 from iresnet_jax.runs.config import Config
 
 
-def config_of(batch_size, kind="series", num_parts=1):
+def config_of(batch_size, num_parts=1):
     config = Config()
     training = dataclasses.replace(config.training, batch_size=batch_size, num_parts=num_parts)
-    return dataclasses.replace(config, training=training, logdet=dataclasses.replace(config.logdet, kind=kind))
+    return dataclasses.replace(config, training=training)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,6 @@ def config_of(batch_size, kind="series", num_parts=1):
 )
 def test_devices_share_batches_evenly(batch_size, cores, devices):
     assert machine.num_devices(config_of(batch_size), cores) == devices
-    assert machine.num_devices(config_of(batch_size, "exact"), cores) == 1
 
 
 def test_devices_share_parts_evenly():

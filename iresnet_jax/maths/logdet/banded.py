@@ -8,8 +8,8 @@ With ``reach`` rows of pixels as a block, ``I + J`` is block tridiagonal, and el
 
     S_1 = A_11,    S_(i+1) = A_(i+1,i+1) - A_(i+1,i) S_i^-1 A_(i,i+1),    log det(I + J) = sum_i log det S_i
 
-in ``6 m^3`` operations for each block of ``m = reach w c`` rows; a dense matrix takes ``2/3 (h w c)^3``. For ``|J|_2 < 1`` the
-symmetric part of ``I + J`` is positive definite. Every Schur complement inherits that, so no rows need to be exchanged.
+in ``6 m^3`` operations for each block of ``m = reach w c`` rows; a dense matrix takes ``2/3 (h w c)^3``. For ``|J|_2 < 1`` no
+rows need to be exchanged, see `exact.log_abs_det`.
 """
 
 import jax
@@ -19,10 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Branch
-from iresnet_jax.maths.logdet.exact import eliminate
+from iresnet_jax.maths.logdet.exact import logdet_and_inverse
 
 MOST_ENTRIES = 2**24  # entries of blocks that are in memory together
-SMALL = 32  # rows up to which a block is eliminated row by row, not by halves
 
 Stencil = Float[Array, "b h w s t c c"]  # of an output pixel: neighbour's row, column and channel, then the output's channel
 
@@ -125,22 +124,3 @@ def _block_elimination(below, diagonal, above):
     start = jnp.zeros(diagonal.shape[1], diagonal.dtype), jnp.zeros_like(diagonal[0])
     (logdet, correction), _ = lax.scan(step, start, (below[1:], diagonal[:-1], above[:-1]))
     return logdet + logdet_and_inverse(diagonal[-1] - correction)[0]
-
-
-def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
-    """Logarithm of the determinant and inverse of matrices with a positive definite symmetric part, by halves.
-
-    With ``[[A, B], [C, D]]`` and ``S = D - C A^-1 B`` the determinant is ``det A det S``. All but the smallest blocks are
-    products of matrices, which run several times as fast as LAPACK's batches of factorisations on XLA:CPU.
-    """
-    num = matrices.shape[-1]
-    if num <= SMALL:
-        return eliminate(matrices)
-    half = num // 2
-    a, b, c, d = (matrices[:, i, j] for i in (slice(half), slice(half, None)) for j in (slice(half), slice(half, None)))
-    logdet_a, inverse = logdet_and_inverse(a)
-    right, left = inverse @ b, c @ inverse
-    logdet_s, schur = logdet_and_inverse(d - c @ right)
-    corner = right @ schur
-    whole = jnp.block([[inverse + corner @ left, -corner], [-(schur @ left), schur]])
-    return logdet_a + logdet_s, whole

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from iresnet_jax.maths.platforms import one_at_a_time
+
 LinearMap = Callable[[Array, Array], Array]
 
 
@@ -178,10 +180,13 @@ def _iterate_to_tolerance(gram, v, rtol):
     return jnp.where(sigma > 0, x, v), PowerIterationInfo(k, finished(state))
 
 
+_eigh = one_at_a_time(jnp.linalg.eigh)
+
+
 def _in_whole_space(gram, v):
     """An eigenvector of the whole matrix of ``gram``, for as many products as one cycle takes and less to compile."""
     matrix = jax.vmap(gram)(jnp.eye(v.size, dtype=v.dtype).reshape(-1, *v.shape)).reshape(v.size, v.size)
-    eigenvalues, eigenvectors = jnp.linalg.eigh(matrix)
+    eigenvalues, eigenvectors = _eigh(matrix)
     largest = eigenvalues[-1]
     v = jnp.where(largest > 0, eigenvectors[:, -1].reshape(v.shape), v)
     return v, PowerIterationInfo(jnp.int32(v.size), jnp.isfinite(largest))
@@ -215,7 +220,7 @@ def _lanczos_cycle(gram, v):
     carry = (jnp.zeros((_CYCLE, v.size), v.dtype), unit(v)[0].reshape(-1))
     (basis, _), columns = lax.scan(extend, carry, jnp.arange(_CYCLE))
     # Column j is known in rows 0..j; the matrix is symmetric.
-    eigenvalues, eigenvectors = jnp.linalg.eigh(jnp.tril(columns) + jnp.tril(columns, -1).T, symmetrize_input=False)
+    eigenvalues, eigenvectors = _eigh(jnp.tril(columns) + jnp.tril(columns, -1).T)
     return (eigenvectors[:, -1] @ basis).reshape(shape), jnp.sqrt(jnp.maximum(eigenvalues[-1], 0))
 
 

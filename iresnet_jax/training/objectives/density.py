@@ -16,7 +16,6 @@ from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
@@ -228,11 +227,7 @@ def evaluate_examples(
             _, key_probe = evaluation_keys(key, indices, 0, draw[1])
         return examples[indices], None if contexts is None else contexts[indices], key_noise, key_probe
 
-    # On several simulated CPU devices the LU factorisations dead-lock in XLA's pool of as many threads (jaxlib 0.10). Processes
-    # that share a batch have to use all.
-    is_alone = parallel.num_processes() == 1
-    num_devices = 1 if is_alone and isinstance(model.estimator, ExactLogdet) and jax.default_backend() == "cpu" else None
-    return parallel.over_batches(_evaluate_batch, model.shared(), batch_of, len(examples), batch_size, num_devices=num_devices)
+    return parallel.over_batches(_evaluate_batch, model.shared(), batch_of, len(examples), batch_size)
 
 
 def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:

@@ -77,14 +77,15 @@ def test_exact_against_slogdet(x64, monkeypatch):
         np.testing.assert_allclose(logdet, expected, rtol=EXACT, atol=EXACT)
 
 
-def test_elimination_without_exchanges_is_stable_for_contractions(x64):
+@pytest.mark.parametrize("num_dims", [SMALL, 3 * SMALL + 4])
+def test_elimination_without_exchanges_is_stable_for_contractions(x64, num_dims):
     """Pivots of I + J are at least 1 - L, whatever J: rotations and reflections of norm L included."""
     rng, compute = np.random.default_rng(0), jax.jit(log_abs_det)
     gradient_of = jax.jit(jax.grad(lambda m: log_abs_det(m).sum()))
     for lipschitz in (0.5, 0.99, 0.9999):
-        rotations = np.linalg.qr(rng.normal(size=(200, SMALL, SMALL)))[0]
-        reflections = -np.eye(SMALL)[None]
-        matrices = np.eye(SMALL) + lipschitz * np.concatenate([rotations, reflections])
+        rotations = np.linalg.qr(rng.normal(size=(6400 // num_dims, num_dims, num_dims)))[0]
+        reflections = -np.eye(num_dims)[None]
+        matrices = np.eye(num_dims) + lipschitz * np.concatenate([rotations, reflections])
         np.testing.assert_allclose(compute(jnp.asarray(matrices)), np.linalg.slogdet(matrices)[1], atol=1e-9)
         single = compute(jnp.asarray(matrices, jnp.float32))
         np.testing.assert_allclose(single, np.linalg.slogdet(matrices.astype(np.float32))[1], atol=1e-5 / (1 - lipschitz))
