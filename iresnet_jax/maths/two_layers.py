@@ -99,7 +99,7 @@ def stencil(
     """``J`` of two convolutions that take zeros beyond the border, as the stencil of `logdet.banded`; ``d0`` None is 1.
 
     A hidden pixel ``q`` carries the input of pixel ``q + a`` to the output of pixel ``q - b``, by the tap ``a`` of ``W_1`` and
-    the tap ``b`` of ``W_2``. For each ``b`` one product of matrices takes ``D_1`` to these paths; those of one ``a + b`` add up.
+    the tap ``b`` of ``W_2``. For each ``b`` one product of matrices takes ``D_1`` to these paths; equal ``a + b`` add up.
     """
     b, h, w, _ = d1.shape
     taps, taps_back, width, c = len(there), len(back), there.shape[-1], back.shape[-1]
