@@ -168,26 +168,29 @@ class Branch:
 AnyBranch = Branch | CallableBranch
 
 
-@jax.jit
+@np.errstate(all="ignore")  # of infinite numbers
 def checksum(arrays: Sequence[Shaped[Array, "k ..."]]) -> Float[Array, " k"]:
     """24 bits of a hash of each block's numbers, whole ones in float32: it has no gradient, and a tree keeps its one dtype.
 
     Numbers count by their value in float32 and what that leaves over, so that float64 of the same numbers has the same hash.
-    Each number's bits are mixed with its place, by the last rounds of MurmurHash3, and added up modulo 2^32.
+    Each number's bits are mixed with its place, by the last rounds of MurmurHash3, and added up modulo 2^32. Outside of ``jit``
+    NumPy computes it: there would be a program to compile for every architecture.
     """
-    total = jnp.zeros((), jnp.uint32)
+    is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    numpy: Any = jnp if is_traced else np
+    total = 0
     for i, array in enumerate(arrays):
-        numbers = lax.stop_gradient(jnp.asarray(array))
+        numbers = lax.stop_gradient(array) if is_traced else np.asarray(array)
         numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:]))
-        high = numbers.astype(jnp.float32)
-        rest = jnp.where(jnp.isfinite(high), numbers - high, 0).astype(jnp.float32)
+        high = numbers.astype(numpy.float32)
+        rest = numpy.where(numpy.isfinite(high), numbers - high, 0).astype(numpy.float32)
         for part in (high, rest):
-            place = jnp.arange(numbers.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(i)
-            mixed = lax.bitcast_convert_type(part, jnp.uint32) + place[None]
+            place = numpy.arange(numbers.shape[1], dtype=numpy.uint32) * numpy.uint32(0x9E3779B9) + numpy.uint32(i)
+            mixed = part.view(numpy.uint32) + place[None]
             for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-                mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
-            total = total * jnp.uint32(31) + jnp.sum(mixed ^ mixed >> 16, axis=1, dtype=jnp.uint32)
-    return (total >> 8).astype(jnp.float32)
+                mixed = (mixed ^ mixed >> shift) * numpy.uint32(factor)
+            total = total * numpy.uint32(31) + numpy.sum(mixed ^ mixed >> 16, axis=1, dtype=numpy.uint32)
+    return jnp.asarray(total >> 8, jnp.float32)
 
 
 class ConstrainedBranch(NamedTuple):
