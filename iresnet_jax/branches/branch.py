@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -169,7 +170,7 @@ AnyBranch = Branch | CallableBranch
 
 
 @np.errstate(all="ignore")  # of infinite numbers
-def checksum(arrays: Sequence[Shaped[Array, "k ..."]]) -> Float[Array, " k"]:
+def checksum(arrays: Sequence[Shaped[Array | np.ndarray, "k ..."]]) -> Float[Array, " k"]:
     """24 bits of a hash of each block's numbers, whole ones in float32: it has no gradient, and a tree keeps its one dtype.
 
     Numbers count by their value in float32 and what that leaves over, so that float64 of the same numbers has the same hash.
