@@ -160,24 +160,36 @@ class OurSteps(Steps):
         flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves))))
         Path(folder, ExportedSteps.PROGRAM).write_bytes(jax.export.export(flat)(*leaves).serialize())
         np.savez(Path(folder, ExportedSteps.GIVEN), *leaves)
-        return {"options": dict(platforms.QUICK)}
+        place = len(jax.tree.leaves(self._state)) + sorted(self._metrics).index(self._name)
+        return {"options": dict(platforms.QUICK), "num_state": len(jax.tree.leaves(self._state)), "place_of_loss": place}
 
 
-class ExportedSteps:
-    """The program that `OurSteps.export` left, compiled and run by JAX alone: a first step without this library."""
+class ExportedSteps(Steps):
+    """The program that `OurSteps.export` left, compiled and run by JAX alone: steps without this library, on one device."""
 
     PROGRAM, GIVEN = "step.jax", "given.npz"
 
-    def __init__(self, folder, options):
+    def __init__(self, folder, options, num_state, place_of_loss, warmup=WARMUP):
         import jax
         import jax.export
         import numpy as np
 
         jax.config.update("jax_compilation_cache_dir", str(Path(folder, "programs")))
-        step = jax.jit(
-            jax.export.deserialize(bytearray(Path(folder, self.PROGRAM).read_bytes())).call, compiler_options=options
-        )
-        jax.block_until_ready(step(*np.load(Path(folder, self.GIVEN)).values()))
+        call = jax.export.deserialize(bytearray(Path(folder, self.PROGRAM).read_bytes())).call
+        self._step = jax.jit(call, compiler_options=options, donate_argnums=range(num_state))
+        given = [jax.device_put(leaf) for leaf in np.load(Path(folder, self.GIVEN)).values()]
+        self._found, self._batch = given[:num_state], given[num_state:]
+        self._num_state, self._place, self._jax = num_state, place_of_loss, jax
+        self.warm_up(warmup)
+
+    def take(self):
+        self._found = self._step(*self._found[: self._num_state], *self._batch)
+
+    def wait(self):
+        self._jax.block_until_ready(self._found)
+
+    def loss(self):
+        return float(self._found[self._place])
 
 
 class TorchSteps(Steps):

@@ -36,7 +36,7 @@ from iresnet_jax.runs.config import default_config, estimator_settings, parse
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.runs.planning import plan
 
-NAIVE = "naive"
+NAIVE, JAX_ALONE = "naive", "JAX alone"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
 NUM_BATCHES = 4
 DIGITS = config_file("digits_density")
@@ -78,8 +78,19 @@ def own_cache(folder, name):
     return {"IRESNET_JAX_CACHE_DIR": str(folder / f"cache_{name}")}
 
 
+def export(start, cases, folder):
+    """Arguments of `ExportedSteps` for our step, which a process that ends writes into the folder."""
+    worker = start(most_cores(), "_steps", *cases[OURS], own_cache(folder, "exporting"))
+    exported = {"folder": str(folder), **worker.ask("export", folder=str(folder))}
+    worker.stop()
+    return exported
+
+
 def steps(arguments, start, folder):
-    """Training steps: time by number of cores and largest memory, of every size."""
+    """Training steps: time by number of cores and largest memory, of every size.
+
+    "JAX alone" is our program as JAX exports it, on one core in a process without this library.
+    """
     effort = {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 5, "seconds_a_turn": 2.0}
     results = {}
     for size in ("8",) if arguments.quick else SIZES:
@@ -88,6 +99,8 @@ def steps(arguments, start, folder):
         for peer, (case, given) in cases.items():
             for count, cores in core_counts().items():
                 running[peer, count] = start(cores, "_steps", case, given, own_cache(folder, f"{size}_{count}"))
+        exported = export(start, cases, folder)
+        running[JAX_ALONE, 1] = start(core_counts()[1], "_steps", "ExportedSteps", exported)
         asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
         timings = take_turns(asked, **effort)
         memory = {name: worker.ask("memory") for name, worker in running.items()}
@@ -115,9 +128,7 @@ def startups(arguments, start, folder):
     A floor is that of a process that reads the step as JAX exports it, and has nothing to initialise, or to import but JAX.
     """
     cases = {name: (case, {**given, "warmup": 1}) for name, (case, given) in step_cases(read_config(DIGITS), folder).items()}
-    worker = start(most_cores(), "_steps", *cases[OURS], own_cache(folder, "exporting"))
-    exported = {"folder": str(folder), **worker.ask("export", folder=str(folder))}
-    worker.stop()
+    exported = {**export(start, cases, folder), "warmup": 1}
     measured = {"ours, cold": [], "ours, warm": [], "floor, cold": [], "floor, warm": [], NORMFLOWS: []}
     for number in range(2 if arguments.quick else 3):
         for name, own in measured.items():
