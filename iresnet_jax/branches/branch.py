@@ -175,22 +175,27 @@ def checksum(arrays: Sequence[Shaped[Array | np.ndarray, "k ..."]]) -> Float[Arr
 
     Numbers count by their value in float32 and what that leaves over, so that float64 of the same numbers has the same hash.
     Each number's bits are mixed with its place, by the last rounds of MurmurHash3, and added up modulo 2^32. Outside of ``jit``
-    NumPy computes it: there would be a program to compile for every architecture.
+    NumPy computes it: there would be a program to compile for every architecture. Numbers too small for full precision in
+    float32 count as 0, which XLA makes of them and NumPy does not.
     """
     is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
     numpy: Any = jnp if is_traced else np
-    total = 0
+    tiny, total = np.finfo(np.float32).tiny, 0
     for i, array in enumerate(arrays):
         numbers = lax.stop_gradient(array) if is_traced else np.asarray(array)
-        numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:]))
-        high = numbers.astype(numpy.float32)
-        rest = numpy.where(numpy.isfinite(high), numbers - high, 0).astype(numpy.float32)
-        for part in (high, rest):
-            place = numpy.arange(numbers.shape[1], dtype=numpy.uint32) * numpy.uint32(0x9E3779B9) + numpy.uint32(i)
-            mixed = part.view(numpy.uint32) + place[None]
+        dtype = jax.dtypes.canonicalize_dtype(numbers.dtype)  # that of programs
+        numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:])).astype(np.int32 if dtype.kind in "biu" else dtype)
+        if numbers.dtype == np.int32:
+            high, rest = numbers >> 16, numbers & 0xFFFF
+        else:
+            high = numbers.astype(np.float32)
+            rest = numpy.where(numpy.isfinite(high), numbers - high.astype(numbers.dtype), 0)
+        for part in (high.astype(np.float32), rest.astype(np.float32)):
+            place = numpy.arange(numbers.shape[1], dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(i)
+            mixed = numpy.where(abs(part) < tiny, np.float32(0), part).view(np.uint32) + place[None]
             for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-                mixed = (mixed ^ mixed >> shift) * numpy.uint32(factor)
-            total = total * numpy.uint32(31) + numpy.sum(mixed ^ mixed >> 16, axis=1, dtype=numpy.uint32)
+                mixed = (mixed ^ mixed >> shift) * np.uint32(factor)
+            total = total * np.uint32(31) + numpy.sum(mixed ^ mixed >> 16, axis=1, dtype=np.uint32)
     return jnp.asarray(total >> 8, jnp.float32)
 
 

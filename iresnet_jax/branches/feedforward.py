@@ -327,7 +327,7 @@ class FeedforwardSpec(BranchSpec):
           than the kernel, where taps overlap that are not mirrored.
         - "diagonal": such a branch of convolutions. It would help the inverse of a dense branch little.
         - "jacobian": such a branch of dense layers, of at most `FULL_DIMS` dimensions.
-        - "logdet": where it is cheaper than ``d`` products with the Jacobian, and there is no "jacobian".
+        - "logdet": where it is cheaper than by ``d`` products with the Jacobian, and there is no "jacobian".
         """
         sizes, known = self.kernel_sizes, set()
         same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
@@ -340,7 +340,7 @@ class FeedforwardSpec(BranchSpec):
 
     @property
     def has_logdet(self) -> bool:
-        """Whether `logdet` exists and takes fewer operations than ``d`` products with the Jacobian."""
+        """Whether `logdet` exists and takes fewer operations than eliminating ``d`` products with the Jacobian."""
         if self.kernel_sizes is None:
             return self._is_elementwise and self.hidden[0] < self.in_shape[0]
         return self.padding == "SAME" and self._stencil_cost < super().logdet_cost
@@ -367,8 +367,8 @@ class FeedforwardSpec(BranchSpec):
     def logdet(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``log det(I + J_g(x))``, exact to rounding, for ``Lip(g) < 1``.
 
-        A dense branch takes the matrix of its hidden units, convolutions take their stencil. The norm of that matrix, too, is
-        at most the product of the layers' norms.
+        A dense branch takes the matrix of its hidden units, convolutions take their stencil. Leading minors of that matrix are
+        determinants of the branch with fewer hidden units, which is a contraction as well: no rows need to be exchanged.
         """
         if self.kernel_sizes is not None and not self._has_stencil:
             return stencil_logdet(stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach))

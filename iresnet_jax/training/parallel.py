@@ -179,8 +179,6 @@ def over_batches(
     batch_of: Callable[[np.ndarray], Any],
     num_examples: int,
     batch_size: int,
-    *,
-    num_devices: int | None = None,
 ) -> Any:
     """Evaluates all examples by all devices; the same function twice compiles once.
 
@@ -190,19 +188,19 @@ def over_batches(
         state: What the evaluation takes beside examples, such as a model. It is not donated.
         batch_of: Function that makes a pytree of the examples in given places, such as `rows_of` arrays.
         num_examples: Number of all examples.
-        batch_size: Most examples at once, rounded up to a multiple of the number of devices. Batches are all of one size: no
-            larger than they have to be for as few as there are.
-        num_devices: Devices to use, from the first, of a process that shares with no other; all by default.
+        batch_size: Most examples at once; rounded up to a multiple of the number of devices. Smaller batches of one size are
+            made where that leaves out more than a tenth of the work.
 
     Returns:
         The outputs of all examples in order, on the host.
     """
     parts, multiple, is_shared = [], all_devices(), num_processes() > 1
     num_filled = filled_length(num_examples)
-    size = -(-num_filled // num_batches(num_filled, batch_size) // multiple) * multiple
-    state = on_local_devices(state, num_devices=num_devices)  # once, not for every batch
+    even, size = -(-num_filled // num_batches(num_examples, batch_size)), min(batch_size, num_filled)
+    size = -(-(even if even < 0.9 * size else size) // multiple) * multiple
+    state = on_local_devices(state)  # once, not for every batch
     for places, mask in eval_batches(num_examples, size):
-        batch = shard(batch_of(own_share(places)), num_devices=num_devices)
+        batch = shard(batch_of(own_share(places)))
         mapped = _mapped_eval(evaluate, _devices(len(jax.tree.leaves(batch)[0])), is_shared)
         outputs = jax.device_get(mapped(state, batch))
         if not is_shared:

@@ -11,6 +11,7 @@ from certified_flows import changed
 from oracles import dense_conv_matrix, operator_norm
 
 from iresnet_jax import certify
+from iresnet_jax.branches.branch import checksum
 from iresnet_jax.models.contractions import as_params, with_bounds
 from iresnet_jax.models.density import Density
 
@@ -114,6 +115,26 @@ def test_the_same_numbers_keep_their_bounds():
         assert wide.certificate().max_block == bound
     for same in (jax.device_get(model), jax.tree.unflatten(tree, leaves), jax.jit(lambda model: model)(model)):
         assert same.certificate().max_block == bound
+
+
+NUMBERS = {
+    "float64": np.random.default_rng(0).normal(size=(3, 50)),
+    "too small for float32": np.array([[1.2345678912e-32], [1e-310], [1e-40]]),
+    "no numbers": np.array([[np.nan], [np.inf], [-0.0]], np.float32),
+    "float16": np.linspace(-1, 1, 9, dtype=np.float16).reshape(3, 3),
+    "large integers": np.array([[2**24 + 1], [2**31 - 1], [-(2**31)]], np.int32),
+    "random bits": np.array([[2**32 - 1], [1], [2**31]], np.uint32),
+    "a mask": np.array([[True, False], [False, True], [True, True]]),
+}
+
+
+@pytest.mark.parametrize("is_wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_checksums_are_the_same_in_programs_and_by_numpy(name, is_wide):
+    with jax.enable_x64(is_wide):
+        in_program = jax.jit(checksum)([NUMBERS[name]])
+        np.testing.assert_array_equal(checksum([NUMBERS[name]]), in_program)
+        np.testing.assert_array_equal(checksum([jnp.asarray(NUMBERS[name])]), in_program)
 
 
 def test_weights_without_bounds_are_refused():

@@ -128,14 +128,20 @@ def test_vmap_finds_a_forgotten_pmean_that_pmap_overlooks():
         simulate(forgetful_step)(jnp.zeros(()), batch)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-def test_an_evaluation_returns_examples_in_their_order_and_keeps_the_state(num_devices):
+@pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4]), (6, [4, 4]), (7, [8]), (2, [2, 2, 2, 2]), (100, [8])])
+def test_an_evaluation_returns_examples_in_their_order_and_keeps_the_state(batch_size, sizes):
     x, state = np.arange(14, dtype=np.float32).reshape(7, 2), jnp.float32(10.0)
 
     def evaluate(state, batch):
         return {"sum": state + batch.sum(axis=1), "same": batch}
 
-    outputs = over_batches(evaluate, state, lambda places: x[places], len(x), 4, num_devices=num_devices)
+    def batch_of(places):
+        found.append(len(places))
+        return x[places]
+
+    found = []
+    outputs = over_batches(evaluate, state, batch_of, len(x), batch_size)
+    assert found == sizes
     np.testing.assert_array_equal(outputs["sum"], 10 + x.sum(axis=1))
     np.testing.assert_array_equal(outputs["same"], x)
     assert not state.is_deleted()
@@ -150,9 +156,7 @@ def test_example_keys_do_not_depend_on_the_number_of_devices(make_key):
     def keys_of(state, batch):
         return jax.random.key_data(example_keys(key, len(batch)))
 
-    for num_devices in (1, 2):
-        found = over_batches(keys_of, 0, lambda places: places, 6, 6, num_devices=num_devices)
-        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(over_batches(keys_of, 0, lambda places: places, 6, 6), expected)
 
 
 def test_shares_are_contiguous():

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths.logdet.estimator import Branch
-from iresnet_jax.maths.logdet.exact import logdet_and_inverse
+from iresnet_jax.maths.logdet.exact import logdet_and_inverse, product
 
 MOST_ENTRIES = 2**24  # entries of blocks that are in memory together
 
@@ -119,7 +119,7 @@ def _block_elimination(below, diagonal, above):
         logdet, correction = carry
         next_below, own, right = blocks
         found, inverse = logdet_and_inverse(own - correction)
-        return (logdet + found, next_below @ (inverse @ right)), None
+        return (logdet + found, product(next_below, product(inverse, right))), None
 
     start = jnp.zeros(diagonal.shape[1], diagonal.dtype), jnp.zeros_like(diagonal[0])
     (logdet, correction), _ = lax.scan(step, start, (below[1:], diagonal[:-1], above[:-1]))

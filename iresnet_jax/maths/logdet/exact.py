@@ -1,5 +1,6 @@
 """``log det(I + J)`` of a residual block from its full Jacobian."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -84,11 +85,14 @@ def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " 
     half = num // 2
     a, b, c, d = (matrices[:, i, j] for i in (slice(half), slice(half, None)) for j in (slice(half), slice(half, None)))
     logdet_a, inverse = logdet_and_inverse(a)
-    right, left = inverse @ b, c @ inverse
-    logdet_s, schur = logdet_and_inverse(d - c @ right)
-    corner = right @ schur
-    whole = jnp.block([[inverse + corner @ left, -corner], [-(schur @ left), schur]])
+    right, left = product(inverse, b), product(c, inverse)
+    logdet_s, schur = logdet_and_inverse(d - product(c, right))
+    corner = product(right, schur)
+    whole = jnp.block([[inverse + product(corner, left), -corner], [-product(schur, left), schur]])
     return logdet_a + logdet_s, whole
+
+
+product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators' default would be coarser
 
 
 def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
