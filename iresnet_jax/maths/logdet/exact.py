@@ -19,6 +19,8 @@ INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that c
 COLUMNS_AT_ONCE = 64  # of a Jacobian that products with unit vectors give
 SMALL = 32  # rows up to which a matrix is eliminated row by row, not by halves
 
+product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators' default would be coarser
+
 
 def dense_logdet(branch: Branch | Linearized, x: Batch, *, jacobian: Jacobian | None = None) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
@@ -77,7 +79,7 @@ def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " 
     """Logarithm of the determinant and inverse of matrices as `log_abs_det` takes them, by halves.
 
     With ``[[A, B], [C, D]]`` and ``S = D - C A^-1 B`` the determinant is ``det A det S``. All but the smallest blocks are
-    products of matrices: with a gradient that takes half as long as LAPACK's batches of factorisations on XLA:CPU.
+    products of matrices, which wait for no thread as LAPACK's batches of factorisations do, see `platforms.one_at_a_time`.
     """
     num = matrices.shape[-1]
     if num <= SMALL:
@@ -90,9 +92,6 @@ def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " 
     corner = product(right, schur)
     whole = jnp.block([[inverse + product(corner, left), -corner], [-product(schur, left), schur]])
     return logdet_a + logdet_s, whole
-
-
-product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators' default would be coarser
 
 
 def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
