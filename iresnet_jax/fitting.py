@@ -228,30 +228,19 @@ class _Race:
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._blow_up: BlowUpError | None = None  # of the last run that failed
         self._is_cut_short = False  # whether time ended a first run, which then says little
-        self._is_given_up = False  # after an error, which ends the runs beside
+        self._is_over = False  # which ends the runs beside
+        self._ahead: dict[Candidate, concurrent.futures.Future[Outcome]] = {}  # a run that was started before its turn
+        self._is_ahead_wanted = False
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
         """The model that is best on validation, with all attempts in its history."""
-        self._run_first(contenders)
-        if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
-            self._run(contenders[-1], LONGEST)
-        if not self._runs and self._blow_up is not None:
-            raise self._blow_up
-        ended = None
-        while ended is None:
-            candidate, best = self._leader[0], self._leader[1].attempt
-            more, is_improving = self._longer(candidate, best), best.best_step > IMPROVING * best.num_steps
-            untried = [milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried]
-            if self._stop.received or not self._is_time_left:
-                ended = "it was stopped" if self._stop.received else "time was over"
-            elif is_improving and more is None:
-                ended = "too little time was left for a longer run"
-            elif is_improving and more and (candidate, more) not in self._tried:
-                self._run(candidate, more)
-            elif best.best_step < OVERFITTED * best.num_steps and untried:
-                self._run(untried[0], FIRST_STEPS)
-            else:
-                ended = "validation no longer improved"
+        # One after the other on several devices, where programs that are run at once may wait for each other for ever.
+        at_once = min(num_cores(), len(contenders)) if jax.device_count() == 1 else 1
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            try:
+                ended = self._run_all(contenders, pool if at_once > 1 else None)
+            finally:
+                self._is_over = True
         leader = self._leader[1]
         best, attempts = leader.attempt, tuple(trained.attempt for _, trained in self._runs)
         among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
@@ -261,6 +250,31 @@ class _Race:
             model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended)) for model in leader.models()
         ]
         return models if self._members else models[0]
+
+    def _run_all(self, contenders: Sequence[Candidate], pool: concurrent.futures.Executor | None) -> str:
+        """All runs, the first ones at once where there is a pool of threads; why they ended."""
+        if pool is None:
+            for candidate in contenders:
+                self._run(candidate, FIRST_STEPS)
+        else:
+            self._run_first(contenders, pool)
+        if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
+            self._run(contenders[-1], LONGEST)
+        if not self._runs and self._blow_up is not None:
+            raise self._blow_up
+        while True:
+            candidate, best = self._leader[0], self._leader[1].attempt
+            more, is_improving = self._longer(candidate, best), best.best_step > IMPROVING * best.num_steps
+            if self._stop.received or not self._is_time_left:
+                return "it was stopped" if self._stop.received else "time was over"
+            if is_improving and more is None:
+                return "too little time was left for a longer run"
+            if is_improving and more and (candidate, more) not in self._tried:
+                self._run(candidate, more)
+            elif milder := self._milder(candidate, best):
+                self._run(milder, FIRST_STEPS)
+            else:
+                return "validation no longer improved"
 
     @property
     def _leader(self) -> tuple[Candidate, Outcome]:
@@ -281,53 +295,76 @@ class _Race:
         is_last = self._left_s < candidate.longer * (1 + WORTHWHILE) * last.seconds
         return LONGEST if is_last else candidate.longer * last.num_steps
 
-    def _run_first(self, contenders: Sequence[Candidate]) -> None:
-        """The first runs, as many at once as there are cores: the steps of each keep no more than one busy.
+    def _milder(self, candidate: Candidate, last: Attempt) -> Candidate | None:
+        """The candidate to try next where one that overfits leads; None if it does not overfit, or there is no other."""
+        if last.best_step >= OVERFITTED * last.num_steps:
+            return None
+        return next((milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried), None)
 
-        One after the other on several devices, where programs that are run at once may wait for each other for ever.
+    def _run_first(self, contenders: Sequence[Candidate], pool: concurrent.futures.Executor) -> None:
+        """The first runs, as many at once as there are threads: the steps of each keep no more than one core busy.
+
+        Where one ends before the others, the run that follows if it leads goes ahead on its core, if it needs no compilation.
         """
-        at_once = num_cores() if jax.device_count() == 1 else 1
-        if min(at_once, len(contenders)) == 1:
-            for candidate in contenders:
-                self._run(candidate, FIRST_STEPS)
-            return
-        run = parallel.in_this_precision(lambda candidate: self._run(candidate, FIRST_STEPS, f"{candidate}: "))
-        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            try:
-                list(pool.map(run, contenders))
-            except BaseException:
-                self._is_given_up = True
-                raise
+
+        def first(candidate):
+            return candidate, self._run(candidate, FIRST_STEPS, f"{candidate}: ")
+
+        def ahead(candidate):
+            return self._train(candidate, FIRST_STEPS, f"{candidate}: ", lambda: not self._is_ahead_wanted)
+
+        runs = [pool.submit(parallel.in_this_precision(first), candidate) for candidate in contenders]
+        leader = None  # whom the run ahead follows
+        for done in concurrent.futures.as_completed(runs):
+            candidate, last = done.result()
+            milder = last and self._milder(candidate, last)
+            if milder and leader is None and milder.program == candidate.program and not all(run.done() for run in runs):
+                leader, self._is_ahead_wanted = candidate, True
+                self._ahead[milder] = pool.submit(parallel.in_this_precision(ahead), milder)
         self._runs.sort(key=lambda trained: contenders.index(trained[0]))
+        if not self._runs or self._leader[0] != leader or self._is_cut_short:
+            self._is_ahead_wanted = False
+            self._ahead.clear()
 
-    def _run(self, candidate: Candidate, num_steps: int, prefix: str = "") -> None:
-        """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone.
-
-        A prefix of its lines tells it from those that are trained beside it.
-        """
+    def _run(self, candidate: Candidate, num_steps: int, prefix: str = "") -> Attempt | None:
+        """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone."""
         if self._runs and (self._stop.received or not self._is_time_left):
-            return
-        program, compiled = candidate.program, {tried.program for tried, _ in self._tried}
-        length_of_run = f"up to {num_steps} steps" if num_steps < LONGEST else "until time is over"
-        self._say(f"{candidate}: {'' if program in compiled else 'compiling, then '}{length_of_run}")
-        self._tried.add((candidate, num_steps))
-        config = self._config_of(candidate, num_steps)
-        most = FIRST_SHARE * self._limit_s if num_steps == FIRST_STEPS else math.inf
-
-        def say(line):
-            self._say(prefix + line)
-
+            return None
+        ahead = self._ahead.pop(candidate, None)
         try:
-            trained = _fit_in_memory(
-                config, self._data, say, self._stop, str(candidate), self._members, most, lambda: self._is_given_up
-            )
+            trained = self._train(candidate, num_steps, prefix) if ahead is None else ahead.result()
         except BlowUpError as error:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
-            return
+            return None
+        finally:
+            self._tried.add((candidate, num_steps))
         self._runs.append((candidate, trained))
-        if trained.attempt.num_steps < num_steps and trained.attempt.seconds > 0.9 * most:
+        if trained.attempt.num_steps < num_steps and trained.attempt.seconds > 0.9 * self._most_seconds(num_steps):
             self._is_cut_short = True
+        return trained.attempt
+
+    def _most_seconds(self, num_steps: int) -> float:
+        """Longest time of a run's updates."""
+        return FIRST_SHARE * self._limit_s if num_steps == FIRST_STEPS else math.inf
+
+    def _train(
+        self, candidate: Candidate, num_steps: int, prefix: str, is_given_up: Callable[[], bool] = lambda: False
+    ) -> Outcome:
+        """A run. A prefix of its lines tells it from those that are trained beside it."""
+        compiled = {tried.program for tried, _ in self._tried}
+        length_of_run = f"up to {num_steps} steps" if num_steps < LONGEST else "until time is over"
+        self._say(f"{candidate}: {'' if candidate.program in compiled else 'compiling, then '}{length_of_run}")
+        return _fit_in_memory(
+            self._config_of(candidate, num_steps),
+            self._data,
+            lambda line: self._say(prefix + line),
+            self._stop,
+            str(candidate),
+            self._members,
+            self._most_seconds(num_steps),
+            lambda: self._is_over or is_given_up(),
+        )
 
     def _config_of(self, candidate: Candidate, num_steps: int) -> Config:
         limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}

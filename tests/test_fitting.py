@@ -133,6 +133,37 @@ def test_first_runs_are_trained_at_once_on_as_many_cores_and_say_whose_lines_are
     assert all(f"{attempt.what}: step 1\n" in said for attempt in attempts)
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, monkeypatch, is_ahead):
+    """The run with noise starts before the one of the mixture has ended, and counts only if it would have been the next."""
+    noise_started, given_up, runs = threading.Event(), threading.Event(), []
+
+    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+        runs.append(what.split(", ", 1)[1])
+        if config.model.prior == "mixture":
+            assert noise_started.wait(20)
+            loss, best_step = 1.0, 700
+        elif "noise" in what:
+            noise_started.set()
+            while not is_ahead and not is_given_up():
+                time.sleep(0.01)
+            if not is_ahead:
+                given_up.set()
+            loss, best_step = -1.0, 700
+        else:
+            loss, best_step = 0.0 if is_ahead else 2.0, 50
+        return fitting.Outcome(Attempt(what, loss, best_step, 1000, 1.0), lambda: [fitted[0]])
+
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    attempts = ir.fit(MODES, progress=False).history.attempts
+    mixture, gaussian, noise = "2 normal distributions as prior", "gaussian prior", "gaussian prior, noise of 0.1"
+    assert sorted(runs) == [mixture, gaussian, noise]
+    assert [attempt.what.split(", ", 1)[1] for attempt in attempts] == [mixture, gaussian] + [noise] * is_ahead
+    assert given_up.is_set() != is_ahead
+
+
 def test_an_interrupt_of_a_script_ends_all_runs_that_are_trained_at_once(monkeypatch):
     monkeypatch.delattr(sys, "ps1", raising=False)
     at_once, all_ended = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGINT)), threading.Barrier(3)

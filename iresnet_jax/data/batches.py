@@ -21,6 +21,7 @@ from jaxtyping import Int
 from iresnet_jax.training import parallel
 
 _RESIDENT_SHARE = 1 / 8  # share of a device's memory that a data set may take
+_QUICK_BYTES = 2**16  # of a batch, up to which it is made between two steps
 
 
 def device_batches(
@@ -51,7 +52,8 @@ def device_batches(
         keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
 
     Returns:
-        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device.
+        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device. Those
+        of small batches for a single CPU are NumPy's, which steps take as well.
 
     Raises:
         ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
@@ -72,12 +74,20 @@ def device_batches(
     mesh = Mesh(np.array(devices), ("batch",))
     split = NamedSharding(mesh, PartitionSpec("batch"))
 
+    def shares(batch: Any) -> Any:
+        return jax.tree.map(lambda rows: rows.reshape(len(devices), -1, *rows.shape[1:]), batch)
+
     def place(batch: Any) -> Any:
-        return jax.device_put(jax.tree.map(lambda rows: rows.reshape(len(devices), -1, *rows.shape[1:]), batch), split)
+        return jax.device_put(shares(batch), split)
+
+    def of_host(step: int) -> Any:
+        return jax.tree.map(lambda rows: rows[indices_of(step)], examples)
 
     keep = fits_on_device(examples, devices) if keep_on_device is None else keep_on_device
     if not keep:
-        return _made_ahead(lambda step: place(jax.tree.map(lambda rows: rows[indices_of(step)], examples)), first_step)
+        if _is_quick(examples, batch_size, devices):
+            return (shares(of_host(step)) for step in itertools.count(first_step))
+        return _made_ahead(lambda step: place(of_host(step)), first_step)
 
     @functools.partial(jax.jit, out_shardings=split)
     def take(examples: Any, indices: jax.Array) -> Any:
@@ -95,6 +105,14 @@ def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(examples))
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices if device.platform != "cpu"]
     return len(limits) == len(devices) and all(size <= _RESIDENT_SHARE * limit for limit in limits)
+
+
+def _is_quick(examples: Any, batch_size: int, devices: Sequence[Any]) -> bool:
+    """Whether a thread and a placed copy would take longer than the batch itself: few rows in memory, for a single CPU."""
+    leaves = jax.tree.leaves(examples)
+    is_here = all(type(leaf) is np.ndarray for leaf in leaves)  # no map of a file
+    is_alone = [device.platform for device in devices] == ["cpu"] and jax.process_count() == 1
+    return is_alone and is_here and sum(leaf.nbytes // len(leaf) for leaf in leaves) * batch_size <= _QUICK_BYTES
 
 
 def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:

@@ -25,6 +25,7 @@ STEPS_IN_TIME = 10_000
 LONGEST = 2**31 - 1  # updates, which a state can count
 AHEAD = 2  # steps that may be queued behind the one that runs
 SOON = 5  # steps after which such a run first estimates its length
+EARLY = 0.1  # share of its time up to which a run of so many steps does not estimate that they are too many
 
 CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
 
@@ -216,9 +217,10 @@ class Trainer:
     @property
     def _is_over(self) -> bool:
         """Whether the last validation ended training: at the last step, out of time, or without improvement for too long."""
+        if not self.is_validated or self._is_last_step:
+            return self.is_validated
         patience = self._settings.patience
-        is_stale = bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
-        return self.is_validated and (is_stale or self._is_last_step)
+        return bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
 
     @property
     def _is_validation_due(self) -> bool:
@@ -291,15 +293,18 @@ class Trainer:
         steps = self.step - self._first_step - 1
         if steps < 1 or self._first_step_ended is None:
             return
-        seconds_per_step = (time.monotonic() - self._first_step_ended) / steps
-        left = max(self._limit_s - self.elapsed_s - self._validation_seconds, 0.0) / seconds_per_step
-        horizon = min(self.step + max(int(left), 1), max(self._settings.most_steps, self.step))
+        seconds, most_steps = time.monotonic() - self._first_step_ended, self._settings.most_steps
+        left = max(self._limit_s - self.elapsed_s - self._validation_seconds, 0.0) * steps / seconds
+        if most_steps < LONGEST and seconds < EARLY * self._limit_s:
+            left = most_steps  # a run that may have time for all its steps does not depend on a short pause
+        horizon = min(self.step + max(int(left), 1), max(most_steps, self.step))
         self._estimate = self.agreed(int(min(horizon, LONGEST)))
-        self.state = self.state._replace(horizon=np.int32(self._estimate))
+        if self._estimate != self.horizon:
+            self.state = self.state._replace(horizon=np.int32(self._estimate))
 
     def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
-        window = jax.device_get(self._window)
+        window = parallel.metrics_on_host(self._window)
         means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
         check_finite(means, self.step - len(self._window), self.step, self.advice)
         return means

@@ -85,6 +85,22 @@ def test_batches_are_those_of_the_seed_and_step_a_share_on_each_device(keep_on_d
         assert [shard.data.shape for shard in images.addressable_shards] == [(1, 4, 4, 3, 2)] * 2
 
 
+def test_small_batches_for_one_cpu_are_made_where_they_are_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    step = jax.pmap(lambda total, batch: total + batch.sum(), in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1])
+    total, found = jnp.zeros((), jnp.int32), take(batches.device_batches((IMAGES, LABELS), seed=3, batch_size=10), 5)
+    for number, (images, labels) in enumerate(found):
+        indices = batches.batch_indices(3, number, 10, 50)
+        np.testing.assert_array_equal(images, IMAGES[indices][None])
+        assert type(images) is type(labels) is np.ndarray
+        total = step(total, labels)
+    assert total == LABELS.sum()
+    np.save(tmp_path / "images.npy", IMAGES)
+    for slow in (np.load(tmp_path / "images.npy", mmap_mode="r"), np.repeat(IMAGES, 400, axis=1)):
+        [batch] = take(batches.device_batches(slow, seed=0, batch_size=10), 1)
+        assert isinstance(batch, jax.Array)
+
+
 @both_ways
 def test_batches_go_into_the_parallel_step_as_they_are(keep_on_device):
     def add(total, batch):

@@ -123,6 +123,24 @@ def test_a_time_limit_can_be_brought_forward(run, monkeypatch, settings):
     assert rates[-1] < 0.05 * max(rates)
 
 
+def test_a_pause_at_its_start_leaves_a_run_alone_that_has_time_for_all_its_steps(run, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
+
+    def pause():
+        nonlocal now
+        now += 1.5 if len(paused) < 3 else 0.01
+        paused.append(now)
+
+    rates = []
+    for within in (60.0, math.inf):
+        paused = []
+        made = run(after_step=pause, within=within, total_steps=60, log_every_steps=1)
+        rates.append([record["learning_rate"] for record in made.records if record["split"] == "train"])
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 60
+
+
 def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(run, monkeypatch):
     monkeypatch.setattr(parallel, "num_processes", lambda: 2)
     monkeypatch.setattr(Trainer, "agreed", lambda self, horizon: 40)
