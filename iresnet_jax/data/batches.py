@@ -52,8 +52,8 @@ def device_batches(
         keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
 
     Returns:
-        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device. Those
-        of small batches for a single CPU are NumPy's, which steps take as well.
+        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device, or
+        NumPy's where batches are small and for a single CPU, which steps take as well.
 
     Raises:
         ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
