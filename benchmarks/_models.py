@@ -113,5 +113,5 @@ def randomized(model: Any, coeff: float, key: jax.Array) -> Any:
     params = jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
-    frozen = jax.jit(freeze, static_argnums=0)(flow, params)
+    frozen = freeze(flow, params)
     return model.with_(spec=dataclasses.replace(model.spec, flow=flow), weights=frozen)

@@ -196,7 +196,7 @@ def random_block(kind, lipschitz):
         blocks["conv1"]["kernel"] = -jnp.swapaxes(jnp.flip(there, (1, 2)), 3, 4)
         blocks["conv0"]["bias"] = jnp.ones_like(blocks["conv0"]["bias"])
     blocks["actnorm"] = jax.tree.map(jnp.zeros_like, blocks["actnorm"])
-    frozen = jax.jit(freeze, static_argnums=0)(spec, {"stage0": {"blocks": blocks}})
+    frozen = freeze(spec, {"stage0": {"blocks": blocks}})
     return Density(DensitySpec(spec), frozen, priors.standard("gaussian", spec.num_dims))
 
 

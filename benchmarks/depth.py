@@ -33,7 +33,7 @@ def gradient(num_blocks, layout):
     branch = {"hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish", "positional_bias": True}
     flow = FlowSpec((28, 28, 1), (StageSpec(num_blocks, squeeze=2, **branch),), coeff=0.95)
     variables, x = initial_variables(flow, BATCH_SIZE)
-    weights = jax.jit(freeze, static_argnums=0)(flow, variables["params"])
+    weights = freeze(flow, variables["params"])
     spec, prior = DensitySpec(flow, prior_family="logistic"), priors.standard("logistic", flow.num_dims)
     model = Density(spec, weights, prior, estimator=KrylovLogdet(NUM_PRODUCTS), unroll=layout != "scanned")
 

@@ -14,6 +14,7 @@ from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -42,7 +43,7 @@ def weights(flow):
         rng, blocks = np.random.default_rng(0), params[stage.name]["blocks"]
         for layer in stage.branch.layers:
             blocks[layer.name]["bias"] = 0.3 * rng.normal(size=blocks[layer.name]["bias"].shape).astype(np.float32)
-    return jax.device_get(kept.frozen(flow, params))
+    return jax.device_get(freeze(flow, params))
 
 
 @functools.cache

@@ -57,13 +57,10 @@ def random_params(flow, seed=0):
     return params
 
 
-frozen = jax.jit(freeze, static_argnums=0)
-
-
 @functools.cache
 def weights(flow, seed=0):
-    """Frozen weights of a flow: specs that differ in their priors or transforms share their program."""
-    return frozen(flow, random_params(flow, seed))
+    """Frozen weights of a flow."""
+    return freeze(flow, random_params(flow, seed))
 
 
 @functools.cache

@@ -198,11 +198,13 @@ def _perturb(model, y, noise, certified, key: Key[Array, ""]) -> Perturbed:
         return d * (size / jnp.maximum(example_norm(d), 1e-30)).reshape(-1, 1, 1, 1)
 
     direction = jax.lax.fori_loop(0, NUM_ITERATIONS, lambda _, d: of_norm(pull(push(d))[0], 1.0), of_norm(normal, 1.0))
-    ratios, within = [], jnp.ones(len(y), bool)
-    for d in (noise * normal, of_norm(direction, size), of_norm(direction, SMALL * size)):
+
+    def moved_by(d):
         after, info_after = model.invert(y + d)
         moved, norm = example_norm(after - before), example_norm(d)
         slack = info.error_bound + info_after.error_bound + jnp.finfo(y.dtype).eps * certified * (example_norm(y) + norm)
-        ratios.append(moved / norm)
-        within &= moved <= certified * norm + slack
-    return Perturbed(ratios[0], jnp.maximum(ratios[1], ratios[2]), within)
+        return moved / norm, moved <= certified * norm + slack
+
+    perturbations = noise * normal, of_norm(direction, size), of_norm(direction, SMALL * size)
+    ratios, within = jax.lax.map(moved_by, jnp.stack(perturbations))
+    return Perturbed(ratios[0], jnp.maximum(ratios[1], ratios[2]), within.all(axis=0))

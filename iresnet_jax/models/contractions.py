@@ -177,19 +177,7 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     Kernels are scaled by guaranteed bounds of their norms; the branches' ``norms`` are those of the scaled and rounded kernels.
     Blocks are computed one after the other, so memory does not grow with depth.
     """
-
-    def of_block(branch, block):
-        def bound(state, is_scaled):  # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
-            weights, _ = state
-            found = branch.norm_bounds(weights)
-            scaled = branch.certified(weights, found, coeff=spec.coeff, budget=spec.budget).branch.weights
-            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), weights, scaled), found), None
-
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block))
-        weights, bounds = jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
-        return branch.with_bounds(weights, bounds, coeff=spec.coeff)
-
-    return _with_bounds(spec, params, of_block)
+    return _by_stage(spec, params, lambda branch, blocks: _frozen(branch, spec.coeff, spec.budget, blocks))
 
 
 def with_bounds(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
@@ -200,20 +188,38 @@ def with_bounds(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> di
         params: The parameters.
         constrained: Whether a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
     """
-    return _as_they_are(spec, spec.coeff if constrained else math.inf, params)
+    coeff = spec.coeff if constrained else math.inf
+    return _by_stage(spec, params, lambda branch, blocks: _as_they_are(branch, coeff, blocks))
+
+
+def _by_stage(spec: FlowSpec, params: Tree, of_blocks: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
+    """Blocks of branches by stage; stages of one architecture share a program."""
+    weights = {}
+    for stage in spec.all_stages:
+        scale, blocks = _parts(stage, params)
+        weights[stage.name] = Block(scale, of_blocks(stage.branch, blocks))
+    return weights
+
+
+@functools.partial(quick_jit, static_argnums=(0, 1, 2))
+def _frozen(branch: BranchSpec, coeff: float, budget: str, blocks: Tree) -> Branch:
+    def of_block(block):
+        def bound(state, is_scaled):  # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
+            weights, _ = state
+            found = branch.norm_bounds(weights)
+            scaled = branch.certified(weights, found, coeff=coeff, budget=budget).branch.weights
+            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), weights, scaled), found), None
+
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block))
+        weights, bounds = jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
+        return branch.with_bounds(weights, bounds, coeff=coeff)
+
+    return jax.lax.map(of_block, blocks).sealed()
 
 
 @functools.partial(quick_jit, static_argnums=(0, 1))
-def _as_they_are(spec: FlowSpec, coeff: float, params: Tree) -> dict[str, Block]:
-    return _with_bounds(spec, params, lambda branch, block: branch.with_bounds(block, branch.norm_bounds(block), coeff=coeff))
-
-
-def _with_bounds(spec: FlowSpec, params: Tree, of_block: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
-    weights = {}
-    for stage in spec.all_stages:
-        scale, of_branch = _parts(stage, params)
-        weights[stage.name] = Block(scale, jax.lax.map(functools.partial(of_block, stage.branch), of_branch).sealed())
-    return weights
+def _as_they_are(branch: BranchSpec, coeff: float, blocks: Tree) -> Branch:
+    return jax.lax.map(lambda block: branch.with_bounds(block, branch.norm_bounds(block), coeff=coeff), blocks).sealed()
 
 
 def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " k"]) -> dict[str, Block]:

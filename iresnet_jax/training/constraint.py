@@ -110,10 +110,9 @@ def certified_weights(spec: Spec, stages: Any) -> Any:
     """Weights to use after training, of the parameters of all stages; see `certified_model`."""
     if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
         return stages
-    return _freeze(spec.flow, stages) if spec.constrained else contractions.with_bounds(spec.flow, stages, constrained=False)
-
-
-_freeze = quick_jit(contractions.freeze, static_argnums=(0,))  # one function: runs of one architecture share its program
+    if spec.constrained:
+        return contractions.freeze(spec.flow, stages)
+    return contractions.with_bounds(spec.flow, stages, constrained=False)
 
 
 def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:

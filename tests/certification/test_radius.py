@@ -14,6 +14,7 @@ from iresnet_jax import certify
 from iresnet_jax.certification.head import Head
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.head import initial_head
 
 LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
@@ -44,7 +45,7 @@ SPECS = {
 def model(name):
     """A classifier with random weights, its head's statistics those of random features."""
     spec = SPECS[name]
-    frozen = kept.frozen(spec.flow, kept.random_params(spec.flow, seed=3))
+    frozen = freeze(spec.flow, kept.random_params(spec.flow, seed=3))
     channels, rng = spec.feature_shape[-1], np.random.default_rng(1)
     statistics = {"head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}}
     head = initial_head(jax.random.key(4), channels, CLASSES)

@@ -19,6 +19,7 @@ from iresnet_jax.certification.products import linearize, products_at
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -129,7 +130,7 @@ def test_jacobians_of_kernels_wider_than_the_torus_change_no_faster_than_stated(
     for layer in params["stage0"]["blocks"].values():
         if "kernel" in layer:
             layer["kernel"] = np.ones_like(layer["kernel"])
-    own = Density(DensitySpec(flow), kept.frozen(flow, params), {})
+    own = Density(DensitySpec(flow), freeze(flow, params), {})
     end, length = np.ones((1, flow.num_dims)) / np.sqrt(flow.num_dims), 1e-3
     with jax.enable_x64(True):
         stated = PreparedFlow.of(own).constants.second[0]

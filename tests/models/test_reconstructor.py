@@ -11,6 +11,7 @@ import pytest
 
 from iresnet_jax import certify, load
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec, block_coeff
 
 L = 0.9
@@ -27,7 +28,7 @@ def model():
             name: {**layer, "kernel": 5 * layer["kernel"]} for name, layer in stage["blocks"].items() if name != "actnorm"
         }
     with jax.enable_x64(False):
-        return Reconstructor(SPEC, kept.frozen(SPEC.flow, params))
+        return Reconstructor(SPEC, freeze(SPEC.flow, params))
 
 
 X = np.random.default_rng(0).uniform(size=(3, 4, 4, 1)).astype(np.float32)

@@ -20,7 +20,7 @@ from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.contractions import as_params
+from iresnet_jax.models.contractions import as_params, freeze
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.models.saved import Spec, model_of, read
@@ -35,7 +35,7 @@ CLASSIFIER = ClassifierSpec(FLOW, (4, 4, 1), 3, 4)
 @functools.cache
 def params():
     """Twice as large as drawn, so that the budget binds."""
-    return as_params(kept.frozen(FLOW, jax.tree.map(lambda a: 2 * a, kept.random_params(FLOW))))
+    return as_params(freeze(FLOW, jax.tree.map(lambda a: 2 * a, kept.random_params(FLOW))))
 
 
 @pytest.fixture(scope="module")
