@@ -228,9 +228,8 @@ class _Race:
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
         self._blow_up: BlowUpError | None = None  # of the last run that failed
         self._is_cut_short = False  # whether time ended a first run, which then says little
-        self._is_over = False  # which ends the runs beside
-        self._ahead: dict[Candidate, concurrent.futures.Future[Outcome]] = {}  # a run that was started before its turn
-        self._is_ahead_wanted = False
+        self._is_over = False  # which ends all runs that are still trained
+        self._ahead: dict[Candidate, concurrent.futures.Future[Outcome]] = {}  # the run that was started before its turn
 
     def best(self, contenders: Sequence[Candidate]) -> Any:
         """The model that is best on validation, with all attempts in its history."""
@@ -241,6 +240,7 @@ class _Race:
                 ended = self._run_all(contenders, pool if at_once > 1 else None)
             finally:
                 self._is_over = True
+                pool.shutdown(wait=False, cancel_futures=True)
         leader = self._leader[1]
         best, attempts = leader.attempt, tuple(trained.attempt for _, trained in self._runs)
         among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
@@ -304,31 +304,35 @@ class _Race:
     def _run_first(self, contenders: Sequence[Candidate], pool: concurrent.futures.Executor) -> None:
         """The first runs, as many at once as there are threads: the steps of each keep no more than one core busy.
 
-        Where one ends before the others, the run that follows if it leads goes ahead on its core, if it needs no compilation.
+        Once one has ended, the run that would follow it, were it to lead, starts on the free core, if its program is compiled.
+        It counts only if that one does lead.
         """
 
         def first(candidate):
             return candidate, self._run(candidate, FIRST_STEPS, f"{candidate}: ")
 
-        def ahead(candidate):
-            return self._train(candidate, FIRST_STEPS, f"{candidate}: ", lambda: not self._is_ahead_wanted)
+        def ahead(milder, leader):
+            return self._train(milder, FIRST_STEPS, f"{milder}: ", lambda: not self._is_next(leader))
 
         runs = [pool.submit(parallel.in_this_precision(first), candidate) for candidate in contenders]
-        leader = None  # whom the run ahead follows
+        followed = None
         for done in concurrent.futures.as_completed(runs):
             candidate, last = done.result()
-            milder = last and self._milder(candidate, last)
-            if milder and leader is None and milder.program == candidate.program and not all(run.done() for run in runs):
-                leader, self._is_ahead_wanted = candidate, True
-                self._ahead[milder] = pool.submit(parallel.in_this_precision(ahead), milder)
+            if followed is None and not all(run.done() for run in runs) and last and self._is_next(candidate):
+                milder = self._milder(candidate, last)
+                if milder and milder.program == candidate.program:
+                    followed, self._ahead[milder] = candidate, pool.submit(parallel.in_this_precision(ahead), milder, candidate)
         self._runs.sort(key=lambda trained: contenders.index(trained[0]))
-        if not self._runs or self._leader[0] != leader or self._is_cut_short:
-            self._is_ahead_wanted = False
-            self._ahead.clear()
+        if followed and not self._is_next(followed):
+            self._say(f"{self._ahead.popitem()[0]}: ended, as another run is ahead")
+
+    def _is_next(self, leader: Candidate) -> bool:
+        """Whether this candidate leads, and what follows it is the next run."""
+        return self._leader[0] == leader and not self._is_cut_short and not self._stop.received
 
     def _run(self, candidate: Candidate, num_steps: int, prefix: str = "") -> Attempt | None:
         """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone."""
-        if self._runs and (self._stop.received or not self._is_time_left):
+        if self._is_over or (self._runs and (self._stop.received or not self._is_time_left)):
             return None
         ahead = self._ahead.pop(candidate, None)
         try:
@@ -337,6 +341,9 @@ class _Race:
             self._blow_up = error
             self._say(f"{candidate}: given up, {error}")
             return None
+        except BaseException:
+            self._is_over = True
+            raise
         finally:
             self._tried.add((candidate, num_steps))
         self._runs.append((candidate, trained))
@@ -352,7 +359,7 @@ class _Race:
         self, candidate: Candidate, num_steps: int, prefix: str, is_given_up: Callable[[], bool] = lambda: False
     ) -> Outcome:
         """A run. A prefix of its lines tells it from those that are trained beside it."""
-        compiled = {tried.program for tried, _ in self._tried}
+        compiled = {tried.program for tried, _ in tuple(self._tried)}
         length_of_run = f"up to {num_steps} steps" if num_steps < LONGEST else "until time is over"
         self._say(f"{candidate}: {'' if candidate.program in compiled else 'compiling, then '}{length_of_run}")
         return _fit_in_memory(

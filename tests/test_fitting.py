@@ -1,5 +1,6 @@
 """`fit`: what it chooses, what it refuses, and that it is the code of ``train.py``."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -134,7 +135,7 @@ def test_first_runs_are_trained_at_once_on_as_many_cores_and_say_whose_lines_are
 
 
 @pytest.mark.parametrize("is_ahead", [True, False])
-def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, monkeypatch, is_ahead):
+def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, monkeypatch, capfd, is_ahead):
     """The run with noise starts before the one of the mixture has ended, and counts only if it would have been the next."""
     noise_started, given_up, runs = threading.Event(), threading.Event(), []
 
@@ -157,11 +158,37 @@ def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, mo
     monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
     monkeypatch.setattr(fitting, "num_cores", lambda: 2)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    attempts = ir.fit(MODES, progress=False).history.attempts
+    attempts = ir.fit(MODES).history.attempts
     mixture, gaussian, noise = "2 normal distributions as prior", "gaussian prior", "gaussian prior, noise of 0.1"
     assert sorted(runs) == [mixture, gaussian, noise]
     assert [attempt.what.split(", ", 1)[1] for attempt in attempts] == [mixture, gaussian] + [noise] * is_ahead
     assert given_up.is_set() != is_ahead
+    assert ("noise of 0.1: ended, as another run is ahead" in capfd.readouterr().err) != is_ahead
+
+
+def test_no_run_starts_after_an_error_in_one_that_is_trained_beside_others(monkeypatch):
+    """Of three candidates on two cores, the third waits for a core."""
+    at_once, started = threading.Barrier(2), []
+    data = from_arrays("a", Arrays(MODES), fractions=(0.1, 0.0))
+
+    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+        started.append(what)
+        at_once.wait(20)
+        if len(started) == 2 and what == started[0]:
+            raise ValueError("wrong in some way")
+        while not is_given_up():
+            time.sleep(0.01)
+        raise BlowUpError
+
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+    found = [plain_candidate(choose_settings(data), data)]
+    found += [dataclasses.replace(found[0], size=size) for size in ("small", "large")]
+    monkeypatch.setattr(fitting, "candidates", lambda *_: found)
+    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="wrong in some way"):
+        ir.fit(MODES, progress=False)
+    assert len(started) == 2
 
 
 def test_an_interrupt_of_a_script_ends_all_runs_that_are_trained_at_once(monkeypatch):

@@ -1,13 +1,14 @@
-"""Which examples make up a batch, as a pure function of the step, and batches on the devices, ready when their step begins.
+"""Which examples make up a batch, as a pure function of the step, and batches that are ready when their step begins.
 
 A resumed run sees the very batches it would have seen: only the seed and the step decide about indices, and no checkpoint holds
 the state of a data loader. A data set that fits is copied to every device once and indexed there: a step then costs the
-transfer of its indices. Others are read from their memory map and copied. Both give the same batches, and one thread makes the
-next of them while the step runs.
+transfer of its indices. Others are read from their memory map and copied. One thread makes the next batch while the step runs,
+unless batches are so small, and for a single CPU, that a thread would take longer. All ways give the same batches.
 """
 
 import functools
 import itertools
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,7 +36,7 @@ def device_batches(
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
     The seed, or the seeds, and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or
-    drop it, to end its thread.
+    drop it, to end a thread of its.
 
     Example::
 
@@ -52,8 +53,8 @@ def device_batches(
         keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
 
     Returns:
-        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device, or
-        NumPy's where batches are small and for a single CPU, which steps take as well.
+        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device.
+        Small batches for a single CPU are arrays of NumPy, which steps take as well.
 
     Raises:
         ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
@@ -80,13 +81,16 @@ def device_batches(
     def place(batch: Any) -> Any:
         return jax.device_put(shares(batch), split)
 
+    def in_jax_dtypes(batch: Any) -> Any:
+        return jax.tree.map(lambda rows: rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False), batch)
+
     def of_host(step: int) -> Any:
         return jax.tree.map(lambda rows: rows[indices_of(step)], examples)
 
     keep = fits_on_device(examples, devices) if keep_on_device is None else keep_on_device
     if not keep:
-        if _is_quick(examples, batch_size, devices):
-            return (shares(of_host(step)) for step in itertools.count(first_step))
+        if _is_quick(examples, batch_size * np.size(seed), devices):
+            return (in_jax_dtypes(shares(of_host(step))) for step in itertools.count(first_step))
         return _made_ahead(lambda step: place(of_host(step)), first_step)
 
     @functools.partial(jax.jit, out_shardings=split)
@@ -107,12 +111,19 @@ def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:
     return len(limits) == len(devices) and all(size <= _RESIDENT_SHARE * limit for limit in limits)
 
 
-def _is_quick(examples: Any, batch_size: int, devices: Sequence[Any]) -> bool:
-    """Whether a thread and a placed copy would take longer than the batch itself: few rows in memory, for a single CPU."""
+def _is_quick(examples: Any, num_rows: int, devices: Sequence[Any]) -> bool:
+    """Whether a thread and a placed copy would take longer than a batch: few rows that are in memory, for a single CPU."""
     leaves = jax.tree.leaves(examples)
-    is_here = all(type(leaf) is np.ndarray for leaf in leaves)  # no map of a file
     is_alone = [device.platform for device in devices] == ["cpu"] and jax.process_count() == 1
-    return is_alone and is_here and sum(leaf.nbytes // len(leaf) for leaf in leaves) * batch_size <= _QUICK_BYTES
+    num_bytes = num_rows * sum(leaf.nbytes // len(leaf) for leaf in leaves)
+    return is_alone and num_bytes <= _QUICK_BYTES and not any(map(_is_of_a_file, leaves))
+
+
+def _is_of_a_file(array: Any) -> bool:
+    """Whether an array is a view of a file, also where its type does not say so."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)
+    return array is not None
 
 
 def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:

@@ -179,7 +179,8 @@ def quick_jit(
     def call(*arguments):
         given = tuple(argument for place, argument in enumerate(arguments) if place not in static_argnums)
         leaves = jax.tree.leaves(given)
-        if not all(isinstance(leaf, _ARRAYS) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        is_within = any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, jnp.asarray(0.0)])  # new ones are a program's
+        if is_within or not all(isinstance(leaf, _ARRAYS) for leaf in leaves):
             return function(*arguments)
         with _speed("quick"), _precise():
             options = quick_options(is_rare=is_rare)

@@ -197,7 +197,7 @@ def _by_stage(spec: FlowSpec, params: Tree, of_blocks: Callable[[BranchSpec, Tre
     weights = {}
     for stage in spec.all_stages:
         scale, blocks = _parts(stage, params)
-        weights[stage.name] = Block(scale, of_blocks(stage.branch, blocks))
+        weights[stage.name] = Block(ActNormParams(*map(jnp.asarray, scale)), of_blocks(stage.branch, blocks))
     return weights
 
 

@@ -25,7 +25,7 @@ STEPS_IN_TIME = 10_000
 LONGEST = 2**31 - 1  # updates, which a state can count
 AHEAD = 2  # steps that may be queued behind the one that runs
 SOON = 5  # steps after which such a run first estimates its length
-EARLY = 0.1  # share of its time up to which a run of so many steps does not estimate that they are too many
+EARLY = 0.1  # share of the time for steps before which a run that has a number of steps estimates no other
 
 CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
 
@@ -293,10 +293,11 @@ class Trainer:
         steps = self.step - self._first_step - 1
         if steps < 1 or self._first_step_ended is None:
             return
-        seconds, most_steps = time.monotonic() - self._first_step_ended, self._settings.most_steps
-        left = max(self._limit_s - self.elapsed_s - self._validation_seconds, 0.0) * steps / seconds
-        if most_steps < LONGEST and seconds < EARLY * self._limit_s:
-            left = most_steps  # a run that may have time for all its steps does not depend on a short pause
+        seconds, left_s = time.monotonic() - self._first_step_ended, self._limit_s - self.elapsed_s
+        most_steps, is_alone = self._settings.most_steps, parallel.num_processes() == 1  # others estimate at the same steps
+        if is_alone and most_steps < LONGEST and seconds < EARLY * (seconds + left_s):
+            return  # a short pause at its start does not change a run that has time for all its steps
+        left = max(left_s - self._validation_seconds, 0.0) * steps / seconds
         horizon = min(self.step + max(int(left), 1), max(most_steps, self.step))
         self._estimate = self.agreed(int(min(horizon, LONGEST)))
         if self._estimate != self.horizon:

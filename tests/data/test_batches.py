@@ -95,9 +95,13 @@ def test_small_batches_for_one_cpu_are_made_where_they_are_taken(monkeypatch, tm
         assert type(images) is type(labels) is np.ndarray
         total = step(total, labels)
     assert total == LABELS.sum()
+    [batch] = take(batches.device_batches(np.ones(50), seed=0, batch_size=10), 1)
+    assert batch.dtype == np.float32  # as one on a device
     np.save(tmp_path / "images.npy", IMAGES)
-    for slow in (np.load(tmp_path / "images.npy", mmap_mode="r"), np.repeat(IMAGES, 400, axis=1)):
-        [batch] = take(batches.device_batches(slow, seed=0, batch_size=10), 1)
+    of_a_file = np.load(tmp_path / "images.npy", mmap_mode="r")
+    many = np.repeat(IMAGES, 400, axis=1)
+    for slow in ({"examples": of_a_file}, {"examples": np.asarray(of_a_file)}, {"examples": many}, {"seed": tuple(range(400))}):
+        [batch] = take(batches.device_batches(**{"examples": IMAGES, "seed": 0, "batch_size": 10, **slow}), 1)
         assert isinstance(batch, jax.Array)
 
 

@@ -110,6 +110,10 @@ def test_within_another_program_options_are_those_of_that_one(without_flags):
     assert float(jax.jit(inner)(1.0)) == 2
     np.testing.assert_array_equal(jax.vmap(inner)(jnp.ones(2)), [2, 2])
     assert float(jax.grad(inner)(1.0)) == 2
+    constant = jnp.ones(())  # which does not depend on the other program's arguments
+    assert float(jax.jit(lambda x: x * inner(constant))(3.0)) == 6
+    np.testing.assert_array_equal(jax.lax.map(lambda x: x * inner(constant), np.float32([3, 4])), [6, 8])
+    np.testing.assert_array_equal(jax.vmap(lambda x: x * inner(constant))(jnp.ones(2)), [3, 3])  # here it is no part of one
 
 
 def test_objects_that_are_no_arrays_run_as_they_are(without_flags):

@@ -141,6 +141,28 @@ def test_a_pause_at_its_start_leaves_a_run_alone_that_has_time_for_all_its_steps
     assert len(rates[0]) == 60
 
 
+def test_a_run_that_goes_on_shortly_before_its_end_keeps_its_length(run, monkeypatch):
+    """Its steps so far took nearly all of the time: the length that was estimated then stands, and is estimated anew soon."""
+    now = 90.0
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
+    monkeypatch.setattr(Trainer, "elapsed_s", property(lambda self: now))
+
+    def restored(self, fresh):
+        return fresh._replace(step=jnp.int32(190), horizon=np.int32(200)), 190, []
+
+    monkeypatch.setattr(Trainer, "restored", restored)
+    horizons = []
+
+    def after_step():
+        nonlocal now
+        now += 0.3
+
+    monkeypatch.setattr(Trainer, "record", lambda self, *_: horizons.append(self.horizon))
+    made = run(after_step=after_step, minutes=100 / 60, total_steps=1000, log_every_steps=1, eval_every_steps=100_000)
+    assert max(horizons) < 240
+    assert made.step == made.horizon < 240
+
+
 def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(run, monkeypatch):
     monkeypatch.setattr(parallel, "num_processes", lambda: 2)
     monkeypatch.setattr(Trainer, "agreed", lambda self, horizon: 40)
