@@ -324,7 +324,7 @@ class _Race:
                     followed, self._ahead[milder] = candidate, pool.submit(parallel.in_this_precision(ahead), milder, candidate)
         self._runs.sort(key=lambda trained: contenders.index(trained[0]))
         if followed and not self._is_next(followed):
-            self._say(f"{self._ahead.popitem()[0]}: ended, as another run is ahead")
+            self._say(f"{self._ahead.popitem()[0]}: ended, as it is not the next run")
 
     def _is_next(self, leader: Candidate) -> bool:
         """Whether this candidate leads, and what follows it is the next run."""

@@ -163,7 +163,7 @@ def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, mo
     assert sorted(runs) == [mixture, gaussian, noise]
     assert [attempt.what.split(", ", 1)[1] for attempt in attempts] == [mixture, gaussian] + [noise] * is_ahead
     assert given_up.is_set() != is_ahead
-    assert ("noise of 0.1: ended, as another run is ahead" in capfd.readouterr().err) != is_ahead
+    assert ("noise of 0.1: ended, as it is not the next run" in capfd.readouterr().err) != is_ahead
 
 
 def test_no_run_starts_after_an_error_in_one_that_is_trained_beside_others(monkeypatch):
