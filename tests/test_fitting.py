@@ -166,6 +166,29 @@ def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, mo
     assert ("noise of 0.1: ended, as it is not the next run" in capfd.readouterr().err) != is_ahead
 
 
+def test_no_core_starts_on_another_run_after_a_signal(fitted, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    gaussian_ended, runs = threading.Event(), []
+
+    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+        runs.append(what)
+        if config.model.prior == "gaussian":
+            os.kill(os.getpid(), signal.SIGINT)
+            while stop.received is None:
+                time.sleep(0.01)
+            gaussian_ended.set()
+        else:
+            assert gaussian_ended.wait(20)
+            time.sleep(0.3)  # the other one is seen to have ended first
+        return fitting.Outcome(Attempt(what, 1.0, 50, 1000, 1.0), lambda: [fitted[0]])
+
+    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
+    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert ir.fit(MODES, progress=False).history.ended == "it was stopped"
+    assert len(runs) == 2
+
+
 def test_no_run_starts_after_an_error_in_one_that_is_trained_beside_others(monkeypatch):
     """Of three candidates on two cores, the third waits for a core."""
     at_once, started = threading.Barrier(2), []

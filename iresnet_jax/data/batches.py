@@ -36,7 +36,7 @@ def device_batches(
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
     The seed, or the seeds, and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or
-    drop it, to end a thread of its.
+    drop it, to end its thread, if it has one.
 
     Example::
 
@@ -75,30 +75,24 @@ def device_batches(
     mesh = Mesh(np.array(devices), ("batch",))
     split = NamedSharding(mesh, PartitionSpec("batch"))
 
-    def shares(batch: Any) -> Any:
-        return jax.tree.map(lambda rows: rows.reshape(len(devices), -1, *rows.shape[1:]), batch)
-
-    def place(batch: Any) -> Any:
-        return jax.device_put(shares(batch), split)
-
-    def in_jax_dtypes(batch: Any) -> Any:
-        return jax.tree.map(lambda rows: rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False), batch)
+    def share(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(len(devices), -1, *rows.shape[1:]).astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
 
     def of_host(step: int) -> Any:
-        return jax.tree.map(lambda rows: rows[indices_of(step)], examples)
+        return jax.tree.map(lambda rows: share(rows[indices_of(step)]), examples)
 
     keep = fits_on_device(examples, devices) if keep_on_device is None else keep_on_device
     if not keep:
         if _is_quick(examples, batch_size * np.size(seed), devices):
-            return (in_jax_dtypes(shares(of_host(step))) for step in itertools.count(first_step))
-        return _made_ahead(lambda step: place(of_host(step)), first_step)
+            return (of_host(step) for step in itertools.count(first_step))
+        return _made_ahead(lambda step: jax.device_put(of_host(step), split), first_step)
 
     @functools.partial(jax.jit, out_shardings=split)
     def take(examples: Any, indices: jax.Array) -> Any:
         return jax.tree.map(lambda rows: jnp.take(rows, indices, axis=0, mode="clip"), examples)  # no checks, no filling
 
     resident = jax.device_put(examples, NamedSharding(mesh, PartitionSpec()))
-    return _made_ahead(lambda step: take(resident, place(indices_of(step).astype(np.int32))), first_step)
+    return _made_ahead(lambda step: take(resident, jax.device_put(share(indices_of(step).astype(np.int32)), split)), first_step)
 
 
 def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:

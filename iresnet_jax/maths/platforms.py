@@ -179,11 +179,12 @@ def quick_jit(
     def call(*arguments):
         given = tuple(argument for place, argument in enumerate(arguments) if place not in static_argnums)
         leaves = jax.tree.leaves(given)
-        is_within = any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, jnp.asarray(0.0)])  # new ones are a program's
+        options = quick_options(is_rare=is_rare)
+        # Options are of whole programs. While another one is traced, a new array is part of it.
+        is_within = any(isinstance(leaf, jax.core.Tracer) for leaf in ([*leaves, jnp.asarray(0.0)] if options else leaves))
         if is_within or not all(isinstance(leaf, _ARRAYS) for leaf in leaves):
             return function(*arguments)
         with _speed("quick"), _precise():
-            options = quick_options(is_rare=is_rare)
             jitted, found = program(*options.items()), None
             if _find is not None and _are_on_first_device(leaves):
                 bound = tuple(arguments[place] for place in static_argnums)

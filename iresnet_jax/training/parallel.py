@@ -329,7 +329,7 @@ def on_first_device(tree: Any) -> Any:
 
 
 def metrics_on_host(tree: Any) -> Any:
-    """Small arrays as arrays of NumPy: on CPUs, where nothing is copied, a tenth of the time of ``jax.device_get``."""
+    """Small arrays as arrays of NumPy: on CPUs, where nothing is copied, sooner than by ``jax.device_get``."""
     return jax.tree.map(np.asarray, tree) if platforms.platform() == "cpu" else jax.device_get(tree)
 
 

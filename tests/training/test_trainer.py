@@ -163,10 +163,11 @@ def test_a_run_that_goes_on_shortly_before_its_end_keeps_its_length(run, monkeyp
     assert made.step == made.horizon < 240
 
 
-def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(run, monkeypatch):
+@pytest.mark.parametrize("total_steps", [0, 1000])
+def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(run, monkeypatch, total_steps):
     monkeypatch.setattr(parallel, "num_processes", lambda: 2)
     monkeypatch.setattr(Trainer, "agreed", lambda self, horizon: 40)
-    made = run(minutes=60.0, total_steps=0, eval_every_steps=100_000)
+    made = run(minutes=60.0, total_steps=total_steps, eval_every_steps=100_000)
     assert made.step == int(made.state.horizon) == 40
     assert steps(made, "validation") == [*range(3, 40, 3), 40]
 
