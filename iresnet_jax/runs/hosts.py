@@ -28,7 +28,6 @@ from jax.experimental import multihost_utils
 
 from iresnet_jax.checked_dataclasses import first_difference
 from iresnet_jax.runs import signals
-from iresnet_jax.runs.meeting import meet
 from iresnet_jax.training import parallel
 from iresnet_jax.training.parallel import AXIS
 
@@ -65,10 +64,8 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     is_given = any(value is not None for value in (coordinator_address, num_processes, process_id))
     # JAX's own handler of SIGTERM is native and would silence `signals`, which hears Ctrl-C and SIGTERM alike.
     jax.config.update("jax_enable_preemption_service", val=False)
-    if coordinator_address is not None and num_processes is not None and process_id is not None:
-        if not 0 <= process_id < num_processes:
-            raise ValueError(f"--process_id must lie in [0, {num_processes}), the --num_processes, got {process_id}")
-        meet(coordinator_address, num_processes, process_id, INITIALIZATION_S)
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id must lie in [0, {num_processes}), the --num_processes, got {process_id}")
     try:
         jax.distributed.initialize(
             coordinator_address,
