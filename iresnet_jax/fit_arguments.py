@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import jax
 
 from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import single_key
 from iresnet_jax.models.architecture import StageSpec
 
 KINDS: dict[str, Any] = {
@@ -45,15 +45,6 @@ def checked_options(**options: Any) -> dict[str, Any]:
     return {**found, "settings": dict(settings), "workdir": workdir}
 
 
-def seeds_of(key: Any) -> int | tuple[int, ...]:
-    """The seed of a run for a key, 0 without one, or the seeds for an array of keys.
-
-    Raises:
-        ValueError: If it is no key, or an array of none or of more than one axis.
-    """
-    if key is None:
-        return 0
-    if (key := typed_key(key)).ndim > 1 or not key.size:
-        raise ValueError(f"key must be a key, or an array (n,) of keys for as many models, got keys of shape {key.shape}")
-    seeds = tuple(int(jax.random.bits(one, dtype="uint32")) for one in key.reshape(-1))
-    return seeds if key.ndim else seeds[0]
+def seed_of(key: Any) -> int:
+    """The seed of a run for a key, 0 without one."""
+    return 0 if key is None else int(jax.random.bits(single_key(key), dtype="uint32"))

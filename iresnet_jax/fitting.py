@@ -15,7 +15,7 @@ import jax
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.given import data_of
-from iresnet_jax.fit_arguments import checked_options, seeds_of
+from iresnet_jax.fit_arguments import checked_options, seed_of
 from iresnet_jax.fit_settings import (
     FIRST_SHARE,
     FIRST_STEPS,
@@ -41,7 +41,6 @@ from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_
 from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.together import Together, TrainerTogether
 from iresnet_jax.training.trainer import LONGEST, BlowUpError, Trainer, TrainingConfig
 
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
@@ -87,9 +86,7 @@ def fit(
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
-        key: Source of all randomness; that of seed 0 by default. An array of keys gives a list of as many models: those of
-            vectors are trained at once, by one program and with the settings that are best on average, those of images one by
-            one, each in as many minutes.
+        key: Source of all randomness; that of seed 0 by default. Several models take a loop over keys.
         minutes: Longest time for training, compilation included; 3 by default. Training ends earlier once validation no longer
             improves.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
@@ -108,9 +105,7 @@ def fit(
         progress: Whether lines of progress are written to stderr.
 
     Returns:
-        The model, or a list for several keys, with what training saw in its ``history``: the curves of the best run, all
-        attempts, and why they ended. Losses of training are means of the models that were trained at once. After Ctrl-C, the
-        list of models of images may be shorter.
+        The model, with what training saw in its ``history``: the curves of the best run, all attempts, and why they ended.
 
     Raises:
         ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
@@ -151,12 +146,7 @@ def fit(
     if stages is not None:
         given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
     chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
-    seeds = seeds_of(key)
-    members = seeds if isinstance(seeds, tuple) else ()  # of several models
-    if members and (workdir is not None or "seed" in given):
-        what = "a workdir" if workdir is not None else "the setting seed"
-        raise ValueError(f"{what} is of one model, got {len(members)} keys: give a single key, or none")
-    config = with_settings(choose_settings(data, **chosen, seed=seeds[0] if isinstance(seeds, tuple) else seeds), given)
+    config = with_settings(choose_settings(data, **chosen, seed=seed_of(key)), given)
     say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
@@ -165,7 +155,7 @@ def fit(
     is_race = workdir is None and steps is None
     if is_race and (contenders := candidates(config, data, given)):
         with _stop_requests() as stop:
-            return _Race(config, data, given, say, stop, members, began).best(contenders)
+            return _Race(config, data, given, say, stop, began).best(contenders)
     # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
     plain = plain_candidate(config, data, given)
     config = with_settings(config, {**(plain.settings if plain else {}), **given})
@@ -174,16 +164,7 @@ def fit(
     if workdir is not None:
         return _fit_on_disk(config, data, Path(workdir).expanduser(), say)
     with _stop_requests() as stop:
-        if not members or len(data.event_shape) == 1:
-            found = _fit_in_memory(config, data, say, stop, "", members).models()
-            return found if members else found[0]
-        models = []  # of images, whose convolutions are no faster together
-        for seed in members:
-            if stop.received is None:
-                models += _fit_in_memory(dataclasses.replace(config, seed=seed), data, say, stop).models()
-        if stop.received:
-            say(f"stopped by {stop.received.name}: {len(models)} of {len(members)} models")
-        return models
+        return _fit_in_memory(config, data, say, stop).model()
 
 
 def _stop_requests() -> StopRequests:
@@ -191,10 +172,10 @@ def _stop_requests() -> StopRequests:
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: how it went, and its models, certified when they are asked for; several were trained together."""
+    """What a run leaves: how it went, and its model, certified when it is asked for."""
 
     attempt: Attempt
-    models: Callable[[], list[Any]]
+    model: Callable[[], Any]
 
 
 class _Race:
@@ -208,7 +189,6 @@ class _Race:
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
         stop: Notes a signal, at which the race ends.
-        members: Seeds of several models that are wanted; empty for one.
         began: When the time started that is limited: mixtures of many columns take long to fit.
     """
 
@@ -219,10 +199,9 @@ class _Race:
         given: Mapping[str, Any],
         say: Say,
         stop: StopRequests,
-        members: tuple[int, ...],
         began: float,
     ):
-        self._config, self._data, self._given, self._say, self._stop, self._members = config, data, given, say, stop, members
+        self._config, self._data, self._given, self._say, self._stop = config, data, given, say, stop
         self._began, self._limit_s = began, 60 * config.training.minutes or math.inf
         self._runs: list[tuple[Candidate, Outcome]] = []
         self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
@@ -245,11 +224,8 @@ class _Race:
         best, attempts = leader.attempt, tuple(trained.attempt for _, trained in self._runs)
         among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
         self._say(f"{best.what}: validation {best.loss:.4f} at step {best.best_step}{among}; {ended}")
-
-        models = [
-            model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended)) for model in leader.models()
-        ]
-        return models if self._members else models[0]
+        model = leader.model()
+        return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
 
     def _run_all(self, contenders: Sequence[Candidate], pool: concurrent.futures.Executor | None) -> str:
         """All runs, the first ones at once where there is a pool of threads; why they ended."""
@@ -368,7 +344,6 @@ class _Race:
             lambda line: self._say(prefix + line),
             self._stop,
             str(candidate),
-            self._members,
             self._most_seconds(num_steps),
             lambda: self._is_over or is_given_up(),
         )
@@ -384,27 +359,21 @@ def _fit_in_memory(
     say: Say,
     stop: StopRequests,
     what: str = "",
-    members: tuple[int, ...] = (),
     seconds: float = math.inf,
     is_given_up: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """One training run in memory, which ends once a signal is noted or it is given up.
 
-    The seeds of several members are of models that are trained together. A run may be limited to some seconds of
-    updates, whatever compiling takes.
+    A run may be limited to some seconds of updates, whatever compiling takes.
     """
     prepare_backend(config.training.matmul_precision)
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
-    objectives = [build_objective(dataclasses.replace(config, seed=seed), data, spec) for seed in members or (config.seed,)]
-    options = {"compile_step": _STEPS.compiler(config, spec), "say": say}
-    if members:
-        trainer: Trainer = TrainerTogether(Together.of(objectives), config.training, **options)
-    else:
-        trainer = Trainer(objectives[0], config.training, **options)
+    objective = build_objective(config, data, spec)
+    trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
     trainer.end_within(seconds)  # of here, where all is compiled
-    batches = device_batches(objectives[0].examples, seed=members or config.seed, batch_size=config.training.batch_size)
+    batches = device_batches(objective.examples, seed=config.seed, batch_size=config.training.batch_size)
     try:
         trainer.run(batches, lambda: stop.received is not None or is_given_up())
     except BlowUpError as error:
@@ -414,18 +383,15 @@ def _fit_in_memory(
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    outcomes, best = trainer.outcomes, trainer.best
+    best, records = trainer.best, trainer.records
     assert best is not None
 
-    def models() -> list[Any]:
-        solver, given, found = config.evaluation.solver(), identity_context(config), []
-        for own, records in outcomes:
-            params, batch_stats = jax.device_put((own.ema, own.batch_stats))
-            model = certified_model(spec, params, batch_stats, solver, given=given)
-            found.append(model.with_(history=History.from_records(records, own.step)))
-        return found
+    def model() -> Any:
+        params, batch_stats = jax.device_put((best.ema, best.batch_stats))
+        found = certified_model(spec, params, batch_stats, config.evaluation.solver(), given=identity_context(config))
+        return found.with_(history=History.from_records(records, best.step))
 
-    return Outcome(Attempt(what, best.loss, best.step, trainer.step, seconds), models)
+    return Outcome(Attempt(what, best.loss, best.step, trainer.step, seconds), model)
 
 
 def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

@@ -73,7 +73,8 @@ def shared_compilations(tmp_path_factory):
         return stored_programs.find(name, function, *about) if function[1] == "step" else None
 
     settings = {
-        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(runs.shared(tmp_path_factory) / "compiled"),
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        or str(runs.shared(tmp_path_factory) / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_include_full_tracebacks_in_locations": False,  # of every operation, in programs that nobody reads
     }

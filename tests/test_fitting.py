@@ -20,7 +20,7 @@ import iresnet_jax as ir
 from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
-from iresnet_jax.fit_arguments import seeds_of
+from iresnet_jax.fit_arguments import seed_of
 from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder
@@ -56,7 +56,7 @@ def raced(fitted, monkeypatch):
         limits.clear()
         firsts.clear()
 
-        def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+        def fit_in_memory(config, data, say, stop, what, most, is_given_up):
             steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
             run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
             runs.append(run)
@@ -69,7 +69,7 @@ def raced(fitted, monkeypatch):
             if run == interrupted:
                 signal.raise_signal(signal.SIGINT)
             model = fitted[0].with_(history=History({}, {}, step=best_step))
-            return fitting.Outcome(Attempt(what, loss, best_step, steps, seconds), lambda: [model])
+            return fitting.Outcome(Attempt(what, loss, best_step, steps, seconds), lambda: model)
 
         monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
         monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
@@ -116,14 +116,14 @@ def test_a_limit_of_time_is_no_aim(raced):
 def test_first_runs_are_trained_at_once_on_as_many_cores_and_say_whose_lines_are_whose(fitted, monkeypatch, capfd):
     at_once, gaussian_ended = threading.Barrier(2), threading.Event()
 
-    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
         at_once.wait(20)
         say("step 1")
         if config.model.prior == "gaussian":
             gaussian_ended.set()
         else:
             assert gaussian_ended.wait(20)
-        return fitting.Outcome(Attempt(what, 1.0, 700, 1000, 1.0), lambda: [fitted[0]])
+        return fitting.Outcome(Attempt(what, 1.0, 700, 1000, 1.0), lambda: fitted[0])
 
     monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
     monkeypatch.setattr(fitting, "num_cores", lambda: 2)
@@ -139,7 +139,7 @@ def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, mo
     """The run with noise starts before the one of the mixture has ended, and counts only if it would have been the next."""
     noise_started, given_up, runs = threading.Event(), threading.Event(), []
 
-    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
         runs.append(what.split(", ", 1)[1])
         if config.model.prior == "mixture":
             assert noise_started.wait(20)
@@ -153,7 +153,7 @@ def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, mo
             loss, best_step = -1.0, 700
         else:
             loss, best_step = 0.0 if is_ahead else 2.0, 50
-        return fitting.Outcome(Attempt(what, loss, best_step, 1000, 1.0), lambda: [fitted[0]])
+        return fitting.Outcome(Attempt(what, loss, best_step, 1000, 1.0), lambda: fitted[0])
 
     monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
     monkeypatch.setattr(fitting, "num_cores", lambda: 2)
@@ -170,7 +170,7 @@ def test_no_core_starts_on_another_run_after_a_signal(fitted, monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     gaussian_ended, runs = threading.Event(), []
 
-    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
         runs.append(what)
         if config.model.prior == "gaussian":
             os.kill(os.getpid(), signal.SIGINT)
@@ -180,7 +180,7 @@ def test_no_core_starts_on_another_run_after_a_signal(fitted, monkeypatch):
         else:
             assert gaussian_ended.wait(20)
             time.sleep(0.3)  # the other one is seen to have ended first
-        return fitting.Outcome(Attempt(what, 1.0, 50, 1000, 1.0), lambda: [fitted[0]])
+        return fitting.Outcome(Attempt(what, 1.0, 50, 1000, 1.0), lambda: fitted[0])
 
     monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
     monkeypatch.setattr(fitting, "num_cores", lambda: 2)
@@ -194,7 +194,7 @@ def test_no_run_starts_after_an_error_in_one_that_is_trained_beside_others(monke
     at_once, started = threading.Barrier(2), []
     data = from_arrays("a", Arrays(MODES), fractions=(0.1, 0.0))
 
-    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
         started.append(what)
         at_once.wait(20)
         if len(started) == 2 and what == started[0]:
@@ -218,7 +218,7 @@ def test_an_interrupt_of_a_script_ends_all_runs_that_are_trained_at_once(monkeyp
     monkeypatch.delattr(sys, "ps1", raising=False)
     at_once, all_ended = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGINT)), threading.Barrier(3)
 
-    def fit_in_memory(config, data, say, stop, what, seeds, most, is_given_up):
+    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
         at_once.wait(20)
         while not is_given_up():
             time.sleep(0.01)
@@ -502,7 +502,7 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels(monkeypatch)
 
     def fit_in_memory(config, *_, **__):
         chosen.append(config.objective)
-        return fitting.Outcome(Attempt("", 0.0, 0, 0, 0.0), lambda: [classifier])
+        return fitting.Outcome(Attempt("", 0.0, 0, 0, 0.0), lambda: classifier)
 
     monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
     ir.fit(images, labels, objective="hybrid", **small)
@@ -546,31 +546,12 @@ def test_candidates_follow_the_array():
 
 
 def test_a_key_is_a_seed():
-    assert seeds_of(None) == 0
-    assert seeds_of(jax.random.key(1)) == seeds_of(jax.random.key(1)) != seeds_of(jax.random.key(2))
-    keys = jax.random.split(jax.random.key(0), 3)
-    assert seeds_of(keys) == tuple(seeds_of(key) for key in keys)
-    for wrong in (keys[:0], keys[None], 3):
-        with pytest.raises(ValueError, match="key must be a key"):
-            seeds_of(wrong)
-
-
-def test_an_array_of_keys_gives_the_models_of_its_keys():
-    keys = jax.random.split(jax.random.key(4), 3)
-    models = ir.fit(BANANA, key=keys, **QUICK)
-    assert len(models) == 3
-    alone = ir.fit(BANANA, key=keys[1], **QUICK)
-    log_probs = [model.log_prob(BANANA[:50]) for model in models]
-    np.testing.assert_allclose(log_probs[1], alone.log_prob(BANANA[:50]), atol=2e-5)
-    for other in (0, 2):
-        assert np.abs(log_probs[other] - log_probs[1]).max() > 1e-2
-    for name, values in alone.history.validation.items():
-        if name not in ("wall_time_s", "training_bias"):
-            np.testing.assert_allclose(models[1].history.validation[name], values, rtol=1e-4, err_msg=name)
-    assert all(model.certificate().certified for model in models)
-    for wrong in ({"workdir": "anywhere"}, {"settings": {"seed": 1}}):
-        with pytest.raises(ValueError, match="is of one model, got 3 keys"):
-            ir.fit(BANANA, key=keys, **wrong, **QUICK)
+    assert seed_of(None) == 0
+    assert seed_of(jax.random.key(1)) == seed_of(jax.random.key(1)) != seed_of(jax.random.key(2))
+    with pytest.raises(ValueError, match="key must be a key"):
+        seed_of(3)
+    with pytest.raises(ValueError, match="loop over them"):
+        ir.fit(BANANA, key=jax.random.split(jax.random.key(0), 3))
 
 
 def test_the_number_of_updates_and_the_data_are_no_settings():
@@ -596,25 +577,6 @@ def test_a_seed_among_the_settings_decides_as_a_key_does():
     first, again, other = (ir.fit(BANANA, settings={"seed": seed}, **QUICK).log_prob(BANANA[:50]) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
-
-
-def test_several_models_of_images_are_trained_one_by_one_until_a_signal(monkeypatch):
-    trained, said = [], []
-
-    def fit_in_memory(config, data, say, stop):
-        trained.append(config.seed)
-        if len(trained) == 2:
-            signal.raise_signal(signal.SIGINT)
-        model = f"model {len(trained)}"
-        return fitting.Outcome(Attempt("", 0.0, 0, 0, 0.0), lambda: [model])
-
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    monkeypatch.setattr(fitting, "Lines", lambda: said.append)
-    keys = jax.random.split(jax.random.key(0), 3)
-    assert ir.fit(RNG.integers(0, 4, (20, 4, 4, 1)), key=keys, **QUICK | {"progress": True}) == ["model 1", "model 2"]
-    assert trained == [*seeds_of(keys)[:2]]
-    assert said[-1] == "stopped by SIGINT: 2 of 3 models"
 
 
 def test_histories_do_not_make_programs_differ(fitted):

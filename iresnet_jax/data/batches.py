@@ -28,14 +28,14 @@ _QUICK_BYTES = 2**16  # of a batch, up to which it is made between two steps
 def device_batches(
     examples: Any,
     *,
-    seed: int | tuple[int, ...],
+    seed: int,
     batch_size: int,
     first_step: int = 0,
     keep_on_device: bool | None = None,
 ) -> Iterator[Any]:
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
-    The seed, or the seeds, and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or
+    The seed and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or
     drop it, to end its thread, if it has one.
 
     Example::
@@ -46,8 +46,7 @@ def device_batches(
     Args:
         examples: Array, or pytree of arrays such as images and labels, with the examples along their first axis; None gives
             placeholders of the right number, for steps that draw their own examples.
-        seed: Seed of the run, at least 0. Several, of models that are trained together, draw batches of their own: a row of a
-            batch then has an example for each of them along its first axis.
+        seed: Seed of the run, at least 0.
         batch_size: Examples in a batch over all processes and devices.
         first_step: Training step of the first batch.
         keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
@@ -83,7 +82,7 @@ def device_batches(
 
     keep = fits_on_device(examples, devices) if keep_on_device is None else keep_on_device
     if not keep:
-        if _is_quick(examples, batch_size * np.size(seed), devices):
+        if _is_quick(examples, batch_size, devices):
             return (of_host(step) for step in itertools.count(first_step))
         return _made_ahead(lambda step: jax.device_put(of_host(step), split), first_step)
 
@@ -131,17 +130,14 @@ def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping
-def _epoch_order(seed: int | tuple[int, ...], epoch: int, num_examples: int) -> Int[np.ndarray, "n ..."]:
-    def of(own: int) -> np.ndarray:
-        found = np.random.default_rng(np.random.SeedSequence([own, epoch])).permutation(num_examples)
-        return found.astype(np.int32) if num_examples < 2**31 else found
-
-    order = np.stack([of(own) for own in seed], axis=1) if isinstance(seed, tuple) else of(seed)
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
+    order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_examples)
+    order = order.astype(np.int32) if num_examples < 2**31 else order
     order.flags.writeable = False  # shared by all callers
     return order
 
 
-def batch_indices(seed: int | tuple[int, ...], step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, "b ..."]:
+def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> Int[np.ndarray, " b"]:
     """Returns the examples that training step ``step`` sees.
 
     Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into ``num_examples // batch_size`` batches.
@@ -153,7 +149,7 @@ def batch_indices(seed: int | tuple[int, ...], step: int, batch_size: int, num_e
         data.examples["train"][batch_indices(seed=0, step=1000, batch_size=128, num_examples=1257)]
 
     Args:
-        seed: Seed of the run, at least 0; several have an order each, along the second axis.
+        seed: Seed of the run, at least 0.
         step: Training step, counted from 0 over all epochs.
         batch_size: Examples in a batch over all processes, from 1 to ``num_examples``.
 
@@ -168,7 +164,7 @@ def batch_indices(seed: int | tuple[int, ...], step: int, batch_size: int, num_e
             f"batch_size must lie in [1, num_examples = {num_examples}], got {batch_size}: "
             "an epoch must hold at least one whole batch, so choose a smaller batch"
         )
-    if np.any(np.less(seed, 0)) or step < 0:
+    if seed < 0 or step < 0:
         raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}: count steps from 0")
     epoch, batch = divmod(step, num_examples // batch_size)
     return _epoch_order(seed, epoch, num_examples)[batch * batch_size : (batch + 1) * batch_size]

@@ -29,5 +29,5 @@ def single_key(key: Any) -> Key[Array, ""]:
         ValueError: If it is no key, or several.
     """
     if (key := typed_key(key)).shape:
-        raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one of them")
+        raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one, or loop over them")
     return key

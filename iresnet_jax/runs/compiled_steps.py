@@ -44,9 +44,8 @@ class CompiledSteps:
         model = spec.standard if isinstance(spec, DensitySpec) else spec
 
         def compiled(training_step: TrainingStep) -> CompiledStep:
-            # The estimator's number of terms may rise, and several models may be trained together.
-            estimator, num_members = getattr(training_step.model, "estimator", None), getattr(training_step, "num_members", 1)
-            key = settings, warmup, model, estimator, num_members, jnp.result_type(float)
+            estimator = getattr(training_step.model, "estimator", None)  # whose number of terms may rise
+            key = settings, warmup, model, estimator, jnp.result_type(float)
             with self._lock:
                 step = self._steps.pop(key, None) or parallel.parallelize(training_step)
                 self._steps[key] = step

@@ -94,7 +94,7 @@ class Trainer:
     """A training run: state, log, clocks; `run` takes the steps.
 
     A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`, one
-    that is measured otherwise `measure`, one of several models `outcomes`, and one of several processes `agreed`.
+    that is measured otherwise `measure`, and one of several processes `agreed`.
 
     Args:
         objective: What is trained.
@@ -187,11 +187,6 @@ class Trainer:
         """Stores the state if its validation loss is the lowest so far; the loss is None between validations."""
         if loss is not None and (self.best is None or loss < self.best.loss):
             self.best = Best(loss, self.step, *jax.device_get((self.state.ema, self.state.batch_stats)))
-
-    @property
-    def outcomes(self) -> list[tuple[Best, list[dict[str, Any]]]]:
-        """The best state of each model that is trained, and the measurements of it; a run trains one, if it is no other."""
-        return [] if self.best is None else [(self.best, self.records)]
 
     @property
     def elapsed_s(self) -> float:

@@ -39,13 +39,12 @@ def test_every_epoch_is_a_permutation_that_processes_share(seed, share, count, e
     size = share * count
     of_step = functools.partial(batches.batch_indices, seed, batch_size=size, num_examples=size + extra)
     assert epochs_are_permutations(of_step, size, size + extra)
-    for whole in (of_step(5), batches.batch_indices((seed, seed + 1), 5, size, size + extra)):
-        parts = []
-        for process in range(count):
-            with mock.patch.multiple(jax, process_count=lambda: count, process_index=lambda process=process: process):
-                parts.append(parallel.own_share(whole))
-        assert {len(part) for part in parts} == {share}
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    whole, parts = of_step(5), []
+    for process in range(count):
+        with mock.patch.multiple(jax, process_count=lambda: count, process_index=lambda process=process: process):
+            parts.append(parallel.own_share(whole))
+    assert {len(part) for part in parts} == {share}
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_permutation_check_rejects_draws_with_replacement():
@@ -100,7 +99,7 @@ def test_small_batches_for_one_cpu_are_made_where_they_are_taken(monkeypatch, tm
     np.save(tmp_path / "images.npy", IMAGES)
     of_a_file = np.load(tmp_path / "images.npy", mmap_mode="r")
     many = np.repeat(IMAGES, 400, axis=1)
-    for slow in ({"examples": of_a_file}, {"examples": np.asarray(of_a_file)}, {"examples": many}, {"seed": tuple(range(400))}):
+    for slow in ({"examples": of_a_file}, {"examples": np.asarray(of_a_file)}, {"examples": many}):
         [batch] = take(batches.device_batches(**{"examples": IMAGES, "seed": 0, "batch_size": 10, **slow}), 1)
         assert isinstance(batch, jax.Array)
 
