@@ -22,7 +22,6 @@ FOLDERS = (
     "models",
     "certification",
     "training",
-    "adapters",
     "conversion",
     "data",
     "runs",

@@ -16,17 +16,17 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A folder's files may import those of folders further up in this list, and of their own: the library, then the application.
 FOLDERS = (
-    *("maths", "branches", "bijections", "models", "certification", "training", "adapters", "conversion"),
+    *("maths", "branches", "bijections", "models", "certification", "training", "conversion"),
     *("data", "runs", "evaluation", "report", "figures"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
 EDGES = (
-    *("__init__", "__main__", "commands", "energy_fitting", "estimators", "fit_arguments"),
+    *("__init__", "__main__", "adapters", "commands", "energy_fitting", "estimators", "fit_arguments"),
     *("fit_settings", "fitting", "loss_training", "losses"),
 )
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
-ADAPTED = {"numpyro", "blackjax", "flowjax", "distrax"}  # each imported by its adapter alone
+OTHER_LIBRARIES = {"numpyro", "blackjax"}
 
 
 def sources():
@@ -125,10 +125,8 @@ def test_one_file_imports_flax():
     assert files_with(lambda source: "flax" in packages_of(source)) == {"models/linen.py"}
 
 
-def test_libraries_that_densities_are_adapted_to_are_imported_by_their_adapters():
-    for library in ADAPTED - {"blackjax"}:
-        assert files_with(lambda source, library=library: library in packages_of(source)) == {f"adapters/{library}.py"}
-    assert not files_with(lambda source: "blackjax" in packages_of(source))
+def test_one_file_imports_numpyro():
+    assert files_with(lambda source: "numpyro" in packages_of(source)) == {"adapters.py"}
 
 
 def test_one_file_mentions_pmap():
@@ -155,7 +153,7 @@ def test_heavy_packages_are_loaded_where_they_are_needed():
     shown = [line.split() for line in run.stdout.splitlines() if line.startswith("loaded")]
     of_library, of_help, of_metrics, of_commands = map(set, shown)
     assert "jax" in of_library
-    assert not of_library & (HEAVY | ADAPTED)
-    assert not of_help & (HEAVY | ADAPTED)
+    assert not of_library & (HEAVY | OTHER_LIBRARIES)
+    assert not of_help & (HEAVY | OTHER_LIBRARIES)
     assert not of_metrics & {"tensorboardX", "tqdm", "tensorflow"}
-    assert not of_commands & (HEAVY | ADAPTED) - {"absl", "ml_collections", "optax"}
+    assert not of_commands & (HEAVY | OTHER_LIBRARIES) - {"absl", "ml_collections", "optax"}

@@ -1,6 +1,7 @@
-"""Densities inside of NumPyro: as a prior under NUTS, with a context, with bounds, and as a guide."""
+"""Densities inside of NumPyro and under NUTS of BlackJAX: with a context, with bounds, and as a guide."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
+from iresnet_jax import adapters
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
 BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded((ir.Bounds.of(0.0, 1.0), None)))
+BOUNDED_POINTS = dataclasses.replace(kept.POINTS, transform=ir.Bounded((ir.Bounds.of(0.0, 1.0), None)))
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def numpyro():
     """Imported by the one process that runs this file, and not by all, which collect it; it broadcasts implicitly."""
     with jax.numpy_rank_promotion("allow"):
@@ -33,7 +36,8 @@ def run_nuts(numpyro, model, num_samples=1500):
     return mcmc.get_samples()["x"]
 
 
-def test_it_is_a_distribution_of_numpyro():
+def test_it_is_a_distribution_of_numpyro(numpyro):
+    del numpyro
     model = kept.model(kept.GIVEN)
     prior = ir.adapters.to_numpyro(model, context=kept.CONTEXTS)
     assert (prior.batch_shape, prior.event_shape, prior.has_rsample) == ((5,), (2,), True)
@@ -85,3 +89,66 @@ def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
     np.testing.assert_allclose(np.mean(result.losses[-30:]), -2.0, atol=0.05)
     before, after = (tree["flow"]["stage0"]["blocks"]["dense0"]["kernel"] for tree in (start, result.params["density"]))
     assert np.abs(after - before).max() > 1e-2
+
+
+def test_nuts_of_blackjax_and_the_model_s_own_samples_have_the_same_moments():
+    blackjax = pytest.importorskip("blackjax", reason="BlackJAX is not installed")
+    model = kept.model(kept.POINTS)
+    log_density = adapters.log_density(model)
+
+    @jax.jit
+    def run(key):
+        key_start, key_adapt, key_run = jax.random.split(key, 3)
+        warmup = blackjax.window_adaptation(blackjax.nuts, log_density)
+        (state, parameters), _ = warmup.run(key_adapt, jax.random.normal(key_start, (2,)), num_steps=300)
+        nuts = blackjax.nuts(log_density, **parameters)
+
+        def step(state, key):
+            state, info = nuts.step(key, state)
+            return state, (state.position, info.is_divergent)
+
+        return jax.lax.scan(step, state, jax.random.split(key_run, 2000))[1]
+
+    draws, is_divergent = run(jax.random.key(0))
+    assert jnp.mean(is_divergent) < 0.01
+    samples, info = model.sample(jax.random.key(1), 4000)
+    assert info.converged.all()
+    moments.assert_agree(draws, samples)
+
+
+def test_samples_have_the_shape_of_the_library_and_their_log_densities():
+    model = kept.model(kept.GIVEN)
+    density = adapters.log_density(model, context=kept.CONTEXTS)
+    x, log_prob = density.sample_and_log_prob(KEY, (4,))
+    assert x.shape == (4, 5, 2)
+    assert log_prob.shape == (4, 5)
+    np.testing.assert_allclose(density(x), log_prob, **SAME)
+    np.testing.assert_allclose(log_prob[2, 3], model.log_prob(x[2, 3], context=kept.CONTEXTS[3]), **SAME)
+    assert adapters.log_density(model, context=kept.CONTEXTS[0]).sample_and_log_prob(KEY)[0].shape == (2,)
+
+
+def test_outside_of_its_ranges_a_density_is_zero():
+    density = adapters.log_density(kept.model(BOUNDED_POINTS))
+    assert density(jnp.array([1.5, 0.0])) == -jnp.inf
+    assert np.isfinite(density(jnp.array([0.5, 0.0])))
+
+
+@pytest.mark.parametrize(
+    ("spec", "context", "sentence"),
+    [
+        (kept.IMAGES, None, r"integer levels, .* give model\.continuous"),
+        (kept.GIVEN, None, r"give a context of shape \(\.\.\., 3\)"),
+        (kept.GIVEN, kept.CONTEXTS[:, :2], r"context of shape \(\.\.\., 3\), got one of shape \(5, 2\)"),
+        (kept.POINTS, kept.CONTEXTS, r"takes no context, got one of shape \(5, 3\)"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(spec, context, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        adapters.log_density(kept.model(spec), context=context)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    adapters._numpyro_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "numpyro.distributions", None)  # as if there were none
+    with pytest.raises(ImportError, match=r"pip install 'iresnet_jax\[numpyro\]'"):
+        adapters.to_numpyro(kept.model(kept.POINTS))
