@@ -28,7 +28,16 @@ from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from iresnet_jax.training.parallel import AXIS
-from iresnet_jax.training.step import Loss, Objective, StepKeys, TrainingStep, TrainState, UpdateRule, ValidationResult
+from iresnet_jax.training.step import (
+    Loss,
+    Objective,
+    StepKeys,
+    TrainingStep,
+    TrainState,
+    UpdateRule,
+    ValidationResult,
+    abstract_batch,
+)
 from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, CompiledStep, Trainer, TrainingConfig
 from iresnet_jax.training.unconstrained import Unconstrained
 
@@ -268,7 +277,7 @@ def _loss_and_metrics(loss: LossFunction, model: Any, batch: Any, key: Array) ->
 
 def _check_loss(loss: LossFunction, model: Any, x: Any, batch_size: int) -> None:
     """Raises ``ValueError`` unless the loss is a number, and its metrics a dictionary of numbers."""
-    batch = None if x is None else jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), x)
+    batch = None if x is None else abstract_batch(x, batch_size)
     found: Any = jax.eval_shape(lambda model, batch, key: loss(model, batch, key), model, batch, jax.random.key(0))
     pair: Any = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
     value, metrics = pair

@@ -123,6 +123,19 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     chex.assert_trees_all_equal(ir.train(first, nll, X, **PLAIN).weights, again.weights)
 
 
+def test_wide_numbers_train_as_those_that_jax_has():
+    def loss(model, batch, key):
+        x, weights = batch
+        return -jnp.mean(weights * model.log_prob(x, key))
+
+    weights = 1 + np.arange(64) % 2
+    narrow, wide = (
+        ir.train(start(), loss, (X.astype(floats), weights.astype(integers)), **PLAIN).weights
+        for floats, integers in ((np.float32, np.int32), (np.float64, np.int64))
+    )
+    chex.assert_trees_all_equal(narrow, wide)
+
+
 def test_everything_in_float64(tmp_path):
     with jax.enable_x64(True):
         x = X.astype(float)

@@ -292,6 +292,13 @@ class Objective:
 
     def abstract_batch(self, batch_size: int) -> Any:
         """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""
-        if self.examples is None:
-            return jax.ShapeDtypeStruct((batch_size,), np.float32)
-        return jax.tree.map(lambda rows: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype), self.examples)
+        return abstract_batch(np.zeros(1, np.float32) if self.examples is None else self.examples, batch_size)
+
+
+def abstract_batch(examples: Any, batch_size: int) -> Any:
+    """Shapes of a batch, in the dtypes that JAX gives to arrays: without ``jax_enable_x64``, float32 for float64."""
+
+    def of_rows(rows):
+        return jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), jax.dtypes.canonicalize_dtype(rows.dtype))
+
+    return jax.tree.map(of_rows, examples)
