@@ -80,7 +80,7 @@ def likelihoods(arguments):
         our_flow, their_flow, answers = OurFlow(model, x, z), TorchFlow(model, x[:drawn], z[:drawn], agreement=1e-6), []
 
         def ours(count, our_flow=our_flow, answers=answers, images=images):
-            answers.append(our_flow.log_probs(math.ceil(count / num), images, TARGET))
+            answers.append(our_flow.log_probs(math.ceil(count / num), images))
             return answers[-1][0] / num
 
         def theirs(count, their_flow=their_flow, drawn=drawn):
@@ -89,7 +89,7 @@ def likelihoods(arguments):
         # Units are images, which both sides take all at once.
         timings = take_turns({OURS: ours, NORMFLOWS: theirs}, **(QUICK_EFFORT if arguments.quick else LIKELIHOOD_EFFORT))
         their_flow.draw(max(num_draws - len(their_flow.log_dets), 1))
-        (_, values, accuracy), unit = answers[-1], model.spec.unit_of_a_nat
+        (_, values), unit = answers[-1], model.spec.unit_of_a_nat
         draws = unit * their_flow.log_dets
         variance, error = float(draws.var(axis=0, ddof=1).mean()), unit * (values - exact)
         difference = draws.mean(axis=0) - unit * log_dets[:drawn]
@@ -102,7 +102,6 @@ def likelihoods(arguments):
             OURS: {
                 **timings[OURS].summary(),
                 "num_images": num,
-                **accuracy,
                 "true_error": float(np.sqrt(np.mean(error**2))),
                 "true_bias": float(error.mean()),
             },

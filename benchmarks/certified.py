@@ -1,6 +1,6 @@
 """How sharp certificates of a trained model are, whether they ever lie, and what they cost.
 
-    python benchmarks/certified.py {inverse,likelihood,constants} --workdir benchmarks/results/digits_density [--quick]
+    python benchmarks/certified.py {inverse,likelihood} --workdir benchmarks/results/digits_density [--quick]
 
 References are computed by a flow that is written down once more, in plain NumPy on numbers of any precision. Times are
 wall-clock, after compilation; ``load_average`` says what else ran.
@@ -14,9 +14,6 @@ that is more.
 
 Likelihood: the plain flow has the determinant of its whole Jacobian, in float64, in long doubles, for a few images in decimal
 numbers of 50 digits. A value counts as broken if it is not in the interval.
-
-Constants: at radius 0 they are compared with the singular values of the flow's dense Jacobian at each image, in float64. In a
-ball the exact constants are unknown, and those of its centre, which are at most as large, stand for them.
 """
 
 import functools
@@ -189,68 +186,30 @@ def likelihood_of(case):
     return row
 
 
-def singular_values(model, x):
-    """Singular values of the whole flow's Jacobian, in float64, for each example."""
-    with jax.enable_x64():
-        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model.weights)
-
-        @jax.jit
-        def jacobian(x):
-            return jax.jacfwd(lambda x: encode(model.with_(weights=weights), x[None])[0])(x)
-
-        return np.array([np.linalg.svd(np.reshape(jacobian(one), (one.size, -1)), compute_uv=False) for one in x])
-
-
-def constants_of(model, x, radii):
-    """The numbers of every radius."""
-    values, results = singular_values(model, x), {}
-    exact = {"forward": values[:, 0], "inverse": 1 / values[:, -1]}
-    for radius in radii:
-        found, seconds = timed(certify.local_constants, model, x, radius)
-        ratios = {way: getattr(found, way) / own for way, own in exact.items()}
-        results[f"{radius:g}"] = {
-            "examples": len(x),
-            "below_singular_values": int(sum((ratio < 1 - 1e-9).sum() for ratio in ratios.values())),
-            **{f"median_{way}": float(np.median(own)) for way, own in exact.items()},
-            **{f"median_ratio_{way}": float(np.median(ratio)) for way, ratio in ratios.items()},
-            **{f"worst_ratio_{way}": float(ratio.max()) for way, ratio in ratios.items()},
-            "global_forward": found.global_forward,
-            "global_inverse": found.global_inverse,
-            "seconds_per_example": seconds,
-            "load_average": os.getloadavg()[0],
-        }
-    return results
-
-
 def main():
     options = model_parser(__doc__)
-    options.add_argument("what", choices=("inverse", "likelihood", "constants"))
-    options.add_argument("--num", type=int, default=None, metavar="N", help="test examples (360, or 20 of constants)")
+    options.add_argument("what", choices=("inverse", "likelihood"))
+    options.add_argument("--num", type=int, default=None, metavar="N", help="test examples (360)")
     options.add_argument("--long", type=int, default=None, metavar="N", help="images of a case checked in long doubles (all)")
     options.add_argument("--decimal", type=int, default=3, metavar="N", help="examples of a case that are checked in 50 digits")
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
-    options.add_argument("--radii", type=float, nargs="+", default=[0.0, 1e-4, 1e-3, 1e-2], metavar="R", help="of constants")
     arguments = options.parse_args()
     what, quick = arguments.what, arguments.quick
     run = load_kind(arguments.workdir, Density)[0] if what == "likelihood" else load(arguments.workdir)
-    num = arguments.num or ((2 if quick else 20) if what == "constants" else 8 if quick else 360)
+    num = arguments.num or (8 if quick else 360)
     name, settings, results = f"certified_{what}_{name_of(run)}", {"data": run.config.data.name, "step": run.step}, {}
-    if what == "constants":
-        name, settings["radii"] = f"local_constants_{name_of(run)}", arguments.radii
-        results = constants_of(run.model, np.asarray(flow_input(run, num), np.float64), arguments.radii)
-    elif what == "inverse":
+    if what == "inverse":
         settings |= {"roundings": ROUNDINGS, "only": arguments.only}
         chosen, measure = inverse_cases(run, num, quick=quick), functools.partial(inverse_of, num_decimal=arguments.decimal)
     else:
         settings |= {"only": arguments.only}
         chosen, measure = likelihood_cases(run, num, arguments.long, arguments.decimal, quick=quick), likelihood_of
-    if what != "constants":
-        for case_name, case in chosen:
-            if arguments.only in case_name:
-                results[case_name] = measure(case)
-                show(results[case_name], case_name)
-        settings["peak_memory_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write(name, arguments, settings, results, is_shown=what != "constants")
+    for case_name, case in chosen:
+        if arguments.only in case_name:
+            results[case_name] = measure(case)
+            show(results[case_name], case_name)
+    settings["peak_memory_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write(name, arguments, settings, results, is_shown=True)
 
 
 if __name__ == "__main__":

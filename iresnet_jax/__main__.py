@@ -25,11 +25,6 @@ def count_or_none(text: str) -> int:
     return count(text, least=0)
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas, for argparse."""
-    return tuple(float(number) for number in text.split(","))
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "FILE": {"help": "state_dict of the network, as npz or safetensors"},
     "NAME": {"nargs": "?", "help": "which figure, see --list"},
@@ -58,13 +53,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "samples": {"type": count, "default": 99, "help": "of the model for each example (%(default)s)"},
     "context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
     "label": {"type": int, "help": "of which class, of a hybrid (any)"},
-    "against": {"default": "rotated", "help": "rotated (default), noise, or the name of a data set"},
-    "radii": {
-        "type": numbers,
-        "default": "0.001,0.003,0.01,0.03,0.1,0.3,1",
-        "metavar": "NUMBERS",
-        "help": "norms of perturbations of pixels in [0, 1], increasing (%(default)s)",
-    },
     "importance": {
         "type": count,
         "metavar": "K",
@@ -134,14 +122,6 @@ COMMANDS = {
     ),
     "freeze": Command(
         "The certified model as one small file, model.npz, for use without the folder of its training.", "workdir output"
-    ),
-    "ood": Command(
-        "How well the model's scores tell other images from test images: AUROC, with each score's definition.",
-        "workdir data against num=2000",
-    ),
-    "robustness": Command(
-        "Verified accuracy by radius, beside the accuracy under attack; exit status 1 if the attack breaks a certificate.",
-        "workdir data num=100 radii",
     ),
     "calibrate": Command(
         "Calibration of a density given contexts: ranks of test examples among samples, and tests that they are uniform; exit "

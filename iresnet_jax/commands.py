@@ -20,8 +20,6 @@ from iresnet_jax import conversion
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, posterior, samples
 from iresnet_jax.evaluation.guarantee import affordable
-from iresnet_jax.evaluation.ood import compare
-from iresnet_jax.evaluation.robustness import evaluate as verified_accuracy
 from iresnet_jax.figures import catalogue, drawing
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
@@ -143,28 +141,6 @@ def freeze(run: Run, arguments: argparse.Namespace) -> bool:
     path = save(run, arguments.output)
     _say(*run.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
     return certificate.certified
-
-
-def ood(run: Run, arguments: argparse.Namespace) -> bool:
-    """Compares the scores of test images with those of other images."""
-    run = run.with_data_checked()
-    settings, seed, data_dir = run.config.evaluation, run.config.seed, run.config.data.data_dir
-    against, num = arguments.against, arguments.num
-    _say(*run.notes, compare(run.model, run.data, against, settings, seed, num=num, data_dir=data_dir))
-    return True
-
-
-def robustness(run: Run, arguments: argparse.Namespace) -> bool:
-    """Verifies the accuracy of a classifier by radius, and attacks it."""
-    model = run.model
-    if not isinstance(model, Classifier):
-        raise ValueError(f"{run.folder} holds no classifier, and radii are certified for classifiers")
-    run = run.with_data_checked()
-    images, labels = run.test_examples()[: arguments.num], run.data.labels["test"][: arguments.num]
-    size = run.config.evaluation.batch_size
-    result = verified_accuracy(model, images, labels, radii=arguments.radii, batch_size=size, seed=run.config.seed)
-    _say(*run.notes, result)
-    return result.num_broken == 0
 
 
 def calibrate(run: Run, arguments: argparse.Namespace) -> bool:

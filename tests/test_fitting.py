@@ -371,7 +371,7 @@ def test_commands_that_need_no_data_work_on_the_folder_of_a_fit(workdir, capsys)
     assert np.load(Path(workdir) / "samples.npy").shape == (4, 2)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "reconstruct", "ood", "report"])
+@pytest.mark.parametrize("command", ["evaluate", "reconstruct", "report"])
 def test_commands_that_need_data_say_how_to_give_the_array(command, workdir, capsys):
     assert main([command, "--workdir", workdir]) == 2
     assert capsys.readouterr().err == (

@@ -96,7 +96,7 @@ def test_evaluate_on_other_data_says_so_and_whatever_needs_data_checks_them(copi
         raise Checked
 
     monkeypatch.setattr(run.Run, "with_data_checked", check)
-    for command in ("evaluate", "reconstruct", "ood"):
+    for command in ("evaluate", "reconstruct"):
         with pytest.raises(Checked):
             main([command, "--workdir", str(folder)])
 
@@ -164,12 +164,6 @@ def test_freeze_writes_the_same_model(folders, tmp_path, capsys):
         }
 
 
-def test_robustness_says_the_verified_accuracy(folders, capsys):
-    lines = said(capsys, "robustness", folders["classifier"], "--num", "3", "--radii", "1e-6,0.1").splitlines()
-    assert "3 test images" in lines[0]
-    assert [line.split()[0] for line in lines[2:]] == ["1e-06", "0.1"]
-
-
 def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
     few = said(capsys, "evaluate", folders["hybrid"], "--importance", "2", "--importance-examples", "3")
     assert "by the importance-weighted bound with 2 draws" in few
@@ -228,7 +222,6 @@ MISTAKES = [
     ("evaluate", None, [], "--workdir"),
     ("sample", "points", ["--nun", "3"], "--nun"),
     ("reconstruct", "points", ["--num", "0"], "at least 1, got 0"),
-    ("robustness", "classifier", ["--radii", "a"], "invalid numbers value"),
     ("evaluate", "nowhere", [], "there is no workdir"),
     ("report", "", [], "has no config.json"),
     # what a model does not have
@@ -244,10 +237,6 @@ MISTAKES = [
     ("sample", "points", ["--context", "--num", "5"], "expected one argument"),
     ("sample", "hybrid", ["--label", "3"], "there is no class 3"),
     ("freeze", "points", ["--output", "nowhere/model.npz"], "nowhere/model.npz cannot be written"),
-    ("ood", "points", [], "moons are points"),
-    ("ood", "hybrid", ["--against", "nosuch"], "unknown data set 'nosuch'"),
-    ("robustness", "hybrid", [], "holds no classifier"),
-    ("robustness", "classifier", ["--radii", "1,0.1"], "positive and increasing"),
 ]
 
 
@@ -275,7 +264,7 @@ def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path
     path = tmp_path / "images.npz"
     folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
     path.unlink()
-    for command in ("evaluate", "reconstruct", "ood", "report"):
+    for command in ("evaluate", "reconstruct", "report"):
         assert path.name in answer(capsys, command, "--workdir", folder)
     path.write_bytes(b"no archive")
     assert path.name in answer(capsys, "evaluate", "--workdir", folder)

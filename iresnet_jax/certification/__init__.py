@@ -1,9 +1,8 @@
-"""Guarantees for computed numbers, as functions: inverses, log-likelihoods, local constants of a flow, and norms of layers.
+"""Guarantees for computed numbers, as functions: inverses, log-likelihoods, radii of classifiers, and norms of layers.
 
 Its users call this folder `certify`: ``from iresnet_jax import certify``.
 """
 
-from iresnet_jax.certification.constants import LocalConstants, local_constants
 from iresnet_jax.certification.decoding import CertifiedInfo, decode
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.likelihood import Interval, log_det, log_prob
@@ -15,13 +14,11 @@ __all__ = [
     "CertifiedRadius",
     "Interval",
     "InverseCertificate",
-    "LocalConstants",
     "conv_norm_bound",
     "conv_norm_bound_any_size",
     "decode",
     "dense_norm_bound",
     "inverse",
-    "local_constants",
     "log_det",
     "log_prob",
     "radius",

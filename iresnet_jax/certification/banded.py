@@ -93,4 +93,4 @@ def jacobian_blocks(stage: PreciseStage, layers: Sequence[RowBlocks], slopes: Se
 def _symmetric_part(step: LinearSteps, slopes, v):
     """``(I + (G + G^T) / 2) v`` of one example."""
     u, slopes = v.reshape(1, *step.place.in_shape), alike(slopes)
-    return (u + (step.push(slopes, u)[0] + step.pull(slopes, u)[0]) / 2).ravel()
+    return (u + (step.push(slopes, u) + step.pull(slopes, u)) / 2).ravel()

@@ -22,7 +22,6 @@ from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
-from iresnet_jax.maths.trajectories.margin_bounds import Step
 
 _CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together
 
@@ -51,31 +50,22 @@ class LinearSteps(NamedTuple):
         kernels = tuple(jnp.asarray(layer.kernel) for layer in stage.layers)
         return cls(stage.place, kernels, jnp.asarray(scale), jnp.asarray(stage.lipschitz))
 
-    def push(self, slopes: Slopes, u: Float[Array, "n ..."]) -> tuple[Float[Array, "n ..."], list[Array]]:
-        """``J_g u`` of one step at slopes ``(n, ...)`` or ``(1, ...)``, and what arrives in front of each layer on the way."""
-        arriving = []
+    def push(self, slopes: Slopes, u: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """``J_g u`` of one step at slopes ``(n, ...)`` or ``(1, ...)``."""
         for layer, kernel, slope in zip(self.place.layers, self.kernels, slopes, strict=True):
-            arriving.append(u)
             if slope is not None:
                 u = jnp.concatenate([u] * _copies(layer), axis=-1) * slope
             u = layer.linear_map()(kernel, u)
-        return u, arriving
+        return u
 
-    def pull(self, slopes: Slopes, z: Float[Array, "n ..."]) -> tuple[Float[Array, "n ..."], tuple[Array | None, ...]]:
-        """``J_g^T z``, and what arrives in the output of each activation on the way; None in front of a layer without."""
-        arriving = []
+    def pull(self, slopes: Slopes, z: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """``J_g^T z`` of one step."""
         for layer, kernel, slope in reversed(list(zip(self.place.layers, self.kernels, slopes, strict=True))):
             example = jax.ShapeDtypeStruct((len(z), *layer.in_shape), z.dtype)
             (z,) = jax.linear_transpose(functools.partial(layer.linear_map(), kernel), example)(z)
-            arriving.append(None if slope is None else z)
             if slope is not None:
-                z = over_copies(layer, z * slope)
-        return z, tuple(arriving[::-1])
-
-
-def over_copies(layer: LayerSpec, outputs: Float[Array, "... m"]) -> Float[Array, "... c"]:
-    """Sums over the outputs that the activation in front of a layer has for each of its inputs."""
-    return outputs.reshape(*outputs.shape[:-1], _copies(layer), -1).sum(axis=-2)
+                z = (z * slope).reshape(*z.shape[:-1], _copies(layer), -1).sum(axis=-2)
+        return z
 
 
 def _copies(layer: LayerSpec) -> int:
@@ -103,7 +93,7 @@ def step_jacobians(steps: LinearSteps, slopes: Slopes) -> Float[Array, "k d d"]:
 
         def of_chunk(first):
             units = jax.nn.one_hot(first + jnp.arange(chunk), d, dtype=step.scale.dtype)
-            return step.push(alike(slopes), units.reshape(chunk, *place.in_shape))[0].reshape(chunk, d)
+            return step.push(alike(slopes), units.reshape(chunk, *place.in_shape)).reshape(chunk, d)
 
         transposed = lax.map(of_chunk, jnp.arange(0, d, chunk)).reshape(-1, d)[:d]
         return (jnp.eye(d) + transposed.T) * step.scale.reshape(1, d)
@@ -164,21 +154,21 @@ class StepConstants(NamedTuple):
         return of_branch * self.largest_scale * UP
 
 
-def constants_of(stages: Sequence[PreciseStage]) -> tuple[tuple[Step, ...], StepConstants]:
-    """The constants of all steps, as a chain of margins takes them and as arrays."""
-    steps, rows = zip(*(_constants(stage, k) for stage in stages for k in range(stage.num_blocks)), strict=True)
-    return steps, StepConstants(*np.array(rows, np.float64).T)
+def constants_of(stages: Sequence[PreciseStage]) -> StepConstants:
+    """The constants of all steps."""
+    rows = [_constants(stage, k) for stage in stages for k in range(stage.num_blocks)]
+    return StepConstants(*np.array(rows, np.float64).T)
 
 
-def _constants(stage: PreciseStage, k: int) -> tuple[Step, tuple[float, ...]]:
+def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
     """The constants of a step.
 
     A product with a layer errs by at most ``gamma_n |  |W|  |_2`` times the vector's length, with ``n`` terms in a sum, and
-    ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns and rows. Passes go through transposes too, and a dense
-    Jacobian is a pass of ``d`` unit vectors. Computed slopes are those of a 1-Lipschitz activation at a computed argument, so
-    an error of all slopes by ``e`` changes ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
+    ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns and rows. A dense Jacobian is a pass of ``d`` unit
+    vectors. Computed slopes are those of a 1-Lipschitz activation at a computed argument, so an error of all slopes by ``e``
+    changes ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
     """
-    norms, rows, curvatures, growth, pushed, passed = [], [], [], 1.0, 0.0, 0.0
+    norms, rows, curvatures, growth, pushed = [], [], [], 1.0, 0.0
     for layer in stage.layers:
         size, norm = np.abs(layer.kernel[k]), float(layer.norm[k])
         by_output = size.reshape(-1, size.shape[-1])
@@ -189,18 +179,14 @@ def _constants(stage: PreciseStage, k: int) -> tuple[Step, tuple[float, ...]]:
         rows.append(norm if taps_meet(layer.spec) else min(row, norm))
         curvatures.append(_curvature(layer, k))
         growth *= max(absolute, norm, 1.0)
-        taps = len(by_output) // size.shape[-2]
         pushed += gamma(len(by_output) + 2)
-        passed += gamma(taps * max(size.shape[-2:]) + 4)
     scales = stage.scale.high[k]
     largest, least = float(np.max(scales)) * (1 + 4 * U), float(np.min(scales)) * (1 - 16 * U)
-    step_rounding = largest * (growth * passed + 8 * U * (1 + growth)) * UP
-    step = Step(largest, tuple(norms), tuple(rows), tuple(curvatures), step_rounding)
     slopes = [slope or 0.0 for slope in curvatures]
     curvature = branch_jacobian_bound(norms, slopes, rows) * UP
     own_error = math.sqrt(math.prod(stage.place.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
     slope_factor = 2 * math.prod(norms) * sum(slope is not None for slope in curvatures) * UP
-    return step, (float(stage.lipschitz[k]), curvature, largest, least, own_error, slope_factor, max(slopes))
+    return (float(stage.lipschitz[k]), curvature, largest, least, own_error, slope_factor, max(slopes))
 
 
 def _curvature(layer: Layer, k: int) -> float | None:

@@ -17,7 +17,6 @@ from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, cons
 from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.trajectory import Places, in_float64, places_of
 from iresnet_jax.maths.enclosures.double_double import LARGEST_EXPONENT
-from iresnet_jax.maths.trajectories.margin_bounds import Step
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import require_bounds
 from iresnet_jax.models.contractions import FlowWeights
@@ -40,7 +39,6 @@ class PreparedFlow:
         weights: Its weights.
         stages: Its steps in double-double.
         steps: Its steps as linear maps.
-        margin_steps: Guaranteed constants of the steps, as a chain of margins takes them.
         constants: Guaranteed constants of the steps, as arrays.
     """
 
@@ -48,7 +46,6 @@ class PreparedFlow:
     weights: FlowWeights
     stages: tuple[PreciseStage, ...]
     steps: tuple[LinearSteps, ...]
-    margin_steps: tuple[Step, ...]
     constants: StepConstants
 
     @classmethod
@@ -56,7 +53,7 @@ class PreparedFlow:
         """The flow of a model with certified bounds; under ``enable_x64``."""
         spec, weights = model.spec.flow, in_float64(model.weights)
         stages = precise_stages(spec, weights)
-        return cls(spec, weights, stages, tuple(map(LinearSteps.of, stages)), *constants_of(stages))
+        return cls(spec, weights, stages, tuple(map(LinearSteps.of, stages)), constants_of(stages))
 
     @property
     def places(self) -> Places:

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.evaluation import importance, stated_accuracy
+from iresnet_jax.evaluation import importance
 from iresnet_jax.evaluation.draws import Draws, described
 from iresnet_jax.evaluation.importance import ImportanceBound
-from iresnet_jax.evaluation.stated_accuracy import Accuracy
 from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
@@ -56,8 +55,6 @@ class MeanAndError:
 class Estimate:
     """Estimated log-determinants beside those of the result, on the same examples with the noise of the first dequantisation.
 
-    With a stated accuracy these are the examples of the first batch.
-
     Attributes:
         estimator: Estimator in words.
         unbiased: Whether ``difference`` is 0 in expectation.
@@ -88,7 +85,6 @@ class Likelihood(MeanAndError):
         estimate: Estimate that checks ``mean``; None without one.
         entropy_floor: Entropy of the data in nats, if known.
         num_dims: Entries of an example; None if not known.
-        accuracy: How a stated accuracy of the log-determinants was met; None if none was stated.
         bound: What ``mean`` bounds the negative log-likelihood of discrete data by: "uniform mean" or "variational mean", the
             mean over uniform noise or that of a flow; "" for continuous data, whose likelihood it is itself.
         importance: The importance-weighted bound of the same data; None unless it was asked for.
@@ -104,7 +100,6 @@ class Likelihood(MeanAndError):
     estimate: Estimate | None = None
     entropy_floor: float | None = None
     num_dims: int | None = None
-    accuracy: Accuracy | None = None
     bound: str = ""
     importance: ImportanceBound | None = None
 
@@ -129,9 +124,7 @@ class Likelihood(MeanAndError):
             lines.append(f"a dimension: {self.mean / self.num_dims:.4f} ± {self.stderr / self.num_dims:.4f} nats")
         if self.entropy_floor is not None:
             lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")
-        if self.accuracy:
-            lines.append(str(self.accuracy))
-        elif self.truncation_bound:
+        if self.truncation_bound:
             lines.append(
                 f"terms beyond those always computed change it by at most {said_up(self.truncation_bound, 2)} {self.unit}"
             )
@@ -139,7 +132,7 @@ class Likelihood(MeanAndError):
             noise = " on the first noise" if self.num_dequantisations else ""
             lines.append(
                 f"check: {self.estimate.mean:.4f} {self.unit}{noise} by an estimate ({self.estimate.estimator}), "
-                f"z = {self.estimate.z:+.2f} from {'the exact value' if self.is_exact else 'the value above'}"
+                f"z = {self.estimate.z:+.2f} from the exact value"
             )
         return "\n".join([*lines, *self.warnings()])
 
@@ -148,15 +141,10 @@ class Likelihood(MeanAndError):
         found = []
         if not math.isfinite(self.mean):
             found.append("The likelihood is not finite.")
-        if self.accuracy and not self.accuracy.met:
-            found.append(
-                f"The log-determinants missed their target_stderr: bias about {self.accuracy.bias:.1g} and standard error "
-                f"{self.accuracy.stderr:.1g} instead of {self.accuracy.target:g} {self.unit} together."
-            )
         if self.estimate and self.estimate.unbiased and not abs(self.estimate.z) <= SUSPICIOUS_Z:
             found.append(
-                f"The estimated likelihood is {abs(self.estimate.z):.1f} standard errors away from "
-                f"{'the exact one' if self.is_exact else 'that of a stated accuracy'}: one of them is wrong."
+                f"The estimated likelihood is {abs(self.estimate.z):.1f} standard errors away from the exact one: one of them "
+                "is wrong."
             )
         if self.entropy_floor is not None and is_too_good(self.mean - self.entropy_floor, self.stderr):
             below = (self.entropy_floor - self.mean) / max(self.stderr, 1e-12)
@@ -176,7 +164,7 @@ class Measured(NamedTuple):
     log_prob: Float[np.ndarray, " n"]
 
 
-def split_error(values: Float[np.ndarray, "n s p"], stderr_probes: float | None = None) -> MeanAndError:
+def split_error(values: Float[np.ndarray, "n s p"]) -> MeanAndError:
     r"""Splits the standard error of the mean of nested draws: an analysis of variance with random effects.
 
     ``E`` is the mean over ``i, s`` of the variance over ``p``. The variance over ``s`` of means over ``p`` expects
@@ -186,7 +174,6 @@ def split_error(values: Float[np.ndarray, "n s p"], stderr_probes: float | None 
 
     Args:
         values: Objective by example, noise draw and probe draw.
-        stderr_probes: Part due to probes where it is known, as a single probe draw does not tell it.
 
     Raises:
         ValueError: If there are fewer than two examples.
@@ -198,8 +185,6 @@ def split_error(values: Float[np.ndarray, "n s p"], stderr_probes: float | None 
     by_noise = values.mean(axis=2)
     by_example = by_noise.mean(axis=1)
     probes = values.var(axis=2, ddof=1).mean() if num_probes > 1 else None
-    if stderr_probes is not None:
-        probes = stderr_probes**2 * values.size
     noise = None
     if num_noise > 1:
         noise = max(by_noise.var(axis=1, ddof=1).mean() - (probes or 0.0) / num_probes, 0.0)
@@ -225,11 +210,9 @@ def measure(
 ) -> Measured:
     """Test objective, bits/dim of images or nats of points, with its standard error in parts, and its value at each example.
 
-    With ``settings.target_stderr`` the log-determinants have a stated accuracy, see `stated_accuracy`, and the configured
-    estimator on the first batch and noise checks them. Without, the log-determinant is exact up to 256 dimensions, and the
-    configured estimator on the noise of the first dequantisation checks it. Beyond, the estimator's mean is the result,
-    unbiased if it is exact or a roulette. Its truncation bound is a posteriori, see `SeriesLogdet` and `KrylovLogdet`, and
-    rigorous if the Lipschitz constants are.
+    The log-determinant is exact up to 256 dimensions, and the configured estimator on the noise of the first dequantisation
+    checks it. Beyond, the estimator's mean is the result, unbiased if it is exact or a roulette. Its truncation bound is a
+    posteriori, see `SeriesLogdet` and `KrylovLogdet`, and rigorous if the Lipschitz constants are.
 
     With ``settings.num_importance_draws`` there is the importance-weighted bound by so many draws of noise too. If it is
     computed for some of the examples, its gain on them is taken from the mean of all.
@@ -242,33 +225,18 @@ def measure(
     draws = Draws(model, examples, settings, seed, contexts)
     has_noise = spec.is_discrete
     num_noise = settings.num_dequantisations if has_noise else 1
-    if settings.target_stderr:
-        found, accuracy = stated_accuracy.log_prob(
-            model,
-            examples,
-            settings.target_stderr,
-            seed,
-            num_dequantisations=num_noise,
-            batch_size=settings.batch_size,
-            contexts=contexts,
-        )
-        values = -spec.unit_of_a_nat * found[:, :, None]
-        parts = split_error(values, accuracy.stderr / math.sqrt(len(examples)))
-        bound, is_exact, num_checked = accuracy.bias_bound, accuracy.bias == accuracy.stderr == 0, max(settings.batch_size, 2)
-        within = f"log-determinants within {accuracy.target:g} {spec.unit} an example, root mean square"
-        estimator, unbiased = described(ExactLogdet())[0] if is_exact else within, is_exact
-    else:
-        used, accuracy = draws.estimator, None
-        is_exact = isinstance(used, ExactLogdet)
-        values = draws.values(used, num_noise, 1 if is_exact else settings.num_probe_draws)
-        parts = split_error(values, 0.0 if is_exact else None)
-        num_checked, unbiased = len(examples) if is_exact else 0, used.unbiased
-        estimator, cut = described(used)
-        bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
+    used = draws.estimator
+    is_exact = isinstance(used, ExactLogdet)
+    values = draws.values(used, num_noise, 1 if is_exact else settings.num_probe_draws)
+    parts = split_error(values)
+    if is_exact:
+        parts = replace(parts, stderr_probes=0.0)
+    estimator, cut = described(used)
+    bound = 0.0 if cut is None else float(np.mean(draws.outputs(cut, 0, 0)["truncation_bound"], dtype=np.float64))
     check = None
-    if num_checked and not isinstance(configured, ExactLogdet):
-        estimated = draws.values(configured, 1, settings.num_probe_draws, num_checked)[:, 0].mean(axis=1)
-        check = compare(estimated, values[:num_checked, 0, 0], configured)
+    if is_exact and not isinstance(configured, ExactLogdet):
+        estimated = draws.values(configured, 1, settings.num_probe_draws)[:, 0].mean(axis=1)
+        check = compare(estimated, values[:, 0, 0], configured)
     weighted = importance.measure(model, examples, settings, seed, contexts=contexts) if settings.num_importance_draws else None
     if weighted and weighted.num_examples < len(examples):
         weighted = weighted.of_all(parts.mean, parts.stderr)
@@ -276,7 +244,7 @@ def measure(
         **asdict(parts if has_noise else replace(parts, stderr_dequantisation=0.0)),
         unit=spec.unit,
         estimator=estimator,
-        unbiased=unbiased,
+        unbiased=used.unbiased,
         truncation_bound=bound,
         num_examples=len(examples),
         num_dequantisations=num_noise if has_noise else 0,
@@ -284,7 +252,6 @@ def measure(
         estimate=check,
         entropy_floor=entropy_floor,
         num_dims=spec.flow.num_dims,
-        accuracy=accuracy,
         bound=spec.bound,
         importance=weighted,
     )

@@ -140,10 +140,6 @@ class EvaluationConfig:
     num_probe_draws: Count = 4  # probe draws per noise draw
     num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
     num_importance_examples: CountOrNone = 0  # test examples, evenly spaced, that have these draws; 0 for all
-    # Wanted error of an example's likelihood from its log-determinants: |bias| + standard error in bits/dim or nats, root mean
-    # square over examples. The cheapest log-determinants that reach it, exact or estimated, take the place of ``logdet`` and
-    # num_probe_draws, and ``logdet`` checks them. 0 evaluates by ``logdet``, or exactly up to 256 dimensions.
-    target_stderr: NotNegative = 0.0
     num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
     # Test contexts of a simulator at which a classifier tries to tell true posterior samples from the model's; 0 for none.
     num_posteriors: CountOrNone = 10

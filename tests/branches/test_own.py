@@ -143,7 +143,6 @@ def test_it_is_certified_on_its_word(trained):
         lambda: ir.certify.decode(model, z),
         lambda: ir.certify.log_prob(model, x[:2]),
         lambda: ir.certify.log_det(model, x[:2]),
-        lambda: ir.certify.local_constants(model, x[:2], 0.1),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="branches of kind 'masked', which certificates cannot follow"):

@@ -155,7 +155,6 @@ CALLS = {
     "decode": certify.decode,
     "log_prob": certify.log_prob,
     "log_det": certify.log_det,
-    "local_constants": lambda model, x, **context: certify.local_constants(model, x, 0.0, **context),
 }
 WRONG = {
     "no bounds": (lambda: changed(lipswish(), seal=None), X, None, "call freeze"),

@@ -9,9 +9,8 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
-from iresnet_jax.evaluation import inverse_problem, ood
+from iresnet_jax.evaluation import inverse_problem
 from iresnet_jax.runs import trained_run
-from iresnet_jax.runs.config import EvaluationConfig
 
 
 @pytest.fixture(scope="module")
@@ -92,5 +91,3 @@ def test_command_and_report_say_the_same(workdir, run, evaluated, capsys, monkey
 def test_what_a_reconstructor_cannot_do_is_said_in_a_sentence(workdir, run, capsys):
     assert main(["sample", "--workdir", str(workdir)]) == 2
     assert "holds no density" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="this is a reconstructor"):
-        ood.compare(run.model, run.data, "noise", EvaluationConfig(), 0)

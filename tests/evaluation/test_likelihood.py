@@ -65,14 +65,11 @@ def test_parts_add_up_to_the_standard_error_of_independent_examples_and_none_bec
     assert 0 <= without_noise.stderr_dequantisation < without_noise.stderr_probes
 
 
-def test_what_one_draw_cannot_tell_is_none_stays_in_the_total_and_can_be_given():
+def test_what_one_draw_cannot_tell_is_none_and_stays_in_the_total():
     values = nested_draws(0.1, 0.5, 0.8, s=1, p=1)
     result = split_error(values)
     assert (result.stderr_probes, result.stderr_dequantisation) == (None, None)
     np.testing.assert_allclose(result.stderr, values.std(ddof=1) / np.sqrt(len(values)), rtol=EXACT_RTOL)
-    known = split_error(values, 0.8 / np.sqrt(len(values)))
-    np.testing.assert_allclose(known.stderr, result.stderr, rtol=EXACT_RTOL)
-    np.testing.assert_allclose(known.stderr_data, np.hypot(0.1, 0.5) / np.sqrt(len(values)), rtol=PARTS_RTOL)
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         split_error(values[:1])
 
@@ -97,7 +94,7 @@ def test_the_exact_likelihood_is_the_headline_up_to_the_dimensions_where_it_is_a
     np.testing.assert_allclose(-log_prob * kept.IMAGES.unit_of_a_nat, by_hand.mean(axis=0), rtol=SAME_RTOL)
     np.testing.assert_allclose(result.mean, by_hand.mean(), rtol=SAME_RTOL)
     assert (result.estimator, result.unit) == ("exact log-determinant", "bits/dim")
-    assert (result.truncation_bound, result.stderr_probes, result.accuracy) == (0, 0, None)
+    assert (result.truncation_bound, result.stderr_probes) == (0, 0)
     assert (result.num_examples, result.num_dequantisations, result.num_probes) == (40, 2, 1)
     np.testing.assert_allclose(result.stderr, by_hand.mean(axis=0).std(ddof=1) / np.sqrt(40), rtol=DIFFERENCE_RTOL)
     noise = np.sqrt(by_hand.var(axis=0, ddof=1).mean() / (2 * 40))

@@ -12,7 +12,6 @@ import pytest
 from reports import EXACT, POINTS, REPORT, block, changed
 
 from iresnet_jax.evaluation.guarantee import InverseGuarantee
-from iresnet_jax.evaluation.stated_accuracy import Accuracy
 from iresnet_jax.report import page
 from iresnet_jax.report.page import MINUS
 
@@ -142,22 +141,6 @@ def test_a_likelihood_is_shown_in_its_unit_beside_its_entropy_or_with_its_check(
     assert all(shows(words, text) for text in ("z = +1.27", "1.0651", "0.0012", "roulette of 7 terms"))
     assert "Truncation bound" not in words
     assert "log-det probes" not in words
-
-
-def test_log_determinants_of_a_stated_accuracy_are_not_called_exact():
-    accuracy = Accuracy(0.0013, 0.00041, 0.00052, 0.0717, 1234.0, ("every stage: 7 steps",), "bits/dim")
-    estimated = dataclasses.replace(
-        EXACT, estimator="log-determinants within 0.0013", stderr_probes=0.00061, accuracy=accuracy, num_probes=1
-    )
-    words = read(dataclasses.replace(REPORT, likelihood=estimated)).words
-    assert "exact" not in words[words.index("Test bits") : words.index("Where the")]
-    assert all(shows(words, text) for text in ("0.0004", "0.0005", "0.0013", "0.07", "0.00061"))
-    assert "missed" not in words
-    assert not re.search(r"log-det probes 1\b", words)
-    assert "the exact value" in str(EXACT)
-    assert "the exact value" not in str(estimated)
-    missed = dataclasses.replace(estimated, accuracy=dataclasses.replace(accuracy, bias=0.0011))
-    assert "and missed" in read(dataclasses.replace(REPORT, likelihood=missed)).words
 
 
 def test_the_page_loads_nothing():

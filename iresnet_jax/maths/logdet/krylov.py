@@ -20,7 +20,7 @@ orthogonal, ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -171,39 +171,6 @@ class KrylovLogdet(ProbingEstimator):
         probes = self._draw_probes(key, x)
         samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
         return samples, jnp.mean(bounds, axis=0)
-
-
-def nested_quadratic_forms(
-    branch: Branch | Linearized,
-    x: Float[Array, "b ..."],
-    probes: Float[Array, "p b ..."],
-    sizes: Sequence[int],
-    *,
-    lipschitz_bound: Scalar = jnp.inf,
-    trace: Trace | None = None,
-) -> tuple[Float[Array, "s p b"], Float[Array, "p b"]]:
-    """``v^T log(I + J) v`` for every probe ``v`` by Krylov subspaces of several dimensions, for the products of the largest.
-
-    The spaces are nested, so the differences of their values show for the same probes how fast they converge. There is no
-    gradient, which saves the products that `quadratic_form` takes for it. Other arguments are those there.
-
-    Args:
-        branch: ``g``, acting on each example alone, or linearised at ``x``.
-        x: Where to evaluate.
-        probes: ``v``.
-        sizes: Dimensions of the subspaces, increasing; the last is the number of products with the transposed Jacobian.
-        lipschitz_bound: Upper bound of ``Lip(g)``, for the bound of the error.
-        trace: ``x -> tr J (b,)``, exact; replaces the first-order term.
-
-    Returns:
-        The estimates by dimension, and bounds of the errors of the last.
-    """
-    _, hessenberg = arnoldi(transposed_jacobian(linearize(branch, x), len(probes)), probes, sizes[-1])
-    values, bounds = [], jnp.zeros(())
-    for size in sizes:
-        value, bounds, _ = _forms(hessenberg[: size + 1, :size], probes, lipschitz_bound, without_first_order=trace is not None)
-        values.append(value)
-    return jnp.stack(values) + (0 if trace is None else trace(x)[None, None]), bounds
 
 
 def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order):

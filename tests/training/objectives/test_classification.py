@@ -14,7 +14,7 @@ import tiny_runs as runs
 from iresnet_jax import load as load_model
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
-from iresnet_jax.evaluation import accuracy, ood
+from iresnet_jax.evaluation import accuracy
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
@@ -189,18 +189,3 @@ def test_a_network_without_a_constraint_says_that_nothing_is_promised(trained, w
     assert "NOT CERTIFIED" in capsys.readouterr().out
     assert main(["reconstruct", "--workdir", str(copy), "--num", "8"]) == 1
     assert "NOT INVERTED; 0 of 8" in capsys.readouterr().out
-
-
-# --- other data -----------------------------------------------------------------------------------------------------
-
-
-def test_scores_tell_noise_from_digits(trained, workdir, capsys):
-    result = ood.compare(trained.model, trained.data, "noise", trained.config.evaluation, 0, num=100)
-    assert set(result.scores) == {"energy", "confidence", "distance"}
-    assert (result.num_inside, result.num_outside) == (100, 100)
-    assert result.scores["distance"].auroc > 0.8
-    assert main(["ood", "--workdir", str(workdir), "--num", "50"]) == 0
-    said = capsys.readouterr().out
-    assert "50 test images against 50 others (rotated)" in said
-    assert said.count("AUROC") == 3
-    assert "Mahalanobis distance" in said

@@ -15,8 +15,7 @@ import tiny_runs as runs
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
 from iresnet_jax.data.arrays import Arrays, from_arrays
-from iresnet_jax.data.splits import some_rows
-from iresnet_jax.evaluation import ood, samples
+from iresnet_jax.evaluation import samples
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain
@@ -283,13 +282,3 @@ def test_samples_of_a_class_from_the_command_line(trained, workdir, capsys):
     assert "there is no class 10: classes are 0 to 9" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a label for each of 3 samples"):
         samples.draw(trained.model, 3, size, labels=[1])
-
-
-def test_scores_of_other_images_know_of_classes(trained, class_log_probs):
-    settings, seed, num = trained.config.evaluation, trained.config.seed, 256  # a batch
-    scores = ood.compare(trained.model, trained.data, "noise", settings, seed, num=num).scores
-    assert set(scores) == {"likelihood", "typicality", "confidence"}
-    images = trained.test_examples()
-    sides = images[some_rows(len(images), num)], ood.others(trained.data, "noise", num, seed)
-    inside, outside = (-np.exp(np.asarray(class_log_probs(images), np.float64)).max(axis=1) for images in sides)
-    np.testing.assert_allclose(scores["confidence"].auroc, ood.auroc(inside, outside), atol=1e-3)
