@@ -1,4 +1,4 @@
-"""The ten tasks of the SBI benchmark (Lueckmann et al. 2021, appendix T): priors and simulators in NumPy.
+"""The ten tasks of the SBI benchmark (Lueckmann et al. 2021, appendix T): priors and simulators in NumPy, and C2ST.
 
 Observations and 10,000 samples of each reference posterior are files of the package ``sbibm``, whose
 dependencies are not needed: ``pip install --no-deps sbibm``. Constants that the benchmark drew at random are drawn again from
@@ -12,6 +12,7 @@ import bz2
 import functools
 import importlib.metadata
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -262,3 +263,24 @@ TASKS = {
         Task("two_moons", 2, 2, _uniform(1.0, 2), _moons, bound=1.0),
     )
 }
+
+
+def c2st(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Accuracy of a classifier that tells samples ``(n, d)`` of a model from others; NaN if one of ours is not finite.
+
+    As in the SBI benchmark: both sets are standardised by the mean and standard deviation of the reference; a perceptron with
+    two hidden layers of ``10 d`` rectified units, trained by Adam; the mean accuracy of 5-fold cross-validation.
+    """
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.neural_network import MLPClassifier
+
+    if not np.all(np.isfinite(ours)):
+        return math.nan
+    mean, scale = theirs.mean(axis=0), theirs.std(axis=0, ddof=1)
+    x = (np.concatenate([theirs, ours]).astype(np.float64) - mean) / scale
+    is_ours, width = np.repeat([0, 1], [len(theirs), len(ours)]), 10 * x.shape[1]
+    classifier = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=1000, random_state=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a classifier that could have been trained for longer
+        folds = KFold(5, shuffle=True, random_state=1)
+        return float(np.mean(cross_val_score(classifier, x, is_ours, cv=folds, scoring="accuracy")))

@@ -15,7 +15,7 @@ from _record import RESULTS, made_with, parser, write
 from iresnet_jax.runs.planning import plan, topologies
 
 NAMES = (
-    *("digits_density", "digits_hybrid", "mnist_density", "fashion_mnist_density", "toy_2d:moons", "posterior:sbi_two_moons"),
+    *("digits_density", "digits_hybrid", "mnist_density", "fashion_mnist_density", "toy_2d:moons"),
     *("digits_classification", "mnist_classification", "fashion_mnist_classification"),
     *("iresnet_density:mnist", "iresnet_density:cifar10"),
     *("residual_flow_density:mnist", "residual_flow_density:cifar10", "residual_flow_density:downsampled_imagenet/32x32"),

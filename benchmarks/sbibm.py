@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from _record import parser, resume
-from _sbibm_tasks import NUM_OBSERVATIONS, TASKS
+from _sbibm_tasks import NUM_OBSERVATIONS, TASKS, c2st
 
 import iresnet_jax as ir
-from iresnet_jax.evaluation import posterior, samples
+from iresnet_jax.evaluation import samples
 
 NUM_SAMPLES, QUICK_SAMPLES = 10_000, 500
 VERSIONS = ("iresnet_jax", "jax")
@@ -74,7 +74,7 @@ def measure(task, model, number, num):
     began = time.monotonic()
     drawn = samples.draw(model, num, 1000, seed=number, contexts=x)
     sample_seconds, began = time.monotonic() - began, time.monotonic()
-    accuracy = posterior.c2st(task.from_fit(drawn.values.astype(np.float64)), task.reference(number)[:num])
+    accuracy = c2st(task.from_fit(drawn.values.astype(np.float64)), task.reference(number)[:num])
     return {
         "c2st": accuracy,
         "converged": drawn.convergence.fraction_converged,

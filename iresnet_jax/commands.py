@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from iresnet_jax import conversion
 from iresnet_jax.data.arrays import FITTED_ARRAY
-from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, posterior, samples
+from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, samples
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.figures import catalogue, drawing
 from iresnet_jax.models.architecture import FlowSpec
@@ -48,8 +48,6 @@ def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     if isinstance(model, Density):
         floor, contexts = run.data.entropy, run.test_contexts()
         lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor).summary)
-        if compared := posterior.compare_run(run):
-            lines.append(compared.summary)
     if isinstance(model, Reconstructor):
         lines.append(inverse_problem.evaluate_run(run)[0])
     elif run.model.spec.num_classes is not None:

@@ -1,4 +1,4 @@
-"""A conditional density that is the posterior of the simulator ``linear_gaussian``, or a wrong one."""
+"""A linear Gaussian simulator, and conditional densities that are its posterior, or a wrong one."""
 
 import functools
 import math
@@ -13,7 +13,14 @@ from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
-LINEAR_FLOW = FlowSpec((10,), (StageSpec(1, hidden=(2,)),), context_dim=10)
+DIMS, DEVIATION = 10, math.sqrt(0.1)  # task T.1 of the SBI benchmark (Lueckmann et al. 2021)
+LINEAR_FLOW = FlowSpec((DIMS,), (StageSpec(1, hidden=(2,)),), context_dim=DIMS)
+
+
+def linear_gaussian_pairs(num):
+    """Parameters ``theta ~ N(0, .1 I)`` and observations ``x ~ N(theta, .1 I)``."""
+    prior, noise = DEVIATION * np.random.default_rng(0).normal(size=(2, num, DIMS)).astype(np.float32)
+    return prior, prior + noise
 
 
 @functools.cache
@@ -26,6 +33,6 @@ def zero_weights():
 def linear_gaussian_model(shift=0.0, scale=1.0):
     """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior of its own."""
     weights = jax.tree.map(jnp.asarray, zero_weights())
-    weights["stage0"].branch.weights["dense1"]["context"] = -0.5 * jnp.eye(10)[None]
-    prior = {"mean": jnp.full((10,), shift), "log_std": jnp.full((10,), math.log(scale * math.sqrt(0.05)))}
+    weights["stage0"].branch.weights["dense1"]["context"] = -0.5 * jnp.eye(DIMS)[None]
+    prior = {"mean": jnp.full((DIMS,), shift), "log_std": jnp.full((DIMS,), math.log(scale * math.sqrt(0.05)))}
     return Density(DensitySpec(LINEAR_FLOW), weights, prior)

@@ -8,7 +8,6 @@ from iresnet_jax.evaluation.environment import Environment
 from iresnet_jax.evaluation.inversion import Inversion, RoundTrips
 from iresnet_jax.evaluation.likelihood import Estimate, Likelihood
 from iresnet_jax.evaluation.points import Entry, Points, Unlikely
-from iresnet_jax.evaluation.posterior import Posterior
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.certificate import Certificate, Constant
 from iresnet_jax.report.contents import Report, TrainingTimes
@@ -78,7 +77,6 @@ CLASSIFICATION = Classification(
     confusion=((3, 1), (0, 2)),
     mistakes=(Mistake(index=1, label=0, prediction=1, probability=0.6),),
 )
-POSTERIOR = Posterior(divergence=0.0237, stderr=0.0034, num_examples=7919, c2st=(0.537, 0.588), num_samples=823)
 CALIBRATION = Calibration(
     tuple(RankTest(name, (23, 31, 27), p, 0.62, 0.513) for name, p in (("entry 0", 0.0812), ("log p", 0.4417))), 81, 77
 )
@@ -106,7 +104,6 @@ REPORT = Report(
     config={"seed": 29, "model": {"widths": (61, 67), "head": {"kind": "none"}}},
     likelihood=LIKELIHOOD,
     points=Points("points.npy", (UNLIKELY,)),
-    posterior=POSTERIOR,
     calibration=CALIBRATION,
     classification=CLASSIFICATION,
     samples=SampleConvergence(num=64, fraction_converged=1.0, max_error_bound=1e-5),

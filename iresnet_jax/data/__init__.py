@@ -1,9 +1,8 @@
-"""Where examples come from: `load` returns images, toys and simulators by name as a `DataSet`.
+"""Where examples come from: `load` returns images and toys by name as a `DataSet`.
 
 ======================  ==============================================================================================
 ``digits``              8x8 images embedded in scikit-learn
 ``moons`` ``rings``     2-D toy densities, listed in `toys`
-``linear_gaussian``     parameters given an observation, with a posterior that is known, listed in `simulators`
 ``mnist`` ``cifar10``   any image classification data set of TensorFlow Datasets by its name there, such as
                         ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if TensorFlow is installed
 ``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` and so on
@@ -26,18 +25,17 @@ import numpy as np
 
 from iresnet_jax.data import cache
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.simulators import SIMULATORS, Simulator
 from iresnet_jax.data.sources import array_files, cifar, digits, idx, image_folder, tfds
 from iresnet_jax.data.toys import TOYS, Toy
 
-__all__ = ["DataSet", "Simulator", "Toy", "conditioned_on_labels", "load"]
+__all__ = ["DataSet", "Toy", "conditioned_on_labels", "load"]
 
 _IMAGES = {"idx": idx.source, "cifar": cifar.source, "folder": image_folder.source}
 _ARRAYS = {"npz": array_files.load_npz, "npy": array_files.load_npy, "csv": array_files.load_csv}
 
 
 def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, float] = (0.1, 0.1)) -> DataSet:
-    """Loads a data set, toy or simulator by its name.
+    """Loads a data set or toy by its name.
 
     Example::
 
@@ -58,8 +56,8 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
         RuntimeError: If TFDS cannot prepare it.
         OSError: If files cannot be read, or decoded images cannot be written.
     """
-    if name in (*TOYS, *SIMULATORS):
-        return DataSet.endless({**TOYS, **SIMULATORS}[name])
+    if name in TOYS:
+        return DataSet.endless(TOYS[name])
     if name == "digits":
         return digits.load()
     kind, colon, path = name.partition(":")
@@ -70,8 +68,7 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
     if source is None:
         raise ValueError(
             f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} and others of TFDS, "
-            f"the toys {', '.join(TOYS)}, the simulators {', '.join(SIMULATORS)}, "
-            f"and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
+            f"the toys {', '.join(TOYS)}, and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
         )
     return cache.load(source)
 

@@ -1,4 +1,4 @@
-"""What training and evaluation need of data: one value for images, vectors, 2-D toys and simulators."""
+"""What training and evaluation need of data: one value for images, vectors and 2-D toys."""
 
 import functools
 import hashlib
@@ -14,7 +14,6 @@ from numpy.typing import DTypeLike
 
 from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.data.simulators import Simulator
 from iresnet_jax.data.splits import some_rows
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.maths.platforms import quick_jit
@@ -25,7 +24,7 @@ Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Examples in three disjoint splits, "train", "validation" and "test", or an endless toy or simulator.
+    """Examples in three disjoint splits, "train", "validation" and "test", or an endless toy.
 
     Choose hyper-parameters and checkpoints on "validation"; "test" is for the number that is reported.
 
@@ -43,8 +42,7 @@ class DataSet:
         bounds: Interval of each entry of vectors, None for an entry that may be any number; None without any.
         columns: Columns of the data frame that the entries are; None for arrays.
         notes: Sentences on what the entries were taken for.
-        generator: Toy that examples of endless data are drawn from, or simulator that draws them with their contexts; None for
-            arrays.
+        generator: Toy that examples of endless data are drawn from; None for arrays.
     """
 
     name: str
@@ -59,7 +57,7 @@ class DataSet:
     bounds: tuple[Bounds | None, ...] | None = None
     columns: tuple[Column, ...] | None = None
     notes: tuple[str, ...] = ()
-    generator: Toy | Simulator | None = None
+    generator: Toy | None = None
 
     @classmethod
     def from_arrays(
@@ -86,23 +84,19 @@ class DataSet:
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
 
     @classmethod
-    def endless(cls, generator: Toy | Simulator) -> "DataSet":
-        """Makes a data set of a 2-D density, or of parameters given observations, with the fingerprint of name and entropy."""
-        is_toy = isinstance(generator, Toy)
-        kind, digits, size = ("toy", 6, 2) if is_toy else ("simulator", 4, generator.num_parameters)
-        fingerprint = _hash({kind: generator.name, "entropy": round(generator.entropy, digits)})
-        return cls(generator.name, (size,), None, None, fingerprint, generator=generator)
+    def endless(cls, generator: Toy) -> "DataSet":
+        """Makes a data set of a 2-D density, with the fingerprint of name and entropy."""
+        fingerprint = _hash({"toy": generator.name, "entropy": round(generator.entropy, 6)})
+        return cls(generator.name, (2,), None, None, fingerprint, generator=generator)
 
     @property
     def is_endless(self) -> bool:
-        """Whether examples are drawn, as those of a toy or simulator, and not kept in arrays."""
+        """Whether examples are drawn, as those of a toy, and not kept in arrays."""
         return self.generator is not None
 
     @property
     def context_dim(self) -> int:
         """Entries of a context vector; 0 without contexts."""
-        if isinstance(self.generator, Simulator):
-            return self.generator.num_observed
         return self.contexts["train"].shape[1] if self.contexts else 0
 
     @property
@@ -112,8 +106,8 @@ class DataSet:
 
     @property
     def draw(self) -> Callable[[PRNGKeyArray, Any], tuple[Array, Array | None]] | None:
-        """Sampler ``(key, placeholder) -> (example, context)`` of endless data; None for arrays."""
-        return (lambda key, _: jax.tree.map(lambda rows: rows[0], self._drawn(key, 1))) if self.is_endless else None
+        """Sampler ``(key, placeholder) -> (example, None)`` of endless data, which have no contexts; None for arrays."""
+        return (lambda key, _: (self._drawn(key, 1)[0], None)) if self.is_endless else None
 
     def held_out(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ ..."]:
         """Returns ``num`` examples of "validation", drawn from all as files may be sorted, or the first ones of "test".
@@ -139,7 +133,7 @@ class DataSet:
     def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
         """Draws up to ``num`` distinct training examples with their contexts and classes, or None, to initialise a model."""
         if self.is_endless:
-            return *self._drawn(key, num), None
+            return self._drawn(key, num), None, None
         chosen = np.asarray(_permutation(len(self.examples["train"]), key))[:num]
         kinds = self.examples, self.contexts, self.labels
         examples, contexts, labels = (jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds)
@@ -154,18 +148,16 @@ class DataSet:
         if num is None:
             raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
         stream = {"validation": 1, "test": 2}[split]
-        examples, contexts = self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
-        return np.asarray(examples), None if contexts is None else np.asarray(contexts)
+        return np.asarray(self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)), None
 
     def _rows(self, split: str, num: int | None) -> slice | np.ndarray:
         """The rows of an array that `held_out` returns."""
         return slice(num) if split != "validation" or num is None else some_rows(len(self.examples[split]), num)
 
-    def _drawn(self, key: PRNGKeyArray, num: int) -> tuple[Array, Array | None]:
-        """Examples of endless data and their contexts."""
+    def _drawn(self, key: PRNGKeyArray, num: int) -> Array:
+        """Examples of endless data."""
         assert self.generator is not None
-        drawn = jax.jit(self.generator.sample, static_argnums=1)(key, num)
-        return drawn if isinstance(self.generator, Simulator) else (drawn, None)
+        return jax.jit(self.generator.sample, static_argnums=1)(key, num)
 
 
 @functools.partial(quick_jit, static_argnums=(0,), is_rare=True)

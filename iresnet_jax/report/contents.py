@@ -14,7 +14,6 @@ from iresnet_jax.evaluation.inverse_problem import InverseProblem
 from iresnet_jax.evaluation.inversion import Inversion
 from iresnet_jax.evaluation.likelihood import Likelihood
 from iresnet_jax.evaluation.points import Points
-from iresnet_jax.evaluation.posterior import Posterior
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.certificate import Certificate
 
@@ -62,7 +61,6 @@ class Report:
     """Results of a run; None for what its kind of model does not have.
 
     Attributes:
-        posterior: Comparison of a conditional density with the true posterior, where that is known.
         calibration: Ranks of test examples among samples given their contexts, of a conditional density of vectors.
         inverse_problem: Reconstructions from measurements, of a reconstructor.
         inverse: Round trips of a model with an inverse.
@@ -76,7 +74,6 @@ class Report:
     config: Mapping[str, Any]
     likelihood: Likelihood | None = None
     points: Points | None = None
-    posterior: Posterior | None = None
     calibration: Calibration | None = None
     classification: Classification | None = None
     inverse_problem: InverseProblem | None = None
@@ -96,7 +93,7 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        measured = [self.likelihood, self.posterior, self.calibration, self.classification, self.inverse_problem, self.samples]
+        measured = [self.likelihood, self.calibration, self.classification, self.inverse_problem, self.samples]
         for part in measured:
             found += part.warnings() if part else ()
         if self.samples_by_class:
@@ -108,8 +105,8 @@ class Report:
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
-        of_posteriors = [self.posterior, self.calibration and self.calibration.headline]
-        headlines = [self.likelihood, *of_posteriors, self.classification, self.inverse_problem, self.inverse, verdict]
+        calibration = self.calibration and self.calibration.headline
+        headlines = [self.likelihood, calibration, self.classification, self.inverse_problem, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 
@@ -118,8 +115,6 @@ class Report:
         facts = {name: value for name, value in asdict(self).items() if value is not None and name != "notes"}
         if self.likelihood:
             facts[self.likelihood.key] = facts.pop("likelihood")
-        if self.posterior:
-            facts["posterior"]["mean_c2st"] = self.posterior.mean_c2st
         if self.calibration:
             facts["calibration"] |= {"p_value": self.calibration.p_value, "calibrated": self.calibration.is_calibrated}
         for name, known in (("lipschitz", self.lipschitz), ("noise_lipschitz", self.noise_lipschitz)):

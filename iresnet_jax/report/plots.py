@@ -20,7 +20,6 @@ Number = float | int
 MAX_PAIRS = 5  # entries of a vector that are drawn
 MAX_LIKELIHOODS = 2000  # points that are drawn by their likelihood
 MAX_RANKS = 12  # quantities whose ranks are drawn
-MAX_POSTERIORS = 4  # contexts whose posterior is drawn
 FLAT = 1e-3  # least height of a learning curve's axis, relative to its values
 MAX_CURVE_POINTS = 600  # keeps seven panels of two splits below the size at which an SVG is given up
 
@@ -292,29 +291,6 @@ def likelihoods(
     style.label(right, names[0], names[1])
     style.legend(right, loc="upper left")
     style.colorbar(figure, drawn, [right], label="log p [nats]", extend="min")
-    return figure
-
-
-def posteriors(truth: Float[np.ndarray, "c n d"], samples: Float[np.ndarray, "c n d"]) -> "Figure":
-    """Draws samples of the true posterior above those of a model, a column for each of the first contexts.
-
-    Both are drawn by the first two entries, on the range of the truth; the title counts the model's samples outside of it.
-    """
-    truth, samples = (values[:MAX_POSTERIORS, :, :2] for values in (truth, samples))
-    columns = len(truth)
-    figure = style.figure(width=2.5 * columns, height=5.2)
-    grid = figure.subplots(2, columns, squeeze=False)
-    for column in range(columns):
-        low, high = truth[column].min(axis=0), truth[column].max(axis=0)
-        margin = 0.1 * float(np.max(high - low)) or 1.0
-        outside = int((~np.all((samples[column] >= low - margin) & (samples[column] <= high + margin), axis=1)).sum())
-        kinds = (("truth", truth, style.BLUE, ""), ("model", samples, style.ORANGE, f"{outside} outside" if outside else ""))
-        for row, (name, values, color, title) in enumerate(kinds):
-            axes = grid[row, column]
-            axes.scatter(*values[column].T, s=2.0, color=color, alpha=0.5, linewidths=0, rasterized=True)
-            axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
-            axes.set_aspect("equal", adjustable="datalim")
-            style.label(axes, "", name if column == 0 else "", title=title, size=8)
     return figure
 
 

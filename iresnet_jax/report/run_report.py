@@ -18,7 +18,6 @@ from iresnet_jax.evaluation import (
     inversion,
     likelihood,
     points,
-    posterior,
     samples,
 )
 from iresnet_jax.models.density import Density
@@ -58,10 +57,6 @@ def write(run: Run) -> Report:
         figures["learning_curves"] = plots.learning_curves(curves, run.step)
     if isinstance(run.model, Density):
         results |= _density(run, run.model, examples, figures)
-    if compared := posterior.compare_run(run):
-        results["posterior"] = compared.summary
-        if len(compared.contexts):
-            figures["posteriors"] = plots.posteriors(compared.truth, compared.samples)
     if run.model.spec.num_classes is not None:
         results |= _classes(run, examples, figures)
     if isinstance(run.model, Reconstructor):

@@ -141,9 +141,6 @@ class EvaluationConfig:
     num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
     num_importance_examples: CountOrNone = 0  # test examples, evenly spaced, that have these draws; 0 for all
     num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
-    # Test contexts of a simulator at which a classifier tries to tell true posterior samples from the model's; 0 for none.
-    num_posteriors: CountOrNone = 10
-    num_posterior_samples: Annotated[int, Range("[10, inf)")] = 1000  # samples per context, of the model and of the truth
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
     def solver(self) -> Solver:

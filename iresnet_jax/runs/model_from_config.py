@@ -12,7 +12,6 @@ from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.toys import Toy
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contexts import ContextScale
@@ -138,7 +137,7 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
     """
     kind, then = settings.transform, Identity()
     if kind in ("standardize", "whiten"):
-        if data.num_levels is not None or isinstance(data.generator, Toy):
+        if data.num_levels is not None or data.is_endless:
             raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
         if kind == "whiten" and len(data.event_shape) != 1:
             raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")

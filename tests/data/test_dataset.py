@@ -1,4 +1,4 @@
-"""The data set that training and evaluation see: images, toys and simulators behind one value, and what they are known by."""
+"""The data set that training and evaluation see: images and toys behind one value, and what they are known by."""
 
 import os
 import shutil
@@ -10,7 +10,6 @@ from image_sets import write_idx
 
 from iresnet_jax import data
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.simulators import SIMULATORS
 from iresnet_jax.data.toys import TOYS
 
 RNG = np.random.default_rng(0)
@@ -52,8 +51,7 @@ def test_fingerprints_are_pinned():
     """Runs carry them: if one of these changes, no run can be resumed."""
     assert data.load("digits").fingerprint == "84b4816d5cfd35a96837a6074ea70492b45f5b7772b7668ff067c90ba575c038"
     assert data.load("moons").fingerprint == "3d126f0fd0a487d2ffd1fac837b0271c44af2cb1e803c5c6e196576b2302e265"
-    endless = (*TOYS, *SIMULATORS)
-    assert len({data.load(name).fingerprint for name in endless}) == len(endless)
+    assert len({data.load(name).fingerprint for name in TOYS}) == len(TOYS)
 
 
 def test_fingerprint_of_files_is_that_of_their_content(tmp_path):
@@ -125,32 +123,25 @@ def test_test_examples_of_arrays_are_the_first_ones():
         dataset.held_out("validation")
 
 
-@pytest.mark.parametrize("name", ["moons", *SIMULATORS])
-def test_held_out_examples_of_endless_data_belong_to_their_split_and_seed(name):
-    dataset, source = data.load(name), {**TOYS, **SIMULATORS}[name]
-    assert (dataset.is_endless, dataset.entropy, dataset.num_levels, dataset.num_classes) == (True, source.entropy, None, None)
-    kinds = [dataset.held_out, dataset.held_out_contexts] if dataset.context_dim else [dataset.held_out]
-    for kind, size in zip(kinds, [*dataset.event_shape, dataset.context_dim], strict=False):
-        found = kind("test", 7, seed=1)
-        assert (found.shape, found.dtype) == ((7, size), np.float32)
-        np.testing.assert_array_equal(found, kind("test", 7, seed=1))
-        for other in (kind("validation", 7, seed=1), kind("test", 7, seed=2)):
-            assert not np.any(found == other)
-        with pytest.raises(ValueError, match="has no end"):
-            kind("test")
-    if dataset.context_dim:
-        examples, contexts = dataset.held_out("test", 50), dataset.held_out_contexts("test", 50)
-        assert np.all(np.isfinite(jax.jit(source.log_prob)(examples, contexts)))  # they belong together
+def test_held_out_examples_of_endless_data_belong_to_their_split_and_seed():
+    dataset = data.load("moons")
+    assert (dataset.is_endless, dataset.entropy, dataset.context_dim) == (True, TOYS["moons"].entropy, 0)
+    found = dataset.held_out("test", 7, seed=1)
+    assert (found.shape, found.dtype) == ((7, 2), np.float32)
+    np.testing.assert_array_equal(found, dataset.held_out("test", 7, seed=1))
+    for other in (dataset.held_out("validation", 7, seed=1), dataset.held_out("test", 7, seed=2)):
+        assert not np.any(found == other)
+    with pytest.raises(ValueError, match="has no end"):
+        dataset.held_out("test")
 
 
-@pytest.mark.parametrize("name", ["moons", *SIMULATORS])
-def test_endless_data_draw_one_example_for_each_key(name):
-    dataset, sample = data.load(name), jax.jit({**TOYS, **SIMULATORS}[name].sample, static_argnums=1)
+def test_endless_data_draw_one_example_for_each_key():
+    dataset, sample = data.load("moons"), jax.jit(TOYS["moons"].sample, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 4)
-    drawn = jax.jit(jax.vmap(lambda key: dataset.draw(key, None)))(keys)
-    for i, key in enumerate(keys):
-        for found, expected in zip(jax.tree.leaves(drawn), jax.tree.leaves(sample(key, 1)), strict=True):
-            np.testing.assert_allclose(found[i], expected[0], rtol=1e-6, atol=1e-6)
+    drawn, context = jax.jit(jax.vmap(lambda key: dataset.draw(key, None)))(keys)
+    assert context is None
+    for found, key in zip(drawn, keys, strict=True):
+        np.testing.assert_allclose(found, sample(key, 1)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_random_training_examples_are_distinct_and_no_more_than_there_are():
@@ -163,7 +154,5 @@ def test_random_training_examples_are_distinct_and_no_more_than_there_are():
 
 @pytest.mark.parametrize("name", ["moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"])
 def test_unknown_names_and_formats_list_the_known_ones(name):
-    with pytest.raises(
-        ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* sbi_two_moons, .* idx:PATH, "
-    ):
+    with pytest.raises(ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* idx:PATH, "):
         data.load(name)

@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
-from known_posterior import linear_gaussian_model
+from known_posterior import linear_gaussian_model, linear_gaussian_pairs
 
-from iresnet_jax.data import simulators
 from iresnet_jax.evaluation import calibration
 from iresnet_jax.runs.config import EvaluationConfig
 
@@ -18,7 +16,7 @@ NUM, SAMPLES = 400, 49
 
 @functools.cache
 def calibrated(**wrong):
-    theta, x = map(np.asarray, simulators.SIMULATORS["linear_gaussian"].sample(jax.random.key(0), NUM))
+    theta, x = linear_gaussian_pairs(NUM)
     return calibration.calibrate(linear_gaussian_model(**wrong), theta, x, SAMPLES, SETTINGS)
 
 
@@ -61,6 +59,6 @@ def test_samples_without_an_inverse_are_told():
 
 
 def test_too_few_examples_are_refused():
-    theta, x = map(np.asarray, simulators.SIMULATORS["linear_gaussian"].sample(jax.random.key(0), 19))
+    theta, x = linear_gaussian_pairs(19)
     with pytest.raises(ValueError, match="at least 20"):
         calibration.calibrate(linear_gaussian_model(), theta, x)

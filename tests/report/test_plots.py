@@ -46,11 +46,10 @@ FIGURES = {
     "confusion_matrix": lambda: plots.confusion_matrix(RNG.integers(0, 3, (4, 4)) + 9 * np.eye(4, dtype=int)),
     "mistakes": lambda: pictures.examples(np.rint(16 * DIGITS).astype(np.uint8), 17, captions=[f"{i} as 0" for i in range(6)]),
     "pairs": lambda: plots.pairs(*RNG.normal(size=(2, 300, 3))),
-    "posteriors": lambda: plots.posteriors(*RNG.normal(size=(2, 2, 300, 3))),
     "posterior_pairs": lambda: plots.posterior_pairs(RNG.normal(size=(2, 300, 3)), RNG.normal(size=(2, 3))),
     "rank_histograms": lambda: plots.rank_histograms(CALIBRATION),
 }
-CHARTS = {"learning_curves", "lipschitz_bars", "scatter", "likelihoods", "error_histogram", "pairs", "posteriors"} | {
+CHARTS = {"learning_curves", "lipschitz_bars", "scatter", "likelihoods", "error_histogram", "pairs"} | {
     "posterior_pairs",
     "rank_histograms",
 }

@@ -12,7 +12,7 @@ from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import first_difference, to_plain
-from iresnet_jax.data import load, simulators, toys
+from iresnet_jax.data import load, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import saved
@@ -39,7 +39,6 @@ LEVELS = {"digits": 17}
 STEPS = [
     ("digits_density", None, 105_932),
     ("toy_2d", "moons", None),
-    ("posterior", "sbi_two_moons", None),
     ("digits_classification", "batchnorm", None),
     ("deblurring", "digits", 43_296),
 ]
@@ -58,7 +57,6 @@ VARIANTS = [
     ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
     *(("residual_flow_density", name, None) for name in ("mnist", "cifar10", "downsampled_imagenet/32x32")),
     *(("toy_2d", name, None) for name in toys.TOYS if name != "moons"),
-    *(("posterior", name, None) for name in simulators.SIMULATORS if name != "sbi_two_moons"),
     ("digits_classification", None, 404_170),
     *(("digits_classification", name, None) for name in ("0.7", "vanilla")),
     *((f"{name}_classification", variant, None) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
@@ -79,9 +77,9 @@ def get_config(name, argument):
 
 
 def data_of(config, shape=None):
-    """Random images of the data set's shape, unless another is given, random vectors, or the toy or simulator."""
+    """Random images of the data set's shape, unless another is given, random vectors, or the toy."""
     name = config.data.name
-    if name in (*toys.TOYS, *simulators.SIMULATORS):
+    if name in toys.TOYS:
         return load(name)
     if name.startswith("npy:"):
         vectors = np.random.default_rng(0).normal(size=(40, 6))
