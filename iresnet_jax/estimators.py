@@ -23,12 +23,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid
+from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
-from iresnet_jax.data.tables import REPEATS, UNRESOLVED, FarValueWarning, check_density, ends_given, find_ends, find_grid
+from iresnet_jax.data.tables import REPEATS, check_density, ends_given, find_grid
 from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fit_settings import is_whitened
 from iresnet_jax.fitting import fit
@@ -75,27 +74,21 @@ class _ResidualFlow(BaseEstimator):
         options = checked_options(**{name: getattr(self, name) for name in given})
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = options["settings"] = {"seed": seed, **options["settings"]}
-        grid, intervals = self._grid_and_intervals(x, is_density=labels is None)
         names = self._names
+        grid = find_grid(x - x.mean(axis=0), names)
+        if labels is None:
+            check_density(x, names, grid)
         bounds = None if self.bounds is None else ends_given(self.bounds, names, x.shape[1])
         # Values on a grid need a noise of their own in training; bounds and a preprocessing may be chosen: `fit` does it all.
         whole = "preprocessing.transform" in settings or grid is not None or bool(bounds)
         transform = Identity()
         if not whole:
-            line = x if intervals is None else Bounded(intervals).to_line(x, np)[0]
             num = len(x) - max(round(options["validation_fraction"] * len(x)), 1)
-            transform = Whiten.fit(line, labels) if is_whitened(num, x.shape[1]) else Standardize.fit(line)
-            transform = transform if intervals is None else Bounded(intervals, transform)
+            transform = Whiten.fit(x, labels) if is_whitened(num, x.shape[1]) else Standardize.fit(x)
             settings["preprocessing.transform"] = "none"
-        with warnings.catch_warnings(), interrupts_raised():
-            warnings.simplefilter("ignore", FarValueWarning)  # said above, with the feature's name
-            model = fit(
-                _forward(transform, x)[0].astype(np.float32),
-                labels,
-                **options,
-                bounds=bounds if whole or labels is not None else {},
-                progress=bool(self.verbose),
-            )
+        with interrupts_raised():
+            x = _forward(transform, x)[0].astype(np.float32)
+            model = fit(x, labels, **options, bounds=bounds or None, progress=bool(self.verbose))
         assert isinstance(model, Density)
         self.model_ = model if whole else model.with_(spec=dataclasses.replace(model.spec, transform=transform))
         self.history_ = model.history
@@ -105,21 +98,6 @@ class _ResidualFlow(BaseEstimator):
         """Names of the features that vary, if they have any."""
         names = list(getattr(self, "feature_names_in_", ()))
         return [names[place] for place in getattr(self, "varying_features_", range(len(names)))] if names else []
-
-    def _grid_and_intervals(self, x: np.ndarray, *, is_density: bool) -> tuple[Grid | None, tuple[Bounds | None, ...] | None]:
-        """The grids of features, and the intervals of those with hard ends; None if there are none.
-
-        Raises:
-            ValueError: If a feature has no density; the message has its name.
-        """
-        names = self._names
-        grid = find_grid(x - x.mean(axis=0), names)
-        if not is_density:
-            return grid, None
-        check_density(x, names, grid)
-        is_resolved = bool(np.all(x.std(axis=0) > UNRESOLVED * np.abs(x.mean(axis=0))))
-        ends = find_ends(x, grid) if is_resolved and self.bounds is None else {}
-        return grid, tuple(Bounds.of(*ends[i]) if i in ends else None for i in range(x.shape[1])) if ends else None
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -135,7 +113,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
 
     Features with at most one value for every 2 samples, all on a regular grid, such as counts, are dequantised: `score_samples`
     is then a lower bound of the log-probability of their values. They keep to the range of the training samples, and features
-    with hard ends to their interval, see `iresnet_jax.fit`: no sample leaves it, and `score_samples` is minus infinity outside.
+    with bounds to theirs: no sample leaves it, and `score_samples` is minus infinity outside.
     A constant feature, or one that is a linear combination of others, has no density: `fit` refuses it by name.
 
     Args:
@@ -144,8 +122,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed. Fits to data of one shape share their compiled programs.
-        bounds: Ends ``(low, high)`` of features by name or number, such as the range that counts may have in samples to score;
-            None looks for hard ends, see `iresnet_jax.fit`.
+        bounds: Ends ``(low, high)`` of features by name or number, such as the range that counts may have in samples to score.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 

@@ -1,10 +1,9 @@
 """Data sets of arrays in memory: what an array is a sample of, and what no density can be fitted to.
 
-Integer images are levels, floats are continuous. An entry of a vector that takes few values lies on a grid and is dequantised;
-one that is constant, or repeats values of no grid, has no density and is refused by name. What more there is to a table whose
-density is to be fitted stands in `tables`.
+Integer images are levels, floats are continuous. Columns of vectors are described in `tables`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +12,10 @@ import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import fraction_masks, validation_mask
-from iresnet_jax.data.tables import FAINT, Table, check_on_grid, find_grid
+from iresnet_jax.data.tables import FAINT, Table, describe
+from iresnet_jax.models.columns import Column
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
-SPARSEST = 10  # classes for each that has examples, above which labels are taken for codes and not for numbers of classes
 
 
 class Arrays(NamedTuple):
@@ -43,8 +42,10 @@ def from_arrays(
     arrays: Arrays | dict[str, Arrays],
     *,
     fractions: tuple[float, float] = (0.1, 0.1),
-    column_names: Sequence[str] = (),
-    table: Table | None = None,
+    column_names: Sequence[Any] = (),
+    columns: tuple[Column, ...] | None = None,
+    bounds: Any = None,
+    is_table: bool = False,
 ) -> DataSet:
     """The data set of arrays in memory.
 
@@ -55,25 +56,22 @@ def from_arrays(
         arrays: All examples, or those of each split, "train" among them; "validation" is carved from it if it is missing.
         fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
             The choice depends on the number of examples alone, see `splits.fraction_masks`.
-        column_names: Names of the entries of vectors, for messages; their numbers by default.
-        table: What is known of vectors whose density is to be fitted, with entries that keep to their ranges, see `tables`;
-            None leaves them unbounded.
+        column_names: Names of the entries of vectors, for messages; by default those of ``columns``, or numbers.
+        columns: Columns of the data frame that vectors are from.
+        bounds: Ends of columns of a table, see `tables.describe`.
+        is_table: Whether the density of vectors is to be fitted whose entries keep to their ranges, see `tables`.
 
     Raises:
         ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
     """
     if isinstance(arrays, Arrays):
         checked = _checked(arrays)
-        seen, held_out = checked.x, None
+        seen = {"train": checked.x}  # rarer values may go to the other splits
         parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
     else:
         if "train" not in arrays:
             raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
-        parts = {split: _checked(part) for split, part in arrays.items()}
-        seen = parts["train"].x
-        if "validation" not in parts:
-            chosen = validation_mask(len(seen))
-            parts |= {"validation": parts["train"].take(chosen), "train": parts["train"].take(~chosen)}
+        parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
         shapes = {part.x.shape[1:] for part in parts.values()}
         if len(shapes) > 1:
             raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
@@ -83,24 +81,24 @@ def from_arrays(
             raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
         if len(lengths := {part.context.shape[1] for part in parts.values() if part.context is not None}) > 1:
             raise ValueError(f"the splits of {name} must have contexts of one length, got {sorted(lengths)}")
-        held_out = np.concatenate([part.x for split, part in parts.items() if split != "train"])
+        seen = {split: part.x for split, part in parts.items()}
+        if "validation" not in parts:
+            chosen = validation_mask(len(seen["train"]))
+            parts |= {"validation": parts["train"].take(chosen), "train": parts["train"].take(~chosen)}
     train = parts["train"]
     classes = None if train.labels is None else _num_classes([part.labels for part in parts.values()])
-    levels, grid = None, None
+    levels, table = None, Table(None)
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values())
         levels = 256 if largest > 127 else max(largest + 1, 2)
-    elif train.x.ndim == 2 and table is not None:
-        table = table.described(seen, column_names, held_out)
-        grid = table.grid
     elif train.x.ndim == 2:
-        grid = find_grid(train.x, column_names)
-        if grid is not None and seen is not train.x:  # rarer values may have gone to the other splits
-            grid = find_grid(seen, column_names)
-        for split, part in parts.items():
-            check_on_grid(grid, part.x, column_names, f"row {{}} of the split {split}")
+        given = arrays if isinstance(arrays, Arrays) else arrays["train"]
+        is_whole = is_table and np.asarray(given.x).dtype.kind in "biu"
+        names = [column.name for column in columns] if columns is not None else column_names
+        table = describe(seen, names, columns=columns, is_whole=is_whole, bounds=bounds, is_density=is_table)
     else:
         check_channels(train.x)
+    constant = [] if train.context is None else np.flatnonzero(np.ptp(train.context, axis=0) == 0).tolist()
     data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
@@ -108,9 +106,10 @@ def from_arrays(
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
         num_classes=classes,
-        grid=grid,
+        grid=table.grid,
     )
-    return data if table is None else table.added_to(data)
+    notes = [*table.notes, *(f"entry {entry} of the context is constant and tells nothing: leave it out" for entry in constant)]
+    return dataclasses.replace(data, bounds=table.intervals, columns=columns, notes=tuple(notes))
 
 
 def check_channels(images: np.ndarray) -> None:
@@ -168,29 +167,32 @@ def _checked(arrays: Arrays) -> Arrays:
 
 
 def _num_classes(labels: Sequence[Any]) -> int:
-    """The number of classes of all splits, one more than the largest label.
+    """The number of classes of all splits.
 
     Raises:
-        ValueError: If few of them have examples.
+        ValueError: If there is one class alone, or numbers of classes are left out.
     """
     present = np.unique(np.concatenate(labels))
-    if present[-1] >= SPARSEST * len(present):
+    if len(present) < 2:
+        raise ValueError(f"labels must be of 2 classes or more, and all are {present[0]}: leave them out")
+    if len(present) <= present[-1]:
+        lacking = np.setdiff1d(np.arange(len(present)), present)[0]
         raise ValueError(
-            f"labels must number the classes from 0 on, got {present[-1]} as the largest of {len(present)} different labels: "
+            f"labels must number the classes from 0 on without gaps, got none of {lacking} and {present[-1]} as the largest: "
             "number the classes with np.unique(labels, return_inverse=True)[1]"
         )
-    return int(present[-1]) + 1
+    return len(present)
 
 
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
-    if array.dtype.kind not in "biuf":
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
         raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text and categories as numbers first")
     with np.errstate(over="ignore"):
         floats = np.asarray(array, np.dtype(jnp.result_type(float)))
     if len(wrong := np.argwhere(~np.isfinite(floats))):
         place = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "column"), wrong[0][[0, -1]], strict=True))
-        raise ValueError(
-            f"{len(wrong)} of the numbers of {what} are missing or infinite, the first in {place}: "
-            "fill them in or drop their rows"
-        )
+        problem, remedy = "missing or infinite", "fill them in or drop their rows"
+        if np.isfinite(array[tuple(wrong[0])]):
+            problem, remedy = "too large for single precision", "divide their columns by their standard deviations"
+        raise ValueError(f"{len(wrong)} of the numbers of {what} are {problem}, the first in {place}: {remedy}")
     return floats

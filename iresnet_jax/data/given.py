@@ -1,6 +1,5 @@
 """What a user gives `iresnet_jax.fit`: arrays, data frames, or a tuple of them to validate with, as a data set."""
 
-import dataclasses
 from typing import Any
 
 import jax.core
@@ -9,7 +8,6 @@ import numpy as np
 from iresnet_jax.checked_dataclasses import check_unmasked
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.tables import Table
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 
 
@@ -31,7 +29,7 @@ def data_of(
         context: Contexts.
         validation: Examples that validate, an array or a data frame like ``x``, or ``(x, labels, context)``.
         validation_fraction: Share of the examples that validates, without.
-        bounds: Ends of columns, see `Table`.
+        bounds: Ends of columns, see `tables.describe`.
         is_density: Whether a density without classes is to be fitted: entries of vectors then keep to their ranges.
 
     Raises:
@@ -42,7 +40,6 @@ def data_of(
     is_table = is_density and arrays.x.ndim == 2
     if bounds is not None and not is_table:
         raise ValueError("bounds are for densities of vectors without classes: leave them out")
-    table = Table(columns, whole=columns is None and arrays.x.dtype.kind in "biu", bounds=bounds) if is_table else None
     splits: Arrays | dict[str, Arrays] = arrays
     if validation is not None:
         if isinstance(validation, list) and any(np.ndim(part) >= arrays.x.ndim for part in validation):
@@ -55,9 +52,8 @@ def data_of(
         if not 1 <= len(held_out) <= 3:
             raise ValueError(f"validation must be like x, or a tuple (x, labels, context), got {len(held_out)} entries")
         splits = {"train": arrays, "validation": _arrays(columns, *held_out)}
-    names = [column.name for column in columns or ()]
-    data = from_arrays(FITTED_ARRAY, splits, fractions=(validation_fraction, 0.0), column_names=names, table=table)
-    return dataclasses.replace(data, columns=columns)
+    fractions = validation_fraction, 0.0
+    return from_arrays(FITTED_ARRAY, splits, fractions=fractions, columns=columns, bounds=bounds, is_table=is_table)
 
 
 def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None) -> Arrays:

@@ -68,7 +68,7 @@ class ClassifierSpec:
 
     def __post_init__(self):
         if self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
+            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
         if self.pad_channels < 0:
             raise ValueError(f"pad_channels must not be negative, got {self.pad_channels}; 0 is no padding")
         height, width, channels = self.image_shape

@@ -1,6 +1,7 @@
 """Columns of a data frame as numbers, and back: booleans, integers, floats, and categories by their place in a list.
 
-pandas is imported only where a data frame is given or made.
+Data frames are those of pandas, and tables with a method ``to_pandas`` such as those of polars and Arrow. pandas is imported
+only where one is given or made.
 """
 
 import json
@@ -19,52 +20,70 @@ class Column:
     """One column of a data frame.
 
     Attributes:
-        name: Its name, as text.
+        name: Text or number, or a tuple of them where columns have names of several levels.
         kind: What it holds.
         dtype: Name of its type in pandas, which `table_of` gives back.
-        categories: Categories that training saw, each as JSON; a value is its place among them.
+        categories: All categories, each as JSON; a value is its place among them.
         is_ordered: Whether a column of pandas' categories has an order.
     """
 
-    name: str
+    name: Any
     kind: Literal["boolean", "integer", "float", "category"]
     dtype: str
     categories: tuple[str, ...] | None = None
     is_ordered: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.name, list):  # of a saved model, in JSON
+            object.__setattr__(self, "name", tuple(self.name))
 
     @property
     def is_discrete(self) -> bool:
         """Whether values are whole numbers: all but floats."""
         return self.kind != "float"
 
+    @property
+    def num_levels(self) -> int | None:
+        """Number of values of a boolean or of categories, ``0`` to ``num_levels - 1``; None of other numbers."""
+        return 2 if self.kind == "boolean" else len(self.categories) if self.categories is not None else None
+
 
 @runtime_checkable
 class Frame(Protocol):
-    """A table with columns of types of their own, as a pandas data frame is."""
+    """A data frame: its columns have names, and types of their own."""
 
     columns: Any
-    dtypes: Any
-    iloc: Any
 
 
 def columns_of(frame: Any) -> tuple[Column, ...]:
     """The columns of a data frame.
 
     Raises:
-        ValueError: If a column holds missing values, or what is neither numbers nor categories; it names the column.
+        ValueError: If there are none, or one holds missing values, or neither numbers nor categories; it names the column.
     """
+    frame = _as_pandas(frame)
     names = _names(frame)
-    if unnamed := [name for name in names if name.startswith("Unnamed: ")]:
+    if not names:
+        raise ValueError("the data frame has no columns: give at least one")
+    if unnamed := [name for name in names if str(name).startswith("Unnamed: ")]:
         raise ValueError(
             f"column {unnamed[0]!r} holds the row numbers of a written table: read it with index_col=0, or drop it"
         )
     return tuple(_column(name, frame.iloc[:, place]) for place, name in enumerate(names))
 
 
-def _names(frame: Any) -> list[str]:
-    names = [str(name) for name in frame.columns]
+def _as_pandas(frame: Any) -> Any:
+    return frame.to_pandas() if hasattr(frame, "to_pandas") else frame
+
+
+def _names(frame: Any) -> list[Any]:
+    names = list(frame.columns)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"column names must differ, and two columns are called {repeated[0]!r}: rename one of them")
+    try:
+        json.dumps(names)
+    except TypeError as error:
+        raise ValueError(f"column names must be text or numbers ({error}): rename the columns") from None
     return names
 
 
@@ -74,6 +93,7 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
     Raises:
         ValueError: If a column is missing, unknown or there twice, or holds missing values, text or an unknown category.
     """
+    frame = _as_pandas(frame)
     places = {name: place for place, name in enumerate(_names(frame))}
     names = [column.name for column in columns]
     if lacking := [name for name in names if name not in places]:
@@ -112,29 +132,29 @@ def _whole(values: Float[np.ndarray, " n"], dtype: str) -> np.ndarray:
     return np.rint(np.clip(values, info.min, np.nextafter(float(info.max), 0))).astype(info.dtype)
 
 
-def _column(name: str, series: Any) -> Column:
+def _column(name: Any, series: Any) -> Column:
     import pandas as pd
 
     check, dtype = pd.api.types, series.dtype
+    if isinstance(dtype, pd.SparseDtype):  # comes back dense
+        dtype = dtype.subtype
     _check_complete(series, name)
     if isinstance(dtype, pd.CategoricalDtype):
-        present = set(series)
-        categories = [value for value in dtype.categories if value in present]
-        return Column(name, "category", "category", _as_json(categories, name), bool(dtype.ordered))
-    known = series.infer_objects() if check.is_object_dtype(dtype) else series
+        return Column(name, "category", "category", _as_json(list(dtype.categories), name), bool(dtype.ordered))
+    known = series.infer_objects().dtype if check.is_object_dtype(dtype) else dtype
     kinds: dict[str, Callable[[Any], bool]] = {
         "boolean": check.is_bool_dtype,
         "integer": check.is_integer_dtype,
         "float": check.is_float_dtype,
     }
     for kind, is_kind in kinds.items():
-        if is_kind(known.dtype):
+        if is_kind(known):
             return Column(name, kind, str(dtype))  # pyright: ignore[reportArgumentType]
-    if not all(isinstance(value, str) for value in known):
+    if not all(isinstance(value, str) for value in series):
         raise ValueError(
             f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one of them, or drop it"
         )
-    return Column(name, "category", str(dtype), _as_json(sorted(set(known)), name))
+    return Column(name, "category", str(dtype), _as_json(sorted(set(series)), name))
 
 
 def _numbers(series: Any, column: Column) -> Float[np.ndarray, " n"]:
@@ -151,13 +171,13 @@ def _numbers(series: Any, column: Column) -> Float[np.ndarray, " n"]:
         row, known = codes.index(-1), [repr(json.loads(category)) for category in column.categories]
         more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
         raise ValueError(
-            f"{series.iloc[row]!r} in row {row} of column {column.name!r} is a category that training did not see: it saw "
-            f"{', '.join(known[:NAMED])}{more}"
+            f"{series.iloc[row]!r} in row {row} of column {column.name!r} is none of the categories of the model: these "
+            f"are {', '.join(known[:NAMED])}{more}"
         )
     return np.array(codes, np.float64)
 
 
-def _check_complete(series: Any, name: str) -> None:
+def _check_complete(series: Any, name: Any) -> None:
     missing = np.asarray(series.isna(), bool)
     if missing.any():
         raise ValueError(
@@ -166,7 +186,7 @@ def _check_complete(series: Any, name: str) -> None:
         )
 
 
-def _as_json(categories: list[Any], name: str) -> tuple[str, ...]:
+def _as_json(categories: list[Any], name: Any) -> tuple[str, ...]:
     values = [value.item() if isinstance(value, np.generic) else value for value in categories]
     if wrong := [value for value in values if not isinstance(value, str | int | float)]:
         raise ValueError(f"categories must be text or numbers, and column {name!r} has {wrong[0]!r}: convert it to text")

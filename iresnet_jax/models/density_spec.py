@@ -85,7 +85,7 @@ class DensitySpec:
                 f"there are bounds for {len(self.transform.intervals)} entries and examples of shape {self.flow.event_shape}"
             )
         if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: the data set needs labels")
+            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
         if self.prior_family not in priors.KINDS:
             raise ValueError(f"prior_family must be one of {', '.join(priors.KINDS)}, got {self.prior_family!r}")
         has_components, is_image = self.prior_family in priors.MIXTURES, len(self.flow.event_shape) != 1

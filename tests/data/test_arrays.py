@@ -1,11 +1,13 @@
 """Arrays in memory as data sets: kinds, splits, grids, and what has no density."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from iresnet_jax import data
-from iresnet_jax.data.arrays import Arrays, find_grid, from_arrays
+from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.splits import fraction_masks
+from iresnet_jax.data.tables import find_grid
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(200, 3))
@@ -32,6 +34,17 @@ def test_integer_images_are_levels_and_labels_and_contexts_go_with_their_example
         np.testing.assert_array_equal(found.labels[split], examples[:, 0, 0, 0] % 3)
         np.testing.assert_array_equal(found.contexts[split][:, 0], examples[:, 0, 1, 0])
     np.testing.assert_array_equal(found.held_out_contexts("test", 2), found.contexts["test"][:2])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.longdouble])
+def test_floats_of_any_precision_are_numbers(dtype):
+    x = VECTORS.astype(dtype)
+    assert made(x).fingerprint == made(x.astype(np.float32)).fingerprint
+
+
+def test_a_constant_context_is_said():
+    [note] = from_arrays("mine", Arrays(VECTORS, context=np.stack([VECTORS[:, 0], np.ones(200)], axis=1))).notes
+    assert "entry 1 of the context is constant" in note
 
 
 @pytest.mark.parametrize(
@@ -74,10 +87,12 @@ def test_a_grid_is_that_of_all_rows_of_one_array():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (beside(np.full(200, 3.0)), "constant .*: drop column 1 \\('age'\\)"),
+        (beside(np.full(200, 3.0)), "column 1 \\('age'\\) apart: drop it if it is constant"),
         (beside(np.sqrt(RNG.integers(1, 9, 200))), "no regular grid .* to column 1"),
-        (beside(1e6 + RNG.normal(size=200)), "far from 0: .* of column 1"),
-        (beside(1e-42 * RNG.normal(size=200)), "so small to 0: divide column 1"),
+        (beside(1e6 + RNG.normal(size=200)), "column 1 .* subtract its mean"),
+        (beside(1e12 + RNG.normal(size=200)), "column 1 .* subtract its mean"),
+        (beside(1e-42 * RNG.normal(size=200)), "column 1 .* divide by its standard deviation"),
+        (beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))), "too large for .* row 3, column 1"),
         (Arrays(1e-42 * RNG.random((40, 4, 4, 1))), "so small to 0: scale channel 0"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.inf, VECTORS)), "infinite"),
@@ -92,6 +107,8 @@ def test_a_grid_is_that_of_all_rows_of_one_array():
         (Arrays(VECTORS, np.zeros(3, int)), "200 integers"),
         (Arrays(VECTORS, np.full(200, 0.5)), "np.unique"),
         (Arrays(VECTORS, np.full(200, -1)), "from 0 on"),
+        (Arrays(VECTORS, 5 * (np.arange(200) % 2)), "without gaps, got none of 1 and 5 as the largest"),
+        (Arrays(VECTORS, np.full(200, 2)), "2 classes or more, and all are 2"),
         (Arrays(VECTORS, np.eye(200, dtype=int)), r"with labels.argmax\(axis=1\)"),
         (Arrays(RNG.random((20, 3, 8, 8))), r"x.transpose\(0, 2, 3, 1\)"),
         (Arrays(VECTORS, context=np.zeros((3, 2))), "each of 200"),
