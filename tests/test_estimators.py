@@ -167,10 +167,10 @@ def test_features_on_a_grid_are_counted():
     assert np.isneginf(flow.score_samples([[0.0], [7.0], [2.5]])).all()
 
 
-def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_density():
+def test_features_with_bounds_keep_to_them_and_a_frame_names_what_has_no_density():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"share": rng.random(1500), "height": rng.normal(size=1500)})
-    flow = ResidualFlowDensity(**TINY).fit(frame)
+    flow = ResidualFlowDensity(**TINY, bounds={"share": (0, 1)}).fit(frame)
     x = flow.sample(1000, random_state=0)
     assert x[:, 0].min() > 0
     assert x[:, 0].max() < 1
@@ -178,13 +178,10 @@ def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_dens
     assert np.isneginf(flow.score_samples(outside)).tolist() == [False, True]
     direct = flow.model_.log_prob(frame.to_numpy(np.float32)[:20])
     np.testing.assert_allclose(direct, flow.score_samples(frame[:20]), atol=10 * ROUNDED)
-    bounded = ResidualFlowDensity(**TINY, bounds={"share": (-1, 2)}).fit(frame)
-    assert np.isfinite(bounded.score_samples(outside)).all()
-    assert np.isneginf(bounded.score_samples(outside.assign(share=3.0))).all()
     for change, message in (
-        ({"share": 1.0}, r"constant .* column 0 \('share'\)"),
+        ({"share": 1.0}, r"column 0 \('share'\) apart: drop it if it is constant"),
         ({"share": np.sqrt(rng.integers(1, 9, 1500))}, r"no regular grid .* column 0 \('share'\)"),
-        ({"height": 2 * frame.share}, r"column 1 \('height'\) - 2 x column 0 \('share'\) is constant"),
+        ({"height": 2 * frame.share}, r"column 1 \('height'\) is a linear combination of column 0 \('share'\)"),
     ):
         with pytest.raises(ValueError, match=message):
             ResidualFlowDensity(**TINY).fit(frame.assign(**change))
@@ -195,7 +192,7 @@ def test_features_with_hard_ends_keep_to_them_and_a_frame_names_what_has_no_dens
 def test_a_constant_feature_is_refused_by_name_or_ignored():
     x = np.random.RandomState(0).normal(size=(40, 3))
     x[:, 1] = 7
-    with pytest.raises(ValueError, match="drop column 1"):
+    with pytest.raises(ValueError, match="column 1 apart: drop it"):
         ResidualFlowDensity(**TINY).fit(x)
     y = (x[:, 0] > 0).astype(int)
     classifier = ResidualFlowClassifier(**TINY).fit(x, y)

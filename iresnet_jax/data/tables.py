@@ -301,8 +301,9 @@ def _dependence(x: Rows, names: Sequence[Any], spacing: Float[np.ndarray, " d"])
         unexplained = np.std(known[:, place] - known[:, :place] @ others)
         if unexplained > max(INDEPENDENT, 2 * math.hypot(rounding[place], np.linalg.norm(others * rounding[:place]))):
             continue
-        named = _named(order[np.flatnonzero(np.abs(others) > 1e-3)].tolist(), names)
-        return f"{_named([int(order[place])], names)} is a linear combination of {named}, so the likelihood has no ceiling: drop it"
+        found = _named([int(order[place])], names)
+        combined = _named(order[np.flatnonzero(np.abs(others) > 1e-3)].tolist(), names)
+        return f"{found} is a linear combination of {combined}, so the likelihood has no ceiling: drop it"
     return ""
 
 

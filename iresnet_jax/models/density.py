@@ -627,7 +627,8 @@ class Density(Model):
         """
         if self.spec.columns is not None and isinstance(x, Frame):
             return numbers_of(x, self.spec.columns)
-        return x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+        x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+        return x.astype(np.float64) if x.dtype == np.longdouble else x  # which JAX does not know
 
     def to_frame(self, x: Data) -> Any:
         """Samples, or other arrays of data, as a pandas data frame with the columns and types that the model was fitted to.

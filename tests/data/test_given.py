@@ -105,6 +105,7 @@ def test_log_prob_takes_the_integers_and_the_contexts_that_fit_took():
     np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None]))
     samples, _ = model.sample(jax.random.key(0), 200, context=context[:200])
     assert set(np.unique(samples)) <= set(range(5))
+    np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.longdouble), context=context[:5]))
     assert model.log_prob(x[:5] > 1, context=context[:5]).shape == (5,)
 
 
