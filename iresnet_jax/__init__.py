@@ -1,7 +1,7 @@
 """Invertible residual networks in JAX (Behrmann et al., ICML 2019).
 
 `fit` makes a model from an array, `train` from any loss, `fit_energy` from an unnormalised density; `load` reads a saved one.
-Models are `Density`, `Classifier` and `Reconstructor`, and everything they are made of works by itself on arrays and callables.
+Models are `Density` and `Classifier`, and everything they are made of works by itself on arrays and callables.
 `certify` bounds errors, `adapters` are for other libraries.
 Importing this needs JAX and jaxtyping alone; names and collections of Flax are in `iresnet_jax.models.linen`.
 """
@@ -36,7 +36,6 @@ from iresnet_jax.models.contractions import Block, constrain, freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import flow_bijection
-from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 if TYPE_CHECKING:
     from iresnet_jax import adapters, losses
@@ -72,8 +71,6 @@ __all__ = [
     "LogdetInfo",
     "Logit",
     "NoiseSpec",
-    "Reconstructor",
-    "ReconstructorSpec",
     "RouletteLogdet",
     "SeriesLogdet",
     "Solver",
@@ -134,9 +131,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def load(
-    path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
-) -> Density | Classifier | Reconstructor:
+def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None) -> Density | Classifier:
     """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
 
     The bounds of all blocks are computed from the weights in the file. The folder of a run gives its best checkpoint on

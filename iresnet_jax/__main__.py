@@ -102,7 +102,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "evaluate": Command(
-        "Test likelihood, test error of a model with classes, or error of reconstructions.",
+        "Test likelihood, and test error of a model with classes.",
         "workdir data importance importance-examples",
         shares_examples=True,
     ),

@@ -18,14 +18,13 @@ from jaxtyping import Float
 
 from iresnet_jax import conversion
 from iresnet_jax.data.arrays import FITTED_ARRAY
-from iresnet_jax.evaluation import accuracy, calibration, inverse_problem, inversion, likelihood, samples
+from iresnet_jax.evaluation import accuracy, calibration, inversion, likelihood, samples
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.figures import catalogue, drawing
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
 from iresnet_jax.report.run_report import write
 from iresnet_jax.runs import machine
@@ -48,9 +47,7 @@ def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     if isinstance(model, Density):
         floor, contexts = run.data.entropy, run.test_contexts()
         lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor).summary)
-    if isinstance(model, Reconstructor):
-        lines.append(inverse_problem.evaluate_run(run)[0])
-    elif run.model.spec.num_classes is not None:
+    if run.model.spec.num_classes is not None:
         lines.append(accuracy.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
     _say(*run.notes, *lines)
     return True

@@ -30,8 +30,6 @@ def checked_options(**options: Any) -> dict[str, Any]:
         raise ValueError(f'settings must be a dictionary such as {{"optimizer.learning_rate": 1e-3}}, got {settings!r}')
     if not isinstance(workdir, str | os.PathLike | None):
         raise ValueError(f"workdir must be the path of a folder, got {workdir!r}")
-    if options.get("objective") == "inversion":
-        raise ValueError("fit has no objective inversion: train a reconstructor by train.py --config=configs/deblurring.py")
     chosen = {name: value for name, value in options.items() if value is not None or name == "validation_fraction"}
     found = dict.fromkeys(options) | {name: checked(KINDS[name], value, name) for name, value in chosen.items()}
     for stage in found.get("architecture") or ():

@@ -16,7 +16,6 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.evaluation import accuracy, likelihood
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
@@ -230,48 +229,3 @@ def test_exact_likelihoods_of_normflows_are_those_of_the_whole_jacobian(benchmar
         jacobian = torch.autograd.functional.jacobian(latents, one).reshape(32, 32)
         exact = model.q0.log_prob(latents(one)) + torch.linalg.slogdet(jacobian).logabsdet
         assert value == pytest.approx(exact.item(), rel=1e-10)
-
-
-@pytest.fixture
-def variational(benchmark):
-    """Reconstructions without learning, with images, measurements and eigenvalues of a problem of 6 x 7 pixels."""
-    module = benchmark("_variational")
-    rng = np.random.default_rng(0)
-    spectra, x = module.Spectra.of(6, 7, 0.8), np.zeros((2, 6, 7))
-    x[:, 2:5, 1:4] = 0.9
-    return module, spectra, x, spectra.apply(spectra.blur, x) + 0.05 * rng.normal(size=x.shape)
-
-
-def test_spectra_are_those_of_the_blur_and_of_the_laplacian(variational):
-    module, spectra, x, _ = variational
-    blurred = Measurement(0.8, 0.0).exact(jnp.asarray(x[..., None], jnp.float32))[..., 0]
-    np.testing.assert_allclose(spectra.apply(spectra.blur, x), blurred, atol=1e-6)
-    p = np.random.default_rng(1).normal(size=(2, *x.shape))
-    assert (module.gradient(x) * p).sum() == pytest.approx((x * module.gradient_transposed(p)).sum())
-    np.testing.assert_allclose(module.gradient_transposed(module.gradient(x)), spectra.apply(spectra.laplacian, x), atol=1e-12)
-
-
-def test_tikhonov_solves_its_normal_equations(variational):
-    module, spectra, _, y = variational
-    bright = 0.5 + 0.1 * y  # so that the projection changes nothing
-    for penalty, quadratic in (("norm", np.ones_like(spectra.laplacian)), ("gradient", spectra.laplacian)):
-        found = module.tikhonov(spectra, bright, 0.1, penalty)
-        slope = spectra.apply(spectra.blur, spectra.apply(spectra.blur, found) - bright) + 0.1 * spectra.apply(quadratic, found)
-        np.testing.assert_allclose(slope, 0, atol=1e-12)
-
-
-@pytest.mark.parametrize("weight", [1e-4, 3e-3, 0.1])
-def test_no_image_fits_with_less_total_variation(variational, weight):
-    module, spectra, x, y = variational
-
-    def objective(x):
-        variation = np.sqrt((module.gradient(x) ** 2).sum(axis=0)).sum(axis=(1, 2))
-        return ((spectra.apply(spectra.blur, x) - y) ** 2).sum(axis=(1, 2)) / 2 + weight * variation
-
-    found, rng = module.minimize_total_variation(spectra, y, weight, num_steps=4000), np.random.default_rng(2)
-    assert ((found >= 0) & (found <= 1)).all()
-    others = [x, np.clip(y, 0, 1), np.full_like(y, 0.3)]
-    others += [np.clip(found + size * rng.normal(size=y.shape), 0, 1) for size in np.repeat([1e-1, 1e-2, 1e-3], 50)]
-    others += [found + share * (other - found) for share in (1e-2, 1e-3) for other in others]  # the problem is convex
-    for other in others:
-        assert (objective(other) >= objective(found) * (1 - 1e-5)).all()

@@ -168,7 +168,7 @@ def test_a_loss_without_data_draws_its_own():
     assert np.square(trained.decode(z)[0]).mean() < 0.9 * np.square(start().decode(z)[0]).mean()
 
 
-def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
+def test_classifiers_train_by_losses_of_ones_own():
     images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1), np.uint8)
     labels = (images.mean(axis=(1, 2, 3)) > 127).astype(int)
     stages = [ir.StageSpec(1, (4,), kernel_sizes=(1, 1), squeeze=2)]
@@ -181,13 +181,6 @@ def test_classifiers_and_reconstructors_train_by_losses_of_ones_own():
     trained = ir.train(classifier, cross_entropy, (images, labels), **QUICK | {"steps": 60, "optimizer": optax.adam(1e-2)})
     assert cross_entropy(trained, (images, labels), None) < 0.8 * cross_entropy(classifier, (images, labels), None)
     assert trained.certificate().certified
-
-    reconstructor = ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=stages)
-    x = (images / np.float32(255)).astype(np.float32)
-    loss = jax.jit(lambda model, batch, key: jnp.square(model.measure(batch) - batch / 2).mean())
-    trained = ir.train(reconstructor, loss, x, **QUICK | {"steps": 60, "optimizer": optax.adam(1e-2)})
-    assert loss(trained, x, None) < 0.8 * loss(reconstructor, x, None)
-    assert trained.noise_amplification <= 10.001
 
 
 INIT = {
@@ -271,11 +264,6 @@ WRONG = {
         "x has .* masked values",
     ),
     "levels of vectors": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, num_levels=4), "num_levels is for"),
-    "a reconstructor of no stages": (lambda: ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=()), "one stage"),
-    "a reconstructor that does not contract": (
-        lambda: ir.Reconstructor.init(jax.random.key(0), (4, 4, 1), stages=STAGES, coeff=1.0),
-        "coeff must lie in",
-    ),
     "no batch of images": (lambda: ir.Classifier.init(jax.random.key(0), X, 3, stages=STAGES), r"\(n, h, w, c\)"),
 }
 

@@ -14,11 +14,9 @@ SHORTER = {  # what makes a notebook long, and what the test runs instead
     r"(digits\.\w+\[[^]]*\])": r"\1[:40]",
     r"\b(num_blocks\W+)\d+": r"\g<1>1",
     r"\b(hidden\W+)\d+, \d+\)": r"\g<1>8,)",
-    r'"clip_norm": 0.0': '"clip_norm": 0.0, "name": "sgd"',
     r"\bz\[:32\]": "z[:4]",
     r"steps = \[1, 2, 5, 10, 50\]": "steps = [50]",
     r"products = \(2, 4, 6\)": "products = (4,)",
-    r'"blocks": "scan"': '"blocks": "unroll"',
     r'root / "benchmarks/results/digits_hybrid"': "SMALL_HYBRID",
 }
 

@@ -96,7 +96,6 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     ],
     "objective and workdir": [
         (lambda: fit(objective="regression"), "objective must be one of"),
-        (lambda: fit(objective="inversion"), "deblurring"),
         (lambda: fit(objective="classification"), "objective classification needs labels"),
         (lambda: fit(X, LABELS, context=X, objective="classification"), "classification takes no contexts"),
         (lambda: fit(X, LABELS, context=X), "hybrid takes no contexts"),

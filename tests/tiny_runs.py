@@ -87,22 +87,7 @@ def get_config():
     return config
 """
 
-INVERSION_CONFIG = """
-from iresnet_jax.runs.config import default_config
-
-def get_config():
-    config = default_config()
-    config.objective = "inversion"
-    config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 1), "squeeze": 2},)
-    config.model.update({"coeff": 0.8, "budget": "network"})
-    config.inverse_problem.forward_share = 0.1
-    config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
-    config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
-        "ema_decay": 0.5, "blocks": "scan"})
-    return config
-"""
-
-CONFIGS = {"toy": TOY_CONFIG, "classifier": CLASSIFIER_CONFIG, "hybrid": HYBRID_CONFIG, "reconstructor": INVERSION_CONFIG}
+CONFIGS = {"toy": TOY_CONFIG, "classifier": CLASSIFIER_CONFIG, "hybrid": HYBRID_CONFIG}
 REPORTED = {"hybrid"}  # trained from the command line, which ends with a report
 TRACES = "traces"  # file of a run from `trained`: how often its step was traced
 SAID = "said"  # file of such a run with a report: what the command printed, with RUN for its folder

@@ -21,7 +21,6 @@ from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
-from iresnet_jax.models.reconstructor import Reconstructor
 
 
 class CertifiedInfo(NamedTuple):
@@ -31,11 +30,11 @@ class CertifiedInfo(NamedTuple):
         num_evals: Evaluations of the branches.
         residual: Largest residual of a block.
         error_bound: Guaranteed bound of the Euclidean error, preprocessing and rounding included, in the units of continuous
-            data, before levels are rounded: [0, 1) for integer levels, and the scale of [0, 1] for images of a classifier or
-            a reconstructor.
+            data, before levels are rounded: [0, 1) for integer levels, and the scale of [0, 1] for images of a
+            classifier.
         converged: Whether the iteration met its tolerance in all blocks.
         certain: Entries whose level, or value on a grid, is guaranteed to be that of the exact inverse; pixels of a classifier
-            or a reconstructor whose nearest level is. None for continuous data, and False at continuous entries beside those
+            whose nearest level is. None for continuous data, and False at continuous entries beside those
             on a grid.
         certificate: The guarantee in the units of the flow's input, with ``applied``, ``beta``, ``eta``, ``K`` and ``h``.
     """
@@ -52,7 +51,7 @@ class Decoded(NamedTuple):
     """Latents on their way to data, as arrays of JAX, or of NumPy once they are fetched.
 
     Attributes:
-        latents: The latents, features or measurements as vectors, in the order of the flow's outputs.
+        latents: The latents or features as vectors, in the order of the flow's outputs.
         flow_input: What the flow's inverse made of them.
         continuous: Data before levels are rounded.
         data: Data as the model gives them.
@@ -67,20 +66,20 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    model: Density | Classifier | Reconstructor,
+    model: Density | Classifier,
     z: Float[Array, "b ..."] | Float[np.ndarray, "b ..."],
     *,
     context: Contexts | None = None,
 ) -> tuple[Num[Array, "b ..."], CertifiedInfo]:
     """Data of latents, with a guaranteed bound of the whole error and the levels that it cannot change.
 
-    The data are those of `Density.decode`, the images of `Classifier.reconstruct`, or those of `Reconstructor.invert`. An
+    The data are those of `Density.decode`, or the images of `Classifier.reconstruct`. An
     example takes from some milliseconds at 64 dimensions to many seconds at 784, on the host and outside of ``jit``.
     ``certificate.error_bound`` also bounds the error of `Reconstruction.padding_residual` of a classifier.
 
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
-        z: Latents, such as `Density.sample_latents` draws; features of a classifier, or measurements.
+        z: Latents, such as `Density.sample_latents` draws; features of a classifier.
         context: Contexts of a conditional density.
 
     Raises:
@@ -97,14 +96,12 @@ def decode(
     return decoded.data, certified(model, decoded._replace(latents=latents), context=context)
 
 
-def to_data(
-    model: Density | Classifier | Reconstructor, z: Float[Array, "b ..."], *, context: Contexts | None = None
-) -> Decoded:
+def to_data(model: Density | Classifier, z: Float[Array, "b ..."], *, context: Contexts | None = None) -> Decoded:
     """The model's own operations from latents to data, under ``jit`` too, with all that `certified` needs.
 
     Args:
         model: The model.
-        z: Latents, features or measurements, in their own shape or as vectors in the order of the flow's outputs.
+        z: Latents or features, in their own shape or as vectors in the order of the flow's outputs.
         context: Contexts of a conditional density.
     """
     latents = model.promoted(vectors_of(model, z))
@@ -122,9 +119,7 @@ def _decoded(model: Any, z: Array, context: Any) -> Decoded:
     return to_data(model, z, context=context)
 
 
-def certified(
-    model: Density | Classifier | Reconstructor, decoded: Decoded, *, context: Contexts | None = None
-) -> CertifiedInfo:
+def certified(model: Density | Classifier, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
     """What is guaranteed of decoded latents; on the host, outside of ``jit``.
 
     Raises:

@@ -68,8 +68,8 @@ def inverse(
     r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``, rounding included.
 
     ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are the numbers that are given: float32
-    numbers are certified in float64. The flow is `Density.flow`, `Classifier.flow` or
-    `Reconstructor.flow`, without preprocessing.
+    numbers are certified in float64. The flow is `Density.flow` or `Classifier.flow`,
+    without preprocessing.
 
     Small flows (up to 1e10 operations) take the norms of all products of the steps' inverses. Large ones take the product of
     the norms, each verified from a banded matrix: 1e6 or so for 22 blocks, where the trajectory is refined to residuals of
@@ -78,7 +78,7 @@ def inverse(
 
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
-        y: Latents, features or measurements.
+        y: Latents or features.
         x: Inputs of the flow, as the inverse gave them.
         context: Contexts of a conditional density.
 

@@ -23,7 +23,6 @@ from iresnet_jax.models.contractions import FlowWeights
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.model import Model
-from iresnet_jax.models.reconstructor import Reconstructor
 
 MOST_DIMS = 4096  # of what takes dense Jacobians
 ALL_PRODUCTS = 1e10  # floating-point operations up to which the products of all pairs of steps are computed
@@ -156,12 +155,10 @@ def prepared(
 def vectors_of(
     model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 ) -> Float[Array, "b d"] | Float[np.ndarray, "b d"]:
-    """Latents, features or measurements as vectors in the order of the flow's outputs; vectors are taken to have it."""
+    """Latents or features as vectors in the order of the flow's outputs; vectors are taken to have it."""
     num_dims = model.spec.flow.num_dims
     if np.ndim(y) < 2 or math.prod(y.shape[1:]) != num_dims:
         raise ValueError(f"latents must be a batch with {num_dims} entries an example, got an array of shape {np.shape(y)}")
-    if isinstance(model, Reconstructor) and y.ndim > 2:
-        return model.as_latents(y)
     return y.reshape(len(y), num_dims)
 
 

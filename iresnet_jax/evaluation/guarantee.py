@@ -18,7 +18,6 @@ from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.reconstructor import Reconstructor
 
 MOST_EXAMPLES, TOO_LONG_S = 64, 120.0
 STEP_S, OPERATIONS_A_SECOND = 1e-3, 1e10  # rough: of one step's residuals, and of dense products, on one CPU core
@@ -84,7 +83,7 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
 
 
 def bound_inverses(
-    model: Density | Classifier | Reconstructor,
+    model: Density | Classifier,
     parts: Sequence[Decoded],
     num: int,
     contexts: Num[np.ndarray, "n k"] | None = None,

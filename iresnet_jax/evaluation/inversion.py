@@ -16,7 +16,6 @@ from iresnet_jax.evaluation.guarantee import InverseGuarantee
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.training import parallel
 from iresnet_jax.training.parallel import eval_batches
 
@@ -137,7 +136,7 @@ class Reconstructions(NamedTuple):
 
 
 def reconstruct(
-    model: Density | Classifier | Reconstructor,
+    model: Density | Classifier,
     examples: Num[np.ndarray, "n ..."],
     batch_size: int,
     seed: int,
@@ -228,7 +227,7 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
 
 
 def round_trip(
-    model: Density | Classifier | Reconstructor, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+    model: Density | Classifier, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
 ) -> RoundTrip:
     """How the model's flow and its inverse go, under a context if the model is conditional.
 

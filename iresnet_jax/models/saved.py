@@ -25,14 +25,13 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics, initial_head
 from iresnet_jax.models.marginals import Marginals
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MARGINALS, array_name
-from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 
 _MOST_HEADER = 2**24  # bytes
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
-Model = Density | Classifier | Reconstructor
-Spec = DensitySpec | ClassifierSpec | ReconstructorSpec
-MODELS: dict[type, Any] = {DensitySpec: Density, ClassifierSpec: Classifier, ReconstructorSpec: Reconstructor}
+Model = Density | Classifier
+Spec = DensitySpec | ClassifierSpec
+MODELS: dict[type, Any] = {DensitySpec: Density, ClassifierSpec: Classifier}
 
 
 def read(
@@ -154,8 +153,6 @@ def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
         network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
         of_noise = noise.initial_network(spec.flow, jax.random.key(0))
         return {"params": params, "prior": prior, "network": network, "noise_network": of_noise}
-    if isinstance(spec, ReconstructorSpec):
-        return {"params": params}
     channels = spec.feature_shape[-1]
     head = initial_head(jax.random.key(0), channels, spec.num_classes)
     return {"params": params, "head": head, "statistics": {"head": batch_statistics(jnp.zeros((1, channels)))}}

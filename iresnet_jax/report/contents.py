@@ -10,7 +10,6 @@ import numpy as np
 from iresnet_jax.evaluation.accuracy import Classification
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.environment import Environment
-from iresnet_jax.evaluation.inverse_problem import InverseProblem
 from iresnet_jax.evaluation.inversion import Inversion
 from iresnet_jax.evaluation.likelihood import Likelihood
 from iresnet_jax.evaluation.points import Points
@@ -62,7 +61,6 @@ class Report:
 
     Attributes:
         calibration: Ranks of test examples among samples given their contexts, of a conditional density of vectors.
-        inverse_problem: Reconstructions from measurements, of a reconstructor.
         inverse: Round trips of a model with an inverse.
         lipschitz: Lipschitz constants of a model with an inverse.
         noise_lipschitz: Those of the flow that makes the noise of variational dequantisation.
@@ -76,7 +74,6 @@ class Report:
     points: Points | None = None
     calibration: Calibration | None = None
     classification: Classification | None = None
-    inverse_problem: InverseProblem | None = None
     samples: SampleConvergence | None = None
     samples_by_class: SampleConvergence | None = None
     inverse: Inversion | None = None
@@ -93,7 +90,7 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        measured = [self.likelihood, self.calibration, self.classification, self.inverse_problem, self.samples]
+        measured = [self.likelihood, self.calibration, self.classification, self.samples]
         for part in measured:
             found += part.warnings() if part else ()
         if self.samples_by_class:
@@ -106,7 +103,7 @@ class Report:
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
         calibration = self.calibration and self.calibration.headline
-        headlines = [self.likelihood, calibration, self.classification, self.inverse_problem, self.inverse, verdict]
+        headlines = [self.likelihood, calibration, self.classification, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.evaluation.inverse_problem import Reconstructed
 from iresnet_jax.evaluation.inversion import Reconstructions
 from iresnet_jax.report import style
 from iresnet_jax.report.plots import scatter
@@ -106,16 +105,6 @@ def reconstruction_pairs(originals: Images, reconstructions: Images) -> "Figure"
     for axes, error in zip(grid[2], maps.max(axis=(1, 2)), strict=True):
         axes.set_xlabel(f"{error:.1e}" if np.isfinite(error) else "not finite", size=7, color=style.MIDTONE)
     style.colorbar(figure, grid[2, 0].images[0], list(grid[2]), label="")
-    return figure
-
-
-def reconstructed_measurements(found: Reconstructed) -> "Figure":
-    """Draws the first measurements above their reconstructions and the images that were measured."""
-    rows = {"measured": found.y, "reconstructed": found.found, "image": found.x}
-    rows = {name: _opaque(_rgb(images[:NUM_RECONSTRUCTED])) for name, images in rows.items()}
-    figure, grid = _strips(rows, margins=(0.9, 0.5))
-    for axes, error in zip(grid[1], found.relative_error, strict=False):
-        axes.set_xlabel(f"{error:.3f}", size=7, color=style.MIDTONE)
     return figure
 
 

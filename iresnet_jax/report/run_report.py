@@ -14,14 +14,12 @@ from iresnet_jax.evaluation import (
     draws,
     environment,
     guarantee,
-    inverse_problem,
     inversion,
     likelihood,
     points,
     samples,
 )
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.report import page, pictures, plots
 from iresnet_jax.report.contents import Report, TrainingTimes
 from iresnet_jax.report.style import to_svg_or_png
@@ -59,9 +57,6 @@ def write(run: Run) -> Report:
         results |= _density(run, run.model, examples, figures)
     if run.model.spec.num_classes is not None:
         results |= _classes(run, examples, figures)
-    if isinstance(run.model, Reconstructor):
-        results["inverse_problem"], found = inverse_problem.evaluate_run(run)
-        figures["measurements"] = pictures.reconstructed_measurements(found)
     if run.model.spec.is_bijective:
         results |= _bijection(run, examples, figures)
     times, config = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes), to_plain(run.config)
@@ -115,7 +110,6 @@ def _posteriors(run: Run, model: Density, examples: np.ndarray, contexts: np.nda
 def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
     """Test error of a model with classes and, of a density, samples of each class."""
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
-    assert not isinstance(model, Reconstructor)  # it knows of no classes
     result = accuracy.evaluate(model, images, run.data.labels["test"], size)
     figures["confusion"] = plots.confusion_matrix(np.array(result.confusion))
     if result.mistakes:

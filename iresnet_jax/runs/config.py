@@ -24,7 +24,6 @@ from iresnet_jax.checked_dataclasses import (
     from_plain,
 )
 from iresnet_jax.data.augment import check_transformations
-from iresnet_jax.data.measurements import Measurement
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.priors import MIXTURES
@@ -52,9 +51,7 @@ class ModelConfig:
 
     stages: tuple[StageSpec, ...] = (StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),)
     coeff: Annotated[float, Range("(0, 1)")] = 0.9  # largest operator norm c
-    # What c limits. "layer": the norm of each layer. "block": the product of the norms of each block. "network": the Lipschitz
-    # constants L_b of all blocks together, by prod (1 - L_b) = 1 - c, so that Lip(F^-1) <= 1 / (1 - c); without ActNorm.
-    budget: Literal["layer", "block", "network"] = "layer"
+    budget: Literal["layer", "block"] = "layer"  # what c limits: the norm of each layer, or their product in each block
     # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <= |F(x) - F(y)| / |x - y| <= nu by
     # construction, without ActNorm. None are prescribed by default.
     constants: tuple[Positive, ...] = ()
@@ -93,25 +90,6 @@ class ClassifierConfig:
     # "actnorm" in front of every branch; "batchnorm" in front of every layer inside it makes the ordinary residual network to
     # compare with, which has neither constraint nor inverse.
     normalization: Literal["actnorm", "batchnorm"] = "actnorm"
-
-
-@dataclass(frozen=True)
-class InverseProblemConfig:
-    """Objective "inversion": images are measured, and a network ``F`` learns to reconstruct them by its inverse.
-
-    The loss is ``(1 - a) |P(F^-1(y)) - x|^2 + a |F(x) - y|^2``, with ``y`` the blurred image ``x`` with noise, ``P`` the
-    projection onto pixels in [0, 1] and ``a`` the ``forward_share``.
-    """
-
-    width: NotNegative = 1.0  # standard deviation of the Gaussian blur in pixels; 0 does not blur
-    noise: NotNegative = 0.05  # standard deviation of the noise, as a fraction of the range from black to white
-    # 0 trains the reconstruction (Arndt et al. 2024), 1 the forward operator alone, without an inverse (Arndt et al. 2023).
-    forward_share: Annotated[float, Range("[0, 1]")] = 0.0
-    training_atol: Positive = 1e-3  # largest Euclidean error of each block's inverse in training, in units of pixels
-
-    def measurement(self) -> Measurement:
-        """How images are measured."""
-        return Measurement(self.width, self.noise)
 
 
 @dataclass(frozen=True)
@@ -160,8 +138,7 @@ class Config:
     """All settings of a run."""
 
     seed: Annotated[int, Range("[0, 4294967296)")] = 0  # of all randomness; JAX would cut off further bits
-    # "hybrid" is a density with a prior for every class, "inversion" reconstructs images from measurements.
-    objective: Literal["density", "classification", "hybrid", "inversion"] = "density"
+    objective: Literal["density", "classification", "hybrid"] = "density"  # "hybrid" has a prior for every class
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
@@ -169,7 +146,6 @@ class Config:
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    inverse_problem: InverseProblemConfig = field(default_factory=InverseProblemConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -238,20 +214,7 @@ def _check_combinations(config: Config) -> None:
         ),
         (
             objective in ("density", "hybrid") and norms == "none",
-            "a density needs blocks that are contractions: constraint.norms = none is for classification and inversion",
-        ),
-        (
-            objective == "inversion" and has_batchnorm,
-            "the objective inversion has no normalization: leave classifier.normalization at actnorm",
-        ),
-        (
-            objective == "inversion" and training.bfloat16,
-            "training.bfloat16 is for the way forward, and the objective inversion trains the inverse: set it to false",
-        ),
-        (
-            objective == "inversion" and norms == "none" and config.inverse_problem.forward_share,
-            "without a constraint there is no inverse, and the network maps measurements to images: set "
-            "inverse_problem.forward_share to 0, or constraint.norms to estimated",
+            "a density needs blocks that are contractions: constraint.norms = none is for classification",
         ),
         (
             training.num_parts > 1 and has_batchnorm,
@@ -268,10 +231,6 @@ def _check_combinations(config: Config) -> None:
         (
             len(config.model.constants) not in (0, 2),
             f"config.model.constants must be (mu, nu), or () for none, got {config.model.constants}",
-        ),
-        (
-            config.model.constants and objective == "inversion",
-            "config.model.constants is for the other objectives: inversion takes config.model.coeff with the budget network",
         ),
         (
             config.evaluation.num_importance_examples and not config.evaluation.num_importance_draws,

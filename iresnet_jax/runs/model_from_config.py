@@ -16,7 +16,6 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contexts import ContextScale
 from iresnet_jax.models.density_spec import DensitySpec, Transform
-from iresnet_jax.models.reconstructor import ReconstructorSpec, block_coeff
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig
 
@@ -36,8 +35,6 @@ def model_spec(config: Config, data: DataSet) -> Spec:
     Raises:
         ValueError: If settings do not fit the data.
     """
-    if config.objective == "inversion":
-        return reconstructor_spec(config, data)
     return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
 
 
@@ -102,26 +99,12 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     )
 
 
-def reconstructor_spec(config: Config, data: DataSet) -> ReconstructorSpec:
-    """The reconstructor of the images of a data set."""
-    if data.num_levels is None or len(data.event_shape) != 3 or data.context_dim:
-        raise ValueError(
-            f"the objective inversion is for images of grey levels without contexts, which {data.name} has not: choose "
-            "another data.name"
-        )
-    flow_spec = build_flow_spec(config.model, data.event_shape)
-    return ReconstructorSpec(flow_spec, data.num_levels, constrained=config.constraint.norms != "none")
-
-
 def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
     """The architecture for examples of one shape, with contexts of some length."""
     if settings.constants:
         mu, nu = settings.constants
         return FlowSpec.bilipschitz(event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim)
-    if settings.budget != "network":
-        return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
-    coeff = block_coeff(settings.coeff, sum(stage.num_blocks for stage in settings.stages))
-    return FlowSpec(tuple(event_shape), settings.stages, coeff, "block", context_dim)
+    return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
 
 
 def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: bool = False) -> Transform:

@@ -8,20 +8,18 @@ import jax
 import numpy as np
 
 from iresnet_jax.bijections.chain import Rematerialize
-from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import flow
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.reconstructor import Reconstructor, ReconstructorSpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import AugmentationConfig, Config
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.training import initialization
 from iresnet_jax.training.constraint import training_constraint
-from iresnet_jax.training.objectives import classification, density, hybrid, inversion
+from iresnet_jax.training.objectives import classification, density, hybrid
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.step import Objective, TrainingStep, UpdateRule
 
@@ -35,8 +33,6 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
     spec = model_spec(config, data) if spec is None else spec
     if isinstance(spec, ClassifierSpec):
         return _classification(config, data, spec)
-    if isinstance(spec, ReconstructorSpec):
-        return _inversion(config, data, spec)
     return _hybrid(config, data, spec) if config.objective == "hybrid" else _density(config, data, spec)
 
 
@@ -112,38 +108,10 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Obje
     )
 
 
-def _inversion(config: Config, data: DataSet, spec: ReconstructorSpec) -> Objective:
-    settings, measurement = config.inverse_problem, config.inverse_problem.measurement()
-
-    def make_validation():
-        x = np.asarray(Reconstructor(spec, {}).preprocess(data.held_out("validation", config.training.eval_examples)))
-        return inversion.make_validation(
-            spec,
-            x,
-            measurement.held_out(x, config.seed, "validation"),
-            constraint=config.constraint,
-            solver=config.evaluation.solver(),
-            forward_share=settings.forward_share,
-            batch_size=config.evaluation.batch_size,
-        )
-
-    return Objective(
-        name="loss",
-        training_step=_training_step(config, spec, inversion.make_loss(measurement.draw, forward_share=settings.forward_share)),
-        make_validation=make_validation,
-        selection=lambda held_out: held_out["relative_error"],
-        examples=data.examples["train"],
-        initial_variables=lambda: initial_variables(config, spec, data),
-        seed=config.seed,
-    )
-
-
 def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_parts: int | None = None) -> TrainingStep:
     """The training step of a loss, with the model as training runs it."""
     training, how = config.training, {"unroll": unroll(config), "rematerialize": rematerialize(config)}
-    if isinstance(spec, ReconstructorSpec):
-        model = Reconstructor(spec, {}, solver=Solver(atol=config.inverse_problem.training_atol), **how)
-    elif isinstance(spec, ClassifierSpec):
+    if isinstance(spec, ClassifierSpec):
         model = Classifier(spec, {}, {}, {}, bfloat16=training.bfloat16, **how)
     else:
         model = Density(spec.standard, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)

@@ -20,7 +20,6 @@ from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.models.reconstructor import Reconstructor
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
@@ -45,7 +44,7 @@ class Run:
     """
 
     folder: Path
-    model: Density | Classifier | Reconstructor
+    model: Density | Classifier
     config: Config
     fingerprint: str
     step: int

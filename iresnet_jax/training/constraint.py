@@ -5,16 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
-
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import Count, Positive, Range
 from iresnet_jax.maths.platforms import quick_jit
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.reconstructor import ReconstructorSpec
 from iresnet_jax.models.saved import MODELS, Model, Spec
 from iresnet_jax.training import parallel
 
@@ -26,7 +22,7 @@ class ConstraintConfig:
     """How training keeps blocks contractions; a trained model is certified in any case."""
 
     # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
-    # network without an inverse, for objectives "classification" and "inversion".
+    # network without an inverse, for the objective "classification".
     norms: Literal["estimated", "certified", "none"] = "estimated"
     num_steps: Count = 1  # power iterations per training step; validation iterates until rtol
     rtol: Positive = 1e-3  # relative tolerance of the norm in validation
@@ -46,19 +42,7 @@ def training_constraint(settings: ConstraintConfig, spec: Spec, *, over_blocks: 
     """
     if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
         return functools.partial(_as_they_are, spec.flow)
-    constrain = _constraint(settings, spec.flow, num_steps=settings.num_steps, over_blocks=over_blocks)
-    if not isinstance(spec, ReconstructorSpec):
-        return constrain
-
-    def without_actnorm(params, spectral):  # which is the identity and gets no gradient
-        constrained = constrain(params, spectral)
-        weights = {
-            name: block._replace(actnorm=jax.tree.map(jnp.zeros_like, block.actnorm))
-            for name, block in constrained.weights.items()
-        }
-        return constrained._replace(weights=weights)
-
-    return without_actnorm
+    return _constraint(settings, spec.flow, num_steps=settings.num_steps, over_blocks=over_blocks)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,6 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.initial import initial_iterates
-from iresnet_jax.models.reconstructor import ReconstructorSpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validation_constraint
@@ -76,8 +75,7 @@ def initial_variables(
     Args:
         spec: The model.
         seed: Seed of the run.
-        examples_of: ``(key, n) ->`` up to ``n`` random training examples. A reconstructor, whose ActNorm is the identity, needs
-            none.
+        examples_of: ``(key, n) ->`` up to ``n`` random training examples.
         actnorm_examples: Examples that ActNorm is fitted to.
         constraint: How blocks are constrained.
         last_scale: Initial factor on the last layer of each branch.
@@ -86,8 +84,6 @@ def initial_variables(
     """
     key_init, key_noise, key_data = _keys(np.uint32(seed))
     create = functools.partial(_variables, spec, last_scale, sharp)
-    if isinstance(spec, ReconstructorSpec):
-        return _constrained(spec, create(key_init, jnp.zeros((2, *spec.flow.event_shape))), constraint)[0]
     given = examples_of(key_data, actnorm_examples)
     x, context, labels = jax.tree.map(lambda rows: np.asarray(rows)[: parallel.cut_length(len(rows))], given)
     network = _network(spec, key_init)

@@ -81,7 +81,7 @@ def test_specs_are_plain_data():
     [
         (
             lambda plain: plain | {"type": "Sofa"},
-            "model must be of the type DensitySpec or ClassifierSpec or ReconstructorSpec, got 'Sofa'",
+            "model must be of the type DensitySpec or ClassifierSpec, got 'Sofa'",
         ),
         (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
         (lambda plain: plain | {"prior": 3}, "model.prior_family must be a string, got 3"),

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from reports import CALIBRATION, CERTIFICATE, block
 
-from iresnet_jax.evaluation.inverse_problem import Reconstructed
 from iresnet_jax.report import pictures, plots, style
 
 
@@ -31,13 +30,11 @@ def records(num_steps=300):
 RNG = np.random.default_rng(0)
 DIGITS = RNG.uniform(size=(6, 8, 8, 1))
 GRID_X, GRID_Y = np.meshgrid(np.linspace(-3, 3, 40), np.linspace(-3, 3, 40))
-MEASURED = Reconstructed(DIGITS, DIGITS, DIGITS, np.full(6, 0.1), np.ones(6, bool), np.ones(6, bool))
 FIGURES = {
     "learning_curves": lambda: plots.learning_curves(records()),
     "image_grid": lambda: pictures.image_grid(DIGITS.astype(np.float32), columns=4),
     "image_grid_rgb": lambda: pictures.image_grid(RNG.uniform(size=(5, 8, 8, 3))),
     "reconstruction_pairs": lambda: pictures.reconstruction_pairs(DIGITS, DIGITS + 1e-6),
-    "measurements": lambda: pictures.reconstructed_measurements(MEASURED),
     "lipschitz_bars": lambda: plots.lipschitz_bars(CERTIFICATE),
     "density_map": lambda: plots.density_map(-(GRID_X**2) - GRID_Y**2, (-3, 3, -3, 3)),
     "scatter": lambda: plots.scatter(RNG.normal(size=(500, 2))),

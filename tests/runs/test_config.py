@@ -61,7 +61,7 @@ MISTAKES = [
     ("toy", "seed=4294967296", "must lie in [0, 4294967296)"),
     ("toy", "logdet.kind=magic", "must be one of exact, series, roulette, krylov, got 'magic'"),
     ("toy", "logdet.kind=roulette logdet.distribution=geometric logdet.parameter=2.0", "config.logdet: the geometric"),
-    ("toy", "objective=densities", "must be one of density, classification, hybrid, inversion"),
+    ("toy", "objective=densities", "must be one of density, classification, hybrid"),
     ("toy", "model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden[0] must be a whole number, got 4.5"),
     ("toy", "model.stages[0].hidden=(0,)", "hidden must be positive numbers"),
     ("toy", "model.stages=((1, 2),)", "config.model.stages[0] must be a dictionary"),
@@ -94,12 +94,6 @@ MISTAKES = [
     ("hybrid", "data.name=moons", "a hybrid needs labels"),
     ("toy", "evaluation.num_importance_examples=5", "no examples have draws: set config.evaluation.num_importance_draws"),
     ("hybrid", "hybrid.weight=-1.0", "must lie in [0, inf), got -1.0"),
-    ("reconstructor", "augmentation.flip=true", "crops and flips of config.augmentation are for"),
-    ("reconstructor", "training.bfloat16=true", "training.bfloat16 is for the way forward"),
-    ("reconstructor", "constraint.norms=none", "without a constraint there is no inverse"),
-    ("reconstructor", "classifier.normalization=batchnorm", "the objective inversion has no normalization"),
-    ("reconstructor", "data.name=moons", "is for images of grey levels without contexts"),
-    ("reconstructor", "inverse_problem.forward_share=1.5", "must lie in [0, 1]"),
 ]
 
 

@@ -40,7 +40,6 @@ STEPS = [
     ("digits_density", None, 105_932),
     ("toy_2d", "moons", None),
     ("digits_classification", "batchnorm", None),
-    ("deblurring", "digits", 43_296),
 ]
 # Those whose step is made of the parts of others, at another size or with another prior. The roulette of a residual flow lowers
 # for GPUs in planning/test_plan.py, and blocks of the papers' densities take a step below.
@@ -62,7 +61,6 @@ VARIANTS = [
     *((f"{name}_classification", variant, None) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
     ("mnist_classification", "muon", 472_794),
     ("cifar10_classification", None, 1_103_258),
-    ("deblurring", "fashion_mnist", None),
     *(("iresnet_classification", name, None) for name in ("mnist", "cifar10", "cifar100")),
     ("iresnet_classification", "cifar10_released", 4_873_178),  # 4.91 M in the authors' code
 ]

@@ -25,7 +25,6 @@ CASES = {
         {**DENSE, "augmentation.crop_padding": 1, "optimizer.name": "sgd", "model.dequantization": "uniform"},
     ),
     "classifier": (runs.CLASSIFIER_CONFIG, {**DENSE, "model.stages": (CONVOLUTIONS,)}),
-    "reconstructor": (runs.INVERSION_CONFIG, {**DENSE, "optimizer.name": "sgd"}),
 }
 
 

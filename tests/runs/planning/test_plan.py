@@ -104,8 +104,8 @@ def test_a_plan_for_gpus(name):
     text = str(made)
     assert text.startswith("lowers for cuda:4 with 8 examples a device; what it takes on the way is known after a step")
     assert f"{made.num_parameters:,} parameters; a device: " in text
-    # Those of a roulette's terms, and of the fixed points of an inverse problem.
-    assert ("loops of random length" in text) == (name in ("toy", "reconstructor"))
+    # Those of a roulette's terms.
+    assert ("loops of random length" in text) == (name == "toy")
 
 
 def test_a_plan_is_of_the_model_that_the_config_describes():
