@@ -1,19 +1,16 @@
-"""How sharp certificates of a trained model are, whether they ever lie, and what they cost.
+"""How sharp certified inverses of a trained model are, whether they ever lie, and what they cost.
 
-    python benchmarks/certified.py {inverse,likelihood} --workdir benchmarks/results/digits_density [--quick]
+    python benchmarks/certified.py --workdir benchmarks/results/digits_density [--quick]
 
 References are computed by a flow that is written down once more, in plain NumPy on numbers of any precision. Times are
 wall-clock, after compilation; ``load_average`` says what else ran.
 
-Inverse: every case has latents and a computed preimage of each. The exact preimage is found by Newton's method on the plain
+Every case has latents and a computed preimage of each. The exact preimage is found by Newton's method on the plain
 flow with long doubles of 64 bits, and for a few examples with decimal numbers of 50 digits. Newton's corrections are
 derivatives of the library's inverse in float64; whether they led to the preimage shows in the residual of the plain flow, which
 must be down to the rounding of its numbers. A bound counts as broken if the error exceeds it, beside long doubles by more than
 their own rounding, ``2^-60 |x|``. "ratio to target" is relative to the true error, or to 100 units of rounding of ``x`` where
 that is more.
-
-Likelihood: the plain flow has the determinant of its whole Jacobian, in float64, in long doubles, for a few images in decimal
-numbers of 50 digits. A value counts as broken if it is not in the interval.
 """
 
 import functools
@@ -25,9 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _models import decode, encode, flow_input, load, load_kind, model_parser, name_of, norms, randomized
+from _models import decode, encode, flow_input, load, model_parser, name_of, norms, randomized
 from _record import show, write
-from plain_flow import DECIMAL, FLOAT, LONG, distance, forward, invert, log_prob
+from plain_flow import DECIMAL, LONG, distance, forward, invert
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.residual import Solver
@@ -138,78 +135,22 @@ def inverse_of(case, num_decimal):
     }
 
 
-class Images(NamedTuple):
-    """Images and a model, and the kinds of numbers that check how many of them."""
-
-    model: Any
-    x: np.ndarray
-    checks: dict[str, tuple[Any, int]]
-
-
-def likelihood_cases(run, num, num_long, num_decimal, *, quick):
-    """All cases of a model, by name."""
-    model = run.model
-    x = np.asarray(run.data.held_out("test", num, run.config.seed))
-    both = {"float64": (FLOAT, len(x)), "long": (LONG, len(x) if num_long is None else num_long)}
-    yield "test", Images(model, x, {**both, "decimal": (DECIMAL, 0 if quick else num_decimal)})
-    if not quick:
-        few = x[:16]
-        constant = np.broadcast_to(np.arange(len(few), dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1)), few.shape)
-        yield "constant images", Images(model, constant, both)
-        yield f"random weights, L = {COEFF}", Images(randomized(model, COEFF, jax.random.key(2)), few, both)
-
-
-def likelihood_of(case):
-    """The numbers of a case."""
-    model = case.model
-    found, seconds = timed(certify.log_prob, model, case.x)
-    own_key = jax.random.split(jax.random.key(0))[0]  # of the noise that `log_prob` draws without a key
-    u = np.asarray(model.dequantize(jnp.asarray(case.x), own_key)).astype(np.float64)
-    weights, in_bits = jax.tree.map(np.asarray, model), found.in_units(model.spec)
-    row = {
-        "examples": len(case.x),
-        "median_width": float(np.median(in_bits.width)),
-        "worst_width": float(in_bits.width.max()),
-        "median_bits_per_dim": float(np.median(in_bits.lower)),
-        "seconds_per_example": seconds,
-    }
-    middle = (found.lower + found.upper) / 2
-    for name, (numbers, most) in case.checks.items():
-        values = [log_prob(numbers, weights, u[i], case.x[i]) for i in range(min(most, len(case.x)))]
-        outside = [not found.lower[i] <= value <= found.upper[i] for i, value in enumerate(values)]
-        apart = [abs(float(value - type(value)(middle[i]))) / max(found.width[i], 1e-300) for i, value in enumerate(values)]
-        row |= {
-            f"examples_{name}": len(values),
-            f"broken_{name}": sum(outside),
-            f"worst_distance_from_middle_{name}": max(apart, default=0.0),
-        }
-    return row
-
-
 def main():
     options = model_parser(__doc__)
-    options.add_argument("what", choices=("inverse", "likelihood"))
     options.add_argument("--num", type=int, default=None, metavar="N", help="test examples (360)")
-    options.add_argument("--long", type=int, default=None, metavar="N", help="images of a case checked in long doubles (all)")
     options.add_argument("--decimal", type=int, default=3, metavar="N", help="examples of a case that are checked in 50 digits")
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     arguments = options.parse_args()
-    what, quick = arguments.what, arguments.quick
-    run = load_kind(arguments.workdir, Density)[0] if what == "likelihood" else load(arguments.workdir)
+    run, quick = load(arguments.workdir), arguments.quick
     num = arguments.num or (8 if quick else 360)
-    name, settings, results = f"certified_{what}_{name_of(run)}", {"data": run.config.data.name, "step": run.step}, {}
-    if what == "inverse":
-        settings |= {"roundings": ROUNDINGS, "only": arguments.only}
-        chosen, measure = inverse_cases(run, num, quick=quick), functools.partial(inverse_of, num_decimal=arguments.decimal)
-    else:
-        settings |= {"only": arguments.only}
-        chosen, measure = likelihood_cases(run, num, arguments.long, arguments.decimal, quick=quick), likelihood_of
-    for case_name, case in chosen:
+    settings = {"data": run.config.data.name, "step": run.step, "roundings": ROUNDINGS, "only": arguments.only}
+    results = {}
+    for case_name, case in inverse_cases(run, num, quick=quick):
         if arguments.only in case_name:
-            results[case_name] = measure(case)
+            results[case_name] = inverse_of(case, arguments.decimal)
             show(results[case_name], case_name)
     settings["peak_memory_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write(name, arguments, settings, results, is_shown=True)
+    write(f"certified_inverse_{name_of(run)}", arguments, settings, results, is_shown=True)
 
 
 if __name__ == "__main__":

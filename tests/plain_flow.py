@@ -313,11 +313,21 @@ def _bounded(numbers, bounded, u):
         if bounds is None:
             line.append(entry)
             continue
-        low, high, edge = (numbers.of(value)[()] for value in (bounds.low, bounds.high, bounds.edge))
-        entry = min(max(entry, low + edge), high - edge)
-        below, above = numbers.log(np.array([entry - low, high - entry]))
-        line.append(below - above)
-        log_slopes += numbers.log(np.array([high - low]))[0] - below - above
+        low, high = (numbers.of(value)[()] for value in (bounds.low, bounds.high))
+        within = (high - low) * numbers.of(2.0**-12)[()]  # where a value exactly at an end counts
+        entry = low + within if entry == low else high - within if entry == high else entry
+        width, one = high - low, numbers.of(1.0)[()]
+        for sign, end in ((-1, low), (1, high)):
+            gap, e = abs(end - entry), abs(end) * numbers.of(2.0**-18)[()]
+            if gap < e:  # the tail
+                first, stretch = numbers.log(np.array([(width - e) / e]))[0], width / (width - e)
+                line.append(sign * (first + (e / gap - one) * stretch))
+                log_slopes += numbers.log(np.array([e * stretch / gap / gap]))[0]
+                break
+        else:
+            below, above = numbers.log(np.array([entry - low, high - entry]))
+            line.append(below - above)
+            log_slopes += numbers.log(np.array([width]))[0] - below - above
     y, log_det = transform(numbers, bounded.then, np.array(line), None)
     return y, log_det + log_slopes
 

@@ -52,7 +52,6 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: model().sample(0, 3), "key must be a key"),
         (lambda: model().sample(jax.random.split(KEY), 3), "a single key"),
         (lambda: model().log_prob(X, 0), "key must be a key"),
-        (lambda: ir.certify.log_prob(model(), X, 0), "key must be a key"),
     ],
     "minutes and steps": [
         (lambda: fit(minutes=1), "not both"),

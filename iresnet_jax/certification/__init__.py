@@ -1,25 +1,21 @@
-"""Guarantees for computed numbers, as functions: inverses, log-likelihoods, radii of classifiers, and norms of layers.
+"""Guarantees for computed numbers, as functions: inverses, radii of classifiers, and norms of layers.
 
 Its users call this folder `certify`: ``from iresnet_jax import certify``.
 """
 
 from iresnet_jax.certification.decoding import CertifiedInfo, decode
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
-from iresnet_jax.certification.likelihood import Interval, log_det, log_prob
 from iresnet_jax.certification.radius import CertifiedRadius, radius
 from iresnet_jax.maths.norms.convolution_certificate import conv_norm_bound, conv_norm_bound_any_size, dense_norm_bound
 
 __all__ = [
     "CertifiedInfo",
     "CertifiedRadius",
-    "Interval",
     "InverseCertificate",
     "conv_norm_bound",
     "conv_norm_bound_any_size",
     "decode",
     "dense_norm_bound",
     "inverse",
-    "log_det",
-    "log_prob",
     "radius",
 ]

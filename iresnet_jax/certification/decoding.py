@@ -135,7 +135,7 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
         x, transform = x[..., :channels], Standardize(mean, std)
     elif isinstance(model, Density):
         transform = model.spec.transform
-    enclosure = enclosing(transform, "enclose_inverse")(x.astype(np.float64), certificate.error_bound)
+    enclosure = enclosing(transform)(x.astype(np.float64), certificate.error_bound)
     if not isinstance(model, Density):
         levels = model.spec.num_levels
         certain = _pixels(levels, data.shape[-1]).certain(np.rint(data * (levels - 1.0)) / (levels - 1.0), enclosure)

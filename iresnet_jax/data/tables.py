@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.bijections.transforms.bounded import FLOAT32_EDGE, Bounds
+from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.models.columns import Column
 
@@ -30,7 +30,8 @@ UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32
 FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
 NAMED = 5  # entries that a message names
 COMMON, NOTED = 0.25, 0.05  # share of one value in a continuous column that is refused, and that is said
-WIDEST_EDGE = 0.02  # standard deviations of a column, near an end of its given bounds, in which all values count as one
+AT_AN_END = 0.005  # share of values that may be an end of their bounds, as single precision rounds close ones to it
+COARSEST = 0.02  # standard deviations of a column that single precision must resolve at an end of its given bounds
 INDEPENDENT = 1e-6  # standard deviations of a column that the others must leave unexplained
 FEWEST_ROWS = 2000  # that show which columns may depend on others
 
@@ -88,7 +89,7 @@ def describe(
     for column, (low, high) in given.items():
         found, step = intervals[column], 0.0 if grid is None else grid.spacing[column]
         assert found is not None
-        if found.edge > (step / 4 or WIDEST_EDGE * x[:, column].std()):
+        if found.resolution > (step / 4 or COARSEST * x[:, column].std()):
             raise ValueError(
                 f"bounds {low:g} and {high:g} of {_named([column], names)} are so far apart that single precision cannot "
                 "tell values near an end from each other: narrow them, or leave them out"
@@ -155,7 +156,7 @@ def find_grid(
             is_few |= np.ptp(distinct) < MOST_CELLS * step
         if not is_few:
             continue
-        least = max(FINEST_GRID * values.std(), 4 * FLOAT32_EDGE * np.abs(distinct).max())
+        least = max(FINEST_GRID * values.std(), 2.0**-19 * np.abs(distinct).max())
         if step is not None and step >= least:
             offset[column], spacing[column] = distinct[0], step
         else:
@@ -236,7 +237,15 @@ def _interval(
                 f"{values[row]:g} in {_row(row, split)} of {_named([column], names)} is outside of its bounds {low:g} and "
                 f"{high:g}: correct the value or the bounds"
             )
-    return Bounds.of(low - step / 2, high + step / 2, step or None)
+        for end in ends if not step else ():
+            at_end = np.flatnonzero(np.asarray(values, np.float32) == np.float32(end))
+            if len(at_end) > max(1, AT_AN_END * len(values)):
+                raise ValueError(
+                    f"{_named([column], names)} repeats at the end {end:g} of its bounds, in {len(at_end)} rows such as "
+                    f"{_row(int(at_end[0]), split)}: a density has no value there twice; widen the bounds, add noise, or model "
+                    "these rows apart"
+                )
+    return Bounds(low - step / 2, high + step / 2)
 
 
 # -------------------------------------------------------------------------------------------------- what has no density

@@ -607,7 +607,11 @@ class Density(Model):
 
     def round_to_data(self, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
         """Levels, or values on a grid, of continuous data; continuous data of a model without either as they are."""
-        return self._dequantize.inverse(u)[0]
+        x = self._dequantize.inverse(u)[0]
+        transform, grid = self.spec.transform, self.constants.get("grid") or (self.spec.grid and self.spec.grid.constants())
+        if not (grid and isinstance(transform, Bounded)):
+            return x
+        return transform.clip(x, jnp.asarray(grid["spacing"], x.dtype)[None] / 2, constants=self.constants.get("transform"))
 
     @property
     def _transform(self) -> Bijection:

@@ -14,10 +14,8 @@ A component whose logit is `ABSENT` is no part of the mixture: its weight and it
 Mixtures of different sizes thereby run one compiled program.
 """
 
-import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from numpy.typing import ArrayLike
 
-from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp
 from iresnet_jax.maths.platforms import floats
 
 ABSENT = -(2.0**100)  # finite, as averages of parameters and files want it
@@ -47,25 +44,6 @@ def log_prob(params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
     of_components = logits[None] + jnp.sum(log_diagonal, axis=1)[None] - 0.5 * jnp.sum(jnp.square(t), axis=2)
     total = jax.nn.logsumexp(of_components, axis=1) - jax.nn.logsumexp(logits)
     return total - 0.5 * mean.shape[1] * math.log(2 * math.pi)
-
-
-def enclose_log_prob(params: Mapping[str, Any], z: Ball) -> Ball:
-    """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are."""
-    own = {name: np.asarray(values, np.float64) for name, values in params.items()}
-    present = np.flatnonzero(own["logits"] > ABSENT)
-    logits = Ball.of(own["logits"][present])
-    components = []
-    for place, k in enumerate(present):
-        centred = z - Ball.of(own["mean"][k])
-        log_diagonal = Ball.of(own["log_diagonal"][k])
-        scaled, rows = centred * exp(log_diagonal), []
-        for i, row in enumerate(own["lower"][k]):  # one row at a time: (b, d, d) would be large
-            below = (_columns(centred, slice(i)) * Ball.of(row[:i])).sum() if i else Ball.of(0.0)
-            rows.append(_columns(scaled, i) + below)
-        t = joined(functools.partial(np.stack, axis=-1), rows)
-        constants = log_diagonal.sum() + logits.map(lambda part, place=place: part[place])
-        components.append(constants - (t * t + LOG_2PI).sum() * Ball.of(0.5))
-    return log_sum_exp(joined(functools.partial(np.stack, axis=-1), components)) - log_sum_exp(logits)
 
 
 def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
@@ -151,7 +129,3 @@ def _logits(params: Parameters) -> Float[Array, " k"]:
 def _factors(params: Parameters) -> Float[Array, "k d d"]:
     """The factors ``W`` of the precisions."""
     return jnp.tril(params["lower"], -1) + jax.vmap(jnp.diag)(jnp.exp(params["log_diagonal"]))
-
-
-def _columns(balls: Ball, chosen: int | slice) -> Ball:
-    return balls.map(lambda part: part[:, chosen])

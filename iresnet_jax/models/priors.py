@@ -6,7 +6,6 @@ each a dimension; those of "mixture" are in `mixtures`, and those of "scales" in
 of NumPyro and flowjax are.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.transforms.logit import log_logistic
 from iresnet_jax.branches.own import Structure
-from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp, softplus
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.models import mixtures, scales
 from iresnet_jax.models.marginals import Marginals
@@ -32,14 +30,12 @@ class _Family(NamedTuple):
     Attributes:
         log_scale: Name of the logarithm of the scale among the parameters.
         log_density: Log-density of the standard member.
-        enclosure: The same of balls, with guaranteed errors.
         draw: Draws of the standard member.
         std: Standard deviation of the standard member.
     """
 
     log_scale: str
     log_density: Callable[[Array], Array]
-    enclosure: Callable[[Ball], Ball]
     draw: Callable[..., Array]
     std: float
 
@@ -48,14 +44,12 @@ PRIORS = {
     "gaussian": _Family(
         "log_std",
         lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi),
-        lambda t: -(t * t + LOG_2PI) * Ball.of(0.5),
         jax.random.normal,
         1.0,
     ),
     "logistic": _Family(
         "log_scale",
         log_logistic,
-        lambda t: -(softplus(t) + softplus(-t)),
         jax.random.logistic,
         math.pi / math.sqrt(3),
     ),
@@ -64,7 +58,6 @@ MIXTURE, SCALES = "mixture", "scales"
 MIXTURES = {MIXTURE: mixtures, SCALES: scales}  # of a number of components
 OWN = "own"
 KINDS = (*PRIORS, *MIXTURES, OWN)
-NO_ENCLOSURE = "the log-density of a prior of one's own has no guaranteed error: certify.log_det bounds the flow's part alone"
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -165,36 +158,6 @@ def log_prob(kind: str, params: Any, z: Float[Array, "b d"]) -> Float[Array, " b
         )
     t = (z - mean[None]) * jnp.exp(-log_scale[None])
     return jnp.sum(family.log_density(t) - log_scale[None], axis=1)
-
-
-def enclose_log_prob(kind: str, params: Mapping[str, Any], z: Ball) -> Ball:
-    """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are.
-
-    Args:
-        kind: One of `KINDS` but "own".
-        params: Parameters of the prior; with ``class_logits`` those of the classes' priors, whose mixture it is.
-        z: Latents ``(b, d)``.
-
-    Raises:
-        ValueError: If the prior is unknown.
-    """
-    if kind in MIXTURES:
-        return MIXTURES[kind].enclose_log_prob(params, z)
-    if kind == OWN:
-        raise ValueError(NO_ENCLOSURE)
-    family = _family(kind)
-    own = {name: Ball.of(np.asarray(values, np.float64)) for name, values in params.items()}
-
-    def of_class(mean, log_scale):
-        return (family.enclosure((z - mean) * exp(-log_scale)) - log_scale).sum()
-
-    if "class_logits" not in own:
-        return of_class(own["mean"], own[family.log_scale])
-    logits, classes = own["class_logits"], []
-    for i in range(len(logits.radius)):
-        mean, log_scale, logit = (part.map(lambda a, i=i: a[i]) for part in (own["mean"], own[family.log_scale], logits))
-        classes.append(of_class(mean, log_scale) + logit)
-    return log_sum_exp(joined(functools.partial(np.stack, axis=-1), classes)) - log_sum_exp(logits)
 
 
 def sample(kind: str, params: Any, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:

@@ -10,17 +10,14 @@ independent entries with heavy tails have other level sets. All parameters are f
     log_scales, logits    (k,)   s_k = exp(log_scales)_k and w_k = softmax(logits)_k
 """
 
-import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.maths.enclosures.ball_arithmetic import LOG_2PI, Ball, exp, joined, log_sum_exp
 from iresnet_jax.maths.platforms import floats
 
 STEPS = 30  # of expectation maximisation
@@ -44,20 +41,6 @@ def log_prob(params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
     constants = jax.nn.log_softmax(params["logits"]) - len(mean) * log_scales
     of_scales = constants[None] - 0.5 * square * jnp.exp(-2 * log_scales[None])
     return jax.nn.logsumexp(of_scales, axis=1) - jnp.sum(log_std) - 0.5 * len(mean) * math.log(2 * math.pi)
-
-
-def enclose_log_prob(params: Mapping[str, Any], z: Ball) -> Ball:
-    """`log_prob` with guaranteed errors: balls for latents in balls; parameters count as the numbers that they are."""
-    own = {name: Ball.of(np.asarray(values, np.float64)) for name, values in params.items()}
-    num_dims, logits = Ball.of(float(len(own["mean"].radius))), own["logits"]
-    t = (z - own["mean"]) * exp(-own["log_std"])
-    square, of_scales = (t * t).sum(), []
-    for k in range(len(logits.radius)):
-        log_scale, logit = (part.map(lambda a, k=k: a[k]) for part in (own["log_scales"], logits))
-        exponent = square * exp(log_scale * Ball.of(-2.0)) * Ball.of(0.5)
-        of_scales.append(logit - num_dims * log_scale - exponent)
-    total = log_sum_exp(joined(functools.partial(np.stack, axis=-1), of_scales)) - log_sum_exp(logits)
-    return total - own["log_std"].sum() - num_dims * LOG_2PI * Ball.of(0.5)
 
 
 def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:

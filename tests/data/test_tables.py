@@ -29,7 +29,7 @@ def test_whole_numbers_lie_on_a_grid_by_their_type_and_keep_to_what_was_seen():
     assert find_grid(x) is None  # hardly two examples for a value
     few = described(np.stack([ages, 2 * RNG.integers(0, 2, 100)], axis=1).astype(np.float32), is_whole=True)
     assert few.grid.spacing == (1.0, 2.0)
-    assert few.intervals == (Bounds.of(ages.min() - 0.5, ages.max() + 0.5, 1.0), Bounds.of(-1.0, 3.0, 2.0))
+    assert few.intervals == (Bounds(ages.min() - 0.5, ages.max() + 0.5), Bounds(-1.0, 3.0))
     assert "18 to 90 in steps of 1" in few.notes[0]
 
 
@@ -59,11 +59,11 @@ def test_so_they_do_where_each_is_taken():
 def test_given_bounds_are_by_name_or_number():
     share = RNG.random(1500)
     table = described(beside(share), NAMES, bounds={"rest": (0, 2), 2: (-9.0, 9.0)})
-    assert table.intervals == (None, Bounds.of(0.0, 2.0), Bounds.of(-9.0, 9.0))
+    assert table.intervals == (None, Bounds(0.0, 2.0), Bounds(-9.0, 9.0))
     assert described(beside(share), NAMES).intervals is None
     assert ends_given({1: (0, 2)}, [1, 0], 2) == {0: (0.0, 2.0)}  # columns of a data frame may be called by numbers
     wider = described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)})
-    assert wider.intervals[1] == Bounds.of(-0.5, 4.5, 1.0)
+    assert wider.intervals[1] == Bounds(-0.5, 4.5)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,18 @@ def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
         described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (-0.3, 4.0)})
 
 
+def test_a_value_that_repeats_at_an_end_of_its_bounds_is_refused():
+    x = RNG.beta(2, 2, (1500, 2))
+    x[3:18, 1] = 0.0
+    with pytest.raises(ValueError, match=r"column 1 repeats at the end 0 of its bounds, in 15 rows such as row 3: .* widen"):
+        described(x, bounds={1: (0, 1)})
+    x[4:18, 1] = 0.5 + np.arange(14) / 100
+    assert described(x, bounds={1: (0, 1)}).intervals == (None, Bounds(0.0, 1.0))
+
+
 def test_rows_to_validate_with_belong_to_the_range_and_lie_on_the_grid():
     x, held_out = beside(RNG.integers(0, 3, 1500)), beside(np.array([2, 5]), 2)
-    assert describe({"train": x, "validation": held_out}, NAMES).intervals[1] == Bounds.of(-0.5, 5.5, 1.0)
+    assert describe({"train": x, "validation": held_out}, NAMES).intervals[1] == Bounds(-0.5, 5.5)
     with pytest.raises(ValueError, match=r"2.5 in row 0 of the split validation is not on the grid of column 1 \('rest'\)"):
         describe({"train": x, "validation": held_out + np.float32(0.5)}, NAMES)
     with pytest.raises(ValueError, match=r"5 in row 1 of the split validation of column 1"):
@@ -104,7 +113,7 @@ def test_booleans_and_categories_keep_to_their_levels_whether_seen_or_not():
     x = np.stack([RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50)], axis=1).astype(np.float32)
     found = described(x, columns=columns)
     assert found.grid.spacing == (1.0, 1.0)
-    assert found.intervals == (Bounds.of(-0.5, 1.5, 1.0), Bounds.of(-0.5, 2.5, 1.0))
+    assert found.intervals == (Bounds(-0.5, 1.5), Bounds(-0.5, 2.5))
     names = Column("name", "category", "str", tuple(f'"{number}"' for number in range(400)))
     with pytest.raises(ValueError, match=r"2 rows each .* join some categories of column 0 \('name'\), or drop it"):
         described(np.arange(400.0)[:, None], ["name"], columns=[names])

@@ -208,7 +208,7 @@ def test_points_have_no_levels():
 
 
 def test_ranges_are_the_models_own_under_transformations():
-    bounded = Bounded((Bounds.of(-9.0, 9.0), None))
+    bounded = Bounded((Bounds(-9.0, 9.0), None))
     model, x = kept.model(dataclasses.replace(PLANE, transform=bounded)), POINTS.copy()
     x[:, 0] = [7, -7, 3]  # not in the unit interval, in which shared programs have their entries
     expected = model.log_prob(x)

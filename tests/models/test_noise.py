@@ -134,5 +134,3 @@ def test_noise_of_what_has_no_levels_is_refused():
         DensitySpec(VECTORS.flow)
     with pytest.raises(ValueError, match="is uniform"):
         with_uniform_noise(kept.model(VECTORS)).noise_flow(np.zeros((1, 2), np.uint8))
-    with pytest.raises(ValueError, match="density of variational noise"):
-        ir.certify.log_prob(kept.model(VECTORS), np.zeros((2, 2), np.uint8))

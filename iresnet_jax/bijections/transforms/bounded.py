@@ -2,16 +2,25 @@ r"""Entries that stay within an interval, on the real line: every value that the
 
     y = log((x - low) / (high - x)),    dy/dx = (high - low) / ((x - low) (high - x)),
 
-the logit of the place within the interval, computed from the distances to its ends, which are exact near them. A transform of
+the logit of the place within the interval, computed from the distances to its ends, which are exact near them. It maps the open
+interval onto the whole line, so a density of the line is one of the interval and no mass is lost or made. A transform of
 continuous data follows, `Standardize` or `Whiten`, fitted to the mapped values.
 
-**At the ends** the logit is infinite. Within a distance `Bounds.edge` of an end all values count as the one at that distance:
-the density there is constant. The inverse gives no value closer to an end than the edge, which is wider than what single
-precision rounds.
+**Near an end** other than 0, floats are equally spaced: the logit of the last one is 17, and a wide density of the line would
+have its tail between that and the end. Within 64 floats of an end, at distances ``d`` below ``e = 2^-18 |end|``, the map is
 
-**Outside** of an interval, by more than an edge, the density is 0: the log-determinant is minus infinity.
+    y = +- (log((w - e) / e) + (e / d - 1) w / (w - e)),    |dy/dx| = e w / ((w - e) d^2),    w = high - low,
+
+which continues the logit with its slope and reaches farther than any tail.
+
+**At an end** ``y`` is infinite. A value exactly there counts as the one at a distance of `END` times the width, where single
+precision tells values apart: a density that is large there is large on many floats, and not on the end alone. Values that
+repeat at an end are no sample of a density, and `fit` refuses them.
+
+**Outside** of an interval the density is 0: the log-determinant is minus infinity.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +32,13 @@ from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, on_balls
 from iresnet_jax.bijections.transforms.logit import UNIT_ERROR, Identity
 from iresnet_jax.bijections.transforms.standardize import Constants, Standardize, Whiten, inverse_bound
-from iresnet_jax.maths.enclosures import double_double
-from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble, log, where
 from iresnet_jax.maths.enclosures.precise_activations import sigmoid
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 
-EDGE = 2.0**-20  # of the interval, or of the spacing of a grid: share that an end takes
-FLOAT32_EDGE = 2.0**-21  # least edge as a share of the larger end: 4 units in the last place of float32
+TAIL = 2.0**-18  # share of an end up to which distances from it belong to the tail
+END = 2.0**-12  # distance from an end that a value exactly there counts as, as a share of the width
 
 
 @dataclass(frozen=True)
@@ -41,34 +48,26 @@ class Bounds:
     Attributes:
         low: Lower end.
         high: Upper end.
-        edge: Distance from an end up to which all values count as one.
     """
 
     low: float
     high: float
-    edge: float
 
     def __post_init__(self):
         if not (np.all(np.isfinite([self.low, self.high])) and self.low < self.high):
             raise ValueError(f"bounds must be finite and the lower end below the upper one, got {self.low} and {self.high}")
-        if not FLOAT32_EDGE * max(abs(self.low), abs(self.high)) <= self.edge < (self.high - self.low) / 8:
+        if not self.resolution < (self.high - self.low) / 8:
             raise ValueError(
                 f"single precision cannot tell values apart within the bounds {self.low} and {self.high}: subtract the mean"
             )
 
-    @classmethod
-    def of(cls, low: float, high: float, spacing: float | None = None) -> "Bounds":
-        """The interval with its edge: a millionth of the interval or, for values on a grid, of their spacing.
-
-        Args:
-            low: Lower end.
-            high: Upper end.
-            spacing: Distance of neighbouring values on a grid, whose cells fill the interval.
-        """
-        return cls(low, high, max(EDGE * (spacing or high - low), FLOAT32_EDGE * max(abs(low), abs(high))))
+    @property
+    def resolution(self) -> float:
+        """Distance that single precision resolves at the larger end: 4 units in the last place."""
+        return 2.0**-21 * max(abs(self.low), abs(self.high))
 
 
-UNIT = Bounds(0.0, 1.0, 0.1)
+UNIT = Bounds(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,9 @@ class Bounded:
 
     def constants(self) -> Constants:
         """What `bijection`, `to_line` and `from_line` compute with."""
-        low, high, edge, _ = self._arrays(np.float64)
+        low, high, _ = self._arrays(np.float64)
         then = {} if isinstance(self.then, Identity) else {"then": self.then.constants()}
-        return {"low": low, "high": high, "edge": edge, "inverse_lipschitz": inverse_bound(self), **then}
+        return {"low": low, "high": high, "inverse_lipschitz": inverse_bound(self), **then}
 
     def bijection(self, constants: Constants | None = None) -> Bijection:
         """The map of vectors; outside of an interval its log-determinant is minus infinity.
@@ -123,13 +122,10 @@ class Bounded:
         return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=given["inverse_lipschitz"])
 
     def bilipschitz(self) -> BiLipschitz:
-        """Constants of both maps: the logit is steepest at an edge, and its inverse in the middle of the interval."""
-        low, high, edge, bounded = self._arrays(np.float64)
-        width = high - low
-        free = [] if bounded.all() else [1.0]
-        steepest = [*free, *(width / (edge * (width - edge)))[bounded]]
-        widest = [*free, *(width / 4)[bounded]]
-        return BiLipschitz.of(max(steepest), max(widest)).compose(self.then.bilipschitz())
+        """Constants of both maps: the logit is steep without bound at the ends, its inverse steepest in the middle."""
+        low, high, bounded = self._arrays(np.float64)
+        widest = [*([] if bounded.all() else [1.0]), *((high - low) / 4)[bounded]]
+        return BiLipschitz.of(math.inf, max(widest)).compose(self.then.bilipschitz())
 
     def to_line(self, x: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
         """Vectors ``(b, d)`` on the real line, and ``log dy/dx`` of every entry: minus infinity out of its interval.
@@ -139,79 +135,100 @@ class Bounded:
             xp: ``jax.numpy`` or ``numpy``, which computes in float64 what no program compiles.
             constants: See `bijection`.
         """
-        low, high, edge, bounded = self._ends(x, xp, constants)
-        inside = xp.clip(x, low + edge, high - edge)
+        low, high, bounded = self._ends(x, xp, constants)
+        rounding = 2 * xp.finfo(x.dtype).eps * xp.maximum(xp.abs(low), xp.abs(high))  # of noise in the last cell of a grid
+        is_within = (x >= low - rounding) & (x <= high + rounding)
+        smallest, end = xp.finfo(x.dtype).tiny, END * (high - low)
+        inside = xp.where(x - low < smallest, low + end, xp.where(high - x < smallest, high - end, x))
         below, above = xp.log(inside - low), xp.log(high - inside)
-        is_within = (x >= low - edge) & (x <= high + edge)  # noise on a grid may be rounded beyond its last cell
-        log_slopes = xp.where(is_within, xp.log(high - low) - below - above, -xp.inf)
-        return xp.where(bounded, below - above, x), xp.where(bounded, log_slopes, 0)
+        line, log_slopes = below - above, xp.log(high - low) - below - above
+        for sign, end, gap in ((-1, low, inside - low), (1, high, high - inside)):
+            first, stretch, e = _tail(end, high - low, xp)
+            line = xp.where(gap < e, sign * (first + (e / gap - 1) * stretch), line)
+            log_slopes = xp.where(gap < e, xp.log(xp.where(e > 0, e, 1) * stretch) - 2 * xp.log(gap), log_slopes)
+        return xp.where(bounded, line, x), xp.where(bounded, xp.where(is_within, log_slopes, -xp.inf), 0)
 
     def from_line(self, y: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
-        """Vectors within their intervals, and ``log dx/dy`` of every entry; the inverse of `to_line`."""
-        low, high, edge, bounded = self._ends(y, xp, constants)
-        limit = xp.log((high - low - edge) / edge)
-        inside = xp.clip(y, -limit, limit)
-        below, above = 1 / (1 + xp.exp(-inside)), 1 / (1 + xp.exp(inside))
-        x = xp.where(inside < 0, low + (high - low) * below, high - (high - low) * above)
-        log_slopes = xp.log(high - low) + xp.log(below) + xp.log(above)
+        """Vectors between the ends of their intervals, and ``log dx/dy`` of every entry; the inverse of `to_line`."""
+        low, high, bounded = self._ends(y, xp, constants)
+        decay, width = xp.exp(-xp.abs(y)), high - low
+        x = xp.where(y < 0, low + width * decay / (1 + decay), high - width * decay / (1 + decay))
+        log_slopes = xp.log(width) - xp.abs(y) - 2 * xp.log1p(decay)
+        for sign, end in ((-1, low), (1, high)):
+            first, stretch, e = _tail(end, width, xp)
+            further = xp.maximum(sign * y - first, 0) / stretch
+            x = xp.where(further > 0, end - sign * e / (1 + further), x)
+            of_tail = xp.log(xp.where(e > 0, e, 1) / stretch) - 2 * xp.log1p(further)
+            log_slopes = xp.where(further > 0, of_tail, log_slopes)
+        smallest = xp.finfo(y.dtype).tiny
+        first = xp.maximum(xp.nextafter(low, high), low + smallest)
+        x = xp.clip(x, first, xp.minimum(xp.nextafter(high, low), high - smallest))
         return xp.where(bounded, x, y), xp.where(bounded, log_slopes, 0)
+
+    def clip(self, x: Any, margin: Any, *, constants: Constants | None = None) -> Any:
+        """Vectors whose entries on a grid, those with a positive margin, stay so far from their ends.
+
+        The midpoint between two values of a grid may be rounded to either, and beyond the last one there is none.
+        """
+        low, high, bounded = self._ends(x, jnp, constants)
+        return jnp.where(bounded & (margin > 0), jnp.clip(x, low + margin, high - margin), x)
 
     def outside(self, x: np.ndarray) -> np.ndarray:
         """Which entries of vectors are out of their intervals, read in the type of the vectors."""
-        low, high, _, bounded = self._arrays(x.dtype)
+        low, high, bounded = self._arrays(x.dtype)
         return bounded & ~((x >= low) & (x <= high))
-
-    def enclose_forward(self, u: Float[np.ndarray, "b d"]) -> tuple[Ball, Ball]:
-        """The logit in double-double, through the transform behind it."""
-        low, high, edge, bounded = self._arrays(np.float64)
-        u = np.asarray(u, np.float64)
-        first, last = Ball.of(low) + Ball.of(edge), Ball.of(high) - Ball.of(edge)  # whose middles are these sums exactly
-        is_first = (u < first.middle.high) | ((u == first.middle.high) & (first.middle.low > 0))
-        is_last = (u > last.middle.high) | ((u == last.middle.high) & (last.middle.low < 0))
-        inside = where(is_first, first, where(is_last, last, Ball.of(u)))
-        below, above = log(inside - Ball.of(low)), log(Ball.of(high) - inside)
-        log_width, chosen = log(Ball.of(high) - Ball.of(low)), np.broadcast_to(bounded, np.shape(u))
-        line = where(chosen, below - above, Ball.of(u))
-        y, log_det = self.then.enclose_forward(line)
-        return y, log_det + where(chosen, log_width - below - above, Ball.of(np.zeros(np.shape(u)))).sum()
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
         """The logistic function of the intervals on the real line in which the transform behind encloses every entry."""
         line = self.then.enclose_inverse(y, radius)
-        low, high, edge, bounded = self._arrays(np.float64)
-        width = DoubleDouble.of(high) - DoubleDouble.of(low)
-        limit = double_double.log((width - DoubleDouble.of(edge)) * DoubleDouble.of(edge).reciprocal()).high
-        of_limit = edge * 2.0**-45  # what the rounding of the limit, below 2^-48, moves the values there by
+        low, high, bounded = self._arrays(np.float64)
+        width, one = DoubleDouble.of(high) - DoubleDouble.of(low), DoubleDouble.of(1.0)
 
         def value(t):
-            t = np.clip(t, -limit, limit)
             x = DoubleDouble.of(low) + width * sigmoid(DoubleDouble.of(t))
-            return x.high, (U * np.abs(x.high) + width.high * UNIT_ERROR + of_limit) * UP
+            for sign, end in ((-1.0, low), (1.0, high)):
+                e = DoubleDouble.of(TAIL * np.abs(end))
+                rest, known = width - e, e.high > 0
+                first = log(rest * where(known, e, one).reciprocal())
+                further = (DoubleDouble.of(sign * t) - first) * rest * width.reciprocal()
+                in_tail = known & (further.high > 0)  # or next to it: both continue to there
+                beyond = e * (one + where(in_tail, further, one)).reciprocal()
+                x = where(in_tail, DoubleDouble.of(end) - beyond.times(sign), x)
+            return x.high, (U * np.abs(x.high) + width.high * UNIT_ERROR) * UP
 
         center, errors = value(line.center)
         (least, least_errors), (most, most_errors) = value(line.low), value(line.high)
-        nearest = np.maximum(np.maximum(line.low, -line.high), 0)  # the point nearest to 0, where the logistic is steepest
-        s = sigmoid(DoubleDouble.of(np.minimum(nearest, limit)))
+        nearest = np.maximum(np.maximum(line.low, -line.high), 0)  # the point nearest to 0, where the map is steepest
+        begins = np.minimum(*(_tail(end, high - low, np)[0] for end in (low, high))) - 1e-9
+        nearest = np.minimum(nearest, begins)  # in a tail the slope is at most the one where it begins
+        s = sigmoid(DoubleDouble.of(nearest))
         slopes = np.where(bounded, width.high * ((s * (DoubleDouble.of(1.0) - s)).high + UNIT_ERROR) * UP, 1)
         steepest, errors = slopes.max(axis=1) * UP, np.where(bounded, errors, 0)
         return Enclosure(
-            low=np.where(bounded, np.nextafter(least - least_errors, -np.inf), line.low),
-            high=np.where(bounded, np.nextafter(most + most_errors, np.inf), line.high),
+            low=np.where(bounded, np.maximum(np.nextafter(least - least_errors, -np.inf), low), line.low),
+            high=np.where(bounded, np.minimum(np.nextafter(most + most_errors, np.inf), high), line.high),
             center=np.where(bounded, center, line.center),
             error=(np.linalg.norm(errors, axis=1) * UP + steepest * line.error) * UP,
             lipschitz=steepest * line.lipschitz * UP,
         )
 
-    def _arrays(self, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Ends and edges of all entries, those of the unit interval where there are no bounds, and which have bounds."""
+    def _arrays(self, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ends of all entries, those of the unit interval where there are no bounds, and which have bounds."""
         known = [bounds or UNIT for bounds in self.intervals]
-        ends = ([bounds.low for bounds in known], [bounds.high for bounds in known], [bounds.edge for bounds in known])
-        low, high, edge = (np.asarray(values, np.float64).astype(dtype)[None] for values in ends)
-        return low, high, edge, np.array([[bounds is not None for bounds in self.intervals]])
+        ends = ([bounds.low for bounds in known], [bounds.high for bounds in known])
+        low, high = (np.asarray(values, np.float64).astype(dtype)[None] for values in ends)
+        return low, high, np.array([[bounds is not None for bounds in self.intervals]])
 
     def _ends(self, x: Any, xp: Any, constants: Constants | None) -> tuple[Any, ...]:
-        """`_arrays` in the type of ``x``, with the ends and edges of ``constants`` if there are any."""
+        """`_arrays` in the type of ``x``, with the ends of ``constants`` if there are any."""
         *own, bounded = self._arrays(x.dtype)
-        given = own if constants is None else [constants[name] for name in ("low", "high", "edge")]
+        given = own if constants is None else [constants[name] for name in ("low", "high")]
         return *(xp.asarray(values, x.dtype) for values in given), xp.asarray(bounded)
+
+
+def _tail(end: Any, width: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """Where the tail next to an end begins on the line, without its sign, ``w / (w - e)`` and ``e``; none at the end 0."""
+    e = TAIL * xp.abs(end)
+    first = xp.where(e > 0, xp.log((width - e) / xp.where(e > 0, e, 1)), xp.inf)
+    return first, width / (width - e), e

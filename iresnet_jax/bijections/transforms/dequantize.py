@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
 from iresnet_jax.bijections.transforms.enclosure import Enclosure
-from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.keys import typed_key
 
 OFF_GRID = 0.02  # of the spacing: values closer to one of the grid are that one, rounded
@@ -162,11 +161,6 @@ def dequantize_bijection(num_levels: int) -> Bijection:
     return Bijection(lambda x: cell_centers(x, num_levels), forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 
 
-def enclose_volume(num_levels: int, num_dims: int) -> Ball:
-    """The log-determinant of `dequantize_bijection`, ``-num_dims log num_levels``."""
-    return -log(Ball.of(num_levels)) * Ball.of(num_dims)
-
-
 def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int) -> Bool[np.ndarray, "b ..."]:
     """Whether the integer levels ``x``, whose cells are ``[k, k + 1) / n``, are those of every point of the enclosure."""
     ends = np.nextafter(num_levels * enclosure.low, -np.inf), np.nextafter(num_levels * enclosure.high, np.inf)
@@ -241,10 +235,6 @@ class Grid:
         spacing = np.asarray(self.spacing)
         places = (np.asarray(x, np.float64) - np.asarray(self.offset)) / np.where(spacing > 0, spacing, 1)
         return (spacing > 0) & ~(np.abs(places - np.round(places)) <= OFF_GRID)
-
-    def enclose_volume(self) -> Ball:
-        """The log-determinant of `bijection`, ``sum log spacing`` over entries on a grid."""
-        return log(Ball.of(np.array([1.0, *(width for width in self.spacing if width > 0)]))).sum()
 
     def certain(self, x: Float[np.ndarray, "b ... d"], enclosure: Enclosure) -> Bool[np.ndarray, "b ... d"]:
         """Whether the values ``x`` are those on the grid next to every point of the enclosure; False at continuous entries."""

@@ -1,11 +1,7 @@
-r"""Guaranteed enclosures of preprocessing: how every transform says what is certain of its values and of its inverse.
+r"""Guaranteed enclosures of preprocessing: how every transform says what is certain of its inverse.
 
-A transform ``t`` has two methods for certificates:
-
-- ``enclose_forward(u)``, under ``enable_x64``: balls of ``t(u)`` and of ``log|det dt/du|``, the latter one per example.
-- ``enclose_inverse(y, radius)``: the `Enclosure` of ``t^-1`` on balls ``|y' - y| <= radius`` (Euclidean).
-
-Both are about the map of the transform's constants as real numbers, float64 as they are kept, and cover rounding.
+A transform ``t`` has the method ``enclose_inverse(y, radius)``, the `Enclosure` of ``t^-1`` on balls ``|y' - y| <= radius``
+(Euclidean). It is about the map of the transform's constants as real numbers, as they are kept, and covers rounding.
 """
 
 import functools
@@ -48,18 +44,18 @@ class Enclosure(NamedTuple):
         return np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
 
 
-def enclosing(transform: Any, method: str) -> Callable[..., Any]:
-    """A method of a transform for certificates.
+def enclosing(transform: Any) -> Callable[..., Enclosure]:
+    """The method ``enclose_inverse`` of a transform.
 
     Raises:
         ValueError: If the transform does not have it.
     """
-    if not hasattr(transform, method):
+    if not hasattr(transform, "enclose_inverse"):
         raise ValueError(
-            f"the transform {type(transform).__name__} has no method {method}, so nothing is guaranteed of its values: write "
-            "it as iresnet_jax.bijections.transforms.enclosure says, or certify the flow alone by certify.inverse or log_det"
+            f"the transform {type(transform).__name__} has no method enclose_inverse, so nothing is guaranteed of its values: "
+            "write it as iresnet_jax.bijections.transforms.enclosure says, or certify the flow alone by certify.inverse"
         )
-    return getattr(transform, method)
+    return transform.enclose_inverse
 
 
 def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:

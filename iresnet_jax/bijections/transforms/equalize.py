@@ -36,15 +36,13 @@ from iresnet_jax.bijections.transforms.enclosure import Enclosure, ends, increas
 from iresnet_jax.bijections.transforms.logit import (
     UNIT_ERROR,
     check_alpha,
-    enclose_logit,
     log_logistic,
     logit_bounds,
     precise_unit,
     steepest_unit,
     sum_event,
 )
-from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log, where
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.enclosures.double_double import DoubleDouble, where
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 
@@ -118,31 +116,18 @@ class Equalize:
         logdet = sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(cell.slope))
         return x.reshape(y.shape), logdet
 
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
-        """The map in double-double.
-
-        Frequencies count as divided by their sum, and each entry is mapped by the line of the level that `quantize` reads off
-        ``u`` in its own dtype. The tables of float intervals that keep round trips exact move nothing here.
-        """
-        entries, cells = u.reshape(len(u), math.prod(u.shape[1:])), _precise_cells(self)
-        k = np.asarray(quantize(jnp.asarray(entries), cells.num_levels)).astype(np.int64)
-        start, width = (table.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
-        num = Ball.of(cells.num_levels)
-        y, log_slopes = enclose_logit(self.alpha, start + width * (Ball.of(entries) * num - Ball.of(k)))
-        return y.map(lambda part: part.reshape(u.shape)), (log_slopes + log(width * num)).sum()
-
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
         """The inverse in double-double, increasing in every entry; frequencies count as divided by their sum."""
         cells, wrong_u = _precise_cells(self), 4 * UNIT_ERROR / (1 - 2 * self.alpha)
-        widths, num = cells.widths.middle.high, cells.num_levels
+        widths, num = cells.widths.high, cells.num_levels
         narrowest = np.minimum(widths, np.minimum(np.roll(widths, 1, axis=1), np.roll(widths, -1, axis=1)))
         narrowest = np.where(narrowest > 2.0**-50, narrowest, 0)  # float64 cannot tell narrower cells apart: nothing is known
 
         def value(t):
             u = precise_unit(t, self.alpha)
             k = cells.holding(u)  # or a neighbour, if u is next to an edge: both continue to there
-            below, width = (table.middle.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
+            below, width = (table.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
             x = (DoubleDouble.of(k) + (u - below) * width.reciprocal()) * DoubleDouble.of(num).reciprocal()
             return x.high, 2 * U * np.abs(x.high) + 2 * wrong_u / (num * _at(narrowest, k))
 
@@ -267,23 +252,23 @@ def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
 
 
 class _PreciseCells(NamedTuple):
-    """The distribution functions once more for enclosures, ``(entries or 1, levels)``.
+    """The distribution functions once more for enclosures, ``(entries or 1, levels)``, to 2^-88.
 
     Attributes:
         widths: Frequency of each level, ``u`` over its cell.
         below: ``u`` at the lower edge of each cell.
     """
 
-    widths: Ball
-    below: Ball
+    widths: DoubleDouble
+    below: DoubleDouble
 
     @property
     def num_levels(self) -> int:
-        return self.widths.radius.shape[1]
+        return self.widths.high.shape[1]
 
     def holding(self, u: DoubleDouble) -> np.ndarray:
         """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0, 1]."""
-        below, last = self.below.middle, self.num_levels - 1
+        below, last = self.below, self.num_levels - 1
         if len(below.high) == 1:
             k = np.searchsorted(below.high[0], u.high, side="right") - 1
         else:
@@ -306,10 +291,15 @@ def _precise_cells(spec: Equalize) -> _PreciseCells:
     total, levels = sum(f), np.arange(len(f))[None]
     rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
     p = [f[m] / total] if spec.shares is None else [Fraction(share) for share in spec.shares]
-    shares, others = (Ball.rational(own).map(lambda part: part[:, None]) for own in (p, [(1 - q) / (total - f[m]) for q in p]))
-    own, before = (Ball.rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
-    nothing = Ball.of(np.zeros((1, 1)))
+    shares, others = (_rational(part).map(lambda part: part[:, None]) for part in (p, [(1 - q) / (total - f[m]) for q in p]))
+    own, before = (_rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
+    nothing = DoubleDouble.of(np.zeros((1, 1)))
     return _PreciseCells(where(levels == m, shares, others * own), others * before + where(levels > m, shares, nothing))
+
+
+def _rational(values: Sequence[Fraction]) -> DoubleDouble:
+    parts = [DoubleDouble.constant(value) for value in values]
+    return DoubleDouble(*(np.array([getattr(part, name) for part in parts]) for name in ("high", "low")))
 
 
 def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int = 256) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, isometric_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, increasing, on_balls
-from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, log
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.precise_activations import sigmoid
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U
@@ -31,11 +30,6 @@ class Identity:
         """Both constants are 1."""
         return model_bounds([])
 
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."] | Ball) -> tuple[Ball, Ball]:
-        """The data, exactly."""
-        data = Ball.of(u)
-        return data, Ball.of(np.zeros(len(data.radius)))
-
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
         """The balls themselves."""
@@ -53,10 +47,6 @@ class Center:
     def bilipschitz(self) -> BiLipschitz:
         """Both constants are 1."""
         return model_bounds([])
-
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
-        """``u - 1/2`` in double-double."""
-        return Ball.of(u) - Ball.of(0.5), Ball.of(np.zeros(len(u)))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
@@ -104,11 +94,6 @@ class Logit:
         x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
         return x, sum_event(log_logistic(y) - math.log1p(-2 * self.alpha))
 
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."]) -> tuple[Ball, Ball]:
-        """The logit in double-double."""
-        y, log_slopes = enclose_logit(self.alpha, Ball.of(u))
-        return y, log_slopes.map(lambda part: part.reshape(len(part), math.prod(part.shape[1:]))).sum()
-
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
         """The logistic function in double-double, increasing in every entry."""
@@ -118,14 +103,6 @@ class Logit:
             return u.high, U * np.abs(u.high) + UNIT_ERROR / (1 - 2 * self.alpha)
 
         return increasing(value, steepest_unit(y, radius, self.alpha), y, radius)
-
-
-def enclose_logit(alpha: float, u: Ball) -> tuple[Ball, Ball]:
-    """``log(s / (1 - s))`` with ``s = alpha + (1 - 2 alpha) u``, and the logarithm of its slope, entry by entry."""
-    slope = Ball.of(1.0) - Ball.of(2 * alpha)
-    s = Ball.of(alpha) + slope * u
-    log_s, log_rest = log(s), log(Ball.of(1.0) - s)
-    return log_s - log_rest, log(slope) - log_s - log_rest
 
 
 def precise_unit(y: DoubleDouble, alpha: float) -> DoubleDouble:

@@ -16,16 +16,12 @@ from jaxtyping import Float, Int
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, on_balls
-from iresnet_jax.maths.enclosures.ball_arithmetic import Ball, joined, log
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, at_least
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
-from iresnet_jax.maths.trajectories.inverse_products import invert
 
 _ROUNDING = 1e-5  # relative error of constants rounded to float32 and of their products, with a wide margin
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
-_REFINEMENTS = 2  # of the solution of a triangular system, by the digits of float64 each
 _TINY = 1e-300  # more than what products lose by underflow
 Constants = Mapping[str, Any]  # numbers of a transform in float64, by name, or such mappings
 SHRINKAGE = 1e-6  # least share by which correlations shrink: single precision inverts the factor
@@ -103,13 +99,6 @@ class Standardize:
     def bilipschitz(self) -> BiLipschitz:
         """``1 / min(scale)`` and ``max(scale)``, rounded up."""
         return _bilipschitz(1 / min(self.scale), max(self.scale))
-
-    def enclose_forward(self, u: Float[np.ndarray, "b ..."] | Ball) -> tuple[Ball, Ball]:
-        """The affine map in double-double."""
-        scale, data = Ball.of(np.asarray(self.scale)), Ball.of(u)
-        y = (data - Ball.of(np.asarray(self.mean))) * scale.reciprocal()
-        positions = Ball.of(np.full(len(data.radius), np.prod(data.radius.shape[1:-1])))
-        return y, -(log(scale).sum() * positions)
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
@@ -211,29 +200,6 @@ class Whiten:
         defect = np.linalg.norm(inverse @ factor - np.eye(num)) + rounding
         of_inverse, of_factor = float(np.linalg.norm(inverse, 2)), float(np.linalg.norm(factor, 2))
         return _bilipschitz(of_inverse / (1 - float(defect)) if defect < 1 else float("inf"), of_factor)
-
-    def enclose_forward(self, u: Float[np.ndarray, "b d"] | Ball) -> tuple[Ball, Ball]:
-        r"""The solution of ``T y = u - m``, refined, and how far it may be off: ``|T^-1| |u - m - T y|``.
-
-        ``|T^-1|_2 <= |R|_2 / (1 - |R T - I|_2)`` for any matrix ``R``.
-        """
-        factor = np.asarray(self.factor)
-        guess = invert(jnp.asarray(factor), jnp.zeros(()))
-        inverse, norm, defect = (np.asarray(part) for part in (guess.matrices, guess.norms, guess.defects))
-        centred = Ball.of(u) - Ball.of(np.asarray(self.mean))
-        inverse_norm = norm / (1 - defect) * UP if defect < 1 else np.inf
-        matrix, solutions = Ball.of(factor), []
-        for i in range(len(centred.radius)):
-            own = centred.map(lambda part, i=i: part[i])
-            y = wrong = Ball.of(inverse @ own.middle.high)
-            for step in range(_REFINEMENTS + 1):
-                wrong = own - (matrix * y.map(lambda part: part[None])).sum()
-                if step < _REFINEMENTS:  # any numbers near the solution will do: what counts is their residual
-                    y = Ball(y.middle + DoubleDouble.of(inverse @ wrong.middle.high), np.zeros(len(inverse)))
-            size = np.linalg.norm(np.abs(wrong.middle.high) + np.abs(wrong.middle.low) + wrong.radius) * UP
-            solutions.append(y.widened(np.full(len(y.radius), inverse_norm * size)))
-        log_det = -log(Ball.of(np.diag(factor))).sum()
-        return joined(np.stack, solutions) if solutions else centred, log_det + Ball.of(np.zeros(len(centred.radius)))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:

@@ -1,21 +1,18 @@
 """Entries within intervals: exact determinants, densities that integrate to 1, ends, and samples that never leave."""
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
-import mpmath
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.transforms.bounded import EDGE, Bounded, Bounds
+from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import checked, tagged
 
 EXACT = 1e-10  # float64, same maths by another route
 SINGLE = 1e-5  # float32
-INTERVALS = (Bounds.of(-1.0, 3.0), None, Bounds.of(1e3, 1e3 + 0.5), Bounds.of(-0.5, 4.5, spacing=1.0))
+INTERVALS = (Bounds(-1.0, 3.0), None, Bounds(1e3, 1e3 + 0.5), Bounds(-0.5, 4.5))
 RNG = np.random.default_rng(0)
 POINTS = np.stack([RNG.uniform(-1, 3, 50), RNG.normal(size=50), RNG.uniform(1e3, 1e3 + 0.5, 50), RNG.uniform(-0.5, 4.5, 50)], 1)
 LINE = Bounded(INTERVALS).to_line(POINTS, np)[0]
@@ -48,20 +45,18 @@ def test_log_determinants_and_lipschitz_constants_are_those_of_the_jacobian(x64,
         assert 1 / values[-1] <= inverse
 
 
-def test_constants_are_attained_at_an_edge_and_in_the_middle(x64):
-    alone = Bounded((Bounds.of(-1.0, 3.0),))
+def test_the_constant_of_the_inverse_is_attained_in_the_middle(x64):
+    alone = Bounded((Bounds(-1.0, 3.0),))
     forward, inverse = alone.bilipschitz()
-    slope = jax.vmap(jax.grad(lambda x: alone.to_line(x[None, None])[0][0, 0]))
-    edge = 4 * EDGE
-    steepest, flattest = slope(jnp.array([-1 + 1.001 * edge, 1.0]))
-    assert 0.99 * forward < steepest <= forward
+    flattest = jax.grad(lambda x: alone.to_line(x[None, None])[0][0, 0])(jnp.array(1.0))
+    assert np.isinf(forward)
     assert 0.99 * inverse < 1 / flattest <= inverse
 
 
 @pytest.mark.parametrize("density", ["uniform", "normal on the line"])
 def test_a_density_of_a_bounded_entry_integrates_to_1(x64, density):
     """A logistic prior is uniform on the interval; a normal one is anything, 0 at both ends."""
-    transform = Bounded((Bounds.of(-1.0, 3.0),), Standardize((0.3,), (1.5,)))
+    transform = Bounded((Bounds(-1.0, 3.0),), Standardize((0.3,), (1.5,)))
     x = np.linspace(-1, 3, 200_001)
     y, log_det, _ = transform.bijection().forward_and_logdet(jnp.asarray(x[:, None]), jax.random.key(0))
     t = np.asarray(y[:, 0] * 1.5 + 0.3)
@@ -73,23 +68,13 @@ def test_a_density_of_a_bounded_entry_integrates_to_1(x64, density):
 
 
 def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
-    transform = Bounded((Bounds.of(0.0, 1.0), Bounds.of(100.0, 101.0)))
+    transform = Bounded((Bounds(0.0, 1.0), Bounds(100.0, 101.0)))
     x = jnp.array([[0.0, 100.0], [1.0, 101.0], [0.5, 100.5], [1.001, 100.5], [0.5, 99.9]])
     y, log_det, _ = transform.bijection().forward_and_logdet(x, jax.random.key(0))
     assert np.isfinite(y).all()
     assert np.isfinite(log_det).tolist() == [True, True, True, False, False]
     assert np.isneginf(log_det[3:]).all()
     assert transform.outside(np.asarray(x)).any(axis=1).tolist() == [False, False, False, True, True]
-
-
-def test_values_at_an_end_are_enclosed_where_the_edge_is_no_float():
-    bounds = Bounds.of(0.0, 0.1)
-    edge, width = Fraction(bounds.edge), Fraction(bounds.high)
-    expected = float(mpmath.log(mpmath.mpf((width - edge).numerator) / (width - edge).denominator / bounds.edge))
-    for value, sign in ((0.0, -1), (0.1, 1)):
-        (low, high), _ = (ball.bounds() for ball in Bounded((bounds,)).enclose_forward(np.array([[value]])))
-        assert low[0, 0] <= sign * expected <= high[0, 0]
-        assert high[0, 0] - low[0, 0] < 1e-14
 
 
 def test_no_latent_leaves_its_interval_and_single_precision_comes_back():
@@ -121,11 +106,11 @@ def test_a_file_holds_the_intervals():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Bounds.of(1.0, 1.0), "lower end below"),
-        (lambda: Bounds.of(0.0, float("inf")), "finite"),
-        (lambda: Bounds.of(1e6, 1e6 + 1.0), "subtract the mean"),
+        (lambda: Bounds(1.0, 1.0), "lower end below"),
+        (lambda: Bounds(0.0, float("inf")), "finite"),
+        (lambda: Bounds(1e6, 1e6 + 1.0), "subtract the mean"),
         (lambda: Bounded((None, None)), "no entry has bounds"),
-        (lambda: Bounded((Bounds.of(0.0, 1.0),), Standardize((0.0, 0.0), (1.0, 1.0))), "1 entries and a transform of 2"),
+        (lambda: Bounded((Bounds(0.0, 1.0),), Standardize((0.0, 0.0), (1.0, 1.0))), "1 entries and a transform of 2"),
     ],
 )
 def test_intervals_that_cannot_be_are_refused(make, message):

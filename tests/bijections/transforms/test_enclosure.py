@@ -6,13 +6,12 @@ from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
-import mpmath
 import numpy as np
 import plain_flow as plain
 import pytest
 
 from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels, dequantize, enclose_volume
+from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels, dequantize
 from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
 from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
@@ -33,10 +32,10 @@ ON_UNIT = {
 }
 # Values at both ends of the first interval, and far from 0 in the last.
 INTERVALS = (
-    Bounds.of(VECTORS[:4, 0].min(), VECTORS[:4, 0].max()),
+    Bounds(VECTORS[:4, 0].min(), VECTORS[:4, 0].max()),
     None,
-    Bounds.of(-50.0, 50.0),
-    Bounds.of(VECTORS[:, 3].mean() - 1e3, VECTORS[:, 3].max() + 1.0),
+    Bounds(-50.0, 50.0),
+    Bounds(VECTORS[:, 3].mean() - 1e3, VECTORS[:, 3].max() + 1.0),
 )
 ON_VECTORS = {
     "standardize": Standardize.fit(VECTORS),
@@ -48,67 +47,20 @@ ON_VECTORS = {
 
 @functools.cache
 def noisy():
-    """Float32 data with noise, and floats at the edges of cells."""
-    u = np.array(dequantize(jax.random.key(0), jnp.asarray(IMAGES[:4]), LEVELS))
-    u[0, 0, 0, 0], u[1, 0, 0, 0] = np.float32(IMAGES[0, 0, 0, 0] / LEVELS), 0.0
-    levels = IMAGES[:4].copy()
-    levels[1, 0, 0, 0] = 0
-    return u, levels
-
-
-def distances(ball, exact):
-    """By how much of the radius exact numbers miss the middles, at most."""
-    of, radii = np.vectorize(mpmath.mpf, otypes=[object]), ball.radius.ravel()
-    with mpmath.workdps(50):
-        middle = of(ball.middle.high.ravel()) + of(ball.middle.low.ravel())
-        gaps = [abs(a - mpmath.mpf(str(b))) for a, b in zip(middle, np.asarray(exact, object).ravel(), strict=True)]
-        return np.array([float(gap - mpmath.mpf(float(r))) for gap, r in zip(gaps, radii, strict=True)])
+    """Float32 data with noise, and their levels."""
+    return np.array(dequantize(jax.random.key(0), jnp.asarray(IMAGES[:4]), LEVELS)), IMAGES[:4]
 
 
 @pytest.mark.parametrize("name", [*ON_UNIT, *ON_VECTORS])
-def test_enclosures_hold_values_and_log_determinants(name):
+def test_values_and_log_determinants_are_those_of_50_digits(name):
     transform = {**ON_UNIT, **ON_VECTORS}[name]
     u, levels = noisy() if name in ON_UNIT else (VECTORS[:4], VECTORS[:4])
     with jax.enable_x64(True):
-        y, log_det = transform.enclose_forward(u)
         run = jax.jit(lambda u: transform.bijection().forward_and_logdet(u, None)[:2])
-        ours = [np.asarray(part) for part in run(jnp.asarray(u, jnp.float64))]
-    assert y.radius.shape == u.shape
+        y, log_det = (np.asarray(part) for part in run(jnp.asarray(u, jnp.float64)))
     exact = [plain.transform(NUMBERS, transform, NUMBERS.of(one), level) for one, level in zip(u, levels, strict=True)]
-    assert np.all(distances(y, np.array([value for value, _ in exact])) <= 0)
-    assert np.all(distances(log_det, [value for _, value in exact]) <= 0)
-    assert np.all(y.radius <= 1e-20 * (1 + np.abs(y.middle.high)))
-    assert np.all(log_det.radius <= 1e-20 * (1 + np.abs(log_det.middle.high)))
-    if name != "identity":
-        moved = y._replace(middle=y.middle.map(lambda part: part + 1e-18 if part is y.middle.low else part))
-        assert np.any(distances(moved, np.array([value for value, _ in exact])) > 0)
-    at_edges = np.unravel_index([0, u[0].size], u.shape)  # there float64 may read another level off float32's number
-    mine = y.middle.high.copy()
-    mine[at_edges] = ours[0][at_edges]
-    np.testing.assert_allclose(mine, ours[0], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(log_det.middle.high[2:], ours[1][2:], rtol=1e-11)
-    assert [len(part.radius) for part in transform.enclose_forward(u[:0])] == [0, 0]
-
-
-def test_cells_have_the_volume_that_the_bijections_say():
-    grid = Grid((0.0, 1.0, 2.0), (0.5, 0.0, 3.0))
-    with jax.enable_x64(True):
-        ours = float(grid.bijection().forward_and_logdet(jnp.zeros((1, 3)), jax.random.key(0))[1][0])
-    for ball, value, exact in (
-        (enclose_volume(256, 7), -7 * np.log(256.0), -7 * mpmath.log(256)),
-        (grid.enclose_volume(), ours, mpmath.log(mpmath.mpf("1.5"))),
-    ):
-        lower, upper = ball.bounds()
-        assert lower <= float(exact) <= upper
-        assert upper - lower <= 1e-14 * abs(value) + 1e-25
-        np.testing.assert_allclose(lower, value, rtol=1e-14, atol=1e-25)
-
-
-def test_a_factor_that_float64_cannot_invert_promises_nothing():
-    factor = ((1.0, 0.0), (1e300, 1e-300))
-    with jax.enable_x64(True), np.errstate(all="ignore"):
-        y, _ = Whiten((0.0, 0.0), factor).enclose_forward(np.ones((1, 2)))
-    assert np.all(np.isneginf(y.bounds()[0]))
+    np.testing.assert_allclose(y, np.array([value for value, _ in exact], float), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(log_det, [float(value) for _, value in exact], rtol=1e-11)
 
 
 # ------------------------------------------------------------------------------------------------- the inverse on balls
@@ -123,9 +75,9 @@ TRANSFORMS = {
     "logit, small alpha": Logit(1e-6),
     "standardize": Standardize((1.0, -2.0, 1e3), (0.1, 3.0, 7.0)),
     "whiten": Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
-    "bounded": Bounded((Bounds.of(-1.0, 3.0), None, Bounds.of(1e3, 1e3 + 0.5)), Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7))),
+    "bounded": Bounded((Bounds(-1.0, 3.0), None, Bounds(1e3, 1e3 + 0.5)), Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7))),
     "bounded and whitened": Bounded(
-        (Bounds.of(0.0, 1e-3), Bounds.of(-0.5, 9.5, spacing=1.0), None),
+        (Bounds(0.0, 1e-3), Bounds(-0.5, 9.5), None),
         Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
     ),
     "equalize": Equalize(FEW, alpha=0.05),
@@ -161,10 +113,15 @@ def exact_inverse(transform, y):
 
 
 def within(bounds, v):
-    """The logistic function between the ends of an interval, constant beyond its edges."""
-    low, high, edge = (Decimal(value) for value in (bounds.low, bounds.high, bounds.edge))
-    limit = ((high - low - edge) / edge).ln()
-    return low + (high - low) / (1 + (-min(max(v, -limit), limit)).exp())
+    """The logistic function between the ends of an interval, and beyond it the hyperbola of a tail."""
+    low, high = Decimal(bounds.low), Decimal(bounds.high)
+    width = high - low
+    for sign, end in ((-1, low), (1, high)):
+        e = abs(end) / 2**18
+        further = e and (sign * v - ((width - e) / e).ln()) * (width - e) / width
+        if further > 0:
+            return end - sign * e / (1 + further)
+    return low + width / (1 + (-v).exp())
 
 
 def quantile(transform, entry, u):

@@ -1,0 +1,97 @@
+"""Densities of entries within bounds and on grids integrate to 1, whatever the weights."""
+
+import jax
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
+from iresnet_jax.bijections.transforms.dequantize import Grid
+from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.saved import model_of
+
+TOLERANCE = 1e-3
+RNG = np.random.default_rng(0)
+
+
+def nodes(low, high):
+    """Numbers of single precision that resolve both ends of an interval, and its middle."""
+    distances = (high - low) * np.concatenate([np.geomspace(1e-12, 0.01, 1500), np.linspace(0.01, 0.5, 1500)])
+    return np.unique(np.concatenate([[low], low + distances, high - distances, [high]]).astype(np.float32))
+
+
+def mass(model, low, high, others=None):
+    """Total mass of a density of one bounded entry, or of one with a second entry that is integrated over such nodes."""
+    x, inner = nodes(low, high), np.zeros((1, 0)) if others is None else others[:, None]
+    rows = np.concatenate([np.repeat(x, len(inner))[:, None], np.tile(inner, (len(x), 1))], axis=1).astype(np.float32)
+    values = np.exp(np.asarray(jax.jit(ir.Density.log_prob)(model, rows), np.float64)).reshape(len(x), len(inner))
+    of_x = values[:, 0] if others is None else np.trapezoid(values, others, axis=1)
+    return np.trapezoid(of_x, x.astype(np.float64))
+
+
+def density(transform, prior="gaussian", grid=None, seed=0):
+    """A density with random weights that reach far from the identity."""
+    num = len(transform.intervals)
+    flow = FlowSpec((num,), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9)
+    spec = DensitySpec(flow, prior, transform, grid=grid, num_components=3 if prior in priors.MIXTURES else None)
+    key = jax.random.key(seed)
+    params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
+    params = jax.tree.map(lambda leaf: leaf + 0.5 * RNG.normal(size=leaf.shape).astype(leaf.dtype), params)
+    return model_of(spec, {"params": params, "prior": priors.standard(prior, num, None, spec.num_components)}).freeze()
+
+
+CASES = {
+    "unit interval": (Bounded((Bounds(0.0, 1.0),)), "gaussian"),
+    "logistic, wide on the line": (Bounded((Bounds(-1.0, 3.0),), Standardize((0.5,), (2.5,))), "logistic"),
+    "far from zero": (Bounded((Bounds(100.0, 102.0),), Standardize((-1.0,), (1.5,))), "gaussian"),
+    "mixture": (Bounded((Bounds(-3.0, 0.0),), Standardize((0.0,), (2.0,))), "mixture"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_density_of_random_weights_integrates_to_1(name):
+    transform, prior = CASES[name]
+    ends = transform.intervals[0]
+    assert mass(density(transform, prior), ends.low, ends.high) == pytest.approx(1, abs=TOLERANCE)
+
+
+def test_a_bounded_entry_beside_a_free_one_integrates_to_1():
+    transform = Bounded((Bounds(0.0, 2.0), None), Whiten((0.0, 1.0), ((1.5, 0.0), (0.4, 1.0))))
+    assert mass(density(transform), 0.0, 2.0, np.linspace(-12, 14, 150)) == pytest.approx(1, abs=TOLERANCE)
+
+
+def test_the_cells_of_a_grid_hold_all_mass():
+    transform, grid = Bounded((Bounds(-0.5, 4.5),)), Grid((0.0,), (1.0,))
+    model = density(transform, grid=grid)
+    assert mass(model.continuous, -0.5, 4.5) == pytest.approx(1, abs=TOLERANCE)
+
+
+TRAINED = {
+    "few values near an end": lambda rng: rng.beta(2, 2, (1500, 1)),
+    "many values near both ends": lambda rng: rng.beta(0.4, 0.4, (1500, 1)),
+    "one value at each end": lambda rng: np.concatenate([[[0.0], [1.0]], rng.beta(2, 2, (1498, 1))]),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_density_integrates_to_1(name):
+    stage = StageSpec(num_blocks=4, hidden=(16,), activation="clipswish")
+    settings = {"optimizer.learning_rate": 1e-2, "training.batch_size": 256, "training.eval_every_steps": 100}
+    x = TRAINED[name](np.random.default_rng(0))
+    model = ir.fit(x, bounds={0: (0, 1)}, steps=150, architecture=(stage,), settings=settings, progress=False)
+    assert mass(model, 0.0, 1.0) == pytest.approx(1, abs=TOLERANCE)
+    samples = np.asarray(model.sample(jax.random.key(0), 20_000)[0])[:, 0]
+    assert 0 < samples.min()
+    assert samples.max() < 1
+    places = np.linspace(0.05, 0.95, 19)
+    inside = [mass_below(model, place) for place in places]
+    np.testing.assert_allclose([np.mean(samples < place) for place in places], inside, atol=0.02)
+
+
+def mass_below(model, place):
+    x = nodes(0.0, 1.0)
+    x = np.append(x[x < place], np.float32(place))
+    return np.trapezoid(np.exp(np.asarray(model.log_prob(x[:, None]), np.float64)), x.astype(np.float64))
