@@ -38,14 +38,11 @@ def training_step(config, data):
     from iresnet_jax.runs import loop
     from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.training import parallel
-    from iresnet_jax.training.trainer import compile_ahead, meanwhile
 
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
     step = parallel.parallelize(objective.training_step)
-    with meanwhile(lambda: compile_ahead(step, objective, config.training.batch_size), print):
-        state = objective.initial_state()
-    return objective.training_step, step, state, objective.examples, objective.name
+    return objective.training_step, step, objective.initial_state(), objective.examples, objective.name
 
 
 def _peak_bytes():

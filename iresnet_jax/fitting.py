@@ -30,7 +30,6 @@ from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.allocator import num_cores
-from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
 from iresnet_jax.runs.machine import ignore_missing_tpu, prepare_backend, start_backend
@@ -41,14 +40,13 @@ from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_
 from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import LONGEST, BlowUpError, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import LONGEST, Best, BlowUpError, Trainer, TrainingConfig
 
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
 OVERFITTED = 0.5  # share below which a milder candidate is
 
 Say = Callable[[str], None]  # takes a line of progress
-_STEPS = CompiledSteps()  # compiled steps of earlier fits: folds of a cross-validation differ in their data and seeds alone
 
 
 def fit(
@@ -369,26 +367,32 @@ def _fit_in_memory(
     check_batch_size(config.training, data)
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
-    trainer = Trainer(objective, config.training, compile_step=_STEPS.compiler(config, spec), say=say)
+    found: list[Best] = []
+
+    def keep(loss: float | None) -> None:
+        if loss is not None and (not found or loss < found[-1].loss):
+            found.append(Best.of(trainer.state, loss))
+
+    trainer = Trainer(objective, config.training, seconds_of_steps=seconds, validated=keep, say=say)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
-    trainer.end_within(seconds)  # of here, where all is compiled
     batches = device_batches(objective.examples, seed=config.seed, batch_size=config.training.batch_size)
     try:
-        trainer.run(batches, lambda: stop.received is not None or is_given_up())
+        for _ in trainer.steps(batches):
+            if stop.received is not None or is_given_up():
+                break
     except BlowUpError as error:
-        if what or trainer.best is None or not trainer.best.step:  # other candidates may do better, or there is nothing to keep
+        if what or not found[-1].step:  # other candidates may do better, or there is nothing to keep
             raise
         say(f"{error}: the best model so far")
     if stop.received:
         say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    best, records = trainer.best, trainer.records
-    assert best is not None
+    best, records = found[-1], trainer.records
 
     def model() -> Any:
         params, batch_stats = jax.device_put((best.ema, best.batch_stats))
-        found = certified_model(spec, params, batch_stats, config.evaluation.solver(), given=identity_context(config))
-        return found.with_(history=History.from_records(records, best.step))
+        certified = certified_model(spec, params, batch_stats, config.evaluation.solver(), given=identity_context(config))
+        return certified.with_(history=History.from_records(records, best.step))
 
     return Outcome(Attempt(what, best.loss, best.step, trainer.step, seconds), model)
 
@@ -401,7 +405,7 @@ def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
         if ours != theirs:
             raise ValueError(f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir")
     try:
-        train(config, folder, data=data, say=say, steps=_STEPS)
+        train(config, folder, data=data, say=say)
     except Stopped as error:
         if error.received == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it

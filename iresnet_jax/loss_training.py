@@ -38,7 +38,7 @@ from iresnet_jax.training.step import (
     ValidationResult,
     abstract_batch,
 )
-from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, CompiledStep, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, Trainer, TrainingConfig
 from iresnet_jax.training.unconstrained import Unconstrained
 
 M = TypeVar("M", bound=Model)
@@ -119,17 +119,19 @@ def train(
     batch_size = checked(Count, batch_size, "batch_size")
     devices = parallel.all_devices()
     batch_size = max((batch_size if x is None else min(batch_size, num_rows(x))) // devices, 1) * devices
-    if steps is None:
-        steps = STEPS if minutes is None else LONGEST
+    if steps is None and minutes is None:
+        steps = STEPS
+    most_steps = 0 if steps is None else checked(Count, steps, "steps")  # 0 are as many as there is time for
+    default_every = max(most_steps // VALIDATIONS, 1) if most_steps else LONGEST  # or by the clock
     settings = TrainingConfig(
-        total_steps=checked(Count, steps, "steps"),
+        total_steps=most_steps,
         minutes=0.0 if minutes is None else checked(Positive, minutes, "minutes"),
         patience=checked(CountOrNone, patience, "patience") if validation is not None else 0,
         batch_size=batch_size,
-        eval_every_steps=max(steps // VALIDATIONS, 1) if every is None else checked(Count, every, "every"),
+        eval_every_steps=default_every if every is None else checked(Count, every, "every"),
     )
     settings = dataclasses.replace(settings, log_every_steps=min(settings.eval_every_steps, STEPS // VALIDATIONS))
-    length = steps if steps < LONGEST else STEPS  # of the schedule, which a run that is limited by time stretches
+    length = settings.schedule_steps
     default = OptimizerConfig("muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True)
     rule = UpdateRule(make_optimizer(default), make_schedule(default, length), length, ema_decay)
     if optimizer is not None:
@@ -137,25 +139,42 @@ def train(
     say = Lines() if progress else lambda line: None
     with StopRequests("training ends after this step", heard_in_memory()) as stop, jax.default_matmul_precision("float32"):
         free = Unconstrained.of(model)
-        held_out = _HeldOut(free, loss, validation, seed)
+        held_out = None if validation is None else _HeldOut(free, loss, validation, seed)
         _check_loss(loss, model, x, batch_size)
         objective = Objective(
             name="loss",
             training_step=_training_step(free, loss, rule, has_data=x is not None),
-            make_validation=lambda: held_out,
+            make_validation=None if held_out is None else lambda: held_out,
             selection=lambda means: means["loss"],
             examples=x,
             initial_variables=lambda: {"params": free.params, "spectral": free.iterates},
             seed=seed,
         )
-        trainer = _Trainer(objective, settings, held_out, callback, say)
-        batches = device_batches(x, seed=seed, batch_size=batch_size)
-        trainer.run(batches, lambda: trainer.is_called_off or stop.received is not None)
+        best: list[Best] = []
+        is_called_off = False
+
+        def log(split: str, metrics: Mapping[str, float]) -> None:
+            if split == "train" and metrics["grad_norm"] == 0 and trainer.step <= settings.log_every_steps:
+                raise ValueError("the gradient of the loss is 0: the loss has to depend on the model that it is given")
+
+        def validated(held_out_loss: float | None) -> None:
+            nonlocal is_called_off
+            if held_out_loss is not None and (not best or held_out_loss < best[-1].loss):
+                best.append(Best.of(trainer.state, held_out_loss))
+            if callback is not None:
+                averaged = _averaged_model(free, trainer.state)
+                is_called_off = bool(callback(trainer.step, averaged, _latest_metrics(trainer.records)))
+
+        check = getattr(loss, "check", lambda metrics: None)  # of a loss that can say what went wrong
+        trainer = Trainer(objective, settings, check=check, log=log, validated=validated, say=say)
+        for _ in trainer.steps(device_batches(x, seed=seed, batch_size=batch_size)):
+            if is_called_off or stop.received is not None:
+                break
         if stop.received:
             say(f"stopped by {stop.received.name} after step {trainer.step}: the best model so far")
-        best = trainer.last_or_best()
-        trained = free.with_(params=jax.device_put(best.ema)).certified()
-        history = History.from_records(trainer.records, best.step)
+        last_or_best = best[-1] if best else Best.of(trainer.state, math.inf)
+        trained = free.with_(params=jax.device_put(last_or_best.ema)).certified()
+        history = History.from_records(trainer.records, last_or_best.step)
         return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else ""))
 
 
@@ -165,89 +184,43 @@ class _HeldOut:
     Args:
         free: The model.
         loss: The loss.
-        examples: Held-out examples; None if there are none.
+        examples: Held-out examples.
         seed: Source of the loss's randomness, the same every time.
     """
 
     def __init__(self, free: Unconstrained, loss: LossFunction, examples: Any, seed: int):
-        self.check = getattr(loss, "check", lambda metrics: None)  # of a loss that can say what went wrong
-        self._free, self.examples, self._key = free, examples, jax.random.key(seed)
+        self._check = getattr(loss, "check", lambda metrics: None)
+        self._free, self._examples, self._key = free, examples, jax.random.key(seed)
         self._loss = jax.jit(functools.partial(_loss_and_metrics, loss))
-
-    def model(self, state: TrainState) -> Any:
-        """The model of the averaged parameters."""
-        return validated_model(self._free.template, self._free.settings, *parallel.on_first_device((state.ema, state.spectral)))
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The means over all examples."""
-        model, num = self.model(state), num_rows(self.examples)
+        model, num = _averaged_model(self._free, state), num_rows(self._examples)
         totals: dict[str, float] = {}
         for start in range(0, num, VALIDATED_AT_ONCE):
-            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), self.examples)
+            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), self._examples)
             _, means = self._loss(model, batch, jax.random.fold_in(self._key, start))
             for name, mean in means.items():
                 totals[name] = totals.get(name, 0.0) + float(mean) * num_rows(batch) / num
-        self.check(totals)
+        self._check(totals)
         return ValidationResult(totals)
 
 
-class _Trainer(Trainer):
-    """A run whose best state is the last one, if there is nothing held out to choose it by, and that tells its owner."""
-
-    def __init__(self, objective: Objective, settings: TrainingConfig, held_out: _HeldOut, callback: Callback | None, say: Any):
-        super().__init__(objective, settings, compile_step=_compiled_when_called, say=say)
-        self._held_out, self._callback, self.is_called_off = held_out, callback, False
-
-    def take_step(self, batch: Any) -> None:
-        """Updates the state by one batch; the first one shows whether the loss depends on the model at all."""
-        super().take_step(batch)
-        if self.step == 1 and float(self._window[-1]["grad_norm"]) == 0:
-            raise ValueError("the gradient of the loss is 0: the loss has to depend on the model that it is given")
-
-    def _leave_out_compilation(self, metrics: Any) -> None:
-        self._held_out.check(metrics)
-        super()._leave_out_compilation(metrics)
-
-    def _checked_means(self) -> dict[str, float]:
-        for metrics in self._window:
-            self._held_out.check(metrics)
-        return super()._checked_means()
-
-    def measure(self) -> tuple[float, str]:
-        """Without held-out examples, what is shown is the loss of training, and the latest state is the best."""
-        if self._held_out.examples is not None:
-            return super().measure()
-        return float(-self.step), f"loss {self.records[-1]['loss']:.4f}"
-
-    def validate(self) -> None:
-        """Measures and keeps the state, and calls back."""
-        super().validate()
-        if self._callback is not None:
-            metrics = {**self._latest("train"), **self._latest("validation")}
-            self.is_called_off = bool(self._callback(self.step, self._held_out.model(self.state), metrics))
-
-    def last_or_best(self) -> Best:
-        """The state that was best on held-out examples, or the last one, if there are none or none was measured."""
-        if self.best is None or self._held_out.examples is None:
-            self._store(-math.inf)
-        assert self.best is not None
-        return self.best
-
-    def _latest(self, split: str) -> dict[str, float]:
-        found = [record for record in self.records if record["split"] == split][-1:]
-        prefix = "" if split == "train" else "validation_"
-        return {f"{prefix}{name}": value for record in found for name, value in record.items() if name not in NOT_METRICS}
+def _averaged_model(free: Unconstrained, state: TrainState) -> Any:
+    """The model of the averaged parameters, norms iterated to their tolerance."""
+    return validated_model(free.template, free.settings, *parallel.on_first_device((state.ema, state.spectral)))
 
 
-def _compiled_when_called(training_step: TrainingStep) -> CompiledStep:
-    """The step of all devices, which is not compiled ahead: the first state is there already, and its dtypes count."""
-    step = parallel.parallelize(training_step)
-
-    def take(state, batch):
-        step.compile(state, batch)
-        return step(state, batch)
-
-    return take
+def _latest_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
+    """The latest measurements of training, and those of validation with a prefix."""
+    latest = {record["split"]: record for record in records}  # the last one of each
+    prefixes = {"train": "", "validation": "validation_"}
+    return {
+        f"{prefix}{name}": value
+        for split, prefix in prefixes.items()
+        for name, value in latest.get(split, {}).items()
+        if name not in NOT_METRICS
+    }
 
 
 def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, *, has_data: bool) -> TrainingStep:

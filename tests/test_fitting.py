@@ -26,7 +26,6 @@ from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.signals import Stopped
-from iresnet_jax.training import parallel
 from iresnet_jax.training.trainer import BlowUpError, check_finite
 
 RNG = np.random.default_rng(0)
@@ -474,20 +473,6 @@ def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
     assert np.abs(widest[:, 0]).max() <= 4 < np.abs(widest[:, 1]).max()
     with pytest.raises(ValueError, match="context"):
         model.log_prob(x[:5])
-
-
-def test_fits_by_other_keys_to_other_data_of_about_one_length_share_programs(caplog, monkeypatch):
-    model, x, context = conditional(1.0)
-    model.log_prob(x[:50], context=context[:50])
-    monkeypatch.delattr(parallel, "parallelize")  # by which a fit makes a step
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        other, x, context = conditional(3.0)
-        log_prob = other.log_prob(x[:50], context=context[:50])
-        conditional(2.0, 397)
-    built = {message.split("(")[1].split(")")[0] for message in caplog.messages if message.startswith("Compiling jit(")}
-    assert built <= {"_permutation", "stage"}  # of what draws and hands out examples
-    with_its_own_numbers = jax.jit(lambda x, c: other.log_prob(x, context=c))(x[:50], context[:50])
-    np.testing.assert_allclose(log_prob, with_its_own_numbers, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_make_a_classifier_of_images_and_integers_are_levels(monkeypatch):

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat
 
 from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
@@ -22,7 +21,6 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs import allocator, hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
-from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.hosts import Agreement, Wish
 from iresnet_jax.runs.machine import device_summary, prepare_backend
@@ -32,8 +30,8 @@ from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
-from iresnet_jax.training.step import Objective, TrainingStep, TrainState
-from iresnet_jax.training.trainer import CompiledStep, Trainer, TrainingConfig
+from iresnet_jax.training.step import Objective, TrainState
+from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig
 
 _logger = logging.getLogger(__name__)
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
@@ -45,7 +43,6 @@ def train(
     *,
     data: DataSet | None = None,
     say: Callable[[str], None] | None = None,
-    steps: CompiledSteps | None = None,
 ) -> TrainState:
     """Starts from the newest checkpoint, if any, and trains to ``total_steps`` or until ``minutes`` have passed.
 
@@ -54,7 +51,6 @@ def train(
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
         say: Takes a line of progress at every validation; by default the log, beside a bar on a terminal.
-        steps: Compiled steps of earlier runs, to which this run adds its own; None compiles all.
 
     Returns:
         The last state.
@@ -64,28 +60,83 @@ def train(
         RuntimeError: If training blows up; the last good checkpoint stays.
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
-    workdir = Path(workdir)
-    prepare_backend(config.training.matmul_precision)
+    # 1. Data and folder. All processes of a run have one config and one data set; the first one writes.
+    workdir, settings, is_shared = Path(workdir), config.training, parallel.num_processes() > 1
+    prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     if data is None and dataset.examples and "test" not in dataset.examples:
         raise ValueError(
             f"{dataset.name} has no test examples, which the report is on: add them, or set aside some with data.test_fraction"
         )
-    check_batch_size(config.training, dataset)
-    _check_alike(config, dataset)
+    check_batch_size(settings, dataset)
     checkpoints = Checkpoints(workdir)
+    hosts.agree_on("config", to_plain(config))
+    hosts.agree_on("data set", {"name": dataset.name, "fingerprint": dataset.fingerprint})
+
     with contextlib.ExitStack() as stack:
-        spec, objective = _begin(workdir, config, dataset, stack)
+        # 2. Model and objective. From here on the folder is this run's alone.
+        objective = _claim(workdir, config, dataset, stack)
         writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
-        # until a step is done there is nothing to save: signals end the process
-        compile_step = None if steps is None else steps.compiler(config, spec)
-        trainer = _TrainerOnDisk(objective, config.training, workdir, writer, checkpoints, compile_step, say)
-        progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None))
-        trainer.watch(stack.enter_context(StopRequests()), progress)
-        batches = device_batches(
-            objective.examples, seed=config.seed, batch_size=config.training.batch_size, first_step=trainer.step
+        written = run_folder.written_at(workdir) if hosts.is_first() else 0
+
+        # 3. Newest checkpoint, or the first state.
+        state, losses = _newest(workdir, objective, checkpoints, writer)
+
+        # 4. Step, compiled for all devices. Several processes tell each other in it what they wish to do after a later step.
+        saved_at, stop = time.monotonic(), StopRequests()
+
+        def wishes() -> set[Wish]:
+            is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS
+            received = set() if stop.received is None else {Wish[stop.received.name]}
+            return received | ({Wish.SAVE} if is_save_due else set())
+
+        agreement = Agreement(wishes) if is_shared else None
+
+        # 5. Every n steps: log, validate and save.
+        def log(split: str, metrics: Mapping[str, float]) -> None:
+            if writer is not None:
+                writer.write(trainer.step, metrics, split=split)
+            if split == "train":
+                progress.update(trainer.step, trainer.horizon, {objective.name: metrics[objective.name]})
+
+        def save(loss: float | None = None) -> None:
+            nonlocal saved_at
+            if hosts.is_first():
+                run_folder.check_is_there(workdir, written)
+                checkpoints.save(trainer.step, trainer.state._replace(constants={}), metric=loss)
+            saved_at = time.monotonic()
+            stop.unsaved = is_shared  # where a signal always waits for the step after which all stop
+
+        trainer = Trainer(
+            objective,
+            settings,
+            state=state,
+            losses=losses,
+            seconds_before=0.0 if writer is None else writer.elapsed_s,
+            compile_step=parallel.parallelize if agreement is None else agreement.parallelize,
+            agree=lambda horizon: hosts.from_first(lambda: horizon),  # by the clock of process 0
+            log=log,
+            validated=save,
+            say=say or (lambda line: _logger.info("%s", line)),
         )
-        trainer.run(batches, trainer.heed_requests)
+        progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None))
+        stack.enter_context(stop)  # until a step is done there is nothing to save: signals end the process
+
+        # 6. One batch after the other; stop if somebody asked.
+        batches = device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size, first_step=trainer.step)
+        try:
+            for step in trainer.steps(batches):
+                stop.unsaved = stop.unsaved or not trainer.is_validated
+                granted = wishes() if agreement is None else agreement.granted()
+                received = next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)
+                if granted and not trainer.is_validated:
+                    trainer.check_unvalidated()
+                    save()
+                if received:
+                    there = f"after step {step} of {trainer.horizon}"
+                    raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
+        except BlowUpError as error:
+            raise BlowUpError(f"{error}, in another workdir; the old workdir keeps its checkpoints") from error
         return trainer.state
 
 
@@ -96,20 +147,14 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
         raise ValueError(f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {size}")
 
 
-def _check_alike(config: Config, data: DataSet) -> None:
-    """Raises ``ValueError`` if processes have different settings or data."""
-    hosts.agree_on("config", to_plain(config))
-    hosts.agree_on("data set", {"name": data.name, "fingerprint": data.fingerprint})
-
-
-def _begin(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> tuple[Spec, Objective]:
+def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> Objective:
     """Process 0 claims the folder, for as long as the stack lasts alone, and makes the model; the others receive it."""
-    claimed: list[tuple[Spec, Objective]] = []
+    claimed: list[Objective] = []
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
         spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
-        claimed.append((spec, build_objective(config, data, spec)))  # which raises before anything is written
+        claimed.append(build_objective(config, data, spec))  # which raises before anything is written
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(run_folder.alone_in(workdir))
         run_folder.check_belongs_to(workdir, config)  # another process may have claimed it meanwhile,
@@ -120,103 +165,28 @@ def _begin(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitS
     plain = hosts.from_first(claim)
     if claimed:
         return claimed[0]
-    spec = checked(Spec, plain, "model")
-    return spec, build_objective(config, data, spec)
+    return build_objective(config, data, checked(Spec, plain, "model"))
 
 
-class _TrainerOnDisk(Trainer):
-    """A run that writes to a folder, saves when told to stop, and agrees with other processes, if any, when to save or stop."""
+def _newest(
+    workdir: Path, objective: Objective, checkpoints: Checkpoints, writer: MetricWriter | None
+) -> tuple[TrainState, list[float]]:
+    """The newest checkpoint of process 0, or the first state, in all processes, and the losses of its validations."""
+    fresh = objective.initial_state()
+    _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
+    found: list[TrainState] = []
 
-    advice = f"{Trainer.advice}, in another workdir; the old workdir keeps its checkpoints"
+    def restore():
+        state, step = checkpoints.restore_latest(fresh._replace(constants={})) or (fresh, 0)
+        found.append(state._replace(constants=fresh.constants))
+        assert writer is not None  # process 0 has one
+        writer.truncate_after(step)
+        records = [record for record in read_metrics(workdir) if record["split"] == "validation"]
+        return [objective.selection(record) for record in records]
 
-    def __init__(
-        self,
-        objective: Objective,
-        settings: TrainingConfig,
-        workdir: Path,
-        writer: MetricWriter | None,
-        checkpoints: Checkpoints,
-        compile_step: Callable[[TrainingStep], CompiledStep] | None,
-        say: Callable[[str], None] | None,
-    ):
-        self._workdir, self._writer, self._checkpoints = workdir, writer, checkpoints
-        self._progress: Progress | None = None
-        self._written = 0  # when the folder's files were
-        self._agreement = Agreement(self._wishes) if parallel.num_processes() > 1 else None
-        if self._agreement is not None:
-            compile_step = self._agreement.parallelize
-        super().__init__(objective, settings, compile_step=compile_step, say=say or (lambda line: _logger.info("%s", line)))
-        self._saved_at = time.monotonic()
-        if self.step:
-            _logger.info("resuming from step %d of %d", self.step, self.horizon)
-
-    def watch(self, stop: StopRequests, progress: Progress) -> None:
-        """From now on signals are noted, and the bar shows where the run stands."""
-        self._stop, self._progress = stop, progress
-
-    def restored(self, fresh: TrainState) -> tuple[TrainState, int, list[float]]:
-        """The newest checkpoint of process 0, or the fresh state, equal on all devices, and what was measured until then."""
-        _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
-        found: list[tuple[TrainState, int]] = []
-
-        def restore():
-            self._written = run_folder.written_at(self._workdir)
-            found.append(self._checkpoints.restore_latest(fresh._replace(constants={})) or (fresh, 0))
-            step = found[0][1]
-            assert self._writer is not None  # process 0 has one
-            self._writer.truncate_after(step)
-            records = [record for record in read_metrics(self._workdir) if record["split"] == "validation"]
-            return step, [self._objective.selection(record) for record in records]
-
-        step, losses = hosts.from_first(restore)
-        newest = found[0][0]._replace(constants=fresh.constants) if found else fresh
-        state = hosts.broadcast(newest)  # a fresh state, too: hosts round differently
-        allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
-        return state, step, losses
-
-    def take_step(self, batch: Any) -> None:
-        """Updates the state by one batch; from then on there is something to save."""
-        super().take_step(batch)
-        self._stop.unsaved = True
-
-    def record(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
-        """Writes measurements and shows those of steps."""
-        if self._writer is not None:
-            self._writer.write(self.step, metrics, split=split)
-        if split == "train" and self._progress is not None:
-            self._progress.update(self.step, self.horizon, {self._objective.name: metrics[self._objective.name]})
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training so far, over all processes of the run."""
-        return super().elapsed_s if self._writer is None else self._writer.elapsed_s
-
-    def agreed(self, horizon: int) -> int:
-        """The estimate of process 0, whose clock counts."""
-        return hosts.from_first(lambda: horizon)
-
-    def store(self, loss: float | None) -> None:
-        """Writes a checkpoint."""
-        if hosts.is_first():
-            run_folder.check_is_there(self._workdir, self._written)
-            self._checkpoints.save(self.step, self.state._replace(constants={}), metric=loss)
-        self._saved_at = time.monotonic()
-        # With several processes a signal always waits for the step after which all stop.
-        self._stop.unsaved = parallel.num_processes() > 1
-
-    def heed_requests(self) -> bool:
-        """After a step: saves and raises `Stopped` if some process was told to stop, or saves if that is due."""
-        granted = self._wishes() if self._agreement is None else self._agreement.granted()
-        received = next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)
-        if (received or Wish.SAVE in granted) and not self.is_validated:
-            self.store_unvalidated()
-        if received:
-            there = f"after step {self.step} of {self.horizon}"
-            raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
-        return False
-
-    def _wishes(self) -> set[Wish]:
-        """To stop at a signal, and to save if a line of the log has just been written and the last checkpoint is old."""
-        is_save_due = not self._window and time.monotonic() - self._saved_at > SAVE_SECONDS
-        stop = set() if self._stop.received is None else {Wish[self._stop.received.name]}
-        return stop | ({Wish.SAVE} if is_save_due else set())
+    losses = hosts.from_first(restore)
+    state = hosts.broadcast(found[0] if found else fresh)  # a fresh state, too: hosts round differently
+    allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
+    if int(state.step):
+        _logger.info("resuming from step %d of %d", state.step, state.horizon)
+    return state, losses

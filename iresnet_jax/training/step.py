@@ -1,7 +1,7 @@
 """One training step, read from top to bottom: constrain, loss and gradients, mean over devices, optimizer, averages.
 
 A `TrainingStep` is written for one device and its share of the batch. `parallel.parallelize` maps it over all devices, and
-`Trainer.take_step` calls it with one batch after the other.
+`Trainer.steps` calls it with one batch after the other.
 
 What a step depends on is bound once, in ``_training_step`` of `runs.objective_from_config`: the model without weights, the loss
 (``make_loss`` in the objective's file, such as `objectives.density`), the constraint (`constraint.training_constraint`) and the
@@ -239,7 +239,7 @@ class Objective:
     Attributes:
         name: The metric that is shown, such as "bits_per_dim".
         training_step: The step of one device, before `parallel.parallelize`.
-        make_validation: ``() ->`` the function that measures a state on held-out data.
+        make_validation: ``() ->`` the function that measures a state on held-out data; None if there are none.
         selection: ``held-out metrics -> number``; the state with the lowest is the best.
         examples: Pytree of arrays that batches are taken from; None for endless data, whose steps draw their own.
         initial_variables: ``() ->`` fresh variables, fitted to training data.
@@ -250,7 +250,7 @@ class Objective:
 
     name: str
     training_step: TrainingStep
-    make_validation: Callable[[], Callable[[TrainState], ValidationResult]]
+    make_validation: Callable[[], Callable[[TrainState], ValidationResult]] | None
     selection: Callable[[Mapping[str, float]], float]
     examples: Any
     initial_variables: Callable[[], Any]

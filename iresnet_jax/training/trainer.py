@@ -1,13 +1,8 @@
-"""Training in memory: steps, a log of their means, validations, and an end by steps, time, patience or request.
+"""Training: steps, a log of their means, validations, and an end by steps, time or patience."""
 
-Measurements and the best state stay in memory; `runs.loop` writes them to disk.
-"""
-
-import concurrent.futures
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsFloat
 
@@ -25,6 +20,7 @@ STEPS_IN_TIME = 10_000
 LONGEST = 2**31 - 1  # updates, which a state can count
 AHEAD = 2  # steps that may be queued behind the one that runs
 SOON = 5  # steps after which such a run first estimates its length
+ADVICE = "train again with a lower learning rate, a longer warm-up or a smaller clip_norm"  # after training blew up
 EARLY = 0.1  # share of the time for steps before which a run that has a number of steps estimates no other
 
 CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
@@ -89,113 +85,171 @@ class Best(NamedTuple):
     ema: Any
     batch_stats: Any
 
+    @classmethod
+    def of(cls, state: TrainState, loss: float) -> "Best":
+        """A copy of a state."""
+        return cls(loss, int(state.step), *jax.device_get((state.ema, state.batch_stats)))
+
 
 class Trainer:
-    """A training run: state, log, clocks; `run` takes the steps.
-
-    A run that keeps its state and its log elsewhere than in memory overrides `restored`, `record`, `store` and `elapsed_s`, one
-    that is measured otherwise `measure`, and one of several processes `agreed`.
+    """A training run: its state, its steps, and when it logs, validates and ends.
 
     Args:
         objective: What is trained.
         settings: Length of the run, and when it logs and validates.
-        compile_step: ``training step ->`` the step of all devices; by default `parallel.parallelize`.
+        state: State to go on from; by default the first one of the objective.
+        losses: Losses of the validations that led to this state.
+        seconds_before: Seconds of training that led to this state, which count towards a time limit.
+        seconds_of_steps: Longest time from the end of the first step on, whatever compiling takes.
+        compile_step: ``training step ->`` the step of all devices.
+        agree: ``estimated length -> length`` that counts, the same in all processes of a run.
+        check: Raises for metrics of a step that show what went wrong; numbers that are not finite raise `BlowUpError` anyway.
+        log: Takes the split, "train", "validation" or "timing", and the measurements of each line of the log.
+        validated: Takes the loss of each validation, None without held-out data, when the state is worth keeping.
         say: Takes a line of progress at the first step and at every validation.
 
     Attributes:
         state: The state.
         step: Number of finished updates.
         records: Measurements so far, as `History.from_records` takes them.
-        best: The state that was best on validation; None before the first validation.
     """
-
-    advice = "train again with a lower learning rate, a longer warm-up or a smaller clip_norm"  # after a training blew up
 
     def __init__(
         self,
         objective: Objective,
         settings: TrainingConfig,
         *,
-        compile_step: Callable[[TrainingStep], CompiledStep] | None = None,
+        state: TrainState | None = None,
+        losses: Iterable[float] = (),
+        seconds_before: float = 0.0,
+        seconds_of_steps: float = math.inf,
+        compile_step: Callable[[TrainingStep], CompiledStep] = parallel.parallelize,
+        agree: Callable[[int], int] = lambda horizon: horizon,
+        check: Callable[[Mapping[str, Any]], None] = lambda metrics: None,
+        log: Callable[[str, Mapping[str, float]], None] = lambda split, metrics: None,
+        validated: Callable[[float | None], None] = lambda loss: None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self._started = time.monotonic()
-        self._objective, self._settings, self._say = objective, settings, say
-        self._compile_step = compile_step or parallel.parallelize
-        self._limit_s = 60 * settings.minutes
+        self._began, self._seconds_before = time.monotonic(), seconds_before
+        self._objective, self._settings, self._compile_step, self._agree = objective, settings, compile_step, agree
+        self._check, self._log, self._validated, self._say = check, log, validated, say
         self.records: list[dict[str, Any]] = []
-        self.best: Best | None = None
-        self._use_terms(objective.num_terms)
-        with meanwhile(lambda: compile_ahead(self._compiled_step, objective, settings.batch_size), say):
-            self.state, self.step, self._losses = self.restored(objective.initial_state())
-            parallel.check_equal_on_all_devices(self.state)
+        if state is None:
+            state = objective.initial_state()._replace(horizon=np.int32(settings.schedule_steps))
+        self.state, self.step, self._losses = state, int(state.step), list(losses)
+        parallel.check_equal_on_all_devices(state)
+        self._use_terms(int(state.num_terms))
+        self._validate = None if objective.make_validation is None else objective.make_validation()
+        self._limit_s, self._seconds_of_steps = 60 * settings.minutes or math.inf, seconds_of_steps
         # A run that has ended stays ended; one with a time limit ends at the step that time turns out to allow.
         self._last_step = self.step if self.horizon <= self.step else settings.most_steps
-        if int(self.state.num_terms) != objective.num_terms:
-            self._use_terms(int(self.state.num_terms))
         self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
-        self._validate = objective.make_validation()
-        self._validated_at = self._window_start = time.monotonic()
-        self._validation_seconds = 0.0
-        self._first_step_ended: float | None = None  # for the speed of a run with a time limit
         self._estimate = math.inf  # of the updates that a time limit allows
+        self._first_step_ended = self._validated_at = self._window_start = time.monotonic()
+        self._validation_seconds = 0.0
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
         self._timed_steps = 0
 
-    def run(self, batches: Iterator[Any], after_step: Callable[[], bool] = lambda: False) -> None:
-        """Takes steps until validation ends training, batches run out, or ``after_step`` returns True."""
+    def steps(self, batches: Iterator[Any]) -> Iterator[int]:
+        """Takes steps until validation ends training or batches run out; logs and validates when that is due.
+
+        Yields the number of finished updates after each step.
+        """
         while not self._is_over and (batch := next(batches, None)) is not None:
             self.take_step(batch)
-            if self._limit_s and self._is_time_over:
+            if self._is_time_over:
                 self._last_step, self.state = self.step, self.state._replace(horizon=np.int32(self.step))
             is_validation_due = self._is_validation_due
             if self.step % self._settings.log_every_steps == 0 or is_validation_due or self._is_estimate_due:
-                self._log()
+                self._log_means()
             if is_validation_due:
                 self.validate()
-            if after_step():
-                return
+            yield self.step
 
-    def end_within(self, seconds: float) -> None:
-        """Brings the time limit forward to so many seconds from now, if it is later."""
-        if math.isfinite(seconds):
-            self._limit_s = min(self._limit_s or math.inf, self.elapsed_s + seconds)
+    # ------------------------------------------------------------------------------------------------ what a run does
 
     def take_step(self, batch: Any) -> None:
         """Updates the state by one batch: a `TrainingStep` on every device, through `parallel.parallelize`."""
+        if not self._is_compiled and isinstance(self._compiled_step, parallel.ParallelStep):
+            self._compiled_step.compile(self.state, batch)
         self.state, metrics = self._compiled_step(self.state, batch)
         self._window.append(metrics)
         jax.block_until_ready(self._window[-1 - AHEAD : -AHEAD])  # signals and time limits are of steps that are done
-        if self._is_compiled:
-            self._timed_steps += 1
-        else:
+        self.step, self._timed_steps = self.step + 1, self._timed_steps + 1
+        if not self._is_compiled:
             self._leave_out_compilation(metrics)
-        self.step += 1
 
-    # ------------------------------------------------------------------------------------------------ what a run keeps
+    def validate(self) -> None:
+        """Measures the state on held-out data, hands it over, and goes on with the terms that the validation asks for."""
+        parallel.check_equal_on_all_devices(self.state)
+        began, name, loss = time.monotonic(), self._objective.name, None
+        if self._validate is None:
+            shown = f"{name} {self.records[-1][name]:.4f}"
+        else:
+            found = self._validate(self.state)
+            check_finite(found.metrics, self.step, self.step)
+            self._record("validation", found.metrics)
+            if found.num_terms != int(self.state.num_terms):
+                self.state = self.state._replace(num_terms=np.int32(found.num_terms))
+                self._use_terms(found.num_terms)
+            loss, shown = self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
+            self._losses.append(loss)
+        self._validated_step = self.step
+        self._validated(loss)
+        self._validated_at = self._window_start = time.monotonic()
+        self._validation_seconds = self._validated_at - began
+        self._say(f"step {self.step} of {self.horizon}: {shown}, {self._time_left()} left")
 
-    def restored(self, fresh: TrainState) -> tuple[TrainState, int, list[float]]:
-        """The state to go on from, the number of updates that led to it, and the losses of the validations so far."""
-        return fresh, 0, []
+    def check_unvalidated(self) -> None:
+        """Makes the state one to save between two validations; `BlowUpError` if the latest steps blew up."""
+        if self._window:
+            self._checked_means()
+        if math.isfinite(self._limit_s) and self.step >= self.horizon:  # its estimate was too low: the run is not over
+            self.state = self.state._replace(horizon=np.int32(self.step + 1))
+        parallel.check_equal_on_all_devices(self.state)
 
-    def record(self, metrics: Mapping[str, SupportsFloat], split: str) -> None:
-        """Keeps measurements."""
+    def _use_terms(self, num_terms: int) -> None:
+        """Switches to the program with this many terms of the log-determinant."""
+        self._compiled_step = self._compile_step(self._objective.step_with(num_terms))
+        self._is_compiled = False
+
+    def _leave_out_compilation(self, metrics: Any) -> None:
+        """Waits for the first step of a program, and starts the clocks behind it; `BlowUpError` if it blew up."""
+        jax.block_until_ready(metrics)
+        self._check(metrics)
+        check_finite(metrics, self.step - 1, self.step)
+        now = time.monotonic()
+        if self.step == self._first_step + 1:
+            self._first_step_ended = self._validated_at = now
+            self._limit_s = min(self._limit_s, self.elapsed_s + self._seconds_of_steps)
+            self._record("timing", {"compile_seconds": now - self._began})
+            name = self._objective.name
+            self._say(f"first step after {now - self._began:.0f} s: {name} {float(metrics[name]):.4f}")
+        self._timed_steps, self._window_start, self._is_compiled = 0, now, True
+
+    def _log_means(self) -> None:
+        """Writes the means over the steps since the last line of the log."""
+        means = self._checked_means()
+        if self._timed_steps:
+            means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
+        self._record("train", means)
+        if math.isfinite(self._limit_s) and not self._is_last_step:
+            self._estimate_horizon()
+        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
+
+    def _checked_means(self) -> dict[str, float]:
+        """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
+        window = parallel.metrics_on_host(self._window)
+        for metrics in window:
+            self._check(metrics)
+        means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
+        check_finite(means, self.step - len(self._window), self.step)
+        return means
+
+    def _record(self, split: str, metrics: Mapping[str, SupportsFloat]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         self.records.append({"step": self.step, "split": split, "wall_time_s": round(self.elapsed_s, 3), **values})
-
-    def store(self, loss: float | None) -> None:
-        """Stores the state if its validation loss is the lowest so far; the loss is None between validations."""
-        if loss is not None and (self.best is None or loss < self.best.loss):
-            self.best = Best(loss, self.step, *jax.device_get((self.state.ema, self.state.batch_stats)))
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training so far."""
-        return time.monotonic() - self._started
-
-    def agreed(self, horizon: int) -> int:
-        """The estimate of the run's length that counts: all processes of a run need the same."""
-        return horizon
+        self._log(split, values)
 
     # ------------------------------------------------------------------------------------------------ where a run stands
 
@@ -205,9 +259,26 @@ class Trainer:
         return int(self.state.horizon)
 
     @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
     def is_validated(self) -> bool:
         """Whether the last step has been validated."""
         return self.step == self._validated_step
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether the last step is in the log."""
+        return not self._window
+
+    @property
+    def ended(self) -> str:
+        """Why a run is over before all its steps; empty otherwise."""
+        if not self._is_over or self.step >= self._settings.most_steps:
+            return ""
+        return "time was over" if self._is_last_step else "validation no longer improved"
 
     @property
     def _is_over(self) -> bool:
@@ -218,19 +289,17 @@ class Trainer:
         return bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
 
     @property
+    def _is_last_step(self) -> bool:
+        return self.step >= self._last_step
+
+    @property
     def _is_validation_due(self) -> bool:
         if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
             return True
-        if not self._limit_s or not self._is_compiled:
-            return False
         if parallel.num_processes() > 1:  # whose clocks differ: they have agreed on the estimate
             return self.step - max(self._validated_step, self._first_step) > self._estimate / VALIDATIONS
         whole = 60 * self._settings.minutes or self._limit_s  # of a shorter run, those of its steps are enough
         return time.monotonic() - self._validated_at > whole / VALIDATIONS
-
-    @property
-    def _is_last_step(self) -> bool:
-        return self.step >= self._last_step
 
     @property
     def _is_time_over(self) -> bool:
@@ -241,52 +310,12 @@ class Trainer:
 
     @property
     def _is_estimate_due(self) -> bool:
-        return bool(self._limit_s) and self.step == self._first_step + SOON
-
-    def _time_left(self) -> str:
-        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
-        done = max(self.step - self._first_step - 1, 1)
-        seconds_per_step = (time.monotonic() - (self._first_step_ended or self._started)) / done
-        left = seconds_per_step * (self.horizon - self.step)
-        if self._limit_s:
-            left = min(left, self._limit_s - self.elapsed_s)
-        minutes, seconds = divmod(round(max(left, 0)), 60)
-        return f"{minutes}:{seconds:02d}"
-
-    # ------------------------------------------------------------------------------------------------ what a run does
-
-    def _use_terms(self, num_terms: int) -> None:
-        """Switches to the program with this many terms of the log-determinant."""
-        self._compiled_step = self._compile_step(self._objective.step_with(num_terms))
-        self._is_compiled = False
-
-    def _leave_out_compilation(self, metrics: Any) -> None:
-        """Waits for the first step of a program, and starts the clocks behind it; `BlowUpError` if it blew up."""
-        jax.block_until_ready(metrics)
-        check_finite(metrics, self.step, self.step + 1, self.advice)
-        if self.step == self._first_step:
-            # compile time does not count towards the next validation
-            self._first_step_ended = self._validated_at = time.monotonic()
-            seconds = time.monotonic() - self._started
-            self.record({"compile_seconds": seconds}, "timing")
-            name = self._objective.name
-            self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
-        self._timed_steps, self._window_start, self._is_compiled = 0, time.monotonic(), True
-
-    def _log(self) -> None:
-        """Writes the means over the steps since the last line of the log."""
-        means = self._checked_means()
-        if self._timed_steps:
-            means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
-        self.record(means, "train")
-        if self._limit_s and not self._is_last_step:
-            self._estimate_horizon()
-        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
+        return math.isfinite(self._limit_s) and self.step == self._first_step + SOON
 
     def _estimate_horizon(self) -> None:
         """Predicts how many steps the time limit leaves, from the time of those so far with their validations."""
         steps = self.step - self._first_step - 1
-        if steps < 1 or self._first_step_ended is None:
+        if steps < 1:
             return
         seconds, left_s = time.monotonic() - self._first_step_ended, self._limit_s - self.elapsed_s
         most_steps, is_alone = self._settings.most_steps, parallel.num_processes() == 1  # others estimate at the same steps
@@ -294,77 +323,25 @@ class Trainer:
             return  # a short pause at its start does not change a run that has time for all its steps
         left = max(left_s - self._validation_seconds, 0.0) * steps / seconds
         horizon = min(self.step + max(int(left), 1), max(most_steps, self.step))
-        self._estimate = self.agreed(int(min(horizon, LONGEST)))
+        self._estimate = self._agree(int(min(horizon, LONGEST)))
         if self._estimate != self.horizon:
             self.state = self.state._replace(horizon=np.int32(self._estimate))
 
-    def _checked_means(self) -> dict[str, float]:
-        """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
-        window = parallel.metrics_on_host(self._window)
-        means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
-        check_finite(means, self.step - len(self._window), self.step, self.advice)
-        return means
-
-    def store_unvalidated(self) -> None:
-        """Stores the state between two validations, unless the steps since the last line of the log blew up."""
-        if self._window:
-            self._checked_means()
-        if self._limit_s and self.step >= self.horizon:  # its estimate was too low: the run is not over
-            self.state = self.state._replace(horizon=np.int32(self.step + 1))
-        self._store(None)
-
-    def _store(self, loss: float | None) -> None:
-        parallel.check_equal_on_all_devices(self.state)
-        self.store(loss)
-        self._window_start = time.monotonic()
-
-    def validate(self) -> None:
-        """Measures the state on held-out data, keeps it, and goes on with the terms that the validation asks for."""
-        began = time.monotonic()
-        loss, shown = self.measure()
-        self._losses.append(loss)
-        self._store(loss)
-        self._validated_at = time.monotonic()
-        self._validated_step, self._validation_seconds = self.step, self._validated_at - began
-        self._say(f"step {self.step} of {self.horizon}: {shown}, {self._time_left()} left")
-
-    def measure(self) -> tuple[float, str]:
-        """Measures the state on held-out data: the number that the best state is chosen by, and what is shown of it."""
-        found, name = self._validate(self.state), self._objective.name
-        check_finite(found.metrics, self.step, self.step, self.advice)
-        self.record(found.metrics, "validation")
-        if found.num_terms != int(self.state.num_terms):
-            self.state = self.state._replace(num_terms=np.int32(found.num_terms))
-            self._use_terms(found.num_terms)
-        return self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
+    def _time_left(self) -> str:
+        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
+        done = max(self.step - self._first_step - 1, 1)
+        seconds_per_step = (time.monotonic() - self._first_step_ended) / done
+        left = min(seconds_per_step * (self.horizon - self.step), self._limit_s - self.elapsed_s)
+        minutes, seconds = divmod(round(max(left, 0)), 60)
+        return f"{minutes}:{seconds:02d}"
 
 
 class BlowUpError(RuntimeError):
     """A measurement of training is NaN or infinite."""
 
 
-def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int, advice: str) -> None:
+def check_finite(metrics: Mapping[str, SupportsFloat], first_step: int, last_step: int) -> None:
     """Raises `BlowUpError` if a metric that was gathered over these steps is NaN or infinite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     if bad:
-        raise BlowUpError(f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: {advice}")
-
-
-@contextlib.contextmanager
-def meanwhile(function: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
-    """Runs a function in a thread of its own beside the body of ``with``, and raises what it raises."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        done = pool.submit(parallel.in_this_precision(function))
-        try:
-            yield
-            done.result()
-        except KeyboardInterrupt:
-            if not done.done():
-                say("ending with the compilation of the training step, which cannot be interrupted")
-            raise
-
-
-def compile_ahead(step: CompiledStep, objective: Objective, batch_size: int) -> None:
-    """Compiles a step for the objective's first state; steps of several processes, which meet in it, compile when called."""
-    if parallel.num_processes() == 1 and isinstance(step, parallel.ParallelStep):
-        step.compile(objective.abstract_state(), jax.eval_shape(parallel.shard, objective.abstract_batch(batch_size)))
+        raise BlowUpError(f"{', '.join(bad)} became non-finite between steps {first_step} and {last_step}: {ADVICE}")

@@ -1,7 +1,6 @@
 """The loop on disk: the same after a kill, a signal at any moment, and a resume."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import shutil
@@ -19,15 +18,12 @@ from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS
 
 from iresnet_jax.runs import loop, run_folder, trained_run
 from iresnet_jax.runs.checkpoints import load_named, to_named
-from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in
 from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.objectives.density import TOLERATED_BIAS, evaluate_examples
 from iresnet_jax.training.trainer import Trainer
-
-STEPS = CompiledSteps()
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +42,6 @@ def config():
 def uninterrupted(tmp_path_factory):
     """The workdir of the run that was never stopped."""
     return runs.trained(tmp_path_factory, "toy")
-
-
-@pytest.fixture(autouse=True)
-def share_steps(monkeypatch):
-    """Runs of one config share its step."""
-    monkeypatch.setattr(loop, "train", functools.partial(loop.train, steps=STEPS))
 
 
 def measurements(workdir):
@@ -210,7 +200,7 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
 
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
-    "compilation": ("iresnet_jax.training.trainer", "compile_ahead", 0.1, False),
+    "compilation": ("jax", "pmap", 0.1, False),
     "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
     "report": ("iresnet_jax.report.run_report", "write", 0.1, False),
 }

@@ -19,7 +19,7 @@ RTOL, ATOL = 1e-4, 1e-5
 DENSE = {"model.stages": ({"num_blocks": 1, "hidden": (4,)},), "training.blocks": "unroll"}
 CONVOLUTIONS = {"num_blocks": 1, "hidden": (2,), "kernel_sizes": (3, 1), "squeeze": 2}
 CASES = {
-    "conditional": (runs.TOY_CONFIG, {**DENSE, "data.name": "sbi_two_moons", "logdet.kind": "series", "logdet.num_terms": 2}),
+    "density": (runs.TOY_CONFIG, {**DENSE, "logdet.kind": "series", "logdet.num_terms": 2}),
     "hybrid": (
         runs.HYBRID_CONFIG,
         {**DENSE, "augmentation.crop_padding": 1, "optimizer.name": "sgd", "model.dequantization": "uniform"},
@@ -68,7 +68,7 @@ def test_the_comparison_notices_gradients_that_are_not_averaged(monkeypatch):
     mean = jax.lax.pmean
     monkeypatch.setattr("jax.lax.pmean", lambda value, axis: (value[0], *mean(value[1:], axis)))  # gradients come first
     with pytest.raises(ValueError, match="out_axes"):  # under vmap; pmap would return the first device's without a word
-        after_two_steps("conditional", 2, vmapped)
+        after_two_steps("density", 2, vmapped)
 
 
 def test_the_comparison_notices_batch_statistics_of_a_share(monkeypatch):

@@ -20,7 +20,6 @@ from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named
-from iresnet_jax.runs.compiled_steps import CompiledSteps
 from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.objective_from_config import build_augmentation
@@ -65,11 +64,11 @@ def last_state(workdir):
 
 
 def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(config, workdir, tmp_path, monkeypatch):
-    whole, steps = loop.device_batches, CompiledSteps()
+    whole = loop.device_batches
     monkeypatch.setattr(loop, "device_batches", lambda *arguments, **options: itertools.islice(whole(*arguments, **options), 4))
-    assert int(loop.train(config, tmp_path, steps=steps).step) == 4
+    assert int(loop.train(config, tmp_path).step) == 4
     monkeypatch.undo()
-    resumed = loop.train(config, tmp_path, steps=steps)
+    resumed = loop.train(config, tmp_path)
     chex.assert_trees_all_equal(last_state(tmp_path), last_state(workdir))
     assert np.abs(resumed.batch_stats["head"]["var"]).max() > 0
 
