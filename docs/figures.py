@@ -94,7 +94,12 @@ def trajectories(*, num_blocks: int = 20, steps: int = 4000) -> Figure:
 
 def path_through(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
     """Positions of points at the start and after each block ``x + g(x)``; the branches are stacked over blocks."""
-    return jnp.concatenate([x[None], jax.lax.scan(lambda x, branch: (x + branch(x),) * 2, x, branch)[1]])
+
+    def step(x: Array, branch: Branch) -> tuple[Array, Array]:
+        x = x + branch(x)
+        return x, x
+
+    return jnp.concatenate([x[None], jax.lax.scan(step, x, branch)[1]])
 
 
 def minimised(loss: Any, branch: Branch, steps: int) -> Branch:
@@ -168,9 +173,8 @@ def reconstructions(*, steps: int = 600) -> Figure:
     stage = functools.partial(ir.StageSpec, 4, (64, 64), (3, 1, 3), squeeze=2)
     stages = [stage(), stage(preactivation=True)]
     init = functools.partial(ir.Classifier.init, num_classes=digits.num_classes, num_levels=digits.num_levels)
-    start = init(jax.random.key(0), train[0][:512], stages=stages, pad_channels=3).with_(
-        solver=ir.Solver(max_evals=100, memory=0)
-    )
+    start = init(jax.random.key(0), train[0][:512], stages=stages, pad_channels=3)
+    start = start.with_(solver=ir.Solver(max_evals=100, memory=0))
     free = start.with_(spec=dataclasses.replace(start.spec, constrained=False))
 
     figure = Figure((WIDTH, 3.4), layout="constrained")

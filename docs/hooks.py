@@ -27,7 +27,6 @@ FOLDERS = (
     "runs",
     "evaluation",
     "report",
-    "figures",
 )
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
 NUMBERS = {  # names of annotations in checked_dataclasses.py

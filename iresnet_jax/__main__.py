@@ -1,4 +1,4 @@
-"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``profile``, ``convert``, ``figure``."""
+"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``profile``, ``convert``."""
 
 import argparse
 import os
@@ -27,8 +27,6 @@ def count_or_none(text: str) -> int:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "FILE": {"help": "state_dict of the network, as npz or safetensors"},
-    "NAME": {"nargs": "?", "help": "which figure, see --list"},
-    "list": {"action": "store_true", "default": False, "help": "say which figures there are, and what each shows"},
     "architecture": {
         "required": True,
         "metavar": "COMMAND",
@@ -65,8 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "output": {
         "metavar": "PATH",
-        "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder; for a figure "
-        "the workdir, or else figures)",
+        "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder)",
     },
     "start": {
         "action": "store_true",
@@ -90,14 +87,12 @@ class Command(NamedTuple):
         options: Names in `OPTIONS`, some with a default; in capitals the names of arguments without dashes.
         shares_examples: Whether all devices share its examples.
         takes_config: Whether it takes the options of `train.py` instead of a trained model.
-        runs_alone: Whether it can do without the run that ``--workdir`` names, and reads that itself.
     """
 
     help: str
     options: str
     shares_examples: bool = False
     takes_config: bool = False
-    runs_alone: bool = False
 
 
 COMMANDS = {
@@ -136,11 +131,6 @@ COMMANDS = {
         "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
         "FILE architecture scale output=model.npz",
     ),
-    "figure": Command(
-        "A figure as NAME.svg and the numbers behind it as NAME.csv: of a run, of a kept model or from nothing.",
-        "NAME list workdir data output",
-        runs_alone=True,
-    ),
     "plan": Command(
         "Whether the training step of a config fits a machine that is not here; exit status 1 if it does not.",
         "topology largest-batch",
@@ -164,8 +154,6 @@ def make_parser() -> Parser:
         for option in command.options.split():
             flag, _, default = option.partition("=")
             settings = OPTIONS[flag] | (dict[str, Any](default=default) if default else {})
-            if command.runs_alone and flag == "workdir":
-                settings |= {"required": False}
             options.add_argument(flag if flag.isupper() else f"--{flag}", **settings)
         options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
@@ -195,7 +183,7 @@ def run(argv: Sequence[str]) -> int:
     execute = getattr(commands, arguments.command)
     if command.takes_config:
         return 0 if execute(arguments, rest) else 1
-    if command.runs_alone or "workdir" not in arguments:
+    if "workdir" not in arguments:
         return 0 if execute(arguments) else 1
     if command.shares_examples:
         machine.use_all_cores(trained_run.read_config(arguments.workdir))

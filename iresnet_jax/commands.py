@@ -20,7 +20,6 @@ from iresnet_jax import conversion
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import accuracy, calibration, inversion, likelihood, samples
 from iresnet_jax.evaluation.guarantee import affordable
-from iresnet_jax.figures import catalogue, drawing
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
@@ -193,20 +192,6 @@ def _excess(certificate: Certificate) -> str:
         f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is "
         f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
     )
-
-
-def figure(arguments: argparse.Namespace) -> bool:
-    """Makes a figure and the table of its numbers."""
-    name, workdir = arguments.NAME, arguments.workdir
-    if arguments.list:
-        _say(catalogue.listing())
-        return True
-    if name is None:
-        raise ValueError(f"which figure? choose one of {', '.join(catalogue.FIGURES)}, or --list")
-    made, notes = catalogue.make(name, workdir, arguments.data)
-    svg, table = drawing.write(made, Path(arguments.output or workdir or "figures"), name)
-    _say(*notes, catalogue.FIGURES[name].look, f"written: {svg} and {table}")
-    return True
 
 
 def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 # A folder's files may import those of folders further up in this list, and of their own: the library, then the application.
 FOLDERS = (
     *("maths", "branches", "bijections", "models", "certification", "training", "conversion"),
-    *("data", "runs", "evaluation", "report", "figures"),
+    *("data", "runs", "evaluation", "report"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")

@@ -1,1 +1,0 @@
-"""Figures of the papers and of the mathematics, from kept models, from a run, or from nothing; `catalogue` has their table."""
