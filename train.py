@@ -44,7 +44,7 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
         memory["collect_garbage_rarely"]()
 
 try:
-    from iresnet_jax.runs import allocator, command_line, machine, stored_programs
+    from iresnet_jax.runs import allocator, command_line, machine
     from iresnet_jax.runs.signals import end_at_signals
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
     from iresnet_jax.runs.trained_run import load
 
     machine.start_backend()
-    stored_programs.keep_compiled_programs()
+    machine.cache_programs()
     with hosts.ending_together():
         if not hosts.is_first():
             logging.getLogger("iresnet_jax").setLevel(logging.WARNING)

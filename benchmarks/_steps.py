@@ -21,7 +21,7 @@ def prepare_jax(config=None, *, keeps_memory=True):
     Without a config it is what a command for a trained model does, with one device a core. Without ``keeps_memory`` the C
     library's memory is as it is by default.
     """
-    from iresnet_jax.runs import allocator, machine, stored_programs
+    from iresnet_jax.runs import allocator, machine
     from iresnet_jax.runs.config import Config
 
     allocator.collect_garbage_rarely()
@@ -30,7 +30,7 @@ def prepare_jax(config=None, *, keeps_memory=True):
             allocator.keep_freed_memory()
         machine.compile_quickly()
     machine.use_all_cores(config or Config())
-    stored_programs.keep_compiled_programs()
+    machine.cache_programs()
 
 
 def training_step(config, data):
@@ -130,14 +130,27 @@ class OurSteps(Steps):
 
     def arithmetic(self):
         """Multiplications and additions of a step, and how many a second one large matrix product does here."""
-        from jax import numpy as jnp
-
-        from iresnet_jax.runs.planning.profile import matmul_peak, traced_step
         from iresnet_jax.runs.planning.program_costs import flops
+        from iresnet_jax.training import parallel
 
-        one_device = flops(traced_step(self._of_device, self._state, next(self._feed))).total()
-        found = float(one_device) * self._jax.local_device_count()
-        return {"flops": found, "matmul_peak_flops": matmul_peak(jnp.float32)}
+        jax = self._jax
+        share = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), next(self._feed))
+        traced = parallel.for_devices(self._of_device, jax.local_devices()[:1]).trace(self._state, share)
+        found = float(flops(traced.jaxpr.jaxpr).total()) * jax.local_device_count()
+        return {"flops": found, "matmul_peak_flops": self._matmul_peak()}
+
+    def _matmul_peak(self, size=2048, repeats=5):
+        """Multiplications and additions a second of one large matrix product on every device at once, the fastest of some."""
+        import numpy as np
+
+        drawn = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+        matrices = [self._jax.device_put(drawn, device) for device in self._jax.local_devices()]
+        multiply, fastest = self._jax.jit(self._jax.numpy.matmul), np.inf
+        for _ in range(1 + repeats):  # the first one compiles
+            began = time.perf_counter()
+            self._jax.block_until_ready([multiply(matrix, matrix) for matrix in matrices])
+            fastest = min(fastest, time.perf_counter() - began)
+        return 2 * size**3 * len(matrices) / fastest
 
     def num_devices(self):
         """Devices that share a batch."""
@@ -158,7 +171,7 @@ class OurSteps(Steps):
         Path(folder, ExportedSteps.PROGRAM).write_bytes(jax.export.export(flat)(*leaves).serialize())
         np.savez(Path(folder, ExportedSteps.GIVEN), *leaves)
         place = len(jax.tree.leaves(self._state)) + sorted(self._metrics).index(self._name)
-        return {"options": dict(platforms.QUICK), "num_state": len(jax.tree.leaves(self._state)), "place_of_loss": place}
+        return {"options": dict(platforms.CPU_OPTIONS), "num_state": len(jax.tree.leaves(self._state)), "place_of_loss": place}
 
 
 class ExportedSteps(Steps):

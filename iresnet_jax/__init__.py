@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from iresnet_jax.evaluation.energies import evaluate_energy
     from iresnet_jax.fitting import fit
     from iresnet_jax.loss_training import train
-    from iresnet_jax.runs.stored_programs import keep_compiled_programs
     from iresnet_jax.training.unconstrained import Unconstrained
 
 __all__ = [
@@ -91,7 +90,6 @@ __all__ = [
     "flow_bijection",
     "freeze",
     "invert_residual",
-    "keep_compiled_programs",
     "load",
     "losses",
     "multiscale",
@@ -107,7 +105,6 @@ _TRAINING = {
     "evaluate_energy": "iresnet_jax.evaluation.energies",
     "fit": "iresnet_jax.fitting",
     "fit_energy": "iresnet_jax.energy_fitting",
-    "keep_compiled_programs": "iresnet_jax.runs.stored_programs",
     "train": "iresnet_jax.loss_training",
 }
 

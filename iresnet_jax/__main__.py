@@ -1,4 +1,4 @@
-"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``profile``, ``convert``."""
+"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``convert``."""
 
 import argparse
 import os
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from iresnet_jax.runs import allocator, machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
 from iresnet_jax.runs.signals import end_at_signals
-from iresnet_jax.runs.stored_programs import keep_compiled_programs
 
 
 def count(text: str, least: int = 1) -> int:
@@ -63,12 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "output": {
         "metavar": "PATH",
-        "help": "where to write (model.npz, in the workdir if there is one; for a trace a new folder)",
-    },
-    "start": {
-        "action": "store_true",
-        "default": False,
-        "help": "where the time until the first step goes instead, without and with compiled programs on disk",
+        "help": "where to write (model.npz, in the workdir if there is one)",
     },
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
     "largest-batch": {
@@ -136,11 +130,6 @@ COMMANDS = {
         "topology largest-batch",
         takes_config=True,
     ),
-    "profile": Command(
-        "Where the time of a config's training step goes on this machine: a table, and a trace to look into.",
-        "output start",
-        takes_config=True,
-    ),
 }
 
 
@@ -179,7 +168,7 @@ def run(argv: Sequence[str]) -> int:
     from iresnet_jax import commands  # slow to import: --help and mistakes are answered without it
     from iresnet_jax.runs import trained_run
 
-    keep_compiled_programs()
+    machine.cache_programs()
     execute = getattr(commands, arguments.command)
     if command.takes_config:
         return 0 if execute(arguments, rest) else 1
@@ -199,13 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    takes_steps = sys.argv[1:2] == ["profile"]  # as train.py does
-    if takes_steps:
-        allocator.use_large_pages()
     allocator.collect_garbage_rarely()
     end_at_signals("give the same command to start again")
     machine.ignore_missing_tpu()
-    if takes_steps:
-        allocator.keep_freed_memory()
-        machine.compile_quickly()
     sys.exit(main())

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,12 +25,9 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
 from iresnet_jax.report.run_report import write
-from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.planning import plan as plans
-from iresnet_jax.runs.planning import profile as profiles
-from iresnet_jax.runs.planning import start as starts
 from iresnet_jax.runs.planning import topologies
 from iresnet_jax.runs.trained_run import Run, save
 
@@ -202,17 +198,6 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     made = plans.make(config, on, find_largest=arguments.largest_batch, say=say)
     _say(made)
     return made.problem is None
-
-
-def profile(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
-    """Records the training step of a config on this machine."""
-    config = parse_train_flags(["python -m iresnet_jax profile", *flags]).config
-    if arguments.start:
-        _say(starts.measure(flags))
-        return True
-    machine.use_all_cores(config)
-    _say(profiles.take(config, arguments.output or tempfile.mkdtemp(prefix="iresnet_jax_profile_")))
-    return True
 
 
 def _say(*lines: object) -> None:

@@ -32,7 +32,7 @@ from iresnet_jax.fit_arguments import checked_options
 from iresnet_jax.fit_settings import is_whitened
 from iresnet_jax.fitting import fit
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.signals import interrupts_raised
 
@@ -383,17 +383,17 @@ def _over_batches(program: Callable[..., Any], model: Density, *arrays: np.ndarr
     return np.concatenate(results).astype(np.float64)
 
 
-@quick_jit
+@fast_compile
 def _log_prob(model: Density, y: Any, seeds: Any) -> jax.Array:
     return model.log_prob(y.astype(jnp.float32), jax.vmap(jax.random.key)(seeds))
 
 
-@quick_jit
+@fast_compile
 def _class_logits(model: Density, y: Any) -> jax.Array:
     return model.log_prior_by_class(model.encode(y.astype(jnp.float32)))
 
 
-@functools.partial(quick_jit, static_argnums=(2,))
+@functools.partial(fast_compile, static_argnums=(2,))
 def _sample(model: Density, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
     y, info = model.sample(key, num)
     return y, info.converged

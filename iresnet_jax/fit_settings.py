@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import some_rows
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import priors, scales
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
@@ -277,7 +277,7 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, bool]:
     return kind, bool(is_clear)
 
 
-@quick_jit
+@fast_compile
 def _log_probs(of_scales: Mapping[str, Array], fitted: Float[Array, "n d"], rest: Float[Array, "m d"]) -> dict[str, Any]:
     """Log-densities of two parts of the latents under each prior of variance 1, and under that of scales."""
     found: dict[str, Any] = {priors.SCALES: tuple(priors.log_prob(priors.SCALES, of_scales, part) for part in (fitted, rest))}

@@ -32,12 +32,11 @@ from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.allocator import num_cores
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
-from iresnet_jax.runs.machine import ignore_missing_tpu, prepare_backend, start_backend
+from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import Lines, read_metrics
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
-from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.trainer import LONGEST, Best, BlowUpError, Trainer, TrainingConfig
@@ -115,7 +114,7 @@ def fit(
     began = time.monotonic()
     ignore_missing_tpu()
     start_backend()
-    keep_compiled_programs()
+    cache_programs()
     options = checked_options(
         objective=objective,
         minutes=minutes,

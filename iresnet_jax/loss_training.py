@@ -20,10 +20,9 @@ from iresnet_jax.models import flow
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
-from iresnet_jax.runs.machine import ignore_missing_tpu, start_backend
+from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, start_backend
 from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.runs.signals import StopRequests, heard_in_memory
-from iresnet_jax.runs.stored_programs import keep_compiled_programs
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
@@ -112,7 +111,7 @@ def train(
     """
     ignore_missing_tpu()
     start_backend()
-    keep_compiled_programs()
+    cache_programs()
     ema_decay = checked(Decay, ema_decay, "ema_decay")
     seed = int(jax.random.bits(single_key(key), dtype="uint32"))
     x, validation = _checked_rows(x, "x"), _checked_rows(validation, "validation")

@@ -66,12 +66,6 @@ def shared_compilations(tmp_path_factory):
     import tiny_runs as runs
     from jax.experimental.compilation_cache import compilation_cache
 
-    from iresnet_jax.maths import platforms
-    from iresnet_jax.runs import stored_programs
-
-    def steps_alone(name, function, *about):
-        return stored_programs.find(name, function, *about) if function[1] == "step" else None
-
     settings = {
         "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
         or str(runs.shared(tmp_path_factory) / "compiled"),
@@ -82,9 +76,6 @@ def shared_compilations(tmp_path_factory):
         for name, value in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
-        # Steps alone are found untraced: other functions' keys do not see what tests change in modules.
-        patch.setattr(platforms, "_find", steps_alone)
-        patch.setattr(platforms, "find_programs_by", lambda find: None)
         compilation_cache.reset_cache()  # programs compiled while tests were collected have fixed the settings
         yield
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.maths import platforms
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
 from iresnet_jax.training import parallel
@@ -101,8 +100,6 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
-                # Another test may have stored the step, which then would not be traced.
-                patch.setattr(platforms, "_find", None)
                 shorten_reports(patch)
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)

@@ -18,8 +18,6 @@ from iresnet_jax.maths.lipschitz_bounds import block_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.jacobian_products import linearize
 
-LOG_DETERMINANT = "log_determinant"  # name of its operations in programs
-
 
 class Solver(NamedTuple):
     """Settings of a block's inverse, see `fixed_point.invert_residual`.
@@ -57,7 +55,7 @@ def forward_and_logdet(
 
 def _logdet(at, branch, x, key, estimator):
     known = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
-    with jax.named_scope(LOG_DETERMINANT):
+    with jax.named_scope("log_determinant"):
         return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, **known)
 
 

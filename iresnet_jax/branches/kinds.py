@@ -1,6 +1,8 @@
 """What a stage's branches may be: a kind by its name, a `BranchSpec`, or a function of the user that makes modules."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from iresnet_jax.branches.branch import BranchSpec
@@ -9,7 +11,8 @@ from iresnet_jax.branches.own import Make, OwnSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 
 Kind = type[BranchSpec] | Make
-KINDS: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec}
+_kinds: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec}
+KINDS: Mapping[str, Kind] = MappingProxyType(_kinds)  # `register` adds to it; a name means one kind
 
 
 def register(name: str, kind: Kind) -> None:
@@ -26,7 +29,7 @@ def register(name: str, kind: Kind) -> None:
         raise ValueError(f"there is a kind of branch {name!r} already, {KINDS[name]!r}: choose another name")
     if not callable(kind):
         raise ValueError(f"a kind must be a class of BranchSpec or a function key -> module, got {kind!r}")
-    KINDS[name] = kind
+    _kinds[name] = kind
 
 
 def get(name: str) -> Kind:

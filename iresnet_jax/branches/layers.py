@@ -70,7 +70,7 @@ class LayerSpec(NamedTuple):
         apply = self.linear_map()
         apply = _in_bfloat16(apply) if bfloat16 else apply
         h = apply(parameters["kernel"], self.activate(parameters, h))
-        h = _add_bias(h, parameters["bias"], apart=platforms.is_slow_in_place())
+        h = _add_bias(h, parameters["bias"])
         if context is not None:
             shift = context @ parameters["context"]
             h = h + (shift if shift.ndim == h.ndim else shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1]))
@@ -135,10 +135,13 @@ def training_twists(channels: int, choice: str = "auto") -> tuple[Twist, ...]:
     return TWISTS if choice == "all" or (choice == "auto" and channels <= 8) else ((1, 1),)
 
 
-@functools.partial(jax.jit, static_argnames="apart", inline=True)
-def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"], *, apart: bool) -> Float[Array, "b *space c"]:
-    """``h + bias``; ``apart`` makes it an array of another rank, which XLA does not write over ``h``: `is_slow_in_place`."""
-    if apart:
+@functools.partial(jax.jit, inline=True)
+def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"]) -> Float[Array, "b *space c"]:
+    """``h + bias``, on CPUs as an array of another rank, which XLA does not write over ``h``.
+
+    XLA:CPU's older emitters of fusions (`platforms.CPU_OPTIONS`) vectorise loops only for arrays that do not overlap.
+    """
+    if platforms.platform() == "cpu":
         channels = h.shape[-1]
         return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)
     return h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)

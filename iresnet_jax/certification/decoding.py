@@ -17,7 +17,7 @@ from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
@@ -114,7 +114,7 @@ def to_data(model: Density | Classifier, z: Float[Array, "b ..."], *, context: C
     return Decoded(latents, x, images, images, info)
 
 
-@quick_jit  # one program: outside of ``jit``, every loop would be one at every call
+@fast_compile  # one program: outside of ``jit``, every loop would be one at every call
 def _decoded(model: Any, z: Array, context: Any) -> Decoded:
     return to_data(model, z, context=context)
 

@@ -16,7 +16,7 @@ from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
 from iresnet_jax.data.splits import some_rows
 from iresnet_jax.data.toys import Toy
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Column
 
 Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
@@ -160,7 +160,7 @@ class DataSet:
         return jax.jit(self.generator.sample, static_argnums=1)(key, num)
 
 
-@functools.partial(quick_jit, static_argnums=(0,), is_rare=True)
+@functools.partial(fast_compile, static_argnums=(0,))
 def _permutation(num: int, key: PRNGKeyArray) -> Array:
     return jax.random.permutation(key, num)
 

@@ -6,7 +6,8 @@ input and every ``beta``; its docstring has the proof. Channels are on the last 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -169,7 +170,7 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
 # The slope s(t) of `lipswish` has the derivative s'(t) = sigmoid'(t) (2 - t tanh(t / 2)), which is even, 1/2 at 0, where both
 # factors are largest, and at least -0.08: |s'| <= 1/2. Slopes of the two outputs of `clipswish` differ by a constant.
 _SWISH_SLOPE = 0.5 / _LIPSWISH_BOUND
-ACTIVATIONS: dict[str, Activation] = {
+_activations: dict[str, Activation] = {
     "elu": Activation(elu, 1.0, convex=True, monotone=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
     "softplus": Activation(jax.nn.softplus, 0.25, convex=True, monotone=True),  # slope sigmoid(x)
     "softplus4": Activation(softplus4, 1.0, convex=True, monotone=True),
@@ -180,6 +181,27 @@ ACTIVATIONS: dict[str, Activation] = {
     "maxmin": Activation(maxmin, None, elementwise=False),
     "identity": Activation(identity, 0.0, convex=True, monotone=True),
 }
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(_activations)  # `register_activation` adds to it
+
+
+def register_activation(name: str, activation: Activation) -> None:
+    """Gives an activation a name, by which specs, configs and files know it in this process.
+
+    A name means one activation for as long as the process lives: compiled programs know activations by their names.
+
+    Args:
+        name: The name.
+        activation: The activation, which has to be 1-Lipschitz: nothing checks that.
+
+    Raises:
+        ValueError: If another activation has the name.
+
+    Example:
+        >>> register_activation("sine", Activation(jnp.sin, slope_lipschitz=1.0))
+    """
+    if ACTIVATIONS.get(name, activation) != activation:
+        raise ValueError(f"there is another activation {name!r} already: choose another name, or start a new process")
+    _activations[name] = activation
 
 
 def get(name: str) -> Activation:
@@ -193,5 +215,5 @@ def get(name: str) -> Activation:
         >>> activation.apply(jnp.array([-1.0, 2.0]))
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+        raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}: register one's own first")
     return ACTIVATIONS[name]

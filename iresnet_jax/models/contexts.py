@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.standardize import Constants, Standardize
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 
 WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
 LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviations
@@ -130,7 +130,7 @@ def initial_network(key: Key[Array, ""], num_observed: int, hidden: Sequence[int
     return _initial_network(key, num_observed, tuple(hidden)) if hidden else {}
 
 
-@functools.partial(quick_jit, static_argnums=(1, 2))
+@functools.partial(fast_compile, static_argnums=(1, 2))
 def _initial_network(key: Key[Array, ""], num_observed: int, hidden: tuple[int, ...]) -> dict[str, dict[str, Array]]:
     keys = iter(jax.random.split(key, len(hidden) + 1))
     weights = {}

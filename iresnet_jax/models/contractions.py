@@ -24,11 +24,10 @@ from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 
 Tree = Mapping[str, Any]
-NORMS = "norms"  # name of the constraint's operations in programs
 
 
 class Block(NamedTuple):
@@ -156,7 +155,7 @@ def _constrain(
     weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.all_stages:
         scale, of_branch = _parts(stage, params)
-        with jax.named_scope(NORMS):
+        with jax.named_scope("norms"):
             found = of_stage(stage, of_branch)
         weights[stage.name] = Block(scale, found.branch)
         if found.iterates:
@@ -201,7 +200,7 @@ def _by_stage(spec: FlowSpec, params: Tree, of_blocks: Callable[[BranchSpec, Tre
     return weights
 
 
-@functools.partial(quick_jit, static_argnums=(0, 1, 2))
+@functools.partial(fast_compile, static_argnums=(0, 1, 2))
 def _frozen(branch: BranchSpec, coeff: float, budget: str, blocks: Tree) -> Branch:
     def of_block(block):
         def bound(state, is_scaled):  # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
@@ -217,7 +216,7 @@ def _frozen(branch: BranchSpec, coeff: float, budget: str, blocks: Tree) -> Bran
     return jax.lax.map(of_block, blocks).sealed()
 
 
-@functools.partial(quick_jit, static_argnums=(0, 1))
+@functools.partial(fast_compile, static_argnums=(0, 1))
 def _as_they_are(branch: BranchSpec, coeff: float, blocks: Tree) -> Branch:
     return jax.lax.map(lambda block: branch.with_bounds(block, branch.norm_bounds(block), coeff=coeff), blocks).sealed()
 
@@ -243,7 +242,7 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
     return found
 
 
-@functools.partial(quick_jit, static_argnums=(0,))
+@functools.partial(fast_compile, static_argnums=(0,))
 def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> Tree:
     return jax.vmap(branch.folded, in_axes=(0, None))(weights, context)
 

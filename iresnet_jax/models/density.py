@@ -37,7 +37,7 @@ from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial, mixtures, priors, scales
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
@@ -708,13 +708,13 @@ def _bijection(part: Any, constants: Any) -> Bijection:
 # One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
 
 
-@quick_jit
+@fast_compile
 def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array, " b"]:
     key_noise, key_probe = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
     return _terms(model, x, context, key_noise, key_probe).log_prob
 
 
-@quick_jit
+@fast_compile
 def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
     u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe)
     y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
@@ -726,21 +726,21 @@ def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: K
     return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
 
 
-@quick_jit
+@fast_compile
 def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, "b d"]:
     return model.flow(context).forward(model.preprocess(x, key))
 
 
-@quick_jit
+@fast_compile
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
     u, info = chain([model._transform, model.flow(context)]).inverse(model.promoted(z))
     return model.round_to_data(u), info
 
 
-@quick_jit
+@fast_compile
 def _decode_and_log_prob(model: Density, z: Array, context: Any, labels: Any, key_probe: Keys) -> Samples:
     x, log_det, logdet_info, info = chain([model._transform, model.flow(context)]).inverse_and_logdet(z, key_probe)
     return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)
 
 
-_sample = quick_jit(priors.sample, static_argnums=(0, 3, 4))
+_sample = fast_compile(priors.sample, static_argnums=(0, 3, 4))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.actnorm import ActNormParams
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions, flow, noise
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contractions import FlowWeights, Tree
@@ -38,7 +38,7 @@ def initial_weights(
     return _initial_weights((spec, sharp, last_scale), key, x, context)
 
 
-@functools.partial(quick_jit, static_argnums=(0,))
+@functools.partial(fast_compile, static_argnums=(0,))
 def _initial_weights(
     what: tuple[FlowSpec, bool, float], key: Array, x: Array, context: Array | None
 ) -> tuple[FlowWeights, Array]:

@@ -1,9 +1,9 @@
 """How JAX uses this machine: a CPU's cores and compiler, and the precision of products.
 
-What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`, programs on disk
-are that of `iresnet_jax.runs.stored_programs`.
+What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
-from iresnet_jax.maths.platforms import QUICK
+from iresnet_jax.data.cache import user_folder
+from iresnet_jax.maths.platforms import CPU_OPTIONS
 from iresnet_jax.runs.allocator import num_cores
 
+MOST_CACHED_BYTES = 2**30  # of compiled programs on disk
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
 
 PCI, GOOGLE = Path("/sys/bus/pci/devices"), "0x1ae0"  # where Linux lists devices, and the vendor of TPUs
@@ -62,7 +65,7 @@ def start_backend() -> None:
 
 
 def compile_quickly() -> tuple[str, ...]:
-    """Sets ``XLA_FLAGS`` that make compiling on a CPU cheaper, see `platforms.QUICK`; call it before JAX touches a device.
+    """Sets `platforms.CPU_OPTIONS` as ``XLA_FLAGS``, for programs that ask for no options; call it before JAX touches a device.
 
     A flag that the user has set stays.
 
@@ -72,7 +75,7 @@ def compile_quickly() -> tuple[str, ...]:
     if not _has_cpus_alone(_settings.jax_platforms):
         return ()
     given = os.environ.get("XLA_FLAGS", "")
-    chosen = tuple(f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name not in given)
+    chosen = tuple(f"--{name}={str(value).lower()}" for name, value in CPU_OPTIONS.items() if name not in given)
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *chosen]))
     return chosen
 
@@ -130,7 +133,43 @@ def device_summary() -> str:
     return own if count == 1 else f"{count} processes of {own}"
 
 
-def processor() -> str:
+def cache_programs() -> Path | None:
+    """Switches on JAX's cache of compiled programs on disk, unless JAX's settings name another folder or switch it off.
+
+    At a start, the programs that were not used for longest are removed until the others take at most `MOST_CACHED_BYTES`: JAX
+    itself would look at every file before it writes one.
+
+    Returns:
+        The folder, under the user's cache folder; None where the user's settings hold, or the folder cannot be written.
+    """
+    if not _settings.jax_enable_compilation_cache or _settings.jax_compilation_cache_dir is not None:
+        return None
+    folder = user_folder() / "programs" / _processor()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can have code run here
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    remove_oldest(folder, MOST_CACHED_BYTES)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)  # to look for a program takes time, too
+    compilation_cache.reset_cache()  # which programs that were compiled before have fixed
+    return folder
+
+
+def remove_oldest(folder: Path, most_bytes: int) -> None:
+    """Removes the files of a folder that were not used for longest until the others take at most ``most_bytes``."""
+    left = most_bytes
+    with contextlib.suppress(OSError):  # another process removes the same files
+        found = [(path.stat(), path) for path in folder.iterdir()]
+        for status, path in sorted(found, key=lambda each: max(each[0].st_atime, each[0].st_mtime), reverse=True):
+            left -= status.st_size
+            if left < 0:
+                path.unlink()
+
+
+def _processor() -> str:
     """A name for processors that can run each other's programs: homes are shared by unlike machines."""
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

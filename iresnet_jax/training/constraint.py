@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import Count, Positive, Range
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
@@ -51,7 +51,7 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
     One function for all models of one architecture, which share its program.
     """
-    return quick_jit(_constraint(settings, spec, rtol=settings.rtol))
+    return fast_compile(_constraint(settings, spec, rtol=settings.rtol))
 
 
 def validated_model(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions, flow, mixtures, noise, priors, scales
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
@@ -162,7 +162,7 @@ def _noise(spec: Spec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
     return {"params": {}, "spectral": {}} if spec.flow.noise is None else _noise_of(spec.flow, key)
 
 
-@functools.partial(quick_jit, static_argnums=(0,), is_rare=True)
+@functools.partial(fast_compile, static_argnums=(0,))
 def _noise_of(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
     params = noise.initial_params(spec, jax.random.fold_in(key, 3))
     iterates = initial_iterates(spec, jax.random.fold_in(key, 4))
@@ -176,7 +176,7 @@ def _with_noise(variables: Any, of_noise: dict[str, dict[str, Any]]) -> dict[str
     return {**variables, **{name: {**variables[name], **added} for name, added in of_noise.items()}}
 
 
-@quick_jit
+@fast_compile
 def _keys(seed: UInt32[Array, ""]) -> tuple[Key[Array, ""], ...]:
     """Keys of weights, of dequantisation and of the choice of examples; one program, where each operation would be one."""
     return tuple(jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), 3))
@@ -252,8 +252,8 @@ def _fitter(flow_spec: FlowSpec, feature_shape: tuple[int, ...] | None, num_devi
     return parallel.parallelize(fit)
 
 
-preprocess = quick_jit(lambda model, *given: model.preprocess(*given))  # one function for models of one shape
-_encode = quick_jit(lambda model, x, key, context: model.encode(x, key, context=context))
+preprocess = fast_compile(lambda model, *given: model.preprocess(*given))  # one function for models of one shape
+_encode = fast_compile(lambda model, x, key, context: model.encode(x, key, context=context))
 
 
 @functools.lru_cache(maxsize=64)
@@ -263,4 +263,4 @@ def _program(module: Any) -> Callable[..., Any]:
     def create(key, inputs, last_scale=1.0):
         return module.clone(last_scale=last_scale).init(key, *inputs)
 
-    return quick_jit(create, is_rare=True)
+    return fast_compile(create)

@@ -48,21 +48,20 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
     mapped = jax.pmap(
         step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
-    return ParallelStep(mapped, step_fn)
+    return ParallelStep(mapped)
 
 
 class ParallelStep:
     """A training step for all devices, from `parallelize`."""
 
-    def __init__(self, mapped: Any, step_fn: Any):
-        self._mapped, self._programs, self._is_compiled = mapped, platforms.FoundPrograms(step_fn, "step"), False
+    def __init__(self, mapped: Any):
+        self._mapped, self._is_compiled = mapped, False
 
     def compile(self, state: Any, batch: Any) -> None:
         """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
         if not self._is_compiled:
-            lower = functools.partial(platforms.lower_quickly, self._mapped, state, batch)
-            found = self._programs.of(lower, (state, batch), options=platforms.quick_options())
-            self._mapped, self._is_compiled = platforms.compile_quickly(lower()) if found is None else found, True
+            lowered = self._mapped.lower(state, batch)
+            self._mapped, self._is_compiled = lowered.compile(compiler_options=platforms.compile_options()), True
 
     @property
     def program(self) -> str:
@@ -73,8 +72,7 @@ class ParallelStep:
         """The next state and metrics."""
         # Placed where a step returns it: from another placement pmap would compile the step twice.
         state = on_local_devices(state, num_devices=len(jax.tree.leaves(batch)[0]))
-        found = None if self._is_compiled else self._programs.of(lambda: self._mapped.lower(state, batch), (state, batch))
-        outputs = (found or self._mapped)(state, batch)
+        outputs = self._mapped(state, batch)
         if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
             # Threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
             # leave none to go on (jaxlib 0.10): a step must end before the next one is queued.
@@ -217,9 +215,7 @@ def rows_of(*arrays: Any) -> Callable[[np.ndarray], tuple[Any, ...]]:
 @functools.lru_cache(maxsize=64)
 def _mapped_eval(fn, devices, is_shared):
     if not is_shared:
-        mapped = jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
-        programs = platforms.FoundPrograms(fn, "evaluation")
-        return lambda *given: (programs.of(lambda: mapped.lower(*given), given) or mapped)(*given)
+        return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=0, devices=devices)
 
     def gathered(state, batch):  # a process can read the outputs of its own devices only
         return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)

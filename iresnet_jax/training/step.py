@@ -22,15 +22,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.maths.logdet.config import LogdetConfig
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.contractions import ConstrainedFlow
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.training.constraint import Constrain
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.optimizers import ema_update
 from iresnet_jax.training.parallel import AXIS, example_keys
-
-OPTIMIZER = "optimizer"  # name of the update's operations in programs
 
 
 class TrainState(NamedTuple):
@@ -60,7 +58,7 @@ class TrainState(NamedTuple):
     constants: Any
 
 
-@functools.partial(quick_jit, static_argnums=(1,), is_rare=True)  # so that all copies are one program
+@functools.partial(fast_compile, static_argnums=(1,))  # so that all copies are one program
 def first_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
     # A buffer each: the step is given the state, and frees it.
@@ -182,7 +180,7 @@ class TrainingStep:
         own_metrics = {**loss.metrics, **_constraint_metrics(constrained)}
         gradients, metrics, spectral = lax.pmean((gradients, own_metrics, constrained.spectral), AXIS)
 
-        with jax.named_scope(OPTIMIZER):
+        with jax.named_scope("optimizer"):
             # 4. Optimizer.
             metrics |= {"grad_norm": optax.tree.norm(gradients)}
             updates, opt_state = rule.optimizer.update(gradients, state.opt_state, state.params)

@@ -14,7 +14,6 @@ from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.branches.sandwich import SandwichSpec
-from iresnet_jax.maths import platforms
 from iresnet_jax.models import contractions as model
 from iresnet_jax.models import density
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -261,18 +260,6 @@ def test_sharp_activations_see_what_others_see_of_unconstrained_layers():
     shrunk = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)  # an output's size over the layer's norm
     ratio = np.log1p(np.exp(float(sharp[second]["beta"]))) / np.log1p(np.exp(float(plain[second]["beta"])))
     np.testing.assert_allclose(ratio * shrunk, np.linalg.norm(kernel, axis=0).mean(), rtol=0.1)
-
-
-@pytest.mark.parametrize("positional_bias", [False, True])
-def test_a_bias_is_the_same_where_results_should_not_overwrite_operands(positional_bias, monkeypatch):
-    spec = FeedforwardSpec((4, 3, 2), hidden=(6,), kernel_sizes=(3, 1), positional_bias=positional_bias)
-    weights, x = random_branch(spec, 0), jax.random.normal(jax.random.key(9), (3, *spec.in_shape))
-    outputs = []
-    for is_slow in (False, True):
-        monkeypatch.setattr(platforms, "is_slow_in_place", lambda value=is_slow: value)
-        outputs.append(spec.apply(weights, x))
-    np.testing.assert_array_equal(*outputs)
-    assert np.ptp(outputs[0]) > 0
 
 
 def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,32 +45,40 @@ for thread in threads:
 """
 
 
-def asks(x):
-    """Doubles, and adds 1 where compiling is quick by the older emitters."""
-    return 2 * x + platforms.is_slow_in_place()
-
-
-@pytest.fixture(autouse=True)
-def _flags_are_read():
-    jax.devices()  # XLA reads its flags once
-
-
 @pytest.fixture
-def without_flags(monkeypatch):
+def options(monkeypatch):
+    """`compile_options` as decided anew by the flags that a test sets."""
+    jax.devices()  # XLA reads its flags once, before
+    monkeypatch.setattr(platforms, "compile_options", platforms.compile_options.__wrapped__)
+    return platforms.compile_options
+
+
+def test_flags_of_the_user_come_before_options(options, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(platforms, "QUICK", {**platforms.QUICK, "xla_cpu_use_fusion_emitters": False})
-
-
-def test_flags_of_the_user_come_before_options(monkeypatch):
+    assert options() == platforms.CPU_OPTIONS
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true")
-    assert platforms.quick_options() == {}
-    assert not platforms.is_slow_in_place()
+    assert options() == {}
 
 
-def test_accelerators_have_no_options(without_flags):
-    assert platforms.quick_options() == platforms.QUICK
-    with platforms.compiling_for("tpu"):
-        assert platforms.quick_options() == {}
+def test_the_compiler_knows_the_options(options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    power = platforms.fast_compile(lambda x, power: x**power, static_argnums=(1,))
+    np.testing.assert_array_equal(power(jnp.arange(3.0), 2), [0, 1, 4])
+    compiled = jax.jit(jnp.sin).lower(jnp.ones(3)).compile(compiler_options=options())
+    np.testing.assert_allclose(compiled(jnp.ones(3)), np.sin(np.ones(3)), rtol=1e-6)
+
+
+def test_a_function_is_traced_once_and_is_part_of_other_programs(options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # other programs refuse parts with options of their own
+    inner = platforms.fast_compile(chex.assert_max_traces(lambda x: 2 * x, n=1))
+    assert [float(inner(x)) for x in (1.0, 2.0)] == [2, 4]
+    within = platforms.fast_compile(lambda x: 2 * x)
+    assert float(jax.jit(within)(1.0)) == 2
+    assert float(jax.grad(within)(1.0)) == 2
+    np.testing.assert_array_equal(jax.vmap(within)(jnp.ones(2)), [2, 2])
+    constant = jnp.ones(())  # which does not depend on the other program's arguments
+    assert float(jax.jit(lambda x: x * within(constant))(3.0)) == 6
+    np.testing.assert_array_equal(jax.lax.map(lambda x: x * within(constant), np.float32([3, 4])), [6, 8])
 
 
 def test_products_on_accelerators_are_in_float32_unless_another_precision_was_chosen():
@@ -79,45 +88,13 @@ def test_products_on_accelerators_are_in_float32_unless_another_precision_was_ch
         seen.append(jax.config.jax_default_matmul_precision)
         return x
 
-    program = platforms.quick_jit(asks_for_precision)
+    program = platforms.fast_compile(asks_for_precision)
     program(1.0)
     with platforms.compiling_for("gpu"):
         program(1.0)
         with jax.default_matmul_precision("tensorfloat32"):
             program(1.0)
     assert seen == [None, "float32", "tensorfloat32"]
-
-
-def test_the_compiler_knows_the_options(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    quick = platforms.quick_jit(lambda x, power: x**power, static_argnums=(1,))
-    np.testing.assert_array_equal(quick(jnp.arange(3.0), 2), [0, 1, 4])
-    compiled = platforms.compile_quickly(platforms.lower_quickly(jax.jit(jnp.sin), jnp.ones(3)))
-    np.testing.assert_allclose(compiled(jnp.ones(3)), np.sin(np.ones(3)), rtol=1e-6)
-
-
-def test_programs_that_are_compiled_quickly_are_traced_for_the_older_emitters(monkeypatch, without_flags):
-    options = []
-    monkeypatch.setattr(jax, "jit", lambda function, compiler_options=None, **_: options.append(compiler_options) or function)
-    assert float(platforms.quick_jit(asks)(1.0)) == 3
-    assert float(platforms.quick_jit(asks, is_rare=True)(1.0)) == 3
-    assert options == [platforms.QUICK, platforms.RARE]
-    assert float(asks(1.0)) == 2
-
-
-def test_within_another_program_options_are_those_of_that_one(without_flags):
-    inner = platforms.quick_jit(asks)
-    assert float(jax.jit(inner)(1.0)) == 2
-    np.testing.assert_array_equal(jax.vmap(inner)(jnp.ones(2)), [2, 2])
-    assert float(jax.grad(inner)(1.0)) == 2
-    constant = jnp.ones(())  # which does not depend on the other program's arguments
-    assert float(jax.jit(lambda x: x * inner(constant))(3.0)) == 6
-    np.testing.assert_array_equal(jax.lax.map(lambda x: x * inner(constant), np.float32([3, 4])), [6, 8])
-    np.testing.assert_array_equal(jax.vmap(lambda x: x * inner(constant))(jnp.ones(2)), [3, 3])  # here it is no part of one
-
-
-def test_objects_that_are_no_arrays_run_as_they_are(without_flags):
-    assert platforms.quick_jit(lambda told, x: told.upper() + str(x))("no array, ", 1) == "NO ARRAY, 1"
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -77,17 +77,18 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch, raised):
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from iresnet_jax.runs import machine, stored_programs
+from iresnet_jax.runs import machine
 from iresnet_jax.runs.config import Config
 
-stored_programs.LEAST_S, events = 0.0, []
+events = []
 flags = machine.compile_quickly()
 devices = machine.use_all_cores(Config())
 jax.jit(lambda x: x + 1)(1.0)  # compiled before the cache is there
-folder = stored_programs.keep_compiled_programs()
+folder = machine.cache_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
 print(len(flags), devices, jax.local_device_count(), machine.use_all_cores(Config()))
-print(folder if stored_programs.keep_compiled_programs() == folder else "another")
+print(folder, machine.cache_programs())  # once
 print(jax.jit(lambda x: jnp.sin(x) * 3)(2.0), events.count("cache_hits"))
 """
 
@@ -108,6 +109,7 @@ def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_p
     count = machine.num_devices(Config(), num_cores())
     assert devices == [count, count, 0]  # too late, once JAX has started
     assert folder.startswith(str(tmp_path / "cache" / "programs"))
+    assert folder.endswith(" None")  # the second call has nothing to do
     result, hits = computed.split()
     assert hits == "0"
 
@@ -120,6 +122,26 @@ def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_p
     used, again, computed = said(tmp_path, XLA_FLAGS=f"--xla_force_host_platform_device_count={count + 1}")
     assert used.split()[1:] == ["0", str(count + 1), "0"]
     assert (again, computed) == (folder, f"{result} 0")
+
+
+@pytest.mark.parametrize("where", ["switched off", "nowhere to write", "another folder"])
+def test_programs_are_not_kept_where_that_is_not_wanted_or_cannot_be(tmp_path, where):
+    parent = "/dev/null" if where == "nowhere to write" else tmp_path
+    settings = {
+        "switched off": {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        "another folder": {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "theirs")},
+    }
+    _, folders, _ = said(tmp_path, **{"IRESNET_JAX_CACHE_DIR": f"{parent}/cache", **settings.get(where, {})})
+    assert folders == "None None"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_old_programs_are_removed_at_a_start(tmp_path):
+    for age, name in enumerate(["newest", "new", "old"]):
+        (tmp_path / name).write_bytes(bytes(40))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    machine.remove_oldest(tmp_path, 100)
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "new"}
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -104,9 +104,14 @@ def activate(name: str, x: DoubleDouble, sharpness: DoubleDouble | None = None) 
 
     Returns:
         The values, and the slope of each output in its own input.
+
+    Raises:
+        ValueError: If the activation is none of this library's.
     """
     if name == "maxmin":
         return _maxmin(x)
+    if name not in _FUNCTIONS:
+        raise ValueError(f"certified errors know the activations {', '.join((*_FUNCTIONS, 'maxmin'))}, got {name!r}")
     return _FUNCTIONS[name](x, sharpness)
 
 

@@ -16,7 +16,7 @@ from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.platforms import quick_jit
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.training import parallel
@@ -241,7 +241,7 @@ def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[st
     }
 
 
-@quick_jit
+@fast_compile
 def evaluation_keys(
     key: Key[Array, ""],
     examples: Int[Array, " b"] | Int[np.ndarray, " b"],
