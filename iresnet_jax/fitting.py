@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.given import data_of
 from iresnet_jax.fit_arguments import checked_options, seed_of
 from iresnet_jax.fit_settings import (
     FIRST_SHARE,

@@ -9,13 +9,13 @@
 ``cifar:PATH``          the binary version of CIFAR-10 or CIFAR-100, a folder or the ``.tar.gz``
 ``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to be split; images of 8 bits
                         or floats, with contexts ``context_train`` or ``context``
-``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see `sources.array_files`
+``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see `sources`
 ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
 ======================  ==============================================================================================
 
-Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension always belong together. Image
-files are decoded once (`cache`). `splits` says how the validation split is made, and `batches` which examples a
-training step sees.
+Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension always belong together. Images
+of TFDS and image files are decoded once (`cache`). `splits` says how the validation split is made, and `batches` which examples
+a training step sees.
 """
 
 import dataclasses
@@ -23,15 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
-from iresnet_jax.data import cache
+from iresnet_jax.data import images, sources, tfds
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.sources import array_files, cifar, digits, idx, image_folder, tfds
 from iresnet_jax.data.toys import TOYS, Toy
 
 __all__ = ["DataSet", "Toy", "conditioned_on_labels", "load"]
 
-_IMAGES = {"idx": idx.source, "cifar": cifar.source, "folder": image_folder.source}
-_ARRAYS = {"npz": array_files.load_npz, "npy": array_files.load_npy, "csv": array_files.load_csv}
+_IMAGES = {"idx": images.load_idx, "cifar": images.load_cifar, "folder": images.load_folder}
+_ARRAYS = {"npz": sources.load_npz, "npy": sources.load_npy, "csv": sources.load_csv}
 
 
 def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, float] = (0.1, 0.1)) -> DataSet:
@@ -59,18 +58,19 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
     if name in TOYS:
         return DataSet.endless(TOYS[name])
     if name == "digits":
-        return digits.load()
+        return images.load_digits()
     kind, colon, path = name.partition(":")
     place = Path(data_dir or "", Path(path).expanduser()).expanduser()
     if colon and kind in _ARRAYS:
         return _ARRAYS[kind](place, name, fractions)
-    source = _IMAGES[kind](place, name) if colon and kind in _IMAGES else tfds.source(name, data_dir)
-    if source is None:
+    if colon and kind in _IMAGES:
+        return _IMAGES[kind](place, name)
+    if (found := tfds.load(name, data_dir)) is None:
         raise ValueError(
             f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} and others of TFDS, "
             f"the toys {', '.join(TOYS)}, and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
         )
-    return cache.load(source)
+    return found
 
 
 def conditioned_on_labels(data: DataSet) -> DataSet:

@@ -7,13 +7,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.checked_dataclasses import check_unmasked
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.splits import fraction_masks, validation_mask
 from iresnet_jax.data.tables import FAINT, Table, describe
-from iresnet_jax.models.columns import Column
+from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 
@@ -46,6 +48,7 @@ def from_arrays(
     columns: tuple[Column, ...] | None = None,
     bounds: Any = None,
     is_table: bool = False,
+    num_classes: int | None = None,
 ) -> DataSet:
     """The data set of arrays in memory.
 
@@ -60,6 +63,7 @@ def from_arrays(
         columns: Columns of the data frame that vectors are from.
         bounds: Ends of columns of a table, see `tables.describe`.
         is_table: Whether the density of vectors is to be fitted whose entries keep to their ranges, see `tables`.
+        num_classes: Classes where their publisher says how many there are; by default those of the labels, without gaps.
 
     Raises:
         ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
@@ -86,7 +90,9 @@ def from_arrays(
             chosen = validation_mask(len(seen["train"]))
             parts |= {"validation": parts["train"].take(chosen), "train": parts["train"].take(~chosen)}
     train = parts["train"]
-    classes = None if train.labels is None else _num_classes([part.labels for part in parts.values()])
+    labels = {split: part.labels for split, part in parts.items() if part.labels is not None}
+    if labels:
+        num_classes = _num_classes(np.concatenate(list(labels.values())), num_classes)
     levels, table = None, Table(None)
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values())
@@ -102,10 +108,10 @@ def from_arrays(
     data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
-        {split: part.labels.astype(np.int32) for split, part in parts.items() if part.labels is not None},
+        {split: of_split.astype(np.int32) for split, of_split in labels.items()},
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
-        num_classes=classes,
+        num_classes=num_classes,
         grid=table.grid,
     )
     notes = [*table.notes, *(f"entry {entry} of the context is constant and tells nothing: leave it out" for entry in constant)]
@@ -166,22 +172,24 @@ def _checked(arrays: Arrays) -> Arrays:
     return Arrays(x, labels, context)
 
 
-def _num_classes(labels: Sequence[Any]) -> int:
-    """The number of classes of all splits.
+def _num_classes(labels: np.ndarray, published: int | None) -> int:
+    """The number of classes, of labels of all splits.
 
     Raises:
-        ValueError: If there is one class alone, or numbers of classes are left out.
+        ValueError: If there is one class alone, numbers of classes are left out, or there are more than was published.
     """
-    present = np.unique(np.concatenate(labels))
+    present = np.unique(labels)
+    if published is not None and present[-1] >= published:
+        raise ValueError(f"labels must lie in 0 to {published - 1}, got {present[-1]}: the file is damaged, fetch it again")
     if len(present) < 2:
         raise ValueError(f"labels must be of 2 classes or more, and all are {present[0]}: leave them out")
-    if len(present) <= present[-1]:
+    if published is None and len(present) <= present[-1]:
         lacking = np.setdiff1d(np.arange(len(present)), present)[0]
         raise ValueError(
             f"labels must number the classes from 0 on without gaps, got none of {lacking} and {present[-1]} as the largest: "
             "number the classes with np.unique(labels, return_inverse=True)[1]"
         )
-    return len(present)
+    return published or len(present)
 
 
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
@@ -196,3 +204,71 @@ def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
             problem, remedy = "too large for single precision", "divide their columns by their standard deviations"
         raise ValueError(f"{len(wrong)} of the numbers of {what} are {problem}, the first in {place}: {remedy}")
     return floats
+
+
+# -------------------------------------------------------------------------------------------------- what a user gives
+
+
+def data_of(
+    x: Any,
+    labels: Any = None,
+    context: Any = None,
+    *,
+    validation: Any = None,
+    validation_fraction: float = 0.1,
+    bounds: Any = None,
+    is_density: bool = True,
+) -> DataSet:
+    """The data set of what was given.
+
+    Args:
+        x: Examples: an array, or a data frame whose columns are numbers, booleans or categories.
+        labels: Classes.
+        context: Contexts.
+        validation: Examples that validate, an array or a data frame like ``x``, or ``(x, labels, context)``.
+        validation_fraction: Share of the examples that validates, without.
+        bounds: Ends of columns, see `tables.describe`.
+        is_density: Whether a density without classes is to be fitted: entries of vectors then keep to their ranges.
+
+    Raises:
+        ValueError: If it does not fit together, or has no density; the message names the column.
+    """
+    columns = columns_of(x) if isinstance(x, Frame) else None
+    arrays = _arrays(columns, x, labels, context)
+    is_table = is_density and arrays.x.ndim == 2
+    if bounds is not None and not is_table:
+        raise ValueError("bounds are for densities of vectors without classes: leave them out")
+    splits: Arrays | dict[str, Arrays] = arrays
+    if validation is not None:
+        if isinstance(validation, list) and any(np.ndim(part) >= arrays.x.ndim for part in validation):
+            raise ValueError(
+                "validation must be like x, or a tuple (x, labels, context), got a list: None is what there is not"
+            )
+        if isinstance(validation, tuple) and len(validation) == 2 and labels is None and context is not None:
+            raise ValueError("validation of a conditional density is (x, None, context): the second entry holds labels")
+        held_out = validation if isinstance(validation, tuple) else (validation,)
+        if not 1 <= len(held_out) <= 3:
+            raise ValueError(f"validation must be like x, or a tuple (x, labels, context), got {len(held_out)} entries")
+        splits = {"train": arrays, "validation": _arrays(columns, *held_out)}
+    fractions = validation_fraction, 0.0
+    return from_arrays(FITTED_ARRAY, splits, fractions=fractions, columns=columns, bounds=bounds, is_table=is_table)
+
+
+def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None) -> Arrays:
+    numbers = x if columns is None or not isinstance(x, Frame) else numbers_of(x, columns)
+    others = (None if given is None else _as_array(given, name) for given, name in ((labels, "labels"), (context, "context")))
+    return Arrays(_as_array(numbers, "x"), *others)
+
+
+def _as_array(given: Any, name: str) -> np.ndarray:
+    """What was given as an array; ``ValueError`` if it is none, has masked values, or is not known yet, under ``jax.jit``."""
+    if isinstance(given, jax.core.Tracer):
+        raise ValueError(f"{name} must be an array of numbers that are known: call fit outside of jax.jit")
+    check_unmasked(given, name)
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
+    if array.ndim == 0:
+        raise ValueError(f"{name} must be an array of numbers, got a {type(given).__name__}")
+    return array

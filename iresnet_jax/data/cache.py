@@ -1,45 +1,45 @@
-"""Images decoded once: every source is read through a cache that later runs only map into memory.
+"""Images decoded once: arrays of NumPy beside their files, which later runs only map into memory.
 
-The cache lies next to the data, or under the user's cache folder where that is not writable: ``IRESNET_JAX_CACHE_DIR`` if it is
-set, which then always holds, else ``$XDG_CACHE_HOME/iresnet_jax`` or ``~/.cache/iresnet_jax``. It may be deleted at any time.
-
-It is a folder of ``.npy`` files. ``record.json`` beside them holds the type, shape and SHA-256 of each array, the number of
-levels and classes, the fingerprint of these, and the state of the source files. Opening compares headers and file sizes with
-the record; it reads no pixels.
+They lie in a folder ``iresnet_jax.decoded-STATE`` beside the files, or in the user's cache folder where that is not writable:
+``IRESNET_JAX_CACHE_DIR`` if it is set, which then always holds, else ``$XDG_CACHE_HOME/iresnet_jax`` or
+``~/.cache/iresnet_jax``. Files that change have another ``STATE``. The folder may be deleted at any time.
 """
 
 import contextlib
-import errno
 import hashlib
-import itertools
 import json
 import logging
-import math
 import os
-import secrets
-import shutil
-import time
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.data import splits
-from iresnet_jax.data.dataset import DataSet, Splits, describe, fingerprint_of
-from iresnet_jax.data.sources.source import NUM_LEVELS, Source, checked
+from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.splits import SPLITS, validation_mask
 
-RECORD = "record.json"
 FOLDER_VARIABLE = "IRESNET_JAX_CACHE_DIR"
-_ABANDONED_AFTER_S = 3600  # a living writer touches its files far more often
-
-Layout = dict[str, tuple[str, tuple[int, ...]]]  # type and shape of arrays by name
+NUM_LEVELS = 256  # of images in files
+_RECORD = "record.json"
 
 _log = logging.getLogger(__name__)
 
 
-class DamagedCacheError(ValueError):
-    """A cache is incomplete or was altered."""
+class Contents(NamedTuple):
+    """Images in files, as their publisher split them.
+
+    Attributes:
+        num_examples: Number of images by the publisher's name of the split.
+        num_classes: Number of classes; None without labels.
+        read: Function that goes through a split: where each image is, for messages, the image ``(h, w, c)`` and its class.
+    """
+
+    num_examples: dict[str, int]
+    num_classes: int | None
+    read: Callable[[str], Iterator[tuple[str, np.ndarray, int | None]]]
 
 
 def user_folder() -> Path:
@@ -48,181 +48,107 @@ def user_folder() -> Path:
     return Path(os.environ.get(FOLDER_VARIABLE) or default).expanduser()
 
 
-def load(source: Source) -> DataSet:
-    """Maps a source's decoded images into memory, decoding them first if there is no valid cache of them.
+def decoded(name: str, folder: Path, files: Iterable[Path], contents: Callable[[], Contents]) -> DataSet:
+    """Maps decoded images into memory, and decodes them first if they are not there yet.
 
-    A cache that is incomplete, altered or made from other source files is made again. Of processes that start at once, the
-    others wait for the first where the file system can lock, and else each decodes.
+    Args:
+        name: Name of the data set.
+        folder: Folder of the files.
+        files: Files that hold the images: others of their names, sizes and times of change are decoded anew.
+        contents: Function that finds out what the files hold.
 
     Raises:
         ValueError: If the data are not images of one size with labels in range, in a training and a test split.
-        OSError: If the cache cannot be written anywhere.
+        OSError: If the arrays cannot be written.
     """
-    folders = _folders(source.cache_path)
-    if found := _find(folders, source):
-        return found
-    folder = _first_writable(folders, source)
-    with locked(folder):
-        found = _find([folder], source, quiet=True)  # another process may have been first
-        if found is None:
-            _decode(source, folder)
-            found = _find([folder], source)
-    if found is None:
-        raise OSError(f"the cache {folder} was replaced while it was written: is another program using the folder?")
-    return found
+    state = hashlib.sha256()
+    for file in sorted(files):
+        found = file.stat()
+        state.update(os.fsencode(file.relative_to(folder)) + f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    beside = folder / f"iresnet_jax.decoded-{state.hexdigest()[:16]}"
+    elsewhere = user_folder() / beside.name
+    places = [elsewhere] if os.environ.get(FOLDER_VARIABLE) else [beside, elsewhere]
+    for place in places:
+        if place.is_dir():
+            return _mapped(name, place)
+    place = beside if beside in places and os.access(folder, os.W_OK) else elsewhere
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place):  # of processes that start at once, the others wait for the first
+        if not place.is_dir():
+            _log.info("decoding %s into %s", name, place)
+            _decode(name, contents(), place)
+    return _mapped(name, place)
 
 
-def _folders(beside: Path) -> list[Path]:
-    """Folders where the cache may lie, the preferred one first."""
-    digest = hashlib.sha256(os.fsencode(beside.resolve())).hexdigest()[:12]
-    elsewhere = user_folder() / "-".join([*beside.parent.parts[-2:], digest]).lstrip("/")
-    return [elsewhere] if os.environ.get(FOLDER_VARIABLE) else [beside, elsewhere]
-
-
-def _first_writable(folders: list[Path], source: Source) -> Path:
-    for folder in folders:
-        parent = folder.parent
-        with contextlib.suppress(OSError):
-            parent.mkdir(parents=True, exist_ok=True)
-            # A folder without any permission to write was meant to stay as it is, even where root could.
-            if os.access(parent, os.W_OK) and parent.stat().st_mode & 0o222:
-                return folder
-    tried = " and ".join(str(folder.parent) for folder in folders)
-    raise OSError(f"cannot write the decoded images of {source.name} into {tried}: set {FOLDER_VARIABLE} to a writable folder")
-
-
-def _read(folder: Path, source: Source) -> DataSet | None:
-    """Maps a cache into memory; None if there is none, none that may be read, or one of other source files.
-
-    Raises:
-        DamagedCacheError: If a file is missing, does not have the size and header that the record says, or the record does not
-            match its own fingerprint.
-    """
+def _mapped(name: str, folder: Path) -> DataSet:
     try:
-        text = (folder / RECORD).read_bytes()
-    except OSError:
-        return None
-    try:
-        record = json.loads(text)
-        if record["source_state"] != source.state:
-            return None
-        levels = {name: record[name] for name in ("num_levels", "num_classes")}
-        if fingerprint_of(record["arrays"], **levels) != record["fingerprint"]:
-            raise ValueError(f"{RECORD} does not match its fingerprint")
-        arrays: dict[str, Splits] = {"examples": {}, "labels": {}}
-        for name, expected in record["arrays"].items():
-            path = folder / f"{name}.npy"
-            array = np.load(path, mmap_mode="r", allow_pickle=False)  # refuses a file shorter than its header says
-            if describe(array.dtype, array.shape, expected["sha256"]) != expected:
-                raise ValueError(f"{path.name} holds {array.dtype} of shape {array.shape}")
-            if path.stat().st_size != array.offset + array.nbytes:
-                raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {array.offset + array.nbytes}")
-            split, kind = name.rsplit("_", 1)
-            arrays[kind][split] = array.view(np.ndarray)
-        if (folder / RECORD).read_bytes() != text:
-            raise ValueError("it was replaced while it was read")
-        return DataSet.from_arrays(source.name, **arrays, **levels, fingerprint=record["fingerprint"])
-    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:
-        raise DamagedCacheError(f"the cache {folder} is incomplete or was altered: {type(error).__name__}: {error}") from None
+        arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
+        record = json.loads((folder / _RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged, delete it to have the images decoded again: {error}") from None
+    examples = {split: arrays[split] for split in SPLITS}
+    labels = {} if record["num_classes"] is None else {split: arrays[f"{split}_labels"] for split in SPLITS}
+    return DataSet.from_arrays(name, examples, labels, num_levels=NUM_LEVELS, **record)
 
 
-def _find(folders: list[Path], source: Source, *, quiet: bool = False) -> DataSet | None:
-    for folder in folders:
+def _decode(name: str, contents: Contents, place: Path) -> None:
+    """Writes the arrays into a temporary folder, which takes its place at the end: a writer that fails leaves nothing."""
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.") as temporary:
+        made = Path(temporary, "decoded")
+        made.mkdir()
+        _write(name, contents, made)
+        record = {"num_classes": contents.num_classes, "fingerprint": None}
+        (made / _RECORD).write_text(json.dumps(record))
+        record["fingerprint"] = _mapped(name, made).fingerprint
+        (made / _RECORD).write_text(json.dumps(record))
         try:
-            if found := _read(folder, source):
-                return found
-        except DamagedCacheError as error:
-            if not quiet:
-                _log.warning("%s; %s is decoded again", error, source.name)
-    return None
+            made.rename(place)
+        except OSError:
+            if not place.is_dir():  # otherwise another process was faster, where the file system cannot lock
+                raise
 
 
-def _decode(source: Source, folder: Path) -> None:
-    """Reads the source once, in pieces, and writes the cache."""
+def _write(name: str, contents: Contents, folder: Path) -> None:
+    """Writes ``train.npy``, ``train_labels.npy`` and so on.
+
+    "test" is the published test split, or the published validation split where there is no other, as for the downsampled
+    ImageNet. "validation" is the published one if that is still free, and else carved from the training split.
+    """
     from tqdm import tqdm  # needed here alone
 
-    _log.info("decoding %s into %s", source.name, folder)
-    contents = source.open()
-    routes = splits.routes(contents.num_examples, source.name)
-    chunks = checked(source.name, contents, routes)
-    first = next(chunks)  # for the size of its images
-
-    def pieces() -> Iterator[tuple[str, np.ndarray]]:
-        for published, rows, images, labels in itertools.chain([first], chunks):
-            progress.update(len(images))
-            for split, mask in routes[published].items():
-                yield f"{split}_examples", images[mask[rows]]
-                if labels is not None:
-                    yield f"{split}_labels", labels[mask[rows]]
-
-    layout: Layout = {}
-    for split, mask in (item for masks in routes.values() for item in masks.items()):
-        layout[f"{split}_examples"] = "uint8", (int(mask.sum()), *first[2].shape[1:])
-        if contents.num_classes is not None:
-            layout[f"{split}_labels"] = "int32", (int(mask.sum()),)
-    total = sum(contents.num_examples[published] for published in routes)
-    with tqdm(total=total, desc=f"decoding {source.name}", unit=" images", leave=False, disable=None) as progress:
-        _write(folder, source, layout, pieces(), contents.num_classes)
-
-
-def _write(
-    folder: Path, source: Source, layout: Layout, pieces: Iterable[tuple[str, np.ndarray]], num_classes: int | None
-) -> None:
-    """Writes a cache of pieces ``(name, rows)``, which together hold the rows of each array once, in order.
-
-    The files are written into a temporary folder, forced to the disk, and the folder is renamed at the end: a writer that fails
-    or is killed leaves the cache as it was. If several processes write the same data at once, the first to end wins.
-    """
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
-    incoming = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    digests = {name: hashlib.sha256() for name in layout}
-    try:
-        _remove_abandoned(folder)
-        if shutil.disk_usage(folder.parent).free < size:  # better noticed before an hour of decoding than after it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        incoming.mkdir()
-        with contextlib.ExitStack() as stack:
-            files = {name: stack.enter_context((incoming / f"{name}.npy").open("xb")) for name in layout}
-            for name, (dtype, shape) in layout.items():
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(files[name], header)
-            for name, rows in pieces:
-                content = np.ascontiguousarray(rows, layout[name][0]).reshape(-1).view(np.uint8).data
-                digests[name].update(content)
-                files[name].write(content)
-            arrays = {name: describe(*layout[name], digest.hexdigest()) for name, digest in digests.items()}
-            levels = {"num_levels": NUM_LEVELS, "num_classes": num_classes}
-            record = {"source_state": source.state, **levels, "arrays": arrays, "fingerprint": fingerprint_of(arrays, **levels)}
-            files[RECORD] = stack.enter_context((incoming / RECORD).open("xb"))
-            files[RECORD].write(json.dumps(record, indent=1).encode())
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        _put_in_place(incoming, folder, source)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the cache {folder} of {max(size / 1e6, 0.1):.1f} MB: {error.strerror or error}: "
-            f"make room, or set {FOLDER_VARIABLE} to a folder with room"
-        ) from error
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
-
-
-def _put_in_place(incoming: Path, folder: Path, source: Source) -> None:
-    with contextlib.suppress(DamagedCacheError):
-        if _read(folder, source):
-            return  # another process was faster
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        incoming.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise  # otherwise another process was faster by a moment
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes the temporary folders of writers that were killed."""
-    for temporary in folder.parent.glob(f"{folder.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - max(path.stat().st_mtime for path in (temporary, *temporary.iterdir())) > _ABANDONED_AFTER_S:
-                shutil.rmtree(temporary)
+    num = contents.num_examples
+    test = "test" if "test" in num else "validation"
+    if num.get("train", 0) < 2 or not num.get(test):
+        found = ", ".join(f"{count} in {split!r}" for split, count in num.items()) or "none"
+        raise ValueError(f"{name} needs images in the splits 'train' and 'test' or 'validation', and has {found}")
+    is_carved = test == "validation" or not num.get("validation")
+    held_out = validation_mask(num["train"]) if is_carved else np.zeros(num["train"], bool)
+    num_held_out = int(held_out.sum()) if is_carved else num["validation"]
+    sizes = {"train": int((~held_out).sum()), "validation": num_held_out, "test": num[test]}
+    labels: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    shape = None
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context((folder / f"{split}.npy").open("wb")) for split in SPLITS}
+        for published in (split for split in SPLITS if num.get(split)):
+            images = tqdm(contents.read(published), f"decoding {name}", num[published], leave=False, disable=None)
+            for number, (where, image, label) in enumerate(images):
+                if shape is None:
+                    shape = image.shape
+                    for split, file in files.items():
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (sizes[split], *shape)}
+                        np.lib.format.write_array_header_1_0(file, header)
+                if image.dtype != np.uint8 or image.shape != shape:
+                    raise ValueError(
+                        f"{where} has {image.dtype} pixels of shape {image.shape}, and the first image of {name} uint8 ones of "
+                        f"shape {shape}: give all images one size and 8-bit pixels"
+                    )
+                split = "test" if published == test else published
+                split = "validation" if published == "train" and held_out[number] else split
+                files[split].write(np.ascontiguousarray(image).data)
+                labels[split].append(label)
+    if (num_classes := contents.num_classes) is None:
+        return
+    for split, found in labels.items():
+        if min(found) < 0 or max(found) >= num_classes:
+            raise ValueError(f"classes of {name} must lie in 0 to {num_classes - 1}, got {min(found)} to {max(found)}")
+        np.save(folder / f"{split}_labels.npy", np.array(found, np.int32))

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
-from numpy.typing import DTypeLike
 
 from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
@@ -77,9 +76,8 @@ class DataSet:
             arrays = {f"{split}_examples": array for split, array in examples.items()}
             arrays |= {f"{split}_labels": array for split, array in labels.items()}
             arrays |= {f"{split}_contexts": array for split, array in (contexts or {}).items()}
-            hashes = {name: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}
-            described = {name: describe(array.dtype, array.shape, hashes[name]) for name, array in arrays.items()}
-            fingerprint = fingerprint_of(described, num_levels=num_levels, num_classes=num_classes)
+            described = {key: _content(array) for key, array in arrays.items()}
+            fingerprint = _hash({"num_levels": num_levels, "num_classes": num_classes, "arrays": described})
         event_shape = examples["train"].shape[1:]
         return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
 
@@ -165,14 +163,9 @@ def _permutation(num: int, key: PRNGKeyArray) -> Array:
     return jax.random.permutation(key, num)
 
 
-def describe(dtype: DTypeLike, shape: tuple[int, ...], sha256: str) -> dict[str, Any]:
-    """Returns what `fingerprint_of` knows of an array: its type, its shape and the SHA-256 of its bytes in C order."""
-    return {"dtype": np.dtype(dtype).name, "shape": list(shape), "sha256": sha256}
-
-
-def fingerprint_of(arrays: dict[str, dict[str, Any]], *, num_levels: int | None, num_classes: int | None) -> str:
-    """Returns the fingerprint of a data set from `describe` of its arrays, by names such as ``train_examples``."""
-    return _hash({"num_levels": num_levels, "num_classes": num_classes, "arrays": arrays})
+def _content(array: np.ndarray) -> dict[str, Any]:
+    sha256 = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": sha256}
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From the splits that a data set was published with to "train", "validation" and "test"."""
+"""Examples of "train", "validation" and "test", chosen by their number alone."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 _SALT = "iresnet_jax/validation"  # part of the definition of the split: changing it invalidates every reported number
 _MOST_VALIDATION = 5000
 
-Routes = dict[str, dict[str, Bool[np.ndarray, " _"]]]
+SPLITS = ("train", "validation", "test")
 
 
 def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
@@ -54,37 +54,6 @@ def by_digest(num: int, salt: str = _SALT) -> Int[np.ndarray, " n"]:
     """The numbers below ``num`` by the SHA-256 of "<salt>:<number>": an order that looks random and never changes."""
     digests = [hashlib.sha256(f"{salt}:{index}".encode()).digest() for index in range(num)]
     return np.array(sorted(range(num), key=digests.__getitem__), int)
-
-
-def routes(num_examples: dict[str, int], name: str) -> Routes:
-    """Says which of our splits the examples of each published split go to; a published split that is left out is not read.
-
-    "test" is the published test split, or the published validation split where there is no other, as for the downsampled
-    ImageNet. "validation" is the published one if that is still free, and else carved from the training split: it never
-    touches the test split.
-
-    Args:
-        num_examples: Number of examples of each published split, by name.
-
-    Returns:
-        Masks ``{published: {ours: mask of its examples}}``; training examples come first.
-
-    Raises:
-        ValueError: If the training or the test split is missing or has too few examples.
-    """
-    test = "test" if "test" in num_examples else "validation"
-    for split, least in (("train", 2), (test, 1)):
-        if split not in num_examples:
-            found = ", ".join(map(repr, sorted(num_examples))) or "none"
-            missing = "'train'" if split == "train" else "'test' (nor 'validation')"
-            raise ValueError(f"{name} has no split {missing}: it has {found}, and both 'train' and 'test' are needed")
-        if num_examples[split] < least:
-            raise ValueError(f"split {split!r} of {name} holds {num_examples[split]} examples: at least {least} are needed")
-    everything = {split: np.ones(num, bool) for split, num in num_examples.items()}
-    if test == "test" and num_examples.get("validation"):
-        return {split: {split: everything[split]} for split in ("train", "validation", "test")}
-    held_out = validation_mask(num_examples["train"])
-    return {"train": {"train": ~held_out, "validation": held_out}, test: {"test": everything[test]}}
 
 
 def some_rows(num: int, most: int) -> Int[np.ndarray, " _"]:

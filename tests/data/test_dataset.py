@@ -1,12 +1,8 @@
 """The data set that training and evaluation see: images and toys behind one value, and what they are known by."""
 
-import os
-import shutil
-
 import jax
 import numpy as np
 import pytest
-from image_sets import write_idx
 
 from iresnet_jax import data
 from iresnet_jax.data.dataset import DataSet
@@ -52,41 +48,6 @@ def test_fingerprints_are_pinned():
     assert data.load("digits").fingerprint == "84b4816d5cfd35a96837a6074ea70492b45f5b7772b7668ff067c90ba575c038"
     assert data.load("moons").fingerprint == "3d126f0fd0a487d2ffd1fac837b0271c44af2cb1e803c5c6e196576b2302e265"
     assert len({data.load(name).fingerprint for name in TOYS}) == len(TOYS)
-
-
-def test_fingerprint_of_files_is_that_of_their_content(tmp_path):
-    train, test = ((IMAGES[split][..., 0], LABELS[split].astype(np.uint8)) for split in ("train", "test"))
-    name = f"idx:{write_idx(tmp_path / 'a', train, test)}"
-    first = data.load(name)
-    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("*decoded"))
-    for path in (tmp_path / "elsewhere").iterdir():
-        os.utime(path, (1e9, 1e9))
-    np.savez(tmp_path / "c.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
-    same = [
-        data.load(name),  # from the cache
-        make(first.examples, first.labels),
-        data.load(f"idx:{tmp_path}/elsewhere"),
-        data.load(f"idx:{write_idx(tmp_path / 'packed', train, test, suffix='.gz')}"),
-        data.load(f"npz:{tmp_path}/c.npz"),
-    ]
-    assert {found.fingerprint for found in same} == {first.fingerprint}
-    path = tmp_path / "a" / "t10k-images-idx3-ubyte"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert data.load(name).fingerprint != first.fingerprint
-
-
-def test_floats_in_an_npz_have_the_names_of_images(tmp_path):
-    x, y = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32), np.arange(8) % 2
-    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_val=x[:3], y_val=y[:3], x_test=x[:2], y_test=y[:2])
-    np.savez(tmp_path / "b.npz", train_images=x, train_labels=y, val_images=x[:3], val_labels=y[:3])
-    for name in ("a", "b"):
-        found = data.load(f"npz:{tmp_path}/{name}.npz")
-        np.testing.assert_array_equal(found.examples["train"], x)
-        np.testing.assert_array_equal(found.examples["validation"], x[:3])
-        np.testing.assert_array_equal(found.labels["validation"], y[:3])
-    np.savez(tmp_path / "c.npz", train_images=x, context_train=-x, val_images=x[:3], context_val=-x[:3])
-    np.testing.assert_array_equal(data.load(f"npz:{tmp_path}/c.npz").contexts["validation"], -x[:3])
 
 
 # Examples -----------------------------------------------------------------------------------------------------------------

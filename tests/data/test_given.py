@@ -11,7 +11,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.transforms.bounded import Bounds
-from iresnet_jax.data.given import data_of
+from iresnet_jax.data.arrays import data_of
 
 RNG = np.random.default_rng(0)
 # One small program for each number of columns.

@@ -25,36 +25,3 @@ def test_fractions_depend_on_the_number_alone_and_their_parts_are_disjoint():
     ):
         with pytest.raises(ValueError, match=message):
             splits.fraction_masks(num, fractions)
-
-
-@pytest.mark.parametrize(
-    ("published", "ours"),
-    [
-        ({"train": 100, "test": 10}, {"train": {"train": 90, "validation": 10}, "test": {"test": 10}}),
-        (
-            {"train": 100, "validation": 20, "test": 10, "extra": 5},
-            {"train": {"train": 100}, "validation": {"validation": 20}, "test": {"test": 10}},
-        ),
-        # As the downsampled ImageNet.
-        ({"train": 100, "validation": 20}, {"train": {"train": 90, "validation": 10}, "validation": {"test": 20}}),
-    ],
-)
-def test_validation_never_comes_from_the_test_split(published, ours):
-    routes = splits.routes(published, "x")
-    assert {split: {name: int(mask.sum()) for name, mask in masks.items()} for split, masks in routes.items()} == ours
-    for masks in routes.values():
-        assert np.all(sum(mask.astype(int) for mask in masks.values()) == 1)
-
-
-@pytest.mark.parametrize(
-    ("published", "message"),
-    [
-        ({"train": 9}, r"no split 'test' \(nor 'validation'\): it has 'train'"),
-        ({}, "no split 'train': it has none"),
-        ({"train": 1, "test": 9}, "'train' of x holds 1"),
-        ({"train": 9, "test": 0}, "'test' of x holds 0"),
-    ],
-)
-def test_missing_and_empty_splits_are_named(published, message):
-    with pytest.raises(ValueError, match=message):
-        splits.routes(published, "x")

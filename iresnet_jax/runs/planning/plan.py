@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import conditioned_on_labels
+from iresnet_jax.data import conditioned_on_labels, tfds
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.sources import tfds
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.hosts import Wish, with_wishes

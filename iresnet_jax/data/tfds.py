@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from iresnet_jax.atomic_files import locked
+from iresnet_jax.data.cache import Contents, decoded
 from iresnet_jax.data.dataset import DataSet, Splits
-from iresnet_jax.data.sources.source import CHUNK, Chunk, Contents, Source, check_path
 
 _FORMAT = "array_record"
+_CHUNK = 1024  # images read at once
 _SQUARE, _COLOUR = (28, 28, 1), (32, 32, 3)
 CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {  # shape of an image, and number of classes
     "mnist": (_SQUARE, 10),
@@ -33,8 +34,8 @@ CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {  # shape of an
 _NUM_STAND_INS = 256
 
 
-def source(name: str, data_dir: str | None = None) -> Source | None:
-    """Finds a data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
+def load(name: str, data_dir: str | None = None) -> DataSet | None:
+    """A data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
 
     The newest version that is prepared is used. If none is, it is downloaded and prepared, with the progress bar of TFDS.
 
@@ -43,22 +44,20 @@ def source(name: str, data_dir: str | None = None) -> Source | None:
         data_dir: Folder of prepared data sets; by default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Returns:
-        Source of the images; None if TFDS has no such data set and none was prepared under that name.
+        The data set; None if TFDS has no such data set and none was prepared under that name.
 
     Raises:
-        ValueError: If it must be prepared but is no image classification data set, or TensorFlow is not installed.
+        ValueError: If it is no image classification data set, cannot be read, or TensorFlow is needed and not installed.
         RuntimeError: If it cannot be downloaded or prepared.
     """
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         return None
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    if root.exists():
-        check_path(root, name, is_folder=True)
     folder = _find(root, name) or _prepare(root, name)
     if folder is None:
         return None
     files = [path for path in folder.iterdir() if path.suffix == ".json" or f".{_FORMAT}-" in path.name]
-    return Source.of_files(name, folder, files, lambda: _contents(name, folder))
+    return decoded(name, folder, files, lambda: _contents(name, folder))
 
 
 def stand_in(name: str) -> DataSet | None:
@@ -123,13 +122,14 @@ def _contents(name: str, folder: Path) -> Contents:
         builder: Any = tfds.builder_from_directory(folder)
     image_key, label_key = _keys(builder.info, name)
 
-    def read(split: str) -> Iterator[Chunk]:
+    def read(split: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
         with _explaining(name, folder):
             records = builder.as_data_source(split)
-            for start in range(0, len(records), CHUNK):
-                examples = records.__getitems__(range(start, min(start + CHUNK, len(records))))
-                labels = np.array([example[label_key] for example in examples]) if label_key else None
-                yield [example[image_key] for example in examples], labels
+            for start in range(0, len(records), _CHUNK):
+                examples = records.__getitems__(range(start, min(start + _CHUNK, len(records))))
+                for number, example in enumerate(examples, start):
+                    label = int(example[label_key]) if label_key else None
+                    yield f"image {number} of the split {split!r} of {name}", example[image_key], label
 
     num_classes = builder.info.features[label_key].num_classes if label_key else None
     return Contents({split: found.num_examples for split, found in builder.info.splits.items()}, num_classes, read)

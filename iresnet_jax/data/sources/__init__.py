@@ -1,1 +1,0 @@
-"""Where image data come from: one file for each format, and what all of them have to say in `source`."""

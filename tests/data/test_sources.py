@@ -1,0 +1,535 @@
+"""Published images in every format that is read, arrays and tables in files, and what is wrong with them in one sentence."""
+
+import functools
+import gzip
+import hashlib
+import io
+import os
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from iresnet_jax import data
+from iresnet_jax.data.images import read_idx, split_digits
+from iresnet_jax.data.splits import SPLITS, validation_mask
+
+REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR")
+
+
+@pytest.fixture(autouse=True)
+def _no_other_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("IRESNET_JAX_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+
+# Images in all formats --------------------------------------------------------------------------------------------------
+
+
+def examples(num, shape, seed=0):
+    """Random images sorted by class, as folders of classes give them, of which all ten occur."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (num, *shape), np.uint8), np.sort(np.arange(num) % 10).astype(np.uint8)
+
+
+GREY = examples(40, (28, 28, 1)), examples(10, (28, 28, 1), seed=1)
+COLOUR = examples(40, (32, 32, 3)), examples(10, (32, 32, 3), seed=1)
+
+
+def idx_bytes(array, kind=8):
+    return bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_idx(folder, train, test, *, ending="", separator="-"):
+    """Images and labels as the files of MNIST are called."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for prefix, (images, labels) in (("train", train), ("t10k", test)):
+        for kind, array in (("images", images[..., 0]), ("labels", labels)):
+            content = idx_bytes(array)
+            path = folder / f"{prefix}-{kind}{separator}idx{array.ndim}-ubyte{ending}"
+            path.write_bytes(gzip.compress(content) if ending else content)
+    return f"idx:{folder}"
+
+
+def write_npz(folder, train, test):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "a.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
+    return f"npz:{folder}/a.npz"
+
+
+def cifar_records(images, labels, before=b""):
+    """The label, then the red, the green and the blue plane of each image."""
+    return [before + bytes([label]) + image.transpose(2, 0, 1).tobytes() for image, label in zip(images, labels, strict=True)]
+
+
+def cifar10_files(train, test):
+    records = cifar_records(*train)
+    files = {f"data_batch_{i + 1}.bin": b"".join(records[8 * i : 8 * i + 8]) for i in range(5)}
+    return {**files, "test_batch.bin": b"".join(cifar_records(*test)), "batches.meta.txt": b"airplane\n"}
+
+
+def write_cifar(folder, train, test, change=lambda files: files):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for name, content in change(cifar10_files(train, test)).items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return f"cifar:{folder}/cifar-10-binary.tar.gz"
+
+
+def write_unpacked_cifar(folder, train, test):
+    write_cifar(folder, train, test)
+    with tarfile.open(folder / "cifar-10-binary.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return f"cifar:{folder}"
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+
+
+def write_folder(folder, train, test):
+    for split, (images, labels) in (("train", train), ("test", test)):
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            save(folder / split / f"class{label}" / f"{number:03d}.png", image)
+    (folder / "train/class0/notes.txt").touch()
+    (folder / "train/class0/._001.png").touch()
+    save(folder / "train/.ipynb_checkpoints/000.png", train[0][0])
+    return f"folder:{folder}"
+
+
+@functools.cache
+def tfds():
+    """TFDS, imported by the one process that runs this file, and not by all, which collect it."""
+    import tensorflow_datasets
+
+    return tensorflow_datasets
+
+
+def write_tfds(folder, train, test, *, version="3.0.1", shards=1, test_split="test", **features):
+    """A prepared data set, by the writer of TFDS."""
+    place = folder.parent / "tfds" / "mnist" / version
+    place.mkdir(parents=True)
+    identity = tfds().core.dataset_info.DatasetIdentity(name="mnist", version=version, data_dir=str(place), module_name="")
+    kinds = {"image": tfds().features.Image(shape=(None, None, train[0].shape[-1]))}
+    if train[1] is not None:
+        kinds |= {"label": tfds().features.ClassLabel(num_classes=10), "id": tfds().features.Text(), **features}
+    info = tfds().core.DatasetInfo(
+        builder=identity,
+        features=tfds().features.FeaturesDict(kinds),
+        supervised_keys=("image", "label") if train[1] is not None else None,
+    )
+    size = -(-len(train[0]) // shards)
+    writer = tfds().core.SequentialWriter(info, max_examples_per_shard=size, overwrite=True, file_format="array_record")
+    records = {split: [] for split in ("train", test_split)}
+    for split, (images, labels) in zip(records, (train, test), strict=True):
+        for number, image in enumerate(images):
+            encoded = io.BytesIO()  # as TFDS takes an image where TensorFlow is not installed
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(encoded, "PNG")
+            encoded.seek(0)
+            others = {} if labels is None else {"label": labels[number], "id": "x"}
+            records[split].append({"image": encoded, **others})
+    writer.initialize_splits(list(records))
+    writer.add_examples(records)
+    writer.close_all()
+    return "mnist"
+
+
+def assert_holds(loaded, train, test):
+    """The published examples, each in its split and with its label, in order."""
+    held_out = validation_mask(len(train[0]))
+    expected = {"train": (train, ~held_out), "validation": (train, held_out), "test": (test, slice(None))}
+    assert set(loaded.examples) == set(expected)
+    for split, ((images, labels), rows) in expected.items():
+        np.testing.assert_array_equal(loaded.examples[split], images[rows])
+        assert loaded.examples[split].dtype == np.uint8
+        if labels is not None:
+            np.testing.assert_array_equal(loaded.labels[split], labels[rows])
+            assert loaded.labels[split].dtype == np.int32
+    assert (loaded.num_levels, loaded.num_classes) == (256, None if train[1] is None else 10)
+
+
+FORMATS = {
+    "idx": (write_idx, GREY),
+    "idx, compressed": (functools.partial(write_idx, ending=".gz"), GREY),
+    "idx, as some archives unpack": (functools.partial(write_idx, separator="."), GREY),
+    "npz": (write_npz, GREY),
+    "npz, colour": (write_npz, COLOUR),
+    "cifar": (write_cifar, COLOUR),
+    "cifar, unpacked": (write_unpacked_cifar, COLOUR),
+    "folder": (write_folder, GREY),
+    "folder, colour": (write_folder, COLOUR),
+    "tfds": (write_tfds, GREY),
+    "tfds, colour in three files": (functools.partial(write_tfds, shards=3), COLOUR),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_gives_the_published_images_and_one_fingerprint(tmp_path, form):
+    write, (train, test) = FORMATS[form]
+    name = write(tmp_path / "set", train, test)
+    first = data.load(name)
+    assert_holds(first, train, test)
+    again = data.load(name)  # decoded images are mapped
+    assert_holds(again, train, test)
+    of_arrays = data.load(write_npz(tmp_path / "other", train, test))
+    assert first.fingerprint == again.fingerprint == of_arrays.fingerprint
+    assert (first.name, first.event_shape) == (name, train[0].shape[1:])
+
+
+def test_relative_paths_start_from_the_folder_of_data(tmp_path):
+    write_idx(tmp_path / "mnist", *GREY)
+    assert_holds(data.load("idx:mnist", data_dir=str(tmp_path)), *GREY)
+
+
+def test_cifar100_has_the_fine_label_second(tmp_path):
+    for (images, labels), name in zip(COLOUR, ("train", "test"), strict=True):
+        (tmp_path / f"{name}.bin").write_bytes(b"".join(cifar_records(images, labels + 90, before=b"\3")))
+    loaded = data.load(f"cifar:{tmp_path}")
+    np.testing.assert_array_equal(loaded.examples["test"], COLOUR[1][0])
+    np.testing.assert_array_equal(loaded.labels["test"], COLOUR[1][1] + 90)
+    assert loaded.num_classes == 100
+
+
+def test_a_folder_without_classes_and_with_validation(tmp_path):
+    published = {name: examples(12, (5, 5, 1), seed=i)[0] for i, name in enumerate(("train", "val", "test"))}
+    for name, images in published.items():
+        for number, image in enumerate(images):
+            save(tmp_path / name / f"{number:02d}.png", image)
+    os.rename(
+        tmp_path / "train/00.png", os.fsencode(tmp_path / "train") + b"/\xff.png"
+    )  # a name that is no UTF-8, the last one
+    loaded = data.load(f"folder:{tmp_path}")
+    np.testing.assert_array_equal(loaded.examples["train"], np.roll(published["train"], -1, axis=0))
+    np.testing.assert_array_equal(loaded.examples["validation"], published["val"])
+    assert (loaded.num_classes, loaded.labels) == (None, {})
+
+
+def test_npz_with_the_names_of_medmnist_keeps_its_validation_split(tmp_path):
+    published = {name: examples(20, (4, 4, 3), seed=i) for i, name in enumerate(("train", "val", "test"))}
+    images = {f"{name}_images": found for name, (found, _) in published.items()}
+    labels = {f"{name}_labels": found[:, None] for name, (_, found) in published.items()}
+    np.savez_compressed(tmp_path / "a.npz", **images, **labels)
+    loaded = data.load(f"npz:{tmp_path}/a.npz")
+    for split, (of_split, labels) in zip(SPLITS, published.values(), strict=True):
+        np.testing.assert_array_equal(loaded.examples[split], of_split)
+        np.testing.assert_array_equal(loaded.labels[split], labels)
+
+
+def test_idx_header_is_big_endian(tmp_path):
+    """Bytes as they stand in the description of the format, not made by the writer above."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 10, 11, 12, 20, 21, 22]))
+    np.testing.assert_array_equal(read_idx(path), [[[10, 11, 12]], [[20, 21, 22]]])
+
+
+# Digits -------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_keep_their_labels_and_lose_no_image():
+    pixels, classes = load_digits(return_X_y=True)
+    digits = data.load("digits")
+    assert (digits.num_levels, digits.num_classes, digits.event_shape) == (17, 10, (8, 8, 1))
+    assert [len(digits.examples[split]) for split in SPLITS] == [1257, 180, 360]
+    images, labels = (np.concatenate([found[split] for split in SPLITS]) for found in (digits.examples, digits.labels))
+    places = np.concatenate([split_digits(classes)[split] for split in SPLITS])
+    np.testing.assert_array_equal(images.reshape(-1, 64), pixels[places])
+    np.testing.assert_array_equal(labels, classes[places])
+
+
+def test_the_split_of_digits_is_stratified_disjoint_and_pinned():
+    """Reported numbers belong to this very split: if the checksum changes, they are void."""
+    _, classes = load_digits(return_X_y=True)
+    splits = split_digits(classes)
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(splits.values()))), np.arange(1797))
+    for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+        assert np.all(np.abs(np.bincount(classes[splits[split]]) - share * np.bincount(classes)) < 2)
+    text = ";".join(",".join(map(str, splits[split])) for split in SPLITS)
+    assert hashlib.sha256(text.encode()).hexdigest() == "09a06fde5fa3dcec27f9c7b1527dd6c48812d3508dc392a3b03ed59dca8a5da9"
+
+
+# TFDS ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_images_without_labels_and_test_split_as_downsampled_imagenet(tmp_path):
+    train, valid = (COLOUR[0][0], None), (COLOUR[1][0], None)
+    assert_holds(data.load(write_tfds(tmp_path / "set", train, valid, test_split="validation")), train, valid)
+
+
+def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
+    write_tfds(tmp_path / "set", examples(20, (28, 28, 1), seed=5), GREY[1], version="3.0.9")
+    write_tfds(tmp_path / "set", *GREY, version="3.0.10")
+    (tmp_path / "tfds/mnist/incomplete.3.0.11").mkdir()
+    assert_holds(data.load("mnist", data_dir=str(tmp_path / "tfds")), *GREY)
+    assert len(data.load("mnist:3.0.9").examples["train"]) == 18
+
+
+@pytest.mark.skipif(not REAL_DATA_DIR, reason="TFDS_DATA_DIR names no folder of prepared data sets")
+def test_real_mnist(tmp_path, monkeypatch):
+    """What the published images are known by: their mean and deviation, and the counts of the classes."""
+    if not list(Path(REAL_DATA_DIR, "mnist").glob("*/*.array_record-*")):
+        pytest.skip(f"no mnist in array_record under TFDS_DATA_DIR={REAL_DATA_DIR}")
+    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
+    loaded = data.load("mnist", data_dir=REAL_DATA_DIR)
+    sizes = {split: len(images) for split, images in loaded.examples.items()}
+    assert sizes == {"train": 55_000, "validation": 5000, "test": 10_000}
+    published = np.concatenate([loaded.examples["train"], loaded.examples["validation"]])
+    assert published.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert published.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+    assert np.bincount(loaded.labels["test"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("*-train.array_record-*", lambda content: bytes(len(content))),
+        ("*-train.array_record-*", lambda content: content[:-70_000]),
+        ("dataset_info.json", lambda content: b"{"),
+        ("dataset_info.json", lambda content: content.replace(b"array_record", b"tfrecord")),
+    ],
+)
+def test_what_cannot_be_read_is_to_be_prepared_again(tmp_path, file, damage):
+    write_tfds(tmp_path / "set", *GREY)
+    folder = tmp_path / "tfds/mnist/3.0.1"
+    path = next(folder.glob(file))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"cannot read mnist in {folder}, delete that folder"):
+        data.load("mnist")
+    assert not list(folder.glob("*decoded*/*"))
+
+
+@pytest.mark.parametrize("has_tensorflow", [True, False])
+def test_what_is_not_prepared_is_prepared_once_where_tensorflow_is_installed(tmp_path, monkeypatch, has_tensorflow):
+    prepared = []
+
+    def prepare(builder, *, file_format):
+        prepared.append(file_format)
+        write_tfds(tmp_path / "set", *GREY)
+
+    monkeypatch.setattr(tfds().core.DatasetBuilder, "download_and_prepare", prepare)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: has_tensorflow or None)
+    if not has_tensorflow:
+        with pytest.raises(ValueError, match=rf"mnist is not prepared in {tmp_path}/tfds, .* 'iresnet_jax\[prepare\]'"):
+            data.load("mnist")
+        return
+    for _ in range(2):
+        assert_holds(data.load("mnist"), *GREY)
+    assert prepared == ["array_record"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("downsampled_imagenet/31x31", "downsampled_imagenet has .* the configurations 32x32, 64x64"),
+        ("mnist:9.9.9", "TFDS has no mnist:9.9.9: mnist has version 3.0.1"),
+        ("ag_news_subset", "ag_news_subset is not a data set of images with classes: its features are description,"),
+    ],
+)
+def test_unknown_versions_and_other_kinds_of_data_are_refused_before_any_download(name, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name)
+
+
+# Arrays and tables --------------------------------------------------------------------------------------------------------
+
+X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+
+
+def csv(path, rows, header=None):
+    lines = [header] if header else []
+    path.write_text("\n".join([*lines, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return f"csv:{path}"
+
+
+def test_one_file_is_split_by_fraction(tmp_path):
+    np.save(tmp_path / "mine.npy", X)
+    np.savez(tmp_path / "mine.npz", x=X)
+    names = [f"npy:{tmp_path}/mine.npy", f"npz:{tmp_path}/mine.npz", csv(tmp_path / "mine.csv", X.astype(str))]
+    sets = [data.load(name, fractions=(0.2, 0.1)) for name in names]
+    assert {split: len(rows) for split, rows in sets[0].examples.items()} == {"train": 42, "validation": 12, "test": 6}
+    assert len({found.fingerprint for found in sets}) == 1
+
+
+def test_a_folder_holds_a_file_a_split_with_labels_and_contexts(tmp_path):
+    for split, rows in {"train": slice(0, 40), "validation": slice(40, 50), "test": slice(50, 60)}.items():
+        np.save(tmp_path / f"{split}.npy", X[rows])
+        np.save(tmp_path / f"{split}_labels.npy", (X[rows, 0] > 0).astype(int))
+        np.save(tmp_path / f"{split}_context.npy", X[rows, :1])
+    found = data.load(f"npy:{tmp_path}")
+    np.testing.assert_array_equal(found.examples["test"], X[50:])
+    np.testing.assert_array_equal(found.labels["test"], X[50:, 0] > 0)
+    np.testing.assert_array_equal(found.contexts["validation"], X[40:50, :1])
+    assert (found.num_classes, found.context_dim) == (2, 1)
+
+
+@pytest.mark.parametrize(("train", "validation"), [("x_train", "x_val"), ("train_images", "val_images")])
+def test_an_npz_file_holds_floats_and_contexts_by_split(tmp_path, train, validation):
+    examples_of = {train: X[:50], validation: X[50:]}
+    np.savez(tmp_path / "a.npz", **examples_of, context_train=-X[:50], context_val=-X[50:])
+    found = data.load("npz:a.npz", str(tmp_path))
+    assert {split: len(rows) for split, rows in found.examples.items()} == {"train": 50, "validation": 10}
+    for split, rows in found.examples.items():
+        np.testing.assert_array_equal(found.contexts[split], -rows)
+
+
+def test_a_header_names_columns_classes_and_contexts(tmp_path):
+    rows = [[*x, label, 0.5 * x[0]] for x, label in zip(X.tolist(), [0, 1] * 30, strict=True)]
+    found = data.load(csv(tmp_path / "a.csv", rows, "height,7,label,context_age"))
+    assert (found.event_shape, found.num_classes, found.context_dim) == ((2,), 2, 1)
+    np.testing.assert_allclose(found.contexts["train"][:, 0], 0.5 * found.examples["train"][:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n3,\n", "row 2, column b of .* holds ''"),
+        ("1,NA\n3,4\n", "row 1, column 2 of .* holds 'NA'"),
+        ("a,b\n1,2\n3,x\n", "holds 'x'"),
+        ("1,2\n3\n", "row 2 of .* has 1 columns"),
+        ("a,b\n", "no rows"),
+        ("a,label\n1.5,0\n2.5,0.5\n", "whole numbers"),
+        ("é,b\n1,2\n", "no table in UTF-8"),
+        ('a,b\n1,"2\n' + 40_000 * "3,4\n", "no table in UTF-8: field larger than"),
+        (",a,b\n0,1,2\n1,3,4\n", "column 1 of .* has no name, .* index=False"),
+    ],
+)
+def test_wrong_tables_are_refused_with_row_and_column(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=message):
+        data.load(f"csv:{tmp_path}/a.csv")
+
+
+# Mistakes -----------------------------------------------------------------------------------------------------------------
+
+TWO_IMAGES = idx_bytes(np.zeros((2, 3, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TWO_IMAGES[:-1], r"2 x 3 x 3 = 18 bytes .* holds 17"),
+        (TWO_IMAGES + b"\0", "holds 19"),
+        (TWO_IMAGES[:9], "holds -7"),
+        (idx_bytes(np.zeros((2, 3), np.float32), kind=13), "not an IDX file of unsigned bytes"),
+        (b"<html>not found</html>", "not an IDX file"),
+        # Without the time of day, which would give the test another name in every process.
+        (gzip.compress(TWO_IMAGES, mtime=0)[:-5], "not an intact gzip file"),
+        (b"", "not an IDX file"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_idx(path)
+
+
+def without_labels(folder):
+    (folder / "train-labels-idx1-ubyte").unlink()
+
+
+def with_images_for_labels(folder):
+    (folder / "train-labels-idx1-ubyte").write_bytes((folder / "train-images-idx3-ubyte").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_labels, r"needs the file train-labels-idx1-ubyte\[.gz\] in .* train split"),
+        (with_images_for_labels, r"labels must be 40 integers .* got uint8 of shape \(40, 28, 28\)"),
+        (lambda folder: (folder / "emnist-train-images-idx3-ubyte").touch(), "emnist-train-images-idx3-ubyte and train-images"),
+    ],
+)
+def test_missing_ambiguous_and_mixed_up_idx_files_are_named(tmp_path, change, message):
+    name = write_idx(tmp_path, *GREY)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        data.load(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: {name.removesuffix(".bin"): content for name, content in files.items()}, "lacks data_batch_1.bin"),
+        (lambda files: files | {"data_batch_3.bin": files["data_batch_3.bin"][:-1]}, "122919 bytes, not a multiple of 3073"),
+        (lambda files: files | {"test_batch.bin": b"\12" + files["test_batch.bin"][1:]}, "0 to 9, got 10: the file is damaged"),
+        (lambda files: files | {"train.bin": bytes(3074)}, "both CIFAR-10 and CIFAR-100"),
+    ],
+)
+def test_cifar_mistakes_are_explained(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(write_cifar(tmp_path, *COLOUR, change))
+
+
+@pytest.mark.parametrize(
+    ("image", "file", "message"),
+    [
+        (np.zeros((28, 26, 1), np.uint8), "train/class0/x.png", r"train/class0/x.png has uint8 pixels of shape \(28, 26, 1\)"),
+        (np.zeros((28, 28, 3), np.uint8), "train/class0/x.png", r"train/class0/x.png has uint8 pixels of shape \(28, 28, 3\)"),
+        (np.zeros((28, 28, 4), np.uint8), "train/class0/x.png", "x.png has pixels of type RGBA"),
+        (np.zeros((28, 28, 1), np.uint8), "train/x.png", "train/x.png lies beside the folders of the classes"),
+        (np.zeros((28, 28, 1), np.uint8), "test/other/x.png", "class of .*test/other/x.png does not occur"),
+        (np.zeros((28, 28, 1), np.uint8), "val/class0/x.png", "has both validation and val"),
+        (None, "test/class1/x.png", "test/class1/x.png is not an intact image"),
+    ],
+)
+def test_images_that_do_not_belong_are_named(tmp_path, image, file, message):
+    name = write_folder(tmp_path, *GREY)
+    if file.startswith("val"):
+        (tmp_path / "validation").mkdir()
+    if image is None:
+        (tmp_path / file).write_bytes(next((tmp_path / "train/class1").iterdir()).read_bytes()[:-400])
+    else:
+        save(tmp_path / file, image)
+    with pytest.raises(ValueError, match=message):
+        data.load(name)
+    assert not list(tmp_path.glob("*decoded*/*"))
+
+
+IMAGES, CLASSES = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 3
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": IMAGES, "x_test": IMAGES[:, :3]}, "examples of one shape"),
+        ({"x_train": IMAGES, "y_train": CLASSES - 1, "x_test": IMAGES, "y_test": CLASSES}, "from 0 on"),
+        ({"x_train": IMAGES, "y_train": CLASSES, "x_test": IMAGES}, "need labels and contexts, or none"),
+        ({"images": IMAGES, "labels": CLASSES}, "a.npz holds images, labels: the array x is needed, or x_train and x_test"),
+        ({"x_train": np.array([{"code": 1}])}, "Object arrays cannot be loaded"),  # a pickle, which could run anything
+    ],
+)
+def test_npz_mistakes_are_explained(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        data.load(f"npz:{tmp_path}/a.npz")
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    np.savez(tmp_path / "cut.npz", x_train=IMAGES, x_test=IMAGES)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
+    np.save(tmp_path / "single.npy", IMAGES)
+    (tmp_path / "a.npy").write_bytes(b"no array")
+    write_cifar(tmp_path, *COLOUR)
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "cifar-10-binary.tar.gz").read_bytes()[:5000])
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "npz:cut.npz": "not an intact .npz file",
+        "npz:single.npy": "not an intact .npz file",
+        "npy:a.npy": "not an intact .npy file",
+        "cifar:cut.tar.gz": "cut.tar.gz is not an intact archive",
+        "npy:empty": "no training examples",
+        "folder:empty": "needs images in the splits 'train' and 'test' .* has none",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            data.load(name, str(tmp_path))
+    for name in ("npz:nowhere", "npy:nowhere", "csv:nowhere", "cifar:nowhere"):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            data.load(name, str(tmp_path))
