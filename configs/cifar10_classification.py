@@ -2,8 +2,8 @@
 
     python train.py --config=configs/cifar10_classification.py --workdir=runs/cifar10_classification
 
-Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
-:batchnorm an ordinary residual network with BatchNorm in its branches. Each takes 100 minutes, whatever the machine.
+Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin.
+Each takes 100 minutes, whatever the machine.
 """
 
 from iresnet_jax.runs.config import default_config, set_variant

@@ -2,8 +2,7 @@
 
     python train.py --config=configs/digits_classification.py --workdir=runs/digits_classification
 
-Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
-:batchnorm an ordinary residual network with BatchNorm in its branches.
+Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin.
 
 At c = .9 4 of 360 test digits are wrong, 1.11 %, after 75 s on 2 cores (benchmarks/results/digits_classification).
 """

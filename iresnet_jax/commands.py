@@ -21,7 +21,6 @@ from iresnet_jax.evaluation import accuracy, calibration, inversion, likelihood,
 from iresnet_jax.evaluation.guarantee import affordable
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
 from iresnet_jax.report.run_report import write
@@ -98,8 +97,6 @@ def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n 
 
 def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     """Encodes test examples and inverts them."""
-    if isinstance(run.model, Classifier):
-        run.model.require_bijection()
     run = run.with_data_checked()
     examples, size = run.test_examples()[: arguments.num], run.config.evaluation.batch_size
     contexts = run.test_contexts()

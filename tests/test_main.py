@@ -12,7 +12,6 @@ from iresnet_jax.__main__ import COMMANDS, main
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.commands import context_vectors
 from iresnet_jax.evaluation import samples
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import machine, run_folder
 from iresnet_jax.runs import trained_run as run
@@ -249,15 +248,6 @@ def test_mistakes_are_answered_in_one_sentence(folders, tmp_path, capsys, comman
 def test_a_mistake_has_a_traceback_for_who_asks(tmp_path):
     with pytest.raises(ValueError, match="there is no workdir"):
         main(["evaluate", "--workdir", str(tmp_path / "none"), "--debug"])
-
-
-def test_a_network_with_batchnorm_has_no_inverse_and_no_certificate(tmp_path, data_file, capsys, monkeypatch):
-    spec = kept.dataclasses.replace(kept.CLASSIFIER, constrained=False, normalization="batchnorm")
-    loaded = run.load(kept.folder(tmp_path / "run", kept.CLASSIFIER, f"npz:{data_file}"))
-    model = Classifier(spec, {}, {}, {})
-    monkeypatch.setattr(run, "load", lambda folder: run.Run(loaded.folder, model, loaded.config, loaded.fingerprint, 7))
-    for command in ("certify", "freeze", "reconstruct"):
-        assert "has no bounds and no inverse" in answer(capsys, command, "--workdir", loaded.folder)
 
 
 def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path, capsys):

@@ -60,7 +60,7 @@ class CallableBranch(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "lipschitz_bound", "norms", "gain", "seal", "context"],
-    meta_fields=["spec", "word", "bfloat16"],
+    meta_fields=["spec", "word"],
 )
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as functions are
 class Branch:
@@ -76,7 +76,6 @@ class Branch:
         gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
         seal: `checksum` of the weights and of what was computed from them, see `sealed`; None if nothing is guaranteed.
         context: Contexts that the branch depends on, one per example, see `given`.
-        bfloat16: Whether ``g`` computes in bfloat16. Closed forms ignore it and use the weights as stored.
     """
 
     spec: "BranchSpec"
@@ -87,7 +86,6 @@ class Branch:
     gain: Any = None
     seal: Any = None
     context: Any = None
-    bfloat16: bool = False
 
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """``g(x)``, or ``g(x; context)`` if contexts are bound.
@@ -99,15 +97,11 @@ class Branch:
             raise ValueError(f"the branch and its bounds are for examples of shape {self.spec.in_shape}, got {x.shape[1:]}")
         of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
         check_context(self.spec.context_dim, len(x), self.context, of_pixels)
-        return self._scaled(self.spec.apply(self.weights, x, self.context, bfloat16=self.bfloat16))
+        return self._scaled(self.spec.apply(self.weights, x, self.context))
 
     def given(self, context: Float[Array, "b ... k"] | None) -> "Branch":
         """The branch with these contexts bound, one for each example of the batches it will see."""
         return dataclasses.replace(self, context=context)
-
-    def in_bfloat16(self) -> "Branch":
-        """The branch whose ``g`` computes in bfloat16."""
-        return dataclasses.replace(self, bfloat16=True)
 
     def sealed(self) -> "Branch":
         """The branches, stacked over blocks, with a seal that breaks once their weights or bounds change."""
@@ -241,7 +235,7 @@ class BranchSpec(ABC):
 
     @abstractmethod
     def apply(
-        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b ... k"] | None, *, bfloat16: bool = False
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b ... k"] | None
     ) -> Float[Array, "b ..."]:
         """``g(x; context)`` of weights as they are."""
 
@@ -303,10 +297,6 @@ class BranchSpec(ABC):
         if coeff == math.inf:
             return Branch(self, weights, bounds["branch"], "user")
         return self.certified(weights, bounds, coeff=coeff, budget="block").branch
-
-    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
-        """The weights that `apply` computes with in bfloat16, in their own dtype; the same for a kind that ignores it."""
-        return weights
 
     # ------------------------------------------------------------------------------------ closed forms and costs
 

@@ -12,7 +12,7 @@ have a context for every pixel.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, ClassVar
@@ -155,24 +155,11 @@ class FeedforwardSpec(BranchSpec):
         weights: Weights,
         x: Float[Array, "b ..."],
         context: Context = None,
-        *,
-        bfloat16: bool = False,
-        before_layer: Callable[[str, Array], Array] | None = None,
     ) -> Float[Array, "b ..."]:
-        """``g(x)`` or ``g(x; context)`` for weights as they are.
-
-        Args:
-            weights: Weights of every layer.
-            x: Inputs.
-            context: One an example, if the branch is conditional.
-            bfloat16: Whether the linear maps take and give bfloat16, see `LayerSpec.apply`.
-            before_layer: ``(layer, input) -> input``, applied in front of a layer and its activation: where an ordinary
-                residual network has its BatchNorm.
-        """
+        """``g(x)`` or ``g(x; context)`` for weights as they are."""
         h = x
         for layer in self.layers:
-            h = h if before_layer is None else before_layer(layer.name, h)
-            h = layer.apply(weights[layer.name], h, context, bfloat16=bfloat16)
+            h = layer.apply(weights[layer.name], h, context)
         return h
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
@@ -300,12 +287,6 @@ class FeedforwardSpec(BranchSpec):
         product = reduce(product_bound, list(sizes / excess))
         product = jnp.where(jnp.any(jnp.isinf(sizes)), jnp.inf, product)  # even beside a layer of zeros
         return scaled, lax.stop_gradient(product)
-
-    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
-        """Kernels are rounded."""
-        kernels = {name: jnp.asarray(layer["kernel"]) for name, layer in weights.items()}
-        rounded = {name: kernel.astype(jnp.bfloat16).astype(kernel.dtype) for name, kernel in kernels.items()}
-        return {name: {**weights[name], "kernel": kernel} for name, kernel in rounded.items()}
 
     # ------------------------------------------------------------------------------------------ what it knows more
 

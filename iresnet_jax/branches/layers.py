@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths import activations, platforms
@@ -59,17 +57,9 @@ class LayerSpec(NamedTuple):
         activation = activations.get(self.activation)
         return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
 
-    def apply(
-        self, parameters: Mapping[str, Array], h: Array, context: Array | None = None, *, bfloat16: bool = False
-    ) -> Array:
-        """The layer after its activation, with its bias and a linear map of the context, one an example or one a pixel.
-
-        With ``bfloat16`` the convolution or product takes its kernel and input rounded to bfloat16 and gives bfloat16; sums in
-        it, biases and activations keep the dtype of ``h``.
-        """
-        apply = self.linear_map()
-        apply = _in_bfloat16(apply) if bfloat16 else apply
-        h = apply(parameters["kernel"], self.activate(parameters, h))
+    def apply(self, parameters: Mapping[str, Array], h: Array, context: Array | None = None) -> Array:
+        """The layer after its activation, with its bias and a linear map of the context, one an example or one a pixel."""
+        h = self.linear_map()(parameters["kernel"], self.activate(parameters, h))
         h = _add_bias(h, parameters["bias"])
         if context is not None:
             shift = context @ parameters["context"]
@@ -145,18 +135,3 @@ def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"]) ->
         channels = h.shape[-1]
         return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)
     return h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)
-
-
-def _in_bfloat16(apply: LinearMap) -> LinearMap:
-    """The linear map on rounded kernels and inputs, with rounded results.
-
-    CPUs have no products of bfloat16, and XLA leaves out conversions there and back: numbers that are rounded and stay in
-    float32 give the same results and no less speed.
-    """
-
-    def rounded(x: Array) -> Array:
-        if platforms.platform() == "cpu":
-            return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return x.astype(jnp.bfloat16)
-
-    return lambda kernel, x: rounded(apply(rounded(kernel), rounded(x))).astype(x.dtype)

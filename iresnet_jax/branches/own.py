@@ -50,18 +50,14 @@ class OwnSpec(BranchSpec):
         """The module with these weights."""
         return _structure(self.make).join(weights)
 
-    def apply(
-        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None, *, bfloat16: bool = False
-    ) -> Float[Array, "b ..."]:
-        """``module(x)``, or ``module(x, context)``; in bfloat16 weights and inputs are rounded to it first.
+    def apply(self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, "b ..."]:
+        """``module(x)``, or ``module(x, context)``.
 
         Raises:
             ValueError: If the module does not give one value for each entry of ``x``.
         """
         dtype = jnp.result_type(x, *jax.tree.leaves(weights))
         given = (x,) if context is None else (x, context)
-        if bfloat16:
-            weights, given = jax.tree.map(lambda array: array.astype(jnp.bfloat16), (weights, given))
         value = jnp.asarray(self.module(weights)(*given))
         if value.shape != x.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"it must return floats of the shape of its batch {x.shape}, got {value.dtype} of {value.shape}")
@@ -78,10 +74,6 @@ class OwnSpec(BranchSpec):
         if np.shape(bound):
             raise ValueError(f"lipschitz_bound() must return one number, got shape {np.shape(bound)}")
         return at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
-
-    def rounded_to_bfloat16(self, weights: Weights) -> Weights:
-        """All weights are rounded."""
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16).astype(leaf.dtype), weights)
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: constants may be arrays

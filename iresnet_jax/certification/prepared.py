@@ -95,13 +95,7 @@ def check(
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
-    model.require_bijection()
     model.require_own_numbers()
-    if getattr(model, "bfloat16", False):
-        raise ValueError(
-            "this model computes in bfloat16, and guarantees are those of its weights as they are stored: certify "
-            "model.with_(bfloat16=False) in place of it"
-        )
     require_bounds(model.weights)
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are those of a batch of examples, got a scalar")

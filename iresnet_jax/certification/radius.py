@@ -50,7 +50,7 @@ def radius(model: Classifier, images: Num[Array, "b h w c"] | Num[np.ndarray, "b
         images: Images of integer levels.
 
     Raises:
-        ValueError: If the model has no bounds or BatchNorm in its branches, or images do not fit.
+        ValueError: If the model has no bounds, or images do not fit.
 
     Example:
         >>> certify.radius(model, images).radius  # doctest: +SKIP

@@ -1,7 +1,7 @@
 """The certificate of a model: the Lipschitz constants of its layers, of its blocks and of the whole map.
 
 Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above; every block has their
-products. The bounds concern the stored weights in exact arithmetic, or what bfloat16 makes of them in a model that runs so.
+products. The bounds concern the stored weights in exact arithmetic.
 """
 
 import functools
@@ -18,7 +18,7 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowNorms, FlowWeights, bilipschitz, bounds_in_bfloat16
+from iresnet_jax.models.contractions import FlowNorms, FlowWeights, bilipschitz
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -54,7 +54,6 @@ class Certificate:
         blocks: Every residual block.
         forward: Guaranteed bound of ``Lip(F)`` from data to latents.
         inverse: Guaranteed bound of ``Lip(F^-1)``; infinite where nothing is known.
-        bfloat16: Whether kernels were rounded to bfloat16 first, as the model runs them.
     """
 
     coeff: float | None
@@ -62,7 +61,6 @@ class Certificate:
     blocks: tuple[Constant, ...]
     forward: float
     inverse: float
-    bfloat16: bool = False
 
     @property
     def certified(self) -> bool:
@@ -88,17 +86,13 @@ class Certificate:
             return f"NOT CERTIFIED: {found}{self._rounding}"
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{self._words}{self._rounding}"
+            f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{self._words}"
         )
 
     @property
     def _words(self) -> str:
         claimed = [block.name for block in self.blocks if block.word == "user"]
         return f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
-
-    @property
-    def _rounding(self) -> str:
-        return "; of kernels rounded to bfloat16, in exact arithmetic behind that" if self.bfloat16 else ""
 
     @property
     def table(self) -> str:
@@ -120,7 +114,7 @@ class Certificate:
 
 
 def certificate_of(
-    spec: FlowSpec, weights: FlowWeights, preprocessing: BiLipschitz, *, constrained: bool = True, bfloat16: bool = False
+    spec: FlowSpec, weights: FlowWeights, preprocessing: BiLipschitz, *, constrained: bool = True
 ) -> Certificate:
     """The certificate of a flow's weights.
 
@@ -129,14 +123,11 @@ def certificate_of(
         weights: Weights with guaranteed bounds, see `contractions.freeze` and `contractions.with_bounds`.
         preprocessing: Constants of the map in front of the flow.
         constrained: Whether the weights are meant to satisfy ``spec.coeff``.
-        bfloat16: Whether kernels are rounded to bfloat16 when the model runs; it is those that are certified then.
 
     Raises:
         ValueError: If the weights have no bounds.
     """
     require_bounds(weights)
-    if bfloat16:
-        weights = bounds_in_bfloat16(spec, weights)
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
@@ -155,7 +146,7 @@ def certificate_of(
             blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.word))
     whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
-    return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse), bfloat16)
+    return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse))
 
 
 def require_bounds(weights: FlowWeights) -> None:

@@ -5,7 +5,7 @@
 (Behrmann et al. 2019, sec. 3 and 5.1). Only the head loses information: ``F`` takes images to features injectively, and its
 inverse takes features to padded arrays, whose padding channels say how far they are from those of any image.
 
-The network to compare with, see `batchnorm`, has no inverse; its weights are its parameters as they are.
+Without a constraint ``F`` is an ordinary residual network to compare with, and no inverse is promised.
 """
 
 import functools
@@ -29,14 +29,12 @@ from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.batchnorm import batchnorm_features
 from iresnet_jax.models.contractions import FlowWeights, Tree
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
 from iresnet_jax.models.model import Model
 
-NORMALIZATIONS = ("actnorm", "batchnorm")
 Images = Num[Array, "... h w c"] | Num[np.ndarray, "... h w c"]
 
 
@@ -53,7 +51,6 @@ class ClassifierSpec:
         mean: Mean of pixels in [0, 1], one per channel or one for all; subtracted.
         std: Divisor of the difference, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of which no inverse is promised.
-        normalization: "actnorm" in front of every branch, or "batchnorm" inside of it, in front of every layer.
     """
 
     flow: FlowSpec
@@ -64,7 +61,6 @@ class ClassifierSpec:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     constrained: bool = True
-    normalization: str = "actnorm"
 
     def __post_init__(self):
         if self.num_classes < 2:
@@ -80,13 +76,6 @@ class ClassifierSpec:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise ValueError(f"{name} must have 1 or {channels} entries for {channels} channels, got {tuple(values)}")
-        if self.normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
-        if self.constrained and self.normalization == "batchnorm":
-            raise ValueError("BatchNorm inside a branch leaves it without a Lipschitz bound: set constraint.norms to none")
-        if not self.is_bijective and any(stage.branch_name != "feedforward" for stage in self.flow.stages):
-            kinds = ", ".join(stage.branch_name for stage in self.flow.stages)
-            raise ValueError(f"BatchNorm stands in front of the layers of branches of kind feedforward, got {kinds}")
         if not min(self.std) > 0:
             raise ValueError(f"std must be positive, got {tuple(self.std)}")
 
@@ -94,11 +83,6 @@ class ClassifierSpec:
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of an image's features, ``(h, w, c)`` or, after dense blocks, ``(d,)``."""
         return self.flow.layout[-1].branch.in_shape
-
-    @property
-    def is_bijective(self) -> bool:
-        """Whether the network is a bijection, whose inverse can at least be tried."""
-        return self.normalization == "actnorm"
 
     def pad(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The network's input for images with pixels in [0, 1]."""
@@ -133,7 +117,7 @@ class Reconstruction(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "head", "statistics"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
 @dataclass(frozen=True)
 class Classifier(Model):
@@ -146,12 +130,10 @@ class Classifier(Model):
         spec: All that defines the model but its weights.
         weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions` give them.
         head: Parameters of the head, see `head.apply_head`.
-        statistics: Running averages of BatchNorm: of the "head", and of every stage with BatchNorm.
+        statistics: Running averages of the BatchNorm in the "head".
         solver: Inverse of the blocks.
-        unroll: Whether blocks are unrolled instead of scanned; those with BatchNorm are scanned always.
-        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`; not with BatchNorm in
-            the branches.
-        bfloat16: Whether branches compute in bfloat16 on the way to features, see `flow_bijection`; not with BatchNorm either.
+        unroll: Whether blocks are unrolled instead of scanned.
+        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         history: What the training of a fitted model saw.
     """
 
@@ -164,7 +146,6 @@ class Classifier(Model):
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
-    bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
 
     @classmethod
@@ -228,11 +209,7 @@ class Classifier(Model):
         return examples.restore(self._pooled_of_input(self.preprocess(examples.x)))
 
     def features(self, images: Images) -> Float[Array, "..."]:
-        """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`.
-
-        Raises:
-            ValueError: If the network has BatchNorm in its branches.
-        """
+        """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`."""
         examples = as_batch(images, self.spec.image_shape)
         return examples.restore(self.features_of_input(self.preprocess(examples.x)))
 
@@ -259,7 +236,6 @@ class Classifier(Model):
 
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""
-        self.require_bijection()
         return self._flow_of(self.spec.flow, self.weights)
 
     def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -271,32 +247,24 @@ class Classifier(Model):
         return linear(self.head, self._pooled_of_input(x))
 
     def _pooled_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b c"]:
-        if self.spec.is_bijective:
-            features = self.features_of_input(x)
-        else:
-            features, _ = batchnorm_features(self.spec.flow, self.weights, x, statistics=self.statistics)
-        return pool(self.head, self.statistics["head"], features)
+        return pool(self.head, self.statistics["head"], self.features_of_input(x))
 
 
 def training_logits(
     model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None, num_parts: int = 1
 ) -> tuple[Float[Array, "b k"], dict[str, Any]]:
-    """Logits by the statistics of the batch, and those statistics: of the ``head``, and of every stage with BatchNorm.
+    """Logits by the statistics of the batch, and those statistics, of the ``head``.
 
     Args:
         model: The classifier, whose own statistics are not used.
         x: Inputs of the network, from `Classifier.preprocess`.
         axis_name: Mapped axis of devices, see `head.batch_statistics`.
         num_parts: Equal parts of the batch whose features are computed one after the other, and again in the backward pass,
-            so that no more than the arrays of one are in memory at a time; 1 with BatchNorm in the branches.
+            so that no more than the arrays of one are in memory at a time.
     """
-    if model.spec.is_bijective:
-        features, statistics = _features_in_parts(model, x, num_parts), {}
-    else:
-        assert num_parts == 1
-        features, statistics = batchnorm_features(model.spec.flow, model.weights, x, axis_name=axis_name)
+    features = _features_in_parts(model, x, num_parts)
     own = batch_statistics(features, axis_name=axis_name)
-    return apply_head(model.head, own, features), {**statistics, "head": own}
+    return apply_head(model.head, own, features), {"head": own}
 
 
 def _features_in_parts(model: Classifier, x: Float[Array, "b ..."], num_parts: int) -> Float[Array, "b ..."]:

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
-from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
@@ -245,23 +244,6 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
 @functools.partial(fast_compile, static_argnums=(0,))
 def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> Tree:
     return jax.vmap(branch.folded, in_axes=(0, None))(weights, context)
-
-
-def bounds_in_bfloat16(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
-    """The weights as `flow_bijection` runs them in bfloat16, rounded, with guaranteed bounds of these.
-
-    Their dtype and the factors on the outputs of branches stay as they are.
-    """
-    params = as_params(weights)
-    for name, block in weights.items():
-        params[name]["blocks"] |= block.branch.spec.rounded_to_bfloat16(block.branch.weights)
-    found = with_bounds(spec, params, constrained=False)
-    for name, block in weights.items():
-        gain, rounded = block.branch.gain, found[name].branch
-        if gain is not None:
-            bound = rounded_up(jnp.asarray(gain) * jax.lax.map(rounded.spec.lipschitz_bound, rounded.weights), 1)
-            found[name] = block._replace(branch=dataclasses.replace(rounded, gain=gain, lipschitz_bound=bound).sealed())
-    return found
 
 
 def as_params(weights: FlowWeights) -> dict[str, Any]:

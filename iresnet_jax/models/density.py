@@ -96,7 +96,7 @@ class Samples(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "prior", "estimator", "network", "noise_network", "constants"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize", "bfloat16", "history"],
+    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
 @dataclass(frozen=True)
 class Density(Model):
@@ -121,7 +121,6 @@ class Density(Model):
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way from data to latents, see `flow_bijection`.
         history: What the training of a fitted model saw.
         network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
         noise_network: Weights of the network that noise depends on, see `noise.features`; empty if it is uniform.
@@ -137,7 +136,6 @@ class Density(Model):
     solver: Solver = Solver()
     unroll: bool = False
     rematerialize: Rematerialize = "nothing"
-    bfloat16: bool = False
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
     noise_network: Network = field(default_factory=dict, repr=False)
@@ -589,7 +587,7 @@ class Density(Model):
         flow = self.spec.flow.noise_flow
         if flow is None:
             return None
-        return certificate_of(flow, noises.weights_of(self.weights), model_bounds([]), bfloat16=self.bfloat16)
+        return certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
 
     @property
     def _is_variational(self) -> bool:

@@ -45,7 +45,6 @@ class DensitySpec:
     """
 
     constrained: ClassVar[bool] = True
-    is_bijective: ClassVar[bool] = True
     renamed: ClassVar[dict[str, str]] = {"prior": "prior_family"}  # fields of files that earlier versions wrote
 
     flow: FlowSpec

@@ -28,7 +28,6 @@ def flow_bijection(
     context: Float[Array, "b ... k"] | None = None,
     unroll: bool = False,
     rematerialize: Rematerialize = "nothing",
-    bfloat16: bool = False,
 ) -> Bijection:
     """The flow ``x (b, *event_shape) -> z (b, d)`` of constrained weights.
 
@@ -40,16 +39,10 @@ def flow_bijection(
         context: Context of every example that the bijection will see, if the model is conditional, or of every pixel.
         unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
         rematerialize: What the backward pass recomputes, see `repeat`.
-        bfloat16: Whether branches compute in bfloat16 on the way forward and in products with their Jacobians, see
-            `Branch.in_bfloat16`. The inverse, closed forms and bounds of truncation are those of the weights as they are.
     """
 
     def make(block):
-        branch = block.branch.given(context)
-        own = residual_bijection(branch, estimator, solver)
-        if bfloat16:
-            fast = residual_bijection(branch.in_bfloat16(), estimator, solver)
-            own = own._replace(forward=fast.forward, forward_and_logdet=fast.forward_and_logdet)
+        own = residual_bijection(block.branch.given(context), estimator, solver)
         return after_exact(actnorm.actnorm_bijection(block.actnorm), own)
 
     def stage_of(stage):
@@ -66,8 +59,6 @@ def branch_inputs(
     weights: FlowWeights,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
-    *,
-    bfloat16: bool = False,
 ) -> dict[str, Float[Array, "k b ..."]]:
     """Inputs of the blocks' branches as ``x`` passes through the flow, by stage, stacked over blocks.
 
@@ -76,8 +67,7 @@ def branch_inputs(
 
     def step(x, block):
         x, _ = actnorm.forward_and_logdet(block.actnorm, x)
-        branch = block.branch.given(context)
-        return x + (branch.in_bfloat16() if bfloat16 else branch)(x), x
+        return x + block.branch.given(context)(x), x
 
     inputs = {}
     for stage in spec.layout:

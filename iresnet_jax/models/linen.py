@@ -15,10 +15,8 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
-from iresnet_jax.models.batchnorm import batchnorm_blocks
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contractions import constrain, constrain_blocks, unconstrained
@@ -142,47 +140,12 @@ class Classifier(nn.Module):
         """The logits of inputs of the network, by running averages."""
         if not self.is_initializing():
             params, statistics = self.variables["params"], self.variables["batch_stats"]
-            weights = params
-            if self.spec.is_bijective:
-                scale = constrain if self.spec.constrained else unconstrained
-                weights = scale(self.spec.flow, params, self.variables.get("spectral", {})).weights
+            scale = constrain if self.spec.constrained else unconstrained
+            weights = scale(self.spec.flow, params, self.variables.get("spectral", {})).weights
             return ClassifierModel(self.spec, weights, params["head"], statistics).logits_of_input(x)
         for stage in self.spec.flow.layout:
-            if self.spec.is_bijective:
-                has_norms, flow = self.spec.constrained, self.spec.flow
-                x = StageModule(flow, stage, self.last_scale, has_norms, fitted=self.fitted, name=stage.name)(x)
-            else:
-                x = BatchNormStage(stage, self.last_scale, name=stage.name)(x)
+            has_norms, flow = self.spec.constrained, self.spec.flow
+            x = StageModule(flow, stage, self.last_scale, has_norms, fitted=self.fitted, name=stage.name)(x)
         head = self.param("head", lambda key: initial_head(key, x.shape[-1], self.spec.num_classes))
         statistics = self.variable("batch_stats", "head", lambda: batch_statistics(x))
         return apply_head(head, statistics.value, x)
-
-
-class BatchNormStage(nn.Module):
-    """A stage of the network to compare with: BatchNorm in front of every layer, no ActNorm, no constraint.
-
-    Attributes:
-        stage: The stage.
-        last_scale: Initial factor on a branch's last layer.
-    """
-
-    stage: PlacedStage
-    last_scale: float | Float[Array, ""]
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Creates all variables, running averages those of ``x``. Returns the stage's output, for the next one."""
-        branch, num_blocks = self.stage.branch, self.stage.spec.num_blocks
-        assert isinstance(branch, FeedforwardSpec)  # BatchNorm stands in front of layers
-
-        def initial(key):
-            weights = self.stage.initial_weights(key, last_scale=self.last_scale)
-            widths = zip(branch.layers, (branch.in_shape[-1], *branch.hidden), strict=True)
-            shapes = {layer.name: (num_blocks, width) for layer, width in widths}
-            norms = {name: {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)} for name, shape in shapes.items()}
-            return {**weights, "batchnorm": norms}
-
-        blocks = self.param("blocks", initial)
-        y, statistics = batchnorm_blocks(branch, blocks, chain(self.stage.reshapes).forward(x))
-        self.variable("batch_stats", "blocks", lambda: statistics)
-        return y

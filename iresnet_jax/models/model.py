@@ -30,7 +30,7 @@ FILE_NAME = "model.npz"
 FORMAT = 2
 HEADER = "header"
 MARGINALS = "marginals"  # in the header: components of each entry, where the prior is a `Marginals`
-_HOW = ("estimator", "solver", "unroll", "rematerialize", "bfloat16")  # fields of models that `flow_bijection` takes
+_HOW = ("estimator", "solver", "unroll", "rematerialize")  # fields of models that `flow_bijection` takes
 
 M = TypeVar("M", bound="Model")
 
@@ -66,11 +66,8 @@ class Model:
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
-        self.require_bijection()
         self.require_own_numbers()
-        bfloat16 = getattr(self, "bfloat16", False)
-        preprocessing, constrained = self.spec.bilipschitz(), self.spec.constrained
-        return certificate_of(self.spec.flow, self.weights, preprocessing, constrained=constrained, bfloat16=bfloat16)
+        return certificate_of(self.spec.flow, self.weights, self.spec.bilipschitz(), constrained=self.spec.constrained)
 
     def freeze(self: M) -> M:
         """The same model, every block certified to be within the budget of ``spec.flow.coeff``, see `contractions.freeze`."""
@@ -88,7 +85,6 @@ class Model:
         Raises:
             ValueError: If a branch stretches the data by more than it claims; the message names the block and both numbers.
         """
-        self.require_bijection()
         scaled = ()
         if context is not None:
             x, context, _ = self._examples(x, context)  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,11 +96,6 @@ class Model:
         if getattr(self, "constants", None):
             raise ValueError("this model comes from Density.shared and has the numbers of its data apart: take the one before")
 
-    def require_bijection(self) -> None:
-        """Raises ``ValueError`` in one sentence where something is asked of a network with BatchNorm in its branches."""
-        if getattr(self.spec, "normalization", "actnorm") == "batchnorm":
-            raise ValueError("a network with BatchNorm in its branches has no bounds and no inverse: that takes ActNorm")
-
     def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
         """Writes the model to one file, which `iresnet_jax.load` reads; a file that was there is replaced in one step.
 
@@ -113,10 +104,9 @@ class Model:
             about: JSON data that travel with the model, such as the settings of its training.
 
         Raises:
-            ValueError: If the network has BatchNorm in its branches, two branches of one's own have the same name, or a number
+            ValueError: If two branches of one's own have the same name, or a number
                 is not finite.
         """
-        self.require_bijection()
         self.require_own_numbers()
         check_names(self.spec.flow)
         path = Path(path)

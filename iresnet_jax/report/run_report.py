@@ -57,8 +57,7 @@ def write(run: Run) -> Report:
         results |= _density(run, run.model, examples, figures)
     if run.model.spec.num_classes is not None:
         results |= _classes(run, examples, figures)
-    if run.model.spec.is_bijective:
-        results |= _bijection(run, examples, figures)
+    results |= _bijection(run, examples, figures)
     times, config = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes), to_plain(run.config)
     report = Report(times, environment.describe(), config, notes=run.notes, **results)
     uris = {name: to_svg_or_png(figure) for name, figure in figures.items()}

@@ -87,9 +87,6 @@ class ClassifierConfig:
     mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one per channel or one for all
     std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
     label_smoothing: Decay = 0.0  # also of objective "hybrid"
-    # "actnorm" in front of every branch; "batchnorm" in front of every layer inside it makes the ordinary residual network to
-    # compare with, which has neither constraint nor inverse.
-    normalization: Literal["actnorm", "batchnorm"] = "actnorm"
 
 
 @dataclass(frozen=True)
@@ -180,8 +177,7 @@ def parse(settings: Any) -> Config:
 
 def _check_combinations(config: Config) -> None:
     """Raises ``ValueError`` for settings that are sound one by one and not together."""
-    objective, norms, training, augmentation = config.objective, config.constraint.norms, config.training, config.augmentation
-    has_batchnorm = config.classifier.normalization == "batchnorm"
+    objective, norms, augmentation = config.objective, config.constraint.norms, config.augmentation
     contradictions = (
         (
             objective not in ("classification", "hybrid") and (augmentation.crop_padding or augmentation.flip),
@@ -215,14 +211,6 @@ def _check_combinations(config: Config) -> None:
         (
             objective in ("density", "hybrid") and norms == "none",
             "a density needs blocks that are contractions: constraint.norms = none is for classification",
-        ),
-        (
-            training.num_parts > 1 and has_batchnorm,
-            "BatchNorm in the branches needs the whole batch at once: set training.num_parts to 1",
-        ),
-        (
-            training.bfloat16 and has_batchnorm,
-            "training.bfloat16 is for networks with ActNorm: set it to false, or classifier.normalization to actnorm",
         ),
         (
             config.preprocessing.entrywise and config.preprocessing.transform != "equalize",
@@ -283,8 +271,7 @@ def set_variant(config: Any, variant: str, *own: str) -> None:
 
     Args:
         config: Config of a classifier, which this function changes.
-        variant: A coefficient c such as "0.7"; "vanilla", the network without its constraint; or "batchnorm", an ordinary
-            residual network with BatchNorm in its branches.
+        variant: A coefficient c such as "0.7", or "vanilla", the network without its constraint.
         own: Variants that the config file makes itself; they change nothing here.
 
     Raises:
@@ -292,12 +279,11 @@ def set_variant(config: Any, variant: str, *own: str) -> None:
     """
     if variant in own:
         return
-    if variant in ("vanilla", "batchnorm"):
+    if variant == "vanilla":
         config.constraint.norms = "none"
-        config.classifier.normalization = "actnorm" if variant == "vanilla" else "batchnorm"
         return
     try:
         config.model.coeff = float(variant)
     except ValueError:
-        names = " or ".join(", ".join(("vanilla", "batchnorm", *own)).rsplit(", ", 1))
+        names = " or ".join(", ".join(("vanilla", *own)).rsplit(", ", 1))
         raise ValueError(f"a variant is a coefficient such as 0.7, {names}; got {variant!r}") from None

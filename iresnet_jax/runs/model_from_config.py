@@ -95,7 +95,6 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
         mean=settings.mean,
         std=settings.std,
         constrained=config.constraint.norms != "none",
-        normalization=settings.normalization,
     )
 
 

@@ -112,9 +112,9 @@ def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_par
     """The training step of a loss, with the model as training runs it."""
     training, how = config.training, {"unroll": unroll(config), "rematerialize": rematerialize(config)}
     if isinstance(spec, ClassifierSpec):
-        model = Classifier(spec, {}, {}, {}, bfloat16=training.bfloat16, **how)
+        model = Classifier(spec, {}, {}, {}, **how)
     else:
-        model = Density(spec.standard, {}, {}, estimator=config.logdet.build(), bfloat16=training.bfloat16, **how)
+        model = Density(spec.standard, {}, {}, estimator=config.logdet.build(), **how)
     schedule = make_schedule(config.optimizer, training.schedule_steps)
     rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.schedule_steps, training.ema_decay)
     constrain = training_constraint(config.constraint, spec)

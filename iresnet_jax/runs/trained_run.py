@@ -175,9 +175,6 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
 
     Args:
         path: File to write; by default ``model.npz`` in the folder of the run.
-
-    Raises:
-        ValueError: If it is a network with BatchNorm in its branches.
     """
     about = {"format": run_folder.FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
     return run.model.save(run.folder / FILE_NAME if path is None else path, about)

@@ -40,8 +40,6 @@ def training_constraint(settings: ConstraintConfig, spec: Spec, *, over_blocks: 
         over_blocks: How power iteration of one block becomes that of all, see `contractions.constrain`; by default devices
             share the blocks, which takes a step of `parallel.parallelize`.
     """
-    if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
-        return functools.partial(_as_they_are, spec.flow)
     return _constraint(settings, spec.flow, num_steps=settings.num_steps, over_blocks=over_blocks)
 
 
@@ -70,8 +68,7 @@ def validated_model(
     spec = template.spec
     stages = {stage.name: params[stage.name] for stage in spec.flow.all_stages}
     free = {name: leaf for name, leaf in params.items() if name not in stages}
-    if not isinstance(spec, ClassifierSpec) or spec.is_bijective:
-        stages = validation_constraint(settings, spec.flow)(*parallel.on_first_device((stages, spectral))).weights
+    stages = validation_constraint(settings, spec.flow)(*parallel.on_first_device((stages, spectral))).weights
     model = template.with_(weights=stages, **free, **rest)
     return model if given is None else model.given(given)
 
@@ -92,16 +89,9 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
 
 def certified_weights(spec: Spec, stages: Any) -> Any:
     """Weights to use after training, of the parameters of all stages; see `certified_model`."""
-    if isinstance(spec, ClassifierSpec) and not spec.is_bijective:
-        return stages
     if spec.constrained:
         return contractions.freeze(spec.flow, stages)
     return contractions.with_bounds(spec.flow, stages, constrained=False)
-
-
-def _as_they_are(spec: FlowSpec, params: Any, spectral: Any) -> contractions.ConstrainedFlow:
-    """The parameters of the stages of an ordinary residual network."""
-    return contractions.ConstrainedFlow({stage.name: params[stage.name] for stage in spec.layout}, spectral, {})
 
 
 def _constraint(settings: ConstraintConfig, spec: FlowSpec, **iteration: Any) -> Constrain:

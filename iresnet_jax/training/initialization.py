@@ -89,8 +89,6 @@ def initial_variables(
     network = _network(spec, key_init)
     if isinstance(spec, ClassifierSpec):
         inputs: tuple[Any, ...] = (preprocess(Classifier(spec, {}, {}, {}), x),)
-        if not spec.is_bijective:
-            return create(key_init, *inputs)
     else:
         model = Density(spec, {}, {}, **network)
         inputs = (preprocess(model.shared(), x, key_noise), *([] if context is None else [model.scale_context(context)]))

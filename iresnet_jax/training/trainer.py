@@ -46,8 +46,6 @@ class TrainingConfig:
     max_num_terms: CountOrNone = 20
     blocks: Literal["auto", "scan", "unroll"] = "auto"  # "auto" unrolls blocks on CPUs, where that is faster
     rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
-    # Branches in bfloat16 in training steps. Parameters, norms and sums stay in float32, as does everything after training.
-    bfloat16: bool = False
     # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for inverses.
     matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
 

@@ -63,9 +63,8 @@ class Unconstrained(Generic[M]):
         """The parameters of a model, such as one of ``Density.init`` or one that was loaded.
 
         Raises:
-            ValueError: If the network has BatchNorm in its branches, or the model has no weights.
+            ValueError: If the model has no weights.
         """
-        model.require_bijection()
         spec = model.spec
         if not model.weights:
             raise ValueError("the model has no weights: make one by init, load or fit")

@@ -32,7 +32,7 @@ class WaveSpec(ir.BranchSpec):
         there, back = jax.random.normal(key, (2, self.in_shape[0], self.width)) / np.sqrt(self.width)
         return {"there": there, "back": last_scale * back.T, "bias": jnp.zeros(self.width)}
 
-    def apply(self, weights, x, context, *, bfloat16=False):
+    def apply(self, weights, x, context):
         return jnp.sin(x @ weights["there"] + weights["bias"][None]) @ weights["back"]
 
     def lipschitz_bound(self, weights):

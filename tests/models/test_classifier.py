@@ -16,7 +16,7 @@ from iresnet_jax.models import contractions
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 
 EXACT = 1e-10  # the same maths by another route, float64
 SINGLE = 1e-5  # in float32
@@ -165,42 +165,6 @@ def test_cross_entropy_with_smoothing_against_its_definition():
         heads.cross_entropy(jnp.asarray(logits), labels, label_smoothing=1.0)
 
 
-# --- the network to compare with ------------------------------------------------------------------------------------
-
-
-def test_batchnorm_network_against_a_plain_one():
-    """Every layer sees inputs normalised by the batch in training, and by running averages after it."""
-    spec = dataclasses.replace(VANILLA, normalization="batchnorm")
-    images = images_of(16)
-    x = preprocess(spec, images)
-    variables = cast(Any, jax.jit(modules.Classifier(spec).init)(jax.random.key(0), x))
-    params, statistics = variables["params"], variables["batch_stats"]
-    assert "spectral" not in variables
-    network = Classifier(spec, params, params["head"], statistics)
-    logits, used = jax.jit(training_logits)(network, x)
-    chex.assert_trees_all_close(used, statistics, atol=SINGLE)
-    np.testing.assert_allclose(logits, logits_of(network, images), atol=SINGLE)
-
-    h = np.asarray(x, np.float64)
-    h = np.concatenate([h[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
-    for name, num_blocks, preactivation in (("stage0", 2, False), ("stage1", 1, True)):
-        blocks = jax.tree.map(lambda a: np.asarray(a, np.float64), params[name]["blocks"])
-        for k in range(num_blocks):
-            g = h
-            for layer, activated in (("conv0", preactivation), ("conv1", True)):
-                mean, var = g.mean(axis=(0, 1, 2)), g.var(axis=(0, 1, 2))
-                np.testing.assert_allclose(statistics[name]["blocks"][layer]["var"][k], var, rtol=1e-4)
-                g = (g - mean) / np.sqrt(var + 1e-5)
-                g = elu(g) if activated else g
-                g = oracles.conv_forward(g, blocks[layer]["kernel"][k]) + blocks[layer]["bias"][k]
-            h = h + g
-    by_hand = naive_head(params["head"], h.mean(axis=(0, 1, 2)), h.var(axis=(0, 1, 2)), h)
-    np.testing.assert_allclose(logits, by_hand, atol=10 * SINGLE)
-    for call in (lambda: network.features(images), network.certificate, lambda: network.save("nowhere")):
-        with pytest.raises(ValueError, match="no inverse"):
-            call()
-
-
 # --- back -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,8 +254,6 @@ def test_images_that_are_none_are_refused(model):
         ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),
         ({"mean": (0.0, 0.0, 0.0)}, "mean must have 1 or 2 entries for 2 channels"),
         ({"std": (0.0,)}, "std must be positive"),
-        ({"normalization": "batchnorm"}, "without a Lipschitz bound: set constraint.norms to none"),
-        ({"normalization": "layernorm"}, "normalization must be one of actnorm, batchnorm"),
         ({"flow": FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
     ],
 )

@@ -19,7 +19,7 @@ from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
 from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contractions import as_params, freeze
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import initial_head
@@ -218,10 +218,3 @@ def test_numbers_of_numpy_in_a_spec_are_those_of_python():
 
     found = json.loads(json.dumps(tagged(Numbers(np.int64(2), (np.float32(0.5), 3)))))
     assert found == {"type": "Numbers", "one": 2, "several": [0.5, 3]}
-
-
-def test_networks_without_an_inverse_are_not_saved(classifier, tmp_path):
-    spec = ClassifierSpec(FLOW, (4, 4, 1), 3, 4, constrained=False, normalization="batchnorm")
-    with pytest.raises(ValueError, match="no bounds and no inverse"):
-        Classifier(spec, {}, {}, {}).save(tmp_path / "model.npz")
-    assert not list(tmp_path.iterdir())

@@ -86,11 +86,6 @@ MISTAKES = [
     ("hybrid", "model.prior=mixture model.prior_components=2", "mixture is for the objective density, got hybrid"),
     ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
     ("classifier", "classifier.label_smoothing=1.5", "must lie in [0, 1), got 1.5"),
-    (
-        "classifier",
-        "training.num_parts=2 classifier.normalization=batchnorm constraint.norms=none",
-        "BatchNorm in the branches needs the whole batch at once",
-    ),
     ("hybrid", "data.name=moons", "a hybrid needs labels"),
     ("toy", "evaluation.num_importance_examples=5", "no examples have draws: set config.evaluation.num_importance_draws"),
     ("hybrid", "hybrid.weight=-1.0", "must lie in [0, inf), got -1.0"),
