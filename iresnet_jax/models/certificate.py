@@ -83,7 +83,7 @@ class Certificate:
         failed = [block.name for block in self.blocks if not block.bound < 1]
         if failed:
             found = f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
-            return f"NOT CERTIFIED: {found}{self._rounding}"
+            return f"NOT CERTIFIED: {found}"
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
             f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{self._words}"

@@ -249,7 +249,7 @@ def test_images_that_are_none_are_refused(model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2, got 1: the data set needs labels"),
+        ({"num_classes": 1}, "num_classes must be at least 2, got 1: labels must be of several classes"),
         ({"pad_channels": -1}, "pad_channels must not be negative"),
         ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),
         ({"mean": (0.0, 0.0, 0.0)}, "mean must have 1 or 2 entries for 2 channels"),
