@@ -120,13 +120,6 @@ def branch(stage, make_layer):
     return nn.Sequential(*parts)
 
 
-class MultiscaleFlow(nf.MultiscaleFlow):
-    """A flow of several scales without classes."""
-
-    def log_prob(self, x, y=None):
-        return super().log_prob(x, y)
-
-
 def bounded_layer(taps, cin, cout, **settings):
     """A layer whose norm normflows bounds."""
     if not taps:

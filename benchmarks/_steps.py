@@ -15,19 +15,14 @@ from typing import Any
 WARMUP = 2
 
 
-def prepare_jax(config=None, *, keeps_memory=True):
-    """What train.py does in its process before JAX starts: the one place to change.
-
-    Without a config it is what a command for a trained model does, with one device a core. Without ``keeps_memory`` the C
-    library's memory is as it is by default.
-    """
+def prepare_jax(config=None):
+    """What train.py does in its process before JAX starts; without a config what a command for a trained model does."""
     from iresnet_jax.runs import allocator, machine
     from iresnet_jax.runs.config import Config
 
     allocator.collect_garbage_rarely()
     if config is not None:
-        if keeps_memory:
-            allocator.keep_freed_memory()
+        allocator.keep_freed_memory()
         machine.compile_quickly()
     machine.use_all_cores(config or Config())
     machine.cache_programs()
@@ -90,16 +85,16 @@ class Steps:
 class OurSteps(Steps):
     """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
 
-    def __init__(self, config, *, keeps_memory=True, warmup=WARMUP):
-        if keeps_memory:  # before all imports, as train.py does: it starts this process again, the first time
-            spec = importlib.util.find_spec("iresnet_jax")
-            assert spec is not None
-            package = Path(str(spec.origin)).parent
-            runpy.run_path(str(package / "runs" / "allocator.py"))["use_large_pages"]()
+    def __init__(self, config, *, warmup=WARMUP):
+        # Before all imports, as train.py does: it starts this process again, the first time.
+        spec = importlib.util.find_spec("iresnet_jax")
+        assert spec is not None
+        package = Path(str(spec.origin)).parent
+        runpy.run_path(str(package / "runs" / "allocator.py"))["use_large_pages"]()
         from iresnet_jax.runs.config import parse
 
         settings = parse(config)
-        prepare_jax(settings, keeps_memory=keeps_memory)
+        prepare_jax(settings)
         import jax
 
         from iresnet_jax.data.batches import device_batches
@@ -107,12 +102,11 @@ class OurSteps(Steps):
         from iresnet_jax.runs.planning import plan
 
         self._jax = jax
-        self._of_device, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
+        _, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
         self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
         self.take()
         self.wait()
-        if keeps_memory:
-            allocator.return_freed_memory()
+        allocator.return_freed_memory()
         self.warm_up(warmup - 1)
 
     def take(self):
@@ -123,83 +117,6 @@ class OurSteps(Steps):
 
     def loss(self):
         return float(self._metrics[self._name])
-
-    def page_faults(self):
-        """Minor page faults of this process so far."""
-        return int(Path("/proc/self/stat").read_text().split()[9])
-
-    def arithmetic(self):
-        """Multiplications and additions of a step, and how many a second one large matrix product does here."""
-        from iresnet_jax.runs.planning.program_costs import flops
-        from iresnet_jax.training import parallel
-
-        jax = self._jax
-        share = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), next(self._feed))
-        traced = parallel.for_devices(self._of_device, jax.local_devices()[:1]).trace(self._state, share)
-        found = float(flops(traced.jaxpr.jaxpr).total()) * jax.local_device_count()
-        return {"flops": found, "matmul_peak_flops": self._matmul_peak()}
-
-    def _matmul_peak(self, size=2048, repeats=5):
-        """Multiplications and additions a second of one large matrix product on every device at once, the fastest of some."""
-        import numpy as np
-
-        drawn = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-        matrices = [self._jax.device_put(drawn, device) for device in self._jax.local_devices()]
-        multiply, fastest = self._jax.jit(self._jax.numpy.matmul), np.inf
-        for _ in range(1 + repeats):  # the first one compiles
-            began = time.perf_counter()
-            self._jax.block_until_ready([multiply(matrix, matrix) for matrix in matrices])
-            fastest = min(fastest, time.perf_counter() - began)
-        return 2 * size**3 * len(matrices) / fastest
-
-    def num_devices(self):
-        """Devices that share a batch."""
-        return self._jax.device_count()
-
-    def export(self, folder):
-        """Leaves the step's program, before it is compiled, and what it was given to a process of `ExportedSteps`."""
-        import numpy as np
-
-        from iresnet_jax.maths import platforms
-        from iresnet_jax.training import parallel
-
-        jax = self._jax
-        whole = jax.tree.map(lambda rows: np.asarray(rows).reshape(-1, *rows.shape[2:]), next(self._feed))
-        leaves, structure = jax.tree.flatten((jax.device_get(self._state), whole))
-        step = parallel.for_devices(self._of_device, jax.devices()[:1])
-        flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves))))
-        Path(folder, ExportedSteps.PROGRAM).write_bytes(jax.export.export(flat)(*leaves).serialize())
-        np.savez(Path(folder, ExportedSteps.GIVEN), *leaves)
-        place = len(jax.tree.leaves(self._state)) + sorted(self._metrics).index(self._name)
-        return {"options": dict(platforms.CPU_OPTIONS), "num_state": len(jax.tree.leaves(self._state)), "place_of_loss": place}
-
-
-class ExportedSteps(Steps):
-    """The program that `OurSteps.export` left, compiled and run by JAX alone: steps without this library, on one device."""
-
-    PROGRAM, GIVEN = "step.jax", "given.npz"
-
-    def __init__(self, folder, options, num_state, place_of_loss, warmup=WARMUP):
-        import jax
-        import jax.export
-        import numpy as np
-
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder, "programs")))
-        call = jax.export.deserialize(bytearray(Path(folder, self.PROGRAM).read_bytes())).call
-        self._step = jax.jit(call, compiler_options=options, donate_argnums=range(num_state))
-        given = [jax.device_put(leaf) for leaf in np.load(Path(folder, self.GIVEN)).values()]
-        self._found, self._batch = given[:num_state], given[num_state:]
-        self._num_state, self._place, self._jax = num_state, place_of_loss, jax
-        self.warm_up(warmup)
-
-    def take(self):
-        self._found = self._step(*self._found[: self._num_state], *self._batch)
-
-    def wait(self):
-        self._jax.block_until_ready(self._found)
-
-    def loss(self):
-        return float(self._found[self._place])
 
 
 class TorchSteps(Steps):

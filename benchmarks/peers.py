@@ -6,17 +6,14 @@
     likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
     inverse     time of the inverse of a block to a true error of 1e-5, by its Lipschitz constant
     sampling    samples a second of trained flows to a true error of 1e-5
-    startup     time from the start of a process to the end of its first step, with no compiled programs on disk and with all
 
 In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
-The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands. Ours is the step of train.py with all that it sets up; its
-floor is its arithmetic at the speed of one large matrix product on the same cores. README.md has the rest, and how trained
-flows are measured is in _peers_trained.py.
+The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands. Ours is the step of train.py with all that it sets up.
+README.md has the rest, and how trained flows are measured is in _peers_trained.py.
 """
 
 import argparse
 import importlib.metadata
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +24,7 @@ from _models import config_file, read_config
 from _peers_flows import architecture
 from _peers_trained import NORMFLOWS, OURS, TARGET, TOLERANCE, inverses, likelihoods, samples
 from _processes import core_counts, most_cores, pin, workers
-from _record import Timing, parser, show, take_turns, write
+from _record import parser, show, take_turns, write
 from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.checked_dataclasses import to_plain
@@ -36,7 +33,7 @@ from iresnet_jax.runs.config import default_config, estimator_settings, parse
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.runs.planning import plan
 
-NAIVE, JAX_ALONE = "naive", "JAX alone"
+NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
 NUM_BATCHES = 4
 DIGITS = config_file("digits_density")
@@ -78,19 +75,8 @@ def own_cache(folder, name):
     return {"IRESNET_JAX_CACHE_DIR": str(folder / f"cache_{name}")}
 
 
-def export(start, cases, folder):
-    """Arguments of `ExportedSteps` for our step, which a process that ends writes into the folder."""
-    worker = start(most_cores(), "_steps", *cases[OURS], own_cache(folder, "exporting"))
-    exported = {"folder": str(folder), **worker.ask("export", folder=str(folder))}
-    worker.stop()
-    return exported
-
-
 def steps(arguments, start, folder):
-    """Training steps: time by number of cores and largest memory, of every size.
-
-    "JAX alone" is our program as JAX exports it, on one core in a process without this library.
-    """
+    """Training steps: time by number of cores and largest memory, of every size."""
     effort = {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 5, "seconds_a_turn": 2.0}
     results = {}
     for size in ("8",) if arguments.quick else SIZES:
@@ -99,8 +85,6 @@ def steps(arguments, start, folder):
         for peer, (case, given) in cases.items():
             for count, cores in core_counts().items():
                 running[peer, count] = start(cores, "_steps", case, given, own_cache(folder, f"{size}_{count}"))
-        exported = export(start, cases, folder)
-        running[JAX_ALONE, 1] = start(core_counts()[1], "_steps", "ExportedSteps", exported)
         asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
         timings = take_turns(asked, **effort)
         memory = {name: worker.ask("memory") for name, worker in running.items()}
@@ -110,8 +94,6 @@ def steps(arguments, start, folder):
             again = start(cores, "_steps", *cases[OURS], own_cache(folder, f"{size}_{count}"))
             again.ask("steps", num=WARMUP)
             memory[OURS, count]["peak_bytes_of_a_second_run"] = again.ask("memory")["peak_bytes"]
-            arithmetic = again.ask("arithmetic")
-            memory[OURS, count] |= {**arithmetic, "floor_s": arithmetic["flops"] / arithmetic["matmul_peak_flops"]}
             again.stop()
         results[size] = {"batch_size": config.training.batch_size, "num_terms": config.logdet.num_terms, "cores": {}}
         for (peer, count), timing in timings.items():
@@ -122,29 +104,8 @@ def steps(arguments, start, folder):
     return results
 
 
-def startups(arguments, start, folder):
-    """Seconds from the start of a process until the first training step of the digits density is done.
-
-    A floor is that of a process that reads the step as JAX exports it, and has nothing to initialise, or to import but JAX.
-    """
-    cases = {name: (case, {**given, "warmup": 1}) for name, (case, given) in step_cases(read_config(DIGITS), folder).items()}
-    exported = {**export(start, cases, folder), "warmup": 1}
-    measured = {"ours, cold": [], "ours, warm": [], "floor, cold": [], "floor, warm": [], NORMFLOWS: []}
-    for number in range(2 if arguments.quick else 3):
-        for name, own in measured.items():
-            case, given = ("ExportedSteps", exported) if name.startswith("floor") else cases.get(name, cases[OURS])
-            environment = own_cache(folder, f"startup_{number}")  # empty for the first of the two that share it
-            if name == "floor, cold":
-                shutil.rmtree(folder / "programs", ignore_errors=True)
-            worker = start(most_cores(), "_steps", case, given, environment)
-            own.append(worker.ready_s)
-            worker.stop()
-    return {name: Timing(tuple(seconds)).summary() for name, seconds in measured.items()}
-
-
-IN_WORKERS = {"step": steps, "startup": startups}
 HERE = {"likelihood": likelihoods, "inverse": inverses, "sampling": samples}
-PARTS = ("step", "likelihood", "inverse", "sampling", "startup")
+PARTS = ("step", *HERE)
 
 
 def main():
@@ -172,7 +133,7 @@ def main():
     prepare_jax()
     for part in arguments.parts:
         with workers() as start, tempfile.TemporaryDirectory() as folder:
-            record(part, HERE[part](arguments) if part in HERE else IN_WORKERS[part](arguments, start, Path(folder)))
+            record(part, HERE[part](arguments) if part in HERE else steps(arguments, start, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,6 @@ from iresnet_jax.runs import trained_run
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
-NOT_INSTALLED = ("normflows", "torch")  # the extra `bench`
 
 
 @pytest.fixture
@@ -52,10 +50,6 @@ def torch():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_of_the_readme_explains_its_options(benchmark, name, monkeypatch, capsys):
     [command] = re.findall(rf"^\| `python benchmarks/{name}\.py(.*?)` \|", README, re.MULTILINE)
-    if name == "density_comparison":
-        for package in NOT_INSTALLED:
-            monkeypatch.setitem(sys.modules, package, mock.MagicMock())
-        monkeypatch.setitem(sys.modules, "_pytorch", mock.MagicMock())
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         benchmark(name).main()

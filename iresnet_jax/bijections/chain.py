@@ -131,7 +131,7 @@ def _store(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """``x``, put into memory before it is used, on CPU.
 
     Unrolled blocks are one program, in which XLA:CPU fuses the sum ``x + g_1 + g_2 + ...`` into everything that reads it.
-    Each later block adds it up again: work that grows with the square of depth (``benchmarks/depth.py``).
+    Each later block adds it up again: work that grows with the square of depth.
     ``lax.optimization_barrier`` does not stop it; a matrix product does, and by the identity it is exact.
     """
     if platforms.platform() != "cpu":

@@ -21,7 +21,7 @@ class LogdetConfig:
     num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
     num_probes: Count = 1  # probe vectors per example; all kinds but "exact"
     probe: Literal["rademacher", "gaussian"] = "rademacher"
-    exact_trace: bool = True  # whether a trace in closed form replaces its estimate: less noise, see benchmarks/logdets.py
+    exact_trace: bool = True  # whether a trace in closed form replaces its estimate: less noise
     distribution: Literal["poisson", "geometric"] = "poisson"  # random length of "roulette"
     parameter: Positive = 2.0  # mean of "poisson", or success probability of "geometric"
     num_exact_terms: CountOrNone = 2  # terms of "roulette" before its random ones
