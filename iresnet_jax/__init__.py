@@ -40,8 +40,8 @@ from iresnet_jax.models.flow import flow_bijection
 if TYPE_CHECKING:
     from iresnet_jax import adapters, losses
     from iresnet_jax import certification as certify
+    from iresnet_jax.energy_evaluation import evaluate_energy
     from iresnet_jax.energy_fitting import fit_energy
-    from iresnet_jax.evaluation.energies import evaluate_energy
     from iresnet_jax.fitting import fit
     from iresnet_jax.loss_training import train
     from iresnet_jax.training.unconstrained import Unconstrained
@@ -102,7 +102,7 @@ __all__ = [
 
 _TRAINING = {
     "Unconstrained": "iresnet_jax.training.unconstrained",
-    "evaluate_energy": "iresnet_jax.evaluation.energies",
+    "evaluate_energy": "iresnet_jax.energy_evaluation",
     "fit": "iresnet_jax.fitting",
     "fit_energy": "iresnet_jax.energy_fitting",
     "train": "iresnet_jax.loss_training",
@@ -119,7 +119,8 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(importlib.import_module(_TRAINING[name]), name)
         except ModuleNotFoundError as error:
-            missing = f"iresnet_jax.{name} needs {error.name}: pip install 'iresnet_jax[train]'"
+            extra = "energies" if name == "fit_energy" else "train"
+            missing = f"iresnet_jax.{name} needs {error.name}: pip install 'iresnet_jax[{extra}]'"
             raise ModuleNotFoundError(missing, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -8,15 +8,20 @@ particles and samples of the model choose.
 """
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from blackjax.mcmc import hmc
+from blackjax.smc import ess, resampling, solver, tempered
+from jax.scipy.special import logsumexp
+from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax import losses
@@ -24,36 +29,24 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, Positive, checked
 from iresnet_jax.fit_settings import EXACT_DIMS, MIXTURE_DIMS, WHITENED_DIMS
 from iresnet_jax.loss_training import train
-from iresnet_jax.maths import annealing
-from iresnet_jax.maths.energies import LogDensity, check_finite, log_density_of
+from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.models import mixtures
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.history import Attempt
 from iresnet_jax.models.marginals import Marginals
-from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.training.initialization import fitted_mixture
 
 MINUTES = 3.0
 NUM_PARTICLES = 20_000
-NUM_VALIDATION = 2_000  # particles that choose the prior and the best model
-MOVING_SHARE = 0.15  # of the time that annealing leaves
-MOVES_AT_ONCE = 10  # trajectories between two snapshots of the particles, and looks at the clock
-MOST_SNAPSHOTS = 16  # of all particles, that training is on
-PRIOR_PARTICLES = 10_000  # that priors are fitted to
-MIXTURE_PARTICLES = 5_000  # that mixtures are fitted to, until one is chosen
-PRIOR_SHARE = 0.1  # of the time, after which no larger mixture is tried
+MOVING_SHARE = 0.15  # of the time that annealing leaves, for more snapshots of the particles
+MOST_SNAPSHOTS = 16
 COMPONENTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)  # of a mixture, tried until the likelihood falls twice
 PER_MARGINAL = 8  # components of an entry
 STAGES = (StageSpec(20, (128,), activation="clipswish"),)
 BATCH_SIZE = 256
-LEAST_FOR_BOTH = 0.5  # minutes, below which there is no time to train by both divergences
-LIKELIHOOD_SHARE = 0.5  # of the time or the steps of training; the rest is of both divergences
-ENERGY_LEARNING_RATE = 1e-3  # of Adam, with both divergences
-LAST_SCALE = 0.01  # of the branches: the prior alone may be close
 
 
 def fit_energy(
@@ -70,7 +63,7 @@ def fit_energy(
 ) -> Density:
     """A density that is close to an unnormalised one, with modes that are far from each other.
 
-    Particles are annealed from ``N(0, scale^2)`` to the target, see `iresnet_jax.maths.annealing`. A residual flow is trained
+    Particles are annealed from ``N(0, scale^2)`` to the target, see `anneal`. A residual flow is trained
     by their likelihood, and then by both divergences, see `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before
     training: a mixture of normal distributions, or independent entries that are mixtures each, see `Marginals`, of whitened or
     of standardised particles. `evaluate_energy` says how good the result is.
@@ -83,14 +76,13 @@ def fit_energy(
         scale: Standard deviation of the normal distribution in which annealing starts: it should reach all modes.
         minutes: Time, compilation included, which annealing may exceed: only what follows it looks at the clock. If less than
             half a minute is left for training, it is by likelihood alone.
-        steps: Updates of the flow instead of a time, half of them by either loss; trajectories are then few.
+        steps: Updates of the flow instead of a time, half of them by either loss; the particles are those of one snapshot.
         num_particles: Particles, at least 1000.
         stages: Stages of the flow.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
-        The model, certified, with its `History`, in whose attempts are the divergences that chose; its step is 0 if neither
-        loss brought the model closer.
+        The model, certified, with the `History` of the training that led to it; its step is 0 if none brought it closer.
 
     Raises:
         ValueError: If the log-density has the wrong shape, or is NaN or infinite where annealing starts or ends.
@@ -104,58 +96,39 @@ def fit_energy(
     stages = checked(tuple[StageSpec, ...], stages, "stages")
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(single_key(key), 5)
 
-    say = Lines() if progress else lambda line: None
-    x = particles(
-        log_density, num_dims, key=key_particles, scale=scale, minutes=minutes if steps is None else 0, num=num_particles
-    )
-    say(f"{len(x)} x {x.shape[1]} particles of the target")
-    num_held_out = min(NUM_VALIDATION, x.shape[1] // 10)
-    held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, x.shape[2])  # the last ones first
-    end = began + 60 * minutes
-    model = _start(
-        key_init, x, held_out, stages, math.inf if steps is not None else time.monotonic() + PRIOR_SHARE * 60 * minutes
-    )
+    minutes_moving = minutes if steps is None else 0
+    x = particles(log_density, num_dims, key=key_particles, scale=scale, minutes=minutes_moving, num=num_particles)
+    num_held_out = min(2000, x.shape[1] // 10)
+    held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)  # the last snapshot first
+    end = math.inf if steps is not None else began + 60 * minutes
 
     def likelihood(model, batch, key):
         return -model.log_prob(batch, key).mean()
 
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     both = losses.symmetric_kl(log_density, BATCH_SIZE // 2)
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(ENERGY_LEARNING_RATE))
-    turns = [
-        ("likelihood of particles", likelihood, None, key_likelihood, BATCH_SIZE, LIKELIHOOD_SHARE),
-        ("both divergences", both, adam, key_energy, BATCH_SIZE // 2, 1.0),
+    turns: list[dict[str, Any]] = [
+        {"loss": likelihood, "key": key_likelihood, "batch_size": BATCH_SIZE},
+        {"loss": both, "key": key_energy, "batch_size": BATCH_SIZE // 2, "optimizer": adam},
     ]
-    if steps is None and end - time.monotonic() < 60 * LEAST_FOR_BOTH:
-        turns = [(*turns[0][:-1], 1.0)]
-    best, least, attempts, ended = model, _divergence(model, log_density, held_out, key_choice), (), ""
-    for what, loss, optimizer, key_train, batch_size, share in turns:
-        began_turn = time.monotonic()
-        trained = train(
-            best,
-            loss,
-            x,
-            validation=held_out,
-            key=key_train,
-            minutes=max((end - began_turn) * share / 60, 0.01) if steps is None else None,
-            steps=None if steps is None else max(round(steps * LIKELIHOOD_SHARE), 1),
-            optimizer=optimizer,
-            batch_size=batch_size,
-            patience=0,
-            progress=progress,
-        )
-        found, history = _divergence(trained, log_density, held_out, key_choice), trained.history
+    best = _start(key_init, x, held_out, stages)
+    least = _divergence(best, log_density, held_out, key_choice)
+    if end - time.monotonic() < 30:
+        turns = turns[:1]
+    for i, turn in enumerate(turns):
+        length: dict[str, Any] = {"steps": None if steps is None else max(steps // 2, 1)}
+        if steps is None:
+            length = {"minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)}
+        trained = train(best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length)
+        history, divergence = trained.history, _divergence(trained, log_density, held_out, key_choice)
         assert history is not None
-        say(f"the divergences from and to the target add up to {found:.4f}, before this training to {least:.4f}")
-        num_steps = int(max(history.train.get("step", []), default=history.step))
-        attempts += (Attempt(what, found, history.step, num_steps, time.monotonic() - began_turn),)
-        if found < least:
-            best, least = trained, found
+        if divergence < least:
+            best, least = trained, divergence
         elif best.history is None:
             best = best.with_(history=dataclasses.replace(history, step=0))
-        if ended := history.ended:
+        if history.ended:
             break
-    assert best.history is not None
-    return best.with_(history=dataclasses.replace(best.history, attempts=attempts, ended=ended))
+    return best
 
 
 def particles(
@@ -174,45 +147,112 @@ def particles(
     """
     began = time.monotonic()
     num_dims, num = checked(Count, num_dims, "num_dims"), checked(Count, num, "num_particles")
-    scale = checked(Positive, scale, "scale")
     if num < 1000:
         raise ValueError(f"num_particles must be at least 1000, got {num}: a tenth of them validates")
-    log_density_of(log_density, jnp.zeros((2, num_dims)))  # its shape
     key_anneal, key_move, key_order = jax.random.split(single_key(key), 3)
-    found = annealing.annealed(log_density, key_anneal, num, num_dims, scale=float(scale))
+    found, step = anneal(log_density, key_anneal, num, num_dims, scale=checked(Positive, scale, "scale"))
     now = time.monotonic()
-    snapshots = _moved_until(log_density, key_move, found, now + MOVING_SHARE * (began + 60 * minutes - now))
+    until, snapshots = now + MOVING_SHARE * (began + 60 * minutes - now), [np.asarray(found.x)]
+    while time.monotonic() < until and len(snapshots) <= MOST_SNAPSHOTS:
+        found = step(jax.random.fold_in(key_move, len(snapshots)), found)
+        snapshots.append(np.asarray(found.x))
     check_finite(log_density(jnp.asarray(snapshots[-1])), "particles")
-    return snapshots[:, np.asarray(jax.random.permutation(key_order, num))]
+    return np.stack(snapshots[1:] or snapshots)[:, np.asarray(jax.random.permutation(key_order, num))]
 
 
-def _moved_until(
-    log_density: LogDensity, key: Key[Array, ""], found: annealing.Particles, until: float
-) -> Float[np.ndarray, "s n d"]:
-    """Snapshots of the particles between as many more trajectories as fit; the one before any if none does."""
-    move = jax.jit(lambda key, x, size: annealing.moved(log_density, key, x, size, num_moves=MOVES_AT_ONCE))
-    x, size, snapshots = found.x, jnp.asarray(found.step_size, found.x.dtype), []
-    for turn in range(MOST_SNAPSHOTS):
-        if time.monotonic() >= until:
-            break
-        x, size = move(jax.random.fold_in(key, turn), x, size)
-        snapshots.append(np.asarray(x))
-    return np.stack(snapshots or [np.asarray(found.x)])
+class Particles(NamedTuple):
+    """Samples of ``N(0, scale^2)^(1 - t) p^t``, equally weighted and dependent.
+
+    Attributes:
+        x: The samples.
+        t: Place on the path, from 0 to 1.
+        log_z: Logarithm of the integral of the density at ``t``, whose exponential is unbiased but for the adaptation of steps.
+        step_size: Step of trajectories, in standard deviations of the particles.
+    """
+
+    x: Float[Array, "n d"]
+    t: Float[Array, ""]
+    log_z: Float[Array, ""]
+    step_size: Float[Array, ""]
 
 
-def _start(
-    key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], stages: Any, until: float
-) -> Density:
+def anneal(
+    log_density: LogDensity, key: Key[Array, ""], num: int, num_dims: int, *, scale: float = 1.0
+) -> tuple[Particles, Callable[[Array, Particles], Particles]]:
+    """Particles of a density ``p``, by sequential Monte Carlo from a normal distribution (Del Moral, Doucet and Jasra 2006).
+
+    Each step goes as far along ``t`` as half of the particles stay effective, draws them again by their weights, and moves them
+    by Hamiltonian Monte Carlo, so that separated modes keep the shares that they had while they were connected.
+
+    Returns:
+        The particles at ``t = 1``, and the step, which moves them further.
+
+    Raises:
+        ValueError: If the log-density of draws from the normal distribution is NaN or infinite, or has the wrong shape.
+        RuntimeError: If the path takes more than 1000 steps.
+    """
+
+    def start(x):
+        return jnp.sum(norm.logpdf(x, 0, scale))
+
+    def ratio(x):
+        value = log_density_of(log_density, x[None])[0] - start(x)
+        return jnp.where(jnp.isfinite(value), value, -1e30)
+
+    @jax.jit
+    def step(key, particles):
+        x, t, log_z, step_size = particles
+        change = ess.ess_solver(jax.vmap(ratio), x, 0.5, 1 - t, solver.dichotomy)
+        log_weights = change * jax.vmap(ratio)(x)
+        weights = jax.nn.softmax(log_weights)
+        t = jnp.where(change >= 1 - t, 1.0, t + change)
+        options = {
+            "step_size": step_size[None],
+            "inverse_mass_matrix": (weights @ jnp.square(x - (weights @ x)[None]))[None],
+        }
+        resample = functools.partial(_resampled, is_needed=change > 0)
+        kernel = tempered.build_kernel(start, ratio, trajectory, hmc.init, resample)
+        state = tempered.TemperedSMCState(x, weights, t)
+        state, info = kernel(key, state, 10, t, options)  # ten trajectories at t, after which all weights are equal
+        acceptance = jnp.mean(info.update_info.acceptance_rate)
+        step_size = jnp.clip(step_size * jnp.exp(2 * (acceptance - 0.75)), 1e-4, 2.0)
+        return Particles(state.particles, t, log_z + logsumexp(log_weights) - math.log(num), step_size)
+
+    hamiltonian = hmc.build_kernel()
+
+    def trajectory(key, state, log_density, step_size, inverse_mass_matrix):
+        key_size, key_move = jax.random.split(key)
+        step_size = step_size * jnp.exp(-jax.random.exponential(key_size))  # of all lengths, for targets of several scales
+        return hamiltonian(key_move, state, log_density, step_size, inverse_mass_matrix, 8)
+
+    key_start, key = jax.random.split(key)
+    x = scale * jax.random.normal(key_start, (num, num_dims))
+    check_finite(
+        log_density_of(log_density, x), f"draws from the normal distribution of scale {scale:g} in which annealing starts"
+    )
+    found, num_steps = Particles(x, jnp.zeros((), x.dtype), jnp.zeros((), x.dtype), jnp.full((), 0.3, x.dtype)), 0
+    while found.t < 1:
+        found, num_steps = step(jax.random.fold_in(key, num_steps), found), num_steps + 1
+        if num_steps == 1000:
+            raise RuntimeError(
+                f"annealing is at t = {float(found.t):.3g} after {num_steps} steps: choose another scale than {scale:g}"
+            )
+    for i in range(3):
+        found = step(jax.random.fold_in(key, num_steps + i), found)
+    return found, step
+
+
+def _resampled(key: Key[Array, ""], weights: Float[Array, " n"], num: int, *, is_needed: Any) -> Array:
+    """Places of as many particles, each as often as its weight says; each its own where weights are equal."""
+    return jnp.where(is_needed, resampling.systematic(key, weights, num), jnp.arange(num))
+
+
+def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], stages: Any) -> Density:
     """A flow that does little yet, with the prior under which held-out particles are likeliest.
 
     Priors are compared without the flow, and fitted once more to its latents.
     """
-    num_dims, x = x.shape[1], x[:PRIOR_PARTICLES]
-    options = {
-        "stages": stages,
-        "estimator": ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
-        "last_scale": LAST_SCALE,
-    }
+    num_dims, x = x.shape[1], x[:10_000]
     starts = []  # (mean log-density, transform, components of a mixture or 0)
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
         bijection = transform.bijection()
@@ -222,24 +262,31 @@ def _start(
         value = float(jnp.mean(Marginals.fit(z, PER_MARGINAL).log_prob(held_out_z)))
         starts.append((value + log_det, transform, 0))
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
-            components, value = _likeliest_components(z[:MIXTURE_PARTICLES], held_out_z, until)
+            components, value = _likeliest_components(z[:5000], held_out_z)
             starts.append((value + log_det, transform, components))
     _, transform, components = max(starts, key=lambda start: start[0])
-    if components:
-        model = Density.init(key, x, prior="mixture", num_components=components, transform=transform, **options)
-        return model.with_(prior=fitted_mixture(np.asarray(model.encode(x)), components))
-    model = Density.init(key, x, prior=Marginals.standard(num_dims, PER_MARGINAL), transform=transform, **options)
-    return model.with_(prior=Marginals.fit(np.asarray(model.encode(x)), PER_MARGINAL))
+    model = Density.init(
+        key,
+        x,
+        stages=stages,
+        estimator=ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
+        prior="mixture" if components else Marginals.standard(num_dims, PER_MARGINAL),
+        num_components=components or None,
+        transform=transform,
+        last_scale=0.01,  # the prior alone may be close
+    )
+    z = np.asarray(model.encode(x))
+    return model.with_(prior=fitted_mixture(z, components) if components else Marginals.fit(z, PER_MARGINAL))
 
 
-def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"], until: float) -> tuple[int, float]:
+def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]) -> tuple[int, float]:
     """Number of components of the mixture under which held-out vectors are likeliest, and their mean log-density."""
     best, highest, fallen = 1, -math.inf, 0
     for num in (count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)):
         mixture = fitted_mixture(z, num)
         value = float(jnp.mean(mixtures.log_prob(mixture, held_out)))
         best, highest, fallen = (num, value, 0) if value > highest else (best, highest, fallen + 1)
-        if fallen == 2 or time.monotonic() > until:
+        if fallen == 2:
             break
     return best, highest
 

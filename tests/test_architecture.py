@@ -22,7 +22,7 @@ FOLDERS = (
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
 EDGES = (
-    *("__init__", "__main__", "adapters", "commands", "energy_fitting", "estimators", "fit_arguments"),
+    *("__init__", "__main__", "adapters", "commands", "energy_evaluation", "energy_fitting", "estimators", "fit_arguments"),
     *("fit_settings", "fitting", "loss_training", "losses"),
 )
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
@@ -125,8 +125,9 @@ def test_one_file_imports_flax():
     assert files_with(lambda source: "flax" in packages_of(source)) == {"models/linen.py"}
 
 
-def test_one_file_imports_numpyro():
+def test_one_file_imports_numpyro_and_one_blackjax():
     assert files_with(lambda source: "numpyro" in packages_of(source)) == {"adapters.py"}
+    assert files_with(lambda source: "blackjax" in packages_of(source)) == {"energy_fitting.py"}
 
 
 def test_one_file_mentions_pmap():

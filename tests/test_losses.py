@@ -30,48 +30,59 @@ def model(prior="gaussian"):
 
 
 @functools.cache
-def gradient_of(path):
+def gradient_of(loss):
     """``(whether the target is the model itself, key) ->`` the gradient by the parameters: one program for both targets."""
     own = model("mixture")
 
     @jax.jit
     def at(free, is_own, key):
-        loss = ir.losses.reverse_kl(lambda x: jnp.where(is_own, own.log_prob(x), target(x)), 200, path=path)
-        return jax.grad(lambda params: loss(free.constrain(params)[0], None, key)[0])(free.params)
+        value = loss(lambda x: jnp.where(is_own, own.log_prob(x), target(x)))
+        return jax.grad(lambda params: value(free.constrain(params)[0], None, key))(free.params)
 
     return functools.partial(at, ir.Unconstrained.of(own))
 
 
-def gradient(keys, *, path, is_own=False):
+def gradient(loss, keys, *, is_own=False):
     """Mean gradient by the parameters, and its standard error."""
-    leaves = [jax.tree.leaves(gradient_of(path)(is_own, key)) for key in keys]
+    leaves = [jax.tree.leaves(gradient_of(loss)(is_own, key)) for key in keys]
     rows = [np.concatenate([np.ravel(leaf) for leaf in own]) for own in leaves]
     return np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / math.sqrt(len(rows))
 
 
-@functools.cache
-def drawn():
-    """Samples of the model with their log-densities."""
-    return jax.jit(ir.Density.sample_and_log_prob, static_argnums=2)(model(), jax.random.key(7), 4000)
+def without_score(log_density):
+    """The loss of the library, whose gradients leave out the score of the model."""
+    return ir.losses.reverse_kl(log_density, 200)
 
 
-@pytest.mark.parametrize("path", [True, False])
-def test_reverse_kl_is_the_divergence(path):
-    value = jax.jit(ir.losses.reverse_kl(target, 4000, path=path))(model(), None, KEY)[0]
-    differences = np.asarray(drawn().log_prob - target(drawn().x), np.float64)
+def with_score(log_density):
+    """The same divergence with its whole gradient, the weights of components by the score alone."""
+
+    def loss(model, batch, key):
+        x = jax.lax.stop_gradient(model.sample_and_log_prob(key, 200).x)
+        log_prob = model.log_prob(x)
+        differences = jax.lax.stop_gradient(log_prob - log_density(x))
+        return jnp.mean((differences - jnp.mean(differences)) * log_prob) * 200 / 199
+
+    return loss
+
+
+def test_reverse_kl_is_the_divergence():
+    drawn = jax.jit(ir.Density.sample_and_log_prob, static_argnums=2)(model(), jax.random.key(7), 4000)
+    value = jax.jit(ir.losses.reverse_kl(target, 4000))(model(), None, KEY)
+    differences = np.asarray(drawn.log_prob - target(drawn.x), np.float64)
     assert float(value) == pytest.approx(differences.mean(), abs=6 * float(differences.std()) / math.sqrt(4000))
 
 
-def test_both_gradients_have_the_same_mean():
+def test_the_gradient_has_the_mean_of_the_score_function_s():
     keys = jax.random.split(KEY, 40)
-    (path, path_error), (full, full_error) = (gradient(keys, path=path) for path in (True, False))
-    assert np.linalg.norm(full) > 5 * np.linalg.norm(full_error)
+    (path, path_error), (full, full_error) = (gradient(loss, keys) for loss in (without_score, with_score))
+    assert np.linalg.norm(path) > 5 * np.linalg.norm(path_error)
     assert np.all(np.abs(path - full) < 5 * np.hypot(path_error, full_error) + 1e-5)
 
 
-def test_the_path_gradient_vanishes_at_the_target():
-    (path, _), (full, _) = (gradient(jax.random.split(KEY, 2), path=path, is_own=True) for path in (True, False))
-    assert np.abs(path).max() < 1e-3 * np.abs(full).max()
+def test_the_gradient_vanishes_at_the_target():
+    (path, _), (full, _) = (gradient(loss, jax.random.split(KEY, 2), is_own=True) for loss in (without_score, with_score))
+    assert np.abs(path).max() < 1e-3 * max(np.abs(full).max(), 1e-2)
 
 
 def test_symmetric_kl_adds_the_likelihood():
@@ -81,11 +92,11 @@ def test_symmetric_kl_adds_the_likelihood():
     assert float(value) == pytest.approx(float(metrics["forward"] + metrics["reverse"]), abs=1e-5)
 
 
-def test_an_energy_that_is_infinite_ends_training_in_a_sentence():
+def test_an_energy_that_is_infinite_ends_training():
     def density(x):
         return jnp.where(x[:, 0] > 0, target(x), -jnp.inf)
 
-    with pytest.raises(ValueError, match=r"infinite at \d+ of 32 samples"):
+    with pytest.raises(RuntimeError, match="loss"):
         ir.train(model(), ir.losses.reverse_kl(density, 32), steps=2, key=KEY, optimizer=optax.sgd(1e-3), progress=False)
 
 

@@ -150,5 +150,5 @@ def test_numbers_of_numpy_are_numbers():
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "iresnet_jax.energy_fitting", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[train\]'$"):
+    with pytest.raises(ModuleNotFoundError, match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[energies\]'$"):
         ir.fit_energy  # noqa: B018

@@ -1,0 +1,132 @@
+"""Normalising constants by the weights of a model: known ones, tails of known shape, lost modes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax.energy_evaluation import pareto_k, summarize
+
+KEY = jax.random.key(0)
+LOG_Z = 3 * 0.5 * math.log(2 * math.pi * 1.44)
+
+
+def target(x, std=1.2):
+    return -0.5 * jnp.sum(jnp.square(x / std), axis=1)
+
+
+@functools.cache
+def model():
+    x = np.random.default_rng(0).normal(size=(512, 3)).astype(np.float32)
+    return ir.Density.init(KEY, x, stages=[ir.StageSpec(3, (16,), activation="clipswish")], last_scale=0.3)
+
+
+def with_scale(scale):
+    """The model with a normal prior of this standard deviation."""
+    return model().with_(prior={"mean": jnp.zeros(3), "log_std": jnp.full(3, math.log(scale))})
+
+
+def test_the_normalising_constant_of_a_gaussian():
+    samples = 1.2 * jax.random.normal(jax.random.key(5), (2000, 3))
+    found = ir.evaluate_energy(with_scale(1.6), target, KEY, 4000, samples=samples)
+    assert found.log_z == pytest.approx(LOG_Z, abs=4 * found.stderr)
+    assert found.stderr < 0.05
+    assert 0.2 < found.ess < 1
+    assert found.lower < LOG_Z < found.upper
+    assert found.lost < 0.01
+    assert "light enough" in str(found)
+    assert "at least" not in str(found)  # a bound far from the number that stands above it
+
+
+def test_modes_that_samples_of_the_target_show_are_missing():
+    """The target has a second mode of equal mass, which no sample of the model finds: its weights alone look perfect."""
+
+    def two_modes(x):
+        return jnp.logaddexp(target(x), target(x - 30.0))
+
+    samples = np.random.default_rng(0).normal(0, 1.2, (1000, 3)).astype(np.float32)
+    samples[::2] += 30
+    blind = ir.evaluate_energy(with_scale(1.6), two_modes, KEY, 4000)
+    assert blind.log_z == pytest.approx(LOG_Z, abs=0.05)
+    found = ir.evaluate_energy(with_scale(1.6), two_modes, KEY, 4000, samples=samples)
+    assert found.lost == pytest.approx(0.5, abs=0.01)
+    assert math.isnan(found.log_z)
+    assert found.lower < LOG_Z + math.log(2) < found.upper
+    assert str(found).startswith("The model has lost modes: 50.0% of the target's samples")
+    assert "log Z is at least" in str(found)
+
+
+def test_a_heavy_tail_has_no_number():
+    found = ir.evaluate_energy(with_scale(0.3), target, KEY, 2000)
+    assert math.isnan(found.log_z)
+    assert found.pareto_k > 0.7
+    assert "heavy tail" in str(found)
+
+
+def test_an_energy_that_is_infinite_is_counted():
+    with pytest.raises(ValueError, match=r"infinite at \d+ of 1000 samples of the model"):
+        ir.evaluate_energy(with_scale(1.6), lambda x: jnp.where(x[:, 0] > 0, target(x), jnp.nan), KEY, 1000)
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(1000, 3\)"):
+        ir.evaluate_energy(with_scale(1.6), lambda x: x, KEY, 1000)
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.5, 1.0])
+def test_the_tail_of_pareto_weights_has_their_shape(shape):
+    # P(w > t) = t^(-1 / k): the tail is generalised Pareto with shape k above any threshold
+    found = [pareto_k(-shape * np.log(np.random.default_rng(seed).uniform(size=10_000))) for seed in range(50)]
+    values, errors = np.transpose(found)
+    assert values.mean() == pytest.approx(shape, abs=0.03)
+    assert values.std() == pytest.approx(errors.mean(), rel=0.4)
+
+
+@pytest.mark.parametrize("shape", [0.6, 0.7])
+def test_few_weights_of_a_heavy_tail_are_refused_or_warned_of(shape):
+    """Weights of mean 1 by 300 samples: the plain error was .7 to 2 times too small, without a word."""
+    uniform = (np.random.default_rng(seed).uniform(size=300) for seed in range(300))
+    found = [summarize(math.log(1 - shape) - shape * np.log(values)) for values in uniform]
+    found = [one for one in found if one.pareto_k <= one.threshold]
+    quiet = [one for one in found if one.pareto_k + one.pareto_k_error <= 0.5]
+    shown = np.array([one.log_z / one.stderr for one in found if one.pareto_k + one.pareto_k_error > 0.5])
+    assert len(quiet) < 0.1 * 300
+    assert np.mean(shown < -2) < 0.1
+    assert np.median(shown) > -0.7
+
+
+def test_the_constant_and_its_error_of_weights_with_known_moments():
+    """``q = N(0, 1)`` and ``p = exp(-x^2 / 2.4)``: ``w = c exp(a x^2)``, whose moments are known."""
+    x = np.random.default_rng(0).normal(size=50_000)
+    found = summarize(-(x**2) / 2.4 + 0.5 * x**2 + 0.5 * math.log(2 * math.pi))
+    a = 0.5 - 1 / 2.4
+    mean, square = (1 - 2 * a) ** -0.5, (1 - 4 * a) ** -0.5  # of exp(a x^2) and of its square
+    assert found.pareto_k < found.threshold
+    assert abs(found.log_z - 0.5 * math.log(2.4 * math.pi)) < 4 * found.stderr
+    assert found.ess == pytest.approx(mean**2 / square, abs=0.005)
+    assert found.stderr == pytest.approx(math.sqrt((square / mean**2 - 1) / len(x)), rel=0.3)
+
+
+def test_equal_weights():
+    found = summarize(np.full(1000, 700.0))
+    assert (found.ess, found.log_z, found.stderr, found.pareto_k) == (1.0, 700.0, 0.0, -math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_weight_that_is_no_number_has_an_infinite_tail(bad):
+    log_weights = np.random.default_rng(0).normal(size=500)
+    assert summarize(np.append(log_weights, -math.inf)).pareto_k < 0.5
+    assert summarize(np.append(log_weights, bad)).pareto_k == math.inf
+
+
+def test_few_weights_are_refused():
+    with pytest.raises(ValueError, match="at least 100 weights"):
+        summarize(np.zeros(99))
+
+
+def test_weights_beside_which_the_others_vanish_have_an_infinite_tail():
+    assert summarize(-1e8 * np.random.default_rng(0).exponential(size=10_000)).pareto_k == math.inf

@@ -1,0 +1,73 @@
+"""Annealed particles against integrals that are known, and densities that are made of them."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax import energy_fitting
+from iresnet_jax.energy_fitting import anneal
+
+SHARES = (0.2, 0.8)
+
+
+def two_modes(x):
+    """Normal distributions at -8 and 8 in the first entry, of integral 3 together."""
+    centers = jnp.asarray([[-8.0, 0.0], [8.0, 0.0]], x.dtype)
+    squares = jnp.sum(jnp.square(x[:, None] - centers[None]), axis=2)
+    return jax.nn.logsumexp(jnp.log(jnp.asarray(SHARES))[None] - 0.5 * squares, axis=1) - math.log(2 * math.pi) + math.log(3.0)
+
+
+@functools.cache
+def annealed():
+    return anneal(two_modes, jax.random.key(0), 2000, 2, scale=8.0)
+
+
+def test_modes_that_are_far_apart_keep_their_shares():
+    x = np.asarray(annealed()[0].x)
+    is_left = x[:, 0] < 0
+    assert np.mean(is_left) == pytest.approx(SHARES[0], abs=0.05)
+    assert x[is_left].mean(axis=0) == pytest.approx([-8, 0], abs=0.2)
+    assert x[~is_left].std(axis=0) == pytest.approx([1, 1], abs=0.1)
+
+
+def test_the_integral():
+    assert float(annealed()[0].log_z) == pytest.approx(math.log(3), abs=0.2)
+
+
+def test_further_steps_move_particles_and_not_their_places():
+    found, step = annealed()
+    later = step(jax.random.key(1), found)
+    assert float(later.log_z) == pytest.approx(float(found.log_z), abs=1e-4)
+    assert np.mean((later.x[:, 0] < 0) == (found.x[:, 0] < 0)) > 0.99  # a few jump
+    assert np.mean(np.any(later.x != found.x, axis=1)) > 0.99
+
+
+def test_in_float64(x64):
+    found = anneal(two_modes, jax.random.key(0), 50, 2, scale=8.0)[0]
+    assert found.x.dtype == jnp.float64
+    assert abs(float(found.log_z) - math.log(3)) < 1
+
+
+def test_a_log_density_that_is_infinite_is_refused():
+    with pytest.raises(ValueError, match=r"infinite at \d+ of 500 draws"):
+        anneal(lambda x: jnp.where(x[:, 0] > 0, 0.0, -jnp.inf), jax.random.key(0), 500, 2)
+
+
+def test_fit_energy_finds_both_modes(monkeypatch):
+    monkeypatch.setattr(energy_fitting, "COMPONENTS", (1, 2))
+
+    def target(x):
+        return jnp.logaddexp(*(-0.5 * jnp.sum(jnp.square((x - center) / 0.5), axis=1) for center in (-4.0, 4.0)))
+
+    options = {"scale": 4.0, "steps": 2, "num_particles": 1000, "stages": [ir.StageSpec(1, (8,))], "progress": False}
+    fitted = ir.fit_energy(target, 3, key=jax.random.key(0), **options)
+    found = ir.evaluate_energy(fitted, target, jax.random.key(1), 1000)
+    log_z = math.log(2) + 3 * 0.5 * math.log(2 * math.pi * 0.25)
+    assert found.log_z == pytest.approx(log_z, abs=4 * found.stderr)
+    assert found.ess > 0.5
+    assert fitted.certificate().certified
