@@ -48,7 +48,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "key": [
         (lambda: fit(key=7), r"jax.random.key\(7\), got 7"),
         (lambda: fit(key=np.random.default_rng(0)), "key must be a key .* Generator"),
-        (lambda: fit(key=jax.random.split(KEY, (2, 2))), r"an array \(n,\) of keys .* got keys of shape \(2, 2\)"),
+        (lambda: fit(key=jax.random.split(KEY, (2, 2))), r"got keys of shape \(2, 2\): choose one, or loop over them"),
         (lambda: model().sample(0, 3), "key must be a key"),
         (lambda: model().sample(jax.random.split(KEY), 3), "a single key"),
         (lambda: model().log_prob(X, 0), "key must be a key"),
