@@ -30,6 +30,10 @@ def checked_options(**options: Any) -> dict[str, Any]:
         raise ValueError(f'settings must be a dictionary such as {{"optimizer.learning_rate": 1e-3}}, got {settings!r}')
     if not isinstance(workdir, str | os.PathLike | None):
         raise ValueError(f"workdir must be the path of a folder, got {workdir!r}")
+    if of_data := [name for name in settings if name.startswith("data.")]:
+        raise ValueError(f"{of_data[0]} is no setting of fit, which is given its data: use its arguments")
+    if "training.total_steps" in settings:
+        raise ValueError("the number of updates is no setting of fit, as other settings follow from it: give it as steps=...")
     chosen = {name: value for name, value in options.items() if value is not None or name == "validation_fraction"}
     found = dict.fromkeys(options) | {name: checked(KINDS[name], value, name) for name, value in chosen.items()}
     for stage in found.get("architecture") or ():

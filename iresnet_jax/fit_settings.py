@@ -25,11 +25,7 @@ from iresnet_jax.training.initialization import gaussian_mixture, preprocess
 from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 
 DEFAULT_MINUTES = 3.0
-FIRST_STEPS = 1000  # updates of the first run of each candidate
-FIRST_SHARE = 0.1  # of the time limit, which such a run has at most for its updates
-LONGER = 4  # factor on the updates of a run whose validation still improved at its end
-# The same of conditional densities: for 10,000 examples 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
-LONGER_GIVEN_CONTEXTS = 2
+STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
 PATIENCE = 6  # validations without an improvement after which a run ends
 PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
 NUM_SCALES = 16  # of the prior of scales
@@ -49,7 +45,8 @@ NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise
 # Widths of the network on contexts, and weight decay: by the validation of posteriors of simulators.
 CONTEXT_HIDDEN = (128, 128, 32)
 DECAYS = (0.1, 0.3, 1.0)
-SIZES = {"large": (20, 128, 1e-2), "medium": (10, 64, 1e-2), "small": (4, 32, 3e-3)}  # blocks, width, learning rate
+# Blocks, width and learning rate; blocks are none of "given" ones, the user's.
+SIZES = {"large": (20, 128, 1e-2), "medium": (10, 64, 1e-2), "small": (4, 32, 3e-3), "given": (0, 0, 1e-2)}
 MANY = 10_000  # examples from which on a density gets the large network; with 1500 the medium one is as good, in half the time
 
 
@@ -119,7 +116,7 @@ def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
     # Priors of classes start from the covariance within.
     is_exact = dims <= EXACT_DIMS
     return {
-        "model": {"stages": _dense_stages("large"), "coeff": 0.97},
+        "model": {"stages": _dense_stages("large"), "coeff": 0.97, "context_hidden": CONTEXT_HIDDEN if data.contexts else ()},
         "preprocessing": {"transform": "whiten" if is_whitened(num, dims) else "standardize"},
         "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
         "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
@@ -136,28 +133,24 @@ def _dense_stages(size: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What differs among the models of vectors that validation chooses from.
+    """A row in the table of models of vectors that validation chooses from.
 
     Attributes:
+        size: A key of `SIZES`.
         prior: Family of the prior; None leaves it to the settings.
         components: Components of the priors "mixture" and "scales", 0 of others.
-        size: A key of `SIZES`.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
-        has_own_stages: Whether the user has given the stages, of which `size` then leaves the learning rate alone.
-        is_conditional: Whether the model is a density given contexts, which get a network.
         decay: Weight decay of a conditional density; None leaves it to the settings.
     """
 
-    prior: str | None
+    size: str
+    prior: str | None = None
     components: int = 0
-    size: str = "large"
     noise: float | None = None
-    has_own_stages: bool = False
-    is_conditional: bool = False
     decay: float | None = None
 
     def __str__(self) -> str:
-        parts = [f"learning rate {SIZES[self.size][-1]}" if self.has_own_stages else f"{self.size} network"]
+        parts = ["network as given" if self.size == "given" else f"{self.size} network"]
         if self.prior is not None:
             is_mixture = self.prior == priors.MIXTURE
             parts.append(f"{self.components} normal distributions as prior" if is_mixture else f"{self.prior} prior")
@@ -166,13 +159,8 @@ class Candidate:
 
     @property
     def program(self) -> "Candidate":
-        """What is compiled for: the size of the noise comes with the batches."""
+        """The candidate without the size of its noise, which comes with the batches: those that are equal share a program."""
         return dataclasses.replace(self, noise=None)
-
-    @property
-    def longer(self) -> int:
-        """Factor on the updates of a run whose validation still improved at its end."""
-        return LONGER_GIVEN_CONTEXTS if self.is_conditional else LONGER
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -183,12 +171,10 @@ class Candidate:
             "model.sharp": self.size != "small",
             "optimizer.learning_rate": SIZES[self.size][-1],
         }
-        if not self.has_own_stages:
+        if self.size != "given":
             chosen["model.stages"] = _dense_stages(self.size)
         if self.prior is not None:
             chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
-        if self.is_conditional:
-            chosen["model.context_hidden"] = CONTEXT_HIDDEN
         if self.decay is not None:
             chosen["optimizer.weight_decay"] = self.decay
         return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
@@ -199,7 +185,7 @@ class Candidate:
             yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
         if self.noise is not None and self.noise < NOISES[-1]:
             yield dataclasses.replace(self, noise=NOISES[NOISES.index(self.noise) + 1])
-        if self.noise is None and self.size != "small":
+        if self.noise is None and self.size not in ("small", "given"):
             yield dataclasses.replace(self, size="small")
 
 
@@ -214,43 +200,46 @@ def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) ->
     return _plain(config, data, given)[0]
 
 
-def _plain(config: Config, data: DataSet, given: Iterable[str]) -> tuple[Candidate | None, bool]:
-    """The candidate without a mixture, and whether a prior of scales is clearly likelier before training."""
-    if len(data.event_shape) != 1 or config.objective not in ("density", "hybrid"):
-        return None, False
-    is_plain = config.objective == "density" and not data.contexts and "model.prior" not in given
-    prior, has_scales = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES)) if is_plain else (None, False)
-    num, has_own_stages = len(data.examples["train"]), "model.stages" in given
-    size = "large" if num >= PER_COVARIANCE * data.event_shape[0] ** 2 else "small"
-    if data.contexts:
-        decay = None if "optimizer.weight_decay" in given else DECAYS[1]
-        return Candidate(prior, size=size, has_own_stages=has_own_stages, is_conditional=True, decay=decay), False
-    if size == "large" and num < MANY and config.objective == "density":
-        size = "medium"
-    is_noise_free = config.objective == "density" and "augmentation.noise" not in given
-    noise = NOISES[0] if is_noise_free else None
-    return Candidate(prior, size=size, noise=noise, has_own_stages=has_own_stages), has_scales
-
-
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
-    """The candidates that are tried first, of which the last is the plain one; none for images.
+    """The table that `fit` starts with, the plain candidate last; empty for images.
 
     The other one of a conditional density has less weight decay, unless that is given. Those of a density without contexts have
     other priors: a mixture, with as many components as the Bayesian information criterion wants, and scales, if vectors differ
     by far in length. A flow behind scales starts ahead and learns slowly, so training decides.
     """
     plain, has_scales = _plain(config, data, given)
-    if plain is not None and plain.is_conditional:
-        return [plain] if plain.decay is None else [dataclasses.replace(plain, decay=DECAYS[0]), plain]
-    if plain is None or plain.prior is None:
-        return [] if plain is None else [plain]
-    found = [plain]
+    if plain is None:
+        return []
+    table = [plain]
+    if plain.decay is not None:
+        table.insert(0, dataclasses.replace(plain, decay=DECAYS[0]))
     if has_scales:
-        found.insert(0, dataclasses.replace(plain, prior=priors.SCALES, components=NUM_SCALES))
-    if data.event_shape[0] <= MIXTURE_DIMS:
+        table.insert(0, dataclasses.replace(plain, prior=priors.SCALES, components=NUM_SCALES))
+    if plain.prior is not None and data.event_shape[0] <= MIXTURE_DIMS:
         if components := likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed):
-            found.insert(0, dataclasses.replace(plain, prior=priors.MIXTURE, components=components))
-    return found
+            table.insert(0, dataclasses.replace(plain, prior=priors.MIXTURE, components=components))
+    return table
+
+
+def _plain(config: Config, data: DataSet, given: Iterable[str]) -> tuple[Candidate | None, bool]:
+    """The candidate without a mixture, and whether a prior of scales is clearly likelier before training."""
+    if len(data.event_shape) != 1 or config.objective not in ("density", "hybrid"):
+        return None, False
+    is_density, num = config.objective == "density", len(data.examples["train"])
+    is_many = num >= PER_COVARIANCE * data.event_shape[0] ** 2
+    if "model.stages" in given:
+        size = "given"
+    elif not is_many:
+        size = "small"
+    else:
+        size = "medium" if is_density and not data.contexts and num < MANY else "large"
+    if data.contexts:
+        return Candidate(size, decay=None if "optimizer.weight_decay" in given else DECAYS[1]), False
+    prior, has_scales = None, False
+    if is_density and "model.prior" not in given:
+        prior, has_scales = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES))
+    noise = NOISES[0] if is_density and "augmentation.noise" not in given else None
+    return Candidate(size, prior, noise=noise), has_scales
 
 
 def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:

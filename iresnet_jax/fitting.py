@@ -1,11 +1,11 @@
 """`fit`: a model of an array, with settings chosen from the array and the machine; the same code as ``train.py``."""
 
-import concurrent.futures
 import dataclasses
 import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +16,10 @@ from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.fit_arguments import checked_options, seed_of
-from iresnet_jax.fit_settings import (
-    FIRST_SHARE,
-    FIRST_STEPS,
-    Candidate,
-    candidates,
-    choose_settings,
-    length,
-    plain_candidate,
-    with_settings,
-)
+from iresnet_jax.fit_settings import STEPS_IN_ROUND, Candidate, candidates, choose_settings, plain_candidate, with_settings
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
-from iresnet_jax.runs.allocator import num_cores
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
 from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, prepare_backend, start_backend
@@ -39,11 +29,28 @@ from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import LONGEST, Best, BlowUpError, Trainer, TrainingConfig
+from iresnet_jax.training.step import TrainingStep
+from iresnet_jax.training.trainer import (
+    LONGEST,
+    STEPS_IN_TIME,
+    VALIDATIONS,
+    Best,
+    BlowUpError,
+    CompiledStep,
+    Trainer,
+    TrainingConfig,
+)
 
+FIRST_SHARE = 0.2  # of the time limit, which the updates of all runs of the first round have at most
+LAST_START = 0.9  # share of the time limit after which no run starts
 WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
 OVERFITTED = 0.5  # share below which a milder candidate is
+# Factors on the updates of a run whose validation still improved at its end. For conditional densities of 10,000 examples,
+# 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
+LONGER, LONGER_GIVEN_CONTEXTS = 4, 2
+FEW_UPDATES = 500  # below which a run that time has ended is hardly trained
+STEEP = 0.05  # fall of the validation loss over the last tenth of a run above which it is not trained enough
 
 Say = Callable[[str], None]  # takes a line of progress
 
@@ -71,8 +78,7 @@ def fit(
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
     the best one on validation, certified. Floats are continuous; integer images are levels; integers, booleans and categories
     among the columns of vectors, and floats on a grid, are dequantised within the range that was seen. Models of vectors are
-    the best of several candidates: priors before training, which may be a mixture fitted to the data, sizes, noise on the
-    examples, and lengths of the run.
+    the best of several candidates, see `best_of`. A warning tells of a time limit that was too short to train the model.
     Needs ``pip install 'iresnet_jax[train]'``.
 
     In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a second one raises
@@ -124,22 +130,17 @@ def fit(
         settings=settings,
         workdir=workdir,
     )
-    fraction, stages = options["validation_fraction"], options["architecture"]
     data = data_of(
         x,
         labels,
         context,
         validation=validation,
-        validation_fraction=fraction,
+        validation_fraction=options["validation_fraction"],
         bounds=bounds,
         is_density=labels is None or objective == "density",
     )
-    if of_data := [name for name in options["settings"] if name.startswith("data.")]:
-        raise ValueError(f"{of_data[0]} is no setting of fit, which is given its data: use its arguments")
-    given = {"data.validation_fraction": fraction, **options["settings"]}
-    if "training.total_steps" in given:
-        raise ValueError("the number of updates is no setting of fit, as other settings follow from it: give it as steps=...")
-    if stages is not None:
+    given = {"data.validation_fraction": options["validation_fraction"], **options["settings"]}
+    if (stages := options["architecture"]) is not None:
         given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
     chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
     config = with_settings(choose_settings(data, **chosen, seed=seed_of(key)), given)
@@ -148,271 +149,259 @@ def fit(
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
     for note in data.notes:
         say(note)
-    is_race = workdir is None and steps is None
-    if is_race and (contenders := candidates(config, data, given)):
-        with _stop_requests() as stop:
-            return _Race(config, data, given, say, stop, began).best(contenders)
-    # A folder is of one run, and so many steps are those of one, whose programs do not depend on the data's modes.
-    plain = plain_candidate(config, data, given)
-    config = with_settings(config, {**(plain.settings if plain else {}), **given})
-    if not (config.training.minutes or config.training.total_steps):
-        raise ValueError("a fit that is no race needs an end: give minutes=... or steps=...")
-    if workdir is not None:
-        return _fit_on_disk(config, data, Path(workdir).expanduser(), say)
-    with _stop_requests() as stop:
-        return _fit_in_memory(config, data, say, stop).model()
+
+    if workdir is None and steps is None and (table := candidates(config, data, given)):
+        model = best_of(table, config, data, given, say, began)
+    else:
+        # A folder is of one run, and so many steps are those of one.
+        plain = plain_candidate(config, data, given)
+        config = with_settings(config, {**(plain.settings if plain else {}), **given})
+        if not (config.training.minutes or config.training.total_steps):
+            raise ValueError("a fit of one run needs an end: give minutes=... or steps=...")
+        if workdir is None:
+            with _stop_requests() as stop:
+                model = _train(config, config.training, data, say, stop).model()
+        else:
+            model = _train_on_disk(config, data, Path(workdir).expanduser(), say)
+    if shortfall := hardly_trained(model.history):
+        warnings.warn(shortfall, stacklevel=2)
+    return model
+
+
+def hardly_trained(history: History) -> str:
+    """A sentence for a model whose training was ended by time too early; empty for others.
+
+    That is after fewer than `FEW_UPDATES` updates in its longest run, or while the validation loss still fell by more than
+    `STEEP`, in nats or bits/dim, over the last tenth of the updates.
+    """
+    if "time" not in history.ended:
+        return ""
+    advice = "the model is hardly trained: give it more minutes or a smaller architecture"
+    num_updates = max([*history.train.get("step", []), *(attempt.num_steps for attempt in history.attempts)], default=0)
+    if num_updates < FEW_UPDATES:
+        return f"fit had time for {num_updates:.0f} updates, {advice}"
+    loss = next((history.validation[name] for name in ("bits_per_dim", "nll", "loss") if name in history.validation), [])
+    steps = history.validation.get("step", [])
+    before = [value for step, value in zip(steps, loss, strict=True) if step <= 0.9 * steps[-1]]
+    if before and history.step == steps[-1] and before[-1] - loss[-1] > STEEP:
+        return f"validation still fell from {before[-1]:.2f} to {loss[-1]:.2f} in the last tenth of the updates, {advice}"
+    return ""
 
 
 def _stop_requests() -> StopRequests:
     return StopRequests("training ends after this step", heard_in_memory())
 
 
-class Outcome(NamedTuple):
-    """What a run leaves: how it went, and its model, certified when it is asked for."""
+class Run(NamedTuple):
+    """A training run in memory that has ended.
+
+    Attributes:
+        attempt: How it went.
+        is_cut_short: Whether a limit on the time of its updates ended it, so that it says little.
+        model: ``() ->`` its best model, certified, with its history.
+    """
 
     attempt: Attempt
+    is_cut_short: bool
     model: Callable[[], Any]
 
 
-class _Race:
-    """Short runs of candidates, then longer ones of the best of them for as long as validation improves and time is left.
+Runs = Mapping[tuple[Candidate, int], Run | None]  # by candidate and most updates; None for a run that blew up
 
-    Where there is no time for first runs of `FIRST_STEPS` updates, the last candidate has what they leave.
+
+def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Mapping[str, Any], say: Say, began: float) -> Any:
+    """The best model of several candidates by successive halving, with all attempts in its history.
+
+    The first round gives `STEPS_IN_ROUND` updates to each candidate, all of them at most a fifth of the time. Then the best one
+    goes on alone, as `next_run` says: for longer from its start, as a learning rate has to fall to the end of a run, or with
+    more noise. Each run validates its start, too, which counts like any other state.
 
     Args:
+        table: The candidates; the last one is the plain one.
         config: Settings of all runs.
         data: The data.
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
-        stop: Notes a signal, at which the race ends.
         began: When the time started that is limited: mixtures of many columns take long to fit.
     """
+    limit_s = 60 * config.training.minutes or math.inf
+    longer = LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
+    programs: dict[Any, CompiledStep] = {}
+    runs: dict[tuple[Candidate, int], Run | None] = {}
 
-    def __init__(
-        self,
-        config: Config,
-        data: DataSet,
-        given: Mapping[str, Any],
-        say: Say,
-        stop: StopRequests,
-        began: float,
-    ):
-        self._config, self._data, self._given, self._say, self._stop = config, data, given, say, stop
-        self._began, self._limit_s = began, 60 * config.training.minutes or math.inf
-        self._runs: list[tuple[Candidate, Outcome]] = []
-        self._tried: set[tuple[Candidate, int]] = set()  # with the updates that they were allowed
-        self._blow_up: BlowUpError | None = None  # of the last run that failed
-        self._is_cut_short = False  # whether time ended a first run, which then says little
-        self._is_over = False  # which ends all runs that are still trained
-        self._ahead: dict[Candidate, concurrent.futures.Future[Outcome]] = {}  # the run that was started before its turn
+    def train_candidate(candidate: Candidate, num_steps: int, stop: StopRequests) -> None:
+        def compile_step(step: TrainingStep) -> CompiledStep:
+            key = candidate.program, getattr(step.model, "estimator", None)  # whose number of terms may rise
+            return programs.setdefault(key, parallel.parallelize(step))
 
-    def best(self, contenders: Sequence[Candidate]) -> Any:
-        """The model that is best on validation, with all attempts in its history."""
-        # One after the other on several devices, where programs that are run at once may wait for each other for ever.
-        at_once = min(num_cores(), len(contenders)) if jax.device_count() == 1 else 1
-        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            try:
-                ended = self._run_all(contenders, pool if at_once > 1 else None)
-            finally:
-                self._is_over = True
-                pool.shutdown(wait=False, cancel_futures=True)
-        leader = self._leader[1]
-        best, attempts = leader.attempt, tuple(trained.attempt for _, trained in self._runs)
-        among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
-        self._say(f"{best.what}: validation {best.loss:.4f} at step {best.best_step}{among}; {ended}")
-        model = leader.model()
-        return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
-
-    def _run_all(self, contenders: Sequence[Candidate], pool: concurrent.futures.Executor | None) -> str:
-        """All runs, the first ones at once where there is a pool of threads; why they ended."""
-        if pool is None:
-            for candidate in contenders:
-                self._run(candidate, FIRST_STEPS)
-        else:
-            self._run_first(contenders, pool)
-        if self._is_cut_short:  # a good start is ahead after few updates: the plain one has to learn for longer
-            self._run(contenders[-1], LONGEST)
-        if not self._runs and self._blow_up is not None:
-            raise self._blow_up
-        while True:
-            candidate, best = self._leader[0], self._leader[1].attempt
-            more, is_improving = self._longer(candidate, best), best.best_step > IMPROVING * best.num_steps
-            if self._stop.received or not self._is_time_left:
-                return "it was stopped" if self._stop.received else "time was over"
-            if is_improving and more is None:
-                return "too little time was left for a longer run"
-            if is_improving and more and (candidate, more) not in self._tried:
-                self._run(candidate, more)
-            elif milder := self._milder(candidate, best):
-                self._run(milder, FIRST_STEPS)
-            else:
-                return "validation no longer improved"
-
-    @property
-    def _leader(self) -> tuple[Candidate, Outcome]:
-        return min(self._runs, key=lambda run: run[1].attempt.loss)
-
-    @property
-    def _left_s(self) -> float:
-        return self._limit_s - (time.monotonic() - self._began)
-
-    @property
-    def _is_time_left(self) -> bool:
-        return time.monotonic() - self._began < 0.9 * self._limit_s
-
-    def _longer(self, candidate: Candidate, last: Attempt) -> int | None:
-        """Updates of a longer run of a candidate, or as many as there is time for; None if there is too little."""
-        if self._left_s < WORTHWHILE * last.seconds:
-            return None
-        is_last = self._left_s < candidate.longer * (1 + WORTHWHILE) * last.seconds
-        return LONGEST if is_last else candidate.longer * last.num_steps
-
-    def _milder(self, candidate: Candidate, last: Attempt) -> Candidate | None:
-        """The candidate to try next where one that overfits leads; None if it does not overfit, or there is no other."""
-        if last.best_step >= OVERFITTED * last.num_steps:
-            return None
-        return next((milder for milder in candidate.milder() if (milder, FIRST_STEPS) not in self._tried), None)
-
-    def _run_first(self, contenders: Sequence[Candidate], pool: concurrent.futures.Executor) -> None:
-        """The first runs, as many at once as there are threads: the steps of each keep no more than one core busy.
-
-        Once one has ended, the run that would follow it, were it to lead, starts on the free core, if its program is compiled.
-        It counts only if that one does lead.
-        """
-
-        def first(candidate):
-            return candidate, self._run(candidate, FIRST_STEPS, f"{candidate}: ")
-
-        def ahead(milder, leader):
-            return self._train(milder, FIRST_STEPS, f"{milder}: ", lambda: not self._is_next(leader))
-
-        runs = [pool.submit(parallel.in_this_precision(first), candidate) for candidate in contenders]
-        followed = None
-        for done in concurrent.futures.as_completed(runs):
-            candidate, last = done.result()
-            if followed is None and not all(run.done() for run in runs) and last and self._is_next(candidate):
-                milder = self._milder(candidate, last)
-                if milder and milder.program == candidate.program:
-                    followed, self._ahead[milder] = candidate, pool.submit(parallel.in_this_precision(ahead), milder, candidate)
-        self._runs.sort(key=lambda trained: contenders.index(trained[0]))
-        if followed and not self._is_next(followed):
-            self._say(f"{self._ahead.popitem()[0]}: ended, as it is not the next run")
-
-    def _is_next(self, leader: Candidate) -> bool:
-        """Whether this candidate leads, and what follows it is the next run."""
-        return self._leader[0] == leader and not self._is_cut_short and not self._stop.received
-
-    def _run(self, candidate: Candidate, num_steps: int, prefix: str = "") -> Attempt | None:
-        """Trains a candidate, unless there is a model and time is over or a signal was received; one may blow up alone."""
-        if self._is_over or (self._runs and (self._stop.received or not self._is_time_left)):
-            return None
-        ahead = self._ahead.pop(candidate, None)
+        say(f"{candidate}: {f'up to {num_steps} steps' if num_steps < LONGEST else 'until time is over'}")
         try:
-            trained = self._train(candidate, num_steps, prefix) if ahead is None else ahead.result()
+            runs[candidate, num_steps] = _train(
+                with_settings(config, {**candidate.settings, **given}),
+                _of_length(config.training, num_steps, limit_s - (time.monotonic() - began), given),
+                data,
+                say,
+                stop,
+                what=str(candidate),
+                seconds_of_steps=FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf,
+                compile_step=compile_step,
+            )
         except BlowUpError as error:
-            self._blow_up = error
-            self._say(f"{candidate}: given up, {error}")
-            return None
-        except BaseException:
-            self._is_over = True
-            raise
-        finally:
-            self._tried.add((candidate, num_steps))
-        self._runs.append((candidate, trained))
-        if trained.attempt.num_steps < num_steps and trained.attempt.seconds > 0.9 * self._most_seconds(num_steps):
-            self._is_cut_short = True
-        return trained.attempt
+            runs[candidate, num_steps] = None
+            say(f"{candidate}: given up, {error}")
+            if not any(runs.values()) and candidate == table[-1]:
+                raise
 
-    def _most_seconds(self, num_steps: int) -> float:
-        """Longest time of a run's updates."""
-        return FIRST_SHARE * self._limit_s if num_steps == FIRST_STEPS else math.inf
-
-    def _train(
-        self, candidate: Candidate, num_steps: int, prefix: str, is_given_up: Callable[[], bool] = lambda: False
-    ) -> Outcome:
-        """A run. A prefix of its lines tells it from those that are trained beside it."""
-        compiled = {tried.program for tried, _ in tuple(self._tried)}
-        length_of_run = f"up to {num_steps} steps" if num_steps < LONGEST else "until time is over"
-        self._say(f"{candidate}: {'' if candidate.program in compiled else 'compiling, then '}{length_of_run}")
-        return _fit_in_memory(
-            self._config_of(candidate, num_steps),
-            self._data,
-            lambda line: self._say(prefix + line),
-            self._stop,
-            str(candidate),
-            self._most_seconds(num_steps),
-            lambda: self._is_over or is_given_up(),
-        )
-
-    def _config_of(self, candidate: Candidate, num_steps: int) -> Config:
-        limit = {"training.minutes": max(self._left_s, 1.0) / 60 if math.isfinite(self._limit_s) else 0.0}
-        return with_settings(self._config, {**candidate.settings, **length(num_steps), **self._given, **limit})
+    ended, upcoming = "", [(candidate, STEPS_IN_ROUND) for candidate in table]
+    with _stop_requests() as stop:
+        while upcoming:
+            train_candidate(*upcoming.pop(0), stop)
+            left_s = limit_s - (time.monotonic() - began)
+            if not any(runs.values()):
+                continue
+            if stop.received:
+                ended, upcoming = "it was stopped", []
+            elif left_s < (1 - LAST_START) * limit_s:
+                ended, upcoming = "time was over", []
+            elif not upcoming:
+                found = next_run(runs, table[-1], left_s, longer)
+                ended, upcoming = (found, []) if isinstance(found, str) else ("", [found])
+    best = _leader(runs)[1]
+    attempts = tuple(run.attempt for run in runs.values() if run is not None)
+    among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
+    say(f"{best.attempt.what}: validation {best.attempt.loss:.4f} at step {best.attempt.best_step}{among}; {ended}")
+    model = best.model()
+    return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
 
 
-def _fit_in_memory(
+def next_run(runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER) -> tuple[Candidate, int] | str:
+    """The run that follows these, as a candidate and its most updates, or why there is none.
+
+    Args:
+        runs: Runs so far, of which one has a model.
+        plain: The candidate that learns for the rest of the time where first runs were cut short: a good start, such as a
+            mixture, is ahead after few updates.
+        left_s: Seconds that are left.
+        longer: Factor on the updates of a run whose validation still improved at its end.
+    """
+    if (plain, LONGEST) not in runs and any(run is not None and run.is_cut_short for run in runs.values()):
+        return plain, LONGEST
+    candidate, leader = _leader(runs)
+    best = leader.attempt
+    if best.best_step > IMPROVING * best.num_steps:
+        if left_s < WORTHWHILE * best.seconds:
+            return "too little time was left for a longer run"
+        is_last = left_s < longer * (1 + WORTHWHILE) * best.seconds
+        more = LONGEST if is_last else longer * best.num_steps
+        if (candidate, more) not in runs:
+            return candidate, more
+    if best.best_step < OVERFITTED * best.num_steps:
+        for milder in candidate.milder():
+            if (milder, STEPS_IN_ROUND) not in runs:
+                return milder, STEPS_IN_ROUND
+    return "validation no longer improved"
+
+
+def _leader(runs: Runs) -> tuple[Candidate, Run]:
+    finished = ((candidate, run) for (candidate, _), run in runs.items() if run is not None)
+    return min(finished, key=lambda item: item[1].attempt.loss)
+
+
+def _of_length(settings: TrainingConfig, num_steps: int, left_s: float, given: Mapping[str, Any]) -> TrainingConfig:
+    """Settings of a run of so many updates, or of as many as there is time for, within the time that is left."""
+    settings = dataclasses.replace(settings, minutes=max(left_s, 1.0) / 60 if math.isfinite(left_s) else 0.0)
+    if num_steps == LONGEST:
+        return settings
+    every = {} if "training.eval_every_steps" in given else {"eval_every_steps": max(num_steps // VALIDATIONS, 1)}
+    return dataclasses.replace(settings, total_steps=num_steps, **every)
+
+
+def _train(
     config: Config,
+    settings: TrainingConfig,
     data: DataSet,
     say: Say,
     stop: StopRequests,
+    *,
     what: str = "",
-    seconds: float = math.inf,
-    is_given_up: Callable[[], bool] = lambda: False,
-) -> Outcome:
-    """One training run in memory, which ends once a signal is noted or it is given up.
+    seconds_of_steps: float = math.inf,
+    compile_step: Callable[[TrainingStep], CompiledStep] = parallel.parallelize,
+) -> Run:
+    """One training run in memory, which ends once a signal is noted.
 
-    A run may be limited to some seconds of updates, whatever compiling takes.
+    Args:
+        config: All settings.
+        settings: Length of the run in place of ``config.training``, whose length the program is made for.
+        data: The data.
+        say: Takes a line of progress.
+        stop: Notes a signal.
+        what: Name of the candidate; a run without one that blows up gives its best model so far.
+        seconds_of_steps: Longest time of updates, whatever compiling takes.
+        compile_step: ``training step ->`` the step of all devices.
     """
-    prepare_backend(config.training.matmul_precision)
-    check_batch_size(config.training, data)
+    prepare_backend(settings.matmul_precision)
+    check_batch_size(settings, data)
     spec = model_spec(config, data)
+    if what:  # one program for runs of all lengths: the length comes with the state, and stretches the schedule
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, total_steps=STEPS_IN_TIME))
     objective = build_objective(config, data, spec)
-    found: list[Best] = []
+    best: Best | None = None
 
     def keep(loss: float | None) -> None:
-        if loss is not None and (not found or loss < found[-1].loss):
-            found.append(Best.of(trainer.state, loss))
+        nonlocal best
+        if loss is not None and (best is None or loss < best.loss):
+            best = Best.of(trainer.state, loss)
 
-    trainer = Trainer(objective, config.training, seconds_of_steps=seconds, validated=keep, say=say)
+    trainer = Trainer(
+        objective, settings, seconds_of_steps=seconds_of_steps, compile_step=compile_step, validated=keep, say=say
+    )
     trainer.validate()  # the start may be the best: a mixture is fitted before training
-    batches = device_batches(objective.examples, seed=config.seed, batch_size=config.training.batch_size)
     try:
-        for _ in trainer.steps(batches):
-            if stop.received is not None or is_given_up():
+        for _ in trainer.steps(device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size)):
+            if stop.received:
+                say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
                 break
     except BlowUpError as error:
-        if what or not found[-1].step:  # other candidates may do better, or there is nothing to keep
+        if what or best is None or not best.step:  # other candidates may do better, or there is nothing to keep
             raise
         say(f"{error}: the best model so far")
-    if stop.received:
-        say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
+    assert best is not None
+    kept, ended = best, "it was stopped" if stop.received else trainer.ended
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    best, records = found[-1], trainer.records
+    attempt = Attempt(what, kept.loss, kept.step, trainer.step, seconds)
 
     def model() -> Any:
-        params, batch_stats = jax.device_put((best.ema, best.batch_stats))
+        params, batch_stats = jax.device_put((kept.ema, kept.batch_stats))
         certified = certified_model(spec, params, batch_stats, config.evaluation.solver(), given=identity_context(config))
-        return certified.with_(history=History.from_records(records, best.step))
+        history = History.from_records(trainer.records, kept.step)
+        return certified.with_(history=dataclasses.replace(history, ended=ended))
 
-    return Outcome(Attempt(what, best.loss, best.step, trainer.step, seconds), model)
+    is_cut_short = ended == "time was over" and seconds > 0.9 * seconds_of_steps
+    return Run(attempt, is_cut_short, model)
 
 
-def _fit_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
+def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
     """The best model of a run in a folder, with its history."""
     if (folder / run_folder.CONFIG_FILE).exists():
         # The length first: other settings, such as the warm-up, follow from it.
         ours, theirs = (_length(each.training) for each in (config, run_folder.read_config(folder)))
         if ours != theirs:
             raise ValueError(f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir")
+    ended = ""
     try:
-        train(config, folder, data=data, say=say)
+        state = train(config, folder, data=data, say=say)
+        if config.training.minutes and int(state.step) >= int(state.horizon):
+            ended = "time was over"
     except Stopped as error:
         if error.received == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it
         if error.received == signal.SIGTERM or not is_interactive():
             raise
         say(f"{str(error).split(':')[0]}: the best model so far")
+        ended = "it was stopped"
     run = trained_run.load(folder)
-    return run.model.with_(history=History.from_records(read_metrics(folder), run.step))
+    history = History.from_records(read_metrics(folder), run.step)
+    return run.model.with_(history=dataclasses.replace(history, ended=ended))
 
 
 def _length(settings: TrainingConfig) -> str:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -21,12 +20,13 @@ from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_arguments import seed_of
-from iresnet_jax.fit_settings import candidates, choose_settings, plain_candidate
+from iresnet_jax.fit_settings import Candidate, candidates, choose_settings, plain_candidate
+from iresnet_jax.fitting import Run, hardly_trained, next_run
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.signals import Stopped
-from iresnet_jax.training.trainer import BlowUpError, check_finite
+from iresnet_jax.training.trainer import LONGEST
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
@@ -42,238 +42,135 @@ def fitted(tmp_path_factory):
     return ir.fit(BANANA, key=jax.random.key(0), workdir=folder, **QUICK), folder
 
 
-@pytest.fixture
-def raced(fitted, monkeypatch):
-    """``(outcomes, minutes) ->`` candidates and lengths of the runs of a race, and its history.
-
-    Outcomes are the loss and best step of the run of a candidate and length, the seconds that it takes and, if it ends early,
-    its steps; a loss that is NaN is a blow-up.
-    """
-
-    def race(outcomes, minutes=3.0, interrupted=None, **options):
-        runs, clock = [], [0.0]
-        limits.clear()
-        firsts.clear()
-
-        def fit_in_memory(config, data, say, stop, what, most, is_given_up):
-            steps, noise = config.training.total_steps or 10**6, config.augmentation.noise
-            run = (config.model.prior, config.model.stages[0].num_blocks, round(noise, 2), min(steps, 10**6))
-            runs.append(run)
-            loss, best_step, seconds, *ended = outcomes.get(run, (9.0, steps, 1.0))
-            steps = ended[0] if ended else steps
-            clock[0] += seconds
-            limits.append(config.training.minutes)
-            firsts.append(most)
-            check_finite({"nll": loss}, 0, steps, "rest")
-            if run == interrupted:
-                signal.raise_signal(signal.SIGINT)
-            model = fitted[0].with_(history=History({}, {}, step=best_step))
-            return fitting.Outcome(Attempt(what, loss, best_step, steps, seconds), lambda: model)
-
-        monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-        monkeypatch.setattr(fitting.time, "monotonic", lambda: clock[0])
-        return runs, ir.fit(MODES, minutes=minutes, progress=False, **options).history
-
-    limits: list[float] = []
-    firsts: list[float] = []
-    race.limits, race.firsts = limits, firsts
-    return race
-
-
 MODES = (RNG.normal(size=(300, 2)) + 8 * RNG.integers(0, 2, (300, 1))).astype(np.float32)
-MIXTURE, GAUSSIAN = ("mixture", 10, 0.0, 1000), ("gaussian", 10, 0.0, 1000)
+PLAIN = Candidate("medium", "gaussian", noise=0.0)
+MIXTURE = dataclasses.replace(PLAIN, prior="mixture", components=2)
 
 
-def test_a_run_that_still_improves_is_followed_by_longer_ones_until_time_is_over(raced):
-    longer, last = ("gaussian", 10, 0.0, 4000), ("gaussian", 10, 0.0, 10**6)
-    runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (3.0, 30_000, 150.0)})
-    assert runs == [MIXTURE, GAUSSIAN, longer, last]
-    np.testing.assert_allclose(raced.firsts, [18.0, 18.0, math.inf, math.inf])  # a tenth of three minutes
-    assert [attempt.loss for attempt in history.attempts] == [9.0, 5.0, 4.0, 3.0]
-    assert history.step == 30_000
-    assert "time was over" in str(history)
-    runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0), longer: (4.0, 3950, 20.0), last: (6.0, 900, 9.0)})
-    assert runs == [MIXTURE, GAUSSIAN, longer, last]  # once
-    assert "no longer improved" in history.ended
+def outcome(loss, best_step, num_steps=1000, seconds=5.0, is_cut_short=False):
+    """A run of a candidate without its model."""
+    return Run(Attempt("", loss, best_step, num_steps, seconds), is_cut_short, lambda: None)
 
 
-def test_where_first_runs_are_cut_short_the_plain_candidate_learns_for_the_rest_of_the_time(raced):
-    last = ("gaussian", 10, 0.0, 10**6)
-    runs, history = raced({MIXTURE: (2.0, 0, 18.0, 80), GAUSSIAN: (5.0, 80, 18.0, 80), last: (1.0, 700, 140.0, 700)})
-    assert runs == [MIXTURE, GAUSSIAN, last]
-    assert (history.step, history.ended) == (700, "time was over")
-    patient = (2.0, 0, 5.0, 300)  # ended by itself
-    assert raced({MIXTURE: patient, GAUSSIAN: (5.0, 1000, 5.0)})[0][2] != last
+FIRST = {(MIXTURE, 1000): outcome(9.0, 1000)}
+IMPROVING = FIRST | {(PLAIN, 1000): outcome(5.0, 1000)}
+LONG = IMPROVING | {(PLAIN, 4000): outcome(4.0, 3950, 4000, 20.0)}
+OVERFITTED = {(PLAIN, 1000): outcome(9.0, 1000), (MIXTURE, 1000): outcome(5.0, 50)}
+CONDITIONAL = Candidate("large", decay=0.1)
+NO_NOISE_ALLOWED = dataclasses.replace(PLAIN, noise=None)
 
 
-def test_a_limit_of_time_is_no_aim(raced):
-    runs, history = raced({GAUSSIAN: (5.0, 700, 4.0)})
-    assert runs == [MIXTURE, GAUSSIAN]
-    assert "no longer improved" in history.ended
+def noisy(noise):
+    return dataclasses.replace(MIXTURE, noise=noise), 1000
 
 
-def test_first_runs_are_trained_at_once_on_as_many_cores_and_say_whose_lines_are_whose(fitted, monkeypatch, capfd):
-    at_once, gaussian_ended = threading.Barrier(2), threading.Event()
-
-    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
-        at_once.wait(20)
-        say("step 1")
-        if config.model.prior == "gaussian":
-            gaussian_ended.set()
-        else:
-            assert gaussian_ended.wait(20)
-        return fitting.Outcome(Attempt(what, 1.0, 700, 1000, 1.0), lambda: fitted[0])
-
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    attempts = ir.fit(MODES).history.attempts
-    assert [attempt.what.split()[2] for attempt in attempts] == ["2", "gaussian"]  # in the order of the candidates
-    said = capfd.readouterr().err
-    assert all(f"{attempt.what}: step 1\n" in said for attempt in attempts)
-
-
-@pytest.mark.parametrize("is_ahead", [True, False])
-def test_a_core_that_is_left_starts_on_what_follows_if_that_run_leads(fitted, monkeypatch, capfd, is_ahead):
-    """The run with noise starts before the one of the mixture has ended, and counts only if it would have been the next."""
-    noise_started, given_up, runs = threading.Event(), threading.Event(), []
-
-    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
-        runs.append(what.split(", ", 1)[1])
-        if config.model.prior == "mixture":
-            assert noise_started.wait(20)
-            loss, best_step = 1.0, 700
-        elif "noise" in what:
-            noise_started.set()
-            while not is_ahead and not is_given_up():
-                time.sleep(0.01)
-            if not is_ahead:
-                given_up.set()
-            loss, best_step = -1.0, 700
-        else:
-            loss, best_step = 0.0 if is_ahead else 2.0, 50
-        return fitting.Outcome(Attempt(what, loss, best_step, 1000, 1.0), lambda: fitted[0])
-
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    attempts = ir.fit(MODES).history.attempts
-    mixture, gaussian, noise = "2 normal distributions as prior", "gaussian prior", "gaussian prior, noise of 0.1"
-    assert sorted(runs) == [mixture, gaussian, noise]
-    assert [attempt.what.split(", ", 1)[1] for attempt in attempts] == [mixture, gaussian] + [noise] * is_ahead
-    assert given_up.is_set() != is_ahead
-    assert ("noise of 0.1: ended, as it is not the next run" in capfd.readouterr().err) != is_ahead
+# Runs so far, seconds that are left, and the run that follows, or a part of why there is none.
+NEXT_RUNS = {
+    "one that improved to its end is followed by a longer one": (IMPROVING, 170.0, (PLAIN, 4000)),
+    "and by a longer one still": (LONG, 1e5, (PLAIN, 16_000)),
+    "which has the rest of the time if that is short": (LONG, 150.0, (PLAIN, LONGEST)),
+    "or is not worth its start": (LONG, 25.0, "too little time"),
+    "a longer run that was worse ends it": (LONG | {(PLAIN, 16_000): outcome(6.0, 900, 16_000)}, 1e5, "no longer improved"),
+    "a longer run that blew up ends it": (IMPROVING | {(PLAIN, 4000): None}, 170.0, "no longer improved"),
+    "time without a limit": (LONG, math.inf, (PLAIN, 16_000)),
+    "a limit of time is no aim": (FIRST | {(PLAIN, 1000): outcome(5.0, 700)}, 170.0, "no longer improved"),
+    "first runs that were cut short leave the time to the plain one": (
+        {(MIXTURE, 1000): outcome(2.0, 0, 80, 18.0, True), (PLAIN, 1000): outcome(5.0, 80, 80, 18.0, True)},
+        *(140.0, (PLAIN, LONGEST)),
+    ),
+    "what ended early by itself was not cut short": (
+        {(MIXTURE, 1000): outcome(2.0, 0, 300), (PLAIN, 1000): outcome(5.0, 1000)},
+        *(140.0, noisy(0.1)),
+    ),
+    "what overfits is tried with noise": (OVERFITTED, 170.0, noisy(0.1)),
+    "and with more noise": (OVERFITTED | {noisy(0.1): outcome(4.0, 100)}, 170.0, noisy(0.3)),
+    "until there is none": (
+        OVERFITTED | {noisy(0.1): outcome(4.0, 100), noisy(0.3): outcome(3.0, 100)},
+        *(170.0, "no longer improved"),
+    ),
+    "what overfits and may not have noise is tried smaller": (
+        {(NO_NOISE_ALLOWED, 1000): outcome(5.0, 50)},
+        *(170.0, (dataclasses.replace(NO_NOISE_ALLOWED, size="small"), 1000)),
+    ),
+    "a conditional density gets more weight decay": (
+        {(CONDITIONAL, 1000): outcome(5.0, 50)},
+        *(170.0, (dataclasses.replace(CONDITIONAL, decay=0.3), 1000)),
+    ),
+}
 
 
-def test_no_core_starts_on_another_run_after_a_signal(fitted, monkeypatch):
+@pytest.mark.parametrize(("runs", "left_s", "expected"), NEXT_RUNS.values(), ids=NEXT_RUNS)
+def test_what_follows_the_runs_so_far(runs, left_s, expected):
+    found = next_run(runs, PLAIN, left_s)
+    assert found == expected or expected in found
+
+
+def test_the_best_of_all_runs_is_the_model():
+    settings = {"optimizer.name": "sgd", "training.batch_size": 32, "training.patience": 2}
+    model = ir.fit(MODES, minutes=5, architecture=TINY, settings=settings, progress=False)
+    attempts = model.history.attempts
+    assert [attempt.what.split(", ")[1] for attempt in attempts[:2]] == ["2 normal distributions as prior", "gaussian prior"]
+    best = min(attempts, key=lambda attempt: attempt.loss)
+    assert model.history.step == best.best_step
+    np.testing.assert_allclose(min(model.history.validation["nll"]), best.loss)
+    assert model.history.ended == "validation no longer improved"
+    assert model.certificate().certified
+
+
+def with_batches(monkeypatch, change):
+    """Has batches of `fit` changed: ``(run, step, batch) -> batch``, both counted from 0."""
+    runs, whole = itertools.count(), fitting.device_batches
+
+    def batches(*arguments, **options):
+        run = next(runs)
+        return (change(run, step, batch) for step, batch in enumerate(whole(*arguments, **options)))
+
+    monkeypatch.setattr(fitting, "device_batches", batches)
+
+
+@pytest.mark.parametrize("blown_up", [1, 2])
+def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch, blown_up):
+    def blow_up(run, _, batch):
+        return jax.tree.map(lambda leaf: leaf * np.nan, batch) if run < blown_up else batch
+
+    with_batches(monkeypatch, blow_up)
+    options = {"architecture": TINY, "progress": False, "minutes": 5}
+    settings = {"optimizer.name": "sgd", "training.batch_size": 32, "training.patience": 1}
+    if blown_up == 2:
+        with pytest.raises(RuntimeError, match=r"nll.* non-finite"):
+            ir.fit(MODES, settings=settings, **options)
+        return
+    assert "gaussian" in ir.fit(MODES, settings=settings, **options).history.attempts[0].what
+
+
+def test_an_interrupt_in_a_run_keeps_the_models_of_all(monkeypatch):
+    def interrupt(run, step, batch):
+        if (run, step) == (1, 20):
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    gaussian_ended, runs = threading.Event(), []
-
-    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
-        runs.append(what)
-        if config.model.prior == "gaussian":
-            os.kill(os.getpid(), signal.SIGINT)
-            while stop.received is None:
-                time.sleep(0.01)
-            gaussian_ended.set()
-        else:
-            assert gaussian_ended.wait(20)
-            time.sleep(0.3)  # the other one is seen to have ended first
-        return fitting.Outcome(Attempt(what, 1.0, 50, 1000, 1.0), lambda: fitted[0])
-
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert ir.fit(MODES, progress=False).history.ended == "it was stopped"
-    assert len(runs) == 2
-
-
-def test_no_run_starts_after_an_error_in_one_that_is_trained_beside_others(monkeypatch):
-    """Of three candidates on two cores, the third waits for a core."""
-    at_once, started = threading.Barrier(2), []
-    data = from_arrays("a", Arrays(MODES), fractions=(0.1, 0.0))
-
-    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
-        started.append(what)
-        at_once.wait(20)
-        if len(started) == 2 and what == started[0]:
-            raise ValueError("wrong in some way")
-        while not is_given_up():
-            time.sleep(0.01)
-        raise BlowUpError
-
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    found = [plain_candidate(choose_settings(data), data)]
-    found += [dataclasses.replace(found[0], size=size) for size in ("small", "large")]
-    monkeypatch.setattr(fitting, "candidates", lambda *_: found)
-    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="wrong in some way"):
-        ir.fit(MODES, progress=False)
-    assert len(started) == 2
-
-
-def test_an_interrupt_of_a_script_ends_all_runs_that_are_trained_at_once(monkeypatch):
-    monkeypatch.delattr(sys, "ps1", raising=False)
-    at_once, all_ended = threading.Barrier(2, lambda: os.kill(os.getpid(), signal.SIGINT)), threading.Barrier(3)
-
-    def fit_in_memory(config, data, say, stop, what, most, is_given_up):
-        at_once.wait(20)
-        while not is_given_up():
-            time.sleep(0.01)
-        all_ended.wait(20)
-        raise BlowUpError
-
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    monkeypatch.setattr(fitting, "num_cores", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    waiting = threading.Thread(target=all_ended.wait, args=(20,))
-    waiting.start()
-    with pytest.raises(KeyboardInterrupt):
-        ir.fit(MODES, progress=False)
-    waiting.join()
-    assert not all_ended.broken
-
-
-def test_a_limit_of_time_is_one_of_all_runs_however_it_is_given(raced):
-    runs, history = raced({GAUSSIAN: (5.0, 1000, 80.0)}, settings={"training.minutes": 2.0})
-    assert runs == [MIXTURE, GAUSSIAN]
-    np.testing.assert_allclose(raced.limits, [2.0, 119 / 60])
-    assert "too little time" in history.ended
-    runs, _ = raced({GAUSSIAN: (5.0, 500, 1e5)}, minutes=None, settings={"training.minutes": 0.0})
-    assert raced.limits == [0.0, 0.0]
-    assert raced.firsts == [math.inf, math.inf]
-
-
-def test_a_candidate_that_blows_up_leaves_the_models_of_others(raced):
-    longer = ("gaussian", 10, 0.0, 4000)
-    runs, history = raced({MIXTURE: (math.nan, 0, 1.0), GAUSSIAN: (5.0, 1000, 5.0), longer: (math.nan, 0, 20.0)})
-    assert runs == [MIXTURE, GAUSSIAN, longer]
-    assert [attempt.loss for attempt in history.attempts] == [5.0]
-    with pytest.raises(RuntimeError, match="nll became non-finite"):
-        raced({MIXTURE: (math.nan, 0, 1.0), GAUSSIAN: (math.nan, 0, 1.0)})
-
-
-def test_an_interrupt_between_two_runs_keeps_the_models_of_both(raced, monkeypatch):
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    runs, history = raced({GAUSSIAN: (5.0, 1000, 5.0)}, interrupted=GAUSSIAN)
-    assert runs == [MIXTURE, GAUSSIAN]
+    with_batches(monkeypatch, interrupt)
+    settings = {"optimizer.name": "sgd", "training.batch_size": 32}
+    history = ir.fit(MODES, architecture=TINY, settings=settings, minutes=5, progress=False).history
     assert len(history.attempts) == 2
-    assert "stopped" in history.ended
+    assert history.attempts[1].num_steps == 21
+    assert history.ended == "it was stopped"
 
 
-def test_what_overfits_is_tried_with_noise(raced):
-    noisy, noisier = (("mixture", 10, noise, 1000) for noise in (0.1, 0.3))
-    runs, history = raced({MIXTURE: (5.0, 50, 1.0), noisy: (4.0, 100, 1.0), noisier: (3.0, 400, 1.0)})
-    assert runs == [MIXTURE, GAUSSIAN, noisy, noisier]
-    assert history.step == 400
+def curve(*losses, ended="time was over", num=5000, step=5000):
+    steps = np.linspace(0, num, len(losses)).tolist()
+    return History({"step": steps}, {"step": steps, "nll": list(losses)}, step=step, ended=ended)
 
 
-def test_what_overfits_and_may_not_have_noise_is_tried_smaller(raced):
-    first, small = ("mixture", 10, 0.2, 1000), ("mixture", 4, 0.2, 1000)
-    runs, history = raced({first: (5.0, 50, 1.0), small: (3.0, 400, 1.0)}, settings={"augmentation.noise": 0.2})
-    assert runs == [first, ("gaussian", 10, 0.2, 1000), small]
-    assert history.step == 400
+def test_a_model_that_time_has_left_hardly_trained_is_told_of():
+    falling, flat = np.linspace(6, 2, 21), np.linspace(6, 2, 21).clip(3)
+    assert "fell from 2.40 to 2.00 in the last tenth" in hardly_trained(curve(*falling))
+    assert "time for 60 updates" in hardly_trained(curve(*flat, num=60))
+    assert hardly_trained(curve(*flat)) == ""
+    assert hardly_trained(curve(*falling, step=250)) == ""  # a model that is not the last one
+    for ended in ("it was stopped", "validation no longer improved", ""):  # by the user, or by itself
+        assert hardly_trained(curve(*falling, num=60, ended=ended)) == ""
 
 
 def test_the_network_grows_with_the_examples():
@@ -285,27 +182,20 @@ def test_the_network_grows_with_the_examples():
     assert size(200, context=RNG.normal(size=(200, 1))) == "large"
 
 
-def test_a_conditional_density_trains_twice_as_long_and_against_overfitting_with_weight_decay():
+def test_a_conditional_density_is_tried_with_two_weight_decays_unless_one_is_given():
     data = from_arrays("a", Arrays(MODES, context=MODES[:, :1] ** 2), fractions=(0.1, 0.0))
-    first, _ = candidates(choose_settings(data), data)
-    assert first.longer == 2
-    assert first.settings["model.context_hidden"]
-    decays = [float(str(first).split()[-1])]
-    while (milder := next(first.milder())).size == "large":
-        first = milder
-        decays.append(first.settings["optimizer.weight_decay"])
-    assert sorted(set(decays)) == decays
-    assert len(decays) == 3
-    assert milder.settings["model.context_hidden"]
-    [given] = candidates(choose_settings(data), data, {"optimizer.weight_decay": 0.2})
-    assert given.settings["model.context_hidden"]
-    assert [candidate.size for candidate in (given, *given.milder())] == ["large", "small"]
+    config = choose_settings(data)
+    assert config.model.context_hidden
+    assert [candidate.decay for candidate in candidates(config, data)] == [0.1, 0.3]
+    [given] = candidates(config, data, {"optimizer.weight_decay": 0.2})
     assert "optimizer.weight_decay" not in given.settings
+    assert [candidate.size for candidate in (given, *given.milder())] == ["large", "small"]
 
 
 def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_to_train():
     """Both modes and nothing between them: the truth is a mixture."""
-    model = ir.fit(MODES, minutes=1e-3, architecture=TINY, progress=False)
+    with pytest.warns(UserWarning, match=r"fit had time for \d+ updates, the model is hardly trained: give it more minutes"):
+        model = ir.fit(MODES, minutes=1e-3, architecture=TINY, progress=False)
     test = (RNG.normal(size=(2000, 2)) + 8 * RNG.integers(0, 2, (2000, 1))).astype(np.float32)
     entropy = 2 * 0.5 * np.log(2 * np.pi * np.e) + np.log(2)
     assert float(model.log_prob(test).mean()) > -entropy - 0.15
@@ -475,23 +365,22 @@ def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
         model.log_prob(x[:5])
 
 
-def test_labels_make_a_classifier_of_images_and_integers_are_levels(monkeypatch):
+def test_labels_make_a_classifier_of_images_and_integers_are_levels():
     labels = np.arange(80) % 2
     images = (RNG.integers(0, 4, (80, 4, 4, 1)) + 8 * labels[:, None, None, None]).astype(np.uint8)
     stage = (ir.StageSpec(num_blocks=1, hidden=(2,), kernel_sizes=(3, 1), squeeze=2),)
-    small = QUICK | {"architecture": stage}
-    classifier = ir.fit(images, labels, **small)
+    classifier = ir.fit(images, labels, **QUICK | {"architecture": stage})
     assert isinstance(classifier, ir.Classifier)
     assert classifier.spec.num_levels == 12
-    chosen = []
 
-    def fit_in_memory(config, *_, **__):
-        chosen.append(config.objective)
-        return fitting.Outcome(Attempt("", 0.0, 0, 0, 0.0), lambda: classifier)
 
-    monkeypatch.setattr(fitting, "_fit_in_memory", fit_in_memory)
-    ir.fit(images, labels, objective="hybrid", **small)
-    assert chosen == ["hybrid"]
+def test_objectives_follow_the_data():
+    def objective(x, **given):
+        return choose_settings(from_arrays("a", Arrays(x, np.arange(50) % 2), fractions=(0.1, 0.0)), **given).objective
+
+    vectors, images = RNG.normal(size=(50, 4)), RNG.integers(0, 256, (50, 4, 4, 1))
+    assert [objective(vectors), objective(images)] == ["hybrid", "classification"]
+    assert objective(images, objective="hybrid") == "hybrid"
 
 
 def test_settings_follow_the_array():
@@ -527,7 +416,7 @@ def test_candidates_follow_the_array():
     data = from_arrays("a", Arrays(np.asarray(MODES, np.float32)), fractions=(0.1, 0.0))
     *_, given = candidates(choose_settings(data), data, ["augmentation.noise", "model.stages"])
     assert not {"augmentation.noise", "model.stages"} & given.settings.keys()
-    assert [str(candidate) for candidate in given.milder()] == ["learning rate 0.003, gaussian prior"]
+    assert str(given) == "network as given, gaussian prior"
 
 
 def test_a_key_is_a_seed():
@@ -546,7 +435,7 @@ def test_the_number_of_updates_and_the_data_are_no_settings():
         ir.fit(BANANA, settings={"data.validation_fraction": 0.3})
 
 
-def test_what_is_no_race_has_an_end(tmp_path):
+def test_one_run_has_an_end(tmp_path):
     with pytest.raises(ValueError, match=r"give minutes=\.\.\. or steps="):
         ir.fit(BANANA, settings={"training.minutes": 0.0}, workdir=tmp_path)
 
@@ -577,47 +466,3 @@ def test_histories_do_not_make_programs_differ(fitted):
     count(model.with_(history=History({}, {}, 3)))
     assert len(traces) == 1
     assert json.loads(json.dumps(dict(model.history.validation)))["step"][-1] == 12
-
-
-# --- which examples train and which validate ---
-
-X = np.random.default_rng(0).normal(size=(96, 2)).astype(np.float32)
-
-
-@pytest.fixture
-def data_of(monkeypatch):
-    """The data set that `fit` trains on."""
-
-    class Seen(Exception):
-        """Ends `fit` before it trains."""
-
-    def stop(config, data, *_, **__):
-        raise Seen(data)
-
-    def fit(*arguments, **options):
-        with pytest.raises(Seen) as seen:
-            ir.fit(*arguments, steps=1, progress=False, **options)
-        return seen.value.args[0]
-
-    monkeypatch.setattr(fitting, "_fit_in_memory", stop)
-    return fit
-
-
-def test_given_validation_examples_validate_and_all_others_train(data_of):
-    data = data_of(X[:64], validation=jax.numpy.asarray(X[64:]))
-    np.testing.assert_array_equal(data.examples["train"], X[:64])
-    np.testing.assert_array_equal(data.examples["validation"], X[64:])
-
-
-def test_a_share_validates_by_default(data_of):
-    data = data_of(X)
-    assert {split: len(examples) for split, examples in data.examples.items()} == {"train": 86, "validation": 10}
-
-
-def test_validation_examples_bring_their_labels_and_contexts(data_of):
-    labels = np.arange(96) % 3
-    data = data_of(X[:64], labels[:64], validation=(X[64:], labels[64:]))
-    np.testing.assert_array_equal(data.labels["validation"], labels[64:])
-    context = X[:, :1] ** 2
-    data = data_of(X[:64], context=context[:64], validation=(X[64:], None, context[64:]))
-    np.testing.assert_array_equal(data.contexts["validation"], context[64:])
