@@ -1,42 +1,26 @@
-"""Which examples make up a batch, as a pure function of the step, and batches that are ready when their step begins.
+"""Which examples make up a batch, as a pure function of the step, and the batches themselves.
 
 A resumed run sees the very batches it would have seen: only the seed and the step decide about indices, and no checkpoint holds
-the state of a data loader. A data set that fits is copied to every device once and indexed there: a step then costs the
-transfer of its indices. Others are read from their memory map and copied. One thread makes the next batch while the step runs,
-unless batches are so small, and for a single CPU, that a thread would take longer. All ways give the same batches.
+the state of a data loader. Batches are arrays of NumPy, taken from the host's memory or from the map of a file. JAX runs steps
+asynchronously, so the host takes the next batch while the devices are at work on the last one.
 """
 
 import functools
 import itertools
-import mmap
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from iresnet_jax.training import parallel
 
-_RESIDENT_SHARE = 1 / 8  # share of a device's memory that a data set may take
-_QUICK_BYTES = 2**16  # of a batch, up to which it is made between two steps
 
-
-def device_batches(
-    examples: Any,
-    *,
-    seed: int,
-    batch_size: int,
-    first_step: int = 0,
-    keep_on_device: bool | None = None,
-) -> Iterator[Any]:
+def device_batches(examples: Any, *, seed: int, batch_size: int, first_step: int = 0) -> Iterator[Any]:
     """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without end.
 
-    The seed and the step alone decide which examples a batch holds, see `batch_indices`. Close the iterator, or
-    drop it, to end its thread, if it has one.
+    The seed and the step alone decide which examples a batch holds, see `batch_indices`.
 
     Example::
 
@@ -49,11 +33,9 @@ def device_batches(
         seed: Seed of the run, at least 0.
         batch_size: Examples in a batch over all processes and devices.
         first_step: Training step of the first batch.
-        keep_on_device: Whether to copy all examples to the devices; by default `fits_on_device`.
 
     Returns:
-        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, a share on each device.
-        Small batches for a single CPU are arrays of NumPy, which steps take as well.
+        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, in the types that JAX has.
 
     Raises:
         ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
@@ -63,70 +45,19 @@ def device_batches(
     lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
     if len(lengths) != 1:
         raise ValueError(f"all arrays must have the same number of examples along their first axis, got {sorted(lengths)}")
-    num_examples, devices = lengths.pop(), jax.local_devices()
-
-    def indices_of(step: int) -> np.ndarray:
-        return parallel.own_share(batch_indices(seed, step, batch_size, num_examples))
-
+    num_examples, num_devices = lengths.pop(), jax.local_device_count()
     batch_indices(seed, first_step, batch_size, num_examples)  # mistakes raise at the call, not at the first batch
-    parallel.check_divisible(batch_size, parallel.num_processes() * len(devices))
+    parallel.check_divisible(batch_size, parallel.num_processes() * num_devices)
 
-    mesh = Mesh(np.array(devices), ("batch",))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
+    def batch(step: int) -> Any:
+        rows = parallel.own_share(batch_indices(seed, step, batch_size, num_examples))
+        return jax.tree.map(lambda leaf: share(leaf[rows]), examples)
 
     def share(rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(len(devices), -1, *rows.shape[1:]).astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
+        dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
+        return rows.reshape(num_devices, -1, *rows.shape[1:]).astype(dtype, copy=False)
 
-    def of_host(step: int) -> Any:
-        return jax.tree.map(lambda rows: share(rows[indices_of(step)]), examples)
-
-    keep = fits_on_device(examples, devices) if keep_on_device is None else keep_on_device
-    if not keep:
-        if _is_quick(examples, batch_size, devices):
-            return (of_host(step) for step in itertools.count(first_step))
-        return _made_ahead(lambda step: jax.device_put(of_host(step), split), first_step)
-
-    @functools.partial(jax.jit, out_shardings=split)
-    def take(examples: Any, indices: jax.Array) -> Any:
-        return jax.tree.map(lambda rows: jnp.take(rows, indices, axis=0, mode="clip"), examples)  # no checks, no filling
-
-    resident = jax.device_put(examples, NamedSharding(mesh, PartitionSpec()))
-    return _made_ahead(lambda step: take(resident, jax.device_put(share(indices_of(step).astype(np.int32)), split)), first_step)
-
-
-def fits_on_device(examples: Any, devices: Sequence[Any]) -> bool:
-    """Tells whether all examples may stay on each device: if they take no more than an eighth of its memory.
-
-    The answer is no for CPUs, which have the examples in memory anyway, and for devices that do not tell how much they have.
-    """
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(examples))
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices if device.platform != "cpu"]
-    return len(limits) == len(devices) and all(size <= _RESIDENT_SHARE * limit for limit in limits)
-
-
-def _is_quick(examples: Any, num_rows: int, devices: Sequence[Any]) -> bool:
-    """Whether a thread and a placed copy would take longer than a batch: few rows that are in memory, for a single CPU."""
-    leaves = jax.tree.leaves(examples)
-    is_alone = [device.platform for device in devices] == ["cpu"] and jax.process_count() == 1
-    num_bytes = num_rows * sum(leaf.nbytes // len(leaf) for leaf in leaves)
-    return is_alone and num_bytes <= _QUICK_BYTES and not any(map(_is_of_a_file, leaves))
-
-
-def _is_of_a_file(array: Any) -> bool:
-    """Whether an array is a view of a file, also where its type does not say so."""
-    while array is not None and not isinstance(array, mmap.mmap):
-        array = getattr(array, "base", None)
-    return array is not None
-
-
-def _made_ahead(make: Callable[[int], Any], first_step: int) -> Iterator[Any]:
-    make = parallel.in_this_precision(make)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
-        upcoming = pool.submit(make, first_step)
-        for step in itertools.count(first_step + 1):
-            batch = upcoming.result()
-            upcoming = pool.submit(make, step)
-            yield batch
+    return map(batch, itertools.count(first_step))
 
 
 @functools.lru_cache(maxsize=4)  # consecutive steps share an epoch; a permutation of a large set is worth keeping

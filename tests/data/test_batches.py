@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import threading
 from unittest import mock
 
 import chex
@@ -18,7 +17,6 @@ from iresnet_jax.training import parallel
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 3, 2), np.uint8)
 LABELS = np.arange(50, dtype=np.int32)
-both_ways = pytest.mark.parametrize("keep_on_device", [True, False], ids=["on device", "streamed"])
 
 
 # Indices ------------------------------------------------------------------------------------------------------------------
@@ -60,52 +58,21 @@ def test_batches_differ_between_epochs_and_seeds_and_cannot_be_changed():
         epochs[0][0] = 1
 
 
-# On devices ---------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------------------------------
 
 
-def take(iterator, num):
-    found = list(itertools.islice(iterator, num))
-    iterator.close()
-    return found
-
-
-@both_ways
-def test_batches_are_those_of_the_seed_and_step_a_share_on_each_device(keep_on_device):
+def test_batches_are_those_of_the_seed_and_step_a_share_for_each_device():
     """Also from a step on, as a resumed run has them in a new process, which knows nothing of the order."""
-    options = {"seed": 3, "batch_size": 8, "keep_on_device": keep_on_device, "first_step": 4}
     orders = [batches.batch_indices(3, step, 8, 50).copy() for step in range(15)][4:]
     batches._epoch_order.cache_clear()
-    found = take(batches.device_batches((IMAGES, LABELS), **options), 11)
-    for indices, (images, labels) in zip(orders, found, strict=True):
+    found = batches.device_batches((IMAGES, LABELS, LABELS / 2), seed=3, batch_size=8, first_step=4)
+    for indices, (images, labels, numbers) in zip(orders, found, strict=False):
         np.testing.assert_array_equal(images, IMAGES[indices].reshape(2, 4, 4, 3, 2))
         np.testing.assert_array_equal(labels, LABELS[indices].reshape(2, 4))
-        assert (images.dtype, labels.dtype) == (jnp.uint8, jnp.int32)
-        assert [shard.device for shard in images.addressable_shards] == jax.local_devices()
-        assert [shard.data.shape for shard in images.addressable_shards] == [(1, 4, 4, 3, 2)] * 2
+        assert (images.dtype, labels.dtype, numbers.dtype) == (np.uint8, np.int32, np.float32)
 
 
-def test_small_batches_for_one_cpu_are_made_where_they_are_taken(monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    step = jax.pmap(lambda total, batch: total + batch.sum(), in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1])
-    total, found = jnp.zeros((), jnp.int32), take(batches.device_batches((IMAGES, LABELS), seed=3, batch_size=10), 5)
-    for number, (images, labels) in enumerate(found):
-        indices = batches.batch_indices(3, number, 10, 50)
-        np.testing.assert_array_equal(images, IMAGES[indices][None])
-        assert type(images) is type(labels) is np.ndarray
-        total = step(total, labels)
-    assert total == LABELS.sum()
-    [batch] = take(batches.device_batches(np.ones(50), seed=0, batch_size=10), 1)
-    assert batch.dtype == np.float32  # as one on a device
-    np.save(tmp_path / "images.npy", IMAGES)
-    of_a_file = np.load(tmp_path / "images.npy", mmap_mode="r")
-    many = np.repeat(IMAGES, 400, axis=1)
-    for slow in ({"examples": of_a_file}, {"examples": np.asarray(of_a_file)}, {"examples": many}):
-        [batch] = take(batches.device_batches(**{"examples": IMAGES, "seed": 0, "batch_size": 10, **slow}), 1)
-        assert isinstance(batch, jax.Array)
-
-
-@both_ways
-def test_batches_go_into_the_parallel_step_as_they_are(keep_on_device):
+def test_batches_go_into_the_parallel_step_as_they_are():
     def add(total, batch):
         total = total + jax.lax.psum(batch.sum(), parallel.AXIS)
         return total, total
@@ -113,60 +80,10 @@ def test_batches_go_into_the_parallel_step_as_they_are(keep_on_device):
     chex.clear_trace_counter()
     step = parallel.parallelize(chex.assert_max_traces(add, n=1))
     total = jnp.zeros((), jnp.int32)
-    for batch in take(batches.device_batches(LABELS, seed=0, batch_size=10, keep_on_device=keep_on_device), 5):  # an epoch
+    for batch in itertools.islice(batches.device_batches(LABELS, seed=0, batch_size=10), 5):  # an epoch
         total, _ = step(total, batch)
         jax.block_until_ready(total)
     assert total == LABELS.sum()
-
-
-def test_the_next_batch_is_made_while_the_step_runs_and_its_failure_reaches_the_loop():
-    made, waiting = [], threading.Event()
-
-    def make(step):
-        made.append((step, threading.current_thread() is threading.main_thread()))
-        if step == 1:
-            waiting.set()
-        if step == 2:
-            raise OSError("the disk is gone")
-        return step
-
-    iterator = batches._made_ahead(make, 0)
-    assert next(iterator) == 0
-    assert waiting.wait(timeout=60)  # step 1 was made without being asked for ...
-    assert made == [(0, False), (1, False)]  # ... and no more than that
-    assert next(iterator) == 1
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(iterator)
-
-
-def test_a_closed_or_dropped_iterator_ends_its_thread():
-    def threads():
-        return [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
-
-    for end in (lambda iterator: iterator.close(), lambda iterator: None):
-        iterator = batches.device_batches(IMAGES, seed=0, batch_size=8)
-        next(iterator)
-        assert len(threads()) == 1
-        end(iterator)
-        del iterator
-        assert not threads()
-
-
-class Device:
-    def __init__(self, platform, limit):
-        self.platform, self._limit = platform, limit
-
-    def memory_stats(self):
-        return self._limit and {"bytes_limit": self._limit}
-
-
-def test_what_fits_on_a_device():
-    big = np.broadcast_to(np.uint8(0), (1000, 1000))
-    assert batches.fits_on_device(big, [Device("gpu", 8_000_000)])
-    assert not batches.fits_on_device((big, big), [Device("gpu", 8_000_000)])
-    assert not batches.fits_on_device(big, [Device("gpu", 8_000_000), Device("gpu", 7_000_000)])
-    assert not batches.fits_on_device(big, [Device("gpu", None)])
-    assert not batches.fits_on_device(IMAGES, jax.local_devices())  # of the CPU
 
 
 @pytest.mark.parametrize(
