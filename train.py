@@ -5,7 +5,7 @@
 Flags:
     --config          file with the settings; configs/digits_density.py by default
     --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into a stage
-    --workdir         folder of the run: config, metrics, checkpoints, report; runs/<config file>_<variant> by default
+    --workdir         folder of the run: config, metrics, checkpoints, model, report; runs/<config file>_<variant> by default
     --debug           show the traceback of a failure
 
 Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there to the
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
         machine.use_all_cores(given.config)
     from iresnet_jax.report.run_report import write
     from iresnet_jax.runs.loop import train
-    from iresnet_jax.runs.trained_run import load
+    from iresnet_jax.runs.trained_run import load, save
 
     machine.start_backend()
     machine.cache_programs()
@@ -69,7 +69,8 @@ def run(argv: list[str]) -> int:
             logging.getLogger("iresnet_jax").setLevel(logging.WARNING)
         train(given.config, given.workdir)
     if hosts.is_first():
-        print(write(load(given.workdir)), f"report: {given.workdir / 'report.html'}", sep="\n")
+        trained = load(given.workdir)
+        print(f"model: {save(trained)}", write(trained), f"report: {given.workdir / 'report.html'}", sep="\n")
     return 0
 
 

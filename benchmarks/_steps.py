@@ -98,8 +98,7 @@ class OurSteps(Steps):
         import jax
 
         from iresnet_jax.data.batches import device_batches
-        from iresnet_jax.runs import allocator
-        from iresnet_jax.runs.planning import plan
+        from iresnet_jax.runs import allocator, plan
 
         self._jax = jax
         _, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))

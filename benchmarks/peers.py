@@ -29,9 +29,9 @@ from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import default_config, estimator_settings, parse
 from iresnet_jax.runs.model_from_config import density_spec
-from iresnet_jax.runs.planning import plan
 
 NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`

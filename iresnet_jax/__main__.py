@@ -1,11 +1,11 @@
 """Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``convert``."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from iresnet_jax.atomic_files import local_folder
 from iresnet_jax.runs import allocator, machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
 from iresnet_jax.runs.signals import end_at_signals
@@ -34,7 +34,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scale": {"action": "store_true", "default": False, "help": "scale kernels by their certified norms into the budget"},
     "workdir": {
         "required": True,
-        "type": os.path.expanduser,
         "metavar": "DIR",
         "help": "folder of the training run, or of a model",
     },
@@ -62,7 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "output": {
         "metavar": "PATH",
-        "help": "where to write (model.npz, in the workdir if there is one)",
+        "help": "where to write (%(default)s)",
     },
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
     "largest-batch": {
@@ -108,9 +107,6 @@ COMMANDS = {
     "certify": Command(
         "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction.",
         "workdir",
-    ),
-    "freeze": Command(
-        "The certified model as one small file, model.npz, for use without the folder of its training.", "workdir output"
     ),
     "calibrate": Command(
         "Calibration of a density given contexts: ranks of test examples among samples, and tests that they are uniform; exit "
@@ -162,6 +158,8 @@ def run(argv: Sequence[str]) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(_joined(argv))
     command = COMMANDS[arguments.command]
+    if "workdir" in arguments:
+        arguments.workdir = local_folder(arguments.workdir)
     if rest and not command.takes_config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 

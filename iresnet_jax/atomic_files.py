@@ -1,10 +1,22 @@
-"""Files that are written whole, and work that one process at a time does."""
+"""Folders of this machine, files that are written whole, and work that one process at a time does."""
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path:
+    """The path of a folder, where ``~`` is the user's home.
+
+    Raises:
+        ValueError: If it is an address, such as ``gs://bucket/run``.
+    """
+    if re.match(r"\w[\w+.-]*://", os.fspath(name)):
+        raise ValueError(f"a workdir must be a folder of this machine, got {name}: train in a local one, then copy it")
+    return Path(name).expanduser()
 
 
 @contextlib.contextmanager

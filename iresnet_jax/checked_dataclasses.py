@@ -137,6 +137,8 @@ def checked(kind: Any, value: Any, path: str) -> Any:
     value = _number_of_python(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():  # such as 1e3
+        value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{path} must be {_NAMES[kind]}, got {value!r}")
     if kind is float and math.isnan(value):

@@ -24,10 +24,10 @@ from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
 from iresnet_jax.report.run_report import write
+from iresnet_jax.runs import plan as plans
+from iresnet_jax.runs import topologies
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
-from iresnet_jax.runs.planning import plan as plans
-from iresnet_jax.runs.planning import topologies
 from iresnet_jax.runs.trained_run import Run, save
 
 CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
@@ -120,14 +120,6 @@ def certify(run: Run, _: argparse.Namespace) -> bool:
     of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
     _say(*run.notes, certificate, *([f"flow of noise:\n{of_noise}"] if of_noise else ()))
     return certificate.certified and (of_noise is None or of_noise.certified)
-
-
-def freeze(run: Run, arguments: argparse.Namespace) -> bool:
-    """Writes the certified model as one file."""
-    certificate = run.model.certificate()
-    path = save(run, arguments.output)
-    _say(*run.notes, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
-    return certificate.certified
 
 
 def calibrate(run: Run, arguments: argparse.Namespace) -> bool:

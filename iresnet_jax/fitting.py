@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from iresnet_jax.atomic_files import local_folder
 from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
@@ -162,7 +163,7 @@ def fit(
             with _stop_requests() as stop:
                 model = _train(config, config.training, data, say, stop).model()
         else:
-            model = _train_on_disk(config, data, Path(workdir).expanduser(), say)
+            model = _train_on_disk(config, data, local_folder(workdir), say)
     if shortfall := hardly_trained(model.history):
         warnings.warn(shortfall, stacklevel=2)
     return model

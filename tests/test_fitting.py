@@ -255,7 +255,7 @@ def workdir(fitted, tmp_path):
 
 def test_commands_that_need_no_data_work_on_the_folder_of_a_fit(workdir, capsys):
     assert run_folder.read_config(Path(workdir)).data.name == FITTED_ARRAY
-    for command in (["sample", "--num", "4"], ["certify"], ["freeze"]):
+    for command in (["sample", "--num", "4"], ["certify"]):
         assert main([command[0], "--workdir", workdir, *command[1:]]) == 0, capsys.readouterr().err
     assert np.load(Path(workdir) / "samples.npy").shape == (4, 2)
 

@@ -62,6 +62,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(steps=0), "steps must lie in"),
         (lambda: fit(steps="3"), "steps must be a whole number"),
         (lambda: fit(steps=2.5), "steps must be a whole number"),
+        (lambda: fit(workdir="gs://bucket/run", steps=1), "a workdir must be a folder of this machine"),
         (lambda: fit_density(steps="3"), "steps must be a whole number"),
         (lambda: fit_density(steps=None, minutes="3"), "minutes must be a number"),
     ],
@@ -122,7 +123,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
     ],
     "number of samples": [
-        (lambda: model().sample(KEY, 3.0), "num must be a whole number"),
+        (lambda: model().sample(KEY, 2.5), "num must be a whole number"),
         (lambda: model().sample(KEY, "3"), "num must be a whole number"),
         (lambda: model().sample(KEY, 0), "num must lie in"),
     ],

@@ -1,7 +1,7 @@
 """The kind of device that programs are made for, which need not be the kind that makes them, and how they are compiled.
 
 A few choices that change no result depend on it: the form of convolutions and biases, and whether blocks are unrolled. They
-ask `platform` and not JAX, so that a machine without accelerators can compile for one (`iresnet_jax.runs.planning.plan`).
+ask `platform` and not JAX, so that a machine without accelerators can compile for one (`iresnet_jax.runs.plan`).
 """
 
 import contextlib

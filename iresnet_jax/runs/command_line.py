@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from iresnet_jax.atomic_files import local_folder
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.runs.signals import Stopped
 
@@ -99,14 +100,14 @@ def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
     overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
     parser = Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=DEFAULT_CONFIG)
-    parser.add_argument("--workdir", type=lambda text: Path(text).expanduser())
+    parser.add_argument("--workdir")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--coordinator_address")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
     given = parser.parse_args([argument for argument in arguments if argument not in overrides])
     file, _, variant = given.config.partition(":")
-    given.workdir = given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant)))
+    given.workdir = local_folder(given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant))))
     given.config = read_config(given.config, overrides)
     return given
 

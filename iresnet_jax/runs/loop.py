@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from iresnet_jax.atomic_files import local_folder
 from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
@@ -61,7 +62,7 @@ def train(
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     # 1. Data and folder. All processes of a run have one config and one data set; the first one writes.
-    workdir, settings, is_shared = Path(workdir), config.training, parallel.num_processes() > 1
+    workdir, settings, is_shared = local_folder(workdir), config.training, parallel.num_processes() > 1
     prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     if data is None and dataset.examples and "test" not in dataset.examples:

@@ -127,7 +127,7 @@ class Run:
 def load(folder: str | os.PathLike[str]) -> Run:
     """Loads the best checkpoint of a run, or the latest where there is no best one, which `Run.notes` then says.
 
-    A folder with nothing of a training but ``model.npz`` will do as well. On an accelerator this also sets the precision of
+    A folder with ``model.npz`` and no checkpoints will do as well. On an accelerator this also sets the precision of
     matrix products in this process, see `machine.prepare_backend`.
 
     Args:
@@ -167,7 +167,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
 
 
 def _is_model_alone(folder: Path) -> bool:
-    return (folder / FILE_NAME).exists() and not (folder / run_folder.CONFIG_FILE).exists()
+    return (folder / FILE_NAME).exists() and not (folder / "checkpoints").exists()
 
 
 def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
@@ -203,7 +203,7 @@ def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[Train
             restored = checkpoints.restore_latest(target)
             if restored is None:
                 raise RuntimeError(
-                    f"{folder} has no checkpoint yet: the first is written at the first evaluation of the training"
+                    f"{folder} has no checkpoints: its training has not reached the first validation, or they were removed"
                 )
             notes.append(f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.")
     warned = [str(warning.message) for warning in caught]

@@ -99,7 +99,8 @@ def test_mistakes_are_answered_in_one_sentence(config_files, answer, name, overr
 
 
 def test_mistakes_in_other_flags_are_answered_in_one_sentence(config_files, answer, tmp_path):
-    for flag, fragment in (("--worcdir=x", "worcdir"), ("extra", "extra")):
+    remote = "a workdir must be a folder of this machine, got gs://bucket/run"
+    for flag, fragment in (("--worcdir=x", "worcdir"), ("extra", "extra"), ("--workdir=gs://bucket/run", remote)):
         assert fragment in answer(f"--config={config_files['toy']}", flag)
     assert "there is no config file configs/nowhere.py" in answer("--config", "configs/nowhere.py")
     assert "the config file has no variants" in answer(f"--config={config_files['toy']}:0.7")
@@ -155,7 +156,8 @@ def test_the_real_command_line_of_a_mistake(config_files):
 
 def test_flags_override_fields_and_name_the_workdir_after_the_config(config_files, monkeypatch):
     arguments = [f"--config={config_files['toy']}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
-    flags = parse_train_flags(["train.py", *arguments])
+    flags = parse_train_flags(["train.py", *arguments, "--config.training.total_steps=1e3"])
+    assert flags.config.training.total_steps == 1000
     assert (flags.config.seed, flags.config.model.stages[0].hidden, flags.debug) == (3, (4,), False)
     arguments.append("--config.model.stages[0].actnorm=false")  # which the file does not mention
     assert not parse_train_flags(["train.py", *arguments]).config.model.stages[0].actnorm

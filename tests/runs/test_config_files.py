@@ -18,10 +18,9 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import loop, plan, topologies
 from iresnet_jax.runs.config import parse
-from iresnet_jax.runs.planning import plan, topologies
-from iresnet_jax.runs.planning.program_costs import reductions
+from iresnet_jax.runs.program_costs import reductions
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 
@@ -41,7 +40,7 @@ STEPS = [
     ("toy_2d", "moons", None),
 ]
 # Those whose step is made of the parts of others, at another size or with another prior. The roulette of a residual flow lowers
-# for GPUs in planning/test_plan.py, and blocks of the papers' densities take a step below.
+# for GPUs in test_plan.py, and blocks of the papers' densities take a step below.
 VARIANTS = [
     ("digits_density", "variational", None),
     ("digits_hybrid", None, 99_670),
@@ -91,7 +90,7 @@ def data_of(config, shape=None):
 
 @pytest.mark.parametrize(("name", "argument", "parameters"), STEPS)
 def test_the_training_step_lowers_for_tpus(name, argument, parameters):
-    """That of each objective lowers for GPUs in planning/test_plan.py."""
+    """That of each objective lowers for GPUs in test_plan.py."""
     config = get_config(name, argument)
     on = topologies.Machine("eight of tpu", "tpu", (jax.devices()[0],), 8)
     traced, _, about = plan.lower(config, on, data_of(config), 8)

@@ -218,13 +218,20 @@ def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
         run.load(copied)
 
 
+def test_a_kept_model_is_enough_where_checkpoints_were_removed(copied):
+    trained = run.load(copied)
+    run.save(trained)
+    shutil.rmtree(copied / "checkpoints")
+    assert run.load(copied).step == trained.step
+
+
 def test_damaged_runs_are_explained(copied):
     for checkpoint in (copied / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"no checkpoint in .* can be read"):
         run.load(copied)
     shutil.rmtree(copied / "checkpoints")
-    with pytest.raises(RuntimeError, match="has no checkpoint yet"):
+    with pytest.raises(RuntimeError, match="has no checkpoints: its training has not reached"):
         run.load(copied)
     for name in ("model.json", "config.json"):
         whole = (copied / name).read_text()

@@ -12,8 +12,8 @@ from jax import lax
 from iresnet_jax.__main__ import main
 from iresnet_jax.maths import platforms as target
 from iresnet_jax.maths.convolution import conv
-from iresnet_jax.runs.planning import plan, topologies
-from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, num_bytes, reductions
+from iresnet_jax.runs import plan, topologies
+from iresnet_jax.runs.program_costs import compiled_reductions, flops, num_bytes, reductions
 from iresnet_jax.training import parallel
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None

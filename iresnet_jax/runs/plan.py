@@ -22,8 +22,8 @@ from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.hosts import Wish, with_wishes
 from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.runs.planning.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
-from iresnet_jax.runs.planning.topologies import PASSES, Machine
+from iresnet_jax.runs.program_costs import compiled_reductions, flops, has_random_loops, num_bytes, reductions
+from iresnet_jax.runs.topologies import PASSES, Machine
 from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import num_parameters
 
