@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
     hosts.initialize(given.coordinator_address, given.num_processes, given.process_id)
     if not hosts.is_shared():
         machine.use_all_cores(given.config)
-    from iresnet_jax.report.run_report import write
+    from iresnet_jax.evaluation.report import write
     from iresnet_jax.runs.loop import train
     from iresnet_jax.runs.trained_run import load, save
 

@@ -20,14 +20,15 @@ from _record import parser, show, write
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import first_difference, to_plain
-from iresnet_jax.evaluation import accuracy
-from iresnet_jax.evaluation.inversion import RECOVERED, round_trip
+from iresnet_jax.evaluation import classification
+from iresnet_jax.evaluation.report import TrainingTimes
+from iresnet_jax.evaluation.round_trips import round_trip
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.report.contents import TrainingTimes
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.metrics import read_metrics
 
 VARIANTS = ("vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
+RECOVERED = 1e-4  # largest entry of an error up to which an example counts as recovered
 SOLVERS = {"banach": Solver(memory=0, max_evals=500), "anderson": Solver(memory=4, max_evals=2000)}
 QUICK = ("training.total_steps=20", "training.eval_every_steps=20", "training.log_every_steps=10")
 
@@ -71,7 +72,7 @@ def measure(variant, seed, folder, arguments):
     config = read_config(f"{arguments.config}:{variant}", f"seed={seed}", *(QUICK if arguments.quick else ()))
     workdir = folder / f"{variant}_seed{seed}"
     run, num = trained(config, workdir), (32, 32) if arguments.quick else (arguments.num, arguments.num_certified)
-    result = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size)
+    result = classification.evaluate(run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size)
     times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
     row = {"variant": variant, "seed": seed, "error": result.error, "num_examples": result.num_examples}
     row |= {"loss": result.loss, "seconds_per_step": times.seconds_per_step, "total_seconds": times.total_seconds}

@@ -30,7 +30,7 @@ import iresnet_jax as ir
 from iresnet_jax import data
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.data.toys import TOYS
-from iresnet_jax.evaluation.accuracy import fraction_interval
+from iresnet_jax.evaluation.classification import fraction_interval
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.hutchinson_series import truncation_bound
 from iresnet_jax.models.flow import branch_inputs

@@ -26,7 +26,6 @@ FOLDERS = (
     "data",
     "runs",
     "evaluation",
-    "report",
 )
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
 NUMBERS = {  # names of annotations in checked_dataclasses.py

@@ -17,13 +17,12 @@ from jaxtyping import Float
 
 from iresnet_jax import conversion
 from iresnet_jax.data.arrays import FITTED_ARRAY
-from iresnet_jax.evaluation import accuracy, calibration, inversion, likelihood, samples
-from iresnet_jax.evaluation.guarantee import affordable
+from iresnet_jax.evaluation import calibration, classification, likelihood, round_trips, samples
+from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
+from iresnet_jax.evaluation.report import write
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
-from iresnet_jax.report.pictures import reconstructions, write_png, write_samples
-from iresnet_jax.report.run_report import write
 from iresnet_jax.runs import plan as plans
 from iresnet_jax.runs import topologies
 from iresnet_jax.runs.command_line import parse_train_flags
@@ -42,7 +41,7 @@ def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
         floor, contexts = run.data.entropy, run.test_contexts()
         lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor).summary)
     if run.model.spec.num_classes is not None:
-        lines.append(accuracy.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
+        lines.append(classification.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
     _say(*run.notes, *lines)
     return True
 
@@ -102,8 +101,8 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     contexts = run.test_contexts()
     contexts = None if contexts is None else contexts[: arguments.num]
     num = _num_certified(arguments, run.model.spec.flow)
-    result = inversion.reconstruct(run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num)
-    figure = reconstructions(result)
+    result = round_trips.reconstruct(run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num)
+    figure = reconstructions(result.originals, result.reconstructions)
     written = [] if figure is None else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
     _say(*run.notes, result.summary, *written)
     return bool(result.trip.converged.all())
@@ -111,7 +110,7 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
 
 def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
     """Examples to certify: as many as were asked for, or as take some seconds; None for none."""
-    return affordable(flow, CERTIFY_S) if arguments.certify is None else arguments.certify or None
+    return round_trips.affordable(flow, CERTIFY_S) if arguments.certify is None else arguments.certify or None
 
 
 def certify(run: Run, _: argparse.Namespace) -> bool:

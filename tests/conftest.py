@@ -113,7 +113,7 @@ def no_signal_before(monkeypatch):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Short reports, whose figures are made and not drawn; report/test_plots.py draws each kind."""
+    """Short reports, whose figures are made and not drawn; evaluation/test_report.py draws them."""
     import tiny_runs as runs
 
     runs.shorten_reports(monkeypatch)

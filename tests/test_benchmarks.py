@@ -15,7 +15,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.evaluation import accuracy, likelihood
+from iresnet_jax.evaluation import classification, likelihood
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
@@ -77,7 +77,7 @@ def test_kept_density_has_the_likelihood_of_its_report():
 
 def test_kept_hybrid_makes_the_errors_of_its_report():
     run, report = report_of("digits_hybrid")
-    found = accuracy.evaluate(run.model, run.test_examples(), run.data.labels["test"], batch_size=360)
+    found = classification.evaluate(run.model, run.test_examples(), run.data.labels["test"], batch_size=360)
     assert found.error == report["classification"]["error"]
 
 

@@ -112,9 +112,9 @@ def trained(tmp_path_factory, name):
 
 def shorten_reports(patch, *, drawn=False):
     """Certifies 8 examples for reports, where they have 64, and unless ``drawn`` makes figures that are not drawn."""
-    patch.setattr("iresnet_jax.evaluation.guarantee.MOST_EXAMPLES", 8)
+    patch.setattr("iresnet_jax.evaluation.round_trips.MOST_CERTIFIED", 8)
     if not drawn:
-        patch.setattr("iresnet_jax.report.run_report.to_svg_or_png", lambda figure: "data:image/png;base64,")
+        patch.setattr("iresnet_jax.evaluation.plots.data_uri", lambda figure: "data:image/png;base64,")
 
 
 def _train_from_the_command_line(source, workdir, patch):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from iresnet_jax.evaluation import draws, samples
+from iresnet_jax.evaluation import likelihood, samples
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.runs.trained_run import Run
@@ -149,7 +149,7 @@ def calibrate(
         raise ValueError(f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of shape {examples.shape}")
     repeated = np.repeat(contexts, num_samples, axis=0)
     drawn = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
-    log_prob = functools.partial(draws.log_prob, model, settings=settings, seed=seed)
+    log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
     of_samples, of_truth = log_prob(drawn.values, contexts=repeated), log_prob(examples, contexts=contexts)
     values, truth = _places(model, drawn.values).reshape(len(examples), num_samples, -1), _places(model, examples)
     generator = np.random.default_rng(seed)

@@ -17,12 +17,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Num
-
-from iresnet_jax.evaluation.draws import Draws, described
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.models.density import Density
-from iresnet_jax.runs.config import EvaluationConfig
+from jaxtyping import Float
 
 NUM_GROUPS = 16  # of the jackknife, at most
 
@@ -128,43 +123,4 @@ def summarize(
         unit=unit,
         estimator=estimator,
         unbiased=unbiased,
-    )
-
-
-def measure(
-    model: Density,
-    examples: Num[np.ndarray, "n ..."],
-    settings: EvaluationConfig,
-    seed: int,
-    *,
-    contexts: Num[np.ndarray, "n k"] | None = None,
-) -> ImportanceBound:
-    """The importance-weighted bound with ``settings.num_importance_draws`` draws of noise an example.
-
-    It is that of ``settings.num_importance_examples`` of the examples, evenly spaced, if these are fewer. Log-determinants are
-    exact up to 256 dimensions; beyond, they are the configured ones, by at least two draws of probes. Examples pass through the
-    model once for each draw, so more draws take more time and no more memory of devices.
-
-    Args:
-        contexts: Context of each example, of a conditional density.
-
-    Raises:
-        ValueError: If the data are continuous, whose likelihood needs no bound, or fewer than two.
-    """
-    spec, num_draws, num = model.spec, settings.num_importance_draws, settings.num_importance_examples
-    if not spec.is_discrete:
-        raise ValueError(
-            "an importance-weighted bound is one of data of integer levels or on a grid, and these are continuous: leave it "
-            "out, their likelihood is the number itself"
-        )
-    if 0 < num < len(examples):
-        rows = np.linspace(0, len(examples) - 1, num, dtype=int)
-        examples, contexts = examples[rows], None if contexts is None else contexts[rows]
-    draws = Draws(model, examples, settings, seed, contexts)
-    used = draws.estimator
-    num_probes = 1 if isinstance(used, ExactLogdet) else max(settings.num_probe_draws, 2)
-    values = draws.values(used, num_draws, num_probes, same_probes=True)
-    estimator, _ = described(used)
-    return summarize(
-        -values / spec.unit_of_a_nat, spec.unit_of_a_nat, unit=spec.unit, estimator=estimator, unbiased=used.unbiased
     )

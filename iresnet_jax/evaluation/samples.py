@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from iresnet_jax.bijections.bijection import follow_inverse_info, no_inverse_error
 from iresnet_jax.certification.decoding import to_data
-from iresnet_jax.evaluation import guarantee
-from iresnet_jax.evaluation.guarantee import InverseGuarantee
+from iresnet_jax.evaluation.round_trips import Guarantee, bound_inverses
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
 
@@ -33,7 +32,7 @@ class SampleConvergence:
     fraction_converged: float
     max_error_bound: float
     failed: tuple[int, ...] = ()
-    guarantee: InverseGuarantee | None = None
+    guarantee: Guarantee | None = None
 
     def __str__(self) -> str:
         line = f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}"
@@ -100,7 +99,7 @@ def draw(
     whole, bounds = parallel.over_batches(_decode, model, parallel.rows_of(latents, taken), num, batch_size)
     converged, found = whole.info.converged, None
     if num_certified is not None:
-        found, *_ = guarantee.bound_inverses(model, [whole], num_certified, taken)
+        found = bound_inverses(model, [whole], num_certified, taken)
     failed = tuple(np.flatnonzero(~converged).tolist())
     return Samples(whole.data, converged, SampleConvergence(num, float(converged.mean()), float(bounds.max()), failed, found))
 

@@ -9,8 +9,7 @@ import pytest
 from scipy.special import logsumexp
 
 from iresnet_jax.bijections.transforms.logit import Logit
-from iresnet_jax.evaluation import draws, importance, likelihood
-from iresnet_jax.evaluation.draws import Draws
+from iresnet_jax.evaluation import importance, likelihood
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -40,8 +39,8 @@ def test_in_expectation_it_grows_with_the_draws_and_stays_below_the_probabilitie
     exact = log_probabilities(model)
     assert -0.1 < logsumexp(exact) < 1e-3  # some latents are those of no level
     settings = dataclasses.replace(kept.SETTINGS, batch_size=4096, num_importance_draws=DRAWS)
-    drawn = Draws(model, np.repeat(ALL, REPEATS, axis=0), settings, 0, None)
-    weights = -drawn.values(drawn.estimator, DRAWS, 1, same_probes=True) / spec.unit_of_a_nat
+    exactly, images = likelihood.with_estimator(model, settings), np.repeat(ALL, REPEATS, axis=0)
+    weights = -likelihood.objective(exactly, images, settings, 0, noise=range(DRAWS), same_probes=True) / spec.unit_of_a_nat
     bounds = {k: importance.log_likelihood_bound(weights[:, :k]).reshape(-1, REPEATS) for k in (1, 2, DRAWS)}
     means = {k: bound.mean(axis=1) for k, bound in bounds.items()}
     assert means[1].mean() < means[2].mean() < means[DRAWS].mean() < exact.mean()
@@ -74,9 +73,9 @@ def test_estimated_log_determinants_keep_it_a_bound_where_the_plain_formula_is_n
 def test_of_an_estimator_it_agrees_with_that_of_exact_log_determinants(monkeypatch):
     model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
-    exact = importance.measure(model, images, settings, 3)
-    monkeypatch.setattr(draws, "MAX_EXACT_DIMS", 1)
-    found = importance.measure(model, images, settings, 3)
+    exact = likelihood.importance_bound(model, images, settings, 3)
+    monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
+    found = likelihood.importance_bound(model, images, settings, 3)
     assert (exact.estimation_gap, found.unbiased) == (0, True)
     assert 0 < found.estimation_gap < 0.1 * found.gain  # draws share their probes
     assert abs(found.mean - exact.mean) < found.stderr
@@ -87,7 +86,7 @@ def test_some_examples_show_what_the_mean_of_all_gains():
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4, num_importance_examples=8)
     measured = likelihood.measure(model, images, settings, 3).summary
     rows = np.linspace(0, 19, 8, dtype=int)
-    own = importance.measure(model, images[rows], dataclasses.replace(settings, num_importance_examples=0), 3)
+    own = likelihood.importance_bound(model, images[rows], dataclasses.replace(settings, num_importance_examples=0), 3)
     assert own.gain_stderr > 0
     expected = own.of_all(measured.mean, measured.stderr)
     assert measured.importance == expected
@@ -98,4 +97,4 @@ def test_some_examples_show_what_the_mean_of_all_gains():
 def test_continuous_data_have_none():
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
     with pytest.raises(ValueError, match="these are continuous"):
-        importance.measure(kept.model(kept.POINTS), np.zeros((2, 2), np.float32), settings, 0)
+        likelihood.importance_bound(kept.model(kept.POINTS), np.zeros((2, 2), np.float32), settings, 0)

@@ -202,7 +202,7 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
 MOMENTS = {
     "compilation": ("jax", "pmap", 0.1, False),
     "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
-    "report": ("iresnet_jax.report.run_report", "write", 0.1, False),
+    "report": ("iresnet_jax.evaluation.report", "write", 0.1, False),
 }
 # Forks, so that everything is imported once.
 MOMENTS_PROGRAM = """
@@ -210,7 +210,7 @@ import functools, importlib, itertools, json, os, signal, sys, time
 import tensorboardX
 import train
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.report import run_report
+from iresnet_jax.evaluation import report
 from iresnet_jax.runs import loop
 
 def tell(module, name, call, say):

@@ -14,7 +14,7 @@ import tiny_runs as runs
 from iresnet_jax import load as load_model
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
-from iresnet_jax.evaluation import accuracy
+from iresnet_jax.evaluation.classification import evaluate
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
@@ -111,7 +111,7 @@ def test_test_error_by_hand(trained):
 
     logits = logits_by_steps(model, images)
     wrong = np.flatnonzero(np.argmax(logits, axis=1) != labels)
-    result = accuracy.evaluate(model, images, labels, trained.config.evaluation.batch_size)
+    result = evaluate(model, images, labels, trained.config.evaluation.batch_size)
     assert result.num_errors == len(wrong)
     assert result.num_examples == 360
     assert result.error == len(wrong) / 360
@@ -130,15 +130,12 @@ def test_commands_after_training(workdir, capsys):
     assert "inverse: inverted; 360 of 360 test examples converged" in capsys.readouterr().out
     report = json.loads((workdir / "report.json").read_text())
     assert report["classification"]["num_examples"] == report["inverse"]["num_examples"] == 360
-    assert report["inverse"]["fraction_recovered"] == 1
-    assert 0 <= report["inverse"]["max_padding_residual"] <= report["inverse"]["max_error_bound"]
-    assert report["inverse"]["max_grey_level_error"] < 16 * 1e-4
+    assert report["inverse"]["max_abs_error"] < 1e-4
     assert report["lipschitz"]["certified"]
     assert report["warnings"] == []
     page = (workdir / "report.html").read_text()
     assert page.count("data:image/") >= 5  # curves, confusion, reconstructions, histogram, constants
     assert "somebody" in page
-    assert "No samples were drawn" not in page
     assert main(["sample", *command]) == 2
     assert "holds no density, so there are no samples" in capsys.readouterr().err
 
@@ -161,7 +158,7 @@ def test_a_kept_classifier_is_the_same_in_one_file(trained, tmp_path, capsys):
     np.testing.assert_allclose(16 * back.images, images, atol=16 * 1e-4)
     assert run.load(tmp_path).step == trained.step
     assert main(["evaluate", "--workdir", str(tmp_path)]) == 0
-    found = accuracy.evaluate(model, trained.test_examples(), trained.data.labels["test"], 256)
+    found = evaluate(model, trained.test_examples(), trained.data.labels["test"], 256)
     assert capsys.readouterr().out.strip() == str(found)
 
 

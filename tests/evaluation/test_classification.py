@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from iresnet_jax.evaluation.accuracy import NUM_MISTAKES, fraction_interval, summarize
+from iresnet_jax.evaluation.classification import NUM_MISTAKES, fraction_interval, summarize
 
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 

@@ -8,7 +8,7 @@ from jaxtyping import Int, Num
 
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.training.objectives import classification
+from iresnet_jax.training.objectives.classification import evaluate_images
 
 CONFIDENCE = 0.95  # probability that the interval covers the true error
 NUM_MISTAKES = 32  # listed and shown
@@ -65,7 +65,7 @@ def evaluate(
     model: Density | Classifier, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], batch_size: int
 ) -> Classification:
     """Top-1 error of a classifier, or of a density with classes, on images of integer levels."""
-    outputs = classification.evaluate_images(model, images, labels, batch_size)
+    outputs = evaluate_images(model, images, labels, batch_size)
     return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
 
 
@@ -75,10 +75,10 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
     Args:
         loss: Mean cross-entropy in nats.
     """
-    from sklearn.metrics import confusion_matrix  # late: half a second, for which training should not wait
-
     predictions = logits.argmax(axis=1)
     wrong = np.flatnonzero(predictions != labels)
+    confusion = np.zeros((logits.shape[1],) * 2, int)
+    np.add.at(confusion, (labels, predictions), 1)
     best = np.exp(logits.max(axis=1) - np.logaddexp.reduce(logits, axis=1))
     return Classification(
         error=len(wrong) / len(labels),
@@ -87,14 +87,14 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
         num_errors=len(wrong),
         num_examples=len(labels),
         loss=loss,
-        confusion=tuple(map(tuple, confusion_matrix(labels, predictions, labels=range(logits.shape[1])).tolist())),
+        confusion=tuple(map(tuple, confusion.tolist())),
         mistakes=tuple(Mistake(int(i), int(labels[i]), int(predictions[i]), float(best[i])) for i in wrong[:NUM_MISTAKES]),
     )
 
 
 def fraction_interval(count: int, total: int) -> tuple[float, float]:
     """Wilson's (1927) interval of a probability, from ``count`` events in ``total`` trials, at `CONFIDENCE`."""
-    from scipy.stats import binomtest  # late, as above
+    from scipy.stats import binomtest  # late: half a second, for which training should not wait
 
     interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)

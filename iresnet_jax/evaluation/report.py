@@ -1,0 +1,348 @@
+"""Report of a run: every result as ``report.json``, and with pictures as the page ``report.html`` that needs nothing else.
+
+A result is a dataclass beside the computation that fills it, and its ``str`` is its line on the page and in the terminal.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from iresnet_jax.atomic_files import replacing
+from iresnet_jax.checked_dataclasses import to_plain
+from iresnet_jax.evaluation import calibration, classification, likelihood, plots, round_trips, samples
+from iresnet_jax.evaluation.calibration import Calibration
+from iresnet_jax.evaluation.classification import Classification
+from iresnet_jax.evaluation.environment import Environment, describe
+from iresnet_jax.evaluation.likelihood import Likelihood
+from iresnet_jax.evaluation.round_trips import Inversion
+from iresnet_jax.evaluation.samples import SampleConvergence
+from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.density import Density
+from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.runs.trained_run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ESTIMATE_RTOL = 1e-5  # rounding by which a norm's estimate may exceed its bound
+NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
+NUM_UNCERTIFIED = 64  # examples that a model without a certificate inverts: its solver runs to the cap
+CERTIFY_S = 0.5  # roughly, for guaranteed errors of inverses; compiling takes some seconds beside
+SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # samples of each of the first classes
+LOG_PROB_FILE = "test_log_prob.npy"
+TITLES = {  # of the fields of `Report` that are sections of the page, in its order
+    "likelihood": "Likelihood",
+    "calibration": "Calibration",
+    "classification": "Classes",
+    "samples": "Samples",
+    "samples_by_class": "Samples by class",
+    "inverse": "Inverse",
+    "lipschitz": "Lipschitz constants",
+    "noise_lipschitz": "Lipschitz constants of the flow of noise",
+    "train": "Training",
+    "environment": "Environment",
+}
+
+Results = dict[str, Any]  # fields of `Report`
+Figures = dict[str, dict[str, "Figure"]]  # figures by their caption, by the field of `Report` that they belong to
+
+
+@dataclass(frozen=True)
+class TrainingTimes:
+    """Wall-clock time of a training run; None where its metrics do not tell.
+
+    Attributes:
+        steps: Number of updates that led to the evaluated parameters.
+        total_steps: Updates of the run so far.
+        seconds_per_step: Median over the logged windows.
+        compile_seconds: Start to end of the first step, of the last process.
+        total_seconds: Start to last record.
+        limit_seconds: What the run was allowed by ``config.training.minutes``; None without a limit.
+    """
+
+    steps: int
+    total_steps: int
+    seconds_per_step: float | None = None
+    compile_seconds: float | None = None
+    total_seconds: float | None = None
+    limit_seconds: float | None = None
+
+    @classmethod
+    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int, minutes: float = 0.0) -> "TrainingTimes":
+        """Times of a run from the records of its metrics and its time limit, 0 for none."""
+        records = list(records)
+        windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
+        compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
+        return cls(
+            steps=steps,
+            total_steps=max((record["step"] for record in records), default=steps),
+            seconds_per_step=float(np.median(windows)) if windows else None,
+            compile_seconds=compiles[-1] if compiles else None,
+            total_seconds=max((record["wall_time_s"] for record in records), default=None),
+            limit_seconds=60 * minutes or None,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of a run; None for what its kind of model does not have.
+
+    Attributes:
+        calibration: Ranks of test examples among samples given their contexts, of a conditional density of vectors.
+        inverse: Round trips of a model with an inverse.
+        lipschitz: Lipschitz constants of a model with an inverse.
+        noise_lipschitz: Those of the flow that makes the noise of variational dequantisation.
+        notes: Sentences about the parameters, such as which checkpoint had to be used instead.
+    """
+
+    train: TrainingTimes
+    environment: Environment
+    config: Mapping[str, Any]
+    likelihood: Likelihood | None = None
+    calibration: Calibration | None = None
+    classification: Classification | None = None
+    samples: SampleConvergence | None = None
+    samples_by_class: SampleConvergence | None = None
+    inverse: Inversion | None = None
+    lipschitz: Certificate | None = None
+    noise_lipschitz: Certificate | None = None
+    notes: tuple[str, ...] = ()
+
+    def warnings(self) -> list[str]:
+        """Sentences to read before any number."""
+        found = list(self.notes)
+        for part in (self.likelihood, self.calibration, self.classification, self.samples):
+            found += part.warnings() if part else ()
+        if self.samples_by_class:
+            found += self.samples_by_class.warnings("samples by class")
+        if self.inverse:
+            found += self.inverse.warnings(promised=self.lipschitz is None or self.lipschitz.coeff is not None)
+        certificates = (self.lipschitz, self.noise_lipschitz)
+        return [*found, *(sentence for known in certificates if known for sentence in certificate_warnings(known))]
+
+    def __str__(self) -> str:
+        verdict = self.lipschitz and self.lipschitz.verdict
+        calibration = self.calibration and self.calibration.headline
+        headlines = [self.likelihood, calibration, self.classification, self.inverse, verdict]
+        said = "\n".join(str(headline) for headline in headlines if headline)
+        return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of ``report.json``; numbers that are not finite become None."""
+        facts = {name: value for name, value in asdict(self).items() if value is not None and name != "notes"}
+        if self.likelihood:
+            facts["nll" if self.likelihood.unit == "nats" else "bits_per_dim"] = facts.pop("likelihood")
+        if self.calibration:
+            facts["calibration"] |= {"p_value": self.calibration.p_value, "calibrated": self.calibration.is_calibrated}
+        for name, known in (("lipschitz", self.lipschitz), ("noise_lipschitz", self.noise_lipschitz)):
+            if known:
+                facts[name] |= {"certified": known.certified, "max_block": known.max_block}
+        return _strict({**facts, "warnings": self.warnings()})
+
+
+def certificate_warnings(certificate: Certificate) -> list[str]:
+    """Sentences about blocks that are not certified contractions, and about estimates above their certified bound."""
+    blocks = certificate.blocks
+    if certificate.coeff is None:
+        loose = sum(not block.bound < 1 for block in blocks)
+        return [
+            f"This network has no Lipschitz constraint: {loose} of its {len(blocks)} blocks are not certified contractions, so "
+            "no inverse is promised."
+        ]
+    found = []
+    for block in blocks:
+        if not block.estimate < 1:
+            found.append(f"{block.name}: Lipschitz estimate {block.estimate:.4g} is not below 1, the inverse may not exist.")
+        elif not block.bound < 1:
+            found.append(f"{block.name}: certified bound {block.bound:.4g} is not below 1, invertibility is not proven.")
+        if block.estimate > block.bound * (1 + ESTIMATE_RTOL):
+            found.append(f"{block.name}: the estimate {block.estimate:.4g} exceeds the certified bound {block.bound:.4g}.")
+    return found
+
+
+def _strict(value: Any) -> Any:
+    """The same data with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _strict(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def write(run: Run) -> Report:
+    """Computes everything that a report holds and writes ``report.json`` and ``report.html`` into the folder of the run.
+
+    Example:
+        >>> report = write(load("runs/digits_density"))  # doctest: +SKIP
+        >>> report.likelihood.mean  # doctest: +SKIP
+    """
+    run = run.with_data_checked()
+    records, examples = read_metrics(run.folder), run.test_examples()
+    results: Results = {}
+    figures: Figures = {}
+    if curves := [record for record in records if record["split"] != "timing"]:
+        figures["train"] = {"Learning curves; the line is the evaluated step": plots.learning_curves(curves, run.step)}
+    if isinstance(run.model, Density):
+        results |= _density(run, run.model, examples, figures)
+    if run.model.spec.num_classes is not None:
+        results |= _classes(run, examples, figures)
+    results |= _bijection(run, examples, figures)
+    times, config = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes), to_plain(run.config)
+    report = Report(times, describe(), config, notes=run.notes, **results)
+    html = render(report, figures, title=run.folder.resolve().name, references=dict(run.config.references.values))
+    _write_text(run.folder / "report.json", json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
+    _write_text(run.folder / "report.html", html)
+    return report
+
+
+def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> Results:
+    """Likelihood, and samples of a density; of vectors also the calibration and a file with the likelihood of each point."""
+    settings, seed, contexts = run.config.evaluation, run.config.seed, run.test_contexts()
+    is_image = len(model.spec.flow.event_shape) == 3
+    num = NUM_IMAGES if is_image else NUM_POINTS
+    drawn = samples.draw(model, num, settings.batch_size, seed=seed, contexts=contexts)
+    measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
+    results: Results = {"likelihood": measured.summary, "samples": drawn.convergence}
+    figures["samples"] = {"Samples": plots.examples(drawn.values, model.spec.num_levels)}
+    if is_image:
+        return results
+    if model.spec.flow.event_shape == (2,) and contexts is None:
+        figures["samples"]["Density"] = plots.density_map(*log_density_on_grid(model, examples[:num]))
+    else:
+        figures["samples"]["Samples beside test data"] = plots.pairs(examples[:num], drawn.values)
+    taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]  # as `samples.draw` does
+    of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
+    figures["likelihood"] = {"Likelihoods": plots.log_prob_histogram(measured.log_prob, of_samples)}
+    with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:
+        np.save(file, measured.log_prob)
+    if contexts is not None and len(examples) >= calibration.LEAST_EXAMPLES:
+        results["calibration"] = calibration.calibrate_run(run)
+        figures["calibration"] = {"Ranks of test examples": plots.rank_histograms(results["calibration"])}
+    return results
+
+
+def log_density_on_grid(
+    model: Density, points: Float[np.ndarray, "n 2"], side: int = 128
+) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
+    """Exact log-density of a model of the plane on a grid around points, of dequantised data if they lie on a grid.
+
+    Returns:
+        Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).
+    """
+    low, high = np.asarray(points, np.float64).min(axis=0), np.asarray(points, np.float64).max(axis=0)
+    margin = np.maximum(0.05 * (high - low), 1e-6)
+    low, high = low - margin, high + margin
+    edges = low + (np.arange(side)[:, None] + 0.5) / side * (high - low)
+    grid = np.stack(np.meshgrid(*edges.T), axis=-1).astype(np.float32)
+    exact = model.continuous.with_(estimator=ExactLogdet())
+    return np.asarray(_log_density(exact, grid)), (*np.stack([low, high]).T.ravel().tolist(),)
+
+
+@jax.jit
+def _log_density(model, grid):
+    return jax.lax.map(model.log_prob, grid)
+
+
+def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
+    """Test error of a model with classes and, of a density, samples of each class."""
+    model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
+    result = classification.evaluate(model, images, run.data.labels["test"], size)
+    figures["classification"] = {"Classes and what they were taken for": plots.confusion_matrix(np.array(result.confusion))}
+    if result.mistakes:
+        chosen = images[[mistake.index for mistake in result.mistakes]]
+        captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
+        figures["classification"]["First mistakes"] = plots.examples(chosen, levels, captions=captions)
+    if not isinstance(model, Density):
+        return {"classification": result}
+    labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), SAMPLES_A_CLASS).tolist()
+    drawn = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
+    figures["samples_by_class"] = {"Samples, a class a row": plots.examples(drawn.values, levels, columns=SAMPLES_A_CLASS)}
+    return {"classification": result, "samples_by_class": drawn.convergence}
+
+
+def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> Results:
+    """Round trips and Lipschitz constants; a certified classifier inverts all test images, as its features lose nothing."""
+    certificate, contexts = run.model.certificate(), run.test_contexts()
+    num = round_trips.NUM_EXAMPLES if isinstance(run.model, Density) else len(examples)
+    chosen = examples[: num if certificate.certified else NUM_UNCERTIFIED]
+    contexts = None if contexts is None else contexts[: len(chosen)]
+    size, num_certified = run.config.evaluation.batch_size, round_trips.affordable(run.model.spec.flow, CERTIFY_S)
+    result = round_trips.reconstruct(run.model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
+    errors, bounds = np.asarray(result.trip.euclidean_error), np.asarray(result.trip.error_bound)
+    figures["inverse"] = {"Errors of round trips": plots.error_histogram(errors, bounds)}
+    if shown := plots.reconstructions(result.originals, result.reconstructions):
+        figures["inverse"]["Test images and what came back"] = shown
+    figures["lipschitz"] = {"Lipschitz constants of the blocks": plots.lipschitz_bars(certificate)}
+    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    return {"inverse": result.summary, "lipschitz": certificate, "noise_lipschitz": of_noise}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as incoming:
+        incoming.write_text(text, encoding="utf-8")
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """A result on the page: its own lines, its numbers by name, and pictures by caption."""
+
+    title: str
+    said: str
+    numbers: list[tuple[str, str]]
+    pictures: Mapping[str, str]
+
+
+def render(report: Report, figures: Figures, *, title: str, references: Mapping[str, float | int]) -> str:
+    """The report of a run as one HTML page without scripts that needs no other file.
+
+    Args:
+        figures: Figures by caption, by the field of `Report` that they belong to.
+        references: Published numbers to compare the headline with, by name.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    sections = []
+    for name, heading in TITLES.items():
+        result = getattr(report, name)
+        if result is not None:
+            said = "" if name in ("train", "environment") else str(result)
+            pictures = {caption: plots.data_uri(figure) for caption, figure in figures.get(name, {}).items()}
+            sections.append(Section(heading, said, list(numbers(asdict(result))), pictures))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = environment.from_string(files("iresnet_jax.evaluation").joinpath("page.html.jinja").read_text("utf-8"))
+    config = json.dumps(report.config, indent=2)
+    return template.render(title=title, report=report, sections=sections, compared=compared(report, references), config=config)
+
+
+def compared(report: Report, references: Mapping[str, float | int]) -> list[tuple[str, str]]:
+    """The headline number beside published ones; empty if there are none."""
+    if report.likelihood:
+        own = f"{report.likelihood.mean:.4f} ± {report.likelihood.stderr:.4f} {report.likelihood.unit}"
+    else:
+        own = f"{100 * report.classification.error:.2f} % error" if report.classification else ""
+    return [("this run", own), *((name, f"{value:g}") for name, value in references.items())] if own and references else []
+
+
+def numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Numbers and words of a result by their dotted names; what is not there and longer lists are left out."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:.6g}"
+        elif isinstance(value, str | int):
+            yield f"{prefix}{name}", str(value)

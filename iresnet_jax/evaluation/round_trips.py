@@ -1,0 +1,312 @@
+"""Test examples to latents or features and back: is the trained network invertible, and how exactly?
+
+A guarantee is about the inverse of latents as they are. A round trip also rounds when it encodes, so its error may be larger.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from iresnet_jax.certification.decoding import Decoded, certified, to_data
+from iresnet_jax.certification.prepared import check
+from iresnet_jax.maths.enclosures.upward_rounding import said_up
+from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.density import Density
+from iresnet_jax.training import parallel
+from iresnet_jax.training.parallel import eval_batches
+
+NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
+REFINED_ATOL = 1e-13
+MOST_CERTIFIED, TOO_LONG_S = 64, 120.0  # examples, and seconds that one may take
+STEP_S, OPERATIONS_A_SECOND = 1e-3, 1e10  # rough: of one step's residuals, and of dense products, on one CPU core
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """Guaranteed errors of computed inverses of the whole flow, rounding included, see `certify.inverse`.
+
+    Attributes:
+        num_examples: Examples that were certified, the first ones.
+        num_applied: Those to whose whole trajectory the theorem applied; the blocks' bounds multiply for the others.
+        max_bound: Largest of the Euclidean bounds, in the units of the flow's input; infinite if nothing was certified.
+        max_data_bound: Largest of the bounds in the units of continuous data, or of images on the scale of [0, 1].
+        max_error: Largest measured distance of these inverses from the exact ones of the same latents, in the units of the
+            flow's input; None if it is not known.
+        fraction_certain: Fraction of the discrete entries whose level, or value on a grid, is guaranteed; None without such.
+        reason: Why the theorem did not apply, or nothing was certified; empty if it applied to all.
+    """
+
+    num_examples: int = 0
+    num_applied: int = 0
+    max_bound: float = math.inf
+    max_data_bound: float = math.inf
+    max_error: float | None = None
+    fraction_certain: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.num_examples:
+            return f"guaranteed error of the inverse: none, {self.reason}"
+        how = "by the theorem for the whole flow" if self.num_applied else "by the bounds of the blocks, which multiply"
+        how += f" for {self.num_applied}" if 0 < self.num_applied < self.num_examples else ""
+        how += f" ({self.reason})" if self.reason else ""
+        certain = "" if self.fraction_certain is None else f"; {100 * self.fraction_certain:.4g} % of the levels are certain"
+        return (
+            f"guaranteed error of the inverse of given latents, Euclidean: at most {said_up(self.max_bound, 2)} (measured: "
+            f"{self.max_error:.2g}) in the flow's units and {said_up(self.max_data_bound, 2)} in the data's, of "
+            f"{self.num_examples} examples {how}{certain}"
+        )
+
+
+@dataclass(frozen=True)
+class RoundTrips:
+    """Errors of examples that were encoded and inverted.
+
+    Attributes:
+        max_abs_error: Largest entry of any error, in the units of the flow's input.
+        max_euclidean_error: Largest Euclidean norm of an example's error.
+        max_error_bound: Largest bound of a Euclidean error that multiplies the bounds of the blocks: vacuous for deep flows.
+        fraction_within_bound: Fraction of examples whose Euclidean error is within its bound.
+        fraction_converged: Fraction of examples whose inverse met its tolerance.
+        mean_evals: Evaluations of the branch, mean over blocks and examples.
+    """
+
+    max_abs_error: float
+    max_euclidean_error: float
+    max_error_bound: float
+    fraction_within_bound: float
+    fraction_converged: float
+    mean_evals: float
+
+
+@dataclass(frozen=True)
+class Inversion(RoundTrips):
+    """Round trips in the precision of training, and in float64.
+
+    Attributes:
+        num_examples: Test examples.
+        refined: Round trips in float64 of the first test examples.
+        guarantee: Guaranteed errors of the first examples, in the precision of training; None if that was not asked for.
+    """
+
+    num_examples: int
+    refined: RoundTrips
+    guarantee: Guarantee | None = None
+
+    def __str__(self) -> str:
+        converged = round(self.fraction_converged * self.num_examples)
+        verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
+        line = (
+            f"inverse: {verdict}; {converged} of {self.num_examples} test examples converged, largest error of a round trip "
+            f"{self.max_abs_error:.2g}, Euclidean {self.max_euclidean_error:.2g}, in float64 "
+            f"{self.refined.max_euclidean_error:.2g}, {self.mean_evals:.1f} evaluations a block"
+        )
+        return "\n".join([line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings(promised=False)])
+
+    def warnings(self, *, promised: bool = True) -> list[str]:
+        """Sentences about errors beyond their bounds and, where an inverse is promised, examples that did not converge."""
+        found = [
+            f"{100 * (1 - trips.fraction_within_bound):.3g} % of the inversion errors in {precision} exceed their bound: a "
+            "Lipschitz constant or the rounding is underestimated."
+            for precision, trips in (("the precision of training", self), ("float64", self.refined))
+            if trips.fraction_within_bound < 1
+        ]
+        if promised and self.fraction_converged < 1:
+            percent = 100 * (1 - self.fraction_converged)
+            found.append(f"The inverse did not converge for {percent:.3g} % of the examples: allow more evaluations.")
+        return found
+
+
+class RoundTrip(NamedTuple):
+    """How each example came back, and how its inverse ended.
+
+    Attributes:
+        max_abs_error: Largest entry of the error, in the units of the flow's input.
+        euclidean_error: Euclidean norm of the error.
+        error_bound: Guaranteed bound of the Euclidean error, by the product of the blocks' bounds: vacuous for deep flows.
+        converged: Whether the inverse met its tolerance in all blocks.
+        num_evals: Evaluations of residual branches in all blocks together.
+    """
+
+    max_abs_error: Float[Array, " n"] | Float[np.ndarray, " n"]
+    euclidean_error: Float[Array, " n"] | Float[np.ndarray, " n"]
+    error_bound: Float[Array, " n"] | Float[np.ndarray, " n"]
+    converged: Bool[Array, " n"] | Bool[np.ndarray, " n"]
+    num_evals: Int[Array, " n"] | Int[np.ndarray, " n"]
+
+
+class Reconstructions(NamedTuple):
+    """Examples and what became of them.
+
+    Attributes:
+        originals: Continuous examples: images in [0, 1], or points.
+        reconstructions: Examples after encoding and inverting, in the precision of training.
+        trip: Round trips of all examples.
+        refined: Round trips in float64 of the first 512 examples.
+        summary: The numbers of a report.
+    """
+
+    originals: Float[np.ndarray, "n ..."]
+    reconstructions: Float[np.ndarray, "n ..."]
+    trip: RoundTrip
+    refined: RoundTrip
+    summary: Inversion
+
+
+def reconstruct(
+    model: Density | Classifier,
+    examples: Num[np.ndarray, "n ..."],
+    batch_size: int,
+    seed: int,
+    *,
+    contexts: Num[np.ndarray, "n k"] | None = None,
+    num_certified: int | None = None,
+) -> Reconstructions:
+    """Encodes examples and inverts their latents on all devices, in the precision of training and in float64.
+
+    Args:
+        examples: Images of integer levels, or points; at least one.
+        contexts: Context of each example, of a conditional density.
+        num_certified: Examples whose inverse is certified by `certify.inverse`, from the first; 0 says that one takes too long,
+            None that nobody asked.
+    """
+    key = jax.random.key(seed)
+    placed = parallel.on_local_devices(model)
+    precise = placed.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
+    parts, refined, to_certify = [], [], []
+    for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
+        originals, there = jax.device_get(_originals(model, jax.random.fold_in(key, i), examples[indices]))
+        context = None if contexts is None else contexts[indices]
+        rows, num = parallel.rows_of(there, context), len(there)
+        trip, decoded = parallel.over_batches(_there_and_back, placed, rows, num, num)
+        parts.append(_chosen((originals, decoded.continuous, trip), mask))
+        if i * batch_size < (num_certified or 0):
+            to_certify.append(_chosen(decoded, mask))
+        if i * batch_size < NUM_EXAMPLES:
+            with jax.enable_x64():
+                refined.append(_chosen(parallel.over_batches(_in_float64, precise, rows, num, num), mask))
+    originals, back, trip = _joined(parts)
+    exact, num_blocks = _joined(refined), model.spec.flow.num_blocks
+    found = None if num_certified is None else bound_inverses(model, to_certify, num_certified, contexts)
+    of_trips, of_refined = asdict(summarize(trip, num_blocks)), summarize(exact, num_blocks)
+    summary = Inversion(**of_trips, num_examples=len(originals), refined=of_refined, guarantee=found)
+    return Reconstructions(originals, back, trip, exact, summary)
+
+
+def _chosen(tree, mask):
+    return jax.tree.map(lambda values: values[mask], tree)
+
+
+def _joined(parts):
+    return jax.tree.map(lambda *values: np.concatenate(values), *parts)
+
+
+@jax.jit
+def _originals(model, key, examples):
+    """Continuous examples, and the inputs of the flow that they make."""
+    if not isinstance(model, Density):
+        return examples / (model.spec.num_levels - 1), model.preprocess(examples)
+    return model.dequantize(examples, key), model.preprocess(examples, key)
+
+
+def _there_and_back(model, batch):
+    """How a round trip went, and all that a certificate takes."""
+    there, context = batch
+    flow = model.flow(context) if isinstance(model, Density) else model.flow()
+    decoded = to_data(model, flow.forward(there), context=context)
+    return _compared(there, decoded.flow_input, decoded.info), decoded
+
+
+def _in_float64(model, batch):
+    return round_trip(model, *jax.tree.map(lambda values: values.astype(jnp.float64), batch))
+
+
+def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
+    """Maxima, fractions and means over examples."""
+    return RoundTrips(
+        max_abs_error=float(trip.max_abs_error.max()),
+        max_euclidean_error=float(trip.euclidean_error.max()),
+        max_error_bound=float(trip.error_bound.max()),
+        fraction_within_bound=float((trip.euclidean_error <= trip.error_bound).mean()),
+        fraction_converged=float(trip.converged.mean()),
+        mean_evals=float(trip.num_evals.mean() / num_blocks),
+    )
+
+
+def round_trip(
+    model: Density | Classifier, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+) -> RoundTrip:
+    """How the model's flow and its inverse go, under a context if the model is conditional.
+
+    The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
+    more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
+    """
+    bijection = model.flow(context) if isinstance(model, Density) else model.flow()
+    back, info = bijection.inverse(bijection.forward(there))
+    return _compared(there, back, info)
+
+
+def _compared(there, back, info) -> RoundTrip:
+    error = back - there
+    largest = jnp.max(jnp.abs(error), axis=tuple(range(1, error.ndim)))
+    return RoundTrip(largest, example_norm(error), 2 * info.error_bound, info.converged, info.num_evals)
+
+
+# --- guarantees -----------------------------------------------------------------------------------------------------
+
+
+def seconds_each(spec: FlowSpec) -> float:
+    """About how long a certificate takes on one core, compilation aside: a residual and ten products of matrices a step."""
+    return spec.num_blocks * (STEP_S + 20.0 * spec.num_dims**3 / OPERATIONS_A_SECOND)
+
+
+def affordable(spec: FlowSpec, seconds: float) -> int:
+    """How many examples take about that many seconds: a power of two up to 64, and 0 where one takes minutes."""
+    each = seconds_each(spec)
+    return 0 if each > TOO_LONG_S else 2 ** int(np.log2(np.clip(seconds / each, 1, MOST_CERTIFIED)))
+
+
+def bound_inverses(
+    model: Density | Classifier, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
+) -> Guarantee:
+    """What is guaranteed of the first examples that were decoded, or why nothing is.
+
+    Args:
+        parts: Batches of examples, as NumPy's arrays.
+        num: Examples to certify, at most; 0 where one takes too long.
+        contexts: Their contexts, of a conditional density.
+    """
+    try:
+        check(model)
+    except ValueError as error:
+        return Guarantee(reason=str(error))
+    if num == 0:
+        minutes = seconds_each(model.spec.flow) / 60
+        return Guarantee(reason=f"an example would take about {minutes:.0f} min, see certify.inverse")
+    first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
+    info = certified(model, first, context=None if contexts is None else contexts[: len(first.latents)])
+    grid = model.spec.grid if isinstance(model, Density) else None
+    is_discrete = slice(None) if grid is None else np.asarray(grid.spacing) > 0
+    own, reason = info.certificate, ""
+    errors = np.linalg.norm((np.asarray(first.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1)
+    if not np.all(own.applied):
+        jumps = not np.all(np.isfinite(own.K))
+        names = ", ".join(sorted({stage.activation for stage in model.spec.flow.stages}))
+        reason = f"slopes of {names} jump" if jumps else "the others' bounds are those of the blocks, which multiply"
+    return Guarantee(
+        num_examples=len(info.error_bound),
+        num_applied=int(np.sum(own.applied)),
+        max_bound=float(np.max(own.error_bound)),
+        max_data_bound=float(np.max(info.error_bound)),
+        max_error=float(np.max(errors)),
+        fraction_certain=None if info.certain is None else float(np.mean(info.certain[..., is_discrete])),
+        reason=reason,
+    )

@@ -1,0 +1,176 @@
+"""A report says its results' numbers, on a page that opens without a network and in JSON, and states their contradictions."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from iresnet_jax.evaluation import environment, plots
+from iresnet_jax.evaluation.calibration import Calibration, RankTest
+from iresnet_jax.evaluation.classification import summarize
+from iresnet_jax.evaluation.likelihood import Estimate, Likelihood
+from iresnet_jax.evaluation.report import Report, TrainingTimes, render
+from iresnet_jax.evaluation.round_trips import Guarantee, Inversion, RoundTrips
+from iresnet_jax.evaluation.samples import SampleConvergence
+from iresnet_jax.models.certificate import Certificate, Constant
+
+
+def block(name, *, estimate=0.7012, bound=0.7243):
+    return Constant(name, 0.8312, estimate, bound, (Constant("conv_in", 0.9117, 0.8913, 0.9008),))
+
+
+LIKELIHOOD = Likelihood(
+    mean=1.062314,
+    stderr=0.00213,
+    stderr_data=0.00202,
+    stderr_probes=0.0,
+    stderr_dequantisation=0.00038,
+    unit="bits/dim",
+    estimator="exact log-determinant",
+    unbiased=True,
+    truncation_bound=0.0,
+    num_examples=9973,
+    num_dequantisations=53,
+    num_probes=1,
+    estimate=Estimate(mean=1.0651, difference=0.00123, z=1.27),
+)
+POINTS = dataclasses.replace(LIKELIHOOD, unit="nats", mean=2.8342, entropy_floor=2.8321, num_dequantisations=0, num_dims=2)
+TRIPS = RoundTrips(1.3e-13, 2.4e-13, 5.7e-12, 1.0, 1.0, 35.79)
+INVERSE = Inversion(1.9e-6, 4.1e-6, 8.8e-6, 1.0, 1.0, 12.34, 512, TRIPS, Guarantee(8, 8, 3.3e-7, 6.1e-7, 2.2e-7))
+CERTIFICATE = Certificate(0.97, "layer", (block("b3"), block("b4")), 1.9, 3.6)
+RANKS = Calibration((RankTest("log p", (11, 9), 0.4, 0.16, 0.51),), 20, 99)
+CLASSES = summarize(2.0 * np.eye(3)[[0, 1, 1, 2]], np.array([0, 0, 1, 2]), loss=0.513)
+REPORT = Report(
+    TrainingTimes(1200, 1300, 0.0831, 17.3, 412.0),
+    environment.describe(),
+    {"model": {"widths": [61, 67]}, "note": "<script>"},
+    likelihood=LIKELIHOOD,
+    calibration=RANKS,
+    classification=CLASSES,
+    samples=SampleConvergence(64, 1.0, 3.9e-5),
+    inverse=INVERSE,
+    lipschitz=CERTIFICATE,
+)
+FAILED = SampleConvergence(num=12, fraction_converged=0.0, max_error_bound=math.inf, failed=tuple(range(12)))
+UNCONSTRAINED = dataclasses.replace(CERTIFICATE, coeff=None, budget=None, blocks=(block("b3", bound=1.03), block("b4")))
+
+
+def with_part(**parts):
+    return dataclasses.replace(REPORT, **parts)
+
+
+def changed(part, **values):
+    return with_part(**{part: dataclasses.replace(getattr(REPORT, part), **values)})
+
+
+def with_blocks(*blocks):
+    return changed("lipschitz", blocks=blocks)
+
+
+CONTRADICTIONS = {
+    "likelihood not finite": (changed("likelihood", mean=math.nan), "The likelihood is not finite."),
+    "entropy": (with_part(likelihood=dataclasses.replace(POINTS, mean=2.8210)), "allows, by 5.2 standard errors"),
+    "estimate": (
+        changed("likelihood", estimate=Estimate(1.09, 0.03, -4.5)),
+        "4 standard errors away from the exact value twice",
+    ),
+    "calibration": (changed("calibration", tests=(RankTest("log p", (1, 80), 1e-9, 0.5, 0.5),)), "the model is not calibrated"),
+    "cross-entropy": (changed("classification", loss=math.nan), "The cross-entropy is not finite"),
+    "samples": (with_part(samples=FAILED), "for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...."),
+    "errors": (changed("inverse", fraction_within_bound=0.98), "2 % of the inversion errors in the precision of training"),
+    "errors in float64": (
+        changed("inverse", refined=dataclasses.replace(TRIPS, fraction_within_bound=0.97)),
+        "3 % of the inversion errors in float64",
+    ),
+    "convergence": (changed("inverse", fraction_converged=0.96), "did not converge for 4 % of the examples"),
+    "block estimate": (with_blocks(block("b3", estimate=1.02)), "b3: Lipschitz estimate 1.02 is not below 1"),
+    "block bound not a number": (with_blocks(block("b3", bound=math.nan)), "b3: certified bound nan is not below 1"),
+    "estimate above bound": (with_blocks(block("b3", bound=0.69)), "0.7012 exceeds the certified bound 0.69."),
+    "no constraint": (with_part(lipschitz=UNCONSTRAINED), "1 of its 2 blocks are not certified contractions"),
+    "notes": (with_part(notes=("Validation was still falling.",)), "Validation was still falling."),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_stated(name):
+    report, sentence = CONTRADICTIONS[name]
+    assert sentence in " ".join(report.to_json()["warnings"])
+    assert sentence in str(report)
+
+
+def test_a_sound_report_has_no_warnings():
+    for report in (REPORT, with_part(likelihood=POINTS)):
+        assert report.warnings() == []
+
+
+def test_the_file_holds_every_number_and_null_for_what_json_does_not_have():
+    facts = REPORT.to_json()
+    assert json.loads(json.dumps(facts, allow_nan=False))
+    assert {"notes", "nll", "likelihood"}.isdisjoint(facts)
+    assert facts["bits_per_dim"]["mean"] == 1.062314
+    assert facts["lipschitz"]["blocks"][1]["layers"][0]["bound"] == 0.9008
+    assert (facts["lipschitz"]["certified"], facts["lipschitz"]["max_block"]) == (True, 0.7243)
+    assert facts["inverse"]["refined"]["mean_evals"] == 35.79
+    facts = dataclasses.replace(changed("inverse", max_error_bound=math.inf), likelihood=POINTS, classification=None).to_json()
+    assert facts["inverse"]["max_error_bound"] is None
+    assert facts["nll"]["entropy_floor"] == 2.8321
+    assert {"bits_per_dim", "classification"}.isdisjoint(facts)
+
+
+def test_the_page_has_the_numbers_and_pictures_and_needs_no_network():
+    draw = np.random.default_rng(0)
+    points, images = draw.normal(size=(50, 3)), draw.random((3, 4, 4, 1))
+    log = [
+        {"step": s, "split": split, "wall_time_s": s, "nll": 8.0 / s} for s in range(1, 9) for split in ("train", "validation")
+    ]
+    drawn = {
+        "train": [plots.learning_curves(log, 4)],
+        "likelihood": [plots.log_prob_histogram(points[:, 0], np.append(points[:, 1], np.nan))],
+        "samples": [
+            plots.examples(images, None),
+            plots.examples(points, None),
+            plots.pairs(points, points + 1),
+            plots.density_map(-points[:3], (0.0, 1.0, 0.0, 2.0)),
+        ],
+        "calibration": [plots.rank_histograms(RANKS)],
+        "classification": [
+            plots.confusion_matrix(np.array(CLASSES.confusion)),
+            plots.examples(255 * images, 256),
+        ],
+        "inverse": [plots.error_histogram(abs(points[:, 0]), abs(points[:, 1])), plots.reconstructions(images, images + 1e-3)],
+        "lipschitz": [plots.lipschitz_bars(CERTIFICATE)],
+    }
+    figures = {name: {f"{name} {i}": figure for i, figure in enumerate(made)} for name, made in drawn.items()}
+    page = render(REPORT, figures, title="a < b", references={"somebody": 1.25})
+    assert page.count('<img src="data:image/png;base64,') == sum(map(len, drawn.values()))
+    assert "://" not in page
+    assert "<script" not in page
+    for number in (
+        "1.0623 ± 0.0021 bits/dim",
+        "1.06231",
+        "0.00213",
+        "0.9008",
+        "35.79",
+        "3.3e-07",
+        "somebody",
+        "0.513",
+        "a &lt; b",
+    ):
+        assert number in page
+
+
+def test_training_times_are_those_of_the_log():
+    records = [{"step": 0, "split": "timing", "wall_time_s": 3.0, "compile_seconds": 2.5}]
+    for step, seconds in enumerate((9.0, 0.1, 0.2), 1):
+        records.append({"step": step, "split": "train", "wall_time_s": 3.0 + step, "seconds_per_step": seconds})
+    assert TrainingTimes.from_metrics(records, 2, minutes=0.5) == TrainingTimes(2, 3, 0.2, 2.5, 6.0, 30.0)
+    assert TrainingTimes.from_metrics([], 0) == TrainingTimes(steps=0, total_steps=0)
+
+
+def test_environment_names_versions_and_devices():
+    facts = environment.describe()
+    assert facts.jax == jax.__version__
+    assert facts.cpu_count
