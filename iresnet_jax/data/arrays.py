@@ -1,4 +1,4 @@
-"""Data sets of arrays in memory: what an array is a sample of, and what no density can be fitted to.
+"""Data sets of arrays and data frames in memory: `data_of` what `iresnet_jax.fit` is given, `from_arrays` arrays by split.
 
 Integer images are levels, floats are continuous. Columns of vectors are described in `tables`.
 """
@@ -68,27 +68,7 @@ def from_arrays(
     Raises:
         ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
     """
-    if isinstance(arrays, Arrays):
-        checked = _checked(arrays)
-        seen = {"train": checked.x}  # rarer values may go to the other splits
-        parts = {split: checked.take(mask) for split, mask in fraction_masks(len(checked.x), fractions).items()}
-    else:
-        if "train" not in arrays:
-            raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
-        parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
-        shapes = {part.x.shape[1:] for part in parts.values()}
-        if len(shapes) > 1:
-            raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
-        if len(dtypes := {str(part.x.dtype) for part in parts.values()}) > 1:
-            raise ValueError(f"the splits of {name} must hold examples of one type, got {' and '.join(sorted(dtypes))}")
-        if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
-            raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
-        if len(lengths := {part.context.shape[1] for part in parts.values() if part.context is not None}) > 1:
-            raise ValueError(f"the splits of {name} must have contexts of one length, got {sorted(lengths)}")
-        seen = {split: part.x for split, part in parts.items()}
-        if "validation" not in parts:
-            chosen = validation_mask(len(seen["train"]))
-            parts |= {"validation": parts["train"].take(chosen), "train": parts["train"].take(~chosen)}
+    parts, seen = _by_split(name, arrays, fractions)
     train = parts["train"]
     labels = {split: part.labels for split, part in parts.items() if part.labels is not None}
     if labels:
@@ -116,6 +96,33 @@ def from_arrays(
     )
     notes = [*table.notes, *(f"entry {entry} of the context is constant and tells nothing: leave it out" for entry in constant)]
     return dataclasses.replace(data, bounds=table.intervals, columns=columns, notes=tuple(notes))
+
+
+def _by_split(
+    name: str, arrays: Arrays | dict[str, Arrays], fractions: tuple[float, float]
+) -> tuple[dict[str, Arrays], dict[str, np.ndarray]]:
+    """The checked examples of each split, and the rows that show what columns hold, before a split was carved from another."""
+    if isinstance(arrays, Arrays):
+        checked = _checked(arrays)
+        masks = fraction_masks(len(checked.x), fractions)
+        return {split: checked.take(mask) for split, mask in masks.items()}, {"train": checked.x}
+    if "train" not in arrays:
+        raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
+    parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
+    shapes = {part.x.shape[1:] for part in parts.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
+    if len(dtypes := {str(part.x.dtype) for part in parts.values()}) > 1:
+        raise ValueError(f"the splits of {name} must hold examples of one type, got {' and '.join(sorted(dtypes))}")
+    if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
+        raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
+    if len(lengths := {part.context.shape[1] for part in parts.values() if part.context is not None}) > 1:
+        raise ValueError(f"the splits of {name} must have contexts of one length, got {sorted(lengths)}")
+    seen = {split: part.x for split, part in parts.items()}
+    if "validation" not in parts:
+        chosen = validation_mask(len(seen["train"]))
+        parts |= {"validation": parts["train"].take(chosen), "train": parts["train"].take(~chosen)}
+    return parts, seen
 
 
 def check_channels(images: np.ndarray) -> None:
@@ -206,9 +213,6 @@ def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
     return floats
 
 
-# -------------------------------------------------------------------------------------------------- what a user gives
-
-
 def data_of(
     x: Any,
     labels: Any = None,
@@ -219,7 +223,7 @@ def data_of(
     bounds: Any = None,
     is_density: bool = True,
 ) -> DataSet:
-    """The data set of what was given.
+    """The data set of arrays or a data frame, as `iresnet_jax.fit` is given them.
 
     Args:
         x: Examples: an array, or a data frame whose columns are numbers, booleans or categories.
@@ -261,7 +265,7 @@ def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, cont
 
 
 def _as_array(given: Any, name: str) -> np.ndarray:
-    """What was given as an array; ``ValueError`` if it is none, has masked values, or is not known yet, under ``jax.jit``."""
+    """An array of numbers; ``ValueError`` of anything else, masked values, and what is not known yet under ``jax.jit``."""
     if isinstance(given, jax.core.Tracer):
         raise ValueError(f"{name} must be an array of numbers that are known: call fit outside of jax.jit")
     check_unmasked(given, name)
