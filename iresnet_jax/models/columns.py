@@ -23,14 +23,14 @@ class Column:
         name: Text or number, or a tuple of them where columns have names of several levels.
         kind: What it holds.
         dtype: Name of its type in pandas, which `table_of` gives back.
-        categories: All categories, each as JSON; a value is its place among them.
+        categories: All categories, text or numbers; a value is its place among them.
         is_ordered: Whether a column of pandas' categories has an order.
     """
 
     name: Any
     kind: Literal["boolean", "integer", "float", "category"]
     dtype: str
-    categories: tuple[str, ...] | None = None
+    categories: tuple[Any, ...] | None = None
     is_ordered: bool = False
 
     def __post_init__(self):
@@ -111,7 +111,7 @@ def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
     for values, column in zip(np.asarray(x, np.float64).T, columns, strict=True):
         if column.categories is not None:
             codes = np.clip(np.rint(values), 0, len(column.categories) - 1).astype(int)
-            categories = list(map(json.loads, column.categories))
+            categories = list(column.categories)
             if column.dtype == "category":
                 made[column.name] = pd.Series(pd.Categorical.from_codes(codes, categories, ordered=column.is_ordered))
                 continue
@@ -140,7 +140,7 @@ def _column(name: Any, series: Any) -> Column:
         dtype = dtype.subtype
     _check_complete(series, name)
     if isinstance(dtype, pd.CategoricalDtype):
-        return Column(name, "category", "category", _as_json(list(dtype.categories), name), bool(dtype.ordered))
+        return Column(name, "category", "category", _plain(list(dtype.categories), name), bool(dtype.ordered))
     known = series.infer_objects().dtype if check.is_object_dtype(dtype) else dtype
     kinds: dict[str, Callable[[Any], bool]] = {
         "boolean": check.is_bool_dtype,
@@ -154,7 +154,7 @@ def _column(name: Any, series: Any) -> Column:
         raise ValueError(
             f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one of them, or drop it"
         )
-    return Column(name, "category", str(dtype), _as_json(sorted(set(series)), name))
+    return Column(name, "category", str(dtype), _plain(sorted(set(series)), name))
 
 
 def _numbers(series: Any, column: Column) -> Float[np.ndarray, " n"]:
@@ -165,10 +165,10 @@ def _numbers(series: Any, column: Column) -> Float[np.ndarray, " n"]:
             return series.to_numpy(np.float64)
         except (TypeError, ValueError):
             raise ValueError(f"column {column.name!r} must hold numbers, got {series.dtype}") from None
-    places: dict[Hashable, int] = {json.loads(category): place for place, category in enumerate(column.categories)}
+    places: dict[Hashable, int] = {category: place for place, category in enumerate(column.categories)}
     codes = [places.get(value, -1) for value in series]
     if -1 in codes:
-        row, known = codes.index(-1), [repr(json.loads(category)) for category in column.categories]
+        row, known = codes.index(-1), list(map(repr, column.categories))
         more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
         raise ValueError(
             f"{series.iloc[row]!r} in row {row} of column {column.name!r} is none of the categories of the model: these "
@@ -186,8 +186,8 @@ def _check_complete(series: Any, name: Any) -> None:
         )
 
 
-def _as_json(categories: list[Any], name: Any) -> tuple[str, ...]:
+def _plain(categories: list[Any], name: Any) -> tuple[Any, ...]:
     values = [value.item() if isinstance(value, np.generic) else value for value in categories]
     if wrong := [value for value in values if not isinstance(value, str | int | float)]:
         raise ValueError(f"categories must be text or numbers, and column {name!r} has {wrong[0]!r}: convert it to text")
-    return tuple(map(json.dumps, values))
+    return tuple(values)

@@ -109,12 +109,12 @@ def test_rows_to_validate_with_belong_to_the_range_and_lie_on_the_grid():
 
 
 def test_booleans_and_categories_keep_to_their_levels_whether_seen_or_not():
-    columns = Column("flag", "boolean", "bool"), Column("size", "category", "category", ('"S"', '"M"', '"L"'))
+    columns = Column("flag", "boolean", "bool"), Column("size", "category", "category", ("S", "M", "L"))
     x = np.stack([RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50)], axis=1).astype(np.float32)
     found = described(x, columns=columns)
     assert found.grid.spacing == (1.0, 1.0)
     assert found.intervals == (Bounds(-0.5, 1.5), Bounds(-0.5, 2.5))
-    names = Column("name", "category", "str", tuple(f'"{number}"' for number in range(400)))
+    names = Column("name", "category", "str", tuple(map(str, range(400))))
     with pytest.raises(ValueError, match=r"2 rows each .* join some categories of column 0 \('name'\), or drop it"):
         described(np.arange(400.0)[:, None], ["name"], columns=[names])
 
