@@ -34,7 +34,7 @@ def _stop_at_once(number, _):
     os._exit(128 + number)
 
 
-if __name__ == "__main__":  # before the imports, which take seconds; `end_at_signals` hears signals in native code, too
+if __name__ == "__main__":  # before the imports, which take seconds
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
@@ -45,7 +45,6 @@ if __name__ == "__main__":  # before the imports, which take seconds; `end_at_si
 
 try:
     from iresnet_jax.runs import allocator, command_line, machine
-    from iresnet_jax.runs.signals import end_at_signals
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
 
@@ -85,7 +84,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    end_at_signals(HINT)
     allocator.keep_freed_memory()
     machine.ignore_missing_tpu()
     machine.compile_quickly()

@@ -1,7 +1,6 @@
 """Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an error."""
 
 import gc
-import math
 import os
 import signal
 from importlib.metadata import version
@@ -101,14 +100,6 @@ def forget_programs():
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 53_000:
         jax.clear_caches()
-
-
-@pytest.fixture(autouse=True)
-def no_signal_before(monkeypatch):
-    """Signals of the test before are long ago: one within ten seconds of another stops at once."""
-    from iresnet_jax.runs.signals import StopRequests
-
-    monkeypatch.setattr(StopRequests, "_noted_at", -math.inf)
 
 
 @pytest.fixture

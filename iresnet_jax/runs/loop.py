@@ -84,7 +84,7 @@ def train(
         state, losses = _newest(workdir, objective, checkpoints, writer)
 
         # 4. Step, compiled for all devices. Several processes tell each other in it what they wish to do after a later step.
-        saved_at, stop = time.monotonic(), StopRequests()
+        saved_at, stop = time.monotonic(), StopRequests(has_begun=False)
 
         def wishes() -> set[Wish]:
             is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS
@@ -106,7 +106,6 @@ def train(
                 run_folder.check_is_there(workdir, written)
                 checkpoints.save(trainer.step, trainer.state._replace(constants={}), metric=loss)
             saved_at = time.monotonic()
-            stop.unsaved = is_shared  # where a signal always waits for the step after which all stop
 
         trainer = Trainer(
             objective,
@@ -127,7 +126,7 @@ def train(
         batches = device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size, first_step=trainer.step)
         try:
             for step in trainer.steps(batches):
-                stop.unsaved = stop.unsaved or not trainer.is_validated
+                stop.has_begun = True
                 granted = wishes() if agreement is None else agreement.granted()
                 received = next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)
                 if granted and not trainer.is_validated:

@@ -212,6 +212,7 @@ import train
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.evaluation import report
 from iresnet_jax.runs import loop
+from iresnet_jax.runs.signals import end_at_signals
 
 def tell(module, name, call, say):
     owner, calls = importlib.import_module(module), itertools.count(1)
@@ -232,7 +233,7 @@ for line in sys.stdin:
     if child == 0:
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
-        train.end_at_signals(train.HINT)
+        end_at_signals(train.HINT)
         tell(module, name, call, lambda: [os.write(told, b"!"), time.sleep(0.2 if pause == 0 else 0)])
         sys.exit(train.main(["train.py", *arguments]))
     os.close(told)
