@@ -72,11 +72,17 @@ def decoded(name: str, folder: Path, files: Iterable[Path], contents: Callable[[
         if place.is_dir():
             return _mapped(name, place)
     place = beside if beside in places and os.access(folder, os.W_OK) else elsewhere
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with locked(place):  # of processes that start at once, the others wait for the first
-        if not place.is_dir():
-            _log.info("decoding %s into %s", name, place)
-            _decode(name, contents(), place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place):  # of processes that start at once, the others wait for the first
+            if not place.is_dir():
+                _log.info("decoding %s into %s", name, place)
+                _decode(name, contents(), place)
+    except OSError as error:
+        raise OSError(
+            f"the decoded images of {name} cannot be written into {place.parent} ({error.strerror or error}): make room there, "
+            f"or set {FOLDER_VARIABLE} to another folder"
+        ) from error
     return _mapped(name, place)
 
 

@@ -91,12 +91,8 @@ def _prepare(root: Path, name: str) -> Path | None:
         builder = tfds.builder(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
         return None
-    except (AssertionError, ValueError):  # a version or a configuration that it does not have
-        known: Any = tfds.builder_cls(base := re.split("[:/]", name)[0])
-        configurations = ", ".join(known.builder_configs) or "none"
-        raise ValueError(
-            f"TFDS has no {name}: {base} has version {known.VERSION} and the configurations {configurations}"
-        ) from None
+    except (AssertionError, ValueError) as error:  # a version or a configuration that it does not have
+        raise ValueError(f"TFDS has no {name}: {' '.join(str(error).split())}") from None
     folder = Path(builder.data_path)
     if (folder / "dataset_info.json").is_file():  # the default configuration
         return folder
