@@ -31,8 +31,9 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
+from iresnet_jax.models.bounds import Block
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.contractions import Block, constrain, freeze
+from iresnet_jax.models.contractions import constrain, freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import flow_bijection

@@ -56,10 +56,11 @@ def density(spec):
     return Density(spec, weights(spec.flow), prior)
 
 
-def changed(model, **fields):
-    """The model with other fields in the branches of its first stage, and whose word they are is not asked."""
+def times(model, factor):
+    """The model with kernels times a factor in the branches of its first stage."""
     block = model.weights["stage0"]
-    branch = dataclasses.replace(dataclasses.replace(block.branch, **fields).sealed(), **fields)
+    kernels = {name: {**own, "kernel": factor * own["kernel"]} for name, own in block.branch.weights.items()}
+    branch = dataclasses.replace(block.branch, weights=kernels)
     return model.with_(weights={**model.weights, "stage0": block._replace(branch=branch)})
 
 

@@ -77,22 +77,6 @@ def model(spec, seed=0):
     return Density(spec, weights(spec.flow, seed), prior, noise_network=network)
 
 
-def uncertified(weights, factor=1.0):
-    """Weights times a factor whose branches have no guaranteed bounds any more."""
-    return {
-        name: block._replace(
-            branch=dataclasses.replace(
-                block.branch,
-                weights=jax.tree.map(lambda a: factor * a, block.branch.weights),
-                word="estimated",
-                norms=None,
-                seal=None,
-            )
-        )
-        for name, block in weights.items()
-    }
-
-
 def images(num, seed=0):
     """Images and their classes, which their brightness tells."""
     rng = np.random.default_rng(seed)

@@ -22,7 +22,7 @@ from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
 from iresnet_jax.fitting import fit
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import Block
+from iresnet_jax.models.bounds import Block
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.history import History

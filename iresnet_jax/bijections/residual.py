@@ -18,6 +18,8 @@ from iresnet_jax.maths.lipschitz_bounds import block_bounds
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet.jacobian_products import linearize
 
+ASSUMED = 0.99  # Lipschitz constant by which inverses of branches without a bound stop
+
 
 class Solver(NamedTuple):
     """Settings of a block's inverse, see `fixed_point.invert_residual`.
@@ -64,6 +66,8 @@ def inverse(
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     """``x`` with ``y = x + g(x)``, see `fixed_point.invert_residual`; in float64 if the solver refines.
 
+    Without a bound of the branch, an inverse stops as if ``L`` were `ASSUMED`, and its error bound is infinite.
+
     Raises:
         ValueError: If the solver refines and float64 is switched off.
     """
@@ -72,19 +76,26 @@ def inverse(
     diagonal = branch.diagonal if solver.diagonal and accelerated else None
     solve = functools.partial(
         invert_residual,
-        lipschitz_bound=branch.lipschitz_bound,
+        lipschitz_bound=ASSUMED if branch.lipschitz_bound is None else branch.lipschitz_bound,
         max_evals=solver.max_evals,
         memory=solver.memory,
         diagonal=diagonal,
     )
     if not solver.refine:
-        return solve(branch, y, start=start, atol=solver.atol)
+        return _promising(branch, *solve(branch, y, start=start, atol=solver.atol))
     if jnp.result_type(float) != jnp.float64:
         raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
     y32, start32 = y.astype(jnp.float32), start.astype(jnp.float32)
     coarse, coarse_info = solve(lambda x: branch(x).astype(jnp.float32), y32, start=start32, atol=max(solver.atol, 1e-6))
     x, info = solve(branch, y.astype(jnp.float64), start=coarse, atol=solver.atol)
-    return x, info._replace(num_evals=info.num_evals + coarse_info.num_evals)
+    return _promising(branch, x, info._replace(num_evals=info.num_evals + coarse_info.num_evals))
+
+
+def _promising(branch, x, info):
+    """The inverse, which promises nothing without a bound of the branch."""
+    if branch.lipschitz_bound is None:
+        info = info._replace(error_bound=jnp.full_like(info.error_bound, jnp.inf))
+    return x, info
 
 
 def inverse_and_logdet(
@@ -103,5 +114,5 @@ def residual_bijection(branch: AnyBranch, estimator: LogdetEstimator, solver: So
         forward_and_logdet=lambda x, key: forward_and_logdet(branch, x, key, estimator),
         inverse=lambda y: inverse(branch, y, solver),
         inverse_and_logdet=lambda y, key: inverse_and_logdet(branch, y, key, estimator, solver),
-        inverse_lipschitz=block_bounds(branch.lipschitz_bound).inverse,
+        inverse_lipschitz=block_bounds(jnp.inf if branch.lipschitz_bound is None else branch.lipschitz_bound).inverse,
     )

@@ -9,17 +9,17 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
+from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
 from iresnet_jax.maths.inverse.fixed_point import Diagonal
 from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, Trace
 
@@ -36,7 +36,7 @@ class CallableBranch(NamedTuple):
 
     Attributes:
         g: ``x -> g(x)``, acting on each example of a batch alone.
-        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it.
+        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it; None promises nothing.
         trace: ``x -> tr J_g(x)`` in closed form, if there is one.
         jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
         logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if that is cheaper than ``d`` products with ``J_g``.
@@ -45,7 +45,7 @@ class CallableBranch(NamedTuple):
     """
 
     g: Callable[[Array], Array]
-    lipschitz_bound: float | Float[Array, ""]
+    lipschitz_bound: float | Float[Array, ""] | None
     trace: Trace | None = None
     jacobian: Jacobian | None = None
     logdet: Logdet | None = None
@@ -59,8 +59,8 @@ class CallableBranch(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "lipschitz_bound", "norms", "gain", "seal", "context"],
-    meta_fields=["spec", "word"],
+    data_fields=["weights", "lipschitz_bound", "norms", "gain", "context"],
+    meta_fields=["spec"],
 )
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as functions are
 class Branch:
@@ -69,22 +69,18 @@ class Branch:
     Attributes:
         spec: The architecture.
         weights: Weights of the branch, as `spec` takes them.
-        lipschitz_bound: Upper bound of ``Lip(g)``, as far as its word goes.
-        word: Who vouches for the bound: "certified" for a guaranteed bound, "estimated" for power iteration, which comes from
-            below, "user" for what a kind says of itself, "none" for weights without a constraint.
-        norms: Guaranteed constants of the parts of these very weights, see `BranchSpec.parts`, if they were computed.
+        lipschitz_bound: Upper bound of ``Lip(g)``: guaranteed by `with_bounds`, an estimate from below during training by power
+            iteration. None if it was not computed; nothing is promised then.
+        norms: Guaranteed constants of the parts, see `BranchSpec.parts`, by `with_bounds`.
         gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
-        seal: `checksum` of the weights and of what was computed from them, see `sealed`; None if nothing is guaranteed.
         context: Contexts that the branch depends on, one per example, see `given`.
     """
 
     spec: "BranchSpec"
     weights: Weights = field(repr=False)
-    lipschitz_bound: Any
-    word: str = "estimated"
+    lipschitz_bound: Any = None
     norms: Norms | None = field(default=None, repr=False)
     gain: Any = None
-    seal: Any = None
     context: Any = None
 
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -103,23 +99,12 @@ class Branch:
         """The branch with these contexts bound, one for each example of the batches it will see."""
         return dataclasses.replace(self, context=context)
 
-    def sealed(self) -> "Branch":
-        """The branches, stacked over blocks, with a seal that breaks once their weights or bounds change."""
-        return dataclasses.replace(self, seal=checksum(self._sealed_arrays))
-
-    def sealed_after(self, before: "Branch") -> "Branch":
-        """These branches, made of others without a change of their bounds: `sealed` if the others' seal is intact."""
-        intact = checksum(before._sealed_arrays) == before.seal
-        return dataclasses.replace(self, seal=jnp.where(intact, checksum(self._sealed_arrays), jnp.nan))
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether the weights are still those that the bounds were computed from; on the host, outside of ``jit``."""
-        return bool(np.all(np.asarray(checksum(self._sealed_arrays)) == np.asarray(self.seal)))
-
-    @property
-    def _sealed_arrays(self) -> list[Any]:
-        return jax.tree.leaves((self.weights, self.lipschitz_bound, self.norms, self.gain))
+    def with_bounds(self, norms: Norms) -> "Branch":
+        """The branch of one block with the bounds that follow from `BranchSpec.norm_bounds` of its weights."""
+        bound = self.spec.bound_of_norms(norms)
+        if self.gain is not None:
+            bound = rounded_up(jnp.abs(jnp.asarray(self.gain, bound.dtype)) * bound, 1)
+        return dataclasses.replace(self, lipschitz_bound=bound, norms=norms if self.spec.parts else None)
 
     @property
     def trace(self) -> Trace | None:
@@ -161,36 +146,6 @@ class Branch:
 
 
 AnyBranch = Branch | CallableBranch
-
-
-@np.errstate(all="ignore")  # of infinite numbers
-def checksum(arrays: Sequence[Shaped[Array | np.ndarray, "k ..."]]) -> Float[Array, " k"]:
-    """24 bits of a hash of each block's numbers, whole ones in float32: it has no gradient, and a tree keeps its one dtype.
-
-    Numbers count by their value in float32 and what that leaves over, so that float64 of the same numbers has the same hash.
-    Each number's bits are mixed with its place, by the last rounds of MurmurHash3, and added up modulo 2^32. Outside of ``jit``
-    NumPy computes it: there would be a program to compile for every architecture. Numbers too small for full precision in
-    float32 count as 0, which XLA makes of them and NumPy does not.
-    """
-    is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-    numpy: Any = jnp if is_traced else np
-    tiny, total = np.finfo(np.float32).tiny, 0
-    for i, array in enumerate(arrays):
-        numbers = lax.stop_gradient(array) if is_traced else np.asarray(array)
-        dtype = jax.dtypes.canonicalize_dtype(numbers.dtype)  # that of programs
-        numbers = numbers.reshape(len(numbers), math.prod(numbers.shape[1:])).astype(np.int32 if dtype.kind in "biu" else dtype)
-        if numbers.dtype == np.int32:
-            high, rest = numbers >> 16, numbers & 0xFFFF
-        else:
-            high = numbers.astype(np.float32)
-            rest = numpy.where(numpy.isfinite(high), numbers - high.astype(numbers.dtype), 0)
-        for part in (high.astype(np.float32), rest.astype(np.float32)):
-            place = numpy.arange(numbers.shape[1], dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(i)
-            mixed = numpy.where(abs(part) < tiny, np.float32(0), part).view(np.uint32) + place[None]
-            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-                mixed = (mixed ^ mixed >> shift) * np.uint32(factor)
-            total = total * np.uint32(31) + numpy.sum(mixed ^ mixed >> 16, axis=1, dtype=np.uint32)
-    return jnp.asarray(total >> 8, jnp.float32)
 
 
 class ConstrainedBranch(NamedTuple):
@@ -286,17 +241,21 @@ class BranchSpec(ABC):
         rounding = 4 * jnp.finfo(bound.dtype).eps
         gain = jnp.where(bound > coeff, coeff * (1 - rounding) / jnp.where(bound > coeff, bound, 1), 1)
         lipschitz = lax.stop_gradient(jnp.minimum(bound, coeff))
-        return ConstrainedBranch(Branch(self, weights, lipschitz, "user", gain=gain), {}, bounds)
+        return ConstrainedBranch(Branch(self, weights, lipschitz, gain=gain), {}, bounds)
 
-    def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float) -> Branch:
-        """The branch of weights that were stored, as a model uses it, for guaranteed bounds of these very weights.
+    def bound_of_norms(self, bounds: Norms) -> Float[Array, ""]:
+        """Upper bound of ``Lip(g)`` that follows from `norm_bounds`."""
+        return bounds["branch"]
+
+    def of_stored(self, weights: Weights, *, coeff: float) -> Branch:
+        """The branch of weights that were stored, as a model uses it.
 
         A kind that is scaled by its output is brought into the budget again, unless that is infinite. A kind that scales its
-        layers has stored scaled ones: they stay as they are, and a bound may be 1 or more.
+        layers has stored scaled ones: they stay as they are.
         """
         if coeff == math.inf:
-            return Branch(self, weights, bounds["branch"], "user")
-        return self.certified(weights, bounds, coeff=coeff, budget="block").branch
+            return Branch(self, weights)
+        return self.certified(weights, self.norm_bounds(weights), coeff=coeff, budget="block").branch
 
     # ------------------------------------------------------------------------------------ closed forms and costs
 
@@ -323,6 +282,11 @@ class BranchSpec(ABC):
     def parts(self) -> "tuple[Part, ...]":
         """What has a norm of its own among `norm_bounds`, whose product bounds ``Lip(g)``; none if its output is scaled."""
         return ()
+
+    @property
+    def word(self) -> str:
+        """Who vouches for the bounds: "certified" for norms that are guaranteed, "user" for what a kind says of itself."""
+        return "certified" if self.parts else "user"
 
     @property
     def chain(self) -> "tuple[LayerSpec, ...]":

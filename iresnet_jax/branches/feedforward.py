@@ -164,7 +164,7 @@ class FeedforwardSpec(BranchSpec):
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
         """What guaranteed bounds of the parts' constants make of it, rounded up."""
-        return branch_bound(jnp.stack(list(self.norm_bounds(weights).values())))
+        return self.bound_of_norms(self.norm_bounds(weights))
 
     # ------------------------------------------------------------------------------------------------- the budget
 
@@ -225,7 +225,7 @@ class FeedforwardSpec(BranchSpec):
 
         norms = {part.name: constant_of(part) for part in self.parts}
         scaled, lipschitz = self._within_budget(weights, norms, coeff=coeff, budget=budget)
-        branch = Branch(self, scaled, lipschitz, "estimated")
+        branch = Branch(self, scaled, lipschitz)
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> dict[str, Array]:
@@ -252,13 +252,16 @@ class FeedforwardSpec(BranchSpec):
         allowance = len(self.layers) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
         scaled, lipschitz = self._within_budget(weights, bounds, coeff=within, budget=budget)
-        return ConstrainedBranch(Branch(self, scaled, lipschitz * (1 + allowance), "certified"), {}, bounds)
+        return ConstrainedBranch(Branch(self, scaled, lipschitz * (1 + allowance)), {}, bounds)
 
-    def with_bounds(self, weights: Weights, bounds: Norms, *, coeff: float = 0.9) -> Branch:
-        """The branch of these very weights with guaranteed bounds of its parts' constants, which may be 1 or more."""
+    def bound_of_norms(self, bounds: Norms) -> Float[Array, ""]:
+        """The product of the parts' constants, rounded up."""
+        return branch_bound(jnp.stack(list(bounds.values())))
+
+    def of_stored(self, weights: Weights, *, coeff: float = 0.9) -> Branch:
+        """The branch of these very weights."""
         del coeff
-        bound = branch_bound(jnp.stack(list(bounds.values())))
-        return Branch(self, weights, bound, "certified", norms=bounds)
+        return Branch(self, weights)
 
     def _within_budget(
         self, weights: Weights, norms: Norms, *, coeff: float, budget: str

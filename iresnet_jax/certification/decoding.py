@@ -89,7 +89,7 @@ def decode(
         >>> x, info = certify.decode(model, z)  # doctest: +SKIP
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
     """
-    check(model, z, context=context)
+    model = check(model, z, context=context)
     decoded = _decoded(model, jnp.asarray(z), None if context is None else numbers(context))
     with jax.enable_x64():  # the model may round latents, and the certificate is of those that were given
         latents = np.asarray(vectors_of(model, np.asarray(z)))

@@ -18,8 +18,7 @@ from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.trajectory import Places, in_float64, places_of
 from iresnet_jax.maths.enclosures.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certificate import require_bounds
-from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.model import Model
@@ -83,8 +82,8 @@ class PreparedFlow:
 
 def check(
     model: Model, *given: Any, context: Contexts | None = None, most_dims: int | None = None, contraction: bool = True
-) -> None:
-    """Raises ``ValueError`` in one sentence for what cannot be certified.
+) -> Model:
+    """The model with guaranteed bounds.
 
     Args:
         model: The model.
@@ -92,11 +91,14 @@ def check(
         context: Contexts of a conditional density, one for each example of the batches.
         most_dims: Most dimensions of the flow, if there is a limit.
         contraction: Whether every block must be certified to be a contraction.
+
+    Raises:
+        ValueError: In one sentence for what cannot be certified.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
     model.require_own_numbers()
-    require_bounds(model.weights)
+    model = model.with_bounds()
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are those of a batch of examples, got a scalar")
     if given:
@@ -117,6 +119,7 @@ def check(
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
     if most_dims is not None and model.spec.flow.num_dims > most_dims:
         raise ValueError(f"dense Jacobians are computed up to {most_dims} dimensions, got {model.spec.flow.num_dims}")
+    return model
 
 
 @contextlib.contextmanager
@@ -137,7 +140,7 @@ def prepared(
         ValueError: For the reasons of `check`.
     """
     context = None if context is None else numbers(context)
-    check(model, *given, context=context, **limits)
+    model = check(model, *given, context=context, **limits)
     is_double = np.float64 in (getattr(context, "dtype", None), jnp.result_type(float))
     with jax.enable_x64(is_double):
         scaled = model.scale_context(context) if isinstance(model, Density) else None

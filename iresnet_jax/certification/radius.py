@@ -18,8 +18,8 @@ from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.certification.trajectory import follow
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
+from iresnet_jax.models.bounds import bilipschitz
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.contractions import bilipschitz
 from iresnet_jax.models.head import BATCH_NORM_EPS
 
 _CHUNK = 16  # images that are certified together

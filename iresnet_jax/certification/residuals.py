@@ -20,7 +20,7 @@ from iresnet_jax.maths.enclosures.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.enclosures.split_products import Sliced, product
 from iresnet_jax.maths.enclosures.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowWeights
+from iresnet_jax.models.bounds import FlowWeights
 
 
 class Layer(NamedTuple):

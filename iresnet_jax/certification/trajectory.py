@@ -22,7 +22,7 @@ from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import Block, FlowWeights
+from iresnet_jax.models.bounds import Block, FlowWeights
 from iresnet_jax.models.flow import flow_bijection
 
 

@@ -184,7 +184,7 @@ def measure(
     bound = 0.0
     if cut is not None:
         given = evaluate_examples(
-            model.with_(estimator=cut), examples, jax.random.key(seed), settings.batch_size, contexts=contexts
+            model.with_bounds().with_(estimator=cut), examples, jax.random.key(seed), settings.batch_size, contexts=contexts
         )
         bound = float(np.mean(given["truncation_bound"], dtype=np.float64))
     estimate = None

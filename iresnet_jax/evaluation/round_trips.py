@@ -179,7 +179,7 @@ def reconstruct(
             None that nobody asked.
     """
     key = jax.random.key(seed)
-    placed = parallel.on_local_devices(model)
+    placed = parallel.on_local_devices(model.with_bounds())
     precise = placed.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
     parts, refined, to_certify = [], [], []
     for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):

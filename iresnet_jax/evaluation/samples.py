@@ -96,7 +96,7 @@ def draw(
     parts = [_latents(model, key, at_once, temperature, batch) for key, batch in zip(keys, batches, strict=True)]
     latents = np.concatenate(parts)[:num]
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
-    whole, bounds = parallel.over_batches(_decode, model, parallel.rows_of(latents, taken), num, batch_size)
+    whole, bounds = parallel.over_batches(_decode, model.with_bounds(), parallel.rows_of(latents, taken), num, batch_size)
     converged, found = whole.info.converged, None
     if num_certified is not None:
         found = bound_inverses(model, [whole], num_certified, taken)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections import reshape
@@ -127,7 +128,8 @@ class PlacedStage(NamedTuple):
         """The parameters of the blocks' ActNorm; in a stage without one those of the fixed `scale`."""
         if self.spec.actnorm:
             return params
-        return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, math.log(self.scale)))
+        fixed = np.float32(math.log(self.scale))  # the same number in float64
+        return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, fixed))
 
     def initial_params(self, key: Key[Array, ""], **options: Any) -> dict[str, Any]:
         """Parameters of the stage: weights as `initial_weights` makes them, and an ActNorm that is the identity."""

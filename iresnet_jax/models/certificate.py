@@ -18,7 +18,8 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowNorms, FlowWeights, bilipschitz
+from iresnet_jax.models.bounds import FlowWeights, bilipschitz, with_bounds
+from iresnet_jax.models.contractions import FlowNorms
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 
@@ -120,14 +121,11 @@ def certificate_of(
 
     Args:
         spec: Architecture of the flow.
-        weights: Weights with guaranteed bounds, see `contractions.freeze` and `contractions.with_bounds`.
+        weights: Its weights; bounds that they carry do not count.
         preprocessing: Constants of the map in front of the flow.
         constrained: Whether the weights are meant to satisfy ``spec.coeff``.
-
-    Raises:
-        ValueError: If the weights have no bounds.
     """
-    require_bounds(weights)
+    weights = with_bounds(spec, weights)
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []
@@ -143,23 +141,10 @@ def certificate_of(
             target = math.prod([per_layer] * len(parts)) if per_layer and parts else per_block
             estimate = math.prod(part.estimate for part in parts) if parts else math.nan
             bound = float(np.asarray(branch.lipschitz_bound)[k])
-            blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.word))
+            blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.spec.word))
     whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse))
-
-
-def require_bounds(weights: FlowWeights) -> None:
-    """Raises ``ValueError`` unless the bounds of every branch were computed from the very weights that it has."""
-    branches = {name: block.branch for name, block in weights.items()}
-    if any(branch.seal is None for branch in branches.values()):
-        raise ValueError("these weights are not certified: call freeze() first")
-    changed = [name for name, branch in branches.items() if not branch.is_intact]
-    if changed:
-        raise ValueError(
-            f"the weights of {changed[0]} have changed since their bounds were computed: call freeze(), which scales them into "
-            "the budget, or save and load the model, which computes the bounds of the weights as they are"
-        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

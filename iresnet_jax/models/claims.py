@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.inverse.fixed_point import example_norm
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import Block, FlowWeights
+from iresnet_jax.models.bounds import Block, FlowWeights
 from iresnet_jax.models.flow import branch_inputs
 
 EXAMPLES = 256  # of a batch, at most, whose pairs are measured
@@ -55,7 +55,7 @@ def check_claims(
     Raises:
         ValueError: If a branch claims less than is measured, claims no number, or mixes the examples of a batch.
     """
-    names = {stage.name: stage.spec.branch_name for stage in spec.layout if weights[stage.name].branch.word == "user"}
+    names = {stage.name: stage.spec.branch_name for stage in spec.layout if stage.branch.word == "user"}
     if not names:
         return
     contexts = None if context is None else jnp.asarray(context[:EXAMPLES])

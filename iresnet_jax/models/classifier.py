@@ -29,7 +29,8 @@ from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.bounds import FlowWeights
+from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
@@ -236,11 +237,11 @@ class Classifier(Model):
 
     def flow(self) -> Bijection:
         """The invertible network alone, from its input to features as vectors."""
-        return self._flow_of(self.spec.flow, self.weights)
+        return self._flow_of(self.spec.flow, self._for_programs().weights)
 
     def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Features of an input of the network, such as `preprocess` gives."""
-        return reshape.unflatten(self.flow().forward(x), self.spec.feature_shape)
+        return reshape.unflatten(self._flow_of(self.spec.flow, self.weights).forward(x), self.spec.feature_shape)
 
     def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits of an input of the network."""

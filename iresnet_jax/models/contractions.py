@@ -16,32 +16,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
+from iresnet_jax.models.bounds import Block, FlowWeights, remember
 
 Tree = Mapping[str, Any]
 
-
-class Block(NamedTuple):
-    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
-
-    Attributes:
-        actnorm: ActNorm in front of the branch.
-        branch: The residual branch.
-    """
-
-    actnorm: ActNormParams
-    branch: Branch
-
-
-FlowWeights = Mapping[str, Block]  # by stage
 FlowNorms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one per block
 
 
@@ -142,7 +129,7 @@ def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFl
     """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
 
     def as_they_are(stage, weights):
-        branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf), "none")
+        branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf))
         return ConstrainedBranch(branch, {}, {})
 
     return _constrain(spec, params, spectral, as_they_are)
@@ -172,22 +159,39 @@ def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     """Weights to use after training, from the parameters of `constrain`: every block is certified to be within the budget.
 
-    Kernels are scaled by guaranteed bounds of their norms; the branches' ``norms`` are those of the scaled and rounded kernels.
+    Kernels are scaled by guaranteed bounds of their norms; the branches' bounds are those of the scaled and rounded kernels.
     Blocks are computed one after the other, so memory does not grow with depth.
     """
-    return _by_stage(spec, params, lambda branch, blocks: _frozen(branch, spec.coeff, spec.budget, blocks))
+    weights = _by_stage(spec, params, lambda branch, blocks: _frozen(branch, spec.coeff, spec.budget, blocks))
+    for block in weights.values():
+        remember(block.branch)
+    return weights
 
 
-def with_bounds(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
-    """The parameters of `constrain` unchanged, with guaranteed bounds of their norms, which may be 1 or more.
+def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
+    """Weights of parameters that were stored, unchanged.
 
     Args:
         spec: The architecture.
-        params: The parameters.
+        params: Parameters as `as_params` gives them.
         constrained: Whether a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
     """
     coeff = spec.coeff if constrained else math.inf
-    return _by_stage(spec, params, lambda branch, blocks: _as_they_are(branch, coeff, blocks))
+    return _by_stage(spec, params, lambda branch, blocks: _of_stored(branch, coeff, blocks))
+
+
+def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:
+    """Raises ``ValueError`` unless weights are those of such a flow."""
+    expected = jax.eval_shape(lambda: {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.all_stages})
+    wanted, found = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, as_params(weights)))
+    for key in {**wanted, **found}:
+        shapes = [np.shape(leaves[key]) if key in leaves else None for leaves in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            name = jax.tree_util.keystr(key, simple=True, separator="/")
+            raise ValueError(
+                f"the weights do not fit the new spec: {name} has shape {shapes[0]} and needs {shapes[1]}; make a new model "
+                "with init"
+            )
 
 
 def _by_stage(spec: FlowSpec, params: Tree, of_blocks: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
@@ -210,14 +214,14 @@ def _frozen(branch: BranchSpec, coeff: float, budget: str, blocks: Tree) -> Bran
 
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block))
         weights, bounds = jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
-        return branch.with_bounds(weights, bounds, coeff=coeff)
+        return branch.of_stored(weights, coeff=coeff).with_bounds(bounds)
 
-    return jax.lax.map(of_block, blocks).sealed()
+    return jax.lax.map(of_block, blocks)
 
 
 @functools.partial(fast_compile, static_argnums=(0, 1))
-def _as_they_are(branch: BranchSpec, coeff: float, blocks: Tree) -> Branch:
-    return jax.lax.map(lambda block: branch.with_bounds(block, branch.norm_bounds(block), coeff=coeff), blocks).sealed()
+def _of_stored(branch: BranchSpec, coeff: float, blocks: Tree) -> Branch:
+    return jax.lax.map(lambda block: dataclasses.replace(branch.of_stored(block, coeff=coeff), lipschitz_bound=None), blocks)
 
 
 def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " k"]) -> dict[str, Block]:
@@ -236,8 +240,7 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
         block = weights[stage.name]
         folded = _folded(stage.branch, block.branch.weights, context)
         without = dataclasses.replace(stage.branch, context_dim=0)
-        branch = dataclasses.replace(block.branch, spec=without, weights=folded)
-        found[stage.name] = block._replace(branch=branch if branch.seal is None else branch.sealed_after(block.branch))
+        found[stage.name] = block._replace(branch=dataclasses.replace(block.branch, spec=without, weights=folded))
     return found
 
 
@@ -249,13 +252,3 @@ def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> T
 def as_params(weights: FlowWeights) -> dict[str, Any]:
     """Weights in the form of the parameters of `constrain`."""
     return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
-
-
-def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
-    """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of the whole flow, guaranteed for weights from `freeze`; pessimistic in depth."""
-    bounds = model_bounds([])
-    for stage in reversed(spec.layout):
-        block = weights[stage.name]
-        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
-        bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
-    return bounds

@@ -41,11 +41,12 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial, mixtures, priors, scales
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
+from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, numbers_of, table_of
 from iresnet_jax.models.contexts import Network, apply_network, initial_network
-from iresnet_jax.models.contractions import FlowWeights, as_params, under_context
+from iresnet_jax.models.contractions import as_params, under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
@@ -343,7 +344,8 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
-        return examples.restore(_terms(self.shared(), self._checked(examples.x, is_likelihood=True), examples.context, *keys))
+        x = self._checked(examples.x, is_likelihood=True)
+        return examples.restore(_terms(self._for_programs().shared(), x, examples.context, *keys))
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -401,7 +403,7 @@ class Density(Model):
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
         examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
-        return examples.restore(_decode(self.shared(), examples.x, examples.context))
+        return examples.restore(_decode(self._for_programs().shared(), examples.x, examples.context))
 
     def sample(
         self,
@@ -465,7 +467,7 @@ class Density(Model):
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
-        return _decode_and_log_prob(self.shared(), z, self._context_of_samples(num, context), labels, key_probe)
+        return _decode_and_log_prob(self._for_programs().shared(), z, self._context_of_samples(num, context), labels, key_probe)
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
@@ -525,7 +527,7 @@ class Density(Model):
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
-        return self._flow_of(self.spec.flow, self.weights, self.scale_context(context))
+        return self._flow_of(self.spec.flow, self._for_programs().weights, self.scale_context(context))
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them: scaled, and through the network on them if there is one.

@@ -16,7 +16,8 @@ from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
-from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.bounds import FlowWeights, blocks_of
+from iresnet_jax.models.contractions import Tree
 
 
 def flow_bijection(
@@ -33,13 +34,15 @@ def flow_bijection(
 
     Args:
         spec: The architecture.
-        weights: Weights from `freeze`, `constrain` or `constrain_certified`.
+        weights: Weights from `freeze`, `constrain` or `constrain_certified`. Inverses report infinite error bounds without
+            bounds, see `iresnet_jax.models.bounds`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         context: Context of every example that the bijection will see, if the model is conditional, or of every pixel.
         unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
         rematerialize: What the backward pass recomputes, see `repeat`.
     """
+    weights = blocks_of(spec, weights)
 
     def make(block):
         own = residual_bijection(block.branch.given(context), estimator, solver)

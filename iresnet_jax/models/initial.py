@@ -11,7 +11,8 @@ from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions, flow, noise
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import FlowWeights, Tree
+from iresnet_jax.models.bounds import FlowWeights
+from iresnet_jax.models.contractions import Tree
 
 MOST = 1024  # examples of a batch that ActNorm is fitted to
 

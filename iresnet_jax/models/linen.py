@@ -46,12 +46,12 @@ class Blocks(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
         """Creates all variables, ActNorm fitted to ``x``. Returns the stage's output, for the next one."""
-        branch, num_blocks = self.stage.branch, self.stage.spec.num_blocks
+        branch = self.stage.branch
         initial = functools.partial(self.stage.initial_weights, last_scale=self.last_scale, sharp=self.sharp)
         names = jax.eval_shape(initial, jax.random.key(0))
         weights = {name: self.param(name, lambda key, name=name: initial(key)[name]) for name in names}
         iterates = self.stage.initial_iterates(self.make_rng("params"))
-        start = Branch(branch, weights, jnp.full(num_blocks, jnp.inf), "none")
+        start = Branch(branch, weights)
         if self.constrained and self.fitted:
             start, iterates, _ = constrain_blocks(branch, weights, iterates, coeff=self.flow.coeff, budget=self.flow.budget)
         for name, iterate in iterates.items():  # converged already, so the first training step is as constrained as any

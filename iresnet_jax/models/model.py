@@ -1,7 +1,7 @@
 """What all models share: replacing fields, a certificate, saving.
 
-A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored: `saved.read` computes
-them anew from the weights it finds, so a file cannot claim a certificate that its weights do not have.
+A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored, see `bounds`: a file
+cannot claim a certificate that its weights do not have.
 """
 
 import dataclasses
@@ -19,10 +19,11 @@ from jaxtyping import Array
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.checked_dataclasses import tagged
+from iresnet_jax.models import bounds
 from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
-from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.contractions import as_params, check_fit, freeze
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.marginals import Marginals
 
@@ -47,7 +48,15 @@ class Model:
     weights: Any
 
     def with_(self: M, **changes: Any) -> M:
-        """The same model with other fields, such as ``solver``."""
+        """The same model with other fields, such as ``solver``.
+
+        Raises:
+            ValueError: If the weights do not fit a new ``spec``.
+        """
+        if "weights" in changes:
+            changes["weights"] = bounds.without_bounds(changes["weights"])
+        elif "spec" in changes and self.weights and changes["spec"].flow != self.spec.flow:
+            check_fit(changes["spec"].flow, self.weights)
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def learned(self, name: str) -> Any:
@@ -63,6 +72,22 @@ class Model:
         """The bijection of a flow's weights, run as this model says."""
         how = {name: getattr(self, name) for name in _HOW if hasattr(self, name)}
         return flow_bijection(spec, weights, context=context, **how)
+
+    def with_bounds(self: M) -> M:
+        """The same model with guaranteed bounds of its weights as arrays of its branches, for programs of one's own.
+
+        Methods such as `decode` bound the weights themselves outside of ``jit``: a program of norms, or some microseconds where
+        they have bounded these very arrays before. A model that a program is given without bounds inverts as well, and reports
+        infinite error bounds. Within ``jit`` this method computes the bounds there, at every call.
+
+        Example:
+            >>> jax.jit(lambda model, z: model.decode(z))(model.with_bounds(), z)  # doctest: +SKIP
+        """
+        return dataclasses.replace(self, weights=bounds.with_bounds(self.spec.flow, self.weights))  # pyright: ignore
+
+    def _for_programs(self: M) -> M:
+        """The model as programs take it: `with_bounds`, or as it is within a program."""
+        return self if bounds.is_traced(self.weights) or not self.weights else self.with_bounds()
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""

@@ -19,7 +19,7 @@ from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import noise, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contexts import initial_network
-from iresnet_jax.models.contractions import with_bounds
+from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import batch_statistics, initial_head
@@ -37,7 +37,7 @@ MODELS: dict[type, Any] = {DensitySpec: Density, ClassifierSpec: Classifier}
 def read(
     path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
 ) -> tuple[Model, dict[str, Any]]:
-    """Reads a model that `Model.save` wrote, with bounds of its norms computed from its weights, and ``about`` of `Model.save`.
+    """Reads a model that `Model.save` wrote, and ``about`` of `Model.save`.
 
     A file knows parts of one's own by their names alone, and imports nothing.
 
@@ -134,14 +134,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
 
 
 def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
-    """A model of weights as they are, with guaranteed bounds of their norms.
+    """A model of weights as they are.
 
     Args:
         spec: All that defines the model but its weights.
-        arrays: ``params`` as `contractions.with_bounds` takes them, and the rest of the fields of the model's class by name.
+        arrays: ``params`` as `contractions.of_stored` takes them, and the rest of the fields of the model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
-    return MODELS[type(spec)](spec, with_bounds(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
+    return MODELS[type(spec)](spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
 
 
 def _empty(spec: Spec, prior: Any) -> dict[str, Any]:

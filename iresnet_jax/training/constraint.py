@@ -91,7 +91,7 @@ def certified_weights(spec: Spec, stages: Any) -> Any:
     """Weights to use after training, of the parameters of all stages; see `certified_model`."""
     if spec.constrained:
         return contractions.freeze(spec.flow, stages)
-    return contractions.with_bounds(spec.flow, stages, constrained=False)
+    return contractions.of_stored(spec.flow, stages, constrained=False)
 
 
 def _constraint(settings: ConstraintConfig, spec: FlowSpec, **iteration: Any) -> Constrain:

@@ -12,7 +12,8 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.branches import kinds
-from iresnet_jax.models.contractions import as_params, freeze, with_bounds
+from iresnet_jax.models.bounds import with_bounds
+from iresnet_jax.models.contractions import as_params, freeze, of_stored
 from iresnet_jax.models.linen import ResidualFlow
 
 DIMS, BLOCKS, BATCH, COEFF = 3, 3, 64, 0.8
@@ -330,9 +331,9 @@ def test_a_bound_that_is_said_as_a_number_is_rounded_up(said):
 
 def test_without_a_constraint_branches_run_as_they_are_after_training_too():
     params = random_params(FLOW)
-    free = with_bounds(FLOW, params, constrained=False)["stage0"].branch
+    free = with_bounds(FLOW, of_stored(FLOW, params, constrained=False))["stage0"].branch
     bounds = jax.vmap(free.spec.lipschitz_bound)(free.weights)
     assert free.gain is None
     np.testing.assert_allclose(free.lipschitz_bound, bounds, rtol=1e-6)
     assert bounds.max() > COEFF
-    assert with_bounds(FLOW, params)["stage0"].branch.lipschitz_bound.max() <= COEFF
+    assert with_bounds(FLOW, of_stored(FLOW, params))["stage0"].branch.lipschitz_bound.max() <= COEFF

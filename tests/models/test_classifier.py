@@ -12,7 +12,7 @@ import oracles
 import pytest
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.models import contractions
+from iresnet_jax.models import bounds, contractions
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -205,7 +205,7 @@ def test_all_levels_of_8_bits_are_known():
 
 def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised(variables):
     as_they_are = contractions.unconstrained(VANILLA.flow, variables["params"], {}).weights
-    frozen = jax.jit(lambda params: contractions.with_bounds(VANILLA.flow, params))(variables["params"])
+    frozen = bounds.with_bounds(VANILLA.flow, contractions.of_stored(VANILLA.flow, variables["params"]))
     for run in (as_they_are, frozen):
         for name in ("stage0", "stage1"):
             blocks = dict(variables["params"][name]["blocks"])

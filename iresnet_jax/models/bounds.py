@@ -1,0 +1,128 @@
+"""Guaranteed bounds of a flow's weights: computed from the weights that are given, when somebody asks.
+
+Models carry no bounds, so that new weights cannot have old ones. Methods that need them compute them outside of programs, and
+hand them to programs as arrays of the branches. A program that is handed none promises nothing.
+"""
+
+import dataclasses
+import functools
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.branches.branch import Branch, Norms
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.platforms import fast_compile
+from iresnet_jax.models.architecture import FlowSpec
+
+_MOST_REMEMBERED = 256  # branches of stages whose bounds are kept
+
+
+class Block(NamedTuple):
+    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
+
+    Attributes:
+        actnorm: ActNorm in front of the branch.
+        branch: The residual branch.
+    """
+
+    actnorm: ActNormParams
+    branch: Branch
+
+
+FlowWeights = Mapping[str, Block]  # by stage
+
+
+def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
+    """The blocks as ``spec`` has them: it alone says what branches compute, and which ActNorm is a fixed scale."""
+    return {
+        stage.name: Block(stage.actnorm(block.actnorm), dataclasses.replace(block.branch, spec=stage.branch))
+        for stage in spec.all_stages
+        if (block := weights.get(stage.name)) is not None
+    }
+
+
+def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
+    """The weights as they are, with guaranteed bounds of their norms, which may be 1 or more.
+
+    Bounds that the weights carry do not count. Within another program the computation is a part of it; outside, bounds of the
+    very same arrays of JAX are remembered.
+    """
+    blocks = blocks_of(spec, weights)
+    return {name: block._replace(branch=_bounded(block.branch)) for name, block in blocks.items()}
+
+
+def without_bounds(weights: Any) -> Any:
+    """The weights without their bounds; traced ones as they are."""
+    if is_traced(weights):
+        return weights
+
+    def unbounded(block):
+        if not isinstance(block, Block):  # parameters of a network with BatchNorm
+            return block
+        return block._replace(branch=dataclasses.replace(block.branch, lipschitz_bound=None, norms=None))
+
+    return {name: unbounded(block) for name, block in weights.items()}
+
+
+def is_traced(weights: Any) -> bool:
+    """Whether an array of the weights is an argument of a program that is being traced."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights))
+
+
+def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
+    """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of a whole flow, guaranteed for weights `with_bounds`; pessimistic in depth."""
+    bounds = model_bounds([])
+    for stage in reversed(spec.layout):
+        block = weights[stage.name]
+        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
+        bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
+    return bounds
+
+
+_remembered: OrderedDict[Any, tuple[list[weakref.ref[Any]], tuple[Any, Norms | None]]] = OrderedDict()
+
+
+def remember(branch: Branch) -> None:
+    """Remembers the bounds that branches carry, which were computed from their very arrays.
+
+    JAX's arrays do not change, so they are known by their identity. NumPy's do, and are not remembered.
+    """
+    leaves = jax.tree.leaves((branch.weights, branch.gain, branch.lipschitz_bound, branch.norms))
+    if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
+        key, arrays = _identity(branch)
+        _remembered[key] = [weakref.ref(array) for array in arrays], (branch.lipschitz_bound, branch.norms)
+        if len(_remembered) > _MOST_REMEMBERED:
+            _remembered.popitem(last=False)
+
+
+def _identity(branch: Branch) -> tuple[Any, list[Any]]:
+    arrays, structure = jax.tree.flatten((branch.weights, branch.gain))
+    return (branch.spec, structure, tuple(map(id, arrays))), arrays
+
+
+def _bounded(branch: Branch) -> Branch:
+    """The branches of a stage with bounds of their weights."""
+    key, arrays = _identity(branch)
+    references, known = _remembered.get(key, ((), None))
+    if known is not None and all(own() is array for own, array in zip(references, arrays, strict=True)):
+        return dataclasses.replace(branch, lipschitz_bound=known[0], norms=known[1])
+    lipschitz_bound, norms = _bounds(branch.spec, branch.weights, branch.gain)
+    found = dataclasses.replace(branch, lipschitz_bound=lipschitz_bound, norms=norms)
+    remember(found)
+    return found
+
+
+@functools.partial(fast_compile, static_argnums=(0,))
+def _bounds(spec: Any, weights: Any, gain: Any) -> tuple[Any, Norms | None]:
+    def of_block(block):
+        found = Branch(spec, block[0], gain=block[1]).with_bounds(spec.norm_bounds(block[0]))
+        return found.lipschitz_bound, found.norms
+
+    return jax.lax.map(of_block, (weights, gain))
