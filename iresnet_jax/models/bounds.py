@@ -60,15 +60,11 @@ def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
 
 def without_bounds(weights: Any) -> Any:
     """The weights without their bounds; traced ones as they are."""
-    if is_traced(weights):
+    carry = {name for name, block in weights.items() if isinstance(block, Block) and block.branch.lipschitz_bound is not None}
+    if not carry or is_traced(weights):
         return weights
-
-    def unbounded(block):
-        if not isinstance(block, Block):  # parameters of a network with BatchNorm
-            return block
-        return block._replace(branch=dataclasses.replace(block.branch, lipschitz_bound=None, norms=None))
-
-    return {name: unbounded(block) for name, block in weights.items()}
+    unbounded = {name: dataclasses.replace(weights[name].branch, lipschitz_bound=None, norms=None) for name in carry}
+    return {**weights, **{name: weights[name]._replace(branch=branch) for name, branch in unbounded.items()}}
 
 
 def is_traced(weights: Any) -> bool:
