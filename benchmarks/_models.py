@@ -98,6 +98,7 @@ class Block(NamedTuple):
 
 def blocks(model: Any, x: Any) -> Iterator[Block]:
     """Every residual block on the way of ``x`` through a model's flow."""
+    model = model.with_bounds()
     inputs = jax.jit(lambda model, x: branch_inputs(model.spec.flow, model.weights, x))(model, x)
     for stage, own in inputs.items():
         for k, of_block in enumerate(own):

@@ -107,7 +107,7 @@ def minimised(loss: Any, branch: Branch, steps: int) -> Branch:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps)))
 
     def with_weights(weights: Any) -> Branch:
-        return Branch(branch.spec, weights, jnp.full_like(branch.lipschitz_bound, jnp.inf), "none")
+        return Branch(branch.spec, weights)
 
     @jax.jit
     def run(weights: Any) -> Any:
@@ -187,7 +187,7 @@ def reconstructions(*, steps: int = 600) -> Figure:
         back = np.asarray(model.reconstruct(model.features(test[0])).images)
         error = np.linalg.norm((back - test[0] / scale).reshape(len(back), -1), axis=1)
         error /= np.linalg.norm(test[0].reshape(len(back), -1) / scale, axis=1)
-        bound = max(float(np.max(block.branch.lipschitz_bound)) for block in model.weights.values())
+        bound = model.certificate().max_block
         said = f"test error {wrong.mean():.1%}, Lip(g) at most {bound:.3g}, mean relative error {error.mean():.2g}"
         strip(axes, back[:12], name, said)
     return figure
@@ -411,7 +411,7 @@ def machine(environment: dict[str, Any]) -> str:
 
 def loosest_block(num_examples: int) -> tuple[str, Branch, Array]:
     """Name, branch and inputs of the kept model's block with the largest certified bound, in float64; under ``enable_x64``."""
-    model = ir.load(KEPT)
+    model = ir.load(KEPT).with_bounds()
     bounds = {
         (name, k): float(bound) for name, block in model.weights.items() for k, bound in enumerate(block.branch.lipschitz_bound)
     }

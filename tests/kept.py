@@ -14,6 +14,7 @@ from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.maths import activations
 from iresnet_jax.models import noise, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
@@ -60,7 +61,7 @@ def random_params(flow, seed=0):
 @functools.cache
 def weights(flow, seed=0):
     """Frozen weights of a flow."""
-    return freeze(flow, random_params(flow, seed))
+    return without_bounds(freeze(flow, random_params(flow, seed)))
 
 
 @functools.cache

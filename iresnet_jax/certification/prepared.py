@@ -21,7 +21,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
-from iresnet_jax.models.model import Model
+from iresnet_jax.models.model import M, Model
 
 MOST_DIMS = 4096  # of what takes dense Jacobians
 ALL_PRODUCTS = 1e10  # floating-point operations up to which the products of all pairs of steps are computed
@@ -80,9 +80,7 @@ class PreparedFlow:
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
 
 
-def check(
-    model: Model, *given: Any, context: Contexts | None = None, most_dims: int | None = None, contraction: bool = True
-) -> Model:
+def check(model: M, *given: Any, context: Contexts | None = None, most_dims: int | None = None, contraction: bool = True) -> M:
     """The model with guaranteed bounds.
 
     Args:

@@ -60,7 +60,7 @@ def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
 
 def without_bounds(weights: Any) -> Any:
     """The weights without their bounds; traced ones as they are."""
-    carry = {name for name, block in weights.items() if isinstance(block, Block) and block.branch.lipschitz_bound is not None}
+    carry = {name for name, block in weights.items() if block.branch.lipschitz_bound is not None}
     if not carry or is_traced(weights):
         return weights
     unbounded = {name: dataclasses.replace(weights[name].branch, lipschitz_bound=None, norms=None) for name in carry}

@@ -91,7 +91,10 @@ def test_a_classifier_bounds_its_images_and_their_padding():
     model = kept.model(kept.CLASSIFIER)
     images, _ = kept.images(3)
     features = jax.jit(Classifier.features)(model, images)
-    plain, (reconstructed, found) = jax.jit(Classifier.reconstruct)(model, features), certify.decode(model, features)
+    plain, (reconstructed, found) = (
+        jax.jit(Classifier.reconstruct)(model.with_bounds(), features),
+        certify.decode(model, features),
+    )
     np.testing.assert_array_equal(plain.images, reconstructed)
     assert found.certificate.applied.all()
     with jax.enable_x64(True):

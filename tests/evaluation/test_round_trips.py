@@ -49,7 +49,7 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
 def test_two_devices_invert_as_one_does_in_both_precisions():
     assert jax.local_device_count() == 2
     points = np.asarray(jax.random.normal(jax.random.key(1), (3, 2)))
-    model, run, trips = kept.model(kept.POINTS), jax.jit(round_trip), []
+    model, run, trips = kept.model(kept.POINTS).with_bounds(), jax.jit(round_trip), []
     trips.append(run(model, points))
     with jax.enable_x64(True):
         refined = model.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
