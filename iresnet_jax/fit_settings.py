@@ -21,8 +21,9 @@ from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training import parallel
+from iresnet_jax.training.clock import LONGEST, VALIDATIONS
 from iresnet_jax.training.initialization import gaussian_mixture, preprocess
-from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
+from iresnet_jax.training.trainer import STEPS_IN_TIME
 
 DEFAULT_MINUTES = 3.0
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
@@ -84,25 +85,18 @@ def choose_settings(
         plain[name] |= values
     plain["training"] |= {
         "batch_size": _even(min(plain["training"]["batch_size"], num)),
+        "total_steps": steps or 0,
         "minutes": 0.0 if steps else (minutes or DEFAULT_MINUTES),
+        "eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),  # or by the clock
+        # An average over a tenth of a short run, and never over more than some hundred steps.
+        "ema_decay": 0.99 if (steps or LONGEST) >= 1000 else 0.9,
         "patience": PATIENCE,
         "log_every_steps": 10,
         "eval_examples": 4096,
         "actnorm_examples": min(1024, num),
     }
-    return with_settings(parse(plain), length(steps or LONGEST))
-
-
-def length(num_steps: int) -> dict[str, Any]:
-    """Settings of a run of so many updates; `LONGEST` are as many as there is time for."""
-    is_timed = num_steps == LONGEST
-    return {
-        "training.total_steps": 0 if is_timed else num_steps,
-        "training.eval_every_steps": 50_000 if is_timed else max(num_steps // VALIDATIONS, 1),  # or by the clock
-        # An average over a tenth of a short run, and never over more than some hundred steps.
-        "training.ema_decay": 0.99 if num_steps >= 1000 else 0.9,
-        "optimizer.warmup_steps": (STEPS_IN_TIME if is_timed else num_steps) // 20,
-    }
+    plain["optimizer"]["warmup_steps"] = (steps or STEPS_IN_TIME) // 20
+    return parse(plain)
 
 
 def is_whitened(num: int, dims: int) -> bool:

@@ -24,6 +24,7 @@ from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, start_b
 from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.runs.signals import StopRequests, heard_in_memory
 from iresnet_jax.training import parallel
+from iresnet_jax.training.clock import LONGEST, VALIDATIONS
 from iresnet_jax.training.constraint import training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from iresnet_jax.training.parallel import AXIS
@@ -37,7 +38,7 @@ from iresnet_jax.training.step import (
     ValidationResult,
     abstract_batch,
 )
-from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import Best, Trainer, TrainingConfig
 from iresnet_jax.training.unconstrained import Unconstrained
 
 M = TypeVar("M", bound=Model)

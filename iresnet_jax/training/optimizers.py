@@ -26,7 +26,6 @@ class OptimizerConfig:
     learning_rate: Positive = 1e-3  # peak of the schedule
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     warmup_steps: CountOrNone = 100  # steps of the linear warm-up from 0 to the peak
-    final_fraction: Annotated[float, Range("[0, 1]")] = 0.0  # end of "cosine", as a fraction of the peak
     boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
     decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary
     weight_decay: NotNegative = 0.0  # of kernels only; decoupled from the gradient in "adamw" and "muon"
@@ -46,7 +45,7 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule
 
     .. math:: \eta(t) = \eta \cdot \min(t / t_w, 1) \cdot d(t)
 
-    The decay ``d`` is 1 ("constant"); half a cosine from 1 at the end of the warm-up ``t_w`` to ``final_fraction`` at
+    The decay ``d`` is 1 ("constant"); half a cosine from 1 at the end of the warm-up ``t_w`` to 0 at
     ``total_steps`` ("cosine"); or ``decay_factor`` to the power of the number of boundaries reached ("step"). The learning rate
     is the peak exactly at step ``t_w``, and never above it.
 
@@ -67,7 +66,7 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule
     """
     peak, warmup_steps = settings.learning_rate, min(settings.warmup_steps, total_steps)
     if settings.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1), alpha=settings.final_fraction)
+        decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
     elif settings.schedule == "step":
         decay_steps = [round(boundary * total_steps) - warmup_steps for boundary in settings.boundaries]
         if min(decay_steps, default=0) < 0:

@@ -11,17 +11,14 @@ import numpy as np
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegative
 from iresnet_jax.training import parallel
+from iresnet_jax.training.clock import Clock
 from iresnet_jax.training.step import Objective, TrainingStep, TrainState
 
-VALIDATIONS = 20  # of a run, where nothing else is said
 DEFAULT_STEPS = 1000  # updates of a run without a limit
 # Updates that the schedule of a run of so many minutes is made for, and is stretched from; many, as a warm-up is some hundred.
 STEPS_IN_TIME = 10_000
-LONGEST = 2**31 - 1  # updates, which a state can count
 AHEAD = 2  # steps that may be queued behind the one that runs
-SOON = 5  # steps after which such a run first estimates its length
 ADVICE = "train again with a lower learning rate, a longer warm-up or a smaller clip_norm"  # after training blew up
-EARLY = 0.1  # share of the time for steps before which a run that has a number of steps estimates no other
 
 CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
 
@@ -119,8 +116,8 @@ class Trainer:
         *,
         state: TrainState | None = None,
         losses: Iterable[float] = (),
-        seconds_before: float = 0.0,
-        seconds_of_steps: float = math.inf,
+        seconds_before: float | int = 0.0,
+        seconds_of_steps: float | int = math.inf,
         compile_step: Callable[[TrainingStep], CompiledStep] = parallel.parallelize,
         agree: Callable[[int], int] = lambda horizon: horizon,
         check: Callable[[Mapping[str, Any]], None] = lambda metrics: None,
@@ -128,25 +125,29 @@ class Trainer:
         validated: Callable[[float | None], None] = lambda loss: None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self._began, self._seconds_before = time.monotonic(), seconds_before
-        self._objective, self._settings, self._compile_step, self._agree = objective, settings, compile_step, agree
+        self._objective, self._settings, self._compile_step = objective, settings, compile_step
         self._check, self._log, self._validated, self._say = check, log, validated, say
         self.records: list[dict[str, Any]] = []
+        first_step = 0 if state is None else int(state.step)
+        self._clock = Clock(
+            settings.minutes,
+            first_step=first_step,
+            most_steps=settings.most_steps,
+            seconds_before=seconds_before,
+            seconds_of_steps=seconds_of_steps,
+            agree=agree,
+        )
         if state is None:
             state = objective.initial_state()._replace(horizon=np.int32(settings.schedule_steps))
-        self.state, self.step, self._losses = state, int(state.step), list(losses)
+        self.state, self.step, self._losses = state, first_step, list(losses)
         parallel.check_equal_on_all_devices(state)
         self._use_terms(int(state.num_terms))
         self._validate = None if objective.make_validation is None else objective.make_validation()
-        self._limit_s, self._seconds_of_steps = 60 * settings.minutes or math.inf, seconds_of_steps
+        self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
         # A run that has ended stays ended; one with a time limit ends at the step that time turns out to allow.
         self._last_step = self.step if self.horizon <= self.step else settings.most_steps
-        self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
-        self._estimate = math.inf  # of the updates that a time limit allows
-        self._first_step_ended = self._validated_at = self._window_start = time.monotonic()
-        self._validation_seconds = 0.0
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
-        self._timed_steps = 0
+        self._window_began, self._timed_steps = time.monotonic(), 0
 
     def steps(self, batches: Iterator[Any]) -> Iterator[int]:
         """Takes steps until validation ends training or batches run out; logs and validates when that is due.
@@ -155,10 +156,10 @@ class Trainer:
         """
         while not self._is_over and (batch := next(batches, None)) is not None:
             self.take_step(batch)
-            if self._is_time_over:
+            if self._clock.is_over(self.step):
                 self._last_step, self.state = self.step, self.state._replace(horizon=np.int32(self.step))
             is_validation_due = self._is_validation_due
-            if self.step % self._settings.log_every_steps == 0 or is_validation_due or self._is_estimate_due:
+            if self.step % self._settings.log_every_steps == 0 or is_validation_due or self._clock.is_estimate_due(self.step):
                 self._log_means()
             if is_validation_due:
                 self.validate()
@@ -180,29 +181,29 @@ class Trainer:
     def validate(self) -> None:
         """Measures the state on held-out data, hands it over, and goes on with the terms that the validation asks for."""
         parallel.check_equal_on_all_devices(self.state)
-        began, name, loss = time.monotonic(), self._objective.name, None
-        if self._validate is None:
-            shown = f"{name} {self.records[-1][name]:.4f}"
-        else:
-            found = self._validate(self.state)
-            check_finite(found.metrics, self.step, self.step)
-            self._record("validation", found.metrics)
-            if found.num_terms != int(self.state.num_terms):
-                self.state = self.state._replace(num_terms=np.int32(found.num_terms))
-                self._use_terms(found.num_terms)
-            loss, shown = self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
-            self._losses.append(loss)
-        self._validated_step = self.step
-        self._validated(loss)
-        self._validated_at = self._window_start = time.monotonic()
-        self._validation_seconds = self._validated_at - began
-        self._say(f"step {self.step} of {self.horizon}: {shown}, {self._time_left()} left")
+        name, loss = self._objective.name, None
+        with self._clock.validation():
+            if self._validate is None:
+                shown = f"{name} {self.records[-1][name]:.4f}"
+            else:
+                found = self._validate(self.state)
+                check_finite(found.metrics, self.step, self.step)
+                self._record("validation", found.metrics)
+                if found.num_terms != int(self.state.num_terms):
+                    self.state = self.state._replace(num_terms=np.int32(found.num_terms))
+                    self._use_terms(found.num_terms)
+                loss, shown = self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
+                self._losses.append(loss)
+            self._validated_step = self.step
+            self._validated(loss)
+        self._window_began = time.monotonic()
+        self._say(f"step {self.step} of {self.horizon}: {shown}, {self._clock.left(self.step, self.horizon)} left")
 
     def check_unvalidated(self) -> None:
         """Makes the state one to save between two validations; `BlowUpError` if the latest steps blew up."""
         if self._window:
             self._checked_means()
-        if math.isfinite(self._limit_s) and self.step >= self.horizon:  # its estimate was too low: the run is not over
+        if self._clock.has_limit and self.step >= self.horizon:  # its estimate was too low: the run is not over
             self.state = self.state._replace(horizon=np.int32(self.step + 1))
         parallel.check_equal_on_all_devices(self.state)
 
@@ -216,24 +217,22 @@ class Trainer:
         jax.block_until_ready(metrics)
         self._check(metrics)
         check_finite(metrics, self.step - 1, self.step)
-        now = time.monotonic()
         if self.step == self._first_step + 1:
-            self._first_step_ended = self._validated_at = now
-            self._limit_s = min(self._limit_s, self.elapsed_s + self._seconds_of_steps)
-            self._record("timing", {"compile_seconds": now - self._began})
-            name = self._objective.name
-            self._say(f"first step after {now - self._began:.0f} s: {name} {float(metrics[name]):.4f}")
-        self._timed_steps, self._window_start, self._is_compiled = 0, now, True
+            seconds, name = self._clock.begin_steps(), self._objective.name
+            self._record("timing", {"compile_seconds": seconds})
+            self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
+        self._timed_steps, self._window_began, self._is_compiled = 0, time.monotonic(), True
 
     def _log_means(self) -> None:
         """Writes the means over the steps since the last line of the log."""
         means = self._checked_means()
         if self._timed_steps:
-            means["seconds_per_step"] = (time.monotonic() - self._window_start) / self._timed_steps
+            means["seconds_per_step"] = (time.monotonic() - self._window_began) / self._timed_steps
         self._record("train", means)
-        if math.isfinite(self._limit_s) and not self._is_last_step:
-            self._estimate_horizon()
-        self._window, self._timed_steps, self._window_start = [], 0, time.monotonic()
+        length = None if self._is_last_step else self._clock.length(self.step)
+        if length is not None and length != self.horizon:
+            self.state = self.state._replace(horizon=np.int32(length))
+        self._window, self._timed_steps, self._window_began = [], 0, time.monotonic()
 
     def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
@@ -259,7 +258,7 @@ class Trainer:
     @property
     def elapsed_s(self) -> float:
         """Seconds of training so far."""
-        return self._seconds_before + time.monotonic() - self._began
+        return self._clock.elapsed_s
 
     @property
     def is_validated(self) -> bool:
@@ -294,44 +293,7 @@ class Trainer:
     def _is_validation_due(self) -> bool:
         if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
             return True
-        if parallel.num_processes() > 1:  # whose clocks differ: they have agreed on the estimate
-            return self.step - max(self._validated_step, self._first_step) > self._estimate / VALIDATIONS
-        whole = 60 * self._settings.minutes or self._limit_s  # of a shorter run, those of its steps are enough
-        return time.monotonic() - self._validated_at > whole / VALIDATIONS
-
-    @property
-    def _is_time_over(self) -> bool:
-        """Whether the time limit leaves no more than a validation."""
-        if parallel.num_processes() > 1:
-            return self.step >= self._estimate
-        return self.elapsed_s + self._validation_seconds >= self._limit_s
-
-    @property
-    def _is_estimate_due(self) -> bool:
-        return math.isfinite(self._limit_s) and self.step == self._first_step + SOON
-
-    def _estimate_horizon(self) -> None:
-        """Predicts how many steps the time limit leaves, from the time of those so far with their validations."""
-        steps = self.step - self._first_step - 1
-        if steps < 1:
-            return
-        seconds, left_s = time.monotonic() - self._first_step_ended, self._limit_s - self.elapsed_s
-        most_steps, is_alone = self._settings.most_steps, parallel.num_processes() == 1  # others estimate at the same steps
-        if is_alone and most_steps < LONGEST and seconds < EARLY * (seconds + left_s):
-            return  # a short pause at its start does not change a run that has time for all its steps
-        left = max(left_s - self._validation_seconds, 0.0) * steps / seconds
-        horizon = min(self.step + max(int(left), 1), max(most_steps, self.step))
-        self._estimate = self._agree(int(min(horizon, LONGEST)))
-        if self._estimate != self.horizon:
-            self.state = self.state._replace(horizon=np.int32(self._estimate))
-
-    def _time_left(self) -> str:
-        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
-        done = max(self.step - self._first_step - 1, 1)
-        seconds_per_step = (time.monotonic() - self._first_step_ended) / done
-        left = min(seconds_per_step * (self.horizon - self.step), self._limit_s - self.elapsed_s)
-        minutes, seconds = divmod(round(max(left, 0)), 60)
-        return f"{minutes}:{seconds:02d}"
+        return self._clock.is_validation_due(self.step, self._validated_step)
 
 
 class BlowUpError(RuntimeError):

@@ -65,9 +65,9 @@ def test_warmup_is_linear_and_meets_the_peak_exactly(schedule):
         (5, {"warmup_steps": 8, "schedule": "constant"}, [0, 4, 5], [0.0, 0.8, 1.0]),  # one longer than the run is cut to it
         (
             110,
-            {"warmup_steps": 10, "final_fraction": 0.1},
+            {"warmup_steps": 10},
             [10, 35, 60, 110, 500],
-            [1.0, 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 4)), 0.55, 0.1, 0.1],
+            [1.0, 0.5 * (1 + np.cos(np.pi / 4)), 0.5, 0.0, 0.0],
         ),
         (
             200,
