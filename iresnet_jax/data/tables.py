@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from iresnet_jax.bijections.transforms.bounded import Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.models.columns import Column
+from iresnet_jax.models.columns import NAMED, Column, listed
 
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
 MOST_CELLS = 1024  # of whole numbers that are on a grid by their type, however few examples there are for each
@@ -28,7 +28,6 @@ OFF_GRID = 0.01  # steps that a value may be beside its grid
 FINEST_GRID = 1e-4  # least spacing of a grid, in standard deviations of the entry
 UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
 FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
-NAMED = 5  # entries that a message names
 COMMON, NOTED = 0.25, 0.05  # share of one value in a continuous column that is refused, and that is said
 AT_AN_END = 0.005  # share of values that may be an end of their bounds, as single precision rounds close ones to it
 COARSEST = 0.02  # standard deviations of a column that single precision must resolve at an end of its given bounds
@@ -201,7 +200,7 @@ def ends_given(bounds: Any, names: Sequence[Any], num: int) -> dict[int, tuple[f
     for name, ends in bounds.items():
         column = names.index(name) if name in names else name
         if isinstance(column, bool) or not isinstance(column, int | np.integer) or not 0 <= column < num:
-            known = f"the names {', '.join(map(repr, names))}" if names else "numbers"
+            known = f"the names {listed(names)}" if names else "numbers"
             raise ValueError(f"bounds are for columns 0 to {num - 1}, by {known}, got {name!r}")
         try:
             low, high = map(float, ends)

@@ -5,14 +5,14 @@ only where one is given or made.
 """
 
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
-NAMED = 5  # categories that a message names
+NAMED = 5  # columns or categories that a message names
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
     places = {name: place for place, name in enumerate(_names(frame))}
     names = [column.name for column in columns]
     if lacking := [name for name in names if name not in places]:
-        raise ValueError(f"the table has no column {lacking[0]!r}: the model takes {', '.join(map(repr, names))}")
+        raise ValueError(f"the table has no column {lacking[0]!r}: the model takes {listed(names)}")
     if unknown := [name for name in places if name not in names]:
-        raise ValueError(f"the model knows no column {unknown[0]!r}: drop it, the model takes {', '.join(map(repr, names))}")
+        raise ValueError(f"the model knows no column {unknown[0]!r}: drop it, the model takes {listed(names)}")
     return np.stack([_numbers(frame.iloc[:, places[column.name]], column) for column in columns], axis=1)
 
 
@@ -168,13 +168,18 @@ def _numbers(series: Any, column: Column) -> Float[np.ndarray, " n"]:
     places: dict[Hashable, int] = {category: place for place, category in enumerate(column.categories)}
     codes = [places.get(value, -1) for value in series]
     if -1 in codes:
-        row, known = codes.index(-1), list(map(repr, column.categories))
-        more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+        row = codes.index(-1)
         raise ValueError(
-            f"{series.iloc[row]!r} in row {row} of column {column.name!r} is none of the categories of the model: these "
-            f"are {', '.join(known[:NAMED])}{more}"
+            f"{series.iloc[row]!r} in row {row} of column {column.name!r} is none of the categories of the model: these are "
+            f"{listed(column.categories)}"
         )
     return np.array(codes, np.float64)
+
+
+def listed(values: Sequence[Any]) -> str:
+    """Values in a sentence, the first of many."""
+    more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
+    return ", ".join(map(repr, values[:NAMED])) + more
 
 
 def _check_complete(series: Any, name: Any) -> None:
