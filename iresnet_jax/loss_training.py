@@ -139,12 +139,11 @@ def train(
     say = Lines() if progress else lambda line: None
     with StopRequests("training ends after this step", heard_in_memory()) as stop, jax.default_matmul_precision("float32"):
         free = Unconstrained.of(model)
-        held_out = None if validation is None else _HeldOut(free, loss, validation, seed)
         _check_loss(loss, model, x, batch_size)
         objective = Objective(
             name="loss",
             training_step=_training_step(free, loss, rule, has_data=x is not None),
-            make_validation=None if held_out is None else lambda: held_out,
+            make_validation=None if validation is None else lambda: _make_validation(free, loss, validation, seed),
             selection=lambda means: means["loss"],
             examples=x,
             initial_variables=lambda: {"params": free.params, "spectral": free.iterates},
@@ -165,8 +164,7 @@ def train(
                 averaged = _averaged_model(free, trainer.state)
                 is_called_off = bool(callback(trainer.step, averaged, _latest_metrics(trainer.records)))
 
-        check = getattr(loss, "check", lambda metrics: None)  # of a loss that can say what went wrong
-        trainer = Trainer(objective, settings, check=check, log=log, validated=validated, say=say)
+        trainer = Trainer(objective, settings, log=log, validated=validated, say=say)
         for _ in trainer.steps(device_batches(x, seed=seed, batch_size=batch_size)):
             if is_called_off or stop.received is not None:
                 break
@@ -178,32 +176,22 @@ def train(
         return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else ""))
 
 
-class _HeldOut:
-    """The mean loss of held-out examples under the averaged parameters, norms iterated to their tolerance.
+def _make_validation(
+    free: Unconstrained, loss: LossFunction, examples: Any, seed: int
+) -> Callable[[TrainState], ValidationResult]:
+    """The mean loss of held-out examples under the averaged parameters, by the same random numbers every time."""
+    key, compiled, num = jax.random.key(seed), jax.jit(functools.partial(_loss_and_metrics, loss)), num_rows(examples)
 
-    Args:
-        free: The model.
-        loss: The loss.
-        examples: Held-out examples.
-        seed: Source of the loss's randomness, the same every time.
-    """
-
-    def __init__(self, free: Unconstrained, loss: LossFunction, examples: Any, seed: int):
-        self._check = getattr(loss, "check", lambda metrics: None)
-        self._free, self._examples, self._key = free, examples, jax.random.key(seed)
-        self._loss = jax.jit(functools.partial(_loss_and_metrics, loss))
-
-    def __call__(self, state: TrainState) -> ValidationResult:
-        """The means over all examples."""
-        model, num = _averaged_model(self._free, state), num_rows(self._examples)
-        totals: dict[str, float] = {}
+    def validate(state: TrainState) -> ValidationResult:
+        model, totals = _averaged_model(free, state), {}
         for start in range(0, num, VALIDATED_AT_ONCE):
-            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), self._examples)
-            _, means = self._loss(model, batch, jax.random.fold_in(self._key, start))
+            batch = jax.tree.map(lambda rows, start=start: jnp.asarray(rows[start : start + VALIDATED_AT_ONCE]), examples)
+            _, means = compiled(model, batch, jax.random.fold_in(key, start))
             for name, mean in means.items():
                 totals[name] = totals.get(name, 0.0) + float(mean) * num_rows(batch) / num
-        self._check(totals)
         return ValidationResult(totals)
+
+    return validate
 
 
 def _averaged_model(free: Unconstrained, state: TrainState) -> Any:

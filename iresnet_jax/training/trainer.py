@@ -98,7 +98,6 @@ class Trainer:
         seconds_of_steps: Longest time from the end of the first step on, whatever compiling takes.
         compile_step: ``training step ->`` the step of all devices.
         agree: ``estimated length -> length`` that counts, the same in all processes of a run.
-        check: Raises for metrics of a step that show what went wrong; numbers that are not finite raise `BlowUpError` anyway.
         log: Takes the split, "train", "validation" or "timing", and the measurements of each line of the log.
         validated: Takes the loss of each validation, None without held-out data, when the state is worth keeping.
         say: Takes a line of progress at the first step and at every validation.
@@ -120,13 +119,12 @@ class Trainer:
         seconds_of_steps: float | int = math.inf,
         compile_step: Callable[[TrainingStep], CompiledStep] = parallel.parallelize,
         agree: Callable[[int], int] = lambda horizon: horizon,
-        check: Callable[[Mapping[str, Any]], None] = lambda metrics: None,
         log: Callable[[str, Mapping[str, float]], None] = lambda split, metrics: None,
         validated: Callable[[float | None], None] = lambda loss: None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self._objective, self._settings, self._compile_step = objective, settings, compile_step
-        self._check, self._log, self._validated, self._say = check, log, validated, say
+        self._log, self._validated, self._say = log, validated, say
         self.records: list[dict[str, Any]] = []
         first_step = 0 if state is None else int(state.step)
         self._clock = Clock(
@@ -215,7 +213,6 @@ class Trainer:
     def _leave_out_compilation(self, metrics: Any) -> None:
         """Waits for the first step of a program, and starts the clocks behind it; `BlowUpError` if it blew up."""
         jax.block_until_ready(metrics)
-        self._check(metrics)
         check_finite(metrics, self.step - 1, self.step)
         if self.step == self._first_step + 1:
             seconds, name = self._clock.begin_steps(), self._objective.name
@@ -237,8 +234,6 @@ class Trainer:
     def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
         window = parallel.metrics_on_host(self._window)
-        for metrics in window:
-            self._check(metrics)
         means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
         check_finite(means, self.step - len(self._window), self.step)
         return means
