@@ -27,8 +27,7 @@ def get_config(variant="0.9"):
     set_variant(config, variant)
     config.classifier.update({"pad_channels": 3, "mean": (0.2860,), "std": (0.3530,), "label_smoothing": 0.1})
     config.augmentation.update({"crop_padding": 2, "flip": True})
-    # Without the constraint a rate of .1 learns faster than .3, which makes averages of the parameters useless (see
-    # vanilla_rate.3.jsonl beside the model).
+    # Without the constraint a rate of .1 learns faster than .3, which makes averages of the parameters useless.
     rate = 0.3 if config.constraint.norms != "none" else 0.1
     config.optimizer.update({"name": "sgd", "learning_rate": rate, "nesterov": True, "weight_decay": 5e-4, "clip_norm": 0.0})
     epoch = TRAIN_EXAMPLES // BATCH_SIZE

@@ -39,6 +39,7 @@ NUMBERS = {  # names of annotations in checked_dataclasses.py
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the reference and the repository's own pages and records."""
+    files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
     files.append(File.generated(config, "reference/iresnet_jax.md", content=names_of_the_package()))
     for folder in FOLDERS:
         files.append(File.generated(config, f"reference/{folder}.md", content=reference(folder)))
@@ -53,8 +54,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     del config, files
     if page.file.src_uri.startswith("reference/"):
         return markdown
+    if page.file.src_uri == "index.md":  # the README; what is no page loses its link
+        markdown = markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
+        markdown = re.sub(r"\[([^]]+)\]\((?:notebooks/[^)]*|CONTRIBUTING\.md)\)", r"\1", markdown)
+    if page.file.src_uri.startswith("tests/"):
+        markdown = re.sub(r"\[([^]]+)\]\(\.\./CONTRIBUTING[^)]*\)", r"\1", markdown)
     markdown = markdown.replace("](../benchmarks/", "](benchmarks/").replace("](../tests/", "](tests/")
-    markdown = markdown.replace("](results)", "](results/README.md)")
     if "<!-- settings -->" in markdown:
         markdown = markdown.replace("<!-- settings -->", "\n".join(settings()))
     fences = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)

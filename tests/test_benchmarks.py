@@ -23,7 +23,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.runs import trained_run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-README = (FOLDER / "README.md").read_text(encoding="utf-8")
+PAGE = (FOLDER.parent / "docs" / "measured.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 
@@ -48,8 +48,8 @@ def torch():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script_of_the_readme_explains_its_options(benchmark, name, monkeypatch, capsys):
-    [command] = re.findall(rf"^\| `python benchmarks/{name}\.py(.*?)` \|", README, re.MULTILINE)
+def test_script_of_the_page_explains_its_options(benchmark, name, monkeypatch, capsys):
+    [command] = re.findall(rf"^\| `python benchmarks/{name}\.py(.*?)` \|", PAGE, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         benchmark(name).main()

@@ -6,7 +6,7 @@
 | residual-flows (Chen et al. 2019) | ``train_img.py`` | a density of images |
 | | ``train_toy.py`` | a density of the plane |
 
-The command that trained a network says what it is; `docs/coming-from-pytorch.md` has every option.
+The command that trained a network says what it is; `docs/models.md` shows the way.
 """
 
 import os

@@ -29,7 +29,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not is_npz and path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is neither npz nor safetensors, and a pickle, as torch.save writes, can run any program while it is read: "
-            "write its arrays as npz in PyTorch, see docs/coming-from-pytorch.md"
+            "write its arrays as npz in PyTorch, see docs/models.md"
         )
     try:
         if is_npz:

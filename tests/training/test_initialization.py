@@ -22,7 +22,7 @@ STAGES = (
     {"num_blocks": 1, "hidden": (3,)},
 )
 CASES = {
-    "simulator": (runs.TOY_CONFIG, {"data.name": "sbi_two_moons"}),
+    "toy": (runs.TOY_CONFIG, {}),
     "hybrid": (runs.HYBRID_CONFIG, {"hybrid.fitted_priors": True, "model.stages": STAGES}),
     "classifier": (runs.CLASSIFIER_CONFIG, {}),
 }
@@ -59,7 +59,7 @@ def test_two_devices_fit_what_one_fits(name, monkeypatch):
 
 
 def test_examples_that_do_not_split_evenly_leave_some_out():
-    found, expected = (variables_of("simulator", **{"training.actnorm_examples": num}) for num in (33, 32))
+    found, expected = (variables_of("toy", **{"training.actnorm_examples": num}) for num in (33, 32))
     chex.assert_trees_all_equal(found, expected)
 
 
