@@ -100,7 +100,7 @@ def _prepare(root: Path, name: str) -> Path | None:
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
             f"{name} is not prepared in {root}, and preparing needs TensorFlow, once: run pip install 'iresnet_jax[prepare]' "
-            "and start again to download it, or set TFDS_DATA_DIR (or data_dir) to a folder in which it is prepared"
+            "and start again to download it, or set TFDS_DATA_DIR to a folder in which it is prepared"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)

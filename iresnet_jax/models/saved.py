@@ -114,7 +114,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"there is no model {path}: write one with python -m iresnet_jax freeze --workdir DIR, or model.save")
+        raise ValueError(f"there is no model {path}: train.py and model.save write one")
     with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         if f"{HEADER}.npy" not in archive.namelist():
             raise ValueError(f"{path} holds no model that was saved: of a run, give the folder that holds config.json")
@@ -129,7 +129,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
     except Exception as error:  # there is no list of what a damaged file makes others raise
         reason = str(error) or type(error).__name__
         raise ValueError(
-            f"{path} is damaged or was written by another version ({reason}): freeze or save the model again"
+            f"{path} is damaged or was written by another version ({reason}): save the model again"
         ) from error
 
 

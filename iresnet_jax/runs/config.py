@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import ml_collections
-from ml_collections import config_dict
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.checked_dataclasses import (
@@ -38,7 +37,6 @@ class DataConfig:
     """What is learnt."""
 
     name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or a simulator
-    data_dir: str | None = None  # folder of TensorFlow Datasets; None is $TFDS_DATA_DIR or its default
     # Shares of the examples of a file without splits; image data sets come with their splits.
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
@@ -152,9 +150,7 @@ class Config:
 
 def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot see
     """The defaults of `Config` for a config file to change."""
-    plain = dataclasses.asdict(Config())
-    plain["data"]["data_dir"] = config_dict.placeholder(str)
-    config = ml_collections.ConfigDict(plain)
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     config.lock()
     return config
 

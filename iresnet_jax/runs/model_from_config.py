@@ -25,7 +25,7 @@ SCALE_EXAMPLES = 10_000  # of a simulator, whose mean and standard deviation bec
 def load_data(settings: DataConfig) -> DataSet:
     """The data that a config names."""
     fractions = settings.validation_fraction, settings.test_fraction
-    data = load(settings.name, settings.data_dir, fractions=fractions)
+    data = load(settings.name, fractions=fractions)
     return conditioned_on_labels(data) if settings.condition_on_labels else data
 
 

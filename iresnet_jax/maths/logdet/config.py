@@ -20,7 +20,6 @@ class LogdetConfig:
     kind: Literal["exact", "series", "roulette", "krylov"] = "series"
     num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
     num_probes: Count = 1  # probe vectors per example; all kinds but "exact"
-    probe: Literal["rademacher", "gaussian"] = "rademacher"
     exact_trace: bool = True  # whether a trace in closed form replaces its estimate: less noise
     distribution: Literal["poisson", "geometric"] = "poisson"  # random length of "roulette"
     parameter: Positive = 2.0  # mean of "poisson", or success probability of "geometric"
@@ -32,7 +31,7 @@ class LogdetConfig:
     def build(self, num_terms: int | None = None) -> LogdetEstimator:
         """The estimator, or the one with another number of terms."""
         count = num_terms or self.num_terms
-        probes: dict[str, Any] = {"num_probes": self.num_probes, "probe": self.probe, "exact_trace": self.exact_trace}
+        probes: dict[str, Any] = {"num_probes": self.num_probes, "exact_trace": self.exact_trace}
         if self.kind == "exact":
             return ExactLogdet()
         if self.kind == "roulette":
