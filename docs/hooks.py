@@ -22,7 +22,6 @@ FOLDERS = (
     "models",
     "certification",
     "training",
-    "conversion",
     "data",
     "runs",
     "evaluation",

@@ -25,7 +25,7 @@ def count_or_none(text: str) -> int:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "FILE": {"help": "state_dict of the network, as npz or safetensors"},
+    "FILE": {"help": "state_dict of the network, as npz"},
     "architecture": {
         "required": True,
         "metavar": "COMMAND",

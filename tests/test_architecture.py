@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
 # A folder's files may import those of folders further up in this list, and of their own: the library, then the application.
 FOLDERS = (
-    *("maths", "branches", "bijections", "models", "certification", "training", "conversion"),
+    *("maths", "branches", "bijections", "models", "certification", "training"),
     *("data", "runs", "evaluation"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
 EDGES = (
-    *("__init__", "__main__", "adapters", "commands", "energy_evaluation", "energy_fitting", "estimators", "fit_arguments"),
-    *("fit_settings", "fitting", "loss_training", "losses"),
+    *("__init__", "__main__", "adapters", "commands", "conversion", "conversion_stages", "energy_evaluation"),
+    *("energy_fitting", "estimators", "fit_arguments", "fit_settings", "fitting", "loss_training", "losses"),
 )
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 OTHER_LIBRARIES = {"numpyro", "blackjax"}

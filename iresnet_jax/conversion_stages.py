@@ -1,4 +1,4 @@
-"""Stages of a flow from the layers of another code, one layer after the other in the order in which that code applies them.
+"""Arrays of a network in PyTorch, and stages that are collected in the order in which that code applies them.
 
 Codes differ in the order of channels after a squeeze, in the half that leaves as latents and in where an ActNorm stands. The
 flow here is the same function: by `StageSpec.channel_order`, by the order of the rows and columns of kernels, and by moving an
@@ -6,7 +6,8 @@ ActNorm past what only moves entries, to the next branch. Where no branch follow
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,80 @@ from jaxtyping import Float, Int
 from iresnet_jax.models.architecture import StageSpec
 
 MAXMIN = "maxmin"
+
+
+def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a ``.npz`` file by their names.
+
+    Raises:
+        ValueError: If it is no such file: a pickle, as ``torch.save`` writes, could run any program while it is read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # there is no list of what a damaged file makes NumPy raise
+        raise ValueError(
+            f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in PyTorch, "
+            "see docs/models.md"
+        ) from error
+
+
+class Arrays:
+    """Arrays by their names, each of which is taken once or known to be of no use.
+
+    What is wrong is kept until `check`, which says all of it in one error; arrays of zeros stand in until then.
+
+    Args:
+        given: Arrays by name; a wrapper for several GPUs puts "module." in front.
+        unused: Last parts of names, after a dot, of arrays that no function of the network depends on.
+    """
+
+    def __init__(self, given: Mapping[str, Any], unused: str):
+        self._left = {name.removeprefix("module."): np.asarray(array) for name, array in given.items()}
+        self._unused = unused.split()
+        self._missing: list[str] = []
+        self._wrong: list[str] = []
+
+    def take(self, name: str, *shape: int) -> Float[np.ndarray, "..."]:
+        """The array of that name in float64."""
+        if (array := self._left.pop(name, None)) is None:
+            self._missing.append(name)
+        elif array.shape != shape:
+            self._wrong.append(f"{name} of shape {array.shape} instead of {shape}")
+        elif not (np.issubdtype(array.dtype, np.floating) and np.all(np.isfinite(array))):
+            self._wrong.append(f"{name} of {array.dtype}, not all finite numbers")
+        else:
+            return array.astype(np.float64)
+        return np.zeros(shape)
+
+    def take_vectors(
+        self, left: str, right: str, channels: tuple[int, int]
+    ) -> tuple[Float[np.ndarray, "cout s s"], Float[np.ndarray, "cin s s"]]:
+        """Singular vectors of a layer, flattened from ``(channels, s, s)`` with any side ``s``, which is the same for both."""
+        side = math.isqrt(self.shape(right, (channels[1],))[0] // channels[1])
+        u, v = (self.take(name, num * side**2) for name, num in zip((left, right), channels, strict=True))
+        return u.reshape(channels[0], side, side), v.reshape(channels[1], side, side)
+
+    def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of an array that will be taken; the default if it is missing or has another number of axes."""
+        array = self._left.get(name)
+        return default if array is None or array.ndim != len(default) else array.shape
+
+    def ignore(self, *names: str) -> None:
+        """Marks arrays, where they are there, as known to be of no use."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def check(self, source: str) -> None:
+        """Raises ``ValueError`` if arrays are missing, left over, of another shape or not finite; the message names them."""
+        left = [name for name in self._left if name.rpartition(".")[2] not in self._unused]
+        found = {"missing": self._missing, "left over": left, "not as expected": self._wrong}
+        if said := [f"{what}: {_listed(names)}" for what, names in found.items() if names]:
+            raise ValueError(f"the arrays are not those of {source}; {'; '.join(said)}: give the command that trained them")
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Layer(NamedTuple):

@@ -1,0 +1,418 @@
+"""Models of this library from networks that the authors' PyTorch codes trained.
+
+| code | script | gives |
+|---|---|---|
+| invertible-resnet (Behrmann et al. 2019) | ``CIFAR_main.py`` | a density or a classifier of images |
+| residual-flows (Chen et al. 2019) | ``train_img.py`` | a density of images |
+| | ``train_toy.py`` | a density of the plane |
+
+The command that trained a network says what it is; `docs/models.md` shows the way.
+
+| invertible-resnet | here |
+|---|---|
+| ``stack.K.actnorm._log_scale``, ``_shift``: ``x exp(s) + t`` | ActNorm ``(x + t exp(-s)) exp(s)`` |
+| ``stack.K.bottleneck_block.J.weight_orig``, ``weight_u``, ``weight_v`` | ``kernel``, see `applied_kernel` |
+| ``prior_mu``, ``prior_logstd``, channels first | prior "gaussian", channels last |
+| ``bn1``, ``logits`` | head of a classifier |
+
+Scales of a multi-scale network are ``stack.SCALE.stack.K``. The squeeze has the order of ours. After a scale the first half of
+the channels leaves, here the second one, so halves change places in front of a scale. Every checkpoint has a prior and a head:
+the one that its task does not use was never trained and is left out.
+
+| residual-flows | here |
+|---|---|
+| ``chain.J.nnet.M.weight``, ``u``, ``v`` | ``kernel``, see `applied_kernel` |
+| ``chain.J.nnet.M.beta`` of "swish" | ``beta`` of "lipswish", with the same constants |
+| ``chain.J.weight``, ``bias``: ``(x + bias) exp(weight)`` | ActNorm, with the same formula |
+| ``chain.J.nnet.nnet.M``, ``chain.J.fc_module`` | dense layers and their ActNorm, on entries with channels last |
+
+Networks of images have a chain for every scale, ``transforms.SCALE.chain``. ActNorm stands behind blocks there, and in front of
+them here: each goes to the next block. The squeeze lists the pixels of each channel one after the other, and half of its
+channels may leave. The prior is standard normal.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+
+from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.conversion_stages import MAXMIN, Arrays, Layer, Stages, applied_kernel, read_file
+from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.saved import model_of
+
+
+def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: str) -> Density | Classifier:
+    """The model that a network of another code is, with guaranteed bounds of its norms.
+
+    Kernels are those that the code applies after training: divided by the norms that its last power iteration saw, where these
+    are above the coefficient. Their true norms may be above it, which ``model.certificate()`` says. ``model.freeze()`` scales
+    them into the budget.
+
+    Args:
+        weights: The ``state_dict``, as a ``.npz`` file or as arrays by name.
+        architecture: The command that trained the network, its script and options, such as
+            ``"train_img.py --data mnist --imagesize 28 --actnorm True"``.
+
+    Raises:
+        ValueError: If the file or the command cannot be read, or arrays are missing, left over or of another shape; the message
+            names them.
+
+    Example:
+        >>> model = convert("weights.npz", "train_toy.py --nblocks 50 --actnorm True")  # doctest: +SKIP
+        >>> print(model.certificate())  # doctest: +SKIP
+    """
+    script, options = parse(architecture)
+    arrays = Arrays(weights if isinstance(weights, Mapping) else read_file(weights), script.unused)
+    spec, parts = script.reader(arrays, options)
+    arrays.check(architecture)
+    model = model_of(spec, parts)
+    assert isinstance(model, Density | Classifier)
+    return model
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+class Script(NamedTuple):
+    """A training script: its options without dashes in front, and what reads its networks.
+
+    Attributes:
+        reader: ``(arrays, options) ->`` what `saved.model_of` takes.
+        read: Options that define the network with the script's defaults; numbers, words, True or False, or several numbers.
+        refused: Options of which only this value, their default, is read.
+        switches: Names of options without a value that define the network.
+        ignored: Names of options that do not change the function, each with one value.
+        ignored_switches: Names of options without a value that do not.
+        unused: Last parts of names of arrays that the function does not depend on.
+    """
+
+    reader: Callable[["Arrays", argparse.Namespace], tuple[Any, dict[str, Any]]]
+    read: Mapping[str, Any]
+    ignored: str
+    unused: str
+    refused: Mapping[str, Any] = MappingProxyType({})
+    switches: str = ""
+    ignored_switches: str = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
+def parse(command: str) -> tuple[Script, argparse.Namespace]:
+    """The script of a command and its options that are read; names may be shortened, as in the script.
+
+    Raises:
+        ValueError: If the command names no known script, or has an option that the script does not have or that is refused.
+    """
+    words = shlex.split(command)
+    place = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
+    if place is None:
+        raise ValueError(
+            f"architecture must be the command that trained the network, with its script, one of {', '.join(SCRIPTS)}, and its "
+            f"options; got {command!r}"
+        )
+    name = Path(words[place]).name
+    script, parser = SCRIPTS[name], _Parser(prog=name, add_help=False)
+    for option, default in {**script.read, **script.refused}.items():
+        if isinstance(default, tuple):
+            parser.add_argument(f"--{option}", type=int, nargs="+", default=default)
+        else:
+            parser.add_argument(f"--{option}", type=_truth if isinstance(default, bool) else type(default), default=default)
+    for option in script.ignored.split():
+        parser.add_argument(f"--{option}")
+    for option in [*script.switches.split(), *script.ignored_switches.split()]:
+        parser.add_argument(f"-{option}", f"--{option}", action="store_true", dest=option)
+    options = parser.parse_args(words[place + 1 :])
+    for option, default in script.refused.items():
+        if (value := getattr(options, option.replace("-", "_"))) != default:
+            raise ValueError(f"{name} --{option} {value} is not read, as this library has no such network: only {default} is")
+    return script, options
+
+
+def _truth(word: str) -> bool:
+    if word not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"it is True or False, got {word}")
+    return word == "True"
+
+
+# invertible-resnet ----------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {name: name for name in ("relu", "elu", "softplus", "tanh", "identity")} | {
+    "sorting": MAXMIN,
+    "maxmin": MAXMIN,
+    "swish": "lipswish",
+}
+MOMENTS = {  # mean and standard deviation of pixels in [0, 1], by which classifiers normalise images
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec | ClassifierSpec, dict[str, Any]]:
+    """What `saved.model_of` takes, of a network of ``CIFAR_main.py``."""
+    _check(options)
+    side, channels = _side(arrays, options), 3 + options.inj_pad
+    stages = Stages((side, side, channels), actnorm=not options.noActnorm)
+    if options.init_ds == 2:
+        stages.squeeze(channel_major=False)
+    num_read, last = 0, len(options.nBlocks) - 1
+    for scale, (num_blocks, stride, width) in enumerate(zip(options.nBlocks, options.nStrides, options.nChannels, strict=True)):
+        if stride == 2:
+            stages.squeeze(channel_major=False)
+        if options.multiScale and scale < last:
+            stages.order(np.roll(np.arange(stages.num_channels), stages.num_channels // 2))
+        for k in range(num_blocks):
+            name = f"stack.{scale}.stack.{k}" if options.multiScale else f"stack.{num_read}"
+            _read_block(arrays, name, stages, options, width, preactivation=num_read > 0)
+            num_read += 1
+        if options.multiScale and scale < last:
+            stages.factor_out()
+    specs, params, latents = stages.finish()
+    flow = FlowSpec((side, side, channels), specs, options.coeff)
+    if options.densityEstimation:
+        arrays.ignore("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "logits.weight", "logits.bias")
+        names = {"mean": "prior_mu", "log_std": "prior_logstd"}
+        prior = {ours: _ours(arrays.take(theirs, flow.num_dims)[latents]) for ours, theirs in names.items()}
+        return DensitySpec(flow, transform=Center(), num_levels=256), {"params": params, "prior": prior, "network": {}}
+    arrays.ignore("prior_mu", "prior_logstd")
+    num_classes, width = arrays.shape("logits.weight", (2, stages.num_channels))
+    linear = {"kernel": arrays.take("logits.weight", num_classes, width).T, "bias": arrays.take("logits.bias", num_classes)}
+    norm = {"scale": arrays.take("bn1.weight", width), "bias": arrays.take("bn1.bias", width)}
+    statistics = {"mean": arrays.take("bn1.running_mean", width), "var": arrays.take("bn1.running_var", width)}
+    head = {name: {key: _ours(array) for key, array in part.items()} for name, part in (("norm", norm), ("linear", linear))}
+    statistics = {"head": {key: _ours(array) for key, array in statistics.items()}}
+    mean, std = MOMENTS[options.dataset]
+    spec = ClassifierSpec(flow, (side, side, 3), num_classes, pad_channels=options.inj_pad, mean=mean, std=std)
+    return spec, {"params": params, "head": head, "statistics": statistics}
+
+
+def _read_block(
+    arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace, width: int, *, preactivation: bool
+) -> None:
+    channels = stages.num_channels
+    if not options.noActnorm:
+        shift, log_scale = (arrays.take(f"{name}.actnorm.{part}", channels) for part in ("_shift", "_log_scale"))
+        stages.actnorm(shift * np.exp(-log_scale), log_scale)
+    layers, widths = [], (channels, width, width, channels)
+    for i, size in enumerate((3, 1, 3)):
+        layer, (cin, cout) = f"{name}.bottleneck_block.{2 * i + preactivation}", widths[i : i + 2]
+        kernel = arrays.take(f"{layer}.weight_orig", cout, cin, size, size)
+        u, v = arrays.take_vectors(f"{layer}.weight_u", f"{layer}.weight_v", (cout, cin))
+        # That code adds 1e-5 to the divisor of kernels larger than 1 x 1.
+        kernel = applied_kernel(kernel, u, v, coeff=options.coeff, margin=1e-5 if size > 1 else 0.0)
+        layers.append(Layer(kernel, arrays.take(f"{layer}.bias", cout)))
+    stages.block(layers, ACTIVATIONS[options.nonlin], preactivation=preactivation)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for options that are sound one by one and describe no model here."""
+    activations = ("relu", "elu", "softplus", "sorting")
+    if not len(options.nBlocks) == len(options.nStrides) == len(options.nChannels):
+        raise ValueError("CIFAR_main.py --nBlocks, --nStrides and --nChannels need as many numbers each")
+    if options.init_ds not in (1, 2) or not {*options.nStrides} <= {1, 2}:
+        raise ValueError("CIFAR_main.py --init_ds and --nStrides are 1 or 2")
+    if options.nonlin not in activations:
+        raise ValueError(f"CIFAR_main.py --nonlin {options.nonlin} is not read: it is one of {', '.join(activations)}")
+    if options.multiScale and not options.densityEstimation:
+        raise ValueError("CIFAR_main.py -multiScale is read with -densityEstimation: classifiers here look at the last scale")
+    if options.inj_pad and (options.densityEstimation or options.init_ds == 2):
+        raise ValueError("CIFAR_main.py --inj_pad is read of classifiers with --init_ds 1: padding comes before squeezes here")
+    if not options.densityEstimation and options.dataset not in MOMENTS:
+        raise ValueError(f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: {', '.join(MOMENTS)} are")
+
+
+def _side(arrays: Arrays, options: argparse.Namespace) -> int:
+    """Side of an image, from the singular vector of the first layer, which that code measures where its input is squeezed.
+
+    Without scales of their own, blocks that squeeze measure it in front of their squeeze.
+    """
+    squeezes = (options.init_ds == 2) + (options.multiScale and options.nStrides[0] == 2)
+    channels = (3 + options.inj_pad) * 4 ** ((options.init_ds == 2) + (options.nStrides[0] == 2))
+    first = f"stack.0.{'stack.0.' if options.multiScale else ''}bottleneck_block.0.weight_v"
+    (size,) = arrays.shape(first, (channels * (32 // 2**squeezes) ** 2,))
+    return math.isqrt(size // channels) * 2**squeezes
+
+
+def _ours(array: np.ndarray) -> Any:
+    return jnp.asarray(array, float)
+
+
+# residual-flows -------------------------------------------------------------------------------------------------------
+
+
+def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, dict[str, Any]]:
+    """What `saved.model_of` takes, of a network of ``train_img.py``."""
+    sizes = {"celebahq": 256, "celeba_5bit": 64, "imagenet32": 32, "imagenet64": 64}  # whatever --imagesize says
+    side = sizes[options.data] if options.data in sizes else options.imagesize
+    shape = (side, side, 1 if options.data == "mnist" else 3)
+    stages = Stages(shape, actnorm=options.actnorm)
+    if options.squeeze_first:
+        stages.squeeze(channel_major=True)
+        side //= 2
+    numbers, kernels = _numbers(options.nblocks), _numbers(options.kernels)
+    hidden, hidden_dense = ((width,) * (len(kernels) - 1) for width in (options.idim, options.fc_idim))
+    last = min(len(numbers), side.bit_length() - 2) - 1  # a scale has images of 4 x 4 at least, and others are left out
+    if last < 0:
+        raise ValueError(f"train_img.py needs images of at least 4 x 4 pixels, got {side} x {side}: check --imagesize")
+    for scale, num_blocks in enumerate(numbers[: last + 1]):
+        chain = _Chain(arrays, f"transforms.{scale}.chain", stages, options)
+        if scale == 0 and options.logit_transform:
+            chain.skip()
+        begins = scale == 0 and options.first_resblock
+        if begins:
+            chain.actnorm()
+        for k in range(num_blocks):
+            # The last scale begins like any other, even where it is the first.
+            chain.block(hidden, kernels, preactivation=options.preact and not (begins and k == 0 and scale < last))
+            chain.actnorm()
+        if scale < last:
+            stages.squeeze(channel_major=True)
+            if options.factor_out:
+                stages.factor_out()
+        elif options.fc_end:
+            for _ in range(4):
+                chain.block(hidden_dense, preactivation=options.preact, part="nnet.nnet")
+                chain.actnorm("fc_module.")
+    levels = {"celeba_5bit": 32, "celebahq": 2**options.nbits}.get(options.data, 256)
+    alpha = 1e-6 if options.data == "mnist" else 0.05
+    transform = Logit(alpha) if options.logit_transform else Identity()
+    return _density(stages, shape, options.coeff, transform=transform, num_levels=levels)
+
+
+def read_toy(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, dict[str, Any]]:
+    """What `saved.model_of` takes, of a network of ``train_toy.py``."""
+    stages = Stages((2,), actnorm=options.actnorm)
+    chain = _Chain(arrays, "chain", stages, options)
+    chain.actnorm()
+    for _ in range(options.nblocks):
+        chain.block(_numbers(options.dims), preactivation=True)
+        chain.actnorm()
+    return _density(stages, (2,), options.coeff)
+
+
+def _density(stages: Stages, shape: tuple[int, ...], coeff: float, **rest: Any) -> tuple[DensitySpec, dict[str, Any]]:
+    specs, params, _ = stages.finish()
+    spec = DensitySpec(FlowSpec(shape, specs, coeff), **rest)
+    return spec, {"params": params, "prior": priors.standard("gaussian", spec.flow.num_dims), "network": {}}
+
+
+class _Chain:
+    """Reads the layers of a chain into stages, one after the other."""
+
+    def __init__(self, arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace):
+        if set(options.vnorms) != {"2"}:
+            raise ValueError(f"--vnorms {options.vnorms} is not read: only 2 for every layer is, the Euclidean norm")
+        if options.act == "sorting" or options.act not in ACTIVATIONS:
+            raise ValueError(f"--act {options.act} is not read, there is none here: those read are {', '.join(ACTIVATIONS)}")
+        self._arrays, self._stages, self._options = arrays, stages, options
+        self._activation = ACTIVATIONS[options.act]
+        self._names = (f"{name}.{place}" for place in itertools.count())
+
+    def skip(self) -> None:
+        """A layer without arrays."""
+        next(self._names)
+
+    def actnorm(self, part: str = "") -> None:
+        """An ActNorm, if the network has them."""
+        if self._options.actnorm:
+            name, stages = next(self._names), self._stages
+            stages.actnorm(*(self._arrays.take(f"{name}.{part}{kind}", stages.num_channels) for kind in ("bias", "weight")))
+
+    def block(
+        self, hidden: Sequence[int], kernel_sizes: Sequence[int] = (), *, preactivation: bool, part: str = "nnet"
+    ) -> None:
+        """A block of convolutions, or of dense layers on all entries if there are no sizes of kernels."""
+        arrays, name = self._arrays, f"{next(self._names)}.{part}"
+        outside = self._stages.num_channels if kernel_sizes else self._stages.num_entries
+        layers = []
+        for i, (cin, cout) in enumerate(itertools.pairwise((outside, *hidden, outside))):
+            place, beta = 2 * i + preactivation, None
+            if self._activation == "lipswish" and place > 0:
+                beta = float(arrays.take(f"{name}.{place - 1}.beta", 1)[0])
+            layer, taps = f"{name}.{place}", (kernel_sizes[i],) * 2 if kernel_sizes else ()
+            u, v = arrays.take_vectors(f"{layer}.u", f"{layer}.v", (cout, cin))
+            kernel = applied_kernel(arrays.take(f"{layer}.weight", cout, cin, *taps), u, v, coeff=self._options.coeff)
+            layers.append(Layer(kernel, arrays.take(f"{layer}.bias", cout), beta))
+        self._stages.block(layers, self._activation, preactivation=preactivation)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split("-"))
+
+
+# The options of all scripts -------------------------------------------------------------------------------------------
+
+_RESIDUAL_FLOW_UNUSED = "scale initialized spatial_dims geom_p lamb last_n_samples last_firmom last_secmom"
+SCRIPTS = {
+    "CIFAR_main.py": Script(
+        read_i_resnet,
+        read={
+            "nBlocks": (4, 4, 4),
+            "nStrides": (1, 2, 2),
+            "nChannels": (16, 64, 256),
+            "coeff": 0.9,
+            "init_ds": 2,
+            "inj_pad": 0,
+            "nonlin": "elu",
+            "dataset": "cifar10",
+        },
+        switches="densityEstimation multiScale noActnorm",
+        ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay drop_rate batch init_batch "
+        "warmup_epochs epochs resume save_dir vis_port vis_server log_every",
+        ignored_switches="fixedPrior evaluate interpolate drop_two nesterov norm analysisTraceEst log_verbose deterministic",
+        unused="weight_sigma num_batches_tracked",
+    ),
+    "train_img.py": Script(
+        read_images,
+        read={
+            "data": "cifar10",
+            "imagesize": 32,
+            "nbits": 8,
+            "coeff": 0.98,
+            "vnorms": "2222",
+            "act": "swish",
+            "idim": 512,
+            "nblocks": "16-16-16",
+            "kernels": "3-1-3",
+            "factor-out": False,
+            "squeeze-first": False,
+            "actnorm": True,
+            "logit-transform": True,
+            "fc-end": True,
+            "fc-idim": 128,
+            "preact": True,
+            "first-resblock": True,
+        },
+        refused={
+            **{"block": "resblock", "learn-p": False, "fc-actnorm": False, "batchnorm": False, "dropout": 0.0, "fc": False},
+            **{"add-noise": True, "quadratic": False, "padding": 0, "task": "density"},
+        },
+        ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff n-lipschitz-iters sn-tol "
+        "dataroot padding-dist cdim optimizer scheduler nepochs batchsize lr wd warmup-iters annealing-iters save "
+        "val-batchsize seed ema-val update-freq scale-dim rcrop-pad-mode resume begin-epoch nworkers print-freq vis-freq",
+        unused=_RESIDUAL_FLOW_UNUSED,
+    ),
+    "train_toy.py": Script(
+        read_toy,
+        read={"coeff": 0.9, "vnorms": "222222", "dims": "128-128-128-128", "act": "swish", "nblocks": 100, "actnorm": False},
+        refused={"arch": "iresnet", "learn-p": False, "batchnorm": False},
+        ignored="n-power-series n-dist n-samples data n-lipschitz-iters atol rtol mixed brute-force exact-trace niters "
+        "batch_size test_batch_size lr weight-decay annealing-iters save viz_freq val_freq log_freq gpu seed",
+        unused=_RESIDUAL_FLOW_UNUSED,
+    ),
+}
