@@ -105,27 +105,22 @@ def lipschitz_bars(certificate: Certificate) -> "Figure":
     axes.axhline(1.0, color=INK, linewidth=1.0, label="invertible below 1")
     axes.set_ylim(0.0, 1.04 * max(value for value in (1.0, *estimates, *bounds) if math.isfinite(value)))
     label(axes, "block, from the data to the latents", "Lipschitz constant of g", "")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
-def error_histogram(errors: Float[np.ndarray, " n"], bounds: Float[np.ndarray, " n"]) -> "Figure":
-    """Errors of examples and the bounds promised for each on a log scale; what is 0 is in the lowest bin.
-
-    Args:
-        errors: Euclidean error of each example.
-        bounds: A posteriori bounds of the same errors.
-    """
-    finite = {name: values[np.isfinite(values)] for name, values in {"error": errors, "error bound": bounds}.items()}
+def error_histogram(errors: Mapping[str, Float[np.ndarray, " _"]]) -> "Figure":
+    """Euclidean errors of examples by name, on a log scale with 0 in the lowest bin; the title counts what is not finite."""
+    finite = {name: values[np.isfinite(values)] for name, values in errors.items()}
     positive = np.concatenate([values[values > 0] for values in finite.values()])
     low, high = (positive.min(), positive.max()) if positive.size else (1e-8, 1e-7)
     bins = np.geomspace(low / 1.3, high * 1.3, 41)
     figure = new_figure(10.0, 2.8)
     axes = figure.add_subplot()
     shown = [np.maximum(values, bins[0] * 1.001) for values in finite.values()]
-    axes.hist(shown, bins=bins.tolist(), color=[BLUE, ORANGE], label=list(finite))
+    axes.hist(shown, bins=bins.tolist(), color=[BLUE, ORANGE][: len(shown)], label=list(finite))
     axes.set_xscale("log")
-    lost = int((~np.isfinite(errors)).sum())
+    lost = sum(len(values) for values in errors.values()) - sum(len(values) for values in finite.values())
     label(axes, "Euclidean error of an example", "examples", f"{lost} errors are not finite" if lost else "")
     axes.legend(frameon=False, fontsize=8)
     return figure

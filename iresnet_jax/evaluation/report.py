@@ -280,8 +280,9 @@ def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     contexts = None if contexts is None else contexts[: len(chosen)]
     size, num_certified = run.config.evaluation.batch_size, round_trips.affordable(run.model.spec.flow, CERTIFY_S)
     result = round_trips.reconstruct(run.model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
-    errors, bounds = np.asarray(result.trip.euclidean_error), np.asarray(result.trip.error_bound)
-    figures["inverse"] = {"Errors of round trips": plots.error_histogram(errors, bounds)}
+    trips = {"as trained": result.trip, "in float64": result.refined}
+    errors = {name: np.asarray(trip.euclidean_error) for name, trip in trips.items()}
+    figures["inverse"] = {"Errors of round trips": plots.error_histogram(errors)}
     if shown := plots.reconstructions(result.originals, result.reconstructions):
         figures["inverse"]["Test images and what came back"] = shown
     figures["lipschitz"] = {"Lipschitz constants of the blocks": plots.lipschitz_bars(certificate)}
