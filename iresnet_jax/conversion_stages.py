@@ -30,8 +30,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             return dict(archive)
     except Exception as error:  # there is no list of what a damaged file makes NumPy raise
         raise ValueError(
-            f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in PyTorch, "
-            "see docs/models.md"
+            f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in PyTorch, see docs/models.md"
         ) from error
 
 

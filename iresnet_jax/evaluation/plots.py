@@ -205,7 +205,7 @@ def rank_histograms(calibration: Calibration) -> "Figure":
         num = len(test.counts)
         axes.axhspan(*calibration.band(), color=GREY, alpha=0.25, linewidth=0)
         axes.bar((np.arange(num) + 0.5) / num, test.counts, width=0.9 / num, color=BLUE)
-        label(axes, "rank", "", f"{test.name}: p = {min(test.p_chi_square, test.p_ks):.2g}")
+        label(axes, "rank", "", f"{test.name}: p = {test.p_value:.2g}")
     return figure
 
 

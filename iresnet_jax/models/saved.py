@@ -128,9 +128,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dic
         raise ValueError(f"{path} needs a part of one's own: {error}") from None
     except Exception as error:  # there is no list of what a damaged file makes others raise
         reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{path} is damaged or was written by another version ({reason}): save the model again"
-        ) from error
+        raise ValueError(f"{path} is damaged or was written by another version ({reason}): save the model again") from error
 
 
 def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:

@@ -45,12 +45,14 @@ def test_a_wrong_posterior_is_refused(wrong):
     assert "not calibrated" in str(found)
 
 
-def test_p_values_are_uniform_for_uniform_ranks():
+def test_p_values_of_uniform_ranks_are_small_as_rarely_as_they_say():
+    """Twice the smaller of two p-values is below a level with a probability between half of the level and the level."""
     generator = np.random.default_rng(0)
     tests = [calibration.rank_test("", generator.integers(0, SAMPLES + 1, 300), SAMPLES, generator) for _ in range(400)]
-    for p_values in ([test.p_chi_square for test in tests], [test.p_ks for test in tests]):
-        distance = np.max(np.abs(np.sort(p_values) - np.linspace(0, 1, 400)))
-        assert distance < 1.95 / np.sqrt(400)  # of the Kolmogorov-Smirnov test at .001
+    for level in (0.05, 0.2, 0.5):
+        found = np.mean([test.p_value < level for test in tests])
+        low, high = (bound + side * 4 * np.sqrt(bound * (1 - bound) / 400) for bound, side in ((level / 2, -1), (level, 1)))
+        assert low < found < high
 
 
 def test_samples_without_an_inverse_are_told():
