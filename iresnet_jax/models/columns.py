@@ -73,7 +73,10 @@ def columns_of(frame: Any) -> tuple[Column, ...]:
 
 
 def _as_pandas(frame: Any) -> Any:
-    return frame.to_pandas() if hasattr(frame, "to_pandas") else frame
+    frame = frame.to_pandas() if hasattr(frame, "to_pandas") else frame
+    if not hasattr(frame, "iloc"):
+        raise ValueError(f"tables must be data frames of pandas, or have a method to_pandas, got a {type(frame).__name__}")
+    return frame
 
 
 def _names(frame: Any) -> list[Any]:

@@ -76,6 +76,9 @@ def test_frames_of_other_packages_are_converted_by_themselves():
     assert isinstance(Table(), Frame)
     assert columns_of(Table()) == COLUMNS
     np.testing.assert_array_equal(numbers_of(Table(), COLUMNS), numbers_of(FRAME, COLUMNS))
+    del Table.to_pandas
+    with pytest.raises(ValueError, match="have a method to_pandas, got a Table"):
+        columns_of(Table())
 
 
 def test_a_column_that_is_there_twice_is_none():
