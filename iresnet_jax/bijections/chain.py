@@ -149,9 +149,13 @@ def _rematerialized(make: Callable[[Any], Bijection], weights: Any, policy: Call
     )
 
 
-def in_float64(bijection: Bijection) -> Bijection:
-    """The same bijection with inverses from float64 on, for a chain of which one part refines there (`Solver.refine`)."""
+def in_precision(bijection: Bijection, dtype: Any) -> Bijection:
+    """The same bijection with inverses in this precision at least: that of its weights, or the one that a part refines in."""
+
+    def wide(y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        return y.astype(jnp.promote_types(y.dtype, dtype))
+
     return bijection._replace(
-        inverse=lambda y: bijection.inverse(y.astype(jnp.float64)),
-        inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(y.astype(jnp.float64), key),
+        inverse=lambda y: bijection.inverse(wide(y)),
+        inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(wide(y), key),
     )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, multiscale, reshape
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_float64, repeat
+from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_precision, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
@@ -17,7 +17,7 @@ from iresnet_jax.maths.logdet.estimator import LogdetEstimator
 from iresnet_jax.maths.logdet.exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.bounds import FlowWeights, blocks_of
-from iresnet_jax.models.contractions import Tree
+from iresnet_jax.models.contractions import Tree, as_params
 
 
 def flow_bijection(
@@ -54,7 +54,7 @@ def flow_bijection(
 
     batch_size = 1 if context is None else len(context)
     whole = multiscale.multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
-    return in_float64(whole) if solver.refine else whole
+    return in_precision(whole, jnp.float64 if solver.refine else jnp.result_type(*jax.tree.leaves(as_params(weights))))
 
 
 def branch_inputs(

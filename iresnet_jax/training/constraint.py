@@ -10,6 +10,7 @@ from iresnet_jax.checked_dataclasses import Count
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.saved import MODELS, Model, Spec
 from iresnet_jax.training import parallel
@@ -86,7 +87,7 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
 def certified_weights(spec: Spec, stages: Any) -> Any:
     """Weights to use after training, of the parameters of all stages; see `certified_model`."""
     if spec.constrained:
-        return contractions.freeze(spec.flow, stages)
+        return without_bounds(contractions.freeze(spec.flow, stages))
     return contractions.of_stored(spec.flow, stages, constrained=False)
 
 

@@ -228,3 +228,11 @@ def test_values_between_those_of_a_grid_have_no_likelihood():
         with pytest.raises(ValueError, match=r"1\.5 in row 2, column 0, is between values of its grid"):
             likelihood(between)
     assert model.encode(between).shape == (3, 2)  # as classes of new rows have to be found
+
+
+def test_a_flow_in_float64_inverts_latents_in_float32(x64):
+    model: Any = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), kept.model(PLANE))
+    x, info = model.flow().inverse(jnp.ones((3, 2), jnp.float32))
+    assert x.dtype == jnp.float64
+    assert info.converged.all()
+    np.testing.assert_allclose(model.flow().forward(x), 1, atol=1e-6)

@@ -134,6 +134,33 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     assert not loaded.certificate().certified
 
 
+@pytest.mark.parametrize("change", [{"activation": "tanh"}, {"padding": "CIRCULAR"}])
+def test_the_spec_says_what_branches_compute_before_and_after_saving(change, density, tmp_path):
+    spec = density.spec
+    stages = (dataclasses.replace(spec.flow.stages[0], **change), spec.flow.stages[1])
+    other = density.with_(spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=stages)))
+    x = np.random.default_rng(0).integers(0, 4, (3, 4, 4, 1), np.uint8)
+    loaded = ir.load(other.save(tmp_path / "model.npz"))
+    np.testing.assert_allclose(other.log_prob(x), loaded.log_prob(x), rtol=1e-6)
+    assert np.abs(other.log_prob(x) - density.log_prob(x)).max() > 0.1
+    np.testing.assert_allclose(other.certificate().forward, loaded.certificate().forward, rtol=1e-6)
+    wider = (dataclasses.replace(stages[0], hidden=(5,)), stages[1])
+    with pytest.raises(ValueError, match=r"do not fit the new spec: .*conv0.* has shape .* and needs"):
+        density.with_(spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=wider)))
+
+
+def test_scales_of_a_flow_with_prescribed_constants_cannot_be_altered(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    settings = {"stages": [ir.StageSpec(2, (4,))], "constants": (0.2, 5.0), "transform": ir.Identity()}
+    model = ir.Density.init(jax.random.key(0), x, **settings)
+    block = model.weights["stage0"]
+    scale = jax.tree.map(lambda leaf: leaf + 1, block.actnorm)
+    altered = model.with_(weights={"stage0": block._replace(actnorm=scale)})
+    for same in (altered, ir.load(altered.save(tmp_path / "model.npz"))):
+        np.testing.assert_allclose(same.log_prob(x), model.log_prob(x), rtol=1e-6)
+        assert same.certificate().forward == model.certificate().forward
+
+
 OLD_HEADER, NO_TEXT = (np.frombuffer(text, np.uint8) for text in (b'{"format": 1}', b"\xff\xfe"))
 
 
