@@ -1,6 +1,7 @@
 """The density as a value: terms against their definition, levels in and out, pytree, bounds and mistakes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
