@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file of named arrays.
+"""Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file of named arrays, whole or absent.
 
 A file is written under another name and renamed at the end: a killed process or a full disk cannot damage what was there
 before. The format keeps a checksum of each array, which finds what a failing disk did since.
 
 The name of an array is its path in the pytree of the state, such as ``params/stage0/block03/conv1/kernel``. Identical blocks
 are computed as one scan over arrays stacked along a leading axis, under the dictionary key ``blocks``; a name speaks of one
-block, so a file does not depend on the stacking. ``numpy.load`` reads it, too.
+block, so a file does not depend on the stacking.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -78,8 +77,8 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob("*.incoming"):  # of killed processes
                 leftover.unlink()
-            with replacing(self.path(step)) as incoming:
-                _write(incoming, named)
+            with replacing(self.path(step)) as incoming, incoming.open("xb") as file:
+                np.savez(file, **named)
         except OSError as error:
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}): "
@@ -174,29 +173,9 @@ def load_named(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return {name: array for name, array in named.items() if name not in (_METRIC, _RUN)}
 
 
-def _write(path: Path, named: dict[str, np.ndarray]) -> None:
-    """Writes arrays as ``numpy.savez`` does, any names and dtypes included.
-
-    NumPy's format does not know the dtypes of JAX, such as bfloat16. Their bits are written, under ``NAME.bfloat16``.
-    """
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in named.items():
-            ending, bits = "npy", array
-            if array.dtype.kind == "V":
-                ending, bits = array.dtype.name, array.view(f"u{array.dtype.itemsize}")
-            with archive.open(f"{name}.{ending}", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, bits, allow_pickle=False)
-
-
 def _read(path: Path, only: str | None = None) -> dict[str, np.ndarray]:
-    named = {}
-    with zipfile.ZipFile(path) as archive:
-        for entry in [f"{only}.npy"] if only else archive.namelist():
-            name, _, ending = entry.rpartition(".")
-            with archive.open(entry) as member:
-                array = np.lib.format.read_array(member, allow_pickle=False)
-            named[name] = array if ending == "npy" else array.view(ending)
-    return named
+    with path.open("rb") as file, np.load(file) as archive:
+        return {name: archive[name] for name in ([only] if only else archive.files)}
 
 
 def _reason(error: Exception) -> str:
@@ -259,6 +238,8 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
         for name in names:
             if name not in left:
                 raise _misfit(f"it lacks {name!r}")
+            if left[name].dtype.kind == "V":  # bits of a dtype of JAX, such as bfloat16, that NumPy's format does not know
+                left[name] = left[name].view(expected[0])
             if (found := (left[name].dtype, left[name].shape)) != expected:
                 if {found[0], expected[0]} == {np.dtype(np.float32), np.dtype(np.float64)}:
                     setting = "set" if found[0] == np.float64 else "unset"

@@ -42,27 +42,6 @@ def test_a_command_starts_again_with_its_arguments_and_large_pages_before_anythi
     assert said(RESTARTED, "--name", "a b", GLIBC_TUNABLES=tunables) == f"{expected} --name a b 50000\n"
 
 
-def test_no_command_starts_itself_a_third_time(monkeypatch):
-    monkeypatch.setattr(allocator, "_can_ask_for_large_pages", lambda: True)
-    monkeypatch.setattr(sys, "gettrace", lambda: None)
-    for name in ("GLIBC_TUNABLES", allocator._RESTARTED):
-        monkeypatch.delenv(name, raising=False)
-    asked = []
-    monkeypatch.setattr(os, "execve", lambda program, arguments, variables: asked.append(variables))
-    allocator.use_large_pages()
-    [variables] = asked
-    monkeypatch.setattr(os, "environ", {name: value for name, value in variables.items() if name != "GLIBC_TUNABLES"})
-    allocator.use_large_pages()
-    assert len(asked) == 1
-
-
-def test_a_system_without_large_pages_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(allocator, "_PAGES_ARE_CHOSEN", tmp_path / "missing")
-    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again for nothing"))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    allocator.use_large_pages()
-
-
 STEPS = """
 import numpy as np
 

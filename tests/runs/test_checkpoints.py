@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
-    state = {"w": np.arange(40.0), "deep": {"half": jnp.ones(3, jnp.bfloat16)}}
+    state = {"w": np.arange(40.0), "deep": {"single": jnp.ones(3)}}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state)
     path, named = checkpoints.path(1), to_named(state)

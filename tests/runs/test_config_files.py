@@ -34,34 +34,26 @@ SHAPES = {
 }
 CLASSES = {"cifar100": 100}
 LEVELS = {"digits": 17}
-# Configs whose step is lowered, with the number of parameters where something else states it.
-STEPS = [
-    ("digits_density", None, 105_932),
-    ("toy_2d", "moons", None),
+CONFIGS = [
+    ("digits_density", None),
+    ("digits_density", "variational"),
+    ("digits_hybrid", None),
+    ("mnist_density", None),
+    ("mnist_density", "variational"),
+    ("fashion_mnist_density", None),
+    ("cifar10_density", None),
+    ("bsds300", None),
+    ("tabular", None),
+    *(("iresnet_density", name) for name in ("mnist", "cifar10")),
+    *(("residual_flow_density", name) for name in ("mnist", "cifar10", "downsampled_imagenet/32x32")),
+    *(("toy_2d", name) for name in toys.TOYS),
+    *(("digits_classification", name) for name in (None, "0.7", "vanilla")),
+    *((f"{name}_classification", variant) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
+    ("mnist_classification", "muon"),
+    ("cifar10_classification", None),
+    *(("iresnet_classification", name) for name in ("mnist", "cifar10", "cifar100", "cifar10_released")),
 ]
-# Those whose step is made of the parts of others, at another size or with another prior. The roulette of a residual flow lowers
-# for GPUs in test_plan.py, and blocks of the papers' densities take a step below.
-VARIANTS = [
-    ("digits_density", "variational", None),
-    ("digits_hybrid", None, 99_670),
-    ("mnist_density", None, 1_262_694),
-    ("mnist_density", "variational", None),
-    ("fashion_mnist_density", None, 1_262_694),
-    ("cifar10_density", None, 3_117_074),
-    ("bsds300", None, None),
-    ("tabular", None, None),
-    ("iresnet_density", "mnist", None),
-    ("iresnet_density", "cifar10", 25_028_544),  # 25.03 M in the paper
-    *(("residual_flow_density", name, None) for name in ("mnist", "cifar10", "downsampled_imagenet/32x32")),
-    *(("toy_2d", name, None) for name in toys.TOYS if name != "moons"),
-    ("digits_classification", None, 404_170),
-    *(("digits_classification", name, None) for name in ("0.7", "vanilla")),
-    *((f"{name}_classification", variant, None) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
-    ("mnist_classification", "muon", 472_794),
-    ("cifar10_classification", None, 1_103_258),
-    *(("iresnet_classification", name, None) for name in ("mnist", "cifar10", "cifar100")),
-    ("iresnet_classification", "cifar10_released", 4_873_178),  # 4.91 M in the authors' code
-]
+PUBLISHED = {("iresnet_density", "cifar10"): 25.03e6, ("iresnet_classification", "cifar10_released"): 4.91e6}  # parameters
 
 
 def get_config(name, argument):
@@ -88,23 +80,21 @@ def data_of(config, shape=None):
     return DataSet.from_arrays(name, splits, labels, num_levels=levels, num_classes=classes)
 
 
-@pytest.mark.parametrize(("name", "argument", "parameters"), STEPS)
-def test_the_training_step_lowers_for_tpus(name, argument, parameters):
+@pytest.mark.parametrize(("name", "argument"), [("digits_density", None), ("toy_2d", "moons")])
+def test_the_training_step_lowers_for_tpus(name, argument):
     """That of each objective lowers for GPUs in test_plan.py."""
     config = get_config(name, argument)
     on = topologies.Machine("eight of tpu", "tpu", (jax.devices()[0],), 8)
     traced, _, about = plan.lower(config, on, data_of(config), 8)
-    assert parameters in (None, about["num_parameters"])
     assert sum(reductions(traced.jaxpr.jaxpr)) >= 4 * about["num_parameters"]  # of gradients
 
 
-@pytest.mark.parametrize(("name", "argument", "parameters"), VARIANTS)
-def test_variants_describe_models_that_fit_their_data(name, argument, parameters):
+@pytest.mark.parametrize(("name", "argument"), CONFIGS)
+def test_configs_describe_models_that_fit_their_data(name, argument):
     config = get_config(name, argument)
-    data = data_of(config)
-    objective = loop.build_objective(config, data)
-    if parameters is not None:
-        assert num_parameters(objective.abstract_state().params) == parameters
+    num = num_parameters(loop.build_objective(config, data_of(config)).abstract_state().params)
+    assert num == pytest.approx(PUBLISHED.get((name, argument), num), rel=0.01)
+    assert num > 0
 
 
 @pytest.mark.parametrize(("name", "stages"), [("iresnet_density", slice(2)), ("residual_flow_density", slice(2, 4))])
@@ -173,7 +163,7 @@ def read_kept(name):
 def test_kept_models_are_those_of_their_configs_and_certified(name):
     kept, about = read_kept(name)
     assert first_difference(to_plain(get_config(name, None)), to_plain(parse(about["config"])), "config") is None
-    assert all(float(np.max(stage.branch.lipschitz_bound)) < 1 for stage in kept.weights.values())
+    assert kept.certificate().certified
 
 
 @pytest.mark.parametrize("name", ["digits_density", "mnist_classification"])
