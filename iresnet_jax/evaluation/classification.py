@@ -8,7 +8,7 @@ from jaxtyping import Int, Num
 
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.training.objectives.classification import evaluate_images
+from iresnet_jax.training.classification import evaluate_images
 
 CONFIDENCE = 0.95  # probability that the interval covers the true error
 NUM_MISTAKES = 32  # listed and shown

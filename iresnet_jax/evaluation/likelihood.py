@@ -27,7 +27,7 @@ from iresnet_jax.maths.logdet.krylov import KrylovLogdet
 from iresnet_jax.maths.logdet.roulette import RouletteLogdet
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
-from iresnet_jax.training.objectives.density import evaluate_examples
+from iresnet_jax.training.density import evaluate_examples
 
 # For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4 draws of 22 terms, which leaves
 # the error of its probes. At 256 dimensions exactness costs 3 times as much.

@@ -27,7 +27,7 @@ from iresnet_jax.maths.logdet.config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.training.constraint import ConstraintConfig
-from iresnet_jax.training.objectives.hybrid import HybridConfig
+from iresnet_jax.training.hybrid import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
 from iresnet_jax.training.trainer import TrainingConfig
 

@@ -17,9 +17,8 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import AugmentationConfig, Config
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
-from iresnet_jax.training import initialization
+from iresnet_jax.training import classification, density, hybrid, initialization
 from iresnet_jax.training.constraint import training_constraint
-from iresnet_jax.training.objectives import classification, density, hybrid
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.step import Objective, TrainingStep, UpdateRule
 

@@ -4,7 +4,7 @@ A `TrainingStep` is written for one device and its share of the batch. `parallel
 `Trainer.steps` calls it with one batch after the other.
 
 What a step depends on is bound once, in ``_training_step`` of `runs.objective_from_config`: the model without weights, the loss
-(``make_loss`` in the objective's file, such as `objectives.density`), the constraint (`constraint.training_constraint`) and the
+(``make_loss`` in the objective's file, such as `training.density`), the constraint (`constraint.training_constraint`) and the
 optimizer. An `Objective` is a step with its validation, its data and its first state.
 """
 

@@ -22,7 +22,7 @@ from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.run_folder import alone_in
 from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.objectives.density import TOLERATED_BIAS, evaluate_examples
+from iresnet_jax.training.density import TOLERATED_BIAS, evaluate_examples
 from iresnet_jax.training.trainer import Trainer
 
 

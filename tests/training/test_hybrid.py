@@ -27,7 +27,7 @@ from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.objective_from_config import build_augmentation, build_objective
 from iresnet_jax.training import parallel
-from iresnet_jax.training.objectives.hybrid import HybridConfig, make_loss
+from iresnet_jax.training.hybrid import HybridConfig, make_loss
 from iresnet_jax.training.step import StepKeys
 
 SAME = 1e-5  # the same maths by another route, float32
@@ -264,8 +264,6 @@ def test_report_holds_likelihood_and_error(trained, class_log_probs, workdir):
     assert 0 < written["bits_per_dim"]["mean"] < 5
     assert "bits/dim" in said
     assert "test error" in said
-    page = (workdir / "report.html").read_text()
-    assert all(text in page for text in ("Test bits per dimension", "Test error", "one row a class"))
 
 
 NUM = 80  # samples, as many as the report draws of classes: they are drawn by one program

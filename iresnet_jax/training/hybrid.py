@@ -20,8 +20,8 @@ import optax
 from iresnet_jax.checked_dataclasses import CountOrNone, NotNegative
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
-from iresnet_jax.training.objectives import density
-from iresnet_jax.training.objectives.classification import Augment, accuracy_and_loss
+from iresnet_jax.training import density
+from iresnet_jax.training.classification import Augment, accuracy_and_loss
 from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
 

@@ -15,7 +15,7 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, LogProb
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.training.objectives.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_loss
+from iresnet_jax.training.density import ALARMING_BIAS, TOLERATED_BIAS, evaluation_keys, make_loss
 from iresnet_jax.training.step import StepKeys
 
 
