@@ -1,4 +1,4 @@
-"""What each command of ``python -m iresnet_jax`` does; `iresnet_jax.__main__` has their table and options.
+"""Commands of ``python -m iresnet_jax``; `iresnet_jax.__main__` has their table and options.
 
 Each says what it found, and returns whether what was asked for holds: if not, the exit status is 1.
 """
@@ -168,7 +168,7 @@ def convert(arguments: argparse.Namespace) -> bool:
 
 
 def _excess(certificate: Certificate) -> str:
-    """By how much certified norms of layers are above the coefficient."""
+    """A sentence on how far certified norms of layers are above the coefficient."""
     layers = [(f"{block.name}/{layer.name}", layer.bound) for block in certificate.blocks for layer in block.layers]
     coeff = certificate.coeff or math.nan
     num_above, (name, largest) = sum(bound > coeff for _, bound in layers), max(layers, key=lambda layer: layer[1])

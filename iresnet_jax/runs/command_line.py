@@ -136,7 +136,7 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> "Config":
 
 
 def _settings_of(path: Path, variant: str) -> dict[str, Any]:
-    """What a config file returns, as plain data."""
+    """Settings that a config file returns, as plain data."""
     from ml_collections import ConfigDict
 
     if not path.is_file():

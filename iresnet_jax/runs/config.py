@@ -5,6 +5,7 @@ A file in ``configs/`` starts from `default_config`, a dictionary of these field
 """
 
 import dataclasses
+import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from iresnet_jax.training.trainer import TrainingConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learnt."""
+    """Data set."""
 
     name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or a simulator
     # Shares of the examples of a file without splits; image data sets come with their splits.
@@ -105,7 +106,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured after training."""
+    """Measurements after training."""
 
     logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
     batch_size: Count = 256
@@ -123,7 +124,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ReferencesConfig:
-    """What the report compares with."""
+    """Numbers of others that the report compares with."""
 
     values: tuple[tuple[str, float], ...] = ()  # pairs ("who", value in bits/dim, nats or % error)
 
@@ -171,59 +172,41 @@ def parse(settings: Any) -> Config:
     return config
 
 
+# Settings of some objectives, which the others leave at their defaults.
+_OBJECTIVES = {
+    "augmentation.crop_padding": ("classification", "hybrid"),
+    "augmentation.flip": ("classification", "hybrid"),
+    "augmentation.noise": ("density",),
+    "augmentation.transformations": ("density",),
+    "model.dequantization": ("density", "hybrid"),
+    "model.prior_components": ("density",),
+    "model.sharp": ("density", "hybrid"),
+}
+
+
 def _check_combinations(config: Config) -> None:
     """Raises ``ValueError`` for settings that are sound one by one and not together."""
-    objective, norms, augmentation = config.objective, config.constraint.norms, config.augmentation
-    contradictions = (
-        (
-            objective not in ("classification", "hybrid") and (augmentation.crop_padding or augmentation.flip),
-            "crops and flips of config.augmentation are for the objectives classification and hybrid",
+    for name, objectives in _OBJECTIVES.items():
+        found, default = (operator.attrgetter(name)(each) for each in (config, Config()))
+        if found != default and config.objective not in objectives:
+            raise ValueError(f"config.{name} is for {' and '.join(objectives)}: leave it at {default!r} for {config.objective}")
+    model, evaluation, transform = config.model, config.evaluation, config.preprocessing.transform
+    contradictions = {
+        "config.model.prior_components is for the priors mixture and scales, which need it, and for no other: got "
+        f"{model.prior_components} for {model.prior}": (model.prior in MIXTURES) != bool(model.prior_components),
+        "a density needs blocks that are contractions: constraint.norms = none is for classification": (
+            config.objective != "classification" and config.constraint.norms == "none"
         ),
-        (
-            objective != "density" and augmentation.noise,
-            f"config.augmentation.noise is for the objective density, got {augmentation.noise}",
+        f"preprocessing.entrywise is for transform equalize, got {transform!r}": (
+            config.preprocessing.entrywise and transform != "equalize"
         ),
-        (
-            objective != "density" and augmentation.transformations,
-            f"config.augmentation.transformations are for the objective density: leave them out for {objective}",
+        f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": len(model.constants) not in (0, 2),
+        "config.evaluation.num_importance_examples needs draws: set config.evaluation.num_importance_draws": (
+            evaluation.num_importance_examples and not evaluation.num_importance_draws
         ),
-        (
-            objective not in ("density", "hybrid") and config.model.sharp,
-            f"config.model.sharp is for the objectives density and hybrid: leave it false for {objective}",
-        ),
-        (
-            objective not in ("density", "hybrid") and config.model.dequantization == "variational",
-            f"config.model.dequantization is for the objectives density and hybrid: leave it at uniform for {objective}",
-        ),
-        (
-            (config.model.prior in MIXTURES) != bool(config.model.prior_components),
-            "config.model.prior_components is for the priors mixture and scales, which need it, and for no other: got "
-            f"{config.model.prior_components} for {config.model.prior}",
-        ),
-        (
-            config.model.prior in MIXTURES and objective != "density",
-            f"config.model.prior {config.model.prior} is for the objective density, got {objective}: choose another prior",
-        ),
-        (
-            objective in ("density", "hybrid") and norms == "none",
-            "a density needs blocks that are contractions: constraint.norms = none is for classification",
-        ),
-        (
-            config.preprocessing.entrywise and config.preprocessing.transform != "equalize",
-            f"preprocessing.entrywise is for transform equalize, got {config.preprocessing.transform!r}",
-        ),
-        (
-            len(config.model.constants) not in (0, 2),
-            f"config.model.constants must be (mu, nu), or () for none, got {config.model.constants}",
-        ),
-        (
-            config.evaluation.num_importance_examples and not config.evaluation.num_importance_draws,
-            f"config.evaluation.num_importance_examples is {config.evaluation.num_importance_examples}, and no examples have "
-            "draws: set config.evaluation.num_importance_draws, or leave it at 0",
-        ),
-        (not config.model.stages, "config.model.stages must have at least one stage, got none"),
-    )
-    for is_wrong, sentence in contradictions:
+        "config.model.stages must have at least one stage, got none": not model.stages,
+    }
+    for sentence, is_wrong in contradictions.items():
         if is_wrong:
             raise ValueError(sentence)
 

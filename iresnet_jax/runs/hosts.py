@@ -1,4 +1,4 @@
-"""The processes of one run: how they find one another, agree, and end together.
+"""Processes of one run: they find one another, agree, and end together.
 
 A run on many hosts is the same command on each of them. `initialize` joins the processes before JAX touches a device. What one
 process alone may do, process 0 does; `from_first` hands its result, or its failure, to all. What all have to do after the same
@@ -108,7 +108,7 @@ def is_first() -> bool:
 
 
 def from_first(produce: Callable[[], Any]) -> Any:
-    """What a function returns, or raises, in process 0, in all processes, which all have to call this.
+    """Calls a function in process 0 and gives its result, or error, to all processes, which all have to call this.
 
     Args:
         produce: Function whose result JSON can hold. ``ValueError``, ``RuntimeError`` and ``OSError`` reach all processes.
@@ -203,7 +203,7 @@ def _leave() -> None:
 
 
 class Wish(enum.IntEnum):
-    """What a process may wish for, by its place in the sum of `Agreement`."""
+    """Wishes of a process, by their places in the sum of `Agreement`."""
 
     SIGINT = 0
     SIGTERM = 1
@@ -239,7 +239,7 @@ class Agreement:
         return take
 
     def granted(self) -> set[Wish]:
-        """What all processes do now."""
+        """Wishes that all processes follow now."""
         if len(self._sums) <= DELAY:
             return set()
         return {wish for wish, total in zip(Wish, np.asarray(self._sums.popleft()), strict=True) if total > 0}

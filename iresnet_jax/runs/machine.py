@@ -1,4 +1,4 @@
-"""How JAX uses this machine: a CPU's cores and compiler, and the precision of products.
+"""JAX on this machine: a CPU's cores and compiler, and the precision of products.
 
 What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`.
 """

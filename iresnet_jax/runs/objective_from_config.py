@@ -1,4 +1,4 @@
-"""What settings make of a model in training: its loss, its training step, its validation."""
+"""Objectives from settings: the loss, the training step and the validation of a model."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from iresnet_jax.training.step import Objective, TrainingStep, UpdateRule
 
 
 def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> Objective:
-    """What ``config.objective`` names, for a model that is by default the one of the settings and the data.
+    """The objective that ``config.objective`` names, for a model that is by default the one of the settings and the data.
 
     Raises:
         ValueError: If settings do not fit the data.
@@ -127,7 +127,7 @@ def unroll(config: Config) -> bool:
 
 
 def rematerialize(config: Config) -> Rematerialize:
-    """What a backward pass computes anew: what the config says, and "elementwise" at least for exact log-dets in a scan.
+    """Values that a backward pass computes anew: what the config says, and "elementwise" at least for exact log-dets in a scan.
 
     A scan writes all that it keeps into stacks, which takes longer than to recompute what is elementwise.
     """
@@ -137,7 +137,7 @@ def rematerialize(config: Config) -> Rematerialize:
 
 
 def _held_out(config: Config, data: DataSet) -> dict[str, Any]:
-    """What a validation of a density measures, and how."""
+    """Measurements of a density at a validation."""
     num, seed = config.training.eval_examples, config.seed
     return {
         "examples": data.held_out("validation", num, seed),

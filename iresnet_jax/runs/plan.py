@@ -33,7 +33,7 @@ RESOLUTION = 8  # the largest batch is found to one part in so many
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step takes. As a string it is a few lines.
+    """Time and memory that a training step takes. As a string it is a few lines.
 
     Attributes:
         topology: Machine that the step was made for, such as "v5e:4x8" or "cuda:8".
@@ -239,6 +239,6 @@ def _largest(plan: Plan, plan_of: Callable[[int], Plan], on: Machine, multiple: 
 
 
 def _guess(used: dict[int, int], limit: float) -> float:
-    """Where a line through the two largest known points reaches the limit."""
+    """Batch size at which a line through the two largest known points reaches the limit."""
     (a, at_a), (b, at_b) = sorted(used.items())[-2:]
     return b + (limit - at_b) * (b - a) / max(at_b - at_a, 1)

@@ -1,4 +1,4 @@
-"""What a traced or compiled program costs: its arithmetic, with loops counted, and its reductions over devices."""
+"""Costs of a traced or compiled program: its arithmetic, with loops counted, and its reductions over devices."""
 
 import math
 import re

@@ -85,7 +85,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
 
 
 def fingerprint(workdir: Path) -> str | None:
-    """Of the settings and the model that a run began with, by which its checkpoints know it; None without these files.
+    """Fingerprint of a run's first settings and model, by which its checkpoints know it; None without these files.
 
     Settings of evaluation do not count, which nothing in a checkpoint depends on.
     """
@@ -145,7 +145,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 
 def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
-    """What is understood of the JSON object in a file of the present version."""
+    """Reads the JSON object in a file of the present version and gives what ``understand`` makes of it."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):

@@ -1,4 +1,4 @@
-"""How a process is told to stop: by Ctrl-C, or by the SIGTERM that schedulers send some time before they kill.
+"""Requests to stop a process: by Ctrl-C, or by the SIGTERM that schedulers send some time before they kill.
 
 A library leaves signals to the program that calls it, but for one: who sits in front of a notebook and interrupts `fit` wants
 the model. So `heard_in_memory` names Ctrl-C there, and nothing in a script, which ends as Python's own code would.

@@ -245,7 +245,7 @@ def fill_up(rows: np.ndarray) -> np.ndarray:
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
-    """How many batches of this size it takes for all examples.
+    """Number of batches of this size that hold all examples.
 
     Raises:
         ValueError: If there is no example, or none in a batch.
