@@ -3,6 +3,13 @@
 Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method, and Newton's if the diagonal of the Jacobian
 is known) and differentiable (implicit function theorem). An example stops on its own residual, never on that of its
 batch mates, and rounding apart its result does not depend on them.
+
+The iteration is `init`, `step` and `finish`, for whoever wants to watch it:
+
+    >>> equation = Equation.of(branch, y, lipschitz_bound=0.9, atol=1e-6)
+    >>> state = init(equation, memory=4)
+    >>> state = step(equation, state)  # one evaluation of the branch
+    >>> x, info = finish(equation, state)
 """
 
 import math
@@ -189,10 +196,11 @@ def broadcast_to_examples(per_example: Array, like: Array) -> Array:
     return per_example.reshape(per_example.shape + (1,) * (like.ndim - 1))
 
 
-class _Equation(NamedTuple):
+class Equation(NamedTuple):
     """The equation ``y = x + g(x)`` on examples as vectors ``(b, d)``, and the tolerance of its solution.
 
     Attributes:
+        shape: Shape of the batch.
         branch: ``g`` on vectors.
         y: Right-hand side.
         y_norm: Norm of ``y``, one per example.
@@ -201,6 +209,7 @@ class _Equation(NamedTuple):
         diagonal: Diagonal of the Jacobian on vectors; None if unknown.
     """
 
+    shape: tuple[int, ...]
     branch: Branch
     y: Array
     y_norm: Array
@@ -208,8 +217,37 @@ class _Equation(NamedTuple):
     small_enough: Array
     diagonal: Diagonal | None
 
+    @classmethod
+    def of(
+        cls,
+        branch: Branch,
+        y: Float[Array, "b ..."],
+        *,
+        lipschitz_bound: float | Float[Array, ""],
+        atol: float | Float[Array, "..."],
+        diagonal: Diagonal | None = None,
+    ) -> "Equation":
+        """The equation of a branch and a batch; arguments are those of `invert_residual`, ``atol`` may be one an example."""
+        shape, vectors = y.shape, (len(y), math.prod(y.shape[1:]))
+        bound = lipschitz_at_least(lipschitz_bound, y.dtype)
+
+        def on_vectors(function):
+            return lambda x: function(x.reshape(shape)).reshape(vectors).astype(y.dtype)
+
+        flat = y.reshape(vectors)
+        return cls(
+            shape=shape,
+            branch=on_vectors(branch),
+            y=flat,
+            y_norm=example_norm(flat),
+            lipschitz_bound=bound,
+            small_enough=atol * (1 - bound) / jnp.maximum(bound, jnp.finfo(y.dtype).eps),
+            diagonal=None if diagonal is None else diagonal._replace(at=on_vectors(diagonal.at)),
+        )
+
     @property
     def margin(self) -> Array:
+        """``1 - L``."""
         return 1 - self.lipschitz_bound
 
 
@@ -242,7 +280,7 @@ class _Evaluation(NamedTuple):
         return _Evaluation(*(jnp.where(broadcast_to_examples(condition, a), a, b) for a, b in zip(self, other, strict=True)))
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """The iteration between two evaluations.
 
     Attributes:
@@ -270,35 +308,21 @@ class _State(NamedTuple):
 
 def _iterate(branch, y, settings, atol, start=None, diagonal=None):
     """`invert_residual` without its derivatives; ``atol`` may be one per example."""
-    lipschitz_bound, max_evals, memory = settings
-    shape, vectors = y.shape, (len(y), math.prod(y.shape[1:]))
-
-    def on_vectors(function):
-        return lambda x: function(x.reshape(shape)).reshape(vectors).astype(y.dtype)
-
-    flat = y.reshape(vectors)
-    equation = _Equation(
-        branch=on_vectors(branch),
-        y=flat,
-        y_norm=example_norm(flat),
-        lipschitz_bound=lipschitz_bound,
-        small_enough=atol * (1 - lipschitz_bound) / jnp.maximum(lipschitz_bound, jnp.finfo(y.dtype).eps),
-        diagonal=None if diagonal is None else diagonal._replace(at=on_vectors(diagonal.at)),
-    )
-    x = flat if start is None else start.reshape(vectors)
-    state = _begin(equation, x, min(memory, vectors[1]))  # as many steps explain everything that is linear
+    equation = Equation.of(branch, y, lipschitz_bound=settings.lipschitz_bound, atol=atol, diagonal=diagonal)
 
     def go_on(state):
-        return (state.step < max_evals) & ~jnp.all(state.done)
+        return (state.step < settings.max_evals) & ~jnp.all(state.done)
 
-    x, info = _verdict(equation, lax.while_loop(go_on, lambda state: _advance(equation, state), state))
-    return x.reshape(shape), info
+    state = init(equation, start, memory=settings.memory)
+    return finish(equation, lax.while_loop(go_on, lambda state: step(equation, state), state))
 
 
-def _begin(equation: _Equation, x: Array, memory: int) -> _State:
-    """Nothing is evaluated yet, so the best residual is infinite."""
+def init(equation: Equation, start: Float[Array, "b ..."] | None = None, *, memory: int = 4) -> State:
+    """The state before the first evaluation, whose best residual is infinite; ``start`` is ``y`` by default."""
+    x = equation.y if start is None else start.reshape(equation.y.shape)
+    memory = min(memory, x.shape[1])  # as many steps explain everything that is linear
     zero, nothing = jnp.zeros(len(x), x.dtype), jnp.zeros(len(x), jnp.int32)
-    return _State(
+    return State(
         step=jnp.int32(0),
         x=x,
         best=_Evaluation(x, x, x, zero + jnp.inf, zero),
@@ -311,7 +335,7 @@ def _begin(equation: _Equation, x: Array, memory: int) -> _State:
     )
 
 
-def _advance(equation: _Equation, state: _State) -> _State:
+def step(equation: Equation, state: State) -> State:
     """Evaluates the branch once, keeps the best, decides who is done and where to evaluate next."""
     now = _evaluate(equation, state.x)
     better = ~state.done & (now.residual < state.best.residual)
@@ -323,7 +347,7 @@ def _advance(equation: _Equation, state: _State) -> _State:
     done = state.done | (best.residual <= target) | _hopeless(rate, stalled_evals, now.residual)
     evals_left = jnp.where(done, 0, jnp.log(best.residual / target) / rate)
     next_x, history, slopes = _next_iterate(equation, state, now, best, evals_left)
-    return _State(
+    return State(
         step=state.step + 1,
         x=jnp.where(state.done[:, None], state.x, next_x),
         best=best,
@@ -336,7 +360,7 @@ def _advance(equation: _Equation, state: _State) -> _State:
     )
 
 
-def _evaluate(equation: _Equation, x: Array) -> _Evaluation:
+def _evaluate(equation: Equation, x: Array) -> _Evaluation:
     """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, plus what entries lose that are too small for the format."""
     image = equation.y - equation.branch(x)
     r, g = image - x, equation.y - image  # the branch's own output would be a second result, which XLA:CPU computes twice
@@ -346,7 +370,7 @@ def _evaluate(equation: _Equation, x: Array) -> _Evaluation:
     return _Evaluation(x, image, r, example_norm(r), rounding)
 
 
-def _rate(first_residual: Array, state: _State) -> Array:
+def _rate(first_residual: Array, state: State) -> Array:
     """``log(|r_0| / |r_best|)`` an evaluation before the present one, at least one unit of rounding."""
     eps = jnp.finfo(first_residual.dtype).eps
     shrunk = jnp.log(first_residual / jnp.maximum(state.best.residual, eps * eps))
@@ -358,7 +382,7 @@ def _hopeless(rate: Array, stalled_evals: Array, residual: Array) -> Array:
     return (stalled_evals >= jnp.clip(1 / rate, 2, 1000)) | ~jnp.isfinite(residual)
 
 
-def _next_iterate(equation: _Equation, state: _State, now: _Evaluation, best: _Evaluation, evals_left: Array):
+def _next_iterate(equation: Equation, state: State, now: _Evaluation, best: _Evaluation, evals_left: Array):
     """Anderson's step, with Newton's for the rest; a Banach step from the best iterate where ``|r| > L |r_best|``."""
     next_x, unexplained = now.image, now.r
     history, slopes = state.history, state.slopes
@@ -376,15 +400,19 @@ def _next_iterate(equation: _Equation, state: _State, now: _Evaluation, best: _E
     return jnp.where(as_good_as_banach[:, None], next_x, best.image), history, slopes
 
 
-def _slopes_at(equation: _Equation, x: Array) -> Array:
+def _slopes_at(equation: Equation, x: Array) -> Array:
     """``|diag J| <= min(L, .999)``, so that ``1 + diag J`` stays above .001 under a false L too."""
     assert equation.diagonal is not None
     limit = jnp.minimum(equation.lipschitz_bound, 0.999)
     return jnp.clip(jnp.nan_to_num(equation.diagonal.at(x)), -limit, limit)
 
 
-def _verdict(equation: _Equation, end: _State) -> tuple[Array, FixedPointInfo]:
-    """``|x - x*| <= |r| / (1 - L)`` at the best iterate, ``L |r| / (1 - L)`` after the Banach step that follows convergence."""
+def finish(equation: Equation, end: State) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
+    """The solution so far, and how the iteration ended.
+
+    ``|x - x*| <= |r| / (1 - L)`` at the best iterate, ``L |r| / (1 - L)`` after the Banach step that follows
+    convergence.
+    """
     best, margin = end.best, equation.margin
     contraction = margin > 0
     converged = contraction & (best.residual <= jnp.maximum(equation.small_enough, _ROUNDING_FLOOR * best.rounding))
@@ -395,4 +423,4 @@ def _verdict(equation: _Equation, end: _State) -> tuple[Array, FixedPointInfo]:
         error_bound=jnp.where(contraction, (to_go + best.rounding) / jnp.where(contraction, margin, 1), jnp.inf),
         converged=converged,
     )
-    return jnp.where(converged[:, None], best.image, best.x), info
+    return jnp.where(converged[:, None], best.image, best.x).reshape(equation.shape), info

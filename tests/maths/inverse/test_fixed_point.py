@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from iresnet_jax.maths.inverse.fixed_point import invert_residual
+from iresnet_jax.maths.inverse.fixed_point import Equation, finish, init, invert_residual, step
 
 ATOL = 1e-6  # the default tolerance of the inverse
 NEWTON = 1e-12  # what the dense solution is good for, and rounding in our comparison with it
@@ -195,3 +195,20 @@ def test_a_batch_of_lower_precision_than_the_branch():
     x, info = jax.jit(lambda y: invert_residual(lambda x: x @ matrix, y, lipschitz_bound=0.5))(y)
     assert x.dtype == jnp.bfloat16
     assert np.all(np.linalg.norm(np.asarray(x, np.float64) - 1 / 1.5, axis=1) <= np.asarray(info.error_bound, np.float64))
+
+
+def test_the_iteration_step_by_step_is_that_of_the_solver():
+    def branch(x):
+        return 0.5 * jnp.tanh(x)
+
+    y = jnp.linspace(-2, 2, 12).reshape(3, 4)
+    equation = Equation.of(branch, y, lipschitz_bound=0.5, atol=1e-6)
+    state, bounds = init(equation, memory=4), []
+    for _ in range(8):
+        state = step(equation, state)
+        x, info = finish(equation, state)
+        bounds.append(info.error_bound)
+    expected, stated = invert_residual(branch, y, lipschitz_bound=0.5, atol=1e-6, max_evals=8)
+    np.testing.assert_allclose(x, expected, atol=1e-6)
+    np.testing.assert_array_equal(info.converged, stated.converged)
+    assert np.all(np.diff(bounds, axis=0) <= 0)
