@@ -14,10 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from iresnet_jax.certification.banded import step_norms
-from iresnet_jax.certification.passes import newton_step
+from iresnet_jax.certification.jacobians import newton_step
+from iresnet_jax.certification.norms import linearize, newton_step_by_inverses, products_at, step_norms
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, inputs_of, prepared, vectors_of
-from iresnet_jax.certification.products import linearize, newton_step_by_inverses, products_at
 from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
 from iresnet_jax.certification.trajectory import follow, follow_back
 from iresnet_jax.maths.enclosures.double_double import DoubleDouble
@@ -73,7 +72,7 @@ def inverse(
 
     Small flows (up to 1e10 operations) take the norms of all products of the steps' inverses. Large ones take the product of
     the norms, each verified from a banded matrix: 1e6 or so for 22 blocks, where the trajectory is refined to residuals of
-    1e-19. Where that matrix has more than `banded.MOST_ENTRIES` entries, a step counts with its global bound, and
+    1e-19. Where that matrix has more than `norms.MOST_ENTRIES` entries, a step counts with its global bound, and
     `InverseCertificate.estimate` says what an estimate of its norm would give.
 
     Args:

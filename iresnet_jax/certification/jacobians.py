@@ -7,7 +7,7 @@ product of the layers and of slopes ``D_i`` that are known to nearly all their b
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,17 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.residuals import Layer, PreciseStage
-from iresnet_jax.certification.trajectory import Place
+from iresnet_jax.certification.trajectory import Place, over_steps
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
+from iresnet_jax.maths.inverse.fixed_point import Settings, solve_linear
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
 
+_MEMORY, _MOST_EVALS = 8, 300  # of the linear solves of a Newton step
 _CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together
 
+FlowSlopes = tuple[tuple[Array | np.ndarray | None, ...], ...]  # (b, k, ...), by stage and layer
 Slopes = Sequence[Array | np.ndarray | None]  # in front of each layer of a branch; None where it has no activation
 
 
@@ -99,6 +102,32 @@ def step_jacobians(steps: LinearSteps, slopes: Slopes) -> Float[Array, "k d d"]:
         return (jnp.eye(d) + transposed.T) * step.scale.reshape(1, d)
 
     return lax.map(of_step, (steps, tuple(slopes)))
+
+
+@jax.jit
+def newton_step(steps: Sequence[LinearSteps], slopes: FlowSlopes, residuals: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The correction ``e_t = J_t^-1 (e_{t+1} - r_t)`` of every point of a trajectory but the last, where ``e_T = 0``.
+
+    It promises nothing: residuals say how good it was.
+    """
+
+    def step(later, own):
+        maps, slopes, r = own
+        settings = Settings(maps.lipschitz, _MOST_EVALS, _MEMORY)
+        solved, _ = solve_linear(lambda u: maps.push(slopes, u), maps.place.read(later - r), settings)
+        now = maps.place.write(later, solved / maps.scale[None])
+        return now, now
+
+    stages = _stages(steps, slopes, residuals)
+    _, corrections = over_steps(step, jnp.zeros_like(residuals[:, 0]), stages, reverse=True)
+    return jnp.moveaxis(jnp.concatenate(corrections), 0, 1)
+
+
+def _stages(steps: Sequence[LinearSteps], slopes: FlowSlopes, residuals: Float[Array, "b t d"]) -> list[Any]:
+    """The steps of each stage with slopes and residuals, the axis of steps in front."""
+    by_step = jax.tree.map(lambda own: jnp.moveaxis(own, 1, 0), (slopes, residuals))
+    ends = np.cumsum([len(own.lipschitz) for own in steps])[:-1]
+    return list(zip(steps, by_step[0], jnp.split(by_step[1], ends), strict=True))
 
 
 class StepConstants(NamedTuple):

@@ -23,7 +23,6 @@ from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.model import M, Model
 
-MOST_DIMS = 4096  # of what takes dense Jacobians
 ALL_PRODUCTS = 1e10  # floating-point operations up to which the products of all pairs of steps are computed
 _CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together
 
@@ -80,14 +79,13 @@ class PreparedFlow:
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
 
 
-def check(model: M, *given: Any, context: Contexts | None = None, most_dims: int | None = None, contraction: bool = True) -> M:
+def check(model: M, *given: Any, context: Contexts | None = None, contraction: bool = True) -> M:
     """The model with guaranteed bounds.
 
     Args:
         model: The model.
         given: Batches that are given, which must be arrays of the host, not traced ones.
         context: Contexts of a conditional density, one for each example of the batches.
-        most_dims: Most dimensions of the flow, if there is a limit.
         contraction: Whether every block must be certified to be a contraction.
 
     Raises:
@@ -115,14 +113,12 @@ def check(model: M, *given: Any, context: Contexts | None = None, most_dims: int
             )
     if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
-    if most_dims is not None and model.spec.flow.num_dims > most_dims:
-        raise ValueError(f"dense Jacobians are computed up to {most_dims} dimensions, got {model.spec.flow.num_dims}")
     return model
 
 
 @contextlib.contextmanager
 def prepared(
-    model: Model, *given: Any, context: Contexts | None = None, **limits: Any
+    model: Model, *given: Any, context: Contexts | None = None, contraction: bool = True
 ) -> Iterator[tuple[PreparedFlow, Float[np.ndarray, "b k"] | None]]:
     """The prepared flow of a model, and contexts as it takes them, scaled in the precision in which they are given.
 
@@ -132,13 +128,13 @@ def prepared(
         model: The model.
         given: Batches that are given.
         context: Contexts of a conditional density.
-        limits: ``most_dims`` and ``contraction`` of `check`.
+        contraction: Whether every block must be certified to be a contraction.
 
     Raises:
         ValueError: For the reasons of `check`.
     """
     context = None if context is None else numbers(context)
-    model = check(model, *given, context=context, **limits)
+    model = check(model, *given, context=context, contraction=contraction)
     is_double = np.float64 in (getattr(context, "dtype", None), jnp.result_type(float))
     with jax.enable_x64(is_double):
         scaled = model.scale_context(context) if isinstance(model, Density) else None

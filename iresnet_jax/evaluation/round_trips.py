@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.certification.decoding import Decoded, certified, to_data
+from iresnet_jax.certification.decode import Decoded, certified, to_data
 from iresnet_jax.certification.prepared import check
 from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.inverse.fixed_point import example_norm

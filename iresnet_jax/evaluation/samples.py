@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from iresnet_jax.bijections.bijection import follow_inverse_info, no_inverse_error
-from iresnet_jax.certification.decoding import to_data
+from iresnet_jax.certification.decode import to_data
 from iresnet_jax.evaluation.round_trips import Guarantee, bound_inverses
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel

@@ -37,11 +37,11 @@ class Inverses(NamedTuple):
 
 
 class ProductTables(NamedTuple):
-    """Norms of computed products ``P_{s,t} = R_s ... R_t``, or forward ``M_t ... M_s``, and what rounding contributed.
+    """Norms of computed products ``P_{s,t} = R_s ... R_t``, and what rounding contributed.
 
     Attributes:
         norms: Bounds of ``|P_{s,t}|_2``.
-        rounding: Bounds of ``|P_{s,t} - P_{s,t-1} R_t|_2``, or forward ``|P_{s,t} - M_t P_{s,t-1}|_2``.
+        rounding: Bounds of ``|P_{s,t} - P_{s,t-1} R_t|_2``.
     """
 
     norms: Float[Array, "r t"]
@@ -75,8 +75,6 @@ def product_tables(
     active: Sequence[Int[Array, " _"]],
     num_dims: int,
     num_rows: int,
-    *,
-    forward: bool = False,
 ) -> ProductTables:
     """Norms of products of the steps' matrices, from each of the first rows on.
 
@@ -85,7 +83,6 @@ def product_tables(
         active: Coordinates that each group acts on.
         num_dims: Length of the whole vector.
         num_rows: Rows ``s`` to compute: one product of matrices for each ``t >= s``, and one more for its norm.
-        forward: Whether each matrix multiplies those before it from the left, as Jacobians do, instead of from the right.
     """
     starts = np.cumsum([0, *(len(group) for group in matrices)])
     num = int(starts[-1])
@@ -98,10 +95,7 @@ def product_tables(
                 product, size, tables = state
                 matrix = group[t - start]
                 rounding = gamma(len(entries)) * size * frobenius_bound(matrix) * UP
-                if forward:
-                    product = product.at[entries].set(matrix @ product[entries])
-                else:
-                    product = product.at[:, entries].set(product[:, entries] @ matrix)
+                product = product.at[:, entries].set(product[:, entries] @ matrix)
                 norms, roundings = tables
                 tables = ProductTables(norms.at[s, t].set(norm_bound(product)), roundings.at[s, t].set(rounding))
                 return product, frobenius_bound(product), tables

@@ -19,7 +19,6 @@ from iresnet_jax.maths.trajectories.row_blocks import RowBlocks
 
 Array = np.ndarray
 _BELOW = (0.005, 0.05, 0.3)  # of the estimate by which bounds are tried below it
-_BELOW_SINGULAR = (1e-7, 1e-4, 0.1)  # likewise, for squares of singular values
 _MOST_STEPS = 40  # of Lanczos' method
 
 
@@ -60,20 +59,6 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
     size = abs(estimate)
     shifts = (estimate - min(residual, below * size) - below * size for below in _BELOW)
     return _first_bound(matrix, (shift for shift in shifts if shift > at_least), at_least)
-
-
-def singular_value_bounds(matrix: Float[Array, "n m"]) -> tuple[float, float]:
-    """Verified bounds of the least singular value, from below, and of the largest, from above: those of ``A^T A``."""
-    size = float(np.linalg.norm(matrix)) * UP
-    if not np.isfinite(size):
-        return 0.0, np.inf
-    gram = matrix.T @ matrix
-    values = np.linalg.eigvalsh(gram)
-    rounding = gamma(len(matrix) + 2) * size**2
-    below, above = ([values[0] * (1 - by) for by in _BELOW_SINGULAR], [-values[-1] * (1 + by) for by in _BELOW_SINGULAR])
-    least = _first_bound(RowBlocks({(0, 0): gram}, 1), below, rounding) - rounding
-    largest = rounding - _first_bound(RowBlocks({(0, 0): -gram}, 1), above, rounding - size**2)
-    return float(np.sqrt(least) / UP), float(np.sqrt(largest) * UP)
 
 
 def _first_bound(matrix: RowBlocks, shifts: Iterable[float], known: float) -> float:
