@@ -224,7 +224,7 @@ def _value_and_slope(target: Target):
 def _particles(target: Target, seed: int, minutes: float) -> tuple[np.ndarray, float]:
     """The particles of `fit_energy`, and the seconds that are left."""
     began = time.monotonic()
-    x = particles(target.log_density, target.num_dims, key=jax.random.key(seed), scale=target.scale, minutes=minutes)
+    x = particles(target.log_density, target.num_dims, key=jax.random.key(seed), scale=target.scale)
     return x.reshape(-1, target.num_dims), max(60 * minutes - (time.monotonic() - began), 1.0)
 
 

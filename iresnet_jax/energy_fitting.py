@@ -39,10 +39,8 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.marginals import Marginals
 from iresnet_jax.training.initialization import fitted_mixture
 
-MINUTES = 3.0
 NUM_PARTICLES = 20_000
-MOVING_SHARE = 0.15  # of the time that annealing leaves, for more snapshots of the particles
-MOST_SNAPSHOTS = 16
+NUM_SNAPSHOTS = 8  # of all particles, with ten trajectories between two of them
 COMPONENTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)  # of a mixture, tried until the likelihood falls twice
 PER_MARGINAL = 8  # components of an entry
 STAGES = (StageSpec(20, (128,), activation="clipswish"),)
@@ -55,7 +53,7 @@ def fit_energy(
     *,
     key: Key[Array, ""],
     scale: float | int = 1.0,
-    minutes: float | int = MINUTES,
+    minutes: float | int = 3.0,
     steps: int | None = None,
     num_particles: int = NUM_PARTICLES,
     stages: Sequence[StageSpec] = STAGES,
@@ -63,10 +61,10 @@ def fit_energy(
 ) -> Density:
     """A density that is close to an unnormalised one, with modes that are far from each other.
 
-    Particles are annealed from ``N(0, scale^2)`` to the target, see `anneal`. A residual flow is trained
-    by their likelihood, and then by both divergences, see `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before
-    training: a mixture of normal distributions, or independent entries that are mixtures each, see `Marginals`, of whitened or
-    of standardised particles. `evaluate_energy` says how good the result is.
+    Particles are annealed from ``N(0, scale^2)`` to the target, see `anneal`. A residual flow is trained by their likelihood,
+    and then by both divergences, see `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before training: a mixture
+    of normal distributions, or independent entries that are mixtures each, see `Marginals`, of whitened or of standardised
+    particles. `evaluate_energy` says how good the result is.
 
     Args:
         log_density: ``(n, num_dims) -> (n,)``, the logarithm of the density up to a constant, minus the energy: finite and
@@ -76,7 +74,7 @@ def fit_energy(
         scale: Standard deviation of the normal distribution in which annealing starts: it should reach all modes.
         minutes: Time, compilation included, which annealing may exceed: only what follows it looks at the clock. If less than
             half a minute is left for training, it is by likelihood alone.
-        steps: Updates of the flow instead of a time, half of them by either loss; the particles are those of one snapshot.
+        steps: Updates of the flow instead of a time, half of them by either loss.
         num_particles: Particles, at least 1000.
         stages: Stages of the flow.
         progress: Whether lines of progress are written to stderr.
@@ -96,8 +94,7 @@ def fit_energy(
     stages = checked(tuple[StageSpec, ...], stages, "stages")
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(single_key(key), 5)
 
-    minutes_moving = minutes if steps is None else 0
-    x = particles(log_density, num_dims, key=key_particles, scale=scale, minutes=minutes_moving, num=num_particles)
+    x = particles(log_density, num_dims, key=key_particles, scale=scale, num=num_particles)
     num_held_out = min(2000, x.shape[1] // 10)
     held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)  # the last snapshot first
     end = math.inf if steps is not None else began + 60 * minutes
@@ -137,27 +134,23 @@ def particles(
     *,
     key: Key[Array, ""],
     scale: float | int = 1.0,
-    minutes: float | int = MINUTES,
     num: int = NUM_PARTICLES,
 ) -> Float[np.ndarray, "s n d"]:
     """Snapshots of the particles that `fit_energy` is trained on, the last one last; arguments and errors are its own.
 
-    Annealing takes the time that it takes. Trajectories go on for a share of what it leaves, with a snapshot now and then, in
-    which particles have the same places, so that some particles can be held out from all snapshots.
+    A particle has the same place in all snapshots, so that some particles can be held out from all of them.
     """
-    began = time.monotonic()
     num_dims, num = checked(Count, num_dims, "num_dims"), checked(Count, num, "num_particles")
     if num < 1000:
         raise ValueError(f"num_particles must be at least 1000, got {num}: a tenth of them validates")
     key_anneal, key_move, key_order = jax.random.split(single_key(key), 3)
     found, step = anneal(log_density, key_anneal, num, num_dims, scale=checked(Positive, scale, "scale"))
-    now = time.monotonic()
-    until, snapshots = now + MOVING_SHARE * (began + 60 * minutes - now), [np.asarray(found.x)]
-    while time.monotonic() < until and len(snapshots) <= MOST_SNAPSHOTS:
-        found = step(jax.random.fold_in(key_move, len(snapshots)), found)
+    snapshots = []
+    for key in jax.random.split(key_move, NUM_SNAPSHOTS):
+        found = step(key, found)
         snapshots.append(np.asarray(found.x))
-    check_finite(log_density(jnp.asarray(snapshots[-1])), "particles")
-    return np.stack(snapshots[1:] or snapshots)[:, np.asarray(jax.random.permutation(key_order, num))]
+    check_finite(log_density(found.x), "particles")
+    return np.stack(snapshots)[:, np.asarray(jax.random.permutation(key_order, num))]
 
 
 class Particles(NamedTuple):
@@ -237,8 +230,6 @@ def anneal(
             raise RuntimeError(
                 f"annealing is at t = {float(found.t):.3g} after {num_steps} steps: choose another scale than {scale:g}"
             )
-    for i in range(3):
-        found = step(jax.random.fold_in(key, num_steps + i), found)
     return found, step
 
 
