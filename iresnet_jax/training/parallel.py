@@ -308,17 +308,6 @@ def _checksum(copy: Any) -> int:
     return zlib.crc32(np.ravel(copy).view(np.uint8).data)
 
 
-def in_this_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in JAX's precision of now, for a thread of its own, which would have that of the process."""
-    is_double = jnp.result_type(float) == jnp.float64
-
-    def call(*arguments):
-        with jax.enable_x64(is_double):
-            return function(*arguments)
-
-    return call
-
-
 def on_first_device(tree: Any) -> Any:
     """Arrays that are equal on all devices, on the first one alone: what follows is then computed once."""
     return jax.device_put(tree, jax.local_devices()[0])

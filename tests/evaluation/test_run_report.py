@@ -4,6 +4,8 @@ import json
 
 import tiny_runs as runs
 
+import iresnet_jax as ir
+
 
 def test_training_ends_with_a_report_of_images(tmp_path_factory):
     workdir = runs.trained(tmp_path_factory, "hybrid")
@@ -17,6 +19,7 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
     assert min(content["train"][name] for name in ("compile_seconds", "seconds_per_step")) > 0
     assert content["inverse"]["fraction_converged"] == 1
     assert content["environment"]["devices"] == "2 x cpu"
+    assert ir.load(workdir / "model.npz").certificate().certified
     config = json.loads((workdir / "config.json").read_text())
     del config["format"]
     assert content["config"] == config
