@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import kept
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from iresnet_jax.evaluation import environment, plots
 from iresnet_jax.evaluation.calibration import Calibration, RankTest
 from iresnet_jax.evaluation.classification import summarize
 from iresnet_jax.evaluation.likelihood import Estimate, Likelihood
-from iresnet_jax.evaluation.report import Report, TrainingTimes, render
+from iresnet_jax.evaluation.report import Report, TrainingTimes, log_density_on_grid, render
 from iresnet_jax.evaluation.round_trips import Guarantee, Inversion, RoundTrips
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.certificate import Certificate, Constant
@@ -163,6 +164,15 @@ def test_the_page_has_the_numbers_and_pictures_and_needs_no_network():
         "a &lt; b",
     ):
         assert number in page
+
+
+def test_a_map_has_the_density_of_its_places():
+    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(20, 2)) * [1.0, 9.0]
+    log_density, (left, right, bottom, top) = log_density_on_grid(model, points, side=3)
+    assert left < points[:, 0].min() < points[:, 0].max() < right
+    assert bottom < points[:, 1].min() < points[:, 1].max() < top
+    row = [[left + (right - left) * (i + 0.5) / 3, bottom + (top - bottom) * 5 / 6] for i in range(3)]
+    np.testing.assert_allclose(log_density[2], model.log_prob(np.array(row, np.float32)), rtol=1e-5)
 
 
 def test_training_times_are_those_of_the_log():
