@@ -22,7 +22,7 @@ from _peers_flows import OurFlow, TorchFlow, exact_inverse
 from _record import RESULTS, take_turns
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from _record import interleave, parser, summarize, write
 
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain, constrain_certified, freeze
 from iresnet_jax.models.density import Density

@@ -17,8 +17,8 @@ import numpy as np
 from _models import blocks, flow_input, load_kind, model_parser
 from _record import interleave, summarize, write
 
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.maths.logdet_krylov import KrylovLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models.density import Density
 
 PRODUCTS, QUICK_PRODUCTS = (2, 4, 6, 8, 12, 16), (4,)

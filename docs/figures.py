@@ -31,8 +31,8 @@ from iresnet_jax import data
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.data.toys import TOYS
 from iresnet_jax.evaluation.classification import fraction_interval
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.hutchinson_series import truncation_bound
+from iresnet_jax.maths.logdet_estimator import LogdetEstimator
+from iresnet_jax.maths.logdet_series import truncation_bound
 from iresnet_jax.models.flow import branch_inputs
 from iresnet_jax.models.head import cross_entropy
 

@@ -23,13 +23,13 @@ from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.branches.branch import Branch, BranchSpec, CallableBranch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.convolution import conv
-from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo, invert_residual
-from iresnet_jax.maths.logdet.estimator import LogdetInfo
-from iresnet_jax.maths.logdet.exact import ExactLogdet, dense_logdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
-from iresnet_jax.maths.norms.power_iteration import soft_normalize, spectral_norm
+from iresnet_jax.maths.fixed_point import FixedPointInfo, invert_residual
+from iresnet_jax.maths.logdet_estimator import LogdetInfo
+from iresnet_jax.maths.logdet_exact import ExactLogdet, dense_logdet
+from iresnet_jax.maths.logdet_krylov import KrylovLogdet
+from iresnet_jax.maths.logdet_roulette import RouletteLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.bounds import Block
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec

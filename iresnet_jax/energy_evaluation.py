@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
-from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.density import Density
 
 

@@ -31,8 +31,8 @@ from iresnet_jax.fit_settings import EXACT_DIMS, MIXTURE_DIMS, WHITENED_DIMS
 from iresnet_jax.loss_training import train
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models import mixtures
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, check_unmasked, checked
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.maths.keys import single_key
-from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models import flow
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History

@@ -11,7 +11,7 @@ import numpy as np
 from iresnet_jax.certification import trajectory
 from iresnet_jax.certification.prepared import prepared
 from iresnet_jax.certification.residuals import residuals
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, no_inverse_error
-from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
-from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.maths.fixed_point import example_norm
+from iresnet_jax.maths.upward_rounding import rounded_up
 
 EPS = 1e-5  # added to variances, which caps scales at 316
 

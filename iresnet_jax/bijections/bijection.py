@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.maths.enclosures.upward_rounding import at_least
-from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
-from iresnet_jax.maths.logdet.estimator import LogdetInfo
+from iresnet_jax.maths.fixed_point import FixedPointInfo
+from iresnet_jax.maths.logdet_estimator import LogdetInfo
+from iresnet_jax.maths.upward_rounding import at_least
 
 
 class Bijection(NamedTuple):

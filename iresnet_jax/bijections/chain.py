@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.lipschitz_bounds import product_bound
-from iresnet_jax.maths.logdet.exact import INVERSE_JACOBIANS
+from iresnet_jax.maths.logdet_exact import INVERSE_JACOBIANS
 
 Rematerialize = Literal["nothing", "elementwise", "blocks"]
 _POLICIES = {

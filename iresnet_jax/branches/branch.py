@@ -19,9 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.enclosures.upward_rounding import rounded_up
-from iresnet_jax.maths.inverse.fixed_point import Diagonal
-from iresnet_jax.maths.logdet.estimator import Jacobian, Logdet, Trace
+from iresnet_jax.maths.fixed_point import Diagonal
+from iresnet_jax.maths.logdet_estimator import Jacobian, Logdet, Trace
+from iresnet_jax.maths.upward_rounding import rounded_up
 
 if TYPE_CHECKING:
     from iresnet_jax.branches.layers import LayerSpec, Part

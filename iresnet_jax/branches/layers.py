@@ -9,10 +9,10 @@ import jax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths import activations, platforms
+from iresnet_jax.maths.circulant_embedding import TWISTS, Twist
 from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
-from iresnet_jax.maths.norms.circulant_embedding import TWISTS, Twist
-from iresnet_jax.maths.norms.convolution_certificate import conv_norm_bound, dense_norm_bound
-from iresnet_jax.maths.norms.power_iteration import LinearMap, norm_along, singular_vectors
+from iresnet_jax.maths.convolution_certificate import conv_norm_bound, dense_norm_bound
+from iresnet_jax.maths.power_iteration import LinearMap, norm_along, singular_vectors
 
 VectorPair = tuple[Float[Array, "..."], Float[Array, "..."]]
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import BranchSpec, Weights
-from iresnet_jax.maths.enclosures.upward_rounding import at_least
+from iresnet_jax.maths.upward_rounding import at_least
 
 Make = Callable[[Any], Any]  # key -> module
 

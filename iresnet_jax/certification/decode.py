@@ -16,7 +16,7 @@ from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, vectors_of
-from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density

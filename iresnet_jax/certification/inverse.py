@@ -1,6 +1,6 @@
 r"""The certified inverse of a whole flow: how far a computed preimage is from the exact one, by shadowing.
 
-The theorem is in `iresnet_jax.maths.trajectories.shadowing`. A trajectory near that of ``x`` is refined to some 80 bits, so its
+The theorem is in `iresnet_jax.maths.shadowing`. A trajectory near that of ``x`` is refined to some 80 bits, so its
 distance from the exact one is far below the error of ``x``, and the bound is the distance of ``x`` from it and a little more.
 Refined so far, a large flow's trajectory needs no sharp bound of ``|DG^-1|``: the product of the steps' own bounds will do.
 Bounds are computed on the host's CPU in float64 and double-double and cover all rounding. Sums, products, quotients and roots
@@ -19,9 +19,9 @@ from iresnet_jax.certification.norms import linearize, newton_step_by_inverses, 
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, inputs_of, prepared, vectors_of
 from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
 from iresnet_jax.certification.trajectory import follow, follow_back
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-from iresnet_jax.maths.enclosures.upward_rounding import UP
-from iresnet_jax.maths.trajectories import shadowing
+from iresnet_jax.maths import shadowing
+from iresnet_jax.maths.double_double import DoubleDouble
+from iresnet_jax.maths.upward_rounding import UP
 from iresnet_jax.models.density import Contexts
 from iresnet_jax.models.model import Model
 

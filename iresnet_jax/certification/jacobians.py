@@ -19,10 +19,10 @@ from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.residuals import Layer, PreciseStage
 from iresnet_jax.certification.trajectory import Place, over_steps
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.enclosures.precise_activations import SLOPE_ERROR
-from iresnet_jax.maths.enclosures.upward_rounding import UP, U, gamma
-from iresnet_jax.maths.inverse.fixed_point import Settings, solve_linear
+from iresnet_jax.maths.fixed_point import Settings, solve_linear
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
+from iresnet_jax.maths.precise_activations import SLOPE_ERROR
+from iresnet_jax.maths.upward_rounding import UP, U, gamma
 
 _MEMORY, _MOST_EVALS = 8, 300  # of the linear solves of a Newton step
 _CHUNK_BYTES = 2**26  # of the tangents of one hidden layer that are computed together

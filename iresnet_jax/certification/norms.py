@@ -1,7 +1,7 @@
 r"""Norms of the inverses of a flow's steps along a trajectory, of large flows and of small ones.
 
 Large flows: a step is ``J = (I + G) diag(s)``. With the least eigenvalue ``lambda`` of the symmetric part of ``I + G``,
-``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.trajectories.least_eigenvalue`. In trained blocks it is near the
+``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.least_eigenvalue`. In trained blocks it is near the
 truth, and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded matrix gives it.
 
 Small flows: dense inverses of the steps' Jacobians, and the norms of all their products, which are sharp.
@@ -21,13 +21,12 @@ from iresnet_jax.certification.jacobians import LinearSteps, alike, step_jacobia
 from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.certification.residuals import PreciseStage, Residuals
 from iresnet_jax.certification.trajectory import places_of
-from iresnet_jax.maths import activations
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-from iresnet_jax.maths.enclosures.upward_rounding import UP
-from iresnet_jax.maths.trajectories import inverse_products, shadowing
-from iresnet_jax.maths.trajectories.inverse_products import Inverses, ProductTables
-from iresnet_jax.maths.trajectories.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
-from iresnet_jax.maths.trajectories.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
+from iresnet_jax.maths import activations, inverse_products, shadowing
+from iresnet_jax.maths.double_double import DoubleDouble
+from iresnet_jax.maths.inverse_products import Inverses, ProductTables
+from iresnet_jax.maths.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
+from iresnet_jax.maths.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
+from iresnet_jax.maths.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
 
 MOST_ENTRIES = 2**26  # of a step's Jacobian that is computed

@@ -16,7 +16,7 @@ from iresnet_jax.branches.branch import check_context
 from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, constants_of
 from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.trajectory import Places, in_float64, places_of
-from iresnet_jax.maths.enclosures.double_double import LARGEST_EXPONENT
+from iresnet_jax.maths.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.density import Contexts, Density

@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from iresnet_jax.evaluation.importance import ImportanceBound, summarize
-from iresnet_jax.maths.enclosures.upward_rounding import said_up
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.krylov import KrylovLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.maths.logdet_estimator import LogdetEstimator
+from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.logdet_krylov import KrylovLogdet
+from iresnet_jax.maths.logdet_roulette import RouletteLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training.density import evaluate_examples

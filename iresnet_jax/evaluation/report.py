@@ -24,7 +24,7 @@ from iresnet_jax.evaluation.environment import Environment, describe
 from iresnet_jax.evaluation.likelihood import Likelihood
 from iresnet_jax.evaluation.round_trips import Inversion
 from iresnet_jax.evaluation.samples import SampleConvergence
-from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.metrics import read_metrics

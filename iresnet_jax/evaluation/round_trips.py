@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.certification.decode import Decoded, certified, to_data
 from iresnet_jax.certification.prepared import check
-from iresnet_jax.maths.enclosures.upward_rounding import said_up
-from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.maths.fixed_point import example_norm
+from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density

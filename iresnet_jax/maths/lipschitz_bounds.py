@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.maths.enclosures.upward_rounding import UP, at_least, lipschitz_at_least, rounded_up
+from iresnet_jax.maths.upward_rounding import UP, at_least, lipschitz_at_least, rounded_up
 
 Scalar = float | Shaped[Array, ""]
 

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.maths.enclosures.upward_rounding import said_up
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import FlowWeights, bilipschitz, with_bounds
 from iresnet_jax.models.contractions import FlowNorms

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.maths.inverse.fixed_point import example_norm
+from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import Block, FlowWeights
 from iresnet_jax.models.flow import branch_inputs

@@ -24,7 +24,7 @@ from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
-from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import initial

@@ -32,11 +32,11 @@ from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, deq
 from iresnet_jax.bijections.transforms.logit import Identity, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
-from iresnet_jax.maths.inverse.fixed_point import FixedPointInfo
+from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator, LogdetInfo
-from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
+from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial, mixtures, priors, scales
 from iresnet_jax.models import noise as noises

@@ -13,8 +13,8 @@ from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_p
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
+from iresnet_jax.maths.logdet_estimator import LogdetEstimator
+from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
 from iresnet_jax.models.bounds import FlowWeights, blocks_of
 from iresnet_jax.models.contractions import Tree, as_params

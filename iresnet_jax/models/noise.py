@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Integer, Key
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.transforms.dequantize import cell_centers, check_keys, into_cells
-from iresnet_jax.maths.logdet.estimator import LogdetInfo
+from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec
 from iresnet_jax.models.bounds import FlowWeights

@@ -24,7 +24,7 @@ from iresnet_jax.checked_dataclasses import (
     from_plain,
 )
 from iresnet_jax.data.augment import check_transformations
-from iresnet_jax.maths.logdet.config import LogdetConfig
+from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.training.constraint import ConstraintConfig

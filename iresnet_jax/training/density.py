@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.transforms.bounded import Bounded
 from iresnet_jax.bijections.transforms.logit import Identity
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
-from iresnet_jax.maths.logdet.config import LogdetConfig
-from iresnet_jax.maths.logdet.estimator import LogdetEstimator
+from iresnet_jax.maths.logdet_config import LogdetConfig
+from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec

@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from iresnet_jax.maths.logdet.config import LogdetConfig
+from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.contractions import ConstrainedFlow
 from iresnet_jax.models.saved import Spec

@@ -21,8 +21,8 @@ from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center, Logit
 from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
 from iresnet_jax.branches.branch import CallableBranch
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain
 from iresnet_jax.models.flow import flow_bijection

@@ -16,7 +16,7 @@ from iresnet_jax.certification.jacobians import newton_step
 from iresnet_jax.certification.norms import linearize, products_at, step_norms
 from iresnet_jax.certification.prepared import PreparedFlow
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
+from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density

@@ -16,7 +16,7 @@ from tests import tiny_runs as runs
 AT_ONCE = """
 import threading, jax, jax.numpy as jnp, numpy as np
 from iresnet_jax.branches.feedforward import FeedforwardSpec
-from iresnet_jax.maths.logdet.exact import dense_logdet
+from iresnet_jax.maths.logdet_exact import dense_logdet
 
 spec = FeedforwardSpec((40,), (34,))
 blocks = jax.vmap(spec.initial_weights)(jax.random.split(jax.random.key(0), 64))

@@ -11,9 +11,9 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.transforms.standardize import Standardize
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
-from iresnet_jax.maths.logdet import estimator as logdet_estimator
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.maths import logdet_estimator
+from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.logdet_roulette import RouletteLogdet
 from iresnet_jax.models import density
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contexts import initial_network

@@ -14,9 +14,9 @@ from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
 from iresnet_jax.bijections.transforms.dequantize import Grid, dequantize
 from iresnet_jax.bijections.transforms.equalize import Equalize
 from iresnet_jax.bijections.transforms.logit import Center
-from iresnet_jax.maths.logdet.exact import ExactLogdet
-from iresnet_jax.maths.logdet.hutchinson_series import SeriesLogdet
-from iresnet_jax.maths.logdet.roulette import RouletteLogdet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.logdet_roulette import RouletteLogdet
+from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density

@@ -14,7 +14,7 @@ from iresnet_jax import data
 from iresnet_jax.bijections import actnorm
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.maths.inverse.fixed_point import Diagonal, invert_residual
+from iresnet_jax.maths.fixed_point import Diagonal, invert_residual
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 LIPSCHITZ = 0.9

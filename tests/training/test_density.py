@@ -10,7 +10,7 @@ import tiny_runs as runs
 
 from iresnet_jax.data import load
 from iresnet_jax.data.augment import transformed
-from iresnet_jax.maths.logdet.estimator import LogdetInfo
+from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density, LogProb
 from iresnet_jax.models.density_spec import DensitySpec

@@ -32,10 +32,10 @@ from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, on_balls
 from iresnet_jax.bijections.transforms.logit import UNIT_ERROR, Identity
 from iresnet_jax.bijections.transforms.standardize import Constants, Standardize, Whiten, inverse_bound
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble, log, where
-from iresnet_jax.maths.enclosures.precise_activations import sigmoid
-from iresnet_jax.maths.enclosures.upward_rounding import UP, U
+from iresnet_jax.maths.double_double import DoubleDouble, log, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.precise_activations import sigmoid
+from iresnet_jax.maths.upward_rounding import UP, U
 
 TAIL = 2.0**-18  # share of an end up to which distances from it belong to the tail
 END = 2.0**-12  # distance from an end that a value exactly there counts as, as a share of the width

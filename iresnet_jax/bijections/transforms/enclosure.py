@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-from iresnet_jax.maths.enclosures.upward_rounding import UP
+from iresnet_jax.maths.double_double import DoubleDouble
+from iresnet_jax.maths.upward_rounding import UP
 
 Array = np.ndarray
 

@@ -42,9 +42,9 @@ from iresnet_jax.bijections.transforms.logit import (
     steepest_unit,
     sum_event,
 )
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble, where
-from iresnet_jax.maths.enclosures.upward_rounding import UP, U
+from iresnet_jax.maths.double_double import DoubleDouble, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.upward_rounding import UP, U
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
 

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection, isometric_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, increasing, on_balls
-from iresnet_jax.maths.enclosures.double_double import DoubleDouble
-from iresnet_jax.maths.enclosures.precise_activations import sigmoid
-from iresnet_jax.maths.enclosures.upward_rounding import UP, U
+from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.precise_activations import sigmoid
+from iresnet_jax.maths.upward_rounding import UP, U
 
 UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double, with a wide margin
 

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 
 from iresnet_jax.bijections.bijection import Bijection, exact_bijection
 from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, on_balls
-from iresnet_jax.maths.enclosures.upward_rounding import UP, U, at_least
+from iresnet_jax.maths.convolution_certificate import dense_norm_bound
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.maths.norms.convolution_certificate import dense_norm_bound
+from iresnet_jax.maths.upward_rounding import UP, U, at_least
 
 _ROUNDING = 1e-5  # relative error of constants rounded to float32 and of their products, with a wide margin
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data

@@ -1,1 +1,0 @@
-"""Arithmetic whose results hold the exact numbers: balls, double-double, upward rounding."""

@@ -1,1 +1,0 @@
-"""Inverses of residual blocks by fixed-point iteration."""

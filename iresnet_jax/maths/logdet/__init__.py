@@ -1,1 +1,0 @@
-"""Log-determinants of residual blocks."""

@@ -1,0 +1,166 @@
+"""The interface of log-determinant estimators, the error that they report, and their probes."""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key, Shaped, UInt32
+
+from iresnet_jax.maths.jacobian_products import Linearized
+from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.upward_rounding import as_floats
+
+Branch = Callable[[Array], Array]
+Trace = Callable[[Array], Array]
+Jacobian = Callable[[Array], Array]
+Logdet = Callable[[Array], Array]
+Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one per example; typed, or of jax.random.PRNGKey
+Scalar = float | Float[Array, ""]
+Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
+PROBES = ("rademacher", "gaussian")
+
+
+class LogdetInfo(NamedTuple):
+    """Error of a log-determinant, in nats, one per example.
+
+    Attributes:
+        stderr: Standard error over the probes; 0 if exact, infinite for a single probe. That of `RouletteLogdet` is given its
+            random length, which all probes of an example share.
+        truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0 if exact, infinite without a
+            Lipschitz bound below 1.
+    """
+
+    stderr: Float[Array, " b"]
+    truncation_bound: Float[Array, " b"]
+
+
+class LogdetEstimator(ABC):
+    """Estimates ``log det(I + J)`` of a branch at every example of a batch.
+
+    Attributes:
+        unbiased: True if the mean over all random choices is the log-determinant, of `RouletteLogdet` the series up to its last
+            weight; False for a truncated estimate.
+    """
+
+    unbiased: ClassVar[bool]
+
+    def fix_length(self, key: Keys) -> "LogdetEstimator":
+        """The estimator with its random length drawn once for all blocks, examples and devices; itself if it has none."""
+        del key
+        return self
+
+    def __call__(
+        self,
+        branch: Branch | Linearized,
+        x: Batch,
+        key: Keys | None = None,
+        *,
+        lipschitz_bound: Scalar | None = None,
+        trace: Trace | None = None,
+        jacobian: Jacobian | None = None,
+        logdet: Logdet | None = None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]:
+        """The log-determinant and its error.
+
+        Args:
+            branch: ``g``, acting on each example alone, or linearised at ``x``.
+            x: Where to evaluate.
+            key: Key of the random choices, one or one per example; only `ExactLogdet` needs none.
+            lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
+            trace: ``x -> tr J (b,)`` in closed form, if there is one.
+            jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
+            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J``.
+        """
+        bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
+        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian, logdet)
+
+    @abstractmethod
+    def _estimate(
+        self,
+        branch: Branch | Linearized,
+        x: Float[Array, "b ..."],
+        key: Keys | None,
+        lipschitz_bound: Scalar,
+        trace: Trace | None,
+        jacobian: Jacobian | None,
+        logdet: Logdet | None,
+    ) -> tuple[Float[Array, " b"], LogdetInfo]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingEstimator(LogdetEstimator):
+    """Averages estimates ``v^T log(I + J) v`` over random probes ``v``.
+
+    Attributes:
+        num_probes: Probes for each example.
+        probe: Distribution of the probes, "rademacher" or "gaussian".
+        exact_trace: Whether a trace in closed form replaces the estimate of ``tr J`` where there is one.
+    """
+
+    num_probes: int = 1
+    probe: str = "rademacher"
+    exact_trace: bool = True
+
+    def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
+        del jacobian, logdet
+        if key is None:
+            raise ValueError("key must be given: the estimator draws random probes")
+        samples, bound = self._samples(branch, x, key, lipschitz_bound, trace if self.exact_trace else None)
+        value, stderr = mean_and_stderr(samples)
+        return value, LogdetInfo(stderr, bound)
+
+    @abstractmethod
+    def _samples(
+        self, branch: Branch | Linearized, x: Float[Array, "b ..."], key: Keys, lipschitz_bound: Scalar, trace: Trace | None
+    ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
+        """One estimate a probe, and the bound of what they leave out."""
+
+    def _draw_probes(self, key: Keys, x: Float[Array, "b ..."]) -> Float[Array, "p b ..."]:
+        return draw_probes(key, x, self.num_probes, self.probe)
+
+
+def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher") -> Float[Array, "p b ..."]:
+    """Probes with independent entries of mean 0 and variance 1.
+
+    Args:
+        key: One key, or one for each example; the latter gives an example the same probes in whatever batch it stands.
+        x: The batch, for shape and type.
+        num_probes: Probes for each example.
+        probe: "rademacher" (signs; least variance among entry-wise independent probes) or "gaussian".
+
+    Raises:
+        ValueError: If the probe's name is unknown or ``num_probes`` is not positive.
+    """
+    if probe not in PROBES:
+        raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    key = typed_key(key)
+    draw = _signs if probe == "rademacher" else jax.random.normal
+    if key.ndim == 0:
+        return draw(key, (num_probes, *x.shape), x.dtype)
+    return jax.vmap(lambda k: draw(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+    """Independent signs, a bit each: `jax.random.rademacher` makes a whole word of random bits for one."""
+    with jax.named_scope("random_signs"):
+        size, place = math.prod(shape), jnp.arange(32, dtype=jnp.uint32)[None]
+        bits = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32) >> place & 1
+        return (1 - 2 * bits.reshape(-1)[:size].reshape(shape).astype(jnp.int32)).astype(dtype)
+
+
+def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Mean over probes, and its standard error: infinite for a single probe, which says nothing about it."""
+    mean = jnp.mean(samples, axis=0)
+    if len(samples) == 1:
+        return mean, jnp.full_like(mean, jnp.inf)
+    return mean, lax.stop_gradient(jnp.std(samples, axis=0, ddof=1)) / np.sqrt(len(samples)).astype(samples.dtype)

@@ -1,0 +1,159 @@
+r"""``log det(I + J)`` of a residual block as a truncated series; ``J`` is the Jacobian of its branch.
+
+    log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019, eq. 4)
+    d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al. 2019, Theorem 2)
+
+Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian products ``u_k = (J^T)^k v``
+gives the terms ``<u_k, v>`` of the value. It also gives ``w = sum_k (-1)^k u_k``; the gradient is that of ``<w, J v>`` with
+``w`` and ``v`` fixed. The chain is not differentiated, so memory does not depend on its length. Second derivatives are not
+those of the log-determinant. The estimate of ``tr J`` carries most of the variance; a closed form replaces it if there is one.
+`roulette` cuts the series at a random length without a bias; `krylov` needs fewer products.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from iresnet_jax.maths.jacobian_products import (
+    Linearized,
+    jacobian_product,
+    linearize,
+    transposed_jacobian,
+    with_gradient,
+)
+from iresnet_jax.maths.logdet_estimator import Branch, ProbingEstimator, Scalar, Trace
+from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
+
+_MOST_SUMMED = 10_000  # terms of the tail
+
+
+def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
+    """``d (-log(1 - L) - sum_{k<=n} L^k / k)``: a priori bound of the truncated series' error, in nats.
+
+    It follows from ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). The tail is summed, which avoids cancellation.
+    """
+    if not 0 <= lipschitz_bound < 1:
+        raise ValueError(f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series only converges there")
+    bound, k, power = 0.0, num_terms + 1, lipschitz_bound ** (num_terms + 1)
+    while power > 1e-17 * bound * (1 - lipschitz_bound) and power > 0 and k <= num_terms + _MOST_SUMMED:
+        bound, k, power = bound + power / k, k + 1, power * lipschitz_bound
+    rest = min(power / (k * (1 - lipschitz_bound)), -math.log1p(-lipschitz_bound))  # what is left is below both
+    return num_dims * (bound + rest) * (1 + 1e-11)  # and rounding
+
+
+def weighted_series(
+    branch: Branch | Linearized,
+    x: Float[Array, "b ..."],
+    probes: Float[Array, "p b ..."],
+    weights: Float[Array, " n"],
+    length: int | Int[Array, ""] | Int[Array, " b"],
+    *,
+    trace: Trace | None = None,
+) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
+    r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
+
+    With all weights 1 this is the truncated series. The gradient is ``sum_k weights[k] (-1)^k <v, J^k dJ v>``. In expectation
+    over probes it is the derivative of the value.
+
+    Args:
+        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced parameters.
+        x: Where to evaluate.
+        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
+        weights: One weight a term, at least ``length`` of them.
+        length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one per example.
+        trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight must be 1 in expectation.
+
+    Returns:
+        The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound of the remainder.
+    """
+    at = linearize(branch, x)
+    pushed, pull = jacobian_product(at, probes), transposed_jacobian(at, len(probes))
+    example_axes = tuple(range(2, probes.ndim))
+    weights = jnp.asarray(weights, x.dtype)
+    if trace is not None:
+        weights = weights.at[0].set(0)
+    length = jnp.asarray(length) if not isinstance(length, int) else length
+    per_example = isinstance(length, jax.Array) and length.ndim == 1
+
+    def expand(a):  # (b,) or () against (p, b, ...)
+        return a if jnp.ndim(a) == 0 else a.reshape(1, -1, *(1,) * (probes.ndim - 2))
+
+    def signed(k):
+        sign = jnp.where(k % 2 == 1, 1, -1).astype(x.dtype)
+        return sign * (jnp.where(k <= length, weights[k - 1], 0) if per_example else weights[k - 1])
+
+    def dot(a, b):
+        return jnp.sum(a * b, axis=example_axes)
+
+    def norm(u):
+        return euclidean_norm(u, example_axes)
+
+    def term(k, carry):
+        u, value, neumann = carry
+        neumann = neumann + expand(signed(k)) * u
+        u = pull(u)
+        coefficient = signed(k) / k
+        return u, value + (coefficient[None] if per_example else coefficient) * dot(u, probes), neumann
+
+    carry = (probes, jnp.zeros(probes.shape[:2], x.dtype), jnp.zeros_like(probes))
+    if isinstance(length, int):
+        if not 0 <= length <= len(weights):
+            raise ValueError(f"length must lie between 0 and the number of weights {len(weights)}, got {length}")
+        u, value, neumann = lax.fori_loop(1, length, term, carry)
+        tail = norm(probes)
+        if length > 0:  # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another product
+            neumann = neumann + signed(length) * u
+            value, tail = value + signed(length) / length * dot(u, pushed), norm(pull(u))
+    else:
+        longest = jnp.max(length)
+
+        def term_and_tail(state):
+            k, carry, tail = state
+            carry = term(k, carry)
+            return k + 1, carry, jnp.where((k <= length)[None], norm(carry[0]), tail) if per_example else norm(carry[0])
+
+        state = (jnp.ones_like(longest), carry, norm(probes))
+        _, (_, value, neumann), tail = lax.while_loop(lambda state: state[0] <= longest, term_and_tail, state)
+    value, neumann, tail = lax.stop_gradient((value, neumann, tail))
+    value = with_gradient(value, pushed, neumann)
+    return value if trace is None else value + trace(x)[None], tail * norm(probes)
+
+
+def remainder_factor(lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any) -> Float[Array, ""]:
+    """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite for ``L >= 1``."""
+    ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
+    contraction = ell < 1
+    return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class SeriesLogdet(ProbingEstimator):
+    r"""The power series cut after ``num_terms`` terms (Behrmann et al. 2019, Algorithm 2).
+
+    Its bias is at most ``info.truncation_bound``, the mean over probes of the a posteriori bound
+
+    ``|sum_{k>n} (-1)^(k+1)/k v^T J^k v| <= |v| |(J^T)^n v| sum_{k>n} L^(k-n)/k <= |v| |(J^T)^n v| L / ((n+1)(1-L))``.
+
+    Attributes:
+        num_terms: Terms of the series; the authors use 5.
+    """
+
+    num_terms: int = 5
+
+    unbiased: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.num_terms < 1:
+            raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
+
+    def _samples(self, branch, x, key, lipschitz_bound, trace):
+        probes, n = self._draw_probes(key, x), self.num_terms
+        samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
+        factor = remainder_factor(lipschitz_bound, n, 1, x.dtype)
+        return samples, jnp.where(jnp.isfinite(factor), factor * jnp.mean(tail, axis=0), jnp.inf)  # also where the tail is 0

@@ -1,1 +1,0 @@
-"""Operator norms of linear layers: estimates from below and guaranteed bounds from above."""

@@ -1,0 +1,193 @@
+"""What Anderson's method costs and saves: evaluations of ``g`` against plain Banach iteration, on maps of many kinds.
+
+Exact preimages come first and outputs are made from them, so errors are true ones. Evaluations are counted in float64.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from evaluations import TOLERANCE, solve_and_watch
+
+from iresnet_jax.bijections import residual
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.branches.branch import CallableBranch
+from iresnet_jax.maths.fixed_point import invert_residual
+
+BATCH = 8
+
+
+def orthogonal(rng, dim):
+    return np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+
+
+def linear(matrix, x):
+    return x @ matrix.T
+
+
+def tanh_network(weights, x):
+    w1, bias, w2 = weights
+    return jnp.tanh(x @ w1.T + bias[None]) @ w2.T
+
+
+def maxmin_network(weights, x):
+    """Orthogonal layers and a gradient norm preserving activation: every slope has the same norm, everywhere."""
+    layers, biases = weights
+    for w, bias in zip(layers, biases, strict=False):
+        pairs = (x @ w.T + bias[None]).reshape(len(x), -1, 2)
+        x = jnp.concatenate([pairs.max(-1), pairs.min(-1)], axis=1)
+    return x @ layers[-1].T
+
+
+def absolute(slope, x):
+    return slope * jnp.abs(x)
+
+
+def clipped(slope, x):
+    return slope * jnp.clip(x, -4 / 3, 4 / 3)
+
+
+class Case(NamedTuple):
+    """``g`` with its weights on so many dimensions. Cases that share ``g`` and their shapes share a compiled program."""
+
+    dim: int
+    lipschitz: float
+    g: Callable
+    weights: Any
+
+
+def linear_case(matrix, lipschitz):
+    """A matrix scaled to a norm, in 30 dimensions, of which those that it does not have are left at 0."""
+    padded = np.zeros((30, 30))
+    padded[: len(matrix), : len(matrix)] = lipschitz * matrix / np.linalg.norm(matrix, 2)
+    return Case(len(matrix), lipschitz, linear, padded)
+
+
+def random_network(rng, dim, lipschitz):
+    w1, w2 = (w / np.linalg.norm(w, 2) for w in rng.normal(size=(2, dim, dim)))
+    return Case(dim, lipschitz, tanh_network, (w1, rng.normal(size=dim), lipschitz * w2))
+
+
+def random_maxmin_network(rng, dim, lipschitz, num_layers=2):
+    layers = [orthogonal(rng, dim) for _ in range(num_layers + 1)]
+    layers[-1] *= lipschitz
+    return Case(dim, lipschitz, maxmin_network, (layers, [rng.normal(size=dim) for _ in range(num_layers)]))
+
+
+def rotation(rng, dim):
+    """By another angle in each plane."""
+    matrix = np.zeros((dim, dim))
+    for i, angle in zip(range(0, dim, 2), rng.uniform(0, np.pi, dim // 2), strict=True):
+        matrix[i : i + 2, i : i + 2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return matrix
+
+
+def make_cases():
+    rng = np.random.default_rng(0)
+    cases = {}
+    for dim, lipschitz in ((10, 0.5), (1, 0.9), (10, 0.9), (10, 0.99)):
+        cases[f"random, {dim}-D, L={lipschitz}"] = random_network(rng, dim, lipschitz)
+    for dim, lipschitz in ((2, 0.9), (2, 0.99), (6, 0.9), (6, 0.95), (6, 0.99), (32, 0.95), (32, 0.99)):
+        cases[f"MaxMin, {dim}-D, L={lipschitz}"] = random_maxmin_network(rng, dim, lipschitz)
+    symmetric = rng.normal(size=(16, 16))
+    return cases | {
+        "-.99 x": linear_case(-np.eye(3), 0.99),
+        ".99 x": linear_case(np.eye(3), 0.99),
+        "-.99 |x|": Case(3, 0.99, absolute, -0.99),
+        "a quarter turn": linear_case(np.kron(np.eye(2), [[0, -1], [1, 0]]), 0.95),
+        "rotations": linear_case(rotation(rng, 10), 0.95),
+        "random triangular": linear_case(np.tril(rng.normal(size=(20, 20))), 0.95),
+        "random symmetric": linear_case(symmetric + symmetric.T, 0.95),
+        "slopes 0 to -.99": linear_case(np.diag(-np.linspace(0, 0.99, 30)), 0.99),
+    }
+
+
+CASES = make_cases()
+# In all 32 directions the slope is the same, so that there is little to learn from the last few, and luck decides.
+ALIKE = tuple(name for name in CASES if name.startswith("MaxMin, 32-D"))
+
+
+@functools.cache
+def branch_of(g):
+    """What makes a branch of weights and a bound, the same for all cases of one function, which share programs."""
+    return lambda given: CallableBranch(functools.partial(g, given[0]), given[1])
+
+
+def compare(case, seed=1):
+    """Evaluations by Anderson's method and by Banach iteration: to a guaranteed error, and to the same true error."""
+    x_true = 2 * np.random.default_rng(seed).normal(size=(BATCH, case.dim))
+    if case.g is linear:
+        x_true = np.pad(x_true, ((0, 0), (0, len(case.weights) - case.dim)))
+    weights = jax.tree.map(jnp.asarray, case.weights)
+    y = jnp.asarray(x_true) + jax.jit(case.g)(weights, jnp.asarray(x_true))
+    given = weights, jnp.asarray(case.lipschitz)
+    (accelerated, anderson), (plain, banach) = (
+        solve_and_watch(branch_of(case.g), given, y, x_true, Solver(atol=TOLERANCE, memory=memory)) for memory in (4, 0)
+    )
+    return np.asarray(accelerated.num_evals), np.asarray(plain.num_evals), anderson, banach
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_never_more_evaluations_than_banach_iteration(x64, name):
+    guaranteed_anderson, guaranteed_banach, anderson, banach = compare(CASES[name])
+    # What a caller asks for and waits for; the solver knows its residual, not its error.
+    assert np.all(guaranteed_anderson <= guaranteed_banach)
+    # Of the true error, which jumps from step to step, one evaluation is luck.
+    assert anderson.mean() <= banach.mean()
+    assert np.all(anderson <= (1.1 if name in ALIKE else 1.0) * banach + 1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "case"),
+    [(1, linear_case(np.eye(20, k=1), 0.95)), (0, Case(3, 0.95, clipped, -0.95))],
+    ids=["nilpotent", "clipped"],
+)
+def test_what_it_may_lose_where_banach_iteration_ends_by_itself(x64, seed, case):
+    """In a few steps, exactly, and with nothing to tell so before: the known exceptions to the rule above."""
+    guaranteed_anderson, guaranteed_banach, *_ = compare(case, seed)
+    assert np.any(guaranteed_anderson > guaranteed_banach), "no exception any more: move it to the cases above"
+    assert np.all(guaranteed_anderson <= 3 * guaranteed_banach)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_starting_behind_what_a_branch_always_adds(x64, refine):
+    rng = np.random.default_rng(0)
+    network, far = random_network(rng, 6, 0.9), 30 * jnp.asarray(rng.normal(size=(1, 6)))
+    weights, x = jax.tree.map(jnp.asarray, network.weights), jnp.asarray(rng.normal(size=(BATCH, 6)))
+
+    def branch(x):
+        return (tanh_network(weights, x) + far).astype(x.dtype)
+
+    def solve(at_zero=None, memory=4):
+        whole, solver = CallableBranch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
+        found, info = jax.jit(lambda x: residual.inverse(whole, x + branch(x), solver))(x)
+        assert info.converged.all()
+        assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
+        return info.num_evals
+
+    shared = functools.partial(branch, jnp.zeros((1, 6)))
+    assert (solve(at_zero=shared) < solve()).all()
+    if not refine:
+        np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))  # the paper's iteration
+
+
+def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
+    """Fast and slow examples of a map that mixes entries, without matrix products, whose rounding depends on the batch."""
+
+    def g(x):
+        return 0.95 * (0.6 * jnp.tanh(jnp.roll(x, 1, axis=1)) - 0.4 * jnp.sin(x))
+
+    y = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)) * np.array([0.01, 0.1, 1, 3, 10, 0])[:, None])
+    solve = jax.jit(lambda y: invert_residual(g, y, lipschitz_bound=0.95, atol=1e-10))
+    together = solve(y)
+    assert len(set(np.asarray(together[1].num_evals).tolist())) > 2
+    order = np.array([3, 5, 0, 1, 4, 2])
+    for one, other in zip(jax.tree.leaves(solve(y[order])), jax.tree.leaves(together), strict=True):
+        np.testing.assert_array_equal(one, other[order])
+    for i in range(len(y)):
+        for alone, other in zip(jax.tree.leaves(solve(y[i : i + 1])), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(alone[0], other[i], rtol=1e-12, atol=1e-14)

@@ -1,0 +1,326 @@
+"""Upper bounds are tested one-sidedly and strictly: dense float64 norm <= bound, without tolerance."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from iresnet_jax.maths import convolution_certificate as certify
+
+EXACT = 1e-11  # "exact" in float64: slack 2.3e-13, and rounding bounds of at most a few 1e-12
+EXACT_F32 = 1e-3  # the same in float32: slack 1.2e-4, and a rounding inflation below 6e-4
+TIGHT = 1.03  # the embedding's own slack for these random kernels on images of 8 x 8 and more; mean 1.02 at 8 x 8
+GRADIENT = 1e-6  # central differences in float64
+
+# (taps, image, cin, cout, padding)
+GEOMETRIES = {
+    "3x3 one channel": ((3, 3), (8, 8), 1, 1, "SAME"),
+    "3x3 oblong": ((3, 3), (5, 9), 3, 2, "SAME"),
+    "3x3 wide": ((3, 3), (4, 4), 2, 64, "SAME"),
+    "3x3 on a row": ((3, 3), (1, 8), 2, 2, "SAME"),
+    "3x3 on a pixel": ((3, 3), (1, 1), 3, 2, "SAME"),
+    "1x1": ((1, 1), (4, 4), 4, 6, "SAME"),
+    "5x5 on 3x2": ((5, 5), (3, 2), 3, 2, "SAME"),
+    "4x2": ((4, 2), (6, 5), 2, 3, "SAME"),
+    "circular 5x5 on 3x3": ((5, 5), (3, 3), 2, 2, "CIRCULAR"),
+}
+# What the reductions leave is the layer itself.
+EXACT_EMBEDDINGS = ("1x1", "3x3 on a pixel", "circular 5x5 on 3x3")
+EMBEDDED = {"twists": certify.TWISTS}  # small layers are written out as matrices unless twists are asked for
+
+
+def kernels_of_every_kind(shape, seed=0):
+    """Named kernels that are random, concentrated at one frequency or tap, or badly scaled."""
+    rng = np.random.default_rng(seed)
+    height, width, cin, cout = shape
+    mixing = rng.normal(size=(cin, cout))
+    row_signs, column_signs = (-1.0) ** np.arange(height), (-1.0) ** np.arange(width)
+    blur = np.outer(*(np.poly1d([1, 1]) ** (k - 1) for k in (height, width)))
+    delta = np.zeros((height, width))
+    delta[rng.integers(height), rng.integers(width)] = 1
+    single = np.zeros(shape)
+    single[-1, 0, -1, 0] = -2
+    gauss = rng.normal(size=(4, *shape))
+    named = {
+        "gauss": gauss[0],
+        "gauss 2": gauss[1],
+        "gauss 3": gauss[2],
+        "constant": np.ones(shape),
+        "low pass": np.abs(gauss[3]),
+        "blur": np.multiply.outer(blur, mixing),
+        "nyquist": np.multiply.outer(np.outer(row_signs, column_signs), mixing),
+        "row nyquist": np.abs(gauss[3]) * row_signs[:, None, None, None],
+        "delta": np.multiply.outer(delta, mixing),
+        "rank one": np.einsum("a,b,i,o->abio", *(rng.normal(size=n) for n in shape)),
+        "single weight": single,
+        "huge": 1e6 * gauss[0],
+        "tiny": 1e-12 * gauss[1],
+        "zero": np.zeros(shape),
+    }
+    return list(named), np.stack(list(named.values()))
+
+
+def dense_norms(kernels, image, padding):
+    matrices = [oracles.dense_conv_matrix(kernel, *image, padding=padding) for kernel in kernels]
+    return np.linalg.norm(matrices, 2, axis=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("padding", "method", "num_squarings", "twists"))
+def mapped_bound(kernels, image, **options):
+    """One after the other: a batch of them would be traced again, function by function."""
+    return jax.lax.map(lambda kernel: certify.conv_norm_bound(kernel, image, **options), kernels)
+
+
+def bounds_of(kernels, image, **options):
+    return np.asarray(mapped_bound(jnp.asarray(kernels), image, **options))
+
+
+def assert_upper_bounds(bounds, norms, names):
+    below = [f"{name}: {bound} < {norm}" for bound, norm, name in zip(bounds, norms, names, strict=True) if not bound >= norm]
+    assert not below, below
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_embedding_is_above_the_dense_norm(case, x64):
+    taps, image, cin, cout, padding = GEOMETRIES[case]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout))
+    norms = dense_norms(kernels, image, padding)
+    bounds = bounds_of(kernels, image, padding=padding, **EMBEDDED)
+    assert_upper_bounds(bounds, norms, names)
+    assert bounds[names.index("zero")] == 0
+    ratios = bounds[norms > 0] / norms[norms > 0]
+    if case in EXACT_EMBEDDINGS:
+        assert ratios.max() <= 1 + EXACT
+    if min(image) >= 8 and max(taps) <= 3:
+        assert ratios[:3].max() <= TIGHT  # the Gaussian kernels
+
+
+@pytest.mark.parametrize("case", ["3x3 oblong", "5x5 on 3x2", "4x2"])
+def test_small_layers_are_bounded_exactly(case, x64):
+    taps, image, cin, cout, padding = GEOMETRIES[case]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=1)
+    norms = dense_norms(kernels, image, padding)
+    bounds = bounds_of(kernels, image, padding=padding)
+    assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_array_less(bounds, norms * (1 + EXACT) + 1e-30)
+
+
+@pytest.mark.parametrize(("case", "options"), [("3x3 oblong", {}), ("4x2", EMBEDDED)])
+def test_float32_bounds_are_above_the_norm_of_the_float32_weights(case, options):
+    taps, image, cin, cout, padding = GEOMETRIES[case]
+    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=2)
+    kernels = kernels.astype(np.float32)
+    bounds = bounds_of(kernels, image, padding=padding, **options)
+    assert bounds.dtype == np.float32
+    assert_upper_bounds(bounds, dense_norms(kernels, image, padding), names)
+    with jax.enable_x64(True):
+        reference = bounds_of(kernels.astype(np.float64), image, padding=padding, **options)
+    np.testing.assert_array_less(bounds, reference * (1 + EXACT_F32) + 1e-30)
+
+
+@pytest.mark.parametrize(("shape", "image"), [((3, 3, 3, 4), (32, 32)), ((5, 5, 4, 4), (16, 16)), ((3, 3, 12, 64), (8, 8))])
+def test_conv_bound_of_larger_layers_against_power_iteration(shape, image):
+    rng = np.random.default_rng(3)
+    kernel = rng.normal(size=shape).astype(np.float32)
+    mirrored = kernel[::-1, ::-1].swapaxes(2, 3)  # the transpose of a SAME convolution with odd taps
+    start = rng.normal(size=(1, *image, shape[2]))
+    apply, transpose = (lambda x, k=k: oracles.conv_forward(x, k) for k in (kernel, mirrored))
+    estimate = oracles.power_iteration(apply, transpose, start, num_steps=300)
+    bound = float(certify.conv_norm_bound(jnp.asarray(kernel), image))
+    assert estimate <= bound <= TIGHT * estimate
+
+
+def test_the_check_rejects_the_plain_circulant(x64):
+    """The periodic layer's norm is no bound for zero padding, and the comparison above sees it."""
+    kernels = np.random.default_rng(0).normal(size=(64, 3, 3, 1, 1))
+    norms = dense_norms(kernels, (5, 5), "SAME")
+    names = [str(i) for i in range(64)]
+    assert_upper_bounds(bounds_of(kernels, (5, 5), **EMBEDDED), norms, names)
+    circulant = bounds_of(kernels, (5, 5), padding="CIRCULAR")
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(circulant, norms, names)
+    assert np.min(circulant / norms) < 0.98
+
+
+def test_every_twist_is_a_bound_and_so_is_their_minimum(x64):
+    names, kernels = kernels_of_every_kind((3, 3, 2, 2))
+    norms = dense_norms(kernels, (5, 4), "SAME")
+    pair = ((0, 1), (1, 1))
+    each = [bounds_of(kernels, (5, 4), twists=(twist,)) for twist in pair]
+    for bounds in each:
+        assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_allclose(bounds_of(kernels, (5, 4), twists=pair), np.min(each, axis=0), rtol=EXACT)
+
+
+def test_blur_is_bounded_without_slack(x64):
+    """The [1, 2, 1] blur is diagonal in sines, which antiperiodic sequences of length n + 1 contain."""
+    kernel = np.outer([1, 2, 1], [1, 2, 1])[..., None, None] / 16
+    expected = (0.5 + 0.5 * np.cos(np.pi / 9)) ** 2
+    np.testing.assert_allclose(certify.conv_norm_bound(jnp.asarray(kernel), (8, 8), **EMBEDDED), expected, rtol=EXACT)
+
+
+@pytest.mark.parametrize("num_squarings", [0, 4])
+def test_gram_slack_shrinks_as_documented(num_squarings, x64):
+    rng = np.random.default_rng(5)
+    orthogonal = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    bound = certify.dense_norm_bound(jnp.asarray(orthogonal), method="gram", num_squarings=num_squarings)
+    np.testing.assert_allclose(bound, 16 ** (2.0 ** -(num_squarings + 2)), rtol=EXACT)
+    names, kernels = kernels_of_every_kind((3, 3, 3, 4), seed=6)
+    exact = bounds_of(kernels, (4, 4), **EMBEDDED)
+    gram = bounds_of(kernels, (4, 4), method="gram", num_squarings=num_squarings)
+    assert_upper_bounds(gram * (1 + EXACT), exact, names)
+    np.testing.assert_array_less(gram, exact * 3 ** (2.0 ** -(num_squarings + 2)) * (1 + EXACT) + 1e-30)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (3, 200), (64, 64), (90, 70)])
+def test_dense_bound(shape, x64):
+    rng = np.random.default_rng(7)
+    matrix = rng.normal(size=shape)
+    for scale in (1, 1e-150, 1e150):
+        norm = np.linalg.norm(scale * matrix, 2)
+        bound = certify.dense_norm_bound(jnp.asarray(scale * matrix))
+        assert norm <= bound <= norm * (1 + EXACT)
+
+
+def test_gradient_of_the_gram_bound_against_differences(x64):
+    rng = np.random.default_rng(9)
+    kernel, direction = (jnp.asarray(rng.normal(size=(3, 3, 2, 3))) for _ in range(2))
+
+    def bound(step):
+        return certify.conv_norm_bound(kernel + step * direction, (5, 5), method="gram")
+
+    (ahead, behind, _), slopes = jax.jit(jax.vmap(jax.value_and_grad(bound)))(jnp.array([1e-5, -1e-5, 0]))
+    np.testing.assert_allclose(slopes[2], (ahead - behind) / 2e-5, rtol=GRADIENT)
+
+
+def test_gradient_of_the_exact_bound_is_the_outer_product_of_singular_vectors(x64):
+    matrix = np.random.default_rng(10).normal(size=(5, 8))
+    u, _, vt = np.linalg.svd(matrix)
+    gradient = jax.jit(jax.grad(certify.dense_norm_bound))(jnp.asarray(matrix))
+    np.testing.assert_allclose(gradient, np.outer(u[:, 0], vt[0]), atol=GRADIENT)
+
+
+def test_gradient_is_finite_where_the_symbol_vanishes():
+    difference = jnp.zeros((3, 3, 1, 1)).at[0, 1].set(1.0).at[2, 1].set(-1.0)
+    gradient = jax.jit(jax.grad(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED)))
+    for kernel in (difference, 0 * difference):
+        chex.assert_tree_all_finite(gradient(kernel))
+
+
+def test_any_size_bound_covers_every_size_and_padding(x64):
+    for taps in ((3, 3), (2, 5)):
+        names, kernels = kernels_of_every_kind((*taps, 2, 2), seed=11)
+        bounds = np.asarray(jax.jit(jax.vmap(certify.conv_norm_bound_any_size))(jnp.asarray(kernels)))
+        spectra = np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))  # a grid three times as fine
+        supremum = np.linalg.norm(spectra, 2, axis=(-2, -1)).max(axis=(1, 2))
+        assert_upper_bounds(bounds, supremum, names)
+        factor = np.prod([np.cos(np.pi * (k - 1) / 64) for k in taps])
+        np.testing.assert_array_less(bounds * factor, supremum * (1 + EXACT) + 1e-30)
+        for image, padding in (((8, 8), "SAME"), ((7, 5), "CIRCULAR")):
+            assert_upper_bounds(bounds, dense_norms(kernels, image, padding), names)
+
+
+def test_any_size_needs_its_cosines(x64):
+    kernels = np.random.default_rng(12).normal(size=(64, 3, 3, 1, 1))
+    supremum = np.abs(np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))).max(axis=(1, 2, 3, 4))
+    coarse = np.abs(np.fft.fft2(kernels, s=(6, 6), axes=(1, 2))).max(axis=(1, 2, 3, 4))
+    bound = jax.jit(jax.vmap(lambda k: certify.conv_norm_bound_any_size(k, num_frequencies=6)))(jnp.asarray(kernels))
+    names = [str(i) for i in range(64)]
+    assert_upper_bounds(np.asarray(bound), supremum, names)
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(coarse, supremum, names)
+
+
+def test_bounds_compile_and_keep_low_precision_and_bad_weights_visible():
+    kernel = jnp.asarray(np.random.default_rng(13).normal(size=(3, 3, 2, 2)), jnp.bfloat16)
+    bound_of = jax.jit(lambda k: certify.conv_norm_bound(k, (4, 4)))
+    assert bound_of(kernel).dtype == jnp.float32
+    np.testing.assert_allclose(bound_of(kernel), bound_of(kernel.astype(jnp.float32)), rtol=1e-6)
+    assert jnp.isnan(bound_of(kernel.at[0, 0, 0, 0].set(jnp.nan)))
+    assert jnp.isnan(certify.dense_norm_bound(jnp.array([[1.0, jnp.inf]])))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "svd"}, "method"),
+        ({"method": "gram", "num_squarings": -1}, "num_squarings"),
+        ({"twists": [(0, 2)]}, "twists"),
+        ({"twists": []}, "twists"),
+        ({"spatial_shape": (0, 4)}, "spatial_shape"),
+        ({"padding": "REFLECT"}, "padding"),
+    ],
+)
+def test_caller_mistakes(options, message):
+    shape = options.pop("spatial_shape", (4, 4))
+    with pytest.raises(ValueError, match=message):
+        certify.conv_norm_bound(jnp.ones((3, 3, 1, 1)), shape, **options)
+
+
+def test_other_caller_mistakes():
+    with pytest.raises(ValueError, match="at least the kernel's size"):
+        certify.conv_norm_bound_any_size(jnp.ones((3, 3, 1, 1)), num_frequencies=2)
+    with pytest.raises(ValueError, match="at least one weight"):
+        certify.dense_norm_bound(jnp.ones((3, 0)))
+
+
+def users_jit(function):
+    """Compiles as users do, at the compiler's default level; the suite compiles without optimisation."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3})
+
+
+user_dense = users_jit(certify.dense_norm_bound)
+user_conv = users_jit(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED))
+
+
+def test_subnormal_weights_add_to_the_norm():
+    """Processors may take subnormal numbers for 0, optimised code even in comparisons of their bits."""
+    tiny, rng = np.finfo(np.float32).tiny, np.random.default_rng(0)
+    matrices = [np.full((8, 1), size, np.float32) for size in (1e-41, 1e-45, 4 * tiny)]
+    mixed = [np.full((8, 1), tiny / 1.001) for _ in range(4)]  # one normal entry among many that are just not
+    matrices += [np.concatenate([[[tiny]], matrix[1:]]).astype(np.float32) for matrix in mixed]
+    matrices += [(tiny * 2.0 ** rng.uniform(-2, 1, (8, 1))).astype(np.float32) for _ in range(40)]
+    norms = [np.linalg.norm(matrix.astype(np.float64)) for matrix in matrices]
+    assert_upper_bounds([float(user_dense(matrix)) for matrix in matrices], norms, range(len(norms)))
+    kernels = (tiny * 2.0 ** rng.uniform(-2, 1, (20, 3, 3, 2, 2))).astype(np.float32)
+    norms = dense_norms(kernels, (4, 4), "SAME")
+    assert_upper_bounds([float(user_conv(kernel)) for kernel in kernels], norms, range(len(norms)))
+    assert user_dense(jnp.zeros((8, 1))) == user_conv(jnp.zeros((3, 3, 2, 2))) == 0
+
+
+def test_norms_of_huge_weights_are_not_taken_for_zeros():
+    """Two divisions by powers of two in a row may be one by their product, whose reciprocal is subnormal."""
+    for entry in (1e25, 1e29, 5e37, 3e38):
+        assert entry * np.sqrt(35) <= float(user_dense(jnp.full((5, 7), entry, jnp.float32)))
+        kernel = np.full((3, 3, 2, 2), entry, np.float32)
+        assert dense_norms(kernel[None], (4, 4), "SAME")[0] <= float(user_conv(kernel))
+        assert np.isinf(user_dense(jnp.full((5, 7), entry, jnp.float32))) == (entry > 1e30)
+
+
+@pytest.mark.parametrize("options", [{}, EMBEDDED], ids=["written out", "embedded"])
+def test_bounds_hold_at_the_default_level_of_the_compiler(options):
+    bound = users_jit(lambda kernels: jax.vmap(lambda k: certify.conv_norm_bound(k, (5, 4), **options))(kernels))
+    names, kernels = kernels_of_every_kind((3, 3, 3, 2), seed=15)
+    kernels = kernels.astype(np.float32)
+    norms = dense_norms(kernels, (5, 4), "SAME")
+    bounds = np.asarray(bound(kernels))
+    assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_array_less(bounds, norms * (1.2 if options else 1 + EXACT_F32) + 1e-30)
+
+
+def test_float32_dense_bounds_hold_where_a_float32_svd_falls_short():
+    rng = np.random.default_rng(8)
+    gauss = rng.normal(size=(40, 48, 48))
+    rank_one = np.einsum("ki,kj->kij", *rng.normal(size=(2, 40, 48)))
+    matrices = np.concatenate([gauss, rank_one, np.linalg.qr(gauss)[0]]).astype(np.float32)
+    norms = np.linalg.norm(matrices.astype(np.float64), 2, axis=(1, 2))
+    names = [str(i) for i in range(len(norms))]
+    bounds = np.asarray(users_jit(jax.vmap(certify.dense_norm_bound))(matrices))
+    assert_upper_bounds(bounds, norms, names)
+    np.testing.assert_array_less(bounds, norms * (1 + EXACT_F32))
+    with pytest.raises(AssertionError, match="<"):
+        assert_upper_bounds(np.linalg.norm(matrices, 2, axis=(1, 2)), norms, names)

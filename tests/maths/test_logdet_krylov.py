@@ -1,0 +1,199 @@
+"""Krylov log-determinants against dense matrices: exact where they must be, within their bound everywhere."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from iresnet_jax.maths import logdet_krylov as krylov
+from iresnet_jax.maths.logdet_exact import ExactLogdet, dense_logdet
+from iresnet_jax.maths.logdet_krylov import KrylovLogdet, quadratic_form
+
+QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98
+SINGLE = 2e-5  # float32, relative to the squared norm of a probe
+
+
+def scaled(matrix, lipschitz):
+    """The matrix with that largest singular value."""
+    return matrix * (lipschitz / np.linalg.norm(matrix, 2))
+
+
+def matrices(kind, d, lipschitz, seed):
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(d, d))
+    if kind == "symmetric":
+        return scaled(a + a.T, lipschitz)
+    if kind == "contracting":  # everything towards -L, where the series is at its worst
+        q = np.linalg.qr(a)[0]
+        return -lipschitz * q @ np.diag(rng.uniform(0.5, 1.0, d)) @ q.T
+    if kind == "shrinking":
+        return -lipschitz * np.eye(d)
+    if kind == "rotation":
+        return lipschitz * np.linalg.qr(a)[0]
+    if kind == "low rank":
+        return scaled(a[:, :2] @ rng.normal(size=(2, d)), lipschitz)
+    if kind == "nilpotent":
+        return scaled(np.triu(a, 1), lipschitz)
+    return scaled(a, lipschitz)
+
+
+KINDS = ("random", "symmetric", "contracting", "shrinking", "rotation", "low rank", "nilpotent")
+
+
+def linear(matrix):
+    return lambda x: x @ jnp.asarray(matrix, x.dtype).T
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def quadratic_form_of_matrix(matrix, v, lipschitz_bound, *, num_steps):
+    """`quadratic_form` of a linear branch, compiled once for all matrices of a size."""
+    x = jnp.zeros(v.shape[1:], v.dtype)
+    return quadratic_form(linear(matrix), x, v, num_steps, lipschitz_bound=lipschitz_bound)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def arnoldi_of_matrix(matrix, v, *, num_steps):
+    return krylov.arnoldi(linear(matrix), v, num_steps)
+
+
+def tanh_network(d, lipschitz, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {"w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)), "b": jnp.asarray(rng.normal(size=2 * d))}
+    params["w2"] = jnp.asarray(scaled(rng.normal(size=(d, 2 * d)), 1.0))
+    return params, jnp.asarray(rng.normal(size=(3, d)))
+
+
+def apply(params, x):
+    return jnp.tanh(x @ params["w1"].T + params["b"][None]) @ params["w2"].T
+
+
+def full_basis(x):
+    """Probes ``sqrt(d) e_i``: the mean of ``v^T A v`` over them is the trace, without noise."""
+    d = x.shape[1]
+    return jnp.broadcast_to(math.sqrt(d) * jnp.eye(d, dtype=x.dtype)[:, None, :], (d, *x.shape))
+
+
+# --- the pieces -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arnoldi_gives_an_orthonormal_basis_and_the_map_in_it(x64, kind):
+    d, n = 12, 5
+    matrix = matrices(kind, d, 0.9, 1)
+    v = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, d)))
+    basis, hessenberg = arnoldi_of_matrix(matrix, v, num_steps=n)
+    for p in range(2):
+        for b in range(3):
+            q, h = np.asarray(basis[:, p, b]).T, np.asarray(hessenberg[..., p, b])
+            used = int(np.round(np.sum(q**2)))  # directions that are not 0
+            np.testing.assert_allclose(q[:, :used].T @ q[:, :used], np.eye(used), atol=1e-12)
+            assert not q[:, used:].any()
+            np.testing.assert_allclose(q.T @ matrix @ q, h[:n], atol=1e-12)
+            np.testing.assert_allclose(h, np.triu(h, -1), atol=0)
+            leaves = matrix @ q[:, n - 1] - q @ h[:n, n - 1]
+            np.testing.assert_allclose(np.linalg.norm(leaves), h[n, n - 1], atol=1e-12)
+            assert used == {"low rank": 3, "shrinking": 1}.get(kind, n)
+
+
+@pytest.mark.parametrize("size", [6, krylov.WRITTEN_OUT, krylov.WRITTEN_OUT + 1])
+def test_hessenberg_systems_against_numpy(x64, size):
+    rng = np.random.default_rng(0)
+    batch = [np.eye(size) + np.triu(scaled(rng.normal(size=(size, size)), 0.95), -1) * 0.7 for _ in range(4)]
+    found = jax.jit(krylov.solve_hessenberg)(np.stack(batch, axis=-1))
+    for i, matrix in enumerate(batch):
+        np.testing.assert_allclose(found[:, i], np.linalg.solve(matrix, np.eye(size)[0]), atol=1e-12)
+    np.testing.assert_allclose(krylov.solve_hessenberg(jnp.full((1, 1, 2), 4.0)), np.full((1, 2), 0.25))
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lipschitz", [0.3, 0.9, 0.98])
+def test_the_whole_space_gives_the_logarithm(x64, kind, lipschitz):
+    d = 6
+    matrix = matrices(kind, d, lipschitz, 3)
+    v = np.random.default_rng(4).normal(size=(2, 1, d))
+    values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=d)
+    expected = [u[0] @ scipy.linalg.logm(np.eye(d) + matrix) @ u[0] for u in v]
+    squared = (v**2).sum(axis=-1)
+    np.testing.assert_allclose(values[:, 0], np.real(expected), atol=QUADRATURE * squared.max())
+    assert (np.asarray(bounds) < 1e-9 * squared).all()  # nothing leaves the space
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_lie_within_their_bound(x64, kind):
+    d, num = 24, 40
+    rng = np.random.default_rng(5)
+    worst = 0.0
+    for n in (1, 2, 4, 8):
+        for lipschitz in (0.5, 0.9, 0.97):
+            matrix = matrices(kind, d, lipschitz, n)
+            v = rng.choice([-1.0, 1.0], size=(num, 1, d))
+            values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=n)
+            exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
+            errors = np.abs(values - exact)
+            assert (errors <= np.asarray(bounds) + QUADRATURE * d).all()
+            worst = max(worst, float((errors / (np.asarray(bounds) + QUADRATURE * d)).max()))
+    assert worst > (0.01 if kind in ("random", "symmetric", "contracting", "nilpotent") else 0)  # no mere infinity
+
+
+def test_the_bound_is_as_small_as_it_says(x64):
+    """One step on two dimensions, where a bound without the resolvent's norm would be below the error."""
+    angle, lipschitz = math.acos(0.9), 0.97
+    transposed = scaled(np.array([[0.0, lipschitz * math.sin(angle)], [1e-3, -lipschitz * math.cos(angle)]]), lipschitz)
+    v = np.array([[[1.0, 0.0]]])
+    value, bound = quadratic_form_of_matrix(transposed.T, v, lipschitz, num_steps=1)
+    error = abs(float(value[0, 0]) - np.real(scipy.linalg.logm(np.eye(2) + transposed))[0, 0])
+    assert 0.5e-3 < error < float(bound[0, 0]) < 3e-3
+
+
+def test_float32_is_as_good_as_its_rounding():
+    d = 196
+    matrix = matrices("contracting", d, 0.94, 0)
+    v = np.random.default_rng(1).choice([-1.0, 1.0], size=(3, 2, d)).astype(np.float32)
+    values, _ = quadratic_form_of_matrix(matrix.astype(np.float32), v, jnp.inf, num_steps=20)
+    exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
+    np.testing.assert_allclose(values, exact, atol=SINGLE * d)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_more_steps_than_dimensions_change_nothing(d):
+    params, x = tanh_network(d, 0.9)
+    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    branch = functools.partial(apply, params)
+    found = jax.jit(lambda x: quadratic_form(branch, x, full_basis(x), 7, lipschitz_bound=0.9))(x)
+    np.testing.assert_allclose(found[0].mean(axis=0), jax.jit(functools.partial(dense_logdet, branch))(x), atol=SINGLE)
+    assert (np.asarray(found[1]) < 1e-3).all()
+
+
+# --- the estimator --------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_over_probes_approaches_the_log_determinant(x64):
+    params, x = tanh_network(8, 0.9)
+    branch = functools.partial(apply, params)
+
+    def run(estimator, **bound):
+        return jax.jit(functools.partial(estimator, branch, **bound))(x, jax.random.key(1))
+
+    exact, _ = run(ExactLogdet())
+    estimate, info = run(KrylovLogdet(8, num_probes=4000), lipschitz_bound=0.9)
+    assert (np.abs(estimate - exact) < 5 * info.stderr).all()
+    assert (info.stderr < 0.05).all()
+    single = run(KrylovLogdet(2))[1]
+    assert np.isinf(single.stderr).all()
+    assert np.isinf(single.truncation_bound).all()  # without a Lipschitz bound
+
+
+@pytest.mark.parametrize("lipschitz", [0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999])
+def test_bounds_hold_the_error_of_the_quadrature(x64, lipschitz):
+    """The Krylov space of a multiple of the identity has one dimension: nothing else is left out."""
+    v = jnp.ones((1, 1, 4))
+    values, bounds = quadratic_form_of_matrix(-lipschitz * np.eye(4), v, lipschitz, num_steps=2)
+    assert abs(float(values[0, 0]) - 4 * np.log1p(-lipschitz)) <= bounds[0, 0]
+    assert bounds[0, 0] < 0.1 or lipschitz > 0.9999
