@@ -150,8 +150,8 @@ class Transposed(Laplace):
     ("call", "sentence"),
     [
         (lambda: density(priors.standard("gaussian", 2)).log_prob(X), "has the methods log_prob.* got a dict"),
-        (lambda: density(EachEntry(0.0)).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
-        (lambda: density(Transposed(0.0)).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
+        (lambda: density(priors.own(EachEntry(0.0))).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
+        (lambda: density(priors.own(Transposed(0.0))).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
         (lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5), "has no temperature, got 0.5"),
         (lambda: priors.own(PRIOR_WITHOUT_METHODS), "got a dict"),
         (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "leave out num_classes=2"),
