@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.transforms.bounded import Bounded
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import context_vectors

@@ -11,9 +11,10 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+import jax
 import numpy as np
 
 T = TypeVar("T")
@@ -38,6 +39,43 @@ NotNegative = Annotated[float, Range("[0, inf)")]
 Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would never move at 1
 
 
+@typing.dataclass_transform(frozen_default=True, eq_default=False)
+def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
+    """Makes a class a frozen dataclass and a pytree: fields of these names hold arrays or pytrees, all others are static.
+
+    Two are equal if their static fields and the numbers in their arrays are. JAX takes one apart and puts it together around
+    tracers, which have no values to check: ``__post_init__`` does not run then.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        static = tuple(field.name for field in dataclasses.fields(made) if field.name not in arrays)
+
+        def flatten(value):
+            return [getattr(value, name) for name in arrays], tuple(getattr(value, name) for name in static)
+
+        def flatten_with_keys(value):
+            children, known = flatten(value)
+            return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(arrays, children, strict=True)], known
+
+        def unflatten(known, children):
+            value = object.__new__(made)
+            value.__dict__.update(zip(static, known, strict=True), **dict(zip(arrays, children, strict=True)))
+            return value
+
+        def equal(value, other):
+            if type(other) is not made:
+                return NotImplemented
+            (ours, structure), (theirs, of_other) = jax.tree.flatten(value), jax.tree.flatten(other)
+            return structure == of_other and all(map(np.array_equal, ours, theirs))
+
+        made.__eq__, made.__hash__ = equal, lambda value: hash((made, flatten(value)[1]))
+        jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        return made
+
+    return register
+
+
 def to_plain(value: Any) -> dict[str, Any]:
     """A dataclass, or anything with ``to_dict``, as JSON data."""
     plain = value.to_dict() if hasattr(value, "to_dict") else dataclasses.asdict(value)
@@ -45,26 +83,28 @@ def to_plain(value: Any) -> dict[str, Any]:
 
 
 def tagged(value: Any) -> Any:
-    """A dataclass as JSON data, with the name of every dataclass in it under "type".
+    """A dataclass as JSON data, with the name of every dataclass in it under "type"; arrays are lists of their numbers.
 
     A field with "name" in its metadata holds what is no data: that function gives its name, and it is left out if it is None.
     """
     if dataclasses.is_dataclass(value):
         fields = {}
         for field in dataclasses.fields(value):
+            if not field.init:
+                continue  # computed from the others
             entry, name_of = getattr(value, field.name), field.metadata.get("name")
             if name_of is None:
                 fields[field.name] = tagged(entry)
             elif entry is not None:
                 fields[field.name] = name_of(entry)
         return {"type": type(value).__name__, **fields}
+    if isinstance(value, np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
     return [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)
 
 
 def from_plain(cls: type[T], plain: Any, path: str) -> T:
     """The dataclass that a mapping describes; fields without an entry keep their default.
-
-    A class may say under ``renamed`` what its fields were called before.
 
     Args:
         path: What messages call the mapping, such as ``config``.
@@ -74,17 +114,17 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     """
     if not isinstance(plain, Mapping) and not hasattr(plain, "items"):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
-    names = getattr(cls, "renamed", {})
-    plain = {names.get(name, name): value for name, value in plain.items()}
+    plain = dict(plain.items())
     if plain.pop("type", cls.__name__) != cls.__name__:
         raise ValueError(f"{path} is not of the type {cls.__name__}")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = [field for field in dataclasses.fields(cls) if field.init]  # pyright: ignore[reportArgumentType]
+    known = typing.get_type_hints(cls, include_extras=True)
+    hints = {field.name: known[field.name] for field in fields}
     for name in plain:
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(hints) or 'none'}"
             raise ValueError(f"{path} has no field {name!r}: {hint}")
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in plain]:
         raise ValueError(f"{path} lacks {' and '.join(missing)}")

@@ -44,7 +44,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.logit import Center, Identity, Logit
 from iresnet_jax.conversion_stages import MAXMIN, Arrays, Layer, Stages, applied_kernel, read_file
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec

@@ -25,7 +25,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax import losses
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, Positive, checked
 from iresnet_jax.fit_settings import EXACT_DIMS, MIXTURE_DIMS, WHITENED_DIMS
 from iresnet_jax.loss_training import train

@@ -240,7 +240,7 @@ def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray,
     """At most so many training examples as the flow gets them, drawn from all as they may be sorted."""
     model, rows = Density(density_spec(config, data), {}, {}), data.examples["train"]
     x = np.asarray(rows[some_rows(len(rows), most)])
-    z = preprocess(model.shared(), parallel.fill_up(x), jax.random.key(config.seed))
+    z = preprocess(model.bare(), parallel.fill_up(x), jax.random.key(config.seed))
     return np.asarray(z, np.float64)[: len(x)]
 
 

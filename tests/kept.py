@@ -10,7 +10,7 @@ import numpy as np
 import tiny_runs as runs
 
 from iresnet_jax import data
-from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.maths import activations
 from iresnet_jax.models import noise, priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec

@@ -16,8 +16,8 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
-BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded((ir.Bounds(0.0, 1.0), None)))
-BOUNDED_POINTS = dataclasses.replace(kept.POINTS, transform=ir.Bounded((ir.Bounds(0.0, 1.0), None)))
+BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded.of((ir.Bounds(0.0, 1.0), None)))
+BOUNDED_POINTS = dataclasses.replace(kept.POINTS, transform=ir.Bounded.of((ir.Bounds(0.0, 1.0), None)))
 KEY = jax.random.key(0)
 
 

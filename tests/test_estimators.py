@@ -16,7 +16,7 @@ from sklearn.utils.estimator_checks import check_n_features_in_after_fitting, pa
 
 from iresnet_jax import estimators
 from iresnet_jax.bijections.actnorm import ActNormParams
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
 from iresnet_jax.fitting import fit
@@ -63,7 +63,7 @@ def fit_or_moments(x, labels=None, **options):
         return fit(x, labels, **options)
     flow, transform = FlowSpec((num_dims,), (StageSpec(1, hidden=(1,)),)), Standardize.fit(x)
     num_classes = None if labels is None else int(labels.max()) + 1
-    z = np.asarray(transform.bijection().forward(x.astype(np.float32)))
+    z = np.asarray(transform.bijection().forward(jax.numpy.asarray(x, np.float32)))
     prior = priors.standard("gaussian", num_dims) if labels is None else priors.of_classes("gaussian", z, labels, num_classes)
     spec = DensitySpec(flow, transform=transform, num_levels=None, num_classes=num_classes)
     return Density(spec, does_nothing(flow), prior).with_(history=History({}, {}, step=0))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.maths.fixed_point import FixedPointInfo
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.maths.upward_rounding import at_least
 
@@ -165,6 +166,18 @@ def exact_bijection(
         inverse_and_logdet=lambda y, key: (*inverse_and_logdet(y), no_logdet_error(y), no_inverse_error(y)),
         inverse_lipschitz=inverse_lipschitz,
     )
+
+
+class ClosedForm:
+    """A transform with ``forward_and_logdet(x)``, ``inverse_and_logdet(y)`` and ``bilipschitz()``, as a bijection."""
+
+    forward_and_logdet: Callable[[Array], tuple[Array, Array]]
+    inverse_and_logdet: Callable[[Array], tuple[Array, Array]]
+    bilipschitz: Callable[[], BiLipschitz]
+
+    def bijection(self) -> Bijection:
+        """The map of batches."""
+        return exact_bijection(self.forward_and_logdet, self.inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
 
 
 def isometric_bijection(forward: Callable[[Array], Array], inverse: Callable[[Array], Array]) -> Bijection:

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.bijections.transforms.dequantize import Grid, certain_levels
-from iresnet_jax.bijections.transforms.enclosure import enclosing
-from iresnet_jax.bijections.transforms.logit import Identity
-from iresnet_jax.bijections.transforms.standardize import Standardize
+from iresnet_jax.bijections.dequantize import Grid, certain_levels
+from iresnet_jax.bijections.enclosure import enclosing
+from iresnet_jax.bijections.logit import Identity
+from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.platforms import fast_compile
+from iresnet_jax.models import preprocessing
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
@@ -108,7 +109,7 @@ def to_data(model: Density | Classifier, z: Float[Array, "b ..."], *, context: C
     if isinstance(model, Density):
         x, info = model.flow(context).inverse(latents)
         u = model.continuous_of_input(x)
-        return Decoded(latents, x, u, model.round_to_data(u), info)
+        return Decoded(latents, x, u, preprocessing.rounded(model.spec, u), info)
     x, info = model.flow().inverse(latents)
     images = model.spec.unpad(x) if isinstance(model, Classifier) else x
     return Decoded(latents, x, images, images, info)

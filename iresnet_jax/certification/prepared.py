@@ -93,7 +93,6 @@ def check(model: M, *given: Any, context: Contexts | None = None, contraction: b
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
         raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
-    model.require_own_numbers()
     model = model.with_bounds()
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are those of a batch of examples, got a scalar")

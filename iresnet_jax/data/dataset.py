@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32, PRNGKeyArray, Shaped
 
-from iresnet_jax.bijections.transforms.bounded import Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid
+from iresnet_jax.bijections.bounded import Bounds
+from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.data.splits import some_rows
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.maths.platforms import fast_compile

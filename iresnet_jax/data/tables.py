@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.bijections.transforms.bounded import Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid
+from iresnet_jax.bijections.bounded import Bounds
+from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.models.columns import NAMED, Column, listed
 
 REPEATS = 2.0  # examples for each distinct value of an entry from which it counts as one that takes few values
@@ -86,7 +86,7 @@ def describe(
     ends = {**{column: (0.0, num - 1.0) for column, num in levels.items()}, **given}
     intervals = [_interval(splits, column, names, grid, ends.get(column)) for column in range(x.shape[1])]
     for column, (low, high) in given.items():
-        found, step = intervals[column], 0.0 if grid is None else grid.spacing[column]
+        found, step = intervals[column], 0.0 if grid is None else float(grid.spacing[column])
         assert found is not None
         if found.resolution > (step / 4 or COARSEST * x[:, column].std()):
             raise ValueError(
@@ -94,8 +94,8 @@ def describe(
                 "tell values near an end from each other: narrow them, or leave them out"
             )
     if grid is not None:
-        on_grid = [column for column, step in enumerate(grid.spacing) if step > 0]
-        first, step = intervals[on_grid[0]], grid.spacing[on_grid[0]]
+        on_grid = [column for column, step in enumerate(np.asarray(grid.spacing)) if step > 0]
+        first, step = intervals[on_grid[0]], float(grid.spacing[on_grid[0]])
         assert first is not None
         example = f"from {first.low + step / 2:g} to {first.high - step / 2:g} in steps of {step:g}"
         notes = [f"discrete: {_named(on_grid, names)}; the first {example}", *notes]
@@ -216,7 +216,7 @@ def _interval(
     splits: Mapping[str, Rows], column: int, names: Sequence[Any], grid: Grid | None, ends: tuple[float, float] | None
 ) -> Bounds | None:
     """The interval of one column: of its ends, or of the cells that were seen; None for none."""
-    step, offset = (0.0, 0.0) if grid is None else (grid.spacing[column], grid.offset[column])
+    step, offset = (0.0, 0.0) if grid is None else (float(grid.spacing[column]), float(grid.offset[column]))
     if ends is None:
         if not step:
             return None

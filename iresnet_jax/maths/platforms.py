@@ -86,7 +86,12 @@ def _untraced() -> Any:
 
 
 def floats(values: Any) -> jax.Array:
-    """Numbers as an array of JAX's type of floats, made by NumPy: outside of programs, JAX compiles one for each conversion."""
+    """Numbers as an array of JAX's type of floats, made by NumPy: outside of programs, JAX compiles one for each conversion.
+
+    JAX's own arrays of floats stay as they are, tracers among them.
+    """
+    if isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating):
+        return values
     return jax.device_put(np.asarray(values, jnp.result_type(float)))
 
 

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Key, Num
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
+from iresnet_jax.bijections.dequantize import check_levels, known_levels
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.dequantize import check_levels, known_levels
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key

@@ -11,15 +11,16 @@ remain contractions of the example. A branch alone depends on contexts by linear
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections.bijection import Bijection, exact_bijection
-from iresnet_jax.bijections.transforms.standardize import Constants, Standardize
+from iresnet_jax.bijections.standardize import ROUNDING, Standardize, set_floats
+from iresnet_jax.checked_dataclasses import pytree
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
 
 WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
@@ -30,7 +31,7 @@ _ROWS = 10_000  # at most, which choose the widths
 Network = Mapping[str, Mapping[str, Array]]
 
 
-@dataclass(frozen=True)
+@pytree(arrays=("mean", "scale", "center", "width"))
 class ContextScale(Standardize):
     """``(asinh((c - center) / width) - mean) / scale``, entry by entry.
 
@@ -39,12 +40,13 @@ class ContextScale(Standardize):
         width: Distance from there at which it turns from linear to logarithmic.
     """
 
-    center: tuple[float, ...] = ()
-    width: tuple[float, ...] = ()
+    center: Any = ()
+    width: Any = ()
 
     def __post_init__(self):
         super().__post_init__()
-        if not len(self.center) == len(self.width) == len(self.mean) or not min(self.width) > 0:
+        set_floats(self, "center", "width")
+        if not self.center.shape == self.width.shape == self.mean.shape or not np.all(np.asarray(self.width) > 0):
             raise ValueError(f"center and width need one number an entry, widths positive, got {self.center} and {self.width}")
 
     @classmethod
@@ -52,43 +54,28 @@ class ContextScale(Standardize):
         """Centres and widths that make every entry as normal as they can, and the scale behind them; constants keep theirs."""
         rows = np.asarray(x, np.float64)
         some = np.random.default_rng(0).choice(len(rows), min(_ROWS, len(rows)), replace=False)  # they may be sorted
-        chosen = [_likeliest(column) for column in rows[np.sort(some)].T]
-        center, width = (tuple(numbers) for numbers in zip(*chosen, strict=True))
-        squeezed = np.arcsinh((rows - np.array(center)) / np.array(width))
+        center, width = np.array([_likeliest(column) for column in rows[np.sort(some)].T]).T
+        squeezed = np.arcsinh((rows - center) / width)
         std = squeezed.std(axis=0)
-        return cls(tuple(squeezed.mean(axis=0).tolist()), tuple(np.where(std > 0, std, 1).tolist()), center, width)
+        return cls(squeezed.mean(axis=0), np.where(std > 0, std, 1), center, width)
 
-    @property
-    def standard(self) -> "ContextScale":
-        """Zeros and ones of as many entries."""
-        zeros, ones = (0.0,) * len(self.mean), (1.0,) * len(self.mean)
-        return ContextScale(zeros, ones, zeros, ones)
+    def forward_and_logdet(self, x: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+        """The scaled contexts."""
+        center, width = (values.astype(x.dtype)[None] for values in (self.center, self.width))
+        t = (x - center) / width
+        y, log_det = super().forward_and_logdet(jnp.arcsinh(t))
+        return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(width), axis=1)
 
-    def constants(self) -> Constants:
-        """What `bijection` computes with."""
-        return {**super().constants(), "center": np.asarray(self.center), "width": np.asarray(self.width)}
+    def inverse_and_logdet(self, y: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+        """The contexts."""
+        squeezed, _ = super().inverse_and_logdet(y)
+        x = jnp.sinh(squeezed) * self.width.astype(y.dtype)[None] + self.center.astype(y.dtype)[None]
+        return x, -self.forward_and_logdet(x)[1]
 
-    def bijection(self, constants: Constants | None = None) -> Bijection:
-        """The map of vectors; see `Standardize.bijection`."""
-        given = self.constants() if constants is None else constants
-        then = super().bijection(given)
-
-        def parts(x):
-            return (jnp.asarray(given[name], x.dtype)[None] for name in ("center", "width"))
-
-        def forward_and_logdet(x):
-            center, width = parts(x)
-            t = (x - center) / width
-            y, log_det, _ = then.forward_and_logdet(jnp.arcsinh(t), None)  # pyright: ignore[reportArgumentType]
-            return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(width), axis=1)
-
-        def inverse_and_logdet(y):
-            center, width = parts(y)
-            squeezed, _, _, _ = then.inverse_and_logdet(y, None)  # pyright: ignore[reportArgumentType]
-            x = jnp.sinh(squeezed) * width + center
-            return x, -forward_and_logdet(x)[1]
-
-        return exact_bijection(forward_and_logdet, inverse_and_logdet)
+    def bilipschitz(self) -> BiLipschitz:
+        """Steepest at the centres; nothing bounds the inverse."""
+        steepest = jnp.max(1 / (self.scale * self.width))
+        return BiLipschitz((1 + ROUNDING) * steepest, jnp.full_like(steepest, jnp.inf))
 
 
 def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:

@@ -26,11 +26,9 @@ from jaxtyping import Array, Float, Key, Num, Shaped
 
 from iresnet_jax.bijections.bijection import Bijection, add_logdet_info
 from iresnet_jax.bijections.chain import Rematerialize, chain
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.bounded import Bounded
-from iresnet_jax.bijections.transforms.dequantize import Grid, check_levels, dequantize_bijection
-from iresnet_jax.bijections.transforms.logit import Identity, Logit
-from iresnet_jax.bijections.transforms.standardize import Standardize
+from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
@@ -38,13 +36,13 @@ from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import initial, mixtures, priors, scales
+from iresnet_jax.models import initial, mixtures, preprocessing, priors, scales
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
-from iresnet_jax.models.columns import Frame, numbers_of, table_of
+from iresnet_jax.models.columns import Frame, table_of
 from iresnet_jax.models.contexts import Network, apply_network, initial_network
 from iresnet_jax.models.contractions import as_params, under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
@@ -96,10 +94,10 @@ class Samples(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "prior", "estimator", "network", "noise_network", "constants"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
+    data_fields=["spec", "weights", "prior", "estimator", "network", "noise_network"],
+    meta_fields=["solver", "unroll", "rematerialize", "history"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Density(Model):
     """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
@@ -125,7 +123,6 @@ class Density(Model):
         history: What the training of a fitted model saw.
         network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
         noise_network: Weights of the network that noise depends on, see `noise.features`; empty if it is uniform.
-        constants: Numbers in place of those of ``spec``, see `shared`; empty if those of ``spec`` count.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ("prior", "network", "noise_network")
@@ -140,7 +137,6 @@ class Density(Model):
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
     noise_network: Network = field(default_factory=dict, repr=False)
-    constants: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def init(
@@ -266,19 +262,18 @@ class Density(Model):
         is_own = name == "prior" and self.spec.prior_family == priors.OWN
         return priors.own(self.prior) if is_own else super().learned(name)
 
-    def shared(self) -> "Density":
-        """The same model as programs take it that models of other data share: what it was fitted to is in ``constants``."""
-        if self.constants:
+    def bare(self) -> "Density":
+        """The same model without what no program computes with, so that models of other data share programs."""
+        if self.history is None and self.spec.columns is None:
             return self
-        return self.with_(spec=self.spec.standard, constants=self.spec.constants, history=None)
+        return self.with_(spec=dataclasses.replace(self.spec, columns=None), history=None)
 
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
         spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, grid=None)
         own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
-        constants = {name: numbers for name, numbers in self.constants.items() if name != "grid"}
-        return self.with_(spec=spec, weights=own, noise_network={}, constants=constants)
+        return self.with_(spec=spec, weights=own, noise_network={})
 
     def given(self, context: Contexts) -> "Density":
         """The density ``x -> p(x | context)`` of a conditional model as a model that takes no contexts.
@@ -309,7 +304,6 @@ class Density(Model):
             spec=dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=()),
             weights=weights,
             network={},
-            constants={name: numbers for name, numbers in self.constants.items() if name != "context"},
         )
 
     # ------------------------------------------------------------------------------------------------ likelihood
@@ -319,12 +313,14 @@ class Density(Model):
 
         Args:
             x: Data, see `Density`.
-            key: Source of noise and probes, one key or one per example; None draws both from a fixed key.
+            key: Source of noise and probes, one key or one per example; None gives every example the same noise and probes, so
+                that its result does not depend on the others. Their errors then add up in means: evaluations pass keys.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         examples = self._examples(x, context)
-        key = jax.random.key(0) if key is None else examples.keys(key)
-        return examples.restore(_log_prob(self.shared(), self._checked(examples.x, is_likelihood=True), examples.context, key))
+        key = None if key is None else examples.keys(key)
+        x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
+        return examples.restore(_log_prob(self.bare(), x, examples.context, key))
 
     def terms(
         self,
@@ -344,8 +340,8 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
-        x = self._checked(examples.x, is_likelihood=True)
-        return examples.restore(_terms(self._for_programs().shared(), x, examples.context, *keys))
+        x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
+        return examples.restore(_terms(self._for_programs().bare(), x, examples.context, *keys))
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -387,7 +383,7 @@ class Density(Model):
     def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
         """`encode` of one batch."""
         key = None if key is None else examples.keys(key)
-        return _encode(self.shared(), self._checked(examples.x), examples.context, key)
+        return _encode(self.bare(), preprocessing.checked(self.spec, examples.x), examples.context, key)
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -403,7 +399,7 @@ class Density(Model):
             before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
         """
         examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
-        return examples.restore(_decode(self._for_programs().shared(), examples.x, examples.context))
+        return examples.restore(_decode(self._for_programs().bare(), examples.x, examples.context))
 
     def sample(
         self,
@@ -467,7 +463,7 @@ class Density(Model):
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
-        return _decode_and_log_prob(self._for_programs().shared(), z, self._context_of_samples(num, context), labels, key_probe)
+        return _decode_and_log_prob(self._for_programs().bare(), z, self._context_of_samples(num, context), labels, key_probe)
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
@@ -523,7 +519,7 @@ class Density(Model):
     def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
         """Data and contexts as one batch, not checked yet."""
         flow = self.spec.flow
-        return as_batch(self.numbers(x), flow.event_shape, context, self.spec.context_dim)
+        return as_batch(preprocessing.numbers(self.spec, x), flow.event_shape, context, self.spec.context_dim)
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
@@ -547,29 +543,30 @@ class Density(Model):
             if self.spec.context_hidden:
                 raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
             return vectors
-        scaled = self.spec.context.bijection(self.constants.get("context")).forward(vectors)
+        scaled, _ = jax.lax.stop_gradient(self.spec.context).forward_and_logdet(vectors)
         return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
-        return self._transform.forward(self.dequantize(x, key))
+        return preprocessing.transform(self.spec).forward(self.dequantize(x, key))
 
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
-        x = self._checked(x)
+        x = preprocessing.checked(self.spec, x)
         if key is not None and self._is_variational:
             return noises.place(self.noise_flow(x), x, key, *self._levels_and_dtype)
-        u = self._dequantize.forward(x) if key is None else self._dequantize.forward_and_logdet(x, key)[0]
+        cells = preprocessing.cells(self.spec)
+        u = cells.forward(x) if key is None else cells.forward_and_logdet(x, key)[0]
         return self.promoted(u)
 
     def dequantize_and_logdet(
         self, x: Data, key_noise: Keys, key_probe: Keys
     ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
         """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels ``-log q - d log(num_levels)``."""
-        x = self._checked(x)
+        x = preprocessing.checked(self.spec, x)
         if self._is_variational:
             return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, *self._levels_and_dtype)
-        u, log_det, info = self._dequantize.forward_and_logdet(x, key_noise)
+        u, log_det, info = preprocessing.cells(self.spec).forward_and_logdet(x, key_noise)
         return self.promoted(u), log_det, info
 
     def noise_flow(self, x: Data) -> Bijection:
@@ -581,7 +578,7 @@ class Density(Model):
         flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
         if flow is None or levels is None or not self.weights:
             raise ValueError("the noise of this model is uniform: there is no flow that makes it")
-        features = noises.features(self.spec.flow, self.noise_network, self._checked(x), levels)
+        features = noises.features(self.spec.flow, self.noise_network, preprocessing.checked(self.spec, x), levels)
         return self._flow_of(flow, noises.weights_of(self.weights), features)
 
     def noise_certificate(self) -> Certificate | None:
@@ -603,36 +600,7 @@ class Density(Model):
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
-        return self._transform.inverse(y)[0]
-
-    def round_to_data(self, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
-        """Levels, or values on a grid, of continuous data; continuous data of a model without either as they are."""
-        x = self._dequantize.inverse(u)[0]
-        transform, grid = self.spec.transform, self.constants.get("grid") or (self.spec.grid and self.spec.grid.constants())
-        if not (grid and isinstance(transform, Bounded)):
-            return x
-        return transform.clip(x, jnp.asarray(grid["spacing"], x.dtype)[None] / 2, constants=self.constants.get("transform"))
-
-    @property
-    def _transform(self) -> Bijection:
-        return _bijection(self.spec.transform, self.constants.get("transform"))
-
-    @property
-    def _dequantize(self) -> Bijection:
-        if self.spec.num_levels is not None:
-            return dequantize_bijection(self.spec.num_levels)
-        return _bijection(self.spec.grid or Identity(), self.constants.get("grid"))
-
-    def numbers(self, x: Any) -> Any:
-        """Data as an array of numbers: a data frame by the names, categories and order of the columns that were fitted.
-
-        Raises:
-            ValueError: If a column is missing or unknown, or holds a missing value or an unknown category.
-        """
-        if self.spec.columns is not None and isinstance(x, Frame):
-            return numbers_of(x, self.spec.columns)
-        x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
-        return x.astype(np.float64) if x.dtype == np.longdouble else x  # which JAX does not know
+        return preprocessing.transform(self.spec).inverse(y)[0]
 
     def to_frame(self, x: Data) -> Any:
         """Samples, or other arrays of data, as a pandas data frame with the columns and types that the model was fitted to.
@@ -648,68 +616,17 @@ class Density(Model):
             raise ValueError("this model was not fitted to a data frame: its samples are arrays")
         return table_of(np.asarray(x), self.spec.columns)
 
-    def _checked(self, x: Any, *, is_likelihood: bool = False) -> Array:
-        """The data as an array, if it is what the model takes.
-
-        Classes and latents of values between those of a grid are defined where no range bounds them; their likelihood is none.
-        """
-        shape = tuple(self.spec.flow.event_shape)
-        x = self.numbers(x)
-        is_table = len(shape) == 1 and x.shape[1:] == shape
-        if self.spec.num_levels is not None:
-            x = x.astype(np.uint8) if x.dtype == bool else x
-            check_levels(x, self.spec.num_levels, shape)
-        elif is_table and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
-            x = x.astype(jnp.result_type(float))
-        elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
-            wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
-            raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-        is_known = not isinstance(x, jax.core.Tracer) and not self.constants  # the spec of `shared` is of other ranges
-        if is_known and (is_likelihood or isinstance(self.spec.transform, Bounded)):
-            self.check_ranges(x)
-        return jnp.asarray(x)
-
-    def check_ranges(self, x: Any) -> None:
-        """Checks vectors whose entries keep to ranges or to a grid; other data pass.
-
-        Raises:
-            ValueError: If a value is out of its range, or between the values of its grid; the message names the first one.
-        """
-        transform, x = self.spec.transform, np.asarray(x)
-        if self.spec.grid is None and not isinstance(transform, Bounded):
-            return
-        x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)  # ends of ranges are no integers
-        grid = self.spec.grid or Grid((0.0,) * x.shape[1], (0.0,) * x.shape[1])
-        intervals = transform.intervals if isinstance(transform, Bounded) else (None,) * x.shape[1]
-        off, outside = grid.off(x), np.zeros(x.shape, bool)
-        if isinstance(transform, Bounded):
-            with np.errstate(over="ignore"):  # in the precision of the ends that data have shown
-                outside = transform.outside(x.astype(jnp.result_type(float)))
-        for row, column in np.argwhere(off | outside)[:1].tolist():
-            bounds, step = intervals[column], grid.spacing[column]
-            name = "" if self.spec.columns is None else f" ({self.spec.columns[column].name!r})"
-            if off[row, column] and not outside[row, column]:
-                allowed = f"is between values of its grid, {grid.offset[column]:g} and steps of {step:g}"
-            else:
-                assert bounds is not None
-                allowed = f"is not within the range {bounds.low + step / 2:g} to {bounds.high - step / 2:g} of the model"
-            raise ValueError(f"{x[row, column]:g} in row {row}, column {column}{name}, {allowed}: its density is 0")
-
     @property
     def _priors_of_classes(self) -> Mapping[str, Array]:
         return {name: values for name, values in self.prior.items() if name != "class_logits"}
-
-
-def _bijection(part: Any, constants: Any) -> Bijection:
-    """The map of a part, with constants in place of its own if there are any."""
-    return part.bijection() if constants is None else part.bijection(constants)
 
 
 # One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
 
 
 @fast_compile
-def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array, " b"]:
+def _log_prob(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, " b"]:
+    key = jnp.broadcast_to(jax.random.key(0), len(x)) if key is None else key
     key_noise, key_probe = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
     return _terms(model, x, context, key_noise, key_probe).log_prob
 
@@ -717,13 +634,13 @@ def _log_prob(model: Density, x: Array, context: Any, key: Keys) -> Float[Array,
 @fast_compile
 def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
     u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe)
-    y, log_det_transform, _ = model._transform.forward_and_logdet(u, key_probe)
+    y, log_det_transform, _ = preprocessing.transform(model.spec).forward_and_logdet(u, key_probe)
     z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
     log_prior = model.log_prior(z) if by_class is None else jax.nn.logsumexp(by_class, axis=1)
-    preprocessing = log_det_cells + log_det_transform
+    log_det_transform += log_det_cells
     info = add_logdet_info(info, info_of_noise)
-    return LogProb(log_prior + log_det + preprocessing, log_prior, log_det, preprocessing, info, by_class)
+    return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info, by_class)
 
 
 @fast_compile
@@ -733,13 +650,14 @@ def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[A
 
 @fast_compile
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
-    u, info = chain([model._transform, model.flow(context)]).inverse(model.promoted(z))
-    return model.round_to_data(u), info
+    u, info = chain([preprocessing.transform(model.spec), model.flow(context)]).inverse(model.promoted(z))
+    return preprocessing.rounded(model.spec, u), info
 
 
 @fast_compile
 def _decode_and_log_prob(model: Density, z: Array, context: Any, labels: Any, key_probe: Keys) -> Samples:
-    x, log_det, logdet_info, info = chain([model._transform, model.flow(context)]).inverse_and_logdet(z, key_probe)
+    whole = chain([preprocessing.transform(model.spec), model.flow(context)])
+    x, log_det, logdet_info, info = whole.inverse_and_logdet(z, key_probe)
     return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)
 
 

@@ -1,19 +1,17 @@
 """All that defines a density but its weights: architecture, preprocessing, prior, and what the data are."""
 
-import dataclasses
-import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import field
+from typing import ClassVar
 
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.transforms.bounded import Bounded
-from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.bounded import Bounded
+from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Center, Identity, Logit
+from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
@@ -23,7 +21,7 @@ from iresnet_jax.models.contexts import ContextScale
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
 
-@dataclass(frozen=True)
+@pytree(arrays=("transform", "grid", "context"))
 class DensitySpec:
     """All that defines a density but its weights.
 
@@ -45,7 +43,6 @@ class DensitySpec:
     """
 
     constrained: ClassVar[bool] = True
-    renamed: ClassVar[dict[str, str]] = {"prior": "prior_family"}  # fields of files that earlier versions wrote
 
     flow: FlowSpec
     prior_family: str = "gaussian"
@@ -74,14 +71,14 @@ class DensitySpec:
         if self.context_hidden and self.context is None:
             raise ValueError("a network on contexts needs their scale: give context=Standardize.fit_contexts(contexts)")
         if isinstance(self.transform, Standardize | Whiten):
-            entries, last = len(self.transform.mean), self.flow.event_shape[-1]
+            entries, last = self.transform.num_entries, self.flow.event_shape[-1]
             if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
                 raise ValueError(
                     f"the transform has {entries} entries, which do not fit examples of shape {self.flow.event_shape}"
                 )
-        if isinstance(self.transform, Bounded) and self.flow.event_shape != (len(self.transform.intervals),):
+        if isinstance(self.transform, Bounded) and self.flow.event_shape != (self.transform.num_entries,):
             raise ValueError(
-                f"there are bounds for {len(self.transform.intervals)} entries and examples of shape {self.flow.event_shape}"
+                f"there are bounds for {self.transform.num_entries} entries and examples of shape {self.flow.event_shape}"
             )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
@@ -103,31 +100,16 @@ class DensitySpec:
         if self.prior_family == priors.OWN and self.num_classes is not None:
             raise ValueError(f"a prior of one's own is one of all data: leave out num_classes={self.num_classes}")
         if isinstance(self.transform, Equalize):
-            levels, shares = len(self.transform.frequencies), self.transform.shares
+            levels, shares = self.transform.num_levels, self.transform.shares
             if self.num_levels not in (None, levels):
                 raise ValueError(f"equalize needs the frequency of each of {self.num_levels} levels, got {levels}")
             if shares is not None and len(shares) != self.flow.num_dims:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
 
-    @functools.cached_property
-    def standard(self) -> "DensitySpec":
-        """The spec without what vectors were fitted to: equal for all models that `constants` tell apart."""
-        return dataclasses.replace(self, columns=None, **{name: part.standard for name, part in self._fitted.items()})
-
-    @functools.cached_property
-    def constants(self) -> Mapping[str, Any]:
-        """Numbers of the transform, the grid and the scale of contexts, as their bijections take them; float64."""
-        return {name: part.constants() for name, part in self._fitted.items()}
-
-    @property
-    def _fitted(self) -> Mapping[str, Any]:
-        parts = {"transform": self.transform, "grid": self.grid, "context": self.context}
-        return {name: part for name, part in parts.items() if isinstance(part, Standardize | Whiten | Bounded | Grid)}
-
     @property
     def context_dim(self) -> int:
         """Length of a context vector; 0 for none."""
-        return self.flow.context_dim if self.context is None else len(self.context.mean)
+        return self.flow.context_dim if self.context is None else self.context.num_entries
 
     @property
     def is_discrete(self) -> bool:

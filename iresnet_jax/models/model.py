@@ -91,7 +91,6 @@ class Model:
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
-        self.require_own_numbers()
         return certificate_of(self.spec.flow, self.weights, self.spec.bilipschitz(), constrained=self.spec.constrained)
 
     def freeze(self: M) -> M:
@@ -116,11 +115,6 @@ class Model:
             scaled = (self.scale_context(context),)  # pyright: ignore[reportAttributeAccessIssue]
         check_claims(self.spec.flow, self.weights, self.preprocess(x), *scaled)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def require_own_numbers(self) -> None:
-        """Raises ``ValueError`` in one sentence for a model whose spec lacks the numbers of its data, see `Density.shared`."""
-        if getattr(self, "constants", None):
-            raise ValueError("this model comes from Density.shared and has the numbers of its data apart: take the one before")
-
     def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
         """Writes the model to one file, which `iresnet_jax.load` reads; a file that was there is replaced in one step.
 
@@ -132,7 +126,6 @@ class Model:
             ValueError: If two branches of one's own have the same name, or a number
                 is not finite.
         """
-        self.require_own_numbers()
         check_names(self.spec.flow)
         path = Path(path)
         if path.is_dir():

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Key
 
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.transforms.dequantize import cell_centers, check_keys, into_cells
+from iresnet_jax.bijections.dequantize import cell_centers, check_keys, into_cells
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec

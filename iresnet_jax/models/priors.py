@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from iresnet_jax.bijections.transforms.logit import log_logistic
+from iresnet_jax.bijections.logit import log_logistic
 from iresnet_jax.branches.own import Structure
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.models import mixtures, scales

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.bijections.transforms.bounded import Bounded
-from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.bounded import Bounded
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Center, Identity, Logit
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.architecture import FlowSpec
@@ -126,7 +126,7 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
         line, labels = data_on_the_line(data), data.labels["train"] if by_class else None
         then = Standardize.fit(line) if kind == "standardize" else Whiten.fit(line, labels)
     if kind in ("none", "standardize", "whiten"):
-        return then if data.bounds is None else Bounded(data.bounds, then)
+        return then if data.bounds is None else Bounded.of(data.bounds, then)
     if data.num_levels is None:
         raise ValueError(
             f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "
@@ -137,8 +137,7 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
     if kind == "logit":
         return Logit(settings.alpha)
     images = data.examples["train"]
-    frequencies = level_frequencies(images, data.num_levels)
-    return Equalize(frequencies, entry_shares(images, frequencies) if settings.entrywise else None, settings.alpha)
+    return Equalize.fit(images, data.num_levels, entrywise=settings.entrywise, alpha=settings.alpha)
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:
@@ -151,7 +150,7 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
         return examples
     spacing = np.zeros(examples.shape[1]) if data.grid is None else np.asarray(data.grid.spacing)
     noise = spacing * (np.random.default_rng(0).random(examples.shape) - 0.5)
-    return Bounded(data.bounds).to_line(examples + noise, np)[0]
+    return Bounded.of(data.bounds).to_line(examples + noise, np)[0]
 
 
 def _context_scale(data: DataSet, *, squeezed: bool) -> Standardize | None:

@@ -1,5 +1,6 @@
 """Objectives from settings: the loss, the training step and the validation of a model."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,6 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         selection=lambda held_out: held_out[spec.metric],
         examples=examples,
         logdet=config.logdet,
-        constants=spec.constants,
         initial_variables=lambda: initial_variables(config, spec, data),
         seed=config.seed,
     )
@@ -77,7 +77,6 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
         examples=(data.examples["train"], data.labels["train"]),
         logdet=config.logdet,
-        constants=spec.constants,
         initial_variables=lambda: initial_variables(config, spec, data),
         seed=config.seed,
     )
@@ -113,7 +112,8 @@ def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_par
     if isinstance(spec, ClassifierSpec):
         model = Classifier(spec, {}, {}, {}, **how)
     else:
-        model = Density(spec.standard, {}, {}, estimator=config.logdet.build(), **how)
+        spec = dataclasses.replace(spec, columns=None)  # which no program computes with
+        model = Density(spec, {}, {}, estimator=config.logdet.build(), **how)
     schedule = make_schedule(config.optimizer, training.schedule_steps)
     rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.schedule_steps, training.ema_decay)
     constrain = training_constraint(config.constraint, spec)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iresnet_jax.atomic_files import locked, replacing
-from iresnet_jax.bijections.transforms.bounded import Bounded
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.checked_dataclasses import checked, first_difference, tagged, to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
@@ -79,7 +79,8 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
             f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
         )
     transform = getattr(spec, "transform", None)
-    if data.bounds != (transform.intervals if isinstance(transform, Bounded) else None):
+    ours = None if data.bounds is None else Bounded.of(data.bounds).intervals  # in single precision
+    if ours != (transform.intervals if isinstance(transform, Bounded) else None):
         raise ValueError(f"{workdir} holds a fit with other bounds of columns: give the same, or choose another workdir")
     return spec
 

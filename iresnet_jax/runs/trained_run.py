@@ -16,7 +16,7 @@ import numpy as np
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.models import saved
+from iresnet_jax.models import preprocessing, saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.model import FILE_NAME
@@ -97,7 +97,7 @@ class Run:
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
         if isinstance(self.model, Density) and "test" in found.examples:
             try:
-                self.model.check_ranges(found.examples["test"])
+                preprocessing.check_ranges(self.model.spec, found.examples["test"])
             except ValueError as error:
                 raise ValueError(f"test examples of {found.name} are none that the model can give: {error}") from None
         if not self.fingerprint:

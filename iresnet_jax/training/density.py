@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from iresnet_jax.bijections.transforms.bounded import Bounded
-from iresnet_jax.bijections.transforms.logit import Identity
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.bounded import Bounded
+from iresnet_jax.bijections.logit import Identity
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.platforms import fast_compile
@@ -57,7 +57,7 @@ def make_loss(
             x, context = transform(key_draw, x)
         if has_noise:
             drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
-            scales = noise_scales(model.spec, model.constants)
+            scales = noise_scales(model.spec)
             x = _moved(model, x, sizes[0][:, None] * scales[None] * drawn)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
@@ -70,15 +70,15 @@ def make_loss(
 
 def _moved(model: Density, x: Any, noise: Any) -> Array:
     """Examples with noise; entries within bounds get theirs on the real line, so that they stay inside."""
-    transform, constants = model.spec.transform, model.constants.get("transform")
+    transform = model.spec.transform
     if not isinstance(transform, Bounded):
         return x + noise
-    line, _ = transform.to_line(x, constants=constants)
-    moved, _ = transform.from_line(line + noise, constants=constants)
+    line, _ = transform.to_line(x)
+    moved, _ = transform.from_line(line + noise)
     return jnp.where(noise == 0, x, moved)  # values on a grid stay where they are
 
 
-def noise_scales(spec: DensitySpec, constants: Mapping[str, Any] | None = None) -> Float[Array, " d"]:
+def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
     """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing, 0 for entries on a grid.
 
     Those of entries within bounds are in the units of the real line, see `Bounded.to_line`.
@@ -88,21 +88,18 @@ def noise_scales(spec: DensitySpec, constants: Mapping[str, Any] | None = None) 
 
     Args:
         spec: The model.
-        constants: Numbers in place of those of the spec, as `Density.constants`.
 
     Raises:
         ValueError: If the data are not vectors whose scale the model knows.
     """
-    transform, own = spec.transform, (constants or {}).get("transform")
-    if isinstance(transform, Bounded):
-        transform, own = transform.then, own and own.get("then")
+    transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
     if not isinstance(transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
         raise ValueError(
             "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize, whiten or none, got "
             f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
-    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales(own)
-    on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else np.asarray(spec.grid.spacing) > 0
+    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales()
+    on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else spec.grid.spacing > 0
     return jnp.where(on_grid, 0, jnp.asarray(scales, jnp.float32))
 
 
@@ -227,7 +224,7 @@ def evaluate_examples(
             _, key_probe = evaluation_keys(key, indices, 0, draw[1])
         return examples[indices], None if contexts is None else contexts[indices], key_noise, key_probe
 
-    return parallel.over_batches(_evaluate_batch, model.shared(), batch_of, len(examples), batch_size)
+    return parallel.over_batches(_evaluate_batch, model.bare(), batch_of, len(examples), batch_size)
 
 
 def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def initial_variables(
         inputs: tuple[Any, ...] = (preprocess(Classifier(spec, {}, {}, {}), x),)
     else:
         model = Density(spec, {}, {}, **network)
-        inputs = (preprocess(model.shared(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
+        inputs = (preprocess(model.bare(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
     # Weights do not depend on the inputs: two examples give their shapes.
     shapes = (np.zeros((2, *rows.shape[1:]), rows.dtype) for rows in inputs)
     variables = _with_noise(create(key_init, *shapes), _noise(spec, key_init))
@@ -107,7 +107,7 @@ def initial_variables(
         else:
             x, context, _ = examples_of(key_data, MIXTURE_EXAMPLES)
             rows = jax.tree.map(lambda given: parallel.fill_up(np.asarray(given)), (x, context))
-            z = _encode(Density(spec, fitted, {}, **network).shared(), rows[0], key_noise, rows[1])
+            z = _encode(Density(spec, fitted, {}, **network).bare(), rows[0], key_noise, rows[1])
             params["prior"] = fitted_mixture(np.asarray(z)[: len(x)], spec.num_components, seed)
     if fitted_priors and isinstance(spec, DensitySpec) and spec.num_classes is not None:
         params["prior"] = priors.of_classes(

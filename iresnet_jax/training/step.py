@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.contractions import ConstrainedFlow
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.training.constraint import Constrain
 from iresnet_jax.training.initialization import abstract_variables
@@ -44,7 +45,7 @@ class TrainState(NamedTuple):
         num_terms: Terms of the log-determinant in training, which validation may raise; 0 if the estimator has no such setting.
         horizon: Updates in the whole run, on which the learning rate depends; a run with a time limit estimates it on the way.
         constants: What no step changes and no checkpoint saves, so that runs by other seeds and of other data share a program:
-            the "seed", and as "data" the numbers of the data, see `Density.shared`, if the step's model has none.
+            the "seed", and the "spec" of a density, which holds the numbers of its preprocessing.
     """
 
     step: Int[Array, ""]
@@ -160,8 +161,8 @@ class TrainingStep:
         weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
         # parameters without a constraint, such as the prior's
         free = {name: leaf for name, leaf in state.params.items() if name not in weights}
-        of_data = state.constants.get("data")
-        model = self.model.with_(constants=of_data) if of_data else self.model
+        of_data = {name: value for name, value in state.constants.items() if name == "spec"}
+        model = self.model.with_(**of_data)
 
         # 2. Loss and gradients, part by part.
         def loss_of(weights, free, part):
@@ -243,7 +244,6 @@ class Objective:
         initial_variables: ``() ->`` fresh variables, fitted to training data.
         seed: Seed of the run, from 0 to 2^32 - 1.
         logdet: Settings of the log-determinant, for models that have one in training.
-        constants: Numbers of the data that the model of the step lacks; None if it has its own.
     """
 
     name: str
@@ -254,7 +254,6 @@ class Objective:
     initial_variables: Callable[[], Any]
     seed: int
     logdet: LogdetConfig | None = None
-    constants: Any = None
 
     @property
     def num_terms(self) -> int:
@@ -285,7 +284,10 @@ class Objective:
         return state._replace(constants=jax.eval_shape(self._constants))
 
     def _constants(self) -> dict[str, Any]:
-        of_data = {"data": jax.tree.map(np.asarray, self.constants)} if self.constants else {}
+        spec = self.training_step.model.spec
+        of_data = (
+            {"spec": jax.tree.map(np.array, spec)} if isinstance(spec, DensitySpec) else {}
+        )  # copies: a step frees its state
         return {"seed": np.uint32(self.seed), **of_data}
 
     def abstract_batch(self, batch_size: int) -> Any:

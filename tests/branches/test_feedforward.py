@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import training_twists

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from iresnet_jax import certify
+from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.standardize import Standardize
+from iresnet_jax.bijections.standardize import Standardize
+from iresnet_jax.models import preprocessing
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
@@ -54,14 +55,14 @@ def distance(x, exact):
 
 def levels_of(model, exact):
     with jax.enable_x64(True):
-        return np.asarray(model.round_to_data(jnp.asarray(exact)))
+        return np.asarray(preprocessing.rounded(model.spec, jnp.asarray(exact)))
 
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_bounds_hold_in_the_units_of_the_data_and_certain_levels_are_those_of_float64(name):
     model, z, context, exact = case(name)
     (continuous, info), (x, found) = model.continuous.decode(z, context=context), certify.decode(model, z, context=context)
-    np.testing.assert_array_equal(model.round_to_data(continuous), x)
+    np.testing.assert_array_equal(preprocessing.rounded(model.spec, continuous), x)
     np.testing.assert_array_equal(info.num_evals, found.num_evals)
     assert found.certificate.applied.all()
     error = distance(continuous, exact)
@@ -126,14 +127,3 @@ def test_the_certificate_is_of_the_latents_and_contexts_that_were_given():
     exact = rounded.certificate.refined  # to the last bits of float64
     for other in (given, under):
         assert np.abs(other.certificate.refined - exact).max() > 1e-10
-
-
-def test_a_model_without_the_numbers_of_its_data_is_refused():
-    model, z, context, _ = case("a grid and a context")
-    for call in (
-        lambda own: certify.decode(own, z, context=context),
-        lambda own: own.certificate(),
-        lambda own: own.save("no"),
-    ):
-        with pytest.raises(ValueError, match=r"comes from Density.shared"):
-            call(model.shared())

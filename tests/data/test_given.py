@@ -10,7 +10,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.__main__ import main
-from iresnet_jax.bijections.transforms.bounded import Bounds
+from iresnet_jax.bijections.bounded import Bounds
 from iresnet_jax.data.arrays import data_of
 
 RNG = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def test_log_prob_takes_the_integers_and_the_contexts_that_fit_took():
 
 def test_booleans_and_integers_of_an_array_are_discrete():
     data = data_of(np.stack([RNG.integers(0, 100, 150), RNG.integers(0, 2, 150)], axis=1))
-    assert data.grid.spacing == (1.0, 1.0)
+    assert data.grid.spacing.tolist() == [1.0, 1.0]
     assert data_of(RNG.random((300, 2)) < 0.5).bounds == (Bounds(-0.5, 1.5),) * 2
 
 

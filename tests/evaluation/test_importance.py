@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from iresnet_jax.bijections.transforms.logit import Logit
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.evaluation import importance, likelihood
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec

@@ -8,7 +8,7 @@ import pytest
 
 from iresnet_jax import load
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.standardize import Standardize
+from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths import logdet_estimator
@@ -161,7 +161,6 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     assert np.abs(log_prob(given, x) - log_prob(whole, x, context=context[1])).max() > 1e-3
     z = encode(whole, x, context=context[0])
     np.testing.assert_allclose(decode(given, z)[0], x, atol=1e-10)
-    assert set(whole.shared().constants) - set(whole.shared().given(context[0]).constants) == {"context"}
     with pytest.raises(ValueError, match="takes no contexts"):
         given.given(context[0])
     loaded = load(given.save(tmp_path / "model.npz"))

@@ -9,11 +9,12 @@ import kept
 import numpy as np
 import pytest
 
+from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.dequantize import Grid, dequantize
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Center
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid, dequantize
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center
+from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_roulette import RouletteLogdet
 from iresnet_jax.maths.logdet_series import SeriesLogdet
@@ -104,7 +105,7 @@ def test_a_model_is_an_argument_like_any_array():
     gradients = jax.jit(jax.grad(loss, allow_int=True))(density, POINTS)
     assert isinstance(gradients, Density)
     assert np.any(gradients.weights["stage0"].branch.weights["dense0"]["kernel"])
-    assert gradients.spec == density.spec
+    assert gradients.spec.flow == density.spec.flow
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), density)
     both = jax.jit(jax.vmap(lambda m: m.terms(POINTS, keys(), keys()).log_prob))(twice)
     np.testing.assert_allclose(both[0], terms_of(density, POINTS, keys(), keys()).log_prob, rtol=SINGLE)
@@ -200,7 +201,7 @@ def test_specs_that_contradict_themselves(change, sentence):
 
 def test_points_have_no_levels():
     density = kept.model(PLANE)
-    assert density.continuous == density
+    assert density.continuous.spec == density.spec
     back, info = decode(density, encode(density, POINTS))
     assert info.converged.all()
     np.testing.assert_allclose(back, POINTS, atol=1e-5)
@@ -208,8 +209,34 @@ def test_points_have_no_levels():
     np.testing.assert_allclose(log_prob(density, POINTS), log_prob(density, POINTS, keys()), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["levels", "grid"])
+def test_without_a_key_an_example_does_not_depend_on_its_batch(name):
+    if name == "levels":
+        model, x = kept.model(IMAGES), X
+    else:
+        model, x = kept.model(dataclasses.replace(PLANE, grid=Grid((0.0, 0.0), (1.0, 1.0)))), np.round(POINTS)
+    together = model.log_prob(x)
+    alone = np.concatenate([model.log_prob(x[i : i + 1]) for i in range(len(x))])
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    assert np.abs(model.log_prob(x, jax.random.key(1)) - together).max() > 1e-3
+
+
+def test_models_of_other_data_share_a_program():
+    traces = []
+
+    @jax.jit
+    def log_prob(model, x):
+        traces.append(None)
+        return model.log_prob(x)
+
+    for mean, low in ((0.5, -9.0), (-0.5, -8.0)):
+        transform = Bounded.of((Bounds(low, 9.0), None), Standardize((mean, 0.0), (2.0, 1.0)))
+        log_prob(kept.model(PLANE).with_(spec=dataclasses.replace(PLANE, transform=transform)), POINTS)
+    assert len(traces) == 1
+
+
 def test_ranges_are_the_models_own_under_transformations():
-    bounded = Bounded((Bounds(-9.0, 9.0), None))
+    bounded = Bounded.of((Bounds(-9.0, 9.0), None))
     model, x = kept.model(dataclasses.replace(PLANE, transform=bounded)), POINTS.copy()
     x[:, 0] = [7, -7, 3]  # not in the unit interval, in which shared programs have their entries
     expected = model.log_prob(x)

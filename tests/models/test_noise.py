@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.transforms.logit import Logit
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec

@@ -19,7 +19,7 @@ FLOW = ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),))
 SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
 SPECS = {
     "normal": DensitySpec(FLOW, transform=SCALED),
-    "logistic, bounded": DensitySpec(FLOW, "logistic", ir.Bounded((ir.Bounds(0.0, 1.0), None), SCALED)),
+    "logistic, bounded": DensitySpec(FLOW, "logistic", ir.Bounded.of((ir.Bounds(0.0, 1.0), None), SCALED)),
     "conditional": DensitySpec(dataclasses.replace(FLOW, context_dim=3), transform=SCALED),
     "classes": DensitySpec(FLOW, transform=SCALED, num_classes=3),
 }

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Center, Identity, Logit
 from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -64,7 +64,8 @@ def test_what_is_saved_is_what_is_loaded(density, classifier, tmp_path):
     assert about == {"step": 7}
     assert same(loaded, density)
     with jax.enable_x64(True):
-        assert {leaf.dtype for leaf in jax.tree.leaves(ir.load(tmp_path))} == {jnp.dtype("float32")}
+        loaded = ir.load(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves((loaded.weights, loaded.prior))} == {jnp.dtype("float32")}
 
 
 def test_specs_are_plain_data():
@@ -72,7 +73,6 @@ def test_specs_are_plain_data():
         spec = DensitySpec(FLOW, transform=transform)
         plain = json.loads(json.dumps(tagged(spec)))
         assert checked(Spec, plain, "model") == spec
-        assert hash(checked(Spec, plain, "model")) == hash(spec)
     assert checked(Spec, tagged(CLASSIFIER), "model") == CLASSIFIER
 
 
@@ -84,7 +84,7 @@ def test_specs_are_plain_data():
             "model must be of the type DensitySpec or ClassifierSpec, got 'Sofa'",
         ),
         (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
-        (lambda plain: plain | {"prior": 3}, "model.prior_family must be a string, got 3"),
+        (lambda plain: plain | {"prior_family": 3}, "model.prior_family must be a string, got 3"),
         (lambda plain: plain | {"num_levels": True}, "model.num_levels must be a whole number, got True"),
         (lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}}, r"coeff must lie in \(0, 1\), got 1.5"),
         (

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
@@ -44,10 +44,10 @@ def density(transform, prior="gaussian", grid=None, seed=0):
 
 
 CASES = {
-    "unit interval": (Bounded((Bounds(0.0, 1.0),)), "gaussian"),
-    "logistic, wide on the line": (Bounded((Bounds(-1.0, 3.0),), Standardize((0.5,), (2.5,))), "logistic"),
-    "far from zero": (Bounded((Bounds(100.0, 102.0),), Standardize((-1.0,), (1.5,))), "gaussian"),
-    "mixture": (Bounded((Bounds(-3.0, 0.0),), Standardize((0.0,), (2.0,))), "mixture"),
+    "unit interval": (Bounded.of((Bounds(0.0, 1.0),)), "gaussian"),
+    "logistic, wide on the line": (Bounded.of((Bounds(-1.0, 3.0),), Standardize((0.5,), (2.5,))), "logistic"),
+    "far from zero": (Bounded.of((Bounds(100.0, 102.0),), Standardize((-1.0,), (1.5,))), "gaussian"),
+    "mixture": (Bounded.of((Bounds(-3.0, 0.0),), Standardize((0.0,), (2.0,))), "mixture"),
 }
 
 
@@ -59,12 +59,12 @@ def test_a_density_of_random_weights_integrates_to_1(name):
 
 
 def test_a_bounded_entry_beside_a_free_one_integrates_to_1():
-    transform = Bounded((Bounds(0.0, 2.0), None), Whiten((0.0, 1.0), ((1.5, 0.0), (0.4, 1.0))))
+    transform = Bounded.of((Bounds(0.0, 2.0), None), Whiten((0.0, 1.0), ((1.5, 0.0), (0.4, 1.0))))
     assert mass(density(transform), 0.0, 2.0, np.linspace(-12, 14, 150)) == pytest.approx(1, abs=TOLERANCE)
 
 
 def test_the_cells_of_a_grid_hold_all_mass():
-    transform, grid = Bounded((Bounds(-0.5, 4.5),)), Grid((0.0,), (1.0,))
+    transform, grid = Bounded.of((Bounds(-0.5, 4.5),)), Grid((0.0,), (1.0,))
     model = density(transform, grid=grid)
     assert mass(model.continuous, -0.5, 4.5) == pytest.approx(1, abs=TOLERANCE)
 

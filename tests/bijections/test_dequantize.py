@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from iresnet_jax.bijections.transforms.dequantize import (
+from iresnet_jax.bijections.dequantize import (
     Grid,
     cell_centers,
     cells,

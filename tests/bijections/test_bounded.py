@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.transforms.bounded import Bounded, Bounds
-from iresnet_jax.bijections.transforms.dequantize import Grid
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten
+from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import checked, tagged
 
 EXACT = 1e-10  # float64, same maths by another route
@@ -15,11 +15,11 @@ SINGLE = 1e-5  # float32
 INTERVALS = (Bounds(-1.0, 3.0), None, Bounds(1e3, 1e3 + 0.5), Bounds(-0.5, 4.5))
 RNG = np.random.default_rng(0)
 POINTS = np.stack([RNG.uniform(-1, 3, 50), RNG.normal(size=50), RNG.uniform(1e3, 1e3 + 0.5, 50), RNG.uniform(-0.5, 4.5, 50)], 1)
-LINE = Bounded(INTERVALS).to_line(POINTS, np)[0]
+LINE = Bounded.of(INTERVALS).to_line(POINTS, np)[0]
 TRANSFORMS = {
-    "alone": Bounded(INTERVALS),
-    "standardize": Bounded(INTERVALS, Standardize.fit(LINE)),
-    "whiten": Bounded(INTERVALS, Whiten.fit(LINE)),
+    "alone": Bounded.of(INTERVALS),
+    "standardize": Bounded.of(INTERVALS, Standardize.fit(LINE)),
+    "whiten": Bounded.of(INTERVALS, Whiten.fit(LINE)),
 }
 
 
@@ -46,7 +46,7 @@ def test_log_determinants_and_lipschitz_constants_are_those_of_the_jacobian(x64,
 
 
 def test_the_constant_of_the_inverse_is_attained_in_the_middle(x64):
-    alone = Bounded((Bounds(-1.0, 3.0),))
+    alone = Bounded.of((Bounds(-1.0, 3.0),))
     forward, inverse = alone.bilipschitz()
     flattest = jax.grad(lambda x: alone.to_line(x[None, None])[0][0, 0])(jnp.array(1.0))
     assert np.isinf(forward)
@@ -56,7 +56,7 @@ def test_the_constant_of_the_inverse_is_attained_in_the_middle(x64):
 @pytest.mark.parametrize("density", ["uniform", "normal on the line"])
 def test_a_density_of_a_bounded_entry_integrates_to_1(x64, density):
     """A logistic prior is uniform on the interval; a normal one is anything, 0 at both ends."""
-    transform = Bounded((Bounds(-1.0, 3.0),), Standardize((0.3,), (1.5,)))
+    transform = Bounded.of((Bounds(-1.0, 3.0),), Standardize((0.3,), (1.5,)))
     x = np.linspace(-1, 3, 200_001)
     y, log_det, _ = transform.bijection().forward_and_logdet(jnp.asarray(x[:, None]), jax.random.key(0))
     t = np.asarray(y[:, 0] * 1.5 + 0.3)
@@ -68,7 +68,7 @@ def test_a_density_of_a_bounded_entry_integrates_to_1(x64, density):
 
 
 def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
-    transform = Bounded((Bounds(0.0, 1.0), Bounds(100.0, 101.0)))
+    transform = Bounded.of((Bounds(0.0, 1.0), Bounds(100.0, 101.0)))
     x = jnp.array([[0.0, 100.0], [1.0, 101.0], [0.5, 100.5], [1.001, 100.5], [0.5, 99.9]])
     y, log_det, _ = transform.bijection().forward_and_logdet(x, jax.random.key(0))
     assert np.isfinite(y).all()
@@ -109,8 +109,8 @@ def test_a_file_holds_the_intervals():
         (lambda: Bounds(1.0, 1.0), "lower end below"),
         (lambda: Bounds(0.0, float("inf")), "finite"),
         (lambda: Bounds(1e6, 1e6 + 1.0), "subtract the mean"),
-        (lambda: Bounded((None, None)), "no entry has bounds"),
-        (lambda: Bounded((Bounds(0.0, 1.0),), Standardize((0.0, 0.0), (1.0, 1.0))), "1 entries and a transform of 2"),
+        (lambda: Bounded.of((None, None)), "no entry has bounds"),
+        (lambda: Bounded.of((Bounds(0.0, 1.0),), Standardize((0.0, 0.0), (1.0, 1.0))), "1 entries and a transform of 2"),
     ],
 )
 def test_intervals_that_cannot_be_are_refused(make, message):

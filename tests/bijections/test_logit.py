@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.transforms.equalize import Equalize
-from iresnet_jax.bijections.transforms.logit import Center, Identity, Logit
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Center, Identity, Logit
 
 SINGLE = 1e-5  # float32, same maths by another route
 

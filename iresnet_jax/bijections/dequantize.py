@@ -7,8 +7,6 @@ sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,7 +17,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
-from iresnet_jax.bijections.transforms.enclosure import Enclosure
+from iresnet_jax.bijections.enclosure import Enclosure
+from iresnet_jax.bijections.standardize import set_floats
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.keys import typed_key
 
 OFF_GRID = 0.02  # of the spacing: values closer to one of the grid are that one, rounded
@@ -168,7 +168,7 @@ def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_le
     return (low == high) & (low == np.asarray(x, np.float64))
 
 
-@dataclass(frozen=True)
+@pytree(arrays=("offset", "spacing"))
 class Grid:
     """Entries of vectors that lie on grids ``offset + k spacing``, beside entries that are continuous.
 
@@ -177,42 +177,28 @@ class Grid:
         spacing: Distance of neighbouring values; 0 for a continuous entry.
     """
 
-    offset: tuple[float, ...]
-    spacing: tuple[float, ...]
+    offset: Any
+    spacing: Any
 
     def __post_init__(self):
-        if len(self.offset) != len(self.spacing) or not self.offset:
-            raise ValueError(f"offset and spacing need one number an entry each, got {len(self.offset)}, {len(self.spacing)}")
-        if not (np.all(np.isfinite([*self.offset, *self.spacing])) and min(self.spacing) >= 0):
+        set_floats(self, "offset", "spacing")
+        if self.offset.shape != self.spacing.shape or self.offset.ndim != 1 or not len(self.offset):
+            raise ValueError(f"offset and spacing need one number an entry, got {self.offset.shape} and {self.spacing.shape}")
+        if not (np.all(np.isfinite(self.offset)) and np.all(np.isfinite(self.spacing)) and np.all(self.spacing >= 0)):
             raise ValueError(f"offset must be finite and spacing at least 0, got {self.offset} and {self.spacing}")
 
-    @property
-    def standard(self) -> "Grid":
-        """The integers for every entry on a grid."""
-        return Grid((0.0,) * len(self.offset), tuple(float(width > 0) for width in self.spacing))
-
-    def constants(self) -> Mapping[str, Any]:
-        """What `bijection` computes with."""
-        spacing = np.asarray(self.spacing)
-        volume = np.sum(np.log(spacing[spacing > 0]))
-        return {"offset": np.asarray(self.offset), "spacing": spacing, "volume": volume}
-
-    def bijection(self, constants: Mapping[str, Any] | None = None) -> Bijection:
+    def bijection(self) -> Bijection:
         r"""From values on the grid to the cells around them, a bijection in distribution.
 
         Forward with a log-determinant adds uniform noise of the width of a cell: ``log|det| = sum log spacing`` over entries on
         a grid, so a density of the result bounds the log-probability of their values from below. Forward without one leaves
         values in the middle of their cells. The inverse rounds to the grid.
-
-        Args:
-            constants: Those of another grid of the same entries, in place of its own.
         """
-        given = self.constants() if constants is None else constants
-        on_grid = np.asarray(self.spacing)[None] > 0
 
         def parts(x):
-            start, step, volume = (jnp.asarray(given[name], x.dtype) for name in ("offset", "spacing", "volume"))
-            return start[None], step[None], jnp.full(len(x), volume, x.dtype)
+            start, width = (values.astype(x.dtype)[None] for values in (self.offset, self.spacing))
+            volume = jnp.sum(jnp.where(width > 0, jnp.log(jnp.where(width > 0, width, 1)), 0))
+            return start, width, jnp.full(len(x), volume)
 
         def forward_and_logdet(x, key):
             _, width, volume = parts(x)
@@ -220,8 +206,8 @@ class Grid:
 
         def inverse(u):
             start, width, _ = parts(u)
-            step = jnp.where(on_grid, width, 1)
-            return jnp.where(on_grid, start + step * jnp.round((u - start) / step), u), no_inverse_error(u)
+            step = jnp.where(width > 0, width, 1)
+            return jnp.where(width > 0, start + step * jnp.round((u - start) / step), u), no_inverse_error(u)
 
         def inverse_and_logdet(u, key):
             del key
@@ -232,13 +218,14 @@ class Grid:
 
     def off(self, x: Float[np.ndarray, "b d"]) -> Bool[np.ndarray, "b d"]:
         """Which values lie between those of their grids, by more than `OFF_GRID` of the spacing; False for continuous ones."""
-        spacing = np.asarray(self.spacing)
-        places = (np.asarray(x, np.float64) - np.asarray(self.offset)) / np.where(spacing > 0, spacing, 1)
-        return (spacing > 0) & ~(np.abs(places - np.round(places)) <= OFF_GRID)
+        spacing, offset = (np.asarray(values, np.float64) for values in (self.spacing, self.offset))
+        places = (np.asarray(x, np.float64) - offset) / np.where(spacing > 0, spacing, 1)
+        rounding = 2.0**-22 * np.abs(places)  # of the spacing and of the values in single precision
+        return (spacing > 0) & ~(np.abs(places - np.round(places)) <= OFF_GRID + rounding)
 
     def certain(self, x: Float[np.ndarray, "b ... d"], enclosure: Enclosure) -> Bool[np.ndarray, "b ... d"]:
         """Whether the values ``x`` are those on the grid next to every point of the enclosure; False at continuous entries."""
-        spacing, offset = np.asarray(self.spacing), np.asarray(self.offset)
+        spacing, offset = (np.asarray(values, np.float64) for values in (self.spacing, self.offset))
         step = np.where(spacing > 0, spacing, 1)
 
         def nearest(values, direction):

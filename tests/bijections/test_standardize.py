@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.transforms.standardize import Standardize, Whiten, shrunk_correlation
+from iresnet_jax.bijections.standardize import Standardize, Whiten, shrunk_correlation
 
 EXACT = 1e-10  # float64, same maths by another route
 SINGLE = 1e-5  # float32
@@ -40,6 +40,9 @@ def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_corre
         np.testing.assert_allclose(y.var(axis=0), 1, atol=2e-2)  # correlations shrink by about 1/5000
         off = np.corrcoef(y.T)[~np.eye(4, dtype=bool)]
         assert (np.abs(off).max() < 2e-2) == (name == "whiten")
+
+
+def test_images_have_one_scale_a_channel(x64):
     images = RNG.normal(size=(50, 4, 4, 2)) * [1, 5] + [3, 0]
     np.testing.assert_allclose(Standardize.fit(images).scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT)
 

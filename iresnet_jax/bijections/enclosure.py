@@ -53,7 +53,7 @@ def enclosing(transform: Any) -> Callable[..., Enclosure]:
     if not hasattr(transform, "enclose_inverse"):
         raise ValueError(
             f"the transform {type(transform).__name__} has no method enclose_inverse, so nothing is guaranteed of its values: "
-            "write it as iresnet_jax.bijections.transforms.enclosure says, or certify the flow alone by certify.inverse"
+            "write it as iresnet_jax.bijections.enclosure says, or certify the flow alone by certify.inverse"
         )
     return transform.enclose_inverse
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iresnet_jax.bijections.transforms.dequantize import cells, dequantize, quantize
-from iresnet_jax.bijections.transforms.equalize import Equalize, entry_shares, level_frequencies
+from iresnet_jax.bijections.dequantize import cells, dequantize, quantize
+from iresnet_jax.bijections.equalize import Equalize, entry_shares, level_frequencies
 
 EXACT = 1e-12
 P_VALUE = 1e-3

@@ -1,15 +1,15 @@
 r"""Two ways from the unit interval to where a flow starts: centred, or spread over the real line by a logit."""
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.bijection import Bijection, exact_bijection, isometric_bijection
-from iresnet_jax.bijections.transforms.enclosure import Enclosure, affine, increasing, on_balls
+from iresnet_jax.bijections.bijection import ClosedForm
+from iresnet_jax.bijections.enclosure import Enclosure, affine, increasing, on_balls
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.precise_activations import sigmoid
@@ -18,13 +18,17 @@ from iresnet_jax.maths.upward_rounding import UP, U
 UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double, with a wide margin
 
 
-@dataclass(frozen=True)
-class Identity:
+@pytree()
+class Identity(ClosedForm):
     """No preprocessing, for continuous data."""
 
-    def bijection(self) -> Bijection:
-        """The identity."""
-        return isometric_bijection(lambda x: x, lambda y: y)
+    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """The data."""
+        return x, jnp.zeros(len(x), x.dtype)
+
+    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """The data."""
+        return y, jnp.zeros(len(y), y.dtype)
 
     def bilipschitz(self) -> BiLipschitz:
         """Both constants are 1."""
@@ -36,13 +40,17 @@ class Identity:
         return affine(y, np.zeros_like(y), np.broadcast_to(radius[:, None], y.shape), np.ones(len(y)))
 
 
-@dataclass(frozen=True)
-class Center:
+@pytree()
+class Center(ClosedForm):
     """``y = x - 1/2``."""
 
-    def bijection(self) -> Bijection:
-        """The shift, of log-determinant 0."""
-        return isometric_bijection(lambda x: x - 0.5, lambda y: y + 0.5)
+    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """The shifted data."""
+        return x - 0.5, jnp.zeros(len(x), x.dtype)
+
+    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """The data."""
+        return y + 0.5, jnp.zeros(len(y), y.dtype)
 
     def bilipschitz(self) -> BiLipschitz:
         """Both constants are 1."""
@@ -56,8 +64,8 @@ class Center:
         return affine(center, U * np.abs(center), reach, np.ones(len(y)))
 
 
-@dataclass(frozen=True)
-class Logit:
+@pytree()
+class Logit(ClosedForm):
     """Spreads the unit interval over the real line: ``y = log(s / (1 - s))`` with ``s = alpha + (1 - 2 alpha) x``.
 
     Attributes:
@@ -68,10 +76,6 @@ class Logit:
 
     def __post_init__(self):
         check_alpha(self.alpha)
-
-    def bijection(self) -> Bijection:
-        """The logit."""
-        return exact_bijection(self.forward_and_logdet, self.inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1]: the slope ``(1 - 2 alpha) / (s (1 - s))`` lies between its values at the middle and at the ends."""

@@ -17,23 +17,22 @@ kept in a table. Forward stays in the interval of its level and the inverse look
 level exactly.
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import field
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from iresnet_jax.bijections.bijection import Bijection, exact_bijection
-from iresnet_jax.bijections.transforms.dequantize import cells, quantize
-from iresnet_jax.bijections.transforms.enclosure import Enclosure, ends, increasing, on_balls
-from iresnet_jax.bijections.transforms.logit import (
+from iresnet_jax.bijections.bijection import ClosedForm
+from iresnet_jax.bijections.dequantize import cells, quantize
+from iresnet_jax.bijections.enclosure import Enclosure, ends, increasing, on_balls
+from iresnet_jax.bijections.logit import (
     UNIT_ERROR,
     check_alpha,
     log_logistic,
@@ -42,56 +41,66 @@ from iresnet_jax.bijections.transforms.logit import (
     steepest_unit,
     sum_event,
 )
+from iresnet_jax.bijections.standardize import ROUNDING, set_floats
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
 
 
-@dataclass(frozen=True)
-class Equalize:
-    """The distribution function of the grey levels, and a logit behind it.
+@pytree(arrays=("frequencies", "shares", "starts"))
+class Equalize(ClosedForm):
+    """The distribution function of the grey levels, and a logit behind it; outside [0, 1) the outermost cells are continued.
 
     Attributes:
         frequencies: Frequency of each level, positive, of sum 1; see `level_frequencies`.
         shares: Frequency of the commonest level at each entry of an example, in row-major order, see `entry_shares`; None
             gives all entries the same distribution.
         alpha: Distance of the logit's argument from 0 and 1, in (0, 1/2).
+        starts: Smallest float ``y`` of the cell of each level, ``(entries or 1, levels)``.
     """
 
-    frequencies: tuple[float, ...]
-    shares: tuple[float, ...] | None = None
+    frequencies: Any
+    shares: Any = None
     alpha: float = 0.05
+    starts: Any = field(init=False, repr=False)
 
     def __post_init__(self):
         check_alpha(self.alpha)
+        set_floats(self, "frequencies", *(["shares"] if self.shares is not None else []))
         f = np.asarray(self.frequencies, np.float64)
         if f.ndim != 1 or len(f) < 2 or not np.all(f > 0) or abs(f.sum() - 1) > 1e-6:
             raise ValueError(f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}")
-        if self.shares is not None and not all(0 < share < 1 for share in self.shares):
+        if self.shares is not None and not np.all((np.asarray(self.shares) > 0) & (np.asarray(self.shares) < 1)):
             raise ValueError("shares must lie in (0, 1): smooth them as entry_shares does")
+        object.__setattr__(self, "starts", floats(_increasing(self._edges())))
 
-    def bijection(self) -> Bijection:
-        """The map of numbers in [0, 1); outside, the first and the last cell are continued."""
-        return exact_bijection(self.forward_and_logdet, self.inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+    @classmethod
+    def fit(cls, images: Integer[np.ndarray, "n ..."], num_levels: int, *, entrywise: bool, alpha: float) -> "Equalize":
+        """The frequencies of training images, with the share of the commonest level at each entry if ``entrywise``."""
+        frequencies = level_frequencies(images, num_levels)
+        return cls(frequencies, entry_shares(images, frequencies) if entrywise else None, alpha)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels."""
+        return len(self.frequencies)
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1] from the extreme slopes of the distribution function and of the logit."""
-        slopes = self.slopes()
-        return logit_bounds(self.alpha).compose(BiLipschitz.of(slopes.max(), 1 / slopes.min()))
-
-    def slopes(self) -> Float[np.ndarray, " s"]:
-        """Every slope that the distribution function has at any entry."""
-        f, m = np.asarray(self.frequencies), self._commonest
-        p = np.asarray(self.shares or (f[m],))
-        others = np.outer(np.delete(f, m), (1 - p) / (1 - f[m]))
-        return np.concatenate([others.ravel(), p]) * len(f)
+        tables, num = self._tables(self.frequencies.dtype), self.num_levels
+        rest = jnp.where(jnp.arange(num) == tables.commonest, jnp.nan, tables.frequencies)
+        least = jnp.minimum(jnp.nanmin(rest) * jnp.min(tables.others), jnp.min(tables.shares)) * num
+        largest = jnp.maximum(jnp.nanmax(rest) * jnp.max(tables.others), jnp.max(tables.shares)) * num
+        return logit_bounds(self.alpha).compose(BiLipschitz((1 + ROUNDING) * largest, (1 + ROUNDING) / least))
 
     def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
         entries = x.reshape(len(x), math.prod(x.shape[1:]))
-        tables = self._tables(entries)
+        tables = self._tables(entries.dtype, entries.shape[1])
         k = quantize(entries, len(self.frequencies)).astype(jnp.int32)
         cell = tables.cell(k)
         u = cell.below + cell.slope * (entries - cell.lower)
@@ -106,7 +115,7 @@ class Equalize:
     def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
         entries = y.reshape(len(y), math.prod(y.shape[1:]))
-        tables = self._tables(entries)
+        tables = self._tables(entries.dtype, entries.shape[1])
         k = tables.level(entries)
         cell = tables.cell(k)
         u, v = ((jax.nn.sigmoid(part) - self.alpha) / (1 - 2 * self.alpha) for part in (entries, -entries))
@@ -139,14 +148,31 @@ class Equalize:
             k = k + 1
         return increasing(value, steepest_unit(y, radius, self.alpha) / (num * narrow) * UP, y, radius)
 
-    @property
-    def _commonest(self) -> int:
-        return int(np.argmax(self.frequencies))
+    def _tables(self, dtype: Any, num_entries: int | None = None) -> "_Tables":
+        if self.shares is not None and num_entries not in (None, len(self.shares)):
+            raise ValueError(f"there must be a share for each of {num_entries} entries, got {len(self.shares)}")
+        f = self.frequencies.astype(dtype)
+        f = f / jnp.sum(f)
+        commonest = jnp.argmax(f)
+        rest = jnp.where(jnp.arange(len(f)) == commonest, 0, f)
+        shares = f[commonest][None] if self.shares is None else self.shares.astype(dtype)
+        below = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(rest)[:-1]])
+        above = jnp.concatenate([jnp.cumsum(rest[::-1])[::-1][1:], jnp.zeros(1, dtype)])
+        edges = (np.arange(len(f) + 1) / len(f)).astype(dtype)
+        others = (1 - shares) / jnp.sum(rest)
+        return _Tables(edges, below, above, f, others, shares, self.starts.astype(dtype), commonest)
 
-    def _tables(self, entries: Float[Array, "b d"]) -> "_Tables":
-        if self.shares is not None and len(self.shares) != entries.shape[1]:
-            raise ValueError(f"there must be a share for each of {entries.shape[1]} entries, got {len(self.shares)}")
-        return _tables(self, entries.dtype.name)
+    def _edges(self) -> Float[np.ndarray, "n k"]:
+        """``y`` at the lower edge of every cell, ``(entries or 1, levels)``, by sums of positive numbers in float64."""
+        f = np.asarray(self.frequencies, np.float64)
+        f, m, k = f / f.sum(), int(np.argmax(f)), np.arange(len(f))
+        rest = np.where(k == m, 0, f)
+        p = np.asarray(f[m : m + 1] if self.shares is None else self.shares, np.float64)[:, None]
+        others = (1 - p) / rest.sum()
+        below = others * (np.cumsum(rest) - rest) + np.where(k > m, p, 0)
+        above = others * np.cumsum(rest[::-1])[::-1] + np.where(k <= m, p, 0)
+        y = np.log(self.alpha + (1 - 2 * self.alpha) * below) - np.log(self.alpha + (1 - 2 * self.alpha) * above)
+        return y.astype(self.frequencies.dtype)
 
 
 class _Cell(NamedTuple):
@@ -179,19 +205,19 @@ class _Tables(NamedTuple):
     """
 
     edges: np.ndarray
-    below: np.ndarray
-    above: np.ndarray
-    frequencies: np.ndarray
-    others: np.ndarray
-    shares: np.ndarray
-    starts: np.ndarray
-    commonest: int
+    below: Array
+    above: Array
+    frequencies: Array
+    others: Array
+    shares: Array
+    starts: Array
+    commonest: Array
 
     def cell(self, k: Array) -> _Cell:
         def of(table):
             return jnp.asarray(table)[k]
 
-        others, shares = jnp.asarray(self.others)[None], jnp.asarray(self.shares)[None]
+        others, shares = self.others[None], self.shares[None]
         return _Cell(
             lower=of(self.edges[:-1]),
             upper=of(self.edges[1:]),
@@ -214,7 +240,7 @@ class _Tables(NamedTuple):
 
     def level(self, y: Array) -> Array:
         """The level whose interval holds ``y``."""
-        starts = jnp.asarray(self.starts)
+        starts = self.starts
         if len(starts) == 1:
             found = jnp.searchsorted(starts[0], y, side="right")
         else:
@@ -222,26 +248,8 @@ class _Tables(NamedTuple):
         return jnp.clip(found - 1, 0, len(self.frequencies) - 1)
 
     def _starts_at(self, k: Array) -> Array:
-        starts = jnp.asarray(self.starts)
+        starts = self.starts
         return starts[0][k] if len(starts) == 1 else starts[jnp.arange(len(starts))[None], k]
-
-
-@functools.lru_cache(maxsize=8)
-def _tables(spec: Equalize, dtype: str) -> _Tables:
-    """The tables, computed in float64."""
-    f, m = np.asarray(spec.frequencies, np.float64), spec._commonest
-    rest = np.where(np.arange(len(f)) == m, 0, f)
-    below = np.concatenate([[0.0], np.cumsum(rest)[:-1]])
-    above = np.concatenate([np.cumsum(rest[::-1])[::-1][1:], [0.0]])
-    p = np.asarray(spec.shares or (f[m],), np.float64)
-    others = (1 - p) / (1 - f[m])
-    at_edge = others[:, None] * below + np.where(np.arange(len(f)) > m, p[:, None], 0)
-    above_edge = others[:, None] * (above + rest) + np.where(np.arange(len(f)) <= m, p[:, None], 0)
-    starts = np.log(spec.alpha + (1 - 2 * spec.alpha) * at_edge) - np.log(spec.alpha + (1 - 2 * spec.alpha) * above_edge)
-    starts = _increasing(starts.astype(dtype))
-    edges = np.arange(len(f) + 1) / len(f)
-    edges, below, above, f, others, p = (table.astype(dtype) for table in (edges, below, above, f, others, p))
-    return _Tables(edges, below, above, f, others, p, starts, m)
 
 
 def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
@@ -284,13 +292,13 @@ def _at(table: np.ndarray, k: np.ndarray) -> np.ndarray:
     return table[0 if len(table) == 1 else np.arange(k.shape[1])[None], k]
 
 
-@functools.lru_cache(maxsize=8)
 def _precise_cells(spec: Equalize) -> _PreciseCells:
     """The tables from rational arithmetic."""
-    f, m = [Fraction(frequency) for frequency in spec.frequencies], spec._commonest
+    f = [Fraction(frequency) for frequency in np.asarray(spec.frequencies).tolist()]
+    m = f.index(max(f))
     total, levels = sum(f), np.arange(len(f))[None]
     rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
-    p = [f[m] / total] if spec.shares is None else [Fraction(share) for share in spec.shares]
+    p = [f[m] / total] if spec.shares is None else [Fraction(share) for share in np.asarray(spec.shares).tolist()]
     shares, others = (_rational(part).map(lambda part: part[:, None]) for part in (p, [(1 - q) / (total - f[m]) for q in p]))
     own, before = (_rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
     nothing = DoubleDouble.of(np.zeros((1, 1)))

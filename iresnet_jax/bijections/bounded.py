@@ -20,18 +20,19 @@ repeat at an end are no sample of a density, and `fit` refuses them.
 **Outside** of an interval the density is 0: the log-determinant is minus infinity.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.bijection import Bijection, exact_bijection
-from iresnet_jax.bijections.transforms.enclosure import Enclosure, on_balls
-from iresnet_jax.bijections.transforms.logit import UNIT_ERROR, Identity
-from iresnet_jax.bijections.transforms.standardize import Constants, Standardize, Whiten, inverse_bound
+from iresnet_jax.bijections.bijection import ClosedForm
+from iresnet_jax.bijections.enclosure import Enclosure, on_balls
+from iresnet_jax.bijections.logit import UNIT_ERROR, Identity
+from iresnet_jax.bijections.standardize import ROUNDING, Standardize, Whiten, set_floats
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble, log, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.precise_activations import sigmoid
@@ -67,75 +68,75 @@ class Bounds:
         return 2.0**-21 * max(abs(self.low), abs(self.high))
 
 
-UNIT = Bounds(0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Bounded:
+@pytree(arrays=("low", "high", "then"))
+class Bounded(ClosedForm):
     """The logit of entries within their intervals, and a transform of continuous data behind it.
 
     Attributes:
-        intervals: Bounds of each entry of a vector; None for an entry that may be any number.
+        low: Lower ends of the entries of a vector, 0 where there is none.
+        high: Upper ends, 1 where there is none.
+        is_bounded: Which entries have bounds; the others may be any number.
         then: Transform of the mapped vectors.
     """
 
-    intervals: tuple[Bounds | None, ...]
+    low: Any
+    high: Any
+    is_bounded: tuple[bool, ...]
     then: Identity | Standardize | Whiten = field(default_factory=Identity)
 
     def __post_init__(self):
-        if not any(self.intervals):
+        set_floats(self, "low", "high")
+        num = len(self.is_bounded)
+        if not any(self.is_bounded):
             raise ValueError("no entry has bounds: use the transform of continuous data alone")
-        if not isinstance(self.then, Identity) and len(self.then.mean) != len(self.intervals):
-            raise ValueError(f"there are bounds for {len(self.intervals)} entries and a transform of {len(self.then.mean)}")
+        if not self.low.shape == self.high.shape == (num,):
+            raise ValueError(f"there must be two ends for each of {num} entries, got {self.low.shape} and {self.high.shape}")
+        if not isinstance(self.then, Identity) and self.then.num_entries != num:
+            raise ValueError(f"there are bounds for {num} entries and a transform of {self.then.num_entries}")
+
+    @classmethod
+    def of(cls, intervals: Sequence[Bounds | None], then: Identity | Standardize | Whiten | None = None) -> "Bounded":
+        """The transform of entries with these intervals; None is an entry that may be any number."""
+        ends = [(0.0, 1.0) if bounds is None else (bounds.low, bounds.high) for bounds in intervals]
+        low, high = np.array(ends).T.reshape(2, len(intervals))
+        return cls(low, high, tuple(bounds is not None for bounds in intervals), then or Identity())
 
     @property
-    def standard(self) -> "Bounded":
-        """The unit interval for every entry with bounds."""
-        then = self.then if isinstance(self.then, Identity) else self.then.standard
-        return Bounded(tuple(bounds and UNIT for bounds in self.intervals), then)
+    def num_entries(self) -> int:
+        """Length of examples."""
+        return len(self.is_bounded)
 
-    def constants(self) -> Constants:
-        """What `bijection`, `to_line` and `from_line` compute with."""
-        low, high, _ = self._arrays(np.float64)
-        then = {} if isinstance(self.then, Identity) else {"then": self.then.constants()}
-        return {"low": low, "high": high, "inverse_lipschitz": inverse_bound(self), **then}
+    @property
+    def intervals(self) -> tuple[Bounds | None, ...]:
+        """The intervals of the entries."""
+        ends = zip(np.asarray(self.low).tolist(), np.asarray(self.high).tolist(), self.is_bounded, strict=True)
+        return tuple(Bounds(low, high) if bounded else None for low, high, bounded in ends)
 
-    def bijection(self, constants: Constants | None = None) -> Bijection:
-        """The map of vectors; outside of an interval its log-determinant is minus infinity.
+    def forward_and_logdet(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+        """The mapped vectors; outside of an interval the log-determinant is minus infinity."""
+        line, log_slopes = self.to_line(x)
+        y, log_det = self.then.forward_and_logdet(line)
+        return y, log_det + jnp.sum(log_slopes, axis=1)
 
-        Args:
-            constants: Those of another `Bounded` with bounds for the same entries, in place of its own.
-        """
-        given = self.constants() if constants is None else constants
-        then = self.then.bijection(*([given["then"]] if "then" in given else []))
-
-        def forward_and_logdet(x):
-            line, log_slopes = self.to_line(x, constants=given)
-            y, log_det, _ = then.forward_and_logdet(line, None)  # pyright: ignore[reportArgumentType] (exact: takes no key)
-            return y, log_det + jnp.sum(log_slopes, axis=1)
-
-        def inverse_and_logdet(y):
-            line, log_det, _, _ = then.inverse_and_logdet(y, None)  # pyright: ignore[reportArgumentType]
-            x, log_slopes = self.from_line(line, constants=given)
-            return x, log_det + jnp.sum(log_slopes, axis=1)
-
-        return exact_bijection(forward_and_logdet, inverse_and_logdet, inverse_lipschitz=given["inverse_lipschitz"])
+    def inverse_and_logdet(self, y: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+        """Vectors within their intervals."""
+        line, log_det = self.then.inverse_and_logdet(y)
+        x, log_slopes = self.from_line(line)
+        return x, log_det + jnp.sum(log_slopes, axis=1)
 
     def bilipschitz(self) -> BiLipschitz:
         """Constants of both maps: the logit is steep without bound at the ends, its inverse steepest in the middle."""
-        low, high, bounded = self._arrays(np.float64)
-        widest = [*([] if bounded.all() else [1.0]), *((high - low) / 4)[bounded]]
-        return BiLipschitz.of(math.inf, max(widest)).compose(self.then.bilipschitz())
+        widest = jnp.max(jnp.where(jnp.array(self.is_bounded), (self.high - self.low) / 4, 1))
+        return BiLipschitz(jnp.full_like(widest, jnp.inf), (1 + ROUNDING) * widest).compose(self.then.bilipschitz())
 
-    def to_line(self, x: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
+    def to_line(self, x: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """Vectors ``(b, d)`` on the real line, and ``log dy/dx`` of every entry: minus infinity out of its interval.
 
         Args:
             x: The vectors.
             xp: ``jax.numpy`` or ``numpy``, which computes in float64 what no program compiles.
-            constants: See `bijection`.
         """
-        low, high, bounded = self._ends(x, xp, constants)
+        low, high, bounded = self._ends(x, xp)
         rounding = 2 * xp.finfo(x.dtype).eps * xp.maximum(xp.abs(low), xp.abs(high))  # of noise in the last cell of a grid
         is_within = (x >= low - rounding) & (x <= high + rounding)
         smallest, end = xp.finfo(x.dtype).tiny, END * (high - low)
@@ -148,9 +149,9 @@ class Bounded:
             log_slopes = xp.where(gap < e, xp.log(xp.where(e > 0, e, 1) * stretch) - 2 * xp.log(gap), log_slopes)
         return xp.where(bounded, line, x), xp.where(bounded, xp.where(is_within, log_slopes, -xp.inf), 0)
 
-    def from_line(self, y: Any, xp: Any = jnp, *, constants: Constants | None = None) -> tuple[Any, Any]:
+    def from_line(self, y: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """Vectors between the ends of their intervals, and ``log dx/dy`` of every entry; the inverse of `to_line`."""
-        low, high, bounded = self._ends(y, xp, constants)
+        low, high, bounded = self._ends(y, xp)
         decay, width = xp.exp(-xp.abs(y)), high - low
         x = xp.where(y < 0, low + width * decay / (1 + decay), high - width * decay / (1 + decay))
         log_slopes = xp.log(width) - xp.abs(y) - 2 * xp.log1p(decay)
@@ -165,24 +166,24 @@ class Bounded:
         x = xp.clip(x, first, xp.minimum(xp.nextafter(high, low), high - smallest))
         return xp.where(bounded, x, y), xp.where(bounded, log_slopes, 0)
 
-    def clip(self, x: Any, margin: Any, *, constants: Constants | None = None) -> Any:
+    def clip(self, x: Any, margin: Any) -> Any:
         """Vectors whose entries on a grid, those with a positive margin, stay so far from their ends.
 
         The midpoint between two values of a grid may be rounded to either, and beyond the last one there is none.
         """
-        low, high, bounded = self._ends(x, jnp, constants)
+        low, high, bounded = self._ends(x, jnp)
         return jnp.where(bounded & (margin > 0), jnp.clip(x, low + margin, high - margin), x)
 
     def outside(self, x: np.ndarray) -> np.ndarray:
         """Which entries of vectors are out of their intervals, read in the type of the vectors."""
-        low, high, bounded = self._arrays(x.dtype)
+        low, high, bounded = self._ends(x, np)
         return bounded & ~((x >= low) & (x <= high))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
         """The logistic function of the intervals on the real line in which the transform behind encloses every entry."""
         line = self.then.enclose_inverse(y, radius)
-        low, high, bounded = self._arrays(np.float64)
+        low, high, bounded = self._ends(line.center, np)
         width, one = DoubleDouble.of(high) - DoubleDouble.of(low), DoubleDouble.of(1.0)
 
         def value(t):
@@ -213,18 +214,10 @@ class Bounded:
             lipschitz=steepest * line.lipschitz * UP,
         )
 
-    def _arrays(self, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ends of all entries, those of the unit interval where there are no bounds, and which have bounds."""
-        known = [bounds or UNIT for bounds in self.intervals]
-        ends = ([bounds.low for bounds in known], [bounds.high for bounds in known])
-        low, high = (np.asarray(values, np.float64).astype(dtype)[None] for values in ends)
-        return low, high, np.array([[bounds is not None for bounds in self.intervals]])
-
-    def _ends(self, x: Any, xp: Any, constants: Constants | None) -> tuple[Any, ...]:
-        """`_arrays` in the type of ``x``, with the ends of ``constants`` if there are any."""
-        *own, bounded = self._arrays(x.dtype)
-        given = own if constants is None else [constants[name] for name in ("low", "high")]
-        return *(xp.asarray(values, x.dtype) for values in given), xp.asarray(bounded)
+    def _ends(self, x: Any, xp: Any) -> tuple[Any, Any, Any]:
+        """Ends of all entries in the type of ``x``, as rows, and which entries have some."""
+        low, high = (xp.asarray(ends)[None].astype(x.dtype) for ends in (self.low, self.high))
+        return low, high, xp.asarray([self.is_bounded])
 
 
 def _tail(end: Any, width: Any, xp: Any) -> tuple[Any, Any, Any]:

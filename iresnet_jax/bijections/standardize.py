@@ -1,0 +1,214 @@
+r"""Continuous data on a common scale: every entry by itself, or all of them decorrelated.
+
+Both are affine, ``y = A (x - m)`` with numbers of the training data, so ``log|det dy/dx| = log|det A|`` is the same for all
+examples.
+"""
+
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from iresnet_jax.bijections.bijection import ClosedForm
+from iresnet_jax.bijections.enclosure import Enclosure, affine, on_balls
+from iresnet_jax.checked_dataclasses import pytree
+from iresnet_jax.maths.convolution_certificate import dense_norm_bound
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.platforms import floats
+from iresnet_jax.maths.upward_rounding import UP, U
+
+ROUNDING = 4e-6  # relative error of constants computed in float32, with a margin
+SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
+SHRINKAGE = 1e-6  # least share by which correlations shrink: single precision inverts the factor
+_TINY = 1e-300  # more than what products lose by underflow
+
+
+@pytree(arrays=("mean", "scale"))
+class Standardize(ClosedForm):
+    """``y = (x - mean) / scale``, entry by entry.
+
+    Attributes:
+        mean: One number an entry of a vector or a channel of an image, subtracted.
+        scale: Positive numbers in the same form, divided by.
+    """
+
+    mean: Any
+    scale: Any
+
+    def __post_init__(self):
+        set_floats(self, "mean", "scale")
+        if self.mean.shape != self.scale.shape or self.mean.ndim != 1 or not len(self.mean):
+            raise ValueError(f"mean and scale need one number an entry each, got {self.mean.shape} and {self.scale.shape}")
+        mean, scale = np.asarray(self.mean), np.asarray(self.scale)
+        if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(scale)) and np.all(scale > 0)):
+            raise ValueError("mean must be finite and scale positive and finite: an entry is constant or too large")
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "n ..."]) -> "Standardize":
+        """Mean and standard deviation of every entry along the last axis, over all others."""
+        rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
+        return cls(rows.mean(axis=0), rows.std(axis=0))
+
+    @classmethod
+    def fit_contexts(cls, contexts: Float[np.ndarray, "n k"]) -> "Standardize":
+        """`fit`, but entries that are constant keep their scale."""
+        rows = np.asarray(contexts, np.float64)
+        scale = rows.std(axis=0)
+        return cls(rows.mean(axis=0), np.where(scale > 0, scale, 1))
+
+    @property
+    def num_entries(self) -> int:
+        """Length of the last axis of examples."""
+        return len(self.mean)
+
+    def entry_scales(self) -> Float[Array, " d"]:
+        """Standard deviation of each entry."""
+        return self.scale
+
+    def forward_and_logdet(self, x: Float[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+        """``y``, and ``-sum log(scale)``, once for each pixel of an image."""
+        mean, scale = (value.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
+        return (x - mean) / scale, self._log_det(x)
+
+    def inverse_and_logdet(self, y: Float[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+        """``x``, and ``sum log(scale)``, once for each pixel."""
+        mean, scale = (value.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
+        return y * scale + mean, -self._log_det(y)
+
+    def _log_det(self, x: Array) -> Float[Array, " b"]:
+        num_pixels = np.prod(x.shape[1:-1], dtype=int)
+        return jnp.full(len(x), -num_pixels * jnp.sum(jnp.log(self.scale.astype(x.dtype))))
+
+    def bilipschitz(self) -> BiLipschitz:
+        """``1 / min(scale)`` and ``max(scale)``, rounded up."""
+        return BiLipschitz((1 + ROUNDING) / jnp.min(self.scale), (1 + ROUNDING) * jnp.max(self.scale))
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """Intervals of ``scale y + mean``."""
+        own = (np.asarray(values, np.float64) for values in (self.scale, self.mean))
+        scale, mean = (np.tile(values, y.shape[1] // len(values)) for values in own)
+        center = y * scale + mean
+        errors = 2 * U * (np.abs(y * scale) + np.abs(center)) + _TINY
+        return affine(center, errors, radius[:, None] * scale, np.full(len(y), scale.max()))
+
+
+@pytree(arrays=("mean", "factor", "inverse"))
+class Whiten(ClosedForm):
+    """``y = factor^-1 (x - mean)`` for vectors: data of covariance ``factor factor^T`` get the identity's.
+
+    A residual block of constant L stretches by a factor between 1 - L and 1 + L in any direction: a flow needs many blocks to
+    undo correlations, which one triangular matrix undoes exactly.
+
+    Attributes:
+        mean: One number an entry, subtracted.
+        factor: Rows of a lower triangular matrix with a positive diagonal.
+        inverse: The inverse of `factor`.
+    """
+
+    mean: Any
+    factor: Any
+    inverse: Any = field(init=False, repr=False)
+
+    def __post_init__(self):
+        set_floats(self, "mean", "factor")
+        mean, matrix = np.asarray(self.mean, np.float64), np.asarray(self.factor, np.float64)
+        if matrix.shape != (len(mean),) * 2 or not len(matrix):
+            raise ValueError(f"factor must be a square matrix with a row an entry of the {len(mean)}, got {matrix.shape}")
+        if not (np.all(np.isfinite(matrix)) and np.all(np.isfinite(mean))):
+            raise ValueError("mean and factor must be finite: an entry of the data is too large")
+        if np.any(np.triu(matrix, 1)) or not np.all(np.diag(matrix) > 0):
+            raise ValueError("factor must be lower triangular with a positive diagonal: use Whiten.fit")
+        object.__setattr__(self, "inverse", floats(np.linalg.inv(matrix)))
+
+    @classmethod
+    def fit(cls, x: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"] | None = None) -> "Whiten":
+        """Mean and Cholesky factor of the covariance of data whose entries all vary; with labels, the one within classes.
+
+        A prior for each class, with independent entries, then begins as the normal density of linear discriminant analysis.
+
+        Entries are scaled to variance 1 first. Their correlations shrink towards 0 by the share that minimises the expected
+        squared error of n examples (Schaefer and Strimmer 2005, eq. 10), at least by `SHRINKAGE`, so the factor exists for
+        fewer examples than entries and for entries that repeat one another.
+        """
+        rows = np.asarray(x, np.float64)
+        mean, total = rows.mean(axis=0), rows.std(axis=0)
+        centred = rows - mean
+        if labels is not None:
+            centred = np.array(centred)
+            for label in np.unique(labels):
+                centred[labels == label] -= centred[labels == label].mean(axis=0)
+        scale = np.maximum(centred.std(axis=0), SMALLEST_WITHIN * total)
+        return cls(mean, scale[:, None] * np.linalg.cholesky(shrunk_correlation(centred / scale)))
+
+    @property
+    def num_entries(self) -> int:
+        """Length of examples."""
+        return len(self.mean)
+
+    def entry_scales(self) -> Float[Array, " d"]:
+        """Standard deviation of each entry, of data within classes if labels were given."""
+        return jnp.sqrt(jnp.sum(self.factor**2, axis=1))
+
+    def forward_and_logdet(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+        """``y``, and ``-sum log(diagonal of factor)``."""
+        factor, inverse = (matrix.astype(x.dtype).T for matrix in (self.factor, self.inverse))
+        centred = x - self.mean.astype(x.dtype)[None]
+        y = centred @ inverse
+        if x.dtype.itemsize > self.inverse.dtype.itemsize:  # of which the inverse has fewer digits
+            y = y + (centred - y @ factor) @ inverse
+        return y, self._log_det(x)
+
+    def inverse_and_logdet(self, y: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+        """``x``, and ``sum log(diagonal of factor)``."""
+        return y @ self.factor.astype(y.dtype).T + self.mean.astype(y.dtype)[None], -self._log_det(y)
+
+    def _log_det(self, x: Array) -> Float[Array, " b"]:
+        return jnp.full(len(x), -jnp.sum(jnp.log(jnp.diag(self.factor).astype(x.dtype))))
+
+    def bilipschitz(self) -> BiLipschitz:
+        """Bounds of the norms of both matrices, ``|A|_2^2 <= |A|_1 |A|_inf``, and of the error of the inverse one."""
+        defect = jnp.linalg.norm(self.inverse @ self.factor - jnp.eye(len(self.factor), dtype=self.factor.dtype))
+        forward = jnp.where(defect < 0.5, _norm_bound(self.inverse) / (1 - defect), jnp.inf)
+        return BiLipschitz((1 + ROUNDING) * forward, (1 + ROUNDING) * _norm_bound(self.factor))
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """Intervals of ``factor y + mean``, from the norms of the factor and of its rows."""
+        factor, mean = np.asarray(self.factor, np.float64), np.asarray(self.mean, np.float64)
+        center = y @ factor.T + mean
+        errors = 4 * len(mean) * U * (np.abs(y) @ np.abs(factor).T + np.abs(mean)) + _TINY
+        with jax.enable_x64():
+            largest = float(dense_norm_bound(jnp.asarray(factor)))
+        return affine(center, errors, radius[:, None] * np.linalg.norm(factor, axis=1) * UP, np.full(len(y), largest))
+
+
+def _norm_bound(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
+    sizes = jnp.abs(matrix)
+    bound = jnp.sqrt(jnp.max(jnp.sum(sizes, axis=0)) * jnp.max(jnp.sum(sizes, axis=1)))
+    frobenius = jnp.sqrt(jnp.sum(jnp.square(matrix)))
+    return jnp.minimum(bound, frobenius) * (1 + len(matrix) * jnp.finfo(matrix.dtype).eps)  # the error of the sums
+
+
+def shrunk_correlation(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
+    r"""Correlation matrix of standardised data, off-diagonal entries times ``1 - s``.
+
+    ``s = sum_{i != j} Var(r_ij) / sum_{i != j} r_ij^2`` within [`SHRINKAGE`, 1]; the variance of a correlation is that of the
+    products ``z_i z_j`` (Schaefer and Strimmer 2005, eq. 10).
+    """
+    num = len(z)
+    correlation = z.T @ z / num
+    off = ~np.eye(z.shape[1], dtype=bool)
+    variance = ((z**2).T @ z**2 / num - correlation**2)[off].sum() / max(num - 1, 1)
+    signal = (correlation[off] ** 2).sum()
+    share = 1.0 if signal == 0 else float(np.clip(variance / signal, SHRINKAGE, 1.0))
+    return np.where(off, (1 - share) * correlation, 1.0)
+
+
+def set_floats(value: Any, *names: str) -> None:
+    """Makes fields of a frozen dataclass that is being made arrays of floats."""
+    for name in names:
+        object.__setattr__(value, name, floats(getattr(value, name)))

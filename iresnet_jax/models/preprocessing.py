@@ -1,0 +1,105 @@
+"""Data as the flow takes them, and back.
+
+    data  --numbers, checked-->  levels or vectors  --cells-->  continuous data  --transform-->  the flow's input
+
+`cells` and `transform` are bijections, the first one in distribution: forward adds noise, the inverse rounds. Their numbers
+come from the data and are no parameters: their gradients are 0.
+"""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from iresnet_jax.bijections.bijection import Bijection
+from iresnet_jax.bijections.bounded import Bounded
+from iresnet_jax.bijections.dequantize import Grid, check_levels, dequantize_bijection
+from iresnet_jax.bijections.logit import Identity
+from iresnet_jax.models.columns import Frame, numbers_of
+from iresnet_jax.models.density_spec import DensitySpec
+
+
+def numbers(spec: DensitySpec, x: Any) -> Any:
+    """Data as an array of numbers: a data frame by the names, categories and order of the columns that were fitted.
+
+    Raises:
+        ValueError: If a column is missing or unknown, or holds a missing value or an unknown category.
+    """
+    if spec.columns is not None and isinstance(x, Frame):
+        return numbers_of(x, spec.columns)
+    x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+    return x.astype(np.float64) if x.dtype == np.longdouble else x  # which JAX does not know
+
+
+def checked(spec: DensitySpec, x: Any, *, is_likelihood: bool = False) -> Array:
+    """The data as an array, if it is what the model takes.
+
+    Classes and latents of values between those of a grid are defined where no range bounds them; their likelihood is none.
+
+    Raises:
+        ValueError: If data have another shape or type; where they are known, also if a value is out of range.
+    """
+    shape, x = tuple(spec.flow.event_shape), numbers(spec, x)
+    is_table = len(shape) == 1 and x.shape[1:] == shape
+    if spec.num_levels is not None:
+        x = x.astype(np.uint8) if x.dtype == bool else x
+        check_levels(x, spec.num_levels, shape)
+    elif is_table and (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
+        x = x.astype(jnp.result_type(float))
+    elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
+        raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
+    is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *jax.tree.leaves(spec)))
+    if is_known and (is_likelihood or isinstance(spec.transform, Bounded)):
+        check_ranges(spec, x)
+    return jnp.asarray(x)
+
+
+def check_ranges(spec: DensitySpec, x: Any) -> None:
+    """Checks vectors whose entries keep to ranges or to a grid; other data pass.
+
+    Raises:
+        ValueError: If a value is out of its range, or between the values of its grid; the message names the first one.
+    """
+    transform = spec.transform
+    if spec.grid is None and not isinstance(transform, Bounded):
+        return
+    x = np.asarray(x)
+    x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)  # ends of ranges are no integers
+    grid = spec.grid or Grid(np.zeros(x.shape[1]), np.zeros(x.shape[1]))
+    off, outside = grid.off(x), np.zeros(x.shape, bool)
+    if isinstance(transform, Bounded):
+        with np.errstate(over="ignore"):  # in the precision of the ends that data have shown
+            outside = transform.outside(x.astype(jnp.result_type(float)))
+    for row, column in np.argwhere(off | outside)[:1].tolist():
+        offset, step = (float(values[column]) for values in (grid.offset, grid.spacing))
+        name = "" if spec.columns is None else f" ({spec.columns[column].name!r})"
+        if isinstance(transform, Bounded) and outside[row, column]:
+            low, high = float(transform.low[column]) + step / 2, float(transform.high[column]) - step / 2
+            allowed = f"is not within the range {low:g} to {high:g} of the model"
+        else:
+            allowed = f"is between values of its grid, {offset:g} and steps of {step:g}"
+        raise ValueError(f"{x[row, column]:g} in row {row}, column {column}{name}, {allowed}: its density is 0")
+
+
+def cells(spec: DensitySpec) -> Bijection:
+    """From levels to points of [0, 1), or from a grid to its cells; the identity of continuous data."""
+    if spec.num_levels is not None:
+        return dequantize_bijection(spec.num_levels)
+    return jax.lax.stop_gradient(spec.grid or Identity()).bijection()
+
+
+def transform(spec: DensitySpec) -> Bijection:
+    """From continuous data to the flow's input."""
+    return jax.lax.stop_gradient(spec.transform).bijection()
+
+
+def rounded(spec: DensitySpec, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
+    """Levels, or values on a grid, of continuous data; continuous data of a model without either as they are."""
+    x = cells(spec).inverse(u)[0]
+    if spec.grid is None or not isinstance(spec.transform, Bounded):
+        return x
+    return spec.transform.clip(x, spec.grid.spacing.astype(x.dtype)[None] / 2)
