@@ -146,12 +146,16 @@ class Transposed(Laplace):
         return super().sample(key, shape).T
 
 
+def with_own(kind):
+    return density(priors.own(kind(0.0)))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda: density(priors.standard("gaussian", 2)).log_prob(X), "has the methods log_prob.* got a dict"),
-        (lambda: density(priors.own(EachEntry(0.0))).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
-        (lambda: density(priors.own(Transposed(0.0))).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
+        (lambda: with_own(EachEntry).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
+        (lambda: with_own(Transposed).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
         (lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5), "has no temperature, got 0.5"),
         (lambda: priors.own(PRIOR_WITHOUT_METHODS), "got a dict"),
         (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "leave out num_classes=2"),
