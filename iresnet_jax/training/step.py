@@ -161,8 +161,8 @@ class TrainingStep:
         weights, pull_back, constrained = jax.vjp(constrained_weights, state.params, has_aux=True)
         # parameters without a constraint, such as the prior's
         free = {name: leaf for name, leaf in state.params.items() if name not in weights}
-        of_data = {name: value for name, value in state.constants.items() if name == "spec"}
-        model = self.model.with_(**of_data)
+        spec = state.constants.get("spec")
+        model = self.model if spec is None else self.model.with_(spec=spec)
 
         # 2. Loss and gradients, part by part.
         def loss_of(weights, free, part):
@@ -284,10 +284,9 @@ class Objective:
         return state._replace(constants=jax.eval_shape(self._constants))
 
     def _constants(self) -> dict[str, Any]:
-        spec = self.training_step.model.spec
-        of_data = (
-            {"spec": jax.tree.map(np.array, spec)} if isinstance(spec, DensitySpec) else {}
-        )  # copies: a step frees its state
+        spec = getattr(self.training_step.model, "spec", None)
+        # Copies: a step frees its state.
+        of_data = {"spec": jax.tree.map(np.array, spec)} if isinstance(spec, DensitySpec) else {}
         return {"seed": np.uint32(self.seed), **of_data}
 
     def abstract_batch(self, batch_size: int) -> Any:
