@@ -52,9 +52,9 @@ def checked(spec: DensitySpec, x: Any, *, is_likelihood: bool = False) -> Array:
     elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
         wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
         raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-    is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *jax.tree.leaves(spec)))
-    if is_known and (is_likelihood or isinstance(spec.transform, Bounded)):
-        check_ranges(spec, x)
+    if isinstance(spec.transform, Bounded) or (is_likelihood and spec.grid is not None):
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *jax.tree.leaves(spec))):
+            check_ranges(spec, x)
     return x if isinstance(x, jax.Array) else jnp.asarray(x)  # which takes longer than all checks
 
 
