@@ -78,7 +78,7 @@ class Checkpoints:
             for leftover in self._folder.glob("*.incoming"):  # of killed processes
                 leftover.unlink()
             with replacing(self.path(step)) as incoming, incoming.open("xb") as file:
-                np.savez(file, **named)
+                np.savez(file, **named)  # pyright: ignore[reportArgumentType]: of names that no state has
         except OSError as error:
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}): "
