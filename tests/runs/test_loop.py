@@ -201,7 +201,7 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
 # Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
 MOMENTS = {
     "compilation": ("jax", "pmap", 0.1, False),
-    "checkpoint": ("iresnet_jax.runs.checkpoints", "_write", 0.0, True),
+    "checkpoint": ("iresnet_jax.runs.checkpoints", "to_named", 0.0, True),
     "report": ("iresnet_jax.evaluation.report", "write", 0.1, False),
 }
 # Forks, so that everything is imported once.
