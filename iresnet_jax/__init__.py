@@ -111,7 +111,7 @@ _TRAINING = {
 
 
 def __getattr__(name: str) -> Any:
-    """What takes more than the mathematics is imported when it is asked for: `certify`, `adapters`, `losses`, training."""
+    """Imports on demand of all that takes more than the mathematics: `certify`, `adapters`, `losses`, training."""
     if name in ("adapters", "losses"):
         return importlib.import_module(f"iresnet_jax.{name}")
     if name == "certify":

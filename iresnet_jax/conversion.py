@@ -164,7 +164,7 @@ MOMENTS = {  # mean and standard deviation of pixels in [0, 1], by which classif
 
 
 def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec | ClassifierSpec, dict[str, Any]]:
-    """What `saved.model_of` takes, of a network of ``CIFAR_main.py``."""
+    """Arguments of `saved.model_of` for a network of ``CIFAR_main.py``."""
     _check(options)
     side, channels = _side(arrays, options), 3 + options.inj_pad
     stages = Stages((side, side, channels), actnorm=not options.noActnorm)
@@ -256,7 +256,7 @@ def _ours(array: np.ndarray) -> Any:
 
 
 def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, dict[str, Any]]:
-    """What `saved.model_of` takes, of a network of ``train_img.py``."""
+    """Arguments of `saved.model_of` for a network of ``train_img.py``."""
     sizes = {"celebahq": 256, "celeba_5bit": 64, "imagenet32": 32, "imagenet64": 64}  # whatever --imagesize says
     side = sizes[options.data] if options.data in sizes else options.imagesize
     shape = (side, side, 1 if options.data == "mnist" else 3)
@@ -295,7 +295,7 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
 
 
 def read_toy(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, dict[str, Any]]:
-    """What `saved.model_of` takes, of a network of ``train_toy.py``."""
+    """Arguments of `saved.model_of` for a network of ``train_toy.py``."""
     stages = Stages((2,), actnorm=options.actnorm)
     chain = _Chain(arrays, "chain", stages, options)
     chain.actnorm()

@@ -143,7 +143,7 @@ def _log_prob(model: Density, x: Array, key: Key[Array, ""]) -> Array:
 
 
 def _verdict(weights: Weights, num: int) -> tuple[str, bool]:
-    """What the tail of the weights says, and whether their mean is of use."""
+    """Verdict on the tail of the weights: whether their mean is of use."""
     tail = f"Pareto k is {weights.pareto_k:.2f}"
     if weights.pareto_k > weights.threshold:
         return (
@@ -228,7 +228,7 @@ def pareto_k(log_weights: Float[np.ndarray, " n"]) -> tuple[float, float]:
 
 
 def convergence_rate(shape: float, num: int) -> float:
-    """How fast the mean of weights converges: its squared error falls as ``num^-rate`` (Vehtari et al. 2024).
+    """Rate at which the mean of weights converges: its squared error falls as ``num^-rate`` (Vehtari et al. 2024).
 
     It is 1 for weights with a finite variance and many of them, ``1 - 1 / log num`` for the shape .5, and 0 from 1 on.
     """

@@ -1,4 +1,4 @@
-"""What `fit` is called with, checked before anything is computed: a mistake is a ``ValueError`` that names the argument."""
+"""Arguments of `fit`, checked before anything is computed: a mistake is a ``ValueError`` that names the argument."""
 
 import os
 from collections.abc import Mapping

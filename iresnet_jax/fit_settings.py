@@ -105,7 +105,7 @@ def is_whitened(num: int, dims: int) -> bool:
 
 
 def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
-    """What candidates have in common; `Candidate.settings` replaces what differs."""
+    """Common settings of all candidates; `Candidate.settings` replaces those that differ."""
     num, dims = len(data.examples["train"]), data.event_shape[0]
     # Priors of classes start from the covariance within.
     is_exact = dims <= EXACT_DIMS

@@ -19,7 +19,7 @@ Array = np.ndarray
 
 
 class Enclosure(NamedTuple):
-    """What is guaranteed of ``t^-1`` on the balls ``|y' - y| <= r``, one per example.
+    """Guarantees of ``t^-1`` on the balls ``|y' - y| <= r``, one per example.
 
     Attributes:
         low: Bound from below of every entry of ``t^-1(y')``.

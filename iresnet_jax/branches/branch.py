@@ -280,7 +280,7 @@ class BranchSpec(ABC):
 
     @property
     def parts(self) -> "tuple[Part, ...]":
-        """What has a norm of its own among `norm_bounds`, whose product bounds ``Lip(g)``; none if its output is scaled."""
+        """Parts with a norm of their own among `norm_bounds`, whose product bounds ``Lip(g)``; none if its output is scaled."""
         return ()
 
     @property

@@ -163,7 +163,7 @@ class FeedforwardSpec(BranchSpec):
         return h
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
-        """What guaranteed bounds of the parts' constants make of it, rounded up."""
+        """Product of the guaranteed bounds of the parts' constants, rounded up."""
         return self.bound_of_norms(self.norm_bounds(weights))
 
     # ------------------------------------------------------------------------------------------------- the budget

@@ -1,4 +1,4 @@
-"""What a stage's branches may be: a kind by its name, a `BranchSpec`, or a function of the user that makes modules."""
+"""Kinds of branches of a stage: a kind by its name, a `BranchSpec`, or a function of the user that makes modules."""
 
 import math
 from collections.abc import Mapping

@@ -25,7 +25,7 @@ from iresnet_jax.models.leading_axes import numbers
 
 
 class CertifiedInfo(NamedTuple):
-    """How a certified inverse ended, for every example: the fields of `FixedPointInfo`, and what is guaranteed.
+    """End of a certified inverse, for every example: the fields of `FixedPointInfo`, and what is guaranteed.
 
     Attributes:
         num_evals: Evaluations of the branches.
@@ -121,7 +121,7 @@ def _decoded(model: Any, z: Array, context: Any) -> Decoded:
 
 
 def certified(model: Density | Classifier, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
-    """What is guaranteed of decoded latents; on the host, outside of ``jit``.
+    """Guarantees of decoded latents; on the host, outside of ``jit``.
 
     Raises:
         ValueError: For the reasons of `decode`.

@@ -30,7 +30,7 @@ _GOOD_ENOUGH = 1e-3  # of the bound, for the part that comes from the refined tr
 
 
 class InverseCertificate(NamedTuple):
-    """What is guaranteed of a computed inverse, one entry an example, in the units of the flow's input.
+    """Guarantees of a computed inverse, one entry an example, in the units of the flow's input.
 
     Attributes:
         error_bound: Bound of ``|x - F^-1(y)|``; infinite if nothing is known.
@@ -167,7 +167,7 @@ def _moved(trajectory: DoubleDouble, steps) -> DoubleDouble:
 def _bounds(
     flow: PreparedFlow, products: list[shadowing.Products], found: Residuals, trajectory: DoubleDouble, start
 ) -> InverseCertificate:
-    """What the theorem says of a trajectory, for each example."""
+    """Conclusion of the theorem for a trajectory, for each example."""
     constants = flow.constants
     gap = trajectory.map(lambda part: part[:, 0]) - DoubleDouble.of(start)
     distance = np.linalg.norm(gap.high, axis=1) * UP

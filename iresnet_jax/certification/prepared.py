@@ -1,4 +1,4 @@
-"""What all certificates begin with: checks, a prepared flow in float64 on the host, and examples part by part."""
+"""The beginning of all certificates: checks, a prepared flow in float64 on the host, and examples part by part."""
 
 import contextlib
 import math

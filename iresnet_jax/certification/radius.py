@@ -26,7 +26,7 @@ _CHUNK = 16  # images that are certified together
 
 
 class CertifiedRadius(NamedTuple):
-    """What is guaranteed of a classifier's decisions, one entry an image.
+    """Guarantees of a classifier's decisions, one entry an image.
 
     Attributes:
         radius: No perturbation of a smaller 2-norm changes the predicted class, for pixels on the scale of [0, 1], which the

@@ -71,7 +71,7 @@ class PreciseStage(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What is wrong with trajectories, and the slopes of their activations.
+    """Residuals of trajectories, and the slopes of their activations.
 
     Attributes:
         values: ``F_t(x_t) - x_{t+1}``, rounded to float64; 0 at entries that a step does not act on.

@@ -29,7 +29,7 @@ from iresnet_jax.models.flow import flow_bijection
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Place:
-    """What the steps of a stage have in common: where they act, and how their branches are made.
+    """Common part of a stage's steps: where they act, and how their branches are made.
 
     Attributes:
         entries: Entries of the flow's vector that the steps act on, in the order of the branch's input.

@@ -1,4 +1,4 @@
-"""What training and evaluation need of data: one value for images, vectors and 2-D toys."""
+"""Data for training and evaluation: one value for images, vectors and 2-D toys."""
 
 import functools
 import hashlib

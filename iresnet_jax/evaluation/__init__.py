@@ -1,1 +1,1 @@
-"""What a trained model is measured by."""
+"""Measurements of trained models."""

@@ -1,4 +1,4 @@
-"""What a result was computed with: versions, devices, commit."""
+"""The environment of a result: versions, devices, commit."""
 
 import datetime
 import importlib.metadata
@@ -15,7 +15,7 @@ from iresnet_jax.runs.machine import device_summary
 
 @dataclass(frozen=True)
 class Environment:
-    """What a result was computed with: devices, versions, date and, in a checkout, the commit; None where unknown."""
+    """The environment of a result: devices, versions, date and, in a checkout, the commit; None where unknown."""
 
     devices: str
     backend: str

@@ -126,7 +126,7 @@ class Inversion(RoundTrips):
 
 
 class RoundTrip(NamedTuple):
-    """How each example came back, and how its inverse ended.
+    """Errors of each example that came back, and the end of its inverse.
 
     Attributes:
         max_abs_error: Largest entry of the error, in the units of the flow's input.
@@ -218,7 +218,7 @@ def _originals(model, key, examples):
 
 
 def _there_and_back(model, batch):
-    """How a round trip went, and all that a certificate takes."""
+    """Result of a round trip, and all that a certificate takes."""
     there, context = batch
     flow = model.flow(context) if isinstance(model, Density) else model.flow()
     decoded = to_data(model, flow.forward(there), context=context)
@@ -244,7 +244,7 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
 def round_trip(
     model: Density | Classifier, there: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
 ) -> RoundTrip:
-    """How the model's flow and its inverse go, under a context if the model is conditional.
+    """The model's flow and its inverse, under a context if the model is conditional.
 
     The solver bounds the distance to the exact preimage of the latents as they are. Encoding rounded them, in each block by no
     more than the solver allows for rounding of its residual; so twice the solver's bound holds for the way there and back.
@@ -269,7 +269,7 @@ def seconds_each(spec: FlowSpec) -> float:
 
 
 def affordable(spec: FlowSpec, seconds: float) -> int:
-    """How many examples take about that many seconds: a power of two up to 64, and 0 where one takes minutes."""
+    """Number of examples that take about that many seconds: a power of two up to 64, and 0 where one takes minutes."""
     each = seconds_each(spec)
     return 0 if each > TOO_LONG_S else 2 ** int(np.log2(np.clip(seconds / each, 1, MOST_CERTIFIED)))
 
@@ -277,7 +277,7 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
 def bound_inverses(
     model: Density | Classifier, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
 ) -> Guarantee:
-    """What is guaranteed of the first examples that were decoded, or why nothing is.
+    """Guarantees of the first examples that were decoded, or the reason why there are none.
 
     Args:
         parts: Batches of examples, as NumPy's arrays.

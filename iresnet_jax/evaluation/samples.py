@@ -18,7 +18,7 @@ from iresnet_jax.training import parallel
 
 @dataclass(frozen=True)
 class SampleConvergence:
-    """How the inverse ended for a number of samples.
+    """Ends of the inverses of a number of samples.
 
     Attributes:
         num: Samples.

@@ -64,7 +64,7 @@ class Settings(NamedTuple):
 
 
 class FixedPointInfo(NamedTuple):
-    """How the iteration ended, for every example of the batch.
+    """End of the iteration, for every example of the batch.
 
     Attributes:
         num_evals: Evaluations of the branch, plus those of the diagonal of its Jacobian.

@@ -95,7 +95,7 @@ def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " 
 
 
 def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
-    """What `logdet_and_inverse` returns, row by row: Gauss-Jordan elimination with the examples on the last axis."""
+    """Result of `logdet_and_inverse`, row by row: Gauss-Jordan elimination with the examples on the last axis."""
     num_dims = matrices.shape[-1]
 
     def step(k, carry):

@@ -31,7 +31,7 @@ _MISS = 1e-3
 
 
 class PowerIterationInfo(NamedTuple):
-    """How an iteration ended.
+    """End of an iteration.
 
     Attributes:
         num_steps: Applications of the map and its transpose; the power step that ends tolerance mode is not counted.

@@ -1,4 +1,4 @@
-r"""How far a computed preimage of a whole chain of maps is from the exact one: shadowing of its trajectory.
+r"""Distance of a computed preimage of a chain of maps from the exact one: shadowing of its trajectory.
 
 ``F = F_{T-1} ... F_0`` is a bijection whose steps have Jacobians with a known Lipschitz constant. The bounds of the steps'
 inverses multiply, to 1e12 and more for a deep flow; the inverse of the whole is far better conditioned than that. So the

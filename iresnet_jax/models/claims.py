@@ -28,7 +28,7 @@ _DIRECTIONS, _STEPS = 16, 20  # examples of power iteration, and its steps
 
 
 class _Measured(NamedTuple):
-    """What the blocks of a stage show, one entry a block.
+    """Observed stretches of the blocks of a stage, one entry a block.
 
     Attributes:
         claim: Bound of ``Lip(g)`` that the branch claims, before any factor on its output.
@@ -86,7 +86,7 @@ def _measure(
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None,
 ) -> dict[str, _Measured]:
-    """What the blocks of some stages show on inputs of the flow."""
+    """Observed stretches of the blocks of some stages on inputs of the flow."""
     inputs = branch_inputs(spec, weights, x, context)
 
     def of_block(own: tuple[Block, Array]) -> _Measured:

@@ -1,4 +1,4 @@
-"""What training saw, as it travels with a model."""
+"""The record of a training, as it travels with a model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What all models share: replacing fields, a certificate, saving.
+"""The common part of all models: replacing fields, a certificate, saving.
 
 A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not stored, see `bounds`: a file
 cannot claim a certificate that its weights do not have.

@@ -1,1 +1,1 @@
-"""What a training run needs around its loss: optimisers, devices, checkpoints, metrics and the loop itself."""
+"""Parts of a training run around its loss: optimisers, devices, checkpoints, metrics and the loop itself."""

@@ -1,4 +1,4 @@
-"""How blocks become contractions: in training steps, in validation, and by certificate in the trained model."""
+"""Constraints that make blocks contractions: in training steps, in validation, and by certificate in the trained model."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Constrain = Callable[[Any, Any], contractions.ConstrainedFlow]  # (params, spect
 
 @dataclass(frozen=True)
 class ConstraintConfig:
-    """How training keeps blocks contractions; a trained model is certified in any case."""
+    """Settings that keep blocks contractions in training; a trained model is certified in any case."""
 
     # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
     # network without an inverse, for the objective "classification".

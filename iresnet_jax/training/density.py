@@ -151,7 +151,7 @@ class Validation:
         return validated_model(self._template, self._constraint, state.ema, state.spectral, given=self._given)
 
     def measure(self, state: TrainState, model: Density) -> ValidationResult:
-        """What `__call__` returns, under the `model` of a training state."""
+        """Result of `__call__`, under the `model` of a training state."""
         outputs = self._outputs(model)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
         num_terms = int(state.num_terms)
@@ -190,7 +190,7 @@ class Validation:
         return self._outputs(model, self._batch_size)[model.spec.metric].astype(np.float64)
 
     def _bias(self, model: Density, num_terms: int, reference: np.ndarray) -> tuple[float, bool]:
-        """How the objective by so many terms differs from the other, and whether it is lower by more than is tolerated."""
+        """Difference of the objective by so many terms from the other, and whether it is lower by more than is tolerated."""
         differences = self._on_a_batch(model.with_(estimator=self._logdet.build(num_terms))) - reference
         bias, stderr = float(differences.mean()), float(differences.std() / math.sqrt(len(differences)))
         return bias, bias < -max(TOLERATED_BIAS, SIGNIFICANT * stderr)

@@ -113,7 +113,7 @@ class Loss(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-    """How a gradient changes the state.
+    """Rule by which a gradient changes the state.
 
     Attributes:
         optimizer: Optimizer at a learning rate of 1, which the schedule multiplies.
