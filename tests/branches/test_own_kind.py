@@ -42,13 +42,12 @@ class WaveSpec(ir.BranchSpec):
 @pytest.fixture(scope="module")
 def model():
     """A frozen density of random weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kinds.KINDS, "wave", WaveSpec)
-        flow = ir.FlowSpec((DIMS,), (ir.StageSpec(3, (8,), kind="wave"),), coeff=0.8)
-        blocks = jax.vmap(flow.layout[0].branch.initial_weights)(jax.random.split(jax.random.key(0), 3))
-        actnorm = {"bias": jnp.zeros((3, DIMS)), "log_scale": jnp.zeros((3, DIMS))}
-        weights = freeze(flow, {"stage0": {"blocks": {**blocks, "actnorm": actnorm}}})
-        yield ir.Density(ir.DensitySpec(flow), weights, {"mean": jnp.zeros(DIMS), "log_std": jnp.zeros(DIMS)})
+    kinds.register("wave", WaveSpec)
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(3, (8,), kind="wave"),), coeff=0.8)
+    blocks = jax.vmap(flow.layout[0].branch.initial_weights)(jax.random.split(jax.random.key(0), 3))
+    actnorm = {"bias": jnp.zeros((3, DIMS)), "log_scale": jnp.zeros((3, DIMS))}
+    weights = freeze(flow, {"stage0": {"blocks": {**blocks, "actnorm": actnorm}}})
+    return ir.Density(ir.DensitySpec(flow), weights, {"mean": jnp.zeros(DIMS), "log_std": jnp.zeros(DIMS)})
 
 
 def test_it_is_a_contraction(model):

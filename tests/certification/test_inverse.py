@@ -118,6 +118,7 @@ def test_what_is_no_number_has_an_infinite_bound_and_no_examples_have_none():
     assert nothing.refined.shape == (0, 2)
 
 
+@jax.tree_util.register_static
 class Halve:
     """A transform of one's own without enclosures."""
 
