@@ -13,7 +13,7 @@ import iresnet_jax as ir
 folder = Path(ir.__file__).parent
 assert "site-packages" in folder.parts, f"this is not the installed package: {folder}"
 assert importlib.util.find_spec("sklearn") is None, "the environment has more than the core needs"
-for name in ("py.typed", "report/page.html.jinja", "report/style.css"):
+for name in ("py.typed", "evaluation/page.html.jinja"):
     assert (folder / name).is_file(), f"the wheel has no {name}"
 
 model = ir.load(sys.argv[1])
