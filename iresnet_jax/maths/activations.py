@@ -30,7 +30,6 @@ class Activation(NamedTuple):
         initial_beta: Initial value of ``beta``, the raw parameter of the Swish family; None without one.
         channel_factor: Output channels for each input channel.
         elementwise: Whether each output entry depends on one input entry alone.
-        convex: Whether the activation is a convex function of each entry.
         monotone: Whether it is elementwise with slopes in [0, 1], for every input.
     """
 
@@ -39,7 +38,6 @@ class Activation(NamedTuple):
     initial_beta: float | None = None
     channel_factor: int = 1
     elementwise: bool = True
-    convex: bool = False
     monotone: bool = False
 
     @property
@@ -171,15 +169,15 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
 # factors are largest, and at least -0.08: |s'| <= 1/2. Slopes of the two outputs of `clipswish` differ by a constant.
 _SWISH_SLOPE = 0.5 / _LIPSWISH_BOUND
 _activations: dict[str, Activation] = {
-    "elu": Activation(elu, 1.0, convex=True, monotone=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
-    "softplus": Activation(jax.nn.softplus, 0.25, convex=True, monotone=True),  # slope sigmoid(x)
-    "softplus4": Activation(softplus4, 1.0, convex=True, monotone=True),
+    "elu": Activation(elu, 1.0, monotone=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
+    "softplus": Activation(jax.nn.softplus, 0.25, monotone=True),  # slope sigmoid(x)
+    "softplus4": Activation(softplus4, 1.0, monotone=True),
     "tanh": Activation(jnp.tanh, 4 / (3 * math.sqrt(3)), monotone=True),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
-    "relu": Activation(jax.nn.relu, None, convex=True, monotone=True),  # slope 0 or 1
+    "relu": Activation(jax.nn.relu, None, monotone=True),  # slope 0 or 1
     "lipswish": Activation(lipswish, _SWISH_SLOPE, _INITIAL_BETA),
     "clipswish": Activation(clipswish, math.sqrt(2) * _SWISH_SLOPE / _CLIPSWISH_BOUND, _INITIAL_BETA, channel_factor=2),
     "maxmin": Activation(maxmin, None, elementwise=False),
-    "identity": Activation(identity, 0.0, convex=True, monotone=True),
+    "identity": Activation(identity, 0.0, monotone=True),
 }
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(_activations)  # `register_activation` adds to it
 
