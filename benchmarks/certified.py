@@ -120,16 +120,12 @@ def inverse_of(case, num_decimal):
     return {
         "examples": len(errors),
         "applied": int(found.applied.sum()),
-        "h_above_half": int((found.h > 0.5).sum()),
         "broken": int((errors > found.error_bound + slack).sum()),
         "broken_decimal": int((decimal > found.error_bound[: len(decimal)]).sum()),
         "examples_decimal": len(decimal),
         **{f"median_{name}": float(np.median(values)) for name, values in spreads.items()},
         **{f"worst_{name}": float(values.max()) for name, values in spreads.items()},
         "median_blockwise_bound": float(np.median(case.blockwise)),
-        "median_beta": float(np.median(found.beta)),
-        "worst_h": float(found.h.max()),
-        "K": float(found.K.max()),
         "seconds_per_example": seconds,
         "load_average": os.getloadavg()[0],  # other work on the machine, while it was timed
     }

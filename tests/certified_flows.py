@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 
-from iresnet_jax.certification import trajectory
+from iresnet_jax.certification import steps
 from iresnet_jax.certification.prepared import prepared
 from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.double_double import DoubleDouble
@@ -28,7 +28,7 @@ FLOWS = {
         (
             StageSpec(1, **CONV, activation="clipswish", squeeze=2, factor_out=True, positional_bias=True),
             StageSpec(1, **CONV, activation="softplus4", padding="CIRCULAR"),
-            StageSpec(1, hidden=(5,), activation="softplus"),
+            StageSpec(1, hidden=(5,), activation="softplus", kind="sandwich"),
         ),
     ),
 }
@@ -67,13 +67,13 @@ def times(model, factor):
 def followed(model, x):
     """The prepared flow of a model, trajectories of inputs in float64 and their residuals."""
     with prepared(model) as (flow, _):
-        points = np.asarray(trajectory.follow(flow.spec, flow.weights, jnp.asarray(x), None))
+        points = np.asarray(steps.follow(flow.spec, flow.weights, jnp.asarray(x), None))
         return flow, points, residuals(flow.stages, DoubleDouble.of(points))
 
 
-def steps_of(flow):
+def entries_of_steps(flow):
     """The entries that each step acts on."""
-    places = trajectory.places_of(flow).stages
+    places = steps.places_of(flow).stages
     return [place.active for place, stage in zip(places, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
 
 
@@ -81,7 +81,7 @@ def steps_of(flow):
 def dense_steps(flow, weights, points):
     """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
     found, start = [], 0
-    for stage, place in zip(flow.layout, trajectory.places_of(flow).stages, strict=True):
+    for stage, place in zip(flow.layout, steps.places_of(flow).stages, strict=True):
 
         def step(block, u, stage=stage):
             scale, bias = jnp.exp(block.actnorm.log_scale), block.actnorm.bias

@@ -37,7 +37,7 @@ class CertifiedInfo(NamedTuple):
         certain: Entries whose level, or value on a grid, is guaranteed to be that of the exact inverse; pixels of a classifier
             whose nearest level is. None for continuous data, and False at continuous entries beside those
             on a grid.
-        certificate: The guarantee in the units of the flow's input, with ``applied``, ``beta``, ``eta``, ``K`` and ``h``.
+        certificate: The guarantee in the units of the flow's input.
     """
 
     num_evals: Int[Array, " b"]

@@ -1,78 +1,143 @@
-r"""Norms of the inverses of a flow's steps along a trajectory, of large flows and of small ones.
+r"""Guaranteed constants of a flow's steps, everywhere and along a trajectory.
 
-Large flows: a step is ``J = (I + G) diag(s)``. With the least eigenvalue ``lambda`` of the symmetric part of ``I + G``,
-``|J^-1|_2 <= 1 / (lambda min s)``, see `iresnet_jax.maths.least_eigenvalue`. In trained blocks it is near the
-truth, and ``1 / (1 - L)`` several times that. A Cholesky factorisation of a banded matrix gives it.
+A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g = W_n D_n ... W_1 D_1`` is a
+product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `residuals`.
 
-Small flows: dense inverses of the steps' Jacobians, and the norms of all their products, which are sharp.
+With the least eigenvalue ``lambda`` of the symmetric part of ``I + J_g``, ``|J_t^-1|_2 <= 1 / (lambda min s)``, see
+`iresnet_jax.maths.least_eigenvalue`. In trained blocks it is near the truth, and ``1 / (1 - L)`` several times that.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from iresnet_jax.certification.jacobians import LinearSteps, alike, step_jacobians
-from iresnet_jax.certification.prepared import PreparedFlow
-from iresnet_jax.certification.residuals import PreciseStage, Residuals
-from iresnet_jax.certification.trajectory import places_of
-from iresnet_jax.maths import activations, inverse_products, shadowing
-from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.maths.inverse_products import Inverses, ProductTables
-from iresnet_jax.maths.least_eigenvalue import least_eigenvalue_bound, least_eigenvalue_estimate
-from iresnet_jax.maths.row_blocks import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
-from iresnet_jax.maths.upward_rounding import UP
-from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.certification.residuals import Layer, PreciseStage, Residuals
+from iresnet_jax.maths import activations
+from iresnet_jax.maths.least_eigenvalue import (
+    RowBlocks,
+    behind_activation,
+    identity_and_symmetric_part,
+    layer_blocks,
+    least_eigenvalue_bound,
+)
+from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
+from iresnet_jax.maths.precise_activations import SLOPE_ERROR
+from iresnet_jax.maths.upward_rounding import UP, U, gamma
 
 MOST_ENTRIES = 2**26  # of a step's Jacobian that is computed
 
 
-def step_norms(flow: PreparedFlow, found: Residuals) -> tuple[Float[np.ndarray, "b t"], Float[np.ndarray, "b t"]]:
-    """Norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes in their residuals.
+class StepConstants(NamedTuple):
+    """Guaranteed constants of the steps of a flow, one each.
 
-    Returns:
-        Guaranteed bounds, the global one for a step whose slopes jump; and estimates, by Lanczos' method where a Jacobian has
-        too many entries, which are no bounds, and the bounds elsewhere.
+    Attributes:
+        branch: Lipschitz constant of the branch.
+        curvature: Lipschitz constant of the branch's Jacobian; infinite where a slope jumps.
+        largest_scale: Largest scale of the ActNorm.
+        least_scale: Least one.
+        own_error: Bound of the 2-norm of the error of the branch's computed Jacobian for exact slopes.
+        slope_factor: What an error of all slopes is multiplied by in that norm.
+        steepest: Largest Lipschitz constant of a slope.
     """
-    constants = flow.constants
-    distances = constants.unscaled.jacobian_errors(found.argument_errors) * UP
-    bounds = np.broadcast_to(constants.inverse, distances.shape).copy()
-    estimates, t = bounds.copy(), 0
-    for stage, of_stage, steps in zip(flow.stages, found.slopes, flow.steps, strict=True):
+
+    branch: Float[np.ndarray, " t"]
+    curvature: Float[np.ndarray, " t"]
+    largest_scale: Float[np.ndarray, " t"]
+    least_scale: Float[np.ndarray, " t"]
+    own_error: Float[np.ndarray, " t"]
+    slope_factor: Float[np.ndarray, " t"]
+    steepest: Float[np.ndarray, " t"]
+
+    @property
+    def second(self) -> Float[np.ndarray, " t"]:
+        """Lipschitz constant of the step's Jacobian; infinite where a slope jumps."""
+        return self.curvature * self.largest_scale**2 * UP
+
+    @property
+    def stretch(self) -> Float[np.ndarray, " t"]:
+        """Lipschitz constant of the step."""
+        return (1 + self.branch) * self.largest_scale * UP
+
+    @property
+    def inverse(self) -> Float[np.ndarray, " t"]:
+        """Lipschitz constant of the step's inverse, ``1 / (1 - L)`` over the least scale."""
+        gap = (1 - self.branch) * self.least_scale
+        return np.where(gap > 0, UP / np.where(gap > 0, gap, 1), np.inf)
+
+    def jacobian_errors(self, argument_errors: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
+        """Bounds of the error of `jacobian_blocks` in the 2-norm, for such errors of the activations' arguments."""
+        slope_errors = 2 * SLOPE_ERROR + self.steepest * argument_errors
+        return (self.own_error + self.slope_factor * slope_errors) * UP
+
+
+def constants_of(stages: Sequence[PreciseStage]) -> StepConstants:
+    """The constants of all steps."""
+    rows = [_constants(stage, k) for stage in stages for k in range(stage.num_blocks)]
+    return StepConstants(*np.array(rows, np.float64).T)
+
+
+def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
+    """The constants of a step.
+
+    A product with a layer errs by at most ``gamma_n |  |W|  |_2`` times the vector's length, with ``n`` terms in a sum, and
+    ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns and rows. A Jacobian is a product with ``d`` unit
+    vectors. Computed slopes are those of a 1-Lipschitz activation at a computed argument, so an error of all slopes by ``e``
+    changes ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
+    """
+    norms, curvatures, growth, pushed = [], [], 1.0, 0.0
+    for layer in stage.layers:
+        size, norm = np.abs(layer.kernel[k]), float(layer.norm[k])
+        by_output = size.reshape(-1, size.shape[-1])
+        by_input = size.sum(axis=-1).reshape(-1, size.shape[-2]).sum(axis=0)
+        absolute = float(np.sqrt(np.max(by_output.sum(axis=0)) * np.max(by_input))) * UP
+        norms.append(norm)
+        curvatures.append(_curvature(layer, k))
+        growth *= max(absolute, norm, 1.0)
+        pushed += gamma(len(by_output) + 2)
+    scales = stage.scale.high[k]
+    largest, least = float(np.max(scales)) * (1 + 4 * U), float(np.min(scales)) * (1 - 16 * U)
+    slopes = [slope or 0.0 for slope in curvatures]
+    curvature = branch_jacobian_bound(norms, slopes) * UP
+    own_error = math.sqrt(math.prod(stage.place.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
+    slope_factor = 2 * math.prod(norms) * sum(slope is not None for slope in curvatures) * UP
+    return (float(stage.lipschitz[k]), curvature, largest, least, own_error, slope_factor, max(slopes))
+
+
+def _curvature(layer: Layer, k: int) -> float | None:
+    """Lipschitz constant of the slope of the activation in front of a layer; None without one, infinite where it jumps."""
+    if layer.spec.activation is None:
+        return None
+    known = activations.get(layer.spec.activation).slope_lipschitz
+    sharpness = 1.0 if layer.sharpness is None else float(np.max(layer.sharpness.high[k])) * UP
+    return math.inf if known is None else known * sharpness * UP
+
+
+def step_norms(stages: Sequence[PreciseStage], constants: StepConstants, found: Residuals) -> Float[np.ndarray, "b t"]:
+    """Bounds of the norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes in their residuals.
+
+    The global bound stands for a step whose slopes jump, or whose Jacobian has more than `MOST_ENTRIES` entries.
+    """
+    errors = constants.jacobian_errors(found.argument_errors)
+    bounds, t = np.broadcast_to(constants.inverse, errors.shape).copy(), 0
+    for stage, of_stage in zip(stages, found.slopes, strict=True):
         for k in range(stage.num_blocks):
-            layers, margin = layers_of_step(stage, k), 1 - constants.branch[t]
-            for i in range(len(bounds)):
-                slopes = tuple(None if own is None else own[i, k] for own in of_stage)
-                if not (np.isfinite(constants.second[t]) and all(s is None or np.all(np.isfinite(s)) for s in slopes)):
-                    continue
-                if layers:
-                    symmetric = identity_and_symmetric_part(jacobian_blocks(stage, layers, slopes))
-                    estimate = least = max(least_eigenvalue_bound(symmetric, margin) - distances[i, t], margin)
-                else:
-                    step = jax.tree.map(lambda a, k=k: a[k], steps)
-                    estimate, _ = least_eigenvalue_estimate(
-                        functools.partial(_symmetric_part, step, slopes), len(stage.place.entries)
-                    )
-                    least = margin
-                bounds[i, t] = constants.inverse[t] * margin / least * UP
-                estimates[i, t] = constants.inverse[t] * margin / max(estimate, margin) * UP
+            if np.isfinite(constants.curvature[t]) and _num_entries(stage) <= MOST_ENTRIES:
+                layers = [layer_blocks(layer.kernel[k], layer.spec.in_shape, layer.spec.padding) for layer in stage.layers]
+                margin = 1 - constants.branch[t]
+                for i in range(len(bounds)):
+                    slopes = [None if own is None else own[i, k] for own in of_stage]
+                    if all(slope is None or np.all(np.isfinite(slope)) for slope in slopes):
+                        symmetric = identity_and_symmetric_part(jacobian_blocks(stage, layers, slopes))
+                        least = max(least_eigenvalue_bound(symmetric, margin) - errors[i, t], margin)
+                        bounds[i, t] = constants.inverse[t] * margin / least * UP
             t += 1
-    return bounds, estimates
+    return bounds
 
 
-def layers_of_step(stage: PreciseStage, k: int) -> tuple[RowBlocks, ...]:
-    """The layers of a step as matrices; none if its Jacobian has more than `MOST_ENTRIES` entries."""
-    if num_entries(stage) > MOST_ENTRIES:
-        return ()
-    return tuple(layer_blocks(layer.kernel[k], layer.spec.in_shape, layer.spec.padding) for layer in stage.layers)
-
-
-def num_entries(stage: PreciseStage) -> int:
+def _num_entries(stage: PreciseStage) -> int:
     """Numbers in the banded Jacobian of a branch."""
     shapes = [layer.spec.kernel_shape for layer in stage.layers]
     if any(len(shape) == 2 for shape in shapes):
@@ -95,78 +160,3 @@ def jacobian_blocks(stage: PreciseStage, layers: Sequence[RowBlocks], slopes: Se
         product = matrix if product is None else matrix @ product
     assert product is not None
     return product
-
-
-@jax.jit
-def _symmetric_part(step: LinearSteps, slopes, v):
-    """``(I + (G + G^T) / 2) v`` of one example."""
-    u, slopes = v.reshape(1, *step.place.in_shape), alike(slopes)
-    return (u + (step.push(slopes, u) + step.pull(slopes, u)) / 2).ravel()
-
-
-class Linearization(NamedTuple):
-    """Approximate inverses of the steps' Jacobians of some examples, and where they were taken.
-
-    Attributes:
-        inverses: The inverses, by stage; results have leading axes of examples and steps.
-        tables: Norms of their products.
-        center: The trajectories.
-    """
-
-    inverses: tuple[Inverses, ...]
-    tables: ProductTables
-    center: DoubleDouble
-
-    def of_steps(self, name: str, i: int) -> np.ndarray:
-        """A field of `Inverses` for all steps and one example."""
-        return np.concatenate([np.asarray(getattr(group, name)[i]) for group in self.inverses])
-
-
-def linearize(flow: PreparedFlow, found: Residuals, trajectory: DoubleDouble) -> Linearization:
-    """Jacobians of all steps along trajectories, their inverses and norms of products, from the slopes in their residuals."""
-    ends = np.cumsum([stage.num_blocks for stage in flow.stages])[:-1]
-    distances = np.split(flow.constants.jacobian_errors(found.argument_errors), ends, axis=1)
-    inverses = _inverses(flow.steps, found.slopes, distances)
-    return Linearization(inverses, tables_of(flow.spec, tuple(group.matrices for group in inverses)), trajectory)
-
-
-@jax.jit
-def _inverses(steps: Sequence[LinearSteps], slopes, distances) -> tuple[Inverses, ...]:
-    def of_example(own):
-        return tuple(
-            inverse_products.invert_group(step_jacobians(maps, of_stage), distance)
-            for maps, of_stage, distance in zip(steps, *own, strict=True)
-        )
-
-    return jax.lax.map(of_example, (slopes, distances))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def tables_of(spec: FlowSpec, matrices: Sequence[Float[Array, "b _ _ _"]]) -> ProductTables:
-    """`inverse_products.product_tables` of matrices of each stage, for each example."""
-    active = tuple(jnp.asarray(place.active) for place in places_of(spec).stages)
-
-    def of_example(own):
-        return inverse_products.product_tables(own, active, spec.num_dims, spec.num_blocks)
-
-    return jax.lax.map(of_example, matrices)
-
-
-def products_at(flow: PreparedFlow, linearized: Linearization, i: int, moved: Float[np.ndarray, " t"]) -> shadowing.Products:
-    """Norms and defects of the products for one example, whose trajectory moved since it was linearized."""
-    size = linearized.of_steps("norms", i)
-    defect = (linearized.of_steps("defects", i) + size * flow.constants.second * moved) * UP
-    norms, rounding = (np.asarray(table[i]) for table in linearized.tables)
-    before = np.concatenate([np.zeros((len(size), 1)), norms[:, :-1]], axis=1)
-    np.fill_diagonal(before, 1)
-    jacobians = np.maximum(linearized.of_steps("jacobians", i) + flow.constants.second * moved, 1)
-    return shadowing.Products(norms, np.triu(before * defect + rounding * jacobians) * UP)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def newton_step_by_inverses(
-    spec: FlowSpec, inverses: Sequence[Inverses], values: Float[Array, "b t d"]
-) -> Float[Array, "b t d"]:
-    """`jacobians.newton_step` by the approximate inverses."""
-    active = tuple(jnp.asarray(place.active) for place in places_of(spec).stages)
-    return jax.lax.map(lambda own: inverse_products.solve_backward(own[0], active, own[1]), (inverses, values))

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import check_context
-from iresnet_jax.certification.jacobians import LinearSteps, StepConstants, constants_of
+from iresnet_jax.certification.norms import StepConstants, constants_of
 from iresnet_jax.certification.residuals import PreciseStage, precise_stages
-from iresnet_jax.certification.trajectory import Places, in_float64, places_of
+from iresnet_jax.certification.steps import Places, places_of
 from iresnet_jax.maths.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import FlowWeights
@@ -23,7 +23,6 @@ from iresnet_jax.models.density import Contexts, Density
 from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.model import M, Model
 
-ALL_PRODUCTS = 1e10  # floating-point operations up to which the products of all pairs of steps are computed
 _CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together
 
 
@@ -35,22 +34,21 @@ class PreparedFlow:
         spec: Architecture of the flow.
         weights: Its weights.
         stages: Its steps in double-double.
-        steps: Its steps as linear maps.
         constants: Guaranteed constants of the steps, as arrays.
     """
 
     spec: FlowSpec
     weights: FlowWeights
     stages: tuple[PreciseStage, ...]
-    steps: tuple[LinearSteps, ...]
     constants: StepConstants
 
     @classmethod
     def of(cls, model: Model) -> "PreparedFlow":
         """The flow of a model with certified bounds; under ``enable_x64``."""
-        spec, weights = model.spec.flow, in_float64(model.weights)
+        spec = model.spec.flow
+        weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights)  # which compiles nothing
         stages = precise_stages(spec, weights)
-        return cls(spec, weights, stages, tuple(map(LinearSteps.of, stages)), constants_of(stages))
+        return cls(spec, weights, stages, constants_of(stages))
 
     @property
     def places(self) -> Places:
@@ -58,22 +56,12 @@ class PreparedFlow:
         return places_of(self.spec)
 
     @property
-    def smooth(self) -> bool:
-        """Whether every slope has a Lipschitz constant."""
-        return bool(np.all(np.isfinite(self.constants.curvature)))
-
-    @property
-    def dense(self) -> bool:
-        """Whether the products of all pairs of steps are affordable, and with them the sharpest norms."""
-        return 2.0 * self.spec.num_blocks**2 * self.spec.num_dims**3 <= ALL_PRODUCTS
-
-    @property
     def chunk(self) -> int:
         """Examples that are certified together, at most."""
         widest = max(stage.num_blocks * math.prod(layer.spec.in_shape) for stage in self.stages for layer in stage.layers)
         return max(1, min(32, _CHUNK_ENTRIES // widest))
 
-    def chained(self, norms: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    def chained(self, norms: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
         """Norms of steps on the whole vector, of which those of a later stage may leave entries alone."""
         beside = [np.full(stage.num_blocks, len(stage.place.entries) < self.spec.num_dims) for stage in self.stages]
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from iresnet_jax.certification.prepared import PreparedFlow, in_parts, prepared
 from iresnet_jax.certification.residuals import residuals
-from iresnet_jax.certification.trajectory import follow
+from iresnet_jax.certification.steps import follow
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
 from iresnet_jax.models.bounds import bilipschitz

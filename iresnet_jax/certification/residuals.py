@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import BranchSpec, Norms, Weights
 from iresnet_jax.branches.layers import LayerSpec
-from iresnet_jax.certification.trajectory import Place, blocks_of
+from iresnet_jax.certification.steps import Place, blocks_of
 from iresnet_jax.maths import precise_activations
 from iresnet_jax.maths.double_double import UNIT, DoubleDouble, exp
 from iresnet_jax.maths.split_products import Sliced, product
@@ -51,7 +51,6 @@ class PreciseStage(NamedTuple):
     Attributes:
         place: Where they act.
         bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
-        log_scale: Logarithm of the scale of the ActNorms, one per channel.
         scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
         layers: Layers of the branches.
         lipschitz: Bounds of the Lipschitz constants of the branches.
@@ -59,7 +58,6 @@ class PreciseStage(NamedTuple):
 
     place: Place
     bias: DoubleDouble
-    log_scale: Float[np.ndarray, "k c"]
     scale: DoubleDouble
     layers: tuple[Layer, ...]
     lipschitz: Float[np.ndarray, " k"]
@@ -90,10 +88,6 @@ class Residuals(NamedTuple):
         """Bounds of the norms of the exact residuals."""
         return (np.linalg.norm(self.values, axis=2) + self.errors) * UP
 
-    def where(self, condition: Bool[np.ndarray, " b"], other: "Residuals") -> "Residuals":
-        """These residuals for the examples that meet a condition, the other ones elsewhere."""
-        return jax.tree.map(lambda one, two: np.where(condition.reshape(-1, *[1] * (one.ndim - 1)), one, two), self, other)
-
 
 def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, ...]:
     """The steps of a flow in double-double.
@@ -105,15 +99,14 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
     stages = []
     for place, block in blocks_of(spec, weights):
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
-        log_scale, branch = own.actnorm.log_scale, own.branch
-        by_channel = (len(log_scale), *(1,) * len(place.in_shape), -1)
+        (bias, log_scale), branch = own
+        by_channel = (len(bias), *(1,) * len(place.in_shape), -1)
         layer_weights, norms = jax.device_get(_chain_weights(branch.spec, branch.weights, branch.norms))
-        layers = tuple(_layer(layer, layer_weights[layer.name], norms[layer.name]) for layer in place.layers)
+        layers = tuple(_layer(layer, layer_weights[layer.name], norms[layer.name]) for layer in branch.spec.chain)
         stages.append(
             PreciseStage(
                 place=place,
-                bias=DoubleDouble.of(own.actnorm.bias.reshape(by_channel)),
-                log_scale=log_scale,
+                bias=DoubleDouble.of(bias.reshape(by_channel)),
                 scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
                 layers=layers,
                 lipschitz=branch.lipschitz_bound,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.certification.decode import Decoded, certified, to_data
 from iresnet_jax.certification.prepared import check
+from iresnet_jax.maths import activations
 from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
@@ -298,9 +299,10 @@ def bound_inverses(
     own, reason = info.certificate, ""
     errors = np.linalg.norm((np.asarray(first.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1)
     if not np.all(own.applied):
-        jumps = not np.all(np.isfinite(own.K))
-        names = ", ".join(sorted({stage.activation for stage in model.spec.flow.stages}))
-        reason = f"slopes of {names} jump" if jumps else "the others' bounds are those of the blocks, which multiply"
+        names = {stage.activation for stage in model.spec.flow.stages}
+        jumping = sorted(name for name in names if activations.get(name).slope_lipschitz is None)
+        those_of_blocks = "the others' bounds are those of the blocks, which multiply"
+        reason = f"slopes of {', '.join(jumping)} jump" if jumping else those_of_blocks
     return Guarantee(
         num_examples=len(info.error_bound),
         num_applied=int(np.sum(own.applied)),

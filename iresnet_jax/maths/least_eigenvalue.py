@@ -1,25 +1,129 @@
-r"""Least eigenvalue of a symmetric matrix: an estimate by Lanczos' method, and a verified lower bound of it.
+r"""A verified lower bound of the least eigenvalue of the symmetric part of ``I + G``, for Jacobians ``G`` of layers.
+
+For ``|G|_2 < 1`` the symmetric part of ``I + G`` is positive definite, and ``<x, (I + G) x> >= lambda |x|^2`` gives
+``|(I + G)^-1|_2 <= 1 / lambda`` with the least eigenvalue ``lambda`` of that part.
 
 If ``H - s I = L L^T + E`` for any matrix ``L``, then ``H >= s - |E|_2``, as ``L L^T`` is positive semidefinite (Rump 2006). A
 Cholesky factor proves a bound so, and nothing is assumed of how it was computed: ``E`` is computed from it by products, and its
 Frobenius norm bounds ``|E|_2``.
 
-For ``|G|_2 < 1`` the symmetric part of ``I + G`` is positive definite, and ``<x, (I + G) x> >= lambda |x|^2`` gives
-``|(I + G)^-1|_2 <= 1 / lambda`` with the least eigenvalue ``lambda`` of that part.
+Jacobians of convolutions are matrices of few blocks: one block for each pair of image rows that see each other. A layer with
+``k`` taps joins a row with ``k`` rows, and a chain of layers reaches as far as they do together. A dense layer is a matrix of
+one block. All arrays are NumPy's in float64; what rounding contributes is bounded where they are used.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.maths.row_blocks import RowBlocks
+from iresnet_jax.maths.convolution import Padding
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
 
 Array = np.ndarray
 _BELOW = (0.005, 0.05, 0.3)  # of the estimate by which bounds are tried below it
 _MOST_STEPS = 40  # of Lanczos' method
+
+
+class RowBlocks(NamedTuple):
+    """A matrix of blocks, those that are missing being zero.
+
+    Attributes:
+        blocks: The blocks ``(n_i, m_j)`` by their place ``(i, j)``.
+        num_rows: Number of block rows.
+    """
+
+    blocks: dict[tuple[int, int], Float[Array, "n m"]]
+    num_rows: int
+
+    def columns_of(self, i: int) -> list[int]:
+        """Places of the blocks in a block row, in order."""
+        return sorted(column for row, column in self.blocks if row == i)
+
+    def __matmul__(self, other: "RowBlocks") -> "RowBlocks":
+        by_row = {j: other.columns_of(j) for j in range(other.num_rows)}
+        product: dict[tuple[int, int], Array] = {}
+        for (i, k), block in self.blocks.items():
+            for j in by_row[k]:
+                part = block @ other.blocks[k, j]
+                product[i, j] = product[i, j] + part if (i, j) in product else part
+        return RowBlocks(product, self.num_rows)
+
+    def frobenius(self) -> float:
+        """The Frobenius norm, to some units of rounding."""
+        return float(np.sqrt(sum(np.vdot(block, block) for block in self.blocks.values())))
+
+    def dense(self) -> Float[Array, "n m"]:
+        """The matrix."""
+        rows, columns = ({place[axis]: block.shape[axis] for place, block in self.blocks.items()} for axis in (0, 1))
+        return np.block(
+            [
+                [self.blocks.get((i, j), np.zeros((rows[i], columns[j]))) for j in range(max(columns) + 1)]
+                for i in range(self.num_rows)
+            ]
+        )
+
+
+def layer_blocks(kernel: Float[Array, "..."], in_shape: Sequence[int], padding: Padding) -> RowBlocks:
+    """The matrix of a linear layer, with entries of images in the order ``(h, w, c)``.
+
+    Args:
+        kernel: ``(kh, kw, cin, cout)`` of a convolution without stride, ``(cin, cout)`` of a dense layer.
+        in_shape: Shape of one input.
+        padding: Padding of a convolution.
+    """
+    if kernel.ndim == 2:
+        return RowBlocks({(0, 0): np.ascontiguousarray(kernel.T)}, 1)
+    height, width, _ = in_shape
+    num_taps, num_taps_across, cin, cout = kernel.shape
+    blocks: dict[tuple[int, int], Array] = {}
+    for up in range(num_taps):
+        across = np.zeros((width, cout, width, cin))
+        for left in range(num_taps_across):
+            for place in range(width):
+                source = place + left - (num_taps_across - 1) // 2
+                if padding == "CIRCULAR" or 0 <= source < width:
+                    across[place, :, source % width] += kernel[up, left].T
+        across = across.reshape(width * cout, width * cin)
+        for row in range(height):
+            source = row + up - (num_taps - 1) // 2
+            if padding == "CIRCULAR" or 0 <= source < height:
+                place = row, source % height
+                blocks[place] = blocks[place] + across if place in blocks else across
+    return RowBlocks(blocks, height)
+
+
+def behind_activation(layer: RowBlocks, slopes: Float[Array, "..."], num_channels: int) -> RowBlocks:
+    """``W D`` of a layer and the Jacobian ``D`` of the activation in front, which may make several channels of one.
+
+    Args:
+        layer: ``W``, whose inputs are the activation's outputs.
+        slopes: Slope of every output of the activation, copies of all channels one after the other.
+        num_channels: Channels in front of the activation.
+    """
+    by_row = slopes.reshape(layer.num_rows, -1)
+    blocks = {}
+    for (i, j), block in layer.blocks.items():
+        scaled = block * by_row[j]
+        copies = slopes.shape[-1] // num_channels
+        if copies > 1:
+            scaled = scaled.reshape(len(block), -1, copies, num_channels).sum(axis=2).reshape(len(block), -1)
+        blocks[i, j] = scaled
+    return RowBlocks(blocks, layer.num_rows)
+
+
+def identity_and_symmetric_part(matrix: RowBlocks) -> RowBlocks:
+    """``I + (G + G^T) / 2`` of a square matrix; each entry rounds twice at most."""
+    blocks = {}
+    for i, j in {*matrix.blocks, *((j, i) for i, j in matrix.blocks)}:
+        there, back = matrix.blocks.get((i, j)), matrix.blocks.get((j, i))
+        both = [part for part in (there, None if back is None else back.T) if part is not None]
+        blocks[i, j] = sum(both[1:], both[0]) * 0.5
+    for i in range(matrix.num_rows):
+        blocks[i, i] = blocks[i, i] + np.eye(len(blocks[i, i]))
+    return RowBlocks(blocks, matrix.num_rows)
 
 
 def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int) -> tuple[float, float]:
@@ -56,14 +160,11 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
         at_least: A known lower bound, returned where no greater one is found.
     """
     estimate, residual = least_eigenvalue_estimate(_product(matrix), _num_dims(matrix))
-    size = abs(estimate)
-    shifts = (estimate - min(residual, below * size) - below * size for below in _BELOW)
-    return _first_bound(matrix, (shift for shift in shifts if shift > at_least), at_least)
-
-
-def _first_bound(matrix: RowBlocks, shifts: Iterable[float], known: float) -> float:
-    """The bound at the first of some shifts where it is greater than what is known; what is known if there is none."""
-    return next((bound for shift in shifts if (bound := _bound_at(matrix, shift)) > known), known)
+    for below in _BELOW:
+        shift = estimate - min(residual, below * abs(estimate)) - below * abs(estimate)
+        if shift > at_least and (bound := _bound_at(matrix, shift)) > at_least:
+            return bound
+    return at_least
 
 
 def _bound_at(matrix: RowBlocks, shift: float) -> float:

@@ -112,7 +112,6 @@ def test_slopes_that_jump_keep_the_bounds_of_the_blocks():
     _, info = certify.decode(kept.model(spec), jnp.ones((2, 2)))
     assert info.certain is None  # continuous data
     assert not info.certificate.applied.any()
-    assert np.all(np.isinf(info.certificate.K))
     assert np.all(info.error_bound < 1e-3)
 
 

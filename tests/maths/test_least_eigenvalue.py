@@ -7,12 +7,7 @@ import pytest
 
 from iresnet_jax.maths import least_eigenvalue
 from iresnet_jax.maths.convolution import conv
-from iresnet_jax.maths.row_blocks import (
-    RowBlocks,
-    behind_activation,
-    identity_and_symmetric_part,
-    layer_blocks,
-)
+from iresnet_jax.maths.least_eigenvalue import RowBlocks, behind_activation, identity_and_symmetric_part, layer_blocks
 
 LAYERS = {
     "3 taps": ((3, 3, 2, 3), (5, 4, 2), "SAME"),

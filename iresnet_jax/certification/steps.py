@@ -1,4 +1,4 @@
-r"""A flow as a chain of steps on one vector, and its trajectory in float64.
+r"""A flow as a chain of steps on one vector, its trajectory in float64, and Newton's corrections of one.
 
 A step is an ActNorm and a residual block. It acts on some entries of a vector of all ``d`` dimensions, read in the order that
 its branch has them in, and leaves the others alone: squeezing and flattening are orders of entries, and a part that left as
@@ -6,9 +6,8 @@ latents is not acted on again. The first point of a trajectory is the flow's inp
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from iresnet_jax.bijections.actnorm import forward_and_logdet
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.branches.layers import LayerSpec
+from iresnet_jax.maths.fixed_point import Settings, solve_linear
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import Block, FlowWeights
 from iresnet_jax.models.flow import flow_bijection
@@ -29,17 +28,15 @@ from iresnet_jax.models.flow import flow_bijection
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Place:
-    """Common part of a stage's steps: where they act, and how their branches are made.
+    """Where the steps of a stage act.
 
     Attributes:
         entries: Entries of the flow's vector that the steps act on, in the order of the branch's input.
         in_shape: Shape of the branch's input.
-        layers: Layers of the branch.
     """
 
     entries: tuple[int, ...]
     in_shape: tuple[int, ...]
-    layers: tuple[LayerSpec, ...]
 
     @functools.cached_property
     def active(self) -> Int[np.ndarray, " a"]:
@@ -75,7 +72,7 @@ def places_of(spec: FlowSpec) -> Places:
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
             indices = chain(stage.reshapes).forward(indices)
-            places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape, stage.branch.chain))
+            places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape))
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)
                 latents.append(np.asarray(left).ravel())
@@ -83,25 +80,9 @@ def places_of(spec: FlowSpec) -> Places:
     return Places(tuple(places), np.concatenate(latents))
 
 
-def over_steps(step: Callable[..., Any], carry: Any, stages: Sequence[Any], *, reverse: bool = False) -> tuple[Any, list[Any]]:
-    """`lax.scan` over the steps of all stages: the last carry, and what ``step(carry, own)`` gave, stacked by stage.
-
-    Args:
-        step: The function, as `lax.scan` takes it.
-        carry: First carry.
-        stages: What belongs to the steps of each stage, arrays stacked over steps.
-        reverse: Whether the last step comes first.
-    """
-    found = []
-    for own in reversed(stages) if reverse else stages:
-        carry, out = lax.scan(step, carry, own, reverse=reverse)
-        found.append(out)
-    return carry, found[::-1] if reverse else found
-
-
-def in_float64(tree: Any) -> Any:
-    """The arrays of a tree in float64, under ``enable_x64``; converted on the host, which compiles nothing."""
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+def blocks_of(spec: FlowSpec, weights: FlowWeights) -> list[tuple[Place, Block]]:
+    """The blocks of each stage and their place."""
+    return [(place, weights[stage.name]) for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,8 +96,11 @@ def follow(
         u, _ = forward_and_logdet(block.actnorm, place.read(vector))
         return place.write(vector, u + block.branch.given(context)(u)), vector
 
-    last, points = over_steps(step, flatten(x), blocks_of(spec, weights))
-    return jnp.moveaxis(jnp.concatenate([*points, last[None]]), 0, 1)
+    vector, points = flatten(x), []
+    for stage in blocks_of(spec, weights):
+        vector, found = lax.scan(step, vector, stage)
+        points.append(found)
+    return jnp.moveaxis(jnp.concatenate([*points, vector[None]]), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,6 +112,34 @@ def follow_back(
     return follow(spec, weights, x, context)
 
 
-def blocks_of(spec: FlowSpec, weights: FlowWeights) -> list[tuple[Place, Block]]:
-    """The blocks of each stage and their place."""
-    return [(place, weights[stage.name]) for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)]
+@functools.partial(jax.jit, static_argnums=0)
+def newton_step(
+    spec: FlowSpec,
+    weights: FlowWeights,
+    points: Float[Array, "b t d"],
+    residuals: Float[Array, "b r d"],
+    context: Float[Array, "b k"] | None,
+) -> Float[Array, "b r d"]:
+    """The correction ``e_t = J_t^-1 (e_{t+1} - r_t)`` of every point of a trajectory but the last, where ``e_T = 0``.
+
+    It promises nothing: residuals say how good it was.
+    """
+
+    def step(later, own):
+        (place, block), point, residual = own
+        u, _ = forward_and_logdet(block.actnorm, place.read(point))
+        _, push = jax.linearize(block.branch.given(context), u)
+        solved, _ = solve_linear(push, place.read(later - residual), Settings(block.branch.lipschitz_bound, 300, 8))
+        scale = jnp.exp(block.actnorm.log_scale).reshape(*(1,) * (u.ndim - 1), -1)
+        now = place.write(later, solved / scale)
+        return now, now
+
+    later, corrections, end = jnp.zeros_like(residuals[:, 0]), [], residuals.shape[1]
+    by_step = jnp.moveaxis(points, 1, 0), jnp.moveaxis(residuals, 1, 0)
+    for stage, (place, block) in reversed(list(zip(spec.layout, blocks_of(spec, weights), strict=True))):
+        first = end - stage.spec.num_blocks
+        own = ((place, block), *(values[first:end] for values in by_step))
+        later, found = lax.scan(step, later, own, reverse=True)
+        corrections.append(found)
+        end = first
+    return jnp.moveaxis(jnp.concatenate(corrections[::-1]), 0, 1)
