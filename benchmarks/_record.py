@@ -16,14 +16,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.evaluation import environment
+from iresnet_jax.evaluation.report import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -130,7 +129,7 @@ def write(
     record = {
         "benchmark": name,
         "command": shlex.join(["python", *sys.argv]),
-        "environment": {**asdict(environment.describe()), "processor": _processor()},
+        "environment": {**describe_environment(), "processor": _processor()},
         "settings": {"quick": arguments.quick, **settings},
         "results": results,
     }
@@ -176,11 +175,11 @@ def resume(
 
 def made_with(packages: Iterable[str]) -> dict[str, Any]:
     """What a run was made with, which may be another commit than that of the next one."""
-    found, installed = environment.describe(), {}
+    found, installed = describe_environment(), {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
-    return {"commit": found.commit, "date": found.date, "versions": installed}
+    return {"commit": found["commit"], "date": found["date"], "versions": installed}
 
 
 def _processor() -> str:

@@ -38,7 +38,7 @@ def measure(target, model, seed, minutes, num):
     log_weights = np.asarray(known.log_density(x), np.float64) - log_prob
     if bad := int(np.sum(~np.isfinite(log_weights))):
         return {"not_finite": bad, "fit_seconds": seconds, **trained.details}
-    weights = energy_evaluation.summarize(log_weights)
+    weights = energy_evaluation.weigh(log_weights)
     found = {**weights._asdict(), "is_reliable": weights.pareto_k <= weights.threshold, "lower": float(log_weights.mean())}
     if known.log_z is not None:
         found["error"] = weights.log_z - known.log_z
@@ -49,7 +49,7 @@ def measure(target, model, seed, minutes, num):
     if trained.draw_by_one_probe is not None:
         x, log_prob = trained.draw_by_one_probe(num)
         log_weights = np.asarray(known.log_density(x), np.float64) - log_prob
-        found["log_z_one_probe"] = energy_evaluation.summarize(log_weights).log_z
+        found["log_z_one_probe"] = energy_evaluation.weigh(log_weights).log_z
     found = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
     return {**found, "fit_seconds": seconds, "evaluation_seconds": time.monotonic() - began, **trained.details}
 

@@ -72,12 +72,12 @@ def measure(task, model, number, num):
     """C2ST of a model's samples for an observation, and what share of its inverses converged."""
     x = np.repeat(task.observation(number)[None], num, axis=0).astype(np.float32)
     began = time.monotonic()
-    drawn = samples.draw(model, num, 1000, seed=number, contexts=x)
+    values, convergence = samples.draw(model, num, 1000, seed=number, contexts=x)
     sample_seconds, began = time.monotonic() - began, time.monotonic()
-    accuracy = c2st(task.from_fit(drawn.values.astype(np.float64)), task.reference(number)[:num])
+    accuracy = c2st(task.from_fit(values.astype(np.float64)), task.reference(number)[:num])
     return {
         "c2st": accuracy,
-        "converged": drawn.convergence.fraction_converged,
+        "converged": 1 - len(convergence.failed) / num,
         "sample_seconds": sample_seconds,
         "c2st_seconds": time.monotonic() - began,
     }

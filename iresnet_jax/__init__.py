@@ -120,7 +120,7 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(importlib.import_module(_TRAINING[name]), name)
         except ModuleNotFoundError as error:
-            extra = "energies" if name == "fit_energy" else "train"
+            extra = "energies" if name.endswith("_energy") else "train"
             missing = f"iresnet_jax.{name} needs {error.name}: pip install 'iresnet_jax[{extra}]'"
             raise ModuleNotFoundError(missing, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,7 +39,7 @@ def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     lines = []
     if isinstance(model, Density):
         floor, contexts = run.data.entropy, run.test_contexts()
-        lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor).summary)
+        lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor))
     if run.model.spec.num_classes is not None:
         lines.append(classification.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
     _say(*run.notes, *lines)
@@ -56,7 +56,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
         raise ValueError(
             f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give --num {len(contexts)}"
         )
-    drawn = samples.draw(
+    values, convergence = samples.draw(
         model,
         arguments.num,
         size,
@@ -66,9 +66,9 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
         contexts=contexts,
         num_certified=_num_certified(arguments, model.spec.flow),
     )
-    png, npy = write_samples(drawn.values, model.spec.num_levels, run.folder)
-    _say(*run.notes, drawn.convergence, f"written: {png} and {npy}")
-    return bool(drawn.converged.all())
+    png, npy = write_samples(values, model.spec.num_levels, run.folder)
+    _say(*run.notes, convergence, f"written: {png} and {npy}")
+    return not convergence.failed
 
 
 def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n k"] | None:
@@ -105,7 +105,7 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     figure = reconstructions(result.originals, result.reconstructions)
     written = [] if figure is None else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
     _say(*run.notes, result.summary, *written)
-    return bool(result.trip.converged.all())
+    return result.summary.fraction_converged == 1
 
 
 def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:

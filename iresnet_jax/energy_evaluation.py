@@ -10,10 +10,12 @@ as ever; samples of the target show it, if there are any, by weights larger than
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float, Key, Shaped
 
 from iresnet_jax.checked_dataclasses import Count, checked
@@ -24,7 +26,7 @@ from iresnet_jax.models.density import Density
 
 
 class Weights(NamedTuple):
-    """Summary of importance weights, by `summarize`.
+    """Summary of importance weights, by `weigh`.
 
     Attributes:
         ess: Effective sample size, ``(sum w)^2 / (n sum w^2)``, a share in (0, 1].
@@ -32,7 +34,6 @@ class Weights(NamedTuple):
         stderr: Standard error of ``log_z``.
         pareto_k: Shape of the generalised Pareto distribution of the largest weights: moments of order ``1 / k`` and above are
             infinite.
-        pareto_k_error: Standard error of ``pareto_k``.
         threshold: Largest ``pareto_k`` at which the mean weight means anything, ``min(1 - 1 / log10 n, .7)``.
     """
 
@@ -40,11 +41,11 @@ class Weights(NamedTuple):
     log_z: float
     stderr: float
     pareto_k: float
-    pareto_k_error: float
     threshold: float
 
 
-class EnergyEvaluation(NamedTuple):
+@dataclass(frozen=True)
+class EnergyEvaluation:
     """A model beside an unnormalised density.
 
     Attributes:
@@ -55,7 +56,7 @@ class EnergyEvaluation(NamedTuple):
         lower: Expected ``log_density - log q`` under the model, which is at most ``log Z``.
         upper: The same under the target, which is at least ``log Z``; None without samples of the target.
         lost: Share of the target's samples whose weights are above those of all samples of the model; None without them.
-        verdict: What the weights are worth, in one or two sentences.
+        verdict: Worth of the weights, in one or two sentences.
         log_weights: Logarithms of all weights.
     """
 
@@ -109,8 +110,8 @@ def evaluate_energy(
     check_finite(values, "samples of the model")
     log_prob, is_converged = (np.concatenate([np.asarray(part[i]) for part in drawn])[:num] for i in (1, 2))
     log_weights, upper, lost = values - log_prob, None, None
-    weights = summarize(log_weights)
-    verdict, is_useful = _verdict(weights, num)
+    weights = weigh(log_weights)
+    is_useful, verdict = weights.pareto_k <= weights.threshold, _verdict(weights, num)
     if samples is not None:
         values = np.asarray(log_density_of(log_density, samples), np.float64)
         check_finite(values, "samples of the target")
@@ -142,33 +143,29 @@ def _log_prob(model: Density, x: Array, key: Key[Array, ""]) -> Array:
     return model.log_prob(x, key)
 
 
-def _verdict(weights: Weights, num: int) -> tuple[str, bool]:
-    """Verdict on the tail of the weights: whether their mean is of use."""
+def _verdict(weights: Weights, num: int) -> str:
+    """A sentence on the tail of the weights."""
     tail = f"Pareto k is {weights.pareto_k:.2f}"
-    if weights.pareto_k > weights.threshold:
+    if not weights.pareto_k <= weights.threshold:
         return (
             f"The weights have a heavy tail ({tail}, above {weights.threshold:.2f}): their mean says nothing about log Z; "
-            "train longer, or against samples that reach where the target has mass and the model has not.",
-            False,
+            "train longer, or against samples that reach where the target has mass and the model has not."
         )
-    if weights.pareto_k + weights.pareto_k_error > 0.5:
+    if weights.pareto_k > 0.5:
         return (
-            f"The weights may have an infinite variance, as they do from k = .5 on ({tail} ± {weights.pareto_k_error:.2f}): "
-            f"log Z is too low more often than too high. Draw more than {num} samples, or train longer.",
-            True,
+            f"The weights have an infinite variance, as they do from k = .5 on ({tail}): log Z is too low more often than too "
+            f"high, by more than its error says. Draw more than {num} samples, or train longer."
         )
     if weights.ess < 0.01:
-        few = f"{weights.ess:.2%} of {num} samples are few: draw more."
-        return f"The tail of the weights is light enough ({tail}), but {few}", True
-    return f"The tail of the weights is light enough for their mean ({tail}, at most {weights.threshold:.2f}).", True
+        return f"The tail of the weights is light enough ({tail}), but {weights.ess:.2%} of {num} samples are few: draw more."
+    return f"The tail of the weights is light enough for their mean ({tail}, at most {weights.threshold:.2f})."
 
 
-def summarize(log_weights: Float[np.ndarray, " n"]) -> Weights:
-    """Effective sample size, normalising constant and tail of weights.
+def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
+    """Effective sample size, normalising constant and tail of weights, by Pareto-smoothed importance sampling.
 
-    The standard error is that of the delta method times what slower convergence costs, see `convergence_rate`: from the shape
-    .5 on, weights have no variance, and the sample's is too small. The shape for it is one standard error above the estimate,
-    as samples without large weights have both their mean and their shape too low.
+    The largest weights are replaced by quantiles of the generalised Pareto distribution that is fitted to them (Vehtari et al.
+    2024); the standard error is that of the delta method. A weight that is not finite gives a shape that is NaN.
 
     Args:
         log_weights: Logarithms of at least 100 weights, of independent samples.
@@ -179,64 +176,17 @@ def summarize(log_weights: Float[np.ndarray, " n"]) -> Weights:
     num = len(log_weights)
     if num < 100:
         raise ValueError(f"at least 100 weights are needed to see their tail, got {num}: draw more samples")
-    top = log_weights.max()
-    with np.errstate(invalid="ignore"):  # of infinite weights, which `pareto_k` finds
-        weights = np.exp(log_weights - top)
-    mean, square = weights.mean(), np.square(weights).mean()
-    shape, error = pareto_k(log_weights)
-    slower = num ** (0.5 - 0.5 * convergence_rate(shape + error, num))
+    with jax.enable_x64():
+        shares, shape = map(np.asarray, _smoothed(np.asarray(log_weights, np.float64)))  # shares add up to 1
+    middle = np.argsort(log_weights)[num // 2]  # its weight is not among those that are smoothed
+    ess = 1 / (num * np.square(np.exp(shares)).sum())
     return Weights(
-        ess=float(mean**2 / square),
-        log_z=float(top + math.log(mean)),
-        stderr=slower * math.sqrt(max(square / mean**2 - 1, 0) / (num - 1)),
-        pareto_k=shape,
-        pareto_k_error=error,
+        ess=float(ess),
+        log_z=float(log_weights[middle] - shares[middle] - math.log(num)),
+        stderr=math.sqrt(max(1 / ess - 1, 0.0) / (num - 1)),
+        pareto_k=float(shape),
         threshold=min(1 - 1 / math.log10(num), 0.7),
     )
 
 
-def pareto_k(log_weights: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """Shape of the tail of weights and its standard error, by the largest ``min(n / 5, 3 sqrt(n))`` of them.
-
-    The generalised Pareto distribution is fitted as by Zhang and Stephens (2009), and its shape shrunk towards .5 as if ten
-    more weights had it (Vehtari et al. 2024, appendix C). The shape is ``-inf`` if these weights are all the same, and infinite
-    if one is NaN or infinite or fewer than five stand out.
-
-    Args:
-        log_weights: Logarithms of the weights; a common constant does not matter.
-    """
-    ordered = np.sort(np.asarray(log_weights, np.float64))
-    if not ordered[-1] < math.inf:  # NaN is sorted last
-        return math.inf, 0.0
-    num = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
-    x = np.exp(ordered[-num:] - ordered[-1]) - np.exp(ordered[-num - 1] - ordered[-1])
-    x = x[x > 0]
-    if x.max(initial=0.0) < 1e-12:
-        return -math.inf, 0.0
-    if len(x) < 5:
-        return math.inf, 0.0  # a few weights beside which the others vanish: nothing shows how heavy the tail is
-    # p(x) ~ (1 + k x / sigma)^(-1/k - 1): the posterior mean of b = -k / sigma on a grid, and k = mean log(1 - b x).
-    num_grid = 30 + math.isqrt(len(x))
-    quartile = x[max(math.floor(len(x) / 4 + 0.5) - 1, 0)]
-    b = 1 / x[-1] + (1 - np.sqrt(num_grid / (np.arange(1, num_grid + 1) - 0.5))) / (3 * quartile)
-    shapes = np.log1p(-b[:, None] * x[None]).mean(axis=1)
-    log_likelihood = len(x) * (np.log(-b / shapes) - shapes - 1)
-    posterior = np.exp(log_likelihood - log_likelihood.max())
-    best = float(np.sum(b * posterior) / np.sum(posterior))
-    shape = (len(x) * float(np.log1p(-best * x).mean()) + 10 * 0.5) / (len(x) + 10)
-    return shape, max(1 + shape, 0.0) / math.sqrt(len(x))
-
-
-def convergence_rate(shape: float, num: int) -> float:
-    """Rate at which the mean of weights converges: its squared error falls as ``num^-rate`` (Vehtari et al. 2024).
-
-    It is 1 for weights with a finite variance and many of them, ``1 - 1 / log num`` for the shape .5, and 0 from 1 on.
-    """
-    if shape <= 0:
-        return 1.0
-    if shape >= 1:
-        return 0.0
-    if abs(shape - 0.5) < 1e-6:
-        return 1 - 1 / math.log(num)
-    top = 2 * (shape - 1) * num ** (2 * shape + 1) + (1 - 2 * shape) * num ** (2 * shape) + num**2
-    return min(max(top / ((num - 1) * (num - num ** (2 * shape))), 0.0), 1.0)
+_smoothed = jax.jit(psis_weights)

@@ -98,24 +98,19 @@ def fit_energy(
     num_held_out = min(2000, x.shape[1] // 10)
     held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)  # the last snapshot first
     end = math.inf if steps is not None else began + 60 * minutes
-
-    def likelihood(model, batch, key):
-        return -model.log_prob(batch, key).mean()
-
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    by_likelihood = {"loss": _negative_log_likelihood, "key": key_likelihood, "batch_size": BATCH_SIZE}
     both = losses.symmetric_kl(log_density, BATCH_SIZE // 2)
-    turns: list[dict[str, Any]] = [
-        {"loss": likelihood, "key": key_likelihood, "batch_size": BATCH_SIZE},
-        {"loss": both, "key": key_energy, "batch_size": BATCH_SIZE // 2, "optimizer": adam},
-    ]
+    by_energy = {"loss": both, "key": key_energy, "batch_size": BATCH_SIZE // 2, "optimizer": adam}
+
     best = _start(key_init, x, held_out, stages)
     least = _divergence(best, log_density, held_out, key_choice)
-    if end - time.monotonic() < 30:
-        turns = turns[:1]
+    turns = [by_likelihood] if end - time.monotonic() < 30 else [by_likelihood, by_energy]
     for i, turn in enumerate(turns):
-        length: dict[str, Any] = {"steps": None if steps is None else max(steps // 2, 1)}
         if steps is None:
-            length = {"minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)}
+            length: dict[str, Any] = {"minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)}
+        else:
+            length = {"steps": max(steps // 2, 1)}
         trained = train(best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length)
         history, divergence = trained.history, _divergence(trained, log_density, held_out, key_choice)
         assert history is not None
@@ -126,6 +121,10 @@ def fit_energy(
         if history.ended:
             break
     return best
+
+
+def _negative_log_likelihood(model: Density, batch: Array, key: Key[Array, ""]) -> Array:
+    return -model.log_prob(batch, key).mean()
 
 
 def particles(

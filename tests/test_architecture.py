@@ -127,7 +127,7 @@ def test_one_file_imports_flax():
 
 def test_one_file_imports_numpyro_and_one_blackjax():
     assert files_with(lambda source: "numpyro" in packages_of(source)) == {"adapters.py"}
-    assert files_with(lambda source: "blackjax" in packages_of(source)) == {"energy_fitting.py"}
+    assert files_with(lambda source: "blackjax" in packages_of(source)) == {"energy_evaluation.py", "energy_fitting.py"}
 
 
 def test_one_file_mentions_pmap():

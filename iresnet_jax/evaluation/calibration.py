@@ -141,10 +141,10 @@ def calibrate(
     if examples.ndim != 2 or len(examples) < LEAST_EXAMPLES:
         raise ValueError(f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of shape {examples.shape}")
     repeated = np.repeat(contexts, num_samples, axis=0)
-    drawn = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
+    drawn, convergence = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
     log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
-    of_samples, of_truth = log_prob(drawn.values, contexts=repeated), log_prob(examples, contexts=contexts)
-    values, truth = _places(model, drawn.values).reshape(len(examples), num_samples, -1), _places(model, examples)
+    of_samples, of_truth = log_prob(drawn, contexts=repeated), log_prob(examples, contexts=contexts)
+    values, truth = _places(model, drawn).reshape(len(examples), num_samples, -1), _places(model, examples)
     generator = np.random.default_rng(seed)
     tests = [
         rank_test(f"entry {i}", _ranks(values[:, :, i], truth[:, i], generator), num_samples, generator)
@@ -152,7 +152,7 @@ def calibrate(
     ]
     of_density = _ranks(of_samples.reshape(len(examples), num_samples), of_truth, generator)
     tests.append(rank_test("log p", of_density, num_samples, generator))
-    return Calibration(tuple(tests), len(examples), num_samples, int(np.sum(~drawn.converged)))
+    return Calibration(tuple(tests), len(examples), num_samples, len(convergence.failed))
 
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:

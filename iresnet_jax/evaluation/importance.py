@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-NUM_GROUPS = 16  # of the jackknife, at most
-
 
 @dataclass(frozen=True)
 class ImportanceBound:
@@ -30,35 +28,27 @@ class ImportanceBound:
         num_draws: Draws of noise of each example, ``K``.
         mean: Mean over examples.
         stderr: Standard error of the mean, from how examples differ, which the noise of the draws contributes to.
-        stderr_draws: Part due to the draws, by the jackknife; None after a single one, which does not tell it.
         gain: How much lower it is than the mean over the same draws.
         gain_stderr: Standard error of ``gain``, over examples.
         num_examples: Examples that have these draws.
         estimation_gap: Most that ``mean`` loses in expectation by unbiased estimates of log-determinants; 0 if they are exact.
         unit: "bits/dim" or "nats".
-        estimator: Log-determinant in words.
-        unbiased: Whether the log-determinants have no truncation bias, without which this is no bound.
     """
 
     num_draws: int
     mean: float
     stderr: float
-    stderr_draws: float | None
     gain: float
     gain_stderr: float
     num_examples: int
     estimation_gap: float
     unit: str
-    estimator: str
-    unbiased: bool
 
     def __str__(self) -> str:
-        draws = "" if self.stderr_draws is None else f"draws {self.stderr_draws:.2g}; "
         loses = f"; estimates lose at most {self.estimation_gap:.2g}" if self.estimation_gap else ""
         return (
-            f"{self.mean:.4f} ± {self.stderr:.4f} {self.unit} by the importance-weighted bound with {self.num_draws} draws "
-            f"({draws}{self.estimator}), {self.gain:.4f} ± {self.gain_stderr:.4f} below the mean over these draws of "
-            f"{self.num_examples} examples{loses}"
+            f"{self.mean:.4f} ± {self.stderr:.4f} {self.unit} by the importance-weighted bound with {self.num_draws} draws, "
+            f"{self.gain:.4f} ± {self.gain_stderr:.4f} below the mean over these draws of {self.num_examples} examples{loses}"
         )
 
     def of_all(self, mean: float, stderr: float) -> "ImportanceBound":
@@ -81,46 +71,25 @@ def log_likelihood_bound(log_weights: Float[np.ndarray, "n k p"]) -> Float[np.nd
     return np.sum(np.exp(log_shares) * (log_weights - log_shares), axis=1).mean(axis=1) - math.log(num_draws)
 
 
-def summarize(
-    log_weights: Float[np.ndarray, "n k p"], unit_of_a_nat: float, *, unit: str, estimator: str, unbiased: bool
-) -> ImportanceBound:
-    """The mean of `log_likelihood_bound` over examples with its standard errors, as a negative log-likelihood.
-
-    The part of the draws is the delete-a-group jackknife over at most `NUM_GROUPS` groups of draws, summed over examples.
+def mean_bound(log_weights: Float[np.ndarray, "n k p"], unit_of_a_nat: float, unit: str) -> ImportanceBound:
+    """The mean of `log_likelihood_bound` over examples with its standard error, as a negative log-likelihood.
 
     Args:
         log_weights: As `log_likelihood_bound` takes them, of at least two examples.
         unit_of_a_nat: One nat in the unit of the result.
         unit: Name of the unit.
-        estimator: Log-determinant in words.
-        unbiased: Whether the log-determinants have no truncation bias.
-
-    Raises:
-        ValueError: If there are fewer than two examples.
     """
-    log_weights = np.asarray(log_weights, np.float64)
-    num, num_draws, _ = log_weights.shape
-    if num < 2:
-        raise ValueError(f"a standard error needs at least 2 examples, got {num}: evaluate more test data")
+    num, num_draws, num_probes = log_weights.shape
     bounds = log_likelihood_bound(log_weights)
-    stderr_draws = None
-    if num_draws > 1:
-        groups = np.array_split(np.arange(num_draws), min(NUM_GROUPS, num_draws))
-        without = np.stack([log_likelihood_bound(np.delete(log_weights, group, axis=1)) for group in groups])
-        variances = (len(groups) - 1) * without.var(axis=0)
-        stderr_draws = unit_of_a_nat * math.sqrt(variances.sum()) / num
-    gains = unit_of_a_nat * (bounds - log_weights.mean(axis=(1, 2)))
-    excess = log_likelihood_bound(log_weights.mean(axis=2, keepdims=True)) - bounds
+    gains = bounds - log_weights.mean(axis=(1, 2))
+    excess = log_likelihood_bound(log_weights.mean(axis=2, keepdims=True)) - bounds if num_probes > 1 else np.zeros(num)
     return ImportanceBound(
         num_draws=num_draws,
         mean=-unit_of_a_nat * float(bounds.mean()),
         stderr=unit_of_a_nat * float(bounds.std(ddof=1)) / math.sqrt(num),
-        stderr_draws=stderr_draws,
-        gain=float(gains.mean()),
-        gain_stderr=float(gains.std(ddof=1)) / math.sqrt(num),
+        gain=unit_of_a_nat * float(gains.mean()),
+        gain_stderr=unit_of_a_nat * float(gains.std(ddof=1)) / math.sqrt(num),
         num_examples=num,
-        estimation_gap=unit_of_a_nat * max(float(excess.mean()), 0.0) if log_weights.shape[2] > 1 else 0.0,
+        estimation_gap=unit_of_a_nat * max(float(excess.mean()), 0.0),
         unit=unit,
-        estimator=estimator,
-        unbiased=unbiased,
     )

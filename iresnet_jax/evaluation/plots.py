@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 INK, GREY = "#2a2f36", "#727b87"
 BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"  # distinct to readers with the common colour deficiencies
-NOT_FINITE = (1.0, 0.0, 0.6)  # pixels that are NaN or infinite: no image has this colour by accident
 OBJECTIVES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
 MAX_PAIRS, MAX_RANKS = 5, 12  # entries of a vector whose pairs and whose ranks are drawn
 
@@ -53,39 +52,25 @@ def write_png(figure: "Figure", path: Path) -> Path:
 
 
 def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -> "Figure":
-    """Every logged quantity against the step, the objective first; training with its running median, validation with markers.
+    """Every logged quantity against the step, the objective first: training as a line, validation with markers.
 
     Args:
         records: Lines of the metrics log, in any order: ``step``, ``split``, and numbers that may be missing.
         evaluated_step: Step of the evaluated checkpoint, a vertical line.
     """
     logged = {name for record in records for name, value in record.items() if isinstance(value, int | float)}
-    others = logged - {"step", "wall_time_s", *OBJECTIVES}
-    names = [*(name for name in OBJECTIVES if name in logged), *sorted(others)]
-    columns = 4
-    figure = new_figure(10.0, 1.9 * math.ceil(len(names) / columns))
-    grid: Any = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False)
-    for axes in grid.flat[len(names) :]:
-        axes.set_axis_off()
-    for axes, name in zip(grid.flat, names, strict=False):
-        for split, color in (("train", BLUE), ("validation", ORANGE)):
-            found = sorted(
-                (r["step"], r[name]) for r in records if r.get("split") == split and isinstance(r.get(name), int | float)
-            )
-            if not found:
-                continue
-            steps, values = np.array(found, np.float64).T
-            if split == "validation":
-                axes.plot(steps, values, color=color, linewidth=1.4, marker="o", markersize=3, label=split)
-                continue
-            window = max(len(values) // 60, 1)
-            axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35 if window > 1 else 1.0)
-            seen = [np.lib.stride_tricks.sliding_window_view(array, window)[::window] for array in (steps, values)]
-            axes.plot(*(np.median(array, axis=1) for array in seen), color=color, linewidth=1.4, label=split)
+    names = [*(name for name in OBJECTIVES if name in logged), *sorted(logged - {"step", "wall_time_s", *OBJECTIVES})]
+    figure, grid = panels(len(names), columns=4, height=1.9)
+    for axes, name in zip(grid, names, strict=True):
+        for split, color, marker in (("train", BLUE, ""), ("validation", ORANGE, "o")):
+            found = [(r["step"], r[name]) for r in records if r.get("split") == split and isinstance(r.get(name), int | float)]
+            if found:
+                steps, values = np.array(sorted(found), np.float64).T
+                axes.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.2, label=split)
         axes.axvline(evaluated_step, color=GREY, linewidth=0.8)
         axes.ticklabel_format(axis="y", useOffset=False)
         label(axes, "step", "", OBJECTIVES.get(name, name.replace("_", " ")))
-    grid[0, 0].legend(frameon=False, fontsize=8)
+    grid[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -106,23 +91,6 @@ def lipschitz_bars(certificate: Certificate) -> "Figure":
     axes.set_ylim(0.0, 1.04 * max(value for value in (1.0, *estimates, *bounds) if math.isfinite(value)))
     label(axes, "block, from the data to the latents", "Lipschitz constant of g", "")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure
-
-
-def error_histogram(errors: Mapping[str, Float[np.ndarray, " _"]]) -> "Figure":
-    """Euclidean errors of examples by name, on a log scale with 0 in the lowest bin; the title counts what is not finite."""
-    finite = {name: values[np.isfinite(values)] for name, values in errors.items()}
-    positive = np.concatenate([values[values > 0] for values in finite.values()])
-    low, high = (positive.min(), positive.max()) if positive.size else (1e-8, 1e-7)
-    bins = np.geomspace(low / 1.3, high * 1.3, 41)
-    figure = new_figure(10.0, 2.8)
-    axes = figure.add_subplot()
-    shown = [np.maximum(values, bins[0] * 1.001) for values in finite.values()]
-    axes.hist(shown, bins=bins.tolist(), color=[BLUE, ORANGE][: len(shown)], label=list(finite))
-    axes.set_xscale("log")
-    lost = sum(len(values) for values in errors.values()) - sum(len(values) for values in finite.values())
-    label(axes, "Euclidean error of an example", "examples", f"{lost} errors are not finite" if lost else "")
-    axes.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -147,14 +115,17 @@ def density_map(log_density: Float[np.ndarray, "n n"], extent: tuple[float, floa
     return figure
 
 
-def pairs(data: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> "Figure":
-    """Test data beside samples: marginals of the first entries on the diagonal, pairs of entries below it.
+def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
+    """Marginals of the first entries of vectors on the diagonal, pairs of entries below it, on the range of the first ones.
 
-    Both are drawn on the range of the data; the title counts the samples that are outside of it in some entry.
+    Args:
+        points: One or two sets of vectors by name, such as test data and samples.
     """
-    low, high = np.quantile(data, 0.001, axis=0), np.quantile(data, 0.999, axis=0)
+    first = next(iter(points.values()))
+    finite = first[np.isfinite(first).all(axis=1)]
+    low, high = np.quantile(finite if len(finite) else np.zeros((1, first.shape[1])), [0.001, 0.999], axis=0)
     margin = 0.1 * np.maximum(high - low, 1e-12)
-    low, high, shown = low - margin, high + margin, min(data.shape[1], MAX_PAIRS)
+    low, high, shown = low - margin, high + margin, min(first.shape[1], MAX_PAIRS)
     figure = new_figure(10.0, max(1.9 * shown, 3.0))
     grid: Any = figure.subplots(shown, shown, squeeze=False)
     for row, column in np.ndindex(shown, shown):
@@ -162,46 +133,24 @@ def pairs(data: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"]) -> 
         if column > row:
             axes.set_axis_off()
             continue
-        for (name, points), color in zip({"test data": data, "samples": samples}.items(), (BLUE, ORANGE), strict=True):
+        for (name, values), color in zip(points.items(), (BLUE, ORANGE), strict=False):
             if row == column:
                 bins = np.linspace(low[row], high[row], 41).tolist()
-                axes.hist(points[:, row], bins=bins, density=True, histtype="step", color=color, label=name)
+                axes.hist(values[:, row], bins=bins, density=True, histtype="step", color=color, label=name)
             else:
-                axes.scatter(points[:, column], points[:, row], s=2.0, color=color, alpha=0.35, linewidths=0)
+                axes.scatter(values[:, column], values[:, row], s=2.0, color=color, alpha=0.35, linewidths=0)
                 axes.set_ylim(low[row], high[row])
         axes.set_xlim(low[column], high[column])
         label(axes, f"entry {column}" if row == shown - 1 else "", f"entry {row}" if column == 0 and row else "", "")
-    outside = int(np.any((samples < low) | (samples > high) | ~np.isfinite(samples), axis=1).sum())
-    grid[0, 0].set_title(f"{outside} of {len(samples)} samples are outside", size=8, loc="left")
     grid[0, 0].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def log_prob_histogram(of_data: Float[np.ndarray, " n"], of_samples: Float[np.ndarray, " m"]) -> "Figure":
-    """Log-likelihoods of test points and of samples; those below the 1 % quantile of the test points are in the first bin."""
-    finite = of_data[np.isfinite(of_data)] if np.isfinite(of_data).any() else np.zeros(1)
-    low, high = float(np.quantile(finite, 0.01)), float(finite.max())
-    bins = np.linspace(low, max(high, low + 1e-6), 41)
-    figure = new_figure(6.0, 2.8)
-    axes = figure.add_subplot()
-    for (name, values), color in zip({"test data": of_data, "samples": of_samples}.items(), (BLUE, ORANGE), strict=True):
-        shown = np.clip(values[np.isfinite(values)], bins[0], bins[-1])
-        axes.hist(shown, bins=bins.tolist(), density=True, histtype="step", color=color, label=name)
-    label(axes, "log p [nats]", "share of points", "")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
 def rank_histograms(calibration: Calibration) -> "Figure":
     """Histograms of ranks, of the first entries and of the log-density, with the band of a calibrated model."""
     tests = [*calibration.tests[:-1][: MAX_RANKS - 1], calibration.tests[-1]]
-    columns = min(len(tests), 6)
-    rows = math.ceil(len(tests) / columns)
-    figure = new_figure(min(2.2 * columns + 0.6, 10.0), 1.9 * rows + 0.3)
-    grid: Any = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in grid.flat[len(tests) :]:
-        axes.set_axis_off()
-    for axes, test in zip(grid.flat, tests, strict=False):
+    figure, grid = panels(len(tests), columns=6, height=2.1)
+    for axes, test in zip(grid, tests, strict=True):
         num = len(test.counts)
         axes.axhspan(*calibration.band(), color=GREY, alpha=0.25, linewidth=0)
         axes.bar((np.arange(num) + 0.5) / num, test.counts, width=0.9 / num, color=BLUE)
@@ -228,31 +177,21 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
     return figure
 
 
-def examples(
-    values: Num[np.ndarray, "n ..."], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] = ()
+def images(
+    values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] = ()
 ) -> "Figure":
-    """Images in reading order, continuous ones from their 1 % to their 99 % quantile; of vectors a scatter of two entries."""
-    if values.ndim != 4:
-        figure = new_figure(4.6, 4.6)
-        axes = figure.add_subplot()
-        points = values if values.shape[1] > 1 else np.pad(values, ((0, 0), (0, 1)))
-        axes.scatter(points[:, 0], points[:, 1], s=4.0, color=BLUE, alpha=0.45, linewidths=0)
-        lost = int((~np.isfinite(values).all(axis=1)).sum())
-        label(axes, "", "", f"{lost} of {len(values)} samples are not finite" if lost else "")
-        return figure
+    """Images in reading order, continuous ones from their 1 % to their 99 % quantile."""
     if num_levels is not None:
         pixels = values / (num_levels - 1)
     else:
-        low, high = np.nanquantile(np.where(np.isfinite(values), values, np.nan), [0.01, 0.99])
+        low, high = np.quantile(values[np.isfinite(values)], [0.01, 0.99])
         pixels = (values - low) / max(high - low, 1e-12)
-    rows = math.ceil(len(pixels) / columns)
-    figure = new_figure(1.0 * columns, rows * (pixels.shape[1] / pixels.shape[2] + (0.3 if captions else 0)))
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, image in zip(grid.flat, rgb(pixels), strict=False):
+    height = pixels.shape[1] / pixels.shape[2] + (0.3 if captions else 0)
+    figure, grid = panels(len(pixels), columns, height, width=1.0 * columns)
+    for axes, image in zip(grid, rgb(pixels), strict=True):
         axes.imshow(image, interpolation="nearest")
-    for axes, caption in zip(grid.flat, captions, strict=False):
+        axes.set_axis_off()
+    for axes, caption in zip(grid, captions, strict=False):
         axes.set_title(caption, size=8)
     return figure
 
@@ -275,17 +214,28 @@ def reconstructions(
 
 
 def rgb(pixels: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w 3"]:
-    """RGB images in [0, 1] of pixels on this scale; the mean of channels that are neither grey nor RGB."""
+    """RGB images in [0, 1] of pixels on this scale, black where not finite; the mean of channels neither grey nor RGB."""
     three = pixels if pixels.shape[-1] == 3 else np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
-    return np.where(np.isfinite(three).all(axis=-1, keepdims=True), np.clip(three, 0.0, 1.0), NOT_FINITE)
+    return np.clip(np.nan_to_num(three), 0.0, 1.0)
 
 
 def write_samples(values: Num[np.ndarray, "n ..."], num_levels: int | None, folder: Path) -> tuple[Path, Path]:
     """Writes ``samples.png`` and ``samples.npy`` (levels as uint8, points as float32) into a folder."""
-    png, npy = write_png(examples(values, num_levels), folder / "samples.png"), folder / "samples.npy"
+    figure = images(values, num_levels) if values.ndim == 4 else pairs({"samples": values})
+    png, npy = write_png(figure, folder / "samples.png"), folder / "samples.npy"
     with replacing(npy) as incoming, incoming.open("wb") as file:
         np.save(file, values)
     return png, npy
+
+
+def panels(num: int, columns: int, height: float, *, width: float = 10.0) -> tuple["Figure", list["Axes"]]:
+    """A figure of so many axes in rows of one height, in inches; the rest of the last row stays empty."""
+    rows = math.ceil(num / columns)
+    figure = new_figure(width, rows * height)
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[num:]:
+        axes.set_axis_off()
+    return figure, list(grid.flat[:num])
 
 
 def label(axes: "Axes", x: str, y: str, title: str) -> None:

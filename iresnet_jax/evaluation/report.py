@@ -3,13 +3,17 @@
 A result is a dataclass beside the computation that fills it, and its ``str`` is its line on the page and in the terminal.
 """
 
+import datetime
+import importlib.metadata
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,25 +24,23 @@ from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.evaluation import calibration, classification, likelihood, plots, round_trips, samples
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.classification import Classification
-from iresnet_jax.evaluation.environment import Environment, describe
 from iresnet_jax.evaluation.likelihood import Likelihood
 from iresnet_jax.evaluation.round_trips import Inversion
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
+from iresnet_jax.runs.allocator import num_cores
+from iresnet_jax.runs.machine import device_summary
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ESTIMATE_RTOL = 1e-5  # rounding by which a norm's estimate may exceed its bound
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
-NUM_UNCERTIFIED = 64  # examples that a model without a certificate inverts: its solver runs to the cap
 CERTIFY_S = 0.5  # roughly, for guaranteed errors of inverses; compiling takes some seconds beside
 SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # samples of each of the first classes
-LOG_PROB_FILE = "test_log_prob.npy"
 TITLES = {  # of the fields of `Report` that are sections of the page, in its order
     "likelihood": "Likelihood",
     "calibration": "Calibration",
@@ -49,7 +51,6 @@ TITLES = {  # of the fields of `Report` that are sections of the page, in its or
     "lipschitz": "Lipschitz constants",
     "noise_lipschitz": "Lipschitz constants of the flow of noise",
     "train": "Training",
-    "environment": "Environment",
 }
 
 Results = dict[str, Any]  # fields of `Report`
@@ -66,7 +67,7 @@ class TrainingTimes:
         seconds_per_step: Median over the logged windows.
         compile_seconds: Start to end of the first step, of the last process.
         total_seconds: Start to last record.
-        limit_seconds: What the run was allowed by ``config.training.minutes``; None without a limit.
+        limit_seconds: Time that ``config.training.minutes`` allowed the run; None without a limit.
     """
 
     steps: int
@@ -91,21 +92,25 @@ class TrainingTimes:
             limit_seconds=60 * minutes or None,
         )
 
+    def __str__(self) -> str:
+        times = {"in all": self.total_seconds, "a step": self.seconds_per_step, "to compile": self.compile_seconds}
+        known = "".join(f", {seconds:.3g} s {what}" for what, seconds in times.items() if seconds is not None)
+        return f"training: {self.steps} steps of {self.total_steps}{known}"
+
 
 @dataclass(frozen=True)
 class Report:
     """Results of a run; None for what its kind of model does not have.
 
     Attributes:
+        environment: Devices, versions, date and commit, see `describe_environment`.
         calibration: Ranks of test examples among samples given their contexts, of a conditional density of vectors.
-        inverse: Round trips of a model with an inverse.
-        lipschitz: Lipschitz constants of a model with an inverse.
-        noise_lipschitz: Those of the flow that makes the noise of variational dequantisation.
+        noise_lipschitz: Lipschitz constants of the flow that makes the noise of variational dequantisation.
         notes: Sentences about the parameters, such as which checkpoint had to be used instead.
     """
 
     train: TrainingTimes
-    environment: Environment
+    environment: Mapping[str, Any]
     config: Mapping[str, Any]
     likelihood: Likelihood | None = None
     calibration: Calibration | None = None
@@ -120,14 +125,11 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        for part in (self.likelihood, self.calibration, self.classification, self.samples):
+        for part in (self.likelihood, self.calibration, self.classification, self.samples, self.inverse):
             found += part.warnings() if part else ()
         if self.samples_by_class:
             found += self.samples_by_class.warnings("samples by class")
-        if self.inverse:
-            found += self.inverse.warnings(promised=self.lipschitz is None or self.lipschitz.coeff is not None)
-        certificates = (self.lipschitz, self.noise_lipschitz)
-        return [*found, *(sentence for known in certificates if known for sentence in certificate_warnings(known))]
+        return found + [known.verdict for known in (self.lipschitz, self.noise_lipschitz) if known and not known.certified]
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
@@ -148,25 +150,12 @@ class Report:
                 facts[name] |= {"certified": known.certified, "max_block": known.max_block}
         return _strict({**facts, "warnings": self.warnings()})
 
-
-def certificate_warnings(certificate: Certificate) -> list[str]:
-    """Sentences about blocks that are not certified contractions, and about estimates above their certified bound."""
-    blocks = certificate.blocks
-    if certificate.coeff is None:
-        loose = sum(not block.bound < 1 for block in blocks)
-        return [
-            f"This network has no Lipschitz constraint: {loose} of its {len(blocks)} blocks are not certified contractions, so "
-            "no inverse is promised."
-        ]
-    found = []
-    for block in blocks:
-        if not block.estimate < 1:
-            found.append(f"{block.name}: Lipschitz estimate {block.estimate:.4g} is not below 1, the inverse may not exist.")
-        elif not block.bound < 1:
-            found.append(f"{block.name}: certified bound {block.bound:.4g} is not below 1, invertibility is not proven.")
-        if block.estimate > block.bound * (1 + ESTIMATE_RTOL):
-            found.append(f"{block.name}: the estimate {block.estimate:.4g} exceeds the certified bound {block.bound:.4g}.")
-    return found
+    @property
+    def headline(self) -> str:
+        """The number that is compared with published ones; empty of a model without one."""
+        if self.likelihood:
+            return f"{self.likelihood.mean:.4f} ± {self.likelihood.stderr:.4f} {self.likelihood.unit}"
+        return f"{100 * self.classification.error:.2f} % error" if self.classification else ""
 
 
 def _strict(value: Any) -> Any:
@@ -176,6 +165,39 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_environment() -> dict[str, Any]:
+    """Devices, versions and date of this process and, in a checkout, the commit; None for what is not known."""
+    versions = {}
+    for package in ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            versions[package] = None
+    return {
+        "devices": device_summary(),
+        "backend": jax.default_backend(),
+        "matmul_precision": getattr(jax.config, "jax_default_matmul_precision", None) or "default",
+        "cpu_count": num_cores(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that holds this package, marked if its files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        return None
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -198,35 +220,32 @@ def write(run: Run) -> Report:
         results |= _density(run, run.model, examples, figures)
     if run.model.spec.num_classes is not None:
         results |= _classes(run, examples, figures)
-    results |= _bijection(run, examples, figures)
-    times, config = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes), to_plain(run.config)
-    report = Report(times, describe(), config, notes=run.notes, **results)
+    results |= _inverse(run, examples, figures)
+    times = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes)
+    report = Report(times, describe_environment(), to_plain(run.config), notes=run.notes, **results)
     html = render(report, figures, title=run.folder.resolve().name, references=dict(run.config.references.values))
-    _write_text(run.folder / "report.json", json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
-    _write_text(run.folder / "report.html", html)
+    content = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
+    for name, text in {"report.json": content, "report.html": html}.items():
+        with replacing(run.folder / name) as incoming:
+            incoming.write_text(text, encoding="utf-8")
     return report
 
 
 def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> Results:
-    """Likelihood, and samples of a density; of vectors also the calibration and a file with the likelihood of each point."""
+    """Likelihood and samples of a density, and the calibration of a conditional one of vectors."""
     settings, seed, contexts = run.config.evaluation, run.config.seed, run.test_contexts()
     is_image = len(model.spec.flow.event_shape) == 3
-    num = NUM_IMAGES if is_image else NUM_POINTS
-    drawn = samples.draw(model, num, settings.batch_size, seed=seed, contexts=contexts)
+    values, convergence = samples.draw(
+        model, NUM_IMAGES if is_image else NUM_POINTS, settings.batch_size, seed=seed, contexts=contexts
+    )
     measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
-    results: Results = {"likelihood": measured.summary, "samples": drawn.convergence}
-    figures["samples"] = {"Samples": plots.examples(drawn.values, model.spec.num_levels)}
+    results: Results = {"likelihood": measured, "samples": convergence}
     if is_image:
+        figures["samples"] = {"Samples": plots.images(values, model.spec.num_levels)}
         return results
+    figures["samples"] = {"Samples beside test data": plots.pairs({"test data": examples[:NUM_POINTS], "samples": values})}
     if model.spec.flow.event_shape == (2,) and contexts is None:
-        figures["samples"]["Density"] = plots.density_map(*log_density_on_grid(model, examples[:num]))
-    else:
-        figures["samples"]["Samples beside test data"] = plots.pairs(examples[:num], drawn.values)
-    taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]  # as `samples.draw` does
-    of_samples = likelihood.log_prob(model, drawn.values, settings, seed, contexts=taken)
-    figures["likelihood"] = {"Likelihoods": plots.log_prob_histogram(measured.log_prob, of_samples)}
-    with replacing(run.folder / LOG_PROB_FILE) as incoming, incoming.open("wb") as file:
-        np.save(file, measured.log_prob)
+        figures["samples"]["Density"] = plots.density_map(*log_density_on_grid(model, examples[:NUM_POINTS]))
     if contexts is not None and len(examples) >= calibration.LEAST_EXAMPLES:
         results["calibration"] = calibration.calibrate_run(run)
         figures["calibration"] = {"Ranks of test examples": plots.rank_histograms(results["calibration"])}
@@ -263,48 +282,31 @@ def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
     if result.mistakes:
         chosen = images[[mistake.index for mistake in result.mistakes]]
         captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
-        figures["classification"]["First mistakes"] = plots.examples(chosen, levels, captions=captions)
+        figures["classification"]["First mistakes"] = plots.images(chosen, levels, captions=captions)
     if not isinstance(model, Density):
         return {"classification": result}
     labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), SAMPLES_A_CLASS).tolist()
-    drawn = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
-    figures["samples_by_class"] = {"Samples, a class a row": plots.examples(drawn.values, levels, columns=SAMPLES_A_CLASS)}
-    return {"classification": result, "samples_by_class": drawn.convergence}
+    values, convergence = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
+    figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels, columns=SAMPLES_A_CLASS)}
+    return {"classification": result, "samples_by_class": convergence}
 
 
-def _bijection(run: Run, examples: np.ndarray, figures: Figures) -> Results:
-    """Round trips and Lipschitz constants; a certified classifier inverts all test images, as its features lose nothing."""
-    certificate, contexts = run.model.certificate(), run.test_contexts()
-    num = round_trips.NUM_EXAMPLES if isinstance(run.model, Density) else len(examples)
-    chosen = examples[: num if certificate.certified else NUM_UNCERTIFIED]
+def _inverse(run: Run, examples: np.ndarray, figures: Figures) -> Results:
+    """Round trips and Lipschitz constants."""
+    model, certificate, contexts = run.model, run.model.certificate(), run.test_contexts()
+    # The solver of a model without a certificate runs to its cap.
+    chosen = examples[: round_trips.NUM_EXAMPLES if certificate.certified else 64]
     contexts = None if contexts is None else contexts[: len(chosen)]
-    size, num_certified = run.config.evaluation.batch_size, round_trips.affordable(run.model.spec.flow, CERTIFY_S)
-    result = round_trips.reconstruct(run.model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
-    trips = {"as trained": result.trip, "in float64": result.refined}
-    errors = {name: np.asarray(trip.euclidean_error) for name, trip in trips.items()}
-    figures["inverse"] = {"Errors of round trips": plots.error_histogram(errors)}
+    size, num_certified = run.config.evaluation.batch_size, round_trips.affordable(model.spec.flow, CERTIFY_S)
+    result = round_trips.reconstruct(model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
     if shown := plots.reconstructions(result.originals, result.reconstructions):
-        figures["inverse"]["Test images and what came back"] = shown
+        figures["inverse"] = {"Test images and what came back": shown}
     figures["lipschitz"] = {"Lipschitz constants of the blocks": plots.lipschitz_bars(certificate)}
-    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    of_noise = model.noise_certificate() if isinstance(model, Density) else None
     return {"inverse": result.summary, "lipschitz": certificate, "noise_lipschitz": of_noise}
 
 
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as incoming:
-        incoming.write_text(text, encoding="utf-8")
-
-
 # --- the page -------------------------------------------------------------------------------------------------------
-
-
-class Section(NamedTuple):
-    """A result on the page: its own lines, its numbers by name, and pictures by caption."""
-
-    title: str
-    said: str
-    numbers: list[tuple[str, str]]
-    pictures: Mapping[str, str]
 
 
 def render(report: Report, figures: Figures, *, title: str, references: Mapping[str, float | int]) -> str:
@@ -316,34 +318,13 @@ def render(report: Report, figures: Figures, *, title: str, references: Mapping[
     """
     from jinja2 import Environment, StrictUndefined
 
-    sections = []
-    for name, heading in TITLES.items():
-        result = getattr(report, name)
-        if result is not None:
-            said = "" if name in ("train", "environment") else str(result)
-            pictures = {caption: plots.data_uri(figure) for caption, figure in figures.get(name, {}).items()}
-            sections.append(Section(heading, said, list(numbers(asdict(result))), pictures))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string(files("iresnet_jax.evaluation").joinpath("page.html.jinja").read_text("utf-8"))
-    config = json.dumps(report.config, indent=2)
-    return template.render(title=title, report=report, sections=sections, compared=compared(report, references), config=config)
-
-
-def compared(report: Report, references: Mapping[str, float | int]) -> list[tuple[str, str]]:
-    """The headline number beside published ones; empty if there are none."""
-    if report.likelihood:
-        own = f"{report.likelihood.mean:.4f} ± {report.likelihood.stderr:.4f} {report.likelihood.unit}"
-    else:
-        own = f"{100 * report.classification.error:.2f} % error" if report.classification else ""
-    return [("this run", own), *((name, f"{value:g}") for name, value in references.items())] if own and references else []
-
-
-def numbers(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Numbers and words of a result by their dotted names; what is not there and longer lists are left out."""
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            yield from numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{name}", f"{value:.6g}"
-        elif isinstance(value, str | int):
-            yield f"{prefix}{name}", str(value)
+    return template.render(
+        title=title,
+        report=report,
+        sections=[(heading, getattr(report, name), figures.get(name, {})) for name, heading in TITLES.items()],
+        data_uri=plots.data_uri,
+        references=references if report.headline else {},
+        config=json.dumps(report.config, indent=2),
+    )

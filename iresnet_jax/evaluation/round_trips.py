@@ -4,7 +4,6 @@ A guarantee is about the inverse of latents as they are. A round trip also round
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
-from iresnet_jax.training.parallel import eval_batches
+from iresnet_jax.training.density import evaluation_keys
 
 NUM_EXAMPLES = 512  # examples inverted in float64, at most: enough to see a rare failure, few enough for a laptop
 REFINED_ATOL = 1e-13
@@ -110,19 +109,19 @@ class Inversion(RoundTrips):
             f"{self.max_abs_error:.2g}, Euclidean {self.max_euclidean_error:.2g}, in float64 "
             f"{self.refined.max_euclidean_error:.2g}, {self.mean_evals:.1f} evaluations a block"
         )
-        return "\n".join([line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings(promised=False)])
+        return "\n".join([line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()])
 
-    def warnings(self, *, promised: bool = True) -> list[str]:
-        """Sentences about errors beyond their bounds and, where an inverse is promised, examples that did not converge."""
+    def warnings(self) -> list[str]:
+        """Sentences about errors beyond their bounds, and about examples that did not converge."""
         found = [
             f"{100 * (1 - trips.fraction_within_bound):.3g} % of the inversion errors in {precision} exceed their bound: a "
             "Lipschitz constant or the rounding is underestimated."
             for precision, trips in (("the precision of training", self), ("float64", self.refined))
             if trips.fraction_within_bound < 1
         ]
-        if promised and self.fraction_converged < 1:
+        if self.fraction_converged < 1:
             percent = 100 * (1 - self.fraction_converged)
-            found.append(f"The inverse did not converge for {percent:.3g} % of the examples: allow more evaluations.")
+            found.append(f"The inverse did not converge for {percent:.3g} % of the examples.")
         return found
 
 
@@ -145,20 +144,10 @@ class RoundTrip(NamedTuple):
 
 
 class Reconstructions(NamedTuple):
-    """Examples and what became of them.
-
-    Attributes:
-        originals: Continuous examples: images in [0, 1], or points.
-        reconstructions: Examples after encoding and inverting, in the precision of training.
-        trip: Round trips of all examples.
-        refined: Round trips in float64 of the first 512 examples.
-        summary: The numbers of a report.
-    """
+    """Examples as continuous data, images in [0, 1] or points; what encoding and inverting made of them; and the numbers."""
 
     originals: Float[np.ndarray, "n ..."]
     reconstructions: Float[np.ndarray, "n ..."]
-    trip: RoundTrip
-    refined: RoundTrip
     summary: Inversion
 
 
@@ -174,56 +163,39 @@ def reconstruct(
     """Encodes examples and inverts their latents on all devices, in the precision of training and in float64.
 
     Args:
-        examples: Images of integer levels, or points; at least one.
+        examples: Images of integer levels, or points; at least one. The first 512 are inverted in float64 too.
         contexts: Context of each example, of a conditional density.
         num_certified: Examples whose inverse is certified by `certify.inverse`, from the first; 0 says that one takes too long,
             None that nobody asked.
     """
-    key = jax.random.key(seed)
-    placed = parallel.on_local_devices(model.with_bounds())
+    num, num_refined, key = len(examples), min(len(examples), NUM_EXAMPLES), jax.random.key(seed)
+
+    def batch_of(places):
+        context = None if contexts is None else contexts[places]
+        return examples[places], context, evaluation_keys(key, places, 0, 0)[0]
+
+    placed = model.with_bounds()
+    originals, there, decoded, trip = parallel.over_batches(_there_and_back, placed, batch_of, num, batch_size)
     precise = placed.with_(solver=model.solver._replace(atol=REFINED_ATOL, refine=True))
-    parts, refined, to_certify = [], [], []
-    for i, (indices, mask) in enumerate(eval_batches(len(examples), min(batch_size, len(examples)))):
-        originals, there = jax.device_get(_originals(model, jax.random.fold_in(key, i), examples[indices]))
-        context = None if contexts is None else contexts[indices]
-        rows, num = parallel.rows_of(there, context), len(there)
-        trip, decoded = parallel.over_batches(_there_and_back, placed, rows, num, num)
-        parts.append(_chosen((originals, decoded.continuous, trip), mask))
-        if i * batch_size < (num_certified or 0):
-            to_certify.append(_chosen(decoded, mask))
-        if i * batch_size < NUM_EXAMPLES:
-            with jax.enable_x64():
-                refined.append(_chosen(parallel.over_batches(_in_float64, precise, rows, num, num), mask))
-    originals, back, trip = _joined(parts)
-    exact, num_blocks = _joined(refined), model.spec.flow.num_blocks
-    found = None if num_certified is None else bound_inverses(model, to_certify, num_certified, contexts)
-    of_trips, of_refined = asdict(summarize(trip, num_blocks)), summarize(exact, num_blocks)
-    summary = Inversion(**of_trips, num_examples=len(originals), refined=of_refined, guarantee=found)
-    return Reconstructions(originals, back, trip, exact, summary)
-
-
-def _chosen(tree, mask):
-    return jax.tree.map(lambda values: values[mask], tree)
-
-
-def _joined(parts):
-    return jax.tree.map(lambda *values: np.concatenate(values), *parts)
-
-
-@jax.jit
-def _originals(model, key, examples):
-    """Continuous examples, and the inputs of the flow that they make."""
-    if not isinstance(model, Density):
-        return examples / (model.spec.num_levels - 1), model.preprocess(examples)
-    return model.dequantize(examples, key), model.preprocess(examples, key)
+    with jax.enable_x64():
+        refined = parallel.over_batches(_in_float64, precise, parallel.rows_of(there, contexts), num_refined, batch_size)
+    num_blocks = model.spec.flow.num_blocks
+    found = None if num_certified is None else bound_inverses(model, decoded, num_certified, contexts)
+    summary = Inversion(
+        **asdict(summarize(trip, num_blocks)), num_examples=num, refined=summarize(refined, num_blocks), guarantee=found
+    )
+    return Reconstructions(originals, decoded.continuous, summary)
 
 
 def _there_and_back(model, batch):
-    """Result of a round trip, and all that a certificate takes."""
-    there, context = batch
-    flow = model.flow(context) if isinstance(model, Density) else model.flow()
+    """Continuous examples, inputs of the flow that they make, all that a certificate of the inverse takes, and the errors."""
+    examples, context, keys = batch
+    if isinstance(model, Density):
+        originals, there, flow = model.dequantize(examples, keys), model.preprocess(examples, keys), model.flow(context)
+    else:
+        originals, there, flow = examples / (model.spec.num_levels - 1), model.preprocess(examples), model.flow()
     decoded = to_data(model, flow.forward(there), context=context)
-    return _compared(there, decoded.flow_input, decoded.info), decoded
+    return originals, there, decoded, _compared(there, decoded.flow_input, decoded.info)
 
 
 def _in_float64(model, batch):
@@ -276,12 +248,12 @@ def affordable(spec: FlowSpec, seconds: float) -> int:
 
 
 def bound_inverses(
-    model: Density | Classifier, parts: Sequence[Decoded], num: int, contexts: Num[np.ndarray, "n k"] | None = None
+    model: Density | Classifier, decoded: Decoded, num: int, contexts: Num[np.ndarray, "n k"] | None = None
 ) -> Guarantee:
     """Guarantees of the first examples that were decoded, or the reason why there are none.
 
     Args:
-        parts: Batches of examples, as NumPy's arrays.
+        decoded: Examples, as NumPy's arrays.
         num: Examples to certify, at most; 0 where one takes too long.
         contexts: Their contexts, of a conditional density.
     """
@@ -292,7 +264,7 @@ def bound_inverses(
     if num == 0:
         minutes = seconds_each(model.spec.flow) / 60
         return Guarantee(reason=f"an example would take about {minutes:.0f} min, see certify.inverse")
-    first = jax.tree.map(lambda *values: np.concatenate(values)[:num], *parts)
+    first = jax.tree.map(lambda values: values[:num], decoded)
     info = certified(model, first, context=None if contexts is None else contexts[: len(first.latents)])
     grid = model.spec.grid if isinstance(model, Density) else None
     is_discrete = slice(None) if grid is None else np.asarray(grid.spacing) > 0

@@ -31,7 +31,7 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
     assert "inverse: inverted; 360 of 360" in said
     assert said.endswith("report: RUN/report.html")
     page = (workdir / "report.html").read_text()
-    # Curves, samples, confusion, mistakes, samples by class, reconstructions, histogram, constants.
-    assert page.count("data:image/") == 8
+    # Curves, samples, confusion, mistakes, samples by class, reconstructions, constants.
+    assert page.count("data:image/") == 7
     assert "://" not in page  # it needs nothing from elsewhere
     assert not list(workdir.glob("*.incoming"))
