@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from iresnet_jax.energy_fitting import fit_energy
     from iresnet_jax.fitting import fit
     from iresnet_jax.loss_training import train
-    from iresnet_jax.training.unconstrained import Unconstrained
+    from iresnet_jax.training.constraint import Unconstrained
 
 __all__ = [
     "Bijection",
@@ -102,7 +102,7 @@ __all__ = [
 ]
 
 _TRAINING = {
-    "Unconstrained": "iresnet_jax.training.unconstrained",
+    "Unconstrained": "iresnet_jax.training.constraint",
     "evaluate_energy": "iresnet_jax.energy_evaluation",
     "fit": "iresnet_jax.fitting",
     "fit_energy": "iresnet_jax.energy_fitting",

@@ -21,9 +21,8 @@ from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training import parallel
-from iresnet_jax.training.clock import LONGEST, VALIDATIONS
 from iresnet_jax.training.initialization import gaussian_mixture, preprocess
-from iresnet_jax.training.trainer import STEPS_IN_TIME
+from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 
 DEFAULT_MINUTES = 3.0
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones

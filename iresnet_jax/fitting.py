@@ -29,10 +29,18 @@ from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
 from iresnet_jax.training import parallel
-from iresnet_jax.training.clock import LONGEST, VALIDATIONS
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.step import TrainingStep
-from iresnet_jax.training.trainer import STEPS_IN_TIME, Best, BlowUpError, CompiledStep, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import (
+    LONGEST,
+    STEPS_IN_TIME,
+    VALIDATIONS,
+    Best,
+    BlowUpError,
+    CompiledStep,
+    Trainer,
+    TrainingConfig,
+)
 
 FIRST_SHARE = 0.2  # of the time limit, which the updates of all runs of the first round have at most
 LAST_START = 0.9  # share of the time limit after which no run starts

@@ -24,8 +24,7 @@ from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, start_b
 from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.runs.signals import StopRequests, heard_in_memory
 from iresnet_jax.training import parallel
-from iresnet_jax.training.clock import LONGEST, VALIDATIONS
-from iresnet_jax.training.constraint import training_constraint, validated_model
+from iresnet_jax.training.constraint import Unconstrained, training_constraint, validated_model
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from iresnet_jax.training.parallel import AXIS
 from iresnet_jax.training.step import (
@@ -38,8 +37,7 @@ from iresnet_jax.training.step import (
     ValidationResult,
     abstract_batch,
 )
-from iresnet_jax.training.trainer import Best, Trainer, TrainingConfig
-from iresnet_jax.training.unconstrained import Unconstrained
+from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, Trainer, TrainingConfig
 
 M = TypeVar("M", bound=Model)
 LossFunction = Callable[[Any, Any, Array], Any]  # (model, batch, key) -> loss, or loss and metrics
@@ -113,33 +111,34 @@ def train(
     ignore_missing_tpu()
     start_backend()
     cache_programs()
-    ema_decay = checked(Decay, ema_decay, "ema_decay")
     seed = int(jax.random.bits(single_key(key), dtype="uint32"))
     x, validation = _checked_rows(x, "x"), _checked_rows(validation, "validation")
-    batch_size = checked(Count, batch_size, "batch_size")
-    devices = parallel.all_devices()
-    batch_size = max((batch_size if x is None else min(batch_size, num_rows(x))) // devices, 1) * devices
     if steps is None and minutes is None:
         steps = STEPS
     most_steps = 0 if steps is None else checked(Count, steps, "steps")  # 0 are as many as there is time for
     default_every = max(most_steps // VALIDATIONS, 1) if most_steps else LONGEST  # or by the clock
+    every = default_every if every is None else checked(Count, every, "every")
+    batch_size, devices = checked(Count, batch_size, "batch_size"), parallel.all_devices()
     settings = TrainingConfig(
         total_steps=most_steps,
         minutes=0.0 if minutes is None else checked(Positive, minutes, "minutes"),
-        patience=checked(CountOrNone, patience, "patience") if validation is not None else 0,
-        batch_size=batch_size,
-        eval_every_steps=default_every if every is None else checked(Count, every, "every"),
+        patience=0 if validation is None else checked(CountOrNone, patience, "patience"),
+        batch_size=max((batch_size if x is None else min(batch_size, num_rows(x))) // devices, 1) * devices,
+        eval_every_steps=every,
+        log_every_steps=min(every, STEPS // VALIDATIONS),
     )
-    settings = dataclasses.replace(settings, log_every_steps=min(settings.eval_every_steps, STEPS // VALIDATIONS))
     length = settings.schedule_steps
     default = OptimizerConfig("muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True)
-    rule = UpdateRule(make_optimizer(default), make_schedule(default, length), length, ema_decay)
-    if optimizer is not None:
-        rule = rule._replace(optimizer=optimizer, schedule=None)
+    rule = UpdateRule(
+        make_optimizer(default) if optimizer is None else optimizer,
+        make_schedule(default, length) if optimizer is None else None,
+        length,
+        checked(Decay, ema_decay, "ema_decay"),
+    )
     say = Lines() if progress else lambda line: None
     with StopRequests("training ends after this step", heard_in_memory()) as stop, jax.default_matmul_precision("float32"):
         free = Unconstrained.of(model)
-        _check_loss(loss, model, x, batch_size)
+        _check_loss(loss, model, x, settings.batch_size)
         objective = Objective(
             name="loss",
             training_step=_training_step(free, loss, rule, has_data=x is not None),
@@ -149,7 +148,7 @@ def train(
             initial_variables=lambda: {"params": free.params, "spectral": free.iterates},
             seed=seed,
         )
-        best: list[Best] = []
+        best: Best | None = None
         is_called_off = False
 
         def log(split: str, metrics: Mapping[str, float]) -> None:
@@ -157,22 +156,22 @@ def train(
                 raise ValueError("the gradient of the loss is 0: the loss has to depend on the model that it is given")
 
         def validated(held_out_loss: float | None) -> None:
-            nonlocal is_called_off
-            if held_out_loss is not None and (not best or held_out_loss < best[-1].loss):
-                best.append(Best.of(trainer.state, held_out_loss))
+            nonlocal best, is_called_off
+            if held_out_loss is not None and (best is None or held_out_loss < best.loss):
+                best = Best.of(trainer.state, held_out_loss)
             if callback is not None:
                 averaged = _averaged_model(free, trainer.state)
                 is_called_off = bool(callback(trainer.step, averaged, _latest_metrics(trainer.records)))
 
         trainer = Trainer(objective, settings, log=log, validated=validated, say=say)
-        for _ in trainer.steps(device_batches(x, seed=seed, batch_size=batch_size)):
+        for _ in trainer.steps(device_batches(x, seed=seed, batch_size=settings.batch_size)):
             if is_called_off or stop.received is not None:
                 break
         if stop.received:
             say(f"stopped by {stop.received.name} after step {trainer.step}: the best model so far")
-        last_or_best = best[-1] if best else Best.of(trainer.state, math.inf)
-        trained = free.with_(params=jax.device_put(last_or_best.ema)).certified()
-        history = History.from_records(trainer.records, last_or_best.step)
+        kept = best or Best.of(trainer.state, math.inf)
+        trained = free.with_(params=jax.device_put(kept.ema)).certified()
+        history = History.from_records(trainer.records, kept.step)
         return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else ""))
 
 
@@ -202,13 +201,9 @@ def _averaged_model(free: Unconstrained, state: TrainState) -> Any:
 def _latest_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     """The latest measurements of training, and those of validation with a prefix."""
     latest = {record["split"]: record for record in records}  # the last one of each
-    prefixes = {"train": "", "validation": "validation_"}
-    return {
-        f"{prefix}{name}": value
-        for split, prefix in prefixes.items()
-        for name, value in latest.get(split, {}).items()
-        if name not in NOT_METRICS
-    }
+    validation = {f"validation_{name}": value for name, value in latest.get("validation", {}).items()}
+    of_all = {**latest.get("train", {}), **validation}
+    return {name: value for name, value in of_all.items() if name.removeprefix("validation_") not in NOT_METRICS}
 
 
 def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, *, has_data: bool) -> TrainingStep:

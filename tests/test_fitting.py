@@ -26,7 +26,7 @@ from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.signals import Stopped
-from iresnet_jax.training.clock import LONGEST
+from iresnet_jax.training.trainer import LONGEST
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)

@@ -53,7 +53,6 @@ def constrain(
     *,
     num_steps: int | None = None,
     rtol: float = 1e-3,
-    over_blocks: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.vmap,
 ) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
 
@@ -63,8 +62,6 @@ def constrain(
         spectral: ``{"stage0": {"blocks": {"conv0": v, ...}}, ...}``, the power iterates.
         num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
         rtol: Relative tolerance of the norms.
-        over_blocks: How power iteration of one block becomes that of all blocks of a stage: ``jax.vmap``, or a map that shares
-            the blocks among devices. Used with ``num_steps``; no gradient goes through it.
     """
 
     def of_stage(stage, weights):
@@ -73,7 +70,7 @@ def constrain(
             return constrain_blocks(stage.branch, weights, iterates, coeff=spec.coeff, budget=spec.budget, rtol=rtol)
         iterate = functools.partial(stage.branch.singular_vectors, num_steps=num_steps)
         scale = functools.partial(stage.branch.constrained, coeff=spec.coeff, budget=spec.budget)
-        return jax.vmap(scale)(weights, over_blocks(iterate)(lax.stop_gradient(weights), iterates))
+        return jax.vmap(scale)(weights, jax.vmap(iterate)(lax.stop_gradient(weights), iterates))
 
     return _constrain(spec, params, spectral, of_stage)
 

@@ -130,7 +130,7 @@ def train(
                 granted = wishes() if agreement is None else agreement.granted()
                 received = next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)
                 if granted and not trainer.is_validated:
-                    trainer.check_unvalidated()
+                    trainer.check()
                     save()
                 if received:
                     there = f"after step {step} of {trainer.horizon}"

@@ -51,7 +51,7 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     return Objective(
         name=spec.metric,
         training_step=_training_step(config, spec, loss),
-        make_validation=lambda: density.Validation(spec, **_held_out(config, data)),
+        make_validation=lambda: _validation(config, spec, data),
         selection=lambda held_out: held_out[spec.metric],
         examples=examples,
         logdet=config.logdet,
@@ -65,15 +65,10 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=build_augmentation(config.augmentation, data)
     )
     weight = float(config.hybrid.weight_of_step()(config.training.schedule_steps))
-
-    def make_validation():
-        labels = data.held_out_labels("validation", config.training.eval_examples)
-        return hybrid.Validation(labels, spec, **_held_out(config, data))
-
     return Objective(
         name="accuracy",
         training_step=_training_step(config, spec, loss),
-        make_validation=make_validation,
+        make_validation=lambda: _validation(config, spec, data),
         selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
         examples=(data.examples["train"], data.labels["train"]),
         logdet=config.logdet,
@@ -136,20 +131,21 @@ def rematerialize(config: Config) -> Rematerialize:
     return "elementwise" if config.logdet.kind == "exact" and not unroll(config) else "nothing"
 
 
-def _held_out(config: Config, data: DataSet) -> dict[str, Any]:
-    """Measurements of a density at a validation."""
+def _validation(config: Config, spec: DensitySpec, data: DataSet) -> density.Validation:
     num, seed = config.training.eval_examples, config.seed
-    return {
-        "examples": data.held_out("validation", num, seed),
-        "contexts": data.held_out_contexts("validation", num, seed),
-        "constraint": config.constraint,
-        "estimator": config.evaluation.logdet.build(),
-        "logdet": config.logdet,
-        "max_num_terms": config.training.max_num_terms,
-        "batch_size": config.evaluation.batch_size,
-        "seed": seed,
-        "given": identity_context(config),
-    }
+    return density.Validation(
+        spec,
+        examples=data.held_out("validation", num, seed),
+        contexts=data.held_out_contexts("validation", num, seed),
+        labels=data.held_out_labels("validation", num) if config.objective == "hybrid" else None,
+        constraint=config.constraint,
+        estimator=config.evaluation.logdet.build(),
+        logdet=config.logdet,
+        max_num_terms=config.training.max_num_terms,
+        batch_size=config.evaluation.batch_size,
+        seed=seed,
+        given=identity_context(config),
+    )
 
 
 def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:

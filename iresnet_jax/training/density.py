@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.training import parallel
+from iresnet_jax.training.classification import accuracy_and_loss
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
@@ -103,6 +105,7 @@ def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
     return jnp.where(on_grid, 0, jnp.asarray(scales, jnp.float32))
 
 
+@dataclass(frozen=True)
 class Validation:
     """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance.
 
@@ -111,10 +114,11 @@ class Validation:
     the objective by `REFERENCE_TERMS` terms of the series, on one batch with the same noise and probes. While it is below
     `-TOLERATED_BIAS`, training goes on with more terms.
 
-    Args:
+    Attributes:
         spec: The model.
         examples: Held-out examples.
         contexts: Their contexts, of a conditional density.
+        labels: Their classes, which the objective "hybrid" measures accuracy and cross-entropy with; None of other objectives.
         constraint: How blocks are constrained.
         estimator: Log-determinant of the validation.
         logdet: Log-determinant of training.
@@ -124,23 +128,17 @@ class Validation:
         given: Context that the model is given, after which it takes none; None leaves it as it is.
     """
 
-    def __init__(
-        self,
-        spec: DensitySpec,
-        examples: np.ndarray,
-        contexts: np.ndarray | None,
-        *,
-        constraint: ConstraintConfig,
-        estimator: LogdetEstimator,
-        logdet: LogdetConfig,
-        max_num_terms: int,
-        batch_size: int,
-        seed: int,
-        given: np.ndarray | None = None,
-    ):
-        self._template, self._constraint = Density(spec, {}, {}, estimator=estimator), constraint
-        self._examples, self._contexts, self._batch_size, self._seed = examples, contexts, batch_size, seed
-        self._logdet, self._max_num_terms, self._given = logdet, max_num_terms, given
+    spec: DensitySpec
+    examples: np.ndarray
+    contexts: np.ndarray | None
+    labels: np.ndarray | None
+    constraint: ConstraintConfig
+    estimator: LogdetEstimator
+    logdet: LogdetConfig
+    max_num_terms: int
+    batch_size: int
+    seed: int
+    given: np.ndarray | None = None
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The mean of every term, and the terms of the log-determinant that training goes on with."""
@@ -148,52 +146,49 @@ class Validation:
 
     def model(self, state: TrainState) -> Density:
         """The model of the averaged parameters."""
-        return validated_model(self._template, self._constraint, state.ema, state.spectral, given=self._given)
+        template = Density(self.spec, {}, {}, estimator=self.estimator)
+        return validated_model(template, self.constraint, state.ema, state.spectral, given=self.given)
 
     def measure(self, state: TrainState, model: Density) -> ValidationResult:
         """Result of `__call__`, under the `model` of a training state."""
         outputs = self._outputs(model)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
+        if self.labels is not None:
+            classified = accuracy_and_loss(model, self.examples, self.labels, self.batch_size)
+            means |= {"accuracy": classified["accuracy"], "cross_entropy": classified["loss"]}
         num_terms = int(state.num_terms)
-        if self._logdet.build().unbiased:
+        if self.logdet.build().unbiased:
             return ValidationResult(means, num_terms)
-        without_cut = dataclasses.replace(self._logdet, kind="series").build(REFERENCE_TERMS)
-        reference = self._on_a_batch(model.with_(estimator=without_cut))
-        bias, is_exploited = self._bias(model, num_terms, reference)
+        bias, is_exploited = self._bias(model, num_terms)
         if bias < -ALARMING_BIAS:
             _logger.warning(WARNING, model.spec.metric, -bias, num_terms)
-        if is_exploited and int(state.step) < int(state.horizon):
-            num_terms = self._enough_terms(model, num_terms, reference)
+        if int(state.step) < int(state.horizon):
+            while is_exploited and num_terms < self.max_num_terms:
+                num_terms = min(math.ceil(MORE_TERMS * num_terms), self.max_num_terms)
+                _, is_exploited = self._bias(model, num_terms)
+            if num_terms > int(state.num_terms):
+                _logger.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
         return ValidationResult({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
 
-    def _enough_terms(self, model: Density, num_terms: int, reference: np.ndarray) -> int:
-        """The first number of terms above this one whose bias is tolerated, or the largest that is allowed."""
-        before, is_exploited = num_terms, True
-        while is_exploited and num_terms < self._max_num_terms:
-            num_terms = min(math.ceil(MORE_TERMS * num_terms), self._max_num_terms)
-            _, is_exploited = self._bias(model, num_terms, reference)
-        if num_terms > before:
-            _logger.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
-        return num_terms
-
-    def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
-        # Spread over all, which are in the order of their files.
-        rows = slice(None) if num is None else np.unique(np.linspace(0, len(self._examples) - 1, num, dtype=int))
-        contexts = None if self._contexts is None else self._contexts[rows]
-        outputs = evaluate_examples(
-            model, self._examples[rows], jax.random.key(self._seed), self._batch_size, contexts=contexts
+    def _bias(self, model: Density, num_terms: int) -> tuple[float, bool]:
+        """Objective by so many terms less the one by many, and whether it is lower by more than is tolerated."""
+        without_cut = dataclasses.replace(self.logdet, kind="series").build(REFERENCE_TERMS)
+        cut, reference = (
+            self._outputs(model.with_(estimator=estimator), self.batch_size)[model.spec.metric].astype(np.float64)
+            for estimator in (self.logdet.build(num_terms), without_cut)
         )
-        del outputs["truncation_bound"]
-        return outputs
-
-    def _on_a_batch(self, model: Density) -> np.ndarray:
-        return self._outputs(model, self._batch_size)[model.spec.metric].astype(np.float64)
-
-    def _bias(self, model: Density, num_terms: int, reference: np.ndarray) -> tuple[float, bool]:
-        """Difference of the objective by so many terms from the other, and whether it is lower by more than is tolerated."""
-        differences = self._on_a_batch(model.with_(estimator=self._logdet.build(num_terms))) - reference
+        differences = cut - reference
         bias, stderr = float(differences.mean()), float(differences.std() / math.sqrt(len(differences)))
         return bias, bias < -max(TOLERATED_BIAS, SIGNIFICANT * stderr)
+
+    def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
+        """Objective and terms of held-out examples: of all, or of so many, spread over all as they are in files' order."""
+        rows = slice(None) if num is None else np.unique(np.linspace(0, len(self.examples) - 1, num, dtype=int))
+        contexts = None if self.contexts is None else self.contexts[rows]
+        key = jax.random.key(self.seed)
+        outputs = evaluate_examples(model, self.examples[rows], key, self.batch_size, contexts=contexts)
+        del outputs["truncation_bound"]
+        return outputs
 
 
 def evaluate_examples(

@@ -14,15 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from iresnet_jax.checked_dataclasses import CountOrNone, NotNegative
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
-from iresnet_jax.training import density
-from iresnet_jax.training.classification import Augment, accuracy_and_loss
-from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
+from iresnet_jax.training.classification import Augment
+from iresnet_jax.training.step import Loss, StepKeys
 
 
 @dataclass(frozen=True)
@@ -85,23 +83,3 @@ def make_loss(
         return Loss(value, metrics)
 
     return loss
-
-
-class Validation(density.Validation):
-    """Likelihood, accuracy and cross-entropy of held-out examples under the averaged parameters.
-
-    Args:
-        labels: Classes of the held-out examples.
-        arguments: Those of `density.Validation`.
-    """
-
-    def __init__(self, labels: np.ndarray, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self._labels = labels
-
-    def __call__(self, state: TrainState) -> ValidationResult:
-        """The means over all examples."""
-        model = self.model(state)
-        classified = accuracy_and_loss(model, self._examples, self._labels, self._batch_size)
-        metrics, num_terms = self.measure(state, model)
-        return ValidationResult({**metrics, "accuracy": classified["accuracy"], "cross_entropy": classified["loss"]}, num_terms)

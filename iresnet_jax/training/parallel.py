@@ -9,18 +9,13 @@ Devices are in the order of their processes, so a process's share of a batch is 
 others (`hosts.ending_together`) goes on with its own devices.
 """
 
-from __future__ import annotations
-
 import functools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
 
 from iresnet_jax.maths import platforms
@@ -29,8 +24,8 @@ AXIS = "batch"
 _is_alone = False
 
 
-def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
-    """Compiles a training step for all devices of all processes.
+def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Compiles a training step for all devices of all processes, once for each shape of batches.
 
     Args:
         step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
@@ -48,61 +43,26 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> ParallelStep:
     mapped = jax.pmap(
         step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
     )
-    return ParallelStep(mapped)
+    programs: dict[Any, Any] = {}
 
-
-class ParallelStep:
-    """A training step for all devices, from `parallelize`."""
-
-    def __init__(self, mapped: Any):
-        self._mapped, self._is_compiled = mapped, False
-
-    def compile(self, state: Any, batch: Any) -> None:
-        """Compiles the step for arrays of these shapes and dtypes, which need not exist yet; otherwise the first call does."""
-        if not self._is_compiled:
-            lowered = self._mapped.lower(state, batch)
-            self._mapped, self._is_compiled = lowered.compile(compiler_options=platforms.compile_options()), True
-
-    @property
-    def program(self) -> str:
-        """The text of the compiled program, after `compile`."""
-        return self._mapped.as_text()
-
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        """The next state and metrics."""
-        # Placed where a step returns it: from another placement pmap would compile the step twice.
-        state = on_local_devices(state, num_devices=len(jax.tree.leaves(batch)[0]))
-        outputs = self._mapped(state, batch)
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
+        # Placed where a step returns it: a program is for one placement.
+        state = on_local_devices(state, num_devices=shapes[0][0][0])
+        if shapes not in programs:
+            programs[shapes] = mapped
+            if (
+                jax.process_count() == 1
+            ):  # ``pmap`` takes no options of the compiler, and what it compiles no shares of processes
+                programs[shapes] = mapped.lower(state, batch).compile(compiler_options=platforms.compile_options())
+        outputs = programs[shapes](state, batch)
         if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
             # Threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
             # leave none to go on (jaxlib 0.10): a step must end before the next one is queued.
             jax.block_until_ready(outputs)
         return outputs
 
-
-def shared_vmap(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.vmap(fn)`` inside a step, of which every device computes its share; all devices get the whole.
-
-    For work that depends on the state alone, which all devices would do alike. No gradient may go through it. The rows of one
-    device are as many as those of another: where they do not come out even, some are computed twice.
-
-    Args:
-        fn: Function of arrays whose first axis counts what is shared, ``k`` rows.
-    """
-
-    def mapped(*arguments):
-        [num_rows] = {leaf.shape[0] for leaf in jax.tree.leaves(arguments)}
-        num_devices = jax.lax.axis_size(AXIS)
-        share = -(-num_rows // num_devices)
-        if share == num_rows:
-            return jax.vmap(fn)(*arguments)
-        own = (jax.lax.axis_index(AXIS) * share + jnp.arange(share)) % num_rows
-        outputs = jax.vmap(fn)(*jax.tree.map(lambda leaf: leaf[own], arguments))
-        _, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], outputs))
-        rows = jax.vmap(lambda row: ravel_pytree(row)[0])(outputs)
-        return jax.vmap(unravel)(jax.lax.all_gather(rows, AXIS, tiled=True)[:num_rows])  # one reduction for all arrays
-
-    return mapped
+    return step
 
 
 def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:
@@ -133,12 +93,12 @@ def go_on_alone() -> None:
     _is_alone = jax.process_count() > 1
 
 
-def _devices(num_local: int | None = None) -> tuple[Any, ...] | None:
-    """All devices by process, or the first of a process that is alone; None, JAX's own choice, where there is one process."""
+def _devices() -> tuple[Any, ...] | None:
+    """All devices by process, or those of a process that is alone; None, JAX's own choice, where there is one process."""
     if jax.process_count() == 1:
         return None
     if _is_alone:
-        return tuple(jax.local_devices()[:num_local])
+        return tuple(jax.local_devices())
     return tuple(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
 
 
@@ -186,21 +146,17 @@ def over_batches(
         state: What the evaluation takes beside examples, such as a model. It is not donated.
         batch_of: Function that makes a pytree of the examples in given places, such as `rows_of` arrays.
         num_examples: Number of all examples.
-        batch_size: Most examples at once; rounded up to a multiple of the number of devices. Smaller batches of one size are
-            made where that leaves out more than a tenth of the work.
+        batch_size: Most examples at once, rounded up to a multiple of the number of devices; batches are equally large.
 
     Returns:
         The outputs of all examples in order, on the host.
     """
-    parts, multiple, is_shared = [], all_devices(), num_processes() > 1
-    num_filled = filled_length(num_examples)
-    even, size = -(-num_filled // num_batches(num_examples, batch_size)), min(batch_size, num_filled)
-    size = -(-(even if even < 0.9 * size else size) // multiple) * multiple
-    state = on_local_devices(state)  # once, not for every batch
+    num_devices, is_shared = all_devices(), num_processes() > 1
+    num_batches = max(-(-num_examples // batch_size), 1)
+    size = -(-num_examples // (num_batches * num_devices)) * num_devices
+    mapped, state, parts = _mapped_eval(evaluate, _devices(), is_shared), on_local_devices(state), []
     for places, mask in eval_batches(num_examples, size):
-        batch = shard(batch_of(own_share(places)))
-        mapped = _mapped_eval(evaluate, _devices(len(jax.tree.leaves(batch)[0])), is_shared)
-        outputs = jax.device_get(mapped(state, batch))
+        outputs = jax.device_get(mapped(state, shard(batch_of(own_share(places)))))
         if not is_shared:
             outputs = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
         parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
@@ -244,8 +200,10 @@ def fill_up(rows: np.ndarray) -> np.ndarray:
     return rows[np.arange(filled_length(len(rows))) % max(len(rows), 1)]
 
 
-def num_batches(num_examples: int, batch_size: int) -> int:
-    """Number of batches of this size that hold all examples.
+def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
+    """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
+
+    The last batch is filled up with place 0, which its mask leaves out: ``sum(mask * values) / num_examples`` is a mean.
 
     Raises:
         ValueError: If there is no example, or none in a batch.
@@ -255,16 +213,7 @@ def num_batches(num_examples: int, batch_size: int) -> int:
             f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
             "check that the split is not empty"
         )
-    return -(-num_examples // batch_size)
-
-
-def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
-    """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
-
-    The last batch is filled up with place 0, which its mask leaves out: ``sum(mask * values) / num_examples`` is a mean. Errors
-    are those of `num_batches`.
-    """
-    batches = np.arange(num_batches(num_examples, batch_size) * batch_size).reshape(-1, batch_size)
+    batches = np.arange(-(-num_examples // batch_size) * batch_size).reshape(-1, batch_size)
     return ((np.where(places < num_examples, places, 0), places < num_examples) for places in batches)
 
 
@@ -279,57 +228,20 @@ def example_keys(key: PRNGKeyArray, local_batch_size: int) -> Shaped[Array, "b .
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(local_batch_size))
 
 
-def check_equal_on_all_devices(state: Any) -> None:
-    """Raises a RuntimeError that names the first array of a training state of which a device holds other bits than the first.
-
-    All devices compute the same update of the same state. One that errs, or a process with another library, trains a model of
-    its own that nothing else shows, since gradients are averaged.
-    """
-    if all_devices() == 1:
-        return
-    # On the host: a program for all arrays would have to be compiled. They may be on one device alone, or NumPy's.
-    leaves = jax.tree.leaves(state)
-    own = [[_checksum(shard.data) for shard in getattr(leaf, "addressable_shards", ())] or [_checksum(leaf)] for leaf in leaves]
-    sums = np.array([np.resize(of_leaf, jax.local_device_count()) for of_leaf in own], np.uint32).T
-    if num_processes() > 1:
-        sums = np.asarray(multihost_utils.process_allgather(sums)).reshape(-1, len(leaves))
-    differing = np.argwhere(sums != sums[:1])
-    if len(differing):
-        device, leaf = differing[np.argmin(differing[:, 1])]
-        name = jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(state)[0][leaf][0], simple=True, separator="/")
-        raise RuntimeError(
-            f"{name} differs between device 0 and device {device}: a device or its host is faulty or runs other software; "
-            "leave that host out and give the same command again"
-        )
-
-
-def _checksum(copy: Any) -> int:
-    """A sum of an array's bits that any few changed ones change, and a swap of two entries."""
-    return zlib.crc32(np.ravel(copy).view(np.uint8).data)
-
-
 def on_first_device(tree: Any) -> Any:
     """Arrays that are equal on all devices, on the first one alone: what follows is then computed once."""
     return jax.device_put(tree, jax.local_devices()[0])
 
 
-def metrics_on_host(tree: Any) -> Any:
-    """Small arrays as arrays of NumPy: on CPUs, where nothing is copied, sooner than by ``jax.device_get``."""
-    return jax.tree.map(np.asarray, tree) if platforms.platform() == "cpu" else jax.device_get(tree)
-
-
 def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
     """Arrays on each device of this process, or on its first ``num_devices``; an evaluation has to copy a state that is not."""
     placement = _replicated(jax.local_device_count() if num_devices is None else num_devices)
-    leaves, structure = jax.tree.flatten(tree)
-    elsewhere = [place for place, leaf in enumerate(leaves) if getattr(leaf, "sharding", None) != placement]
-    if not elsewhere:
-        return tree
-    # Not those that are there: a run changes one number of its state now and then. An alias could not be donated.
-    placed = jax.device_put([leaves[place] for place in elsewhere], placement, may_alias=False)
-    for place, leaf in zip(elsewhere, placed, strict=True):
-        leaves[place] = leaf
-    return jax.tree.unflatten(structure, leaves)
+
+    def placed(leaf):  # no alias, which a step could not free
+        is_there = getattr(leaf, "sharding", None) == placement
+        return leaf if is_there else jax.device_put(leaf, placement, may_alias=False)
+
+    return jax.tree.map(placed, tree)
 
 
 @functools.cache

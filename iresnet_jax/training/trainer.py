@@ -1,5 +1,6 @@
 """Training: steps, a log of their means, validations, and an end by steps, time or patience."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,12 +12,13 @@ import numpy as np
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegative
 from iresnet_jax.training import parallel
-from iresnet_jax.training.clock import Clock
 from iresnet_jax.training.step import Objective, TrainingStep, TrainState
 
 DEFAULT_STEPS = 1000  # updates of a run without a limit
 # Updates that the schedule of a run of so many minutes is made for, and is stretched from; many, as a warm-up is some hundred.
 STEPS_IN_TIME = 10_000
+VALIDATIONS = 20  # of a run, where nothing else is said
+LONGEST = 2**31 - 1  # updates, which a state can count
 AHEAD = 2  # steps that may be queued behind the one that runs
 ADVICE = "train again with a lower learning rate, a longer warm-up or a smaller clip_norm"  # after training blew up
 
@@ -89,6 +91,9 @@ class Best(NamedTuple):
 class Trainer:
     """A training run: its state, its steps, and when it logs, validates and ends.
 
+    With a time limit, the number of updates is estimated after 2, 4, 8 and so on of them, at every line of the log, and at the
+    last update that was estimated: time alone ends the run.
+
     Args:
         objective: What is trained.
         settings: Length of the run, and when it logs and validates.
@@ -105,6 +110,7 @@ class Trainer:
     Attributes:
         state: The state.
         step: Number of finished updates.
+        horizon: Updates in the whole run, as far as is known.
         records: Measurements so far, as `History.from_records` takes them.
     """
 
@@ -123,29 +129,19 @@ class Trainer:
         validated: Callable[[float | None], None] = lambda loss: None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self._objective, self._settings, self._compile_step = objective, settings, compile_step
+        self._objective, self._settings, self._compile_step, self._agree = objective, settings, compile_step, agree
         self._log, self._validated, self._say = log, validated, say
-        self.records: list[dict[str, Any]] = []
-        first_step = 0 if state is None else int(state.step)
-        self._clock = Clock(
-            settings.minutes,
-            first_step=first_step,
-            most_steps=settings.most_steps,
-            seconds_before=seconds_before,
-            seconds_of_steps=seconds_of_steps,
-            agree=agree,
-        )
+        self._clock, self._seconds_of_steps = Clock(60 * settings.minutes or math.inf, seconds_before), seconds_of_steps
         if state is None:
             state = objective.initial_state()._replace(horizon=np.int32(settings.schedule_steps))
-        self.state, self.step, self._losses = state, first_step, list(losses)
-        parallel.check_equal_on_all_devices(state)
-        self._use_terms(int(state.num_terms))
+        self.state, self.step, self.horizon = state, int(state.step), int(state.horizon)
+        self.records: list[dict[str, Any]] = []
+        self._compiled_step = compile_step(objective.step_with(int(state.num_terms)))
         self._validate = None if objective.make_validation is None else objective.make_validation()
-        self._first_step, self._validated_step = self.step, -1 if self.step == 0 else self.step
-        # A run that has ended stays ended; one with a time limit ends at the step that time turns out to allow.
-        self._last_step = self.step if self.horizon <= self.step else settings.most_steps
+        self._first_step, self._losses = self.step, list(losses)
+        self._validated_step = self.step if self.step else -1
         self._window: list[Any] = []  # metrics of the steps since the last line of the log
-        self._window_began, self._timed_steps = time.monotonic(), 0
+        self._timed_from = self.step, time.monotonic()
 
     def steps(self, batches: Iterator[Any]) -> Iterator[int]:
         """Takes steps until validation ends training or batches run out; logs and validates when that is due.
@@ -153,11 +149,12 @@ class Trainer:
         Yields the number of finished updates after each step.
         """
         while not self._is_over and (batch := next(batches, None)) is not None:
-            self.take_step(batch)
-            if self._clock.is_over(self.step):
-                self._last_step, self.state = self.step, self.state._replace(horizon=np.int32(self.step))
+            self._take_step(batch)
+            taken, is_log_due = self.step - self._first_step, self.step % self._settings.log_every_steps == 0
+            if taken > 1 and (is_log_due or taken.bit_count() == 1 or self.step >= self.horizon):
+                self._estimate_length()
             is_validation_due = self._is_validation_due
-            if self.step % self._settings.log_every_steps == 0 or is_validation_due or self._clock.is_estimate_due(self.step):
+            if is_log_due or is_validation_due:
                 self._log_means()
             if is_validation_due:
                 self.validate()
@@ -165,20 +162,40 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ what a run does
 
-    def take_step(self, batch: Any) -> None:
+    def _take_step(self, batch: Any) -> None:
         """Updates the state by one batch: a `TrainingStep` on every device, through `parallel.parallelize`."""
-        if not self._is_compiled and isinstance(self._compiled_step, parallel.ParallelStep):
-            self._compiled_step.compile(self.state, batch)
         self.state, metrics = self._compiled_step(self.state, batch)
+        self.step += 1
         self._window.append(metrics)
+        if self.step == self._first_step + 1:  # compilation is over: time of steps starts here
+            name = self._objective.name
+            check_finite(jax.device_get(metrics), self.step - 1, self.step)
+            seconds = self._clock.begin_steps(self.step, self._seconds_of_steps)
+            self._timed_from = self.step, time.monotonic()
+            self._record("timing", {"compile_seconds": seconds})
+            self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
         jax.block_until_ready(self._window[-1 - AHEAD : -AHEAD])  # signals and time limits are of steps that are done
-        self.step, self._timed_steps = self.step + 1, self._timed_steps + 1
-        if not self._is_compiled:
-            self._leave_out_compilation(metrics)
+
+    def _estimate_length(self) -> None:
+        """Sets the updates of the whole run to those that a time limit allows."""
+        if not self._clock.has_limit:
+            return
+        jax.block_until_ready(self.state)
+        length = self.step + self._clock.steps_left(self.step)
+        self.horizon = self._agree(int(max(min(length, self._settings.most_steps, LONGEST), self.step)))
+        self.state = self.state._replace(horizon=np.int32(self.horizon))
+
+    def _log_means(self) -> None:
+        """Writes the means over the steps since the last line of the log."""
+        means = self._checked_means()
+        step, began = self._timed_from
+        if self.step > step:
+            means["seconds_per_step"] = (time.monotonic() - began) / (self.step - step)
+        self._record("train", means)
+        self._window, self._timed_from = [], (self.step, time.monotonic())
 
     def validate(self) -> None:
         """Measures the state on held-out data, hands it over, and goes on with the terms that the validation asks for."""
-        parallel.check_equal_on_all_devices(self.state)
         name, loss = self._objective.name, None
         with self._clock.validation():
             if self._validate is None:
@@ -189,51 +206,22 @@ class Trainer:
                 self._record("validation", found.metrics)
                 if found.num_terms != int(self.state.num_terms):
                     self.state = self.state._replace(num_terms=np.int32(found.num_terms))
-                    self._use_terms(found.num_terms)
+                    self._compiled_step = self._compile_step(self._objective.step_with(found.num_terms))
                 loss, shown = self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
                 self._losses.append(loss)
             self._validated_step = self.step
             self._validated(loss)
-        self._window_began = time.monotonic()
+        self._timed_from = self.step, time.monotonic()
         self._say(f"step {self.step} of {self.horizon}: {shown}, {self._clock.left(self.step, self.horizon)} left")
 
-    def check_unvalidated(self) -> None:
-        """Makes the state one to save between two validations; `BlowUpError` if the latest steps blew up."""
+    def check(self) -> None:
+        """Raises `BlowUpError` if a step since the last line of the log blew up."""
         if self._window:
             self._checked_means()
-        if self._clock.has_limit and self.step >= self.horizon:  # its estimate was too low: the run is not over
-            self.state = self.state._replace(horizon=np.int32(self.step + 1))
-        parallel.check_equal_on_all_devices(self.state)
-
-    def _use_terms(self, num_terms: int) -> None:
-        """Switches to the program with this many terms of the log-determinant."""
-        self._compiled_step = self._compile_step(self._objective.step_with(num_terms))
-        self._is_compiled = False
-
-    def _leave_out_compilation(self, metrics: Any) -> None:
-        """Waits for the first step of a program, and starts the clocks behind it; `BlowUpError` if it blew up."""
-        jax.block_until_ready(metrics)
-        check_finite(metrics, self.step - 1, self.step)
-        if self.step == self._first_step + 1:
-            seconds, name = self._clock.begin_steps(), self._objective.name
-            self._record("timing", {"compile_seconds": seconds})
-            self._say(f"first step after {seconds:.0f} s: {name} {float(metrics[name]):.4f}")
-        self._timed_steps, self._window_began, self._is_compiled = 0, time.monotonic(), True
-
-    def _log_means(self) -> None:
-        """Writes the means over the steps since the last line of the log."""
-        means = self._checked_means()
-        if self._timed_steps:
-            means["seconds_per_step"] = (time.monotonic() - self._window_began) / self._timed_steps
-        self._record("train", means)
-        length = None if self._is_last_step else self._clock.length(self.step)
-        if length is not None and length != self.horizon:
-            self.state = self.state._replace(horizon=np.int32(length))
-        self._window, self._timed_steps, self._window_began = [], 0, time.monotonic()
 
     def _checked_means(self) -> dict[str, float]:
         """Means over the steps since the last line of the log; `BlowUpError` if one of them blew up."""
-        window = parallel.metrics_on_host(self._window)
+        window = jax.device_get(self._window)
         means = {name: float(np.mean([metrics[name] for metrics in window], dtype=np.float64)) for name in window[0]}
         check_finite(means, self.step - len(self._window), self.step)
         return means
@@ -244,11 +232,6 @@ class Trainer:
         self._log(split, values)
 
     # ------------------------------------------------------------------------------------------------ where a run stands
-
-    @property
-    def horizon(self) -> int:
-        """Updates in the whole run, as far as is known."""
-        return int(self.state.horizon)
 
     @property
     def elapsed_s(self) -> float:
@@ -270,25 +253,76 @@ class Trainer:
         """Why a run is over before all its steps; empty otherwise."""
         if not self._is_over or self.step >= self._settings.most_steps:
             return ""
-        return "time was over" if self._is_last_step else "validation no longer improved"
+        return "time was over" if self.step >= self.horizon else "validation no longer improved"
 
     @property
     def _is_over(self) -> bool:
         """Whether the last validation ended training: at the last step, out of time, or without improvement for too long."""
-        if not self.is_validated or self._is_last_step:
+        if not self.is_validated or self.step >= self.horizon:
             return self.is_validated
         patience = self._settings.patience
         return bool(patience) and len(self._losses) - 1 - int(np.argmin(self._losses or [0.0])) >= patience
 
     @property
-    def _is_last_step(self) -> bool:
-        return self.step >= self._last_step
+    def _is_validation_due(self) -> bool:
+        """Whether to validate: at the last step, every so many steps, and with a time limit after a twentieth of the steps."""
+        if self.step >= self.horizon or self.step % self._settings.eval_every_steps == 0:
+            return True
+        since = self.step - max(self._validated_step, self._first_step)
+        return self._clock.has_limit and since >= self.horizon / VALIDATIONS
+
+
+class Clock:
+    """Time of a run, which starts when the clock is made.
+
+    Args:
+        limit_s: Limit on the seconds of training; infinite without one.
+        seconds_before: Seconds of training before.
+    """
+
+    def __init__(self, limit_s: float | int, seconds_before: float | int):
+        self._limit_s, self._seconds_before, self._began = limit_s, seconds_before, time.monotonic()
+        self._first_step, self._steps_began = 0, self._began
+        self._validation_s: float | None = None
 
     @property
-    def _is_validation_due(self) -> bool:
-        if self._is_last_step or self.step % self._settings.eval_every_steps == 0:
-            return True
-        return self._clock.is_validation_due(self.step, self._validated_step)
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether time may end the run."""
+        return math.isfinite(self._limit_s)
+
+    def begin_steps(self, step: int, most_seconds: float) -> float:
+        """Starts the time of the steps behind this one, which have so many seconds at most; the seconds until now."""
+        self._first_step, self._steps_began = step, time.monotonic()
+        self._limit_s = min(self._limit_s, self.elapsed_s + most_seconds)
+        return self._steps_began - self._began
+
+    @contextlib.contextmanager
+    def validation(self) -> Iterator[None]:
+        """Measures the time of a validation, the body of ``with``; the first one compiles and does not count."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        if self._validation_s is None:
+            self._steps_began, seconds = self._steps_began + seconds, 0.0
+        self._validation_s = seconds
+
+    def steps_left(self, step: int) -> float:
+        """Steps that the limit leaves time for before a last validation, at the rate of those so far."""
+        return max(self._limit_s - self.elapsed_s - (self._validation_s or 0.0), 0.0) / self._seconds_per_step(step)
+
+    def left(self, step: int, horizon: int) -> str:
+        """Predicted time until the last step, or until the limit if that comes first, such as 1:05."""
+        left_s = min(self._seconds_per_step(step) * (horizon - step), self._limit_s - self.elapsed_s)
+        minutes, seconds = divmod(round(max(left_s, 0)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    def _seconds_per_step(self, step: int) -> float:
+        return max(time.monotonic() - self._steps_began, 1e-9) / max(step - self._first_step, 1)
 
 
 class BlowUpError(RuntimeError):

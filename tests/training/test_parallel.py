@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from iresnet_jax.training.parallel import (
     AXIS,
     check_divisible,
-    check_equal_on_all_devices,
     eval_batches,
     example_keys,
     over_batches,
     parallelize,
     shard,
-    shared_vmap,
 )
 
 RTOL = 1e-5  # float32 means over the same numbers, summed in another order
@@ -75,31 +73,6 @@ def test_one_device_two_devices_and_vmap_agree(batches):
         state, losses = run(step, batches, num_devices)
         np.testing.assert_allclose(losses, reference_losses, rtol=RTOL)
         np.testing.assert_allclose(state["weights"], reference["weights"], rtol=RTOL)
-
-
-@pytest.mark.parametrize("num_rows", [1, 5])
-def test_rows_that_devices_share_are_those_of_vmap(num_rows):
-    def statistics(row, scale):
-        return {"sum": scale * row.sum(), "cubes": (row**3, jnp.max(row))}
-
-    rows, scales = jnp.arange(3.0 * num_rows).reshape(num_rows, 3), jnp.linspace(1, 2, num_rows)
-
-    def step(state, batch):
-        return shared_vmap(statistics)(*state), {}
-
-    expected = jax.vmap(statistics)(rows, scales)
-    for run, num_devices in ((parallelize(step), 2), (parallelize(step), 1), (simulate(step), 2), (simulate(step), 1)):
-        outputs, _ = run((rows + 0, scales + 0), shard(np.zeros((2, 1), np.float32), num_devices=num_devices))
-        for output, wanted in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(output, wanted, rtol=RTOL)
-
-
-def test_each_device_computes_its_share_of_the_rows_alone():
-    def step(state, batch):
-        return shared_vmap(lambda row: row + jax.lax.axis_index(AXIS))(state), {}
-
-    outputs, _ = parallelize(step)(jnp.zeros(5), shard(np.zeros((2, 1), np.float32)))
-    np.testing.assert_array_equal(outputs, [0, 0, 0, 1, 1])
 
 
 def test_the_state_is_donated_and_the_step_compiled_once(batches):
@@ -177,27 +150,6 @@ def test_batches_that_cannot_be_shared_out_say_what_would_do():
     with pytest.raises(ValueError, match="batch of 0 examples"):
         check_divisible(0, 2)
     check_divisible(64, 2)
-
-
-def test_a_difference_between_devices_is_found_and_named():
-    placement = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.local_devices(), (AXIS,)), jax.sharding.PartitionSpec())
-
-    def on_devices(*copies):
-        copies = [jax.device_put(copy, device) for copy, device in zip(copies, jax.local_devices(), strict=True)]
-        return jax.make_array_from_single_device_arrays(copies[0].shape, placement, copies)
-
-    same = np.arange(6, dtype=np.float32)
-    swapped, negated = same[[0, 2, 1, 3, 4, 5]], np.where(same == 0, -0.0, same).astype(np.float32)
-    state = {
-        "params": {"first": on_devices(same, same), "second": on_devices(same, same)},
-        "step": jnp.int32(3),
-        "seed": np.uint32(0),
-    }
-    check_equal_on_all_devices(state)
-    for other in (swapped, negated, np.nextafter(same, 9)):
-        state["params"]["second"] = on_devices(same, other)
-        with pytest.raises(RuntimeError, match="params/second differs between device 0 and device 1"):
-            check_equal_on_all_devices(state)
 
 
 @given(num_examples=st.integers(1, 100), batch_size=st.integers(1, 120))

@@ -89,71 +89,45 @@ def test_patience_ends_training():
     assert steps(made, "validation") == [3, 6, 9, 12]
 
 
-def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(monkeypatch):
-    """By a clock of a tenth of a second a reading."""
-    clock = itertools.count(0, 0.1)
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
-    made = run(minutes=5.0, total_steps=0, eval_every_steps=100_000)
-    assert 250 < made.elapsed_s < 320
-    assert made.step == int(made.state.horizon) < 1000
+@pytest.fixture
+def clock(monkeypatch):
+    """Has every reading of the clock take a tenth of a second."""
+    readings = itertools.count(0, 0.1)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(readings))
+
+
+TIME_LIMITS = {
+    "minutes": {"minutes": 1.0, "total_steps": 0},
+    "seconds of steps": {"options": {"seconds_of_steps": 60.0}, "total_steps": 5000},
+    "the shorter one": {"options": {"seconds_of_steps": 60.0}, "minutes": 50.0, "total_steps": 5000},
+    "an estimate that several processes agree on": {"options": {"agree": lambda steps: steps // 2 * 2}, "minutes": 1.0},
+}
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("settings", TIME_LIMITS.values(), ids=TIME_LIMITS)
+def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(settings):
+    made = run(**{"total_steps": 5000, "eval_every_steps": 100_000, **settings})
+    assert 50 < made.elapsed_s < 63
+    assert made.step == made.horizon == int(made.state.horizon) < 5000
+    assert made.ended == "time was over"
     rates = [record["learning_rate"] for record in made.records if record["split"] == "train"]
     assert rates[-1] < 0.05 * max(rates)
     assert 15 <= len(steps(made, "validation")) <= 25
 
 
-@pytest.mark.parametrize("settings", [{"minutes": 5.0}, {}])
-def test_the_time_of_steps_can_be_limited(monkeypatch, settings):
-    clock = itertools.count(0, 0.1)
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
-    made = run(options={"seconds_of_steps": 60.0}, total_steps=1000, eval_every_steps=100_000, **settings)
-    assert 50 < made.elapsed_s < 75
-    assert made.step == int(made.state.horizon) < 300
-    rates = [record["learning_rate"] for record in made.records if record["split"] == "train"]
-    assert rates[-1] < 0.05 * max(rates)
+@pytest.mark.usefixtures("clock")
+def test_a_run_with_time_for_all_its_steps_takes_them():
+    made = run(minutes=50.0, total_steps=100)
+    assert (made.step, made.ended) == (100, "")
 
 
-def test_a_pause_at_its_start_leaves_a_run_alone_that_has_time_for_all_its_steps(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
-
-    def pause(made):
-        nonlocal now
-        now += 1.5 if len(paused) < 3 else 0.01
-        paused.append(now)
-
-    rates = []
-    for within in (60.0, math.inf):
-        paused = []
-        made = run(after_step=pause, options={"seconds_of_steps": within}, total_steps=60, log_every_steps=1)
-        rates.append([record["learning_rate"] for record in made.records if record["split"] == "train"])
-    assert rates[0] == rates[1]
-    assert len(rates[0]) == 60
-
-
-def test_a_run_that_goes_on_shortly_before_its_end_keeps_its_length(monkeypatch):
-    """Its steps so far took nearly all of the time: the length that was estimated then stands, and is estimated anew soon."""
-    now = 0.0
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now)
+@pytest.mark.usefixtures("clock")
+def test_a_run_that_goes_on_has_the_time_that_is_left():
     state = objective_of(1000).initial_state()._replace(step=jnp.int32(190), horizon=np.int32(200))
-    horizons = []
-
-    def after_step(made):
-        nonlocal now
-        now += 0.3
-        horizons.append(made.horizon)
-
-    settings = {"minutes": 100 / 60, "total_steps": 1000, "log_every_steps": 1, "eval_every_steps": 100_000}
-    made = run(after_step=after_step, options={"state": state, "seconds_before": 90.0}, **settings)
-    assert max(horizons) < 240
-    assert made.step == made.horizon < 240
-
-
-@pytest.mark.parametrize("total_steps", [0, 1000])
-def test_several_processes_validate_and_end_by_the_estimate_that_they_agree_on(monkeypatch, total_steps):
-    monkeypatch.setattr(parallel, "num_processes", lambda: 2)
-    made = run(options={"agree": lambda horizon: 40}, minutes=60.0, total_steps=total_steps, eval_every_steps=100_000)
-    assert made.step == int(made.state.horizon) == 40
-    assert steps(made, "validation") == [*range(3, 40, 3), 40]
+    made = run(options={"state": state, "seconds_before": 290.0}, minutes=5.0, total_steps=1000, log_every_steps=1)
+    assert 191 < made.step < 240
+    assert made.elapsed_s < 305
 
 
 def test_what_is_not_finite_ends_training():
@@ -168,24 +142,3 @@ def test_what_is_not_finite_ends_training():
 def test_parameters_without_a_constraint_get_the_gradient_of_the_mean():
     made = run(total_steps=1)
     np.testing.assert_allclose(jax.device_get(made.state.params["number"]), 0.2 * 6, rtol=1e-6)
-
-
-def test_no_more_than_two_steps_are_queued_behind_the_one_that_runs(monkeypatch):
-    """Signals and time limits are of steps that are done."""
-    awaited, whole = [], jax.block_until_ready
-    monkeypatch.setattr(jax, "block_until_ready", lambda tree: awaited.append(tree) or whole(tree))
-    metrics = []
-
-    def watched(training_step):
-        step = parallel.parallelize(training_step)
-
-        def take(state, batch):
-            state, own = step(state, batch)
-            metrics.append(own)
-            return state, own
-
-        return take
-
-    run(options={"compile_step": watched}, total_steps=12, log_every_steps=12, eval_every_steps=12)
-    for step in range(12 - trainer.AHEAD):
-        assert any(tree and tree[0] is metrics[step] for tree in awaited if isinstance(tree, list))
