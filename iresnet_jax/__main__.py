@@ -64,11 +64,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "where to write (%(default)s)",
     },
     "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
-    "largest-batch": {
-        "action": "store_true",
-        "default": False,
-        "help": "find the largest batch that fits, in several compilations",
-    },
 }
 
 
@@ -123,7 +118,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "Whether the training step of a config fits a machine that is not here; exit status 1 if it does not.",
-        "topology largest-batch",
+        "topology",
         takes_config=True,
     ),
 }

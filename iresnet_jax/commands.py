@@ -24,7 +24,6 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan as plans
-from iresnet_jax.runs import topologies
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.trained_run import Run, save
@@ -182,8 +181,8 @@ def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
     config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
-    on, say = topologies.machine(arguments.topology), functools.partial(print, file=sys.stderr, flush=True)
-    made = plans.make(config, on, find_largest=arguments.largest_batch, say=say)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    made = plans.make(config, plans.machine(arguments.topology), say=say)
     _say(made)
     return made.problem is None
 
