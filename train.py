@@ -19,12 +19,11 @@ detected; otherwise every process needs
     --process_id            number of this process, from 0
 """
 
+import gc
 import logging
 import os
-import runpy
 import signal
 import sys
-from importlib.util import find_spec
 
 HINT = "the same command goes on from the last checkpoint"
 
@@ -38,13 +37,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
-    if (package := find_spec("iresnet_jax")) and package.origin:  # by its path: importing it would import JAX first
-        memory = runpy.run_path(os.path.join(os.path.dirname(package.origin), "runs", "allocator.py"))
-        memory["use_large_pages"]()
-        memory["collect_garbage_rarely"]()
-
 try:
-    from iresnet_jax.runs import allocator, command_line, machine
+    from iresnet_jax.runs import command_line, machine
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
 
@@ -84,8 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    machine.ignore_missing_tpu()
-    machine.compile_quickly()
+    machine.keep_freed_memory()
+    gc.set_threshold(50_000, 20, 100)  # imports and tracing make many objects that live on
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     sys.exit(main(sys.argv))

@@ -4,10 +4,9 @@ Nothing is imported before a worker makes its case: what a process does before J
 """
 
 import contextlib
-import importlib.util
+import gc
 import itertools
 import os
-import runpy
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ WARMUP = 2
 
 def prepare_jax(config=None):
     """What train.py does in its process before JAX starts; without a config what a command for a trained model does."""
-    from iresnet_jax.runs import allocator, machine
+    from iresnet_jax.runs import machine
     from iresnet_jax.runs.config import Config
 
-    allocator.collect_garbage_rarely()
+    gc.set_threshold(50_000, 20, 100)
     if config is not None:
-        allocator.keep_freed_memory()
-        machine.compile_quickly()
+        machine.keep_freed_memory()
     machine.use_all_cores(config or Config())
     machine.cache_programs()
 
@@ -86,11 +84,6 @@ class OurSteps(Steps):
     """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
 
     def __init__(self, config, *, warmup=WARMUP):
-        # Before all imports, as train.py does: it starts this process again, the first time.
-        spec = importlib.util.find_spec("iresnet_jax")
-        assert spec is not None
-        package = Path(str(spec.origin)).parent
-        runpy.run_path(str(package / "runs" / "allocator.py"))["use_large_pages"]()
         from iresnet_jax.runs.config import parse
 
         settings = parse(config)
@@ -98,15 +91,12 @@ class OurSteps(Steps):
         import jax
 
         from iresnet_jax.data.batches import device_batches
-        from iresnet_jax.runs import allocator, plan
+        from iresnet_jax.runs import plan
 
         self._jax = jax
         _, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
         self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
-        self.take()
-        self.wait()
-        allocator.return_freed_memory()
-        self.warm_up(warmup - 1)
+        self.warm_up(warmup)
 
     def take(self):
         self._state, self._metrics = self._step(self._state, next(self._feed))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from iresnet_jax.atomic_files import local_folder
-from iresnet_jax.runs import allocator, machine
+from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
 from iresnet_jax.runs.signals import end_at_signals
 
@@ -181,7 +181,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    allocator.collect_garbage_rarely()
     end_at_signals("give the same command to start again")
-    machine.ignore_missing_tpu()
     sys.exit(main())

@@ -23,11 +23,11 @@ from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
-from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, prepare_backend, start_backend
+from iresnet_jax.runs.machine import cache_programs, prepare_backend, start_backend
 from iresnet_jax.runs.metrics import Lines, read_metrics
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory, is_interactive
+from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.step import TrainingStep
@@ -119,7 +119,6 @@ def fit(
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
     began = time.monotonic()
-    ignore_missing_tpu()
     start_backend()
     cache_programs()
     options = checked_options(
@@ -396,7 +395,7 @@ def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any
     except Stopped as error:
         if error.received == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it
-        if error.received == signal.SIGTERM or not is_interactive():
+        if error.received not in heard_in_memory():
             raise
         say(f"{str(error).split(':')[0]}: the best model so far")
         ended = "it was stopped"

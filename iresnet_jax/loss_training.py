@@ -20,7 +20,7 @@ from iresnet_jax.models import flow
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
-from iresnet_jax.runs.machine import cache_programs, ignore_missing_tpu, start_backend
+from iresnet_jax.runs.machine import cache_programs, start_backend
 from iresnet_jax.runs.metrics import Lines
 from iresnet_jax.runs.signals import StopRequests, heard_in_memory
 from iresnet_jax.training import parallel
@@ -108,7 +108,6 @@ def train(
         ...     return -model.log_prob(batch, key).mean()
         >>> trained = train(model, loss, x, steps=2000, key=jax.random.key(1))  # doctest: +SKIP
     """
-    ignore_missing_tpu()
     start_backend()
     cache_programs()
     seed = int(jax.random.bits(single_key(key), dtype="uint32"))

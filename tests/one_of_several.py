@@ -1,5 +1,6 @@
 """The processes of a run of several, forked from one that has imported the library: its imports take a core two seconds."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ import lowering
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax.runs import allocator, hosts, signals
+from iresnet_jax.runs import hosts, signals
 from iresnet_jax.runs.command_line import explain_failures
 from iresnet_jax.runs.loop import train
 
@@ -83,7 +84,7 @@ def work(stderr, address, num_processes, process, trainings, num_devices, waitin
     others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
     warnings.simplefilter("ignore")
-    allocator.collect_garbage_rarely()  # makes tracing faster
+    gc.set_threshold(50_000, 20, 100)  # makes tracing faster
     hosts.LOST_S = waiting.get("lost_s", hosts.LOST_S)
     hosts._LAST_WORDS_S = waiting.get("last_words_s", hosts._LAST_WORDS_S)
     signals.end_at_signals("the same command goes on")

@@ -6,6 +6,7 @@ plain descent, which compiles sooner than Muon. ``ir.fit_energy`` tries two mixt
 """
 
 import functools
+import gc
 import json
 import re
 import sys
@@ -20,7 +21,6 @@ import numpy as np
 
 import iresnet_jax as ir
 from iresnet_jax import energy_fitting, estimators, loss_training
-from iresnet_jax.runs import allocator
 from iresnet_jax.training.optimizers import OptimizerConfig
 
 FITTED = {}
@@ -72,7 +72,7 @@ def run_page(page: str, blocks: list[tuple[int, str]]) -> str | None:
 
 def main(path: str) -> None:
     """Writes what failed, by page, over the blocks."""
-    allocator.collect_garbage_rarely()  # makes tracing faster
+    gc.set_threshold(50_000, 20, 100)  # makes tracing faster
     mpl.use("Agg")
     ir.fit = estimators.fit = fit_once(ir.fit)
     energy_fitting.COMPONENTS = (1, 2)

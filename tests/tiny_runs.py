@@ -14,8 +14,8 @@ import pytest
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.config import parse
-from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import abstract_variables
+from iresnet_jax.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[1]
 TOTAL_STEPS, EVAL_EVERY = 20, 2
@@ -99,7 +99,7 @@ def trained(tmp_path_factory, name):
         if not whole.exists():
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(parallel, "parallelize", functools.partial(_counted, parallel.parallelize, traces))
+                patch.setattr(TrainingStep, "__call__", _counted(TrainingStep.__call__, traces))
                 shorten_reports(patch)
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)
@@ -127,12 +127,13 @@ def _train_from_the_command_line(source, workdir, patch):
     (workdir / SAID).write_text("\n".join(said).replace(str(workdir), "RUN"))
 
 
-def _counted(parallelize, traces, step, **options):
+def _counted(function, calls):
+    @functools.wraps(function)
     def counted(*arguments):
-        traces.append(1)
-        return step(*arguments)
+        calls.append(1)
+        return function(*arguments)
 
-    return parallelize(counted, **options)
+    return counted
 
 
 def shared(tmp_path_factory):

@@ -30,8 +30,7 @@ from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
-from iresnet_jax.runs.allocator import num_cores
-from iresnet_jax.runs.machine import device_summary
+from iresnet_jax.runs.machine import device_summary, num_cores
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
 

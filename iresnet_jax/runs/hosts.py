@@ -1,8 +1,8 @@
 """Processes of one run: they find one another, agree, and end together.
 
 A run on many hosts is the same command on each of them. `initialize` joins the processes before JAX touches a device. What one
-process alone may do, process 0 does; `from_first` hands its result, or its failure, to all. What all have to do after the same
-step, such as to stop, they agree on by `Agreement`. JAX's coordinator, in process 0, watches them: if one fails, is stopped or
+process alone may do, process 0 does; `from_first` hands its result, or its failure, to all. What one process alone knows, such
+as that it was told to stop, `largest` tells all. JAX's coordinator, in process 0, watches them: if one fails, is stopped or
 does not answer, JAX ends the rest, instead of letting them wait in a reduction for ever.
 
 In a process on its own everything here does nothing, or the obvious.
@@ -10,9 +10,7 @@ In a process on its own everything here does nothing, or the obvious.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import enum
 import json
 import os
 import sys
@@ -23,19 +21,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.experimental import multihost_utils
 
 from iresnet_jax.checked_dataclasses import first_difference
 from iresnet_jax.runs import signals
 from iresnet_jax.training import parallel
-from iresnet_jax.training.parallel import AXIS
 
 INITIALIZATION_S = 300  # at most, until all processes have come
 LOST_S = 30  # without a sign of life, after which a process is taken for lost
 SHUTDOWN_S = 60  # at most, until all processes have reached the end
 LOST = 75  # exit status of a process that lost another one: "try again later" among those of sysexits.h
-DELAY = 2  # steps after which wishes are granted
+AGREE_EVERY = 10  # steps after which processes ask each other whether to stop, at the latest
 
 _FAILED = 2  # exit status, as of a mistake in a process on its own
 _LAST_WORDS_S = 3.0  # in which processes that fail alike say so before JAX ends them with process 0
@@ -155,11 +151,15 @@ def agree_on(name: str, value: Any) -> None:
             raise ValueError(f"all processes need one {name}: {difference}")
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers of all processes, which all have to call this."""
+    return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def _of_all(text: str) -> list[str]:
     """The texts of all processes, in their order."""
     own = text.encode()
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(own)))))
-    rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(longest), np.uint8))
+    rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(largest(len(own))), np.uint8))
     return [np.asarray(row).tobytes().decode().rstrip(" ") for row in rows]
 
 
@@ -200,57 +200,3 @@ def _leave() -> None:
     if is_shared():
         jax.distributed.shutdown()
         parallel.go_on_alone()
-
-
-class Wish(enum.IntEnum):
-    """Wishes of a process, by their places in the sum of `Agreement`."""
-
-    SIGINT = 0
-    SIGTERM = 1
-    SAVE = 2
-
-
-class Agreement:
-    """Decisions that all processes take after the same step, though one of them alone knows the reason.
-
-    A signal reaches one process, and clocks differ. So each process hands its wishes to the step beside its share of the batch,
-    the step adds them up over all devices, and every process reads the sum of the same step: `DELAY` steps later, when it is
-    there without waiting. The sum travels with those of the gradients.
-
-    Args:
-        wishes: ``() ->`` what this process wishes for now.
-    """
-
-    def __init__(self, wishes: Callable[[], set[Wish]]):
-        self._wishes = wishes
-        self._sums: collections.deque[Any] = collections.deque()
-
-    def parallelize(self, training_step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """`parallel.parallelize` of a step to which this process hands its wishes."""
-        step = parallel.parallelize(with_wishes(training_step))
-
-        def take(state: Any, batch: Any) -> tuple[Any, Any]:
-            own = np.zeros((jax.local_device_count(), len(Wish)), np.float32)
-            own[:, [*self._wishes()]] = 1
-            state, (metrics, total) = step(state, (batch, own))
-            self._sums.append(total)
-            return state, metrics
-
-        return take
-
-    def granted(self) -> set[Wish]:
-        """Wishes that all processes follow now."""
-        if len(self._sums) <= DELAY:
-            return set()
-        return {wish for wish, total in zip(Wish, np.asarray(self._sums.popleft()), strict=True) if total > 0}
-
-
-def with_wishes(training_step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """A training step of ``(examples, wishes)`` that also adds up the wishes of all devices."""
-
-    def step(state: Any, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-        examples, wishes = batch
-        state, metrics = training_step(state, examples)
-        return state, (metrics, lax.psum(wishes, AXIS))
-
-    return step

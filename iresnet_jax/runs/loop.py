@@ -4,7 +4,7 @@ A workdir belongs to one config. Running the same command again resumes from the
 bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
 the step it has reached; the first log line after a resume then averages only the steps since. A run that is killed loses the
 steps since its last checkpoint. Between validations, a checkpoint follows the first log line after `SAVE_SECONDS`: lost are at
-most the steps of that time and ``log_every_steps`` more, with several processes another three, until they have agreed to save.
+most the steps of that time and ``log_every_steps`` more.
 """
 
 import contextlib
@@ -20,10 +20,9 @@ from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
-from iresnet_jax.runs import allocator, hosts, run_folder
+from iresnet_jax.runs import hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.hosts import Agreement, Wish
 from iresnet_jax.runs.machine import device_summary, prepare_backend
 from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
 from iresnet_jax.runs.model_from_config import load_data, model_spec
@@ -36,6 +35,7 @@ from iresnet_jax.training.trainer import BlowUpError, Trainer, TrainingConfig
 
 _logger = logging.getLogger(__name__)
 SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
+SAVE = 1  # wish of a process to save, below the numbers of the signals that it may get
 
 
 def train(
@@ -83,17 +83,9 @@ def train(
         # 3. Newest checkpoint, or the first state.
         state, losses = _newest(workdir, objective, checkpoints, writer)
 
-        # 4. Step, compiled for all devices. Several processes tell each other in it what they wish to do after a later step.
-        saved_at, stop = time.monotonic(), StopRequests(has_begun=False)
+        # 4. Every n steps: log, validate and save.
+        saved_at, stop = time.monotonic(), StopRequests()
 
-        def wishes() -> set[Wish]:
-            is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS
-            received = set() if stop.received is None else {Wish[stop.received.name]}
-            return received | ({Wish.SAVE} if is_save_due else set())
-
-        agreement = Agreement(wishes) if is_shared else None
-
-        # 5. Every n steps: log, validate and save.
         def log(split: str, metrics: Mapping[str, float]) -> None:
             if writer is not None:
                 writer.write(trainer.step, metrics, split=split)
@@ -113,27 +105,29 @@ def train(
             state=state,
             losses=losses,
             seconds_before=0.0 if writer is None else writer.elapsed_s,
-            compile_step=parallel.parallelize if agreement is None else agreement.parallelize,
             agree=lambda horizon: hosts.from_first(lambda: horizon),  # by the clock of process 0
             log=log,
             validated=save,
             say=say or (lambda line: _logger.info("%s", line)),
         )
         progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None))
-        stack.enter_context(stop)  # until a step is done there is nothing to save: signals end the process
 
-        # 6. One batch after the other; stop if somebody asked.
-        batches = device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size, first_step=trainer.step)
+        # 5. One batch after the other; stop if somebody asked any of the processes.
+        first_step = trainer.step
+        batches = device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size, first_step=first_step)
         try:
             for step in trainer.steps(batches):
-                stop.has_begun = True
-                granted = wishes() if agreement is None else agreement.granted()
-                received = next((signal.Signals[wish.name] for wish in (Wish.SIGTERM, Wish.SIGINT) if wish in granted), None)
-                if granted and not trainer.is_validated:
+                if step == first_step + 1:  # until now there was nothing to save: signals ended the process
+                    stack.enter_context(stop)
+                if is_shared and step % hosts.AGREE_EVERY and not trainer.is_logged:
+                    continue
+                is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS
+                wish = hosts.largest(stop.received or (SAVE if is_save_due else 0))
+                if wish and not trainer.is_validated:
                     trainer.check()
                     save()
-                if received:
-                    there = f"after step {step} of {trainer.horizon}"
+                if wish > SAVE:
+                    received, there = signal.Signals(wish), f"after step {step} of {trainer.horizon}"
                     raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
         except BlowUpError as error:
             raise BlowUpError(f"{error}, in another workdir; the old workdir keeps its checkpoints") from error
@@ -186,7 +180,6 @@ def _newest(
 
     losses = hosts.from_first(restore)
     state = hosts.broadcast(found[0] if found else fresh)  # a fresh state, too: hosts round differently
-    allocator.return_freed_memory()  # restoring leaves fragments that steps could not use
     if int(state.step):
         _logger.info("resuming from step %d of %d", state.step, state.horizon)
     return state, losses

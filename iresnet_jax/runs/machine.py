@@ -1,13 +1,14 @@
-"""JAX on this machine: a CPU's cores and compiler, and the precision of products.
+"""JAX on this machine: a CPU's cores and memory, the precision of products, and compiled programs on disk.
 
-What has to be set before JAX touches a device says so. Memory is the business of `iresnet_jax.runs.allocator`.
+What has to be set before JAX touches a device says so.
 """
 
-import contextlib
+import ctypes
 import hashlib
 import os
 import platform
 import re
+import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,35 +18,11 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from iresnet_jax.data.cache import user_folder
-from iresnet_jax.maths.platforms import CPU_OPTIONS
-from iresnet_jax.runs.allocator import num_cores
 
 MOST_CACHED_BYTES = 2**30  # of compiled programs on disk
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
 
-PCI, GOOGLE = Path("/sys/bus/pci/devices"), "0x1ae0"  # where Linux lists devices, and the vendor of TPUs
-TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")
-
 _settings: Any = jax.config  # whose fields type checkers cannot see
-
-
-def ignore_missing_tpu() -> bool:
-    """Keeps JAX from starting libtpu where it is installed, as for ``plan``, but no TPU is there.
-
-    Looking for one writes alarming lines, and holds the lock of its compiler, which serves one process at a time. Call this
-    before JAX touches a device.
-
-    Returns:
-        Whether JAX was told to use CPUs.
-    """
-    is_chosen = bool(_settings.jax_platforms) or any(name in os.environ for name in TPU_VARIABLES)
-    if is_chosen or entry_points(group="jax_plugins") or find_spec("jax_plugins") or not find_spec("libtpu"):
-        return False
-    vendors = {path.read_text().strip() for path in PCI.glob("*/vendor")}
-    if not vendors or GOOGLE in vendors or any(Path("/dev").glob("accel*")):
-        return False
-    jax.config.update("jax_platforms", "cpu")
-    return True
 
 
 def start_backend() -> None:
@@ -64,27 +41,24 @@ def start_backend() -> None:
         ) from None
 
 
-def compile_quickly() -> tuple[str, ...]:
-    """Sets `platforms.CPU_OPTIONS` as ``XLA_FLAGS``, for programs that ask for no options; call it before JAX touches a device.
+def keep_freed_memory() -> None:
+    """Makes glibc's allocator hold on to memory that is freed, where there is glibc; call it before JAX starts its threads.
 
-    A flag that the user has set stays.
-
-    Returns:
-        The flags that were set; none where there may be an accelerator.
+    On a CPU, XLA allocates the temporary arrays of every step again. By default the system finds and clears their memory at
+    every step, which takes much of its time.
     """
-    if not _has_cpus_alone(_settings.jax_platforms):
-        return ()
-    given = os.environ.get("XLA_FLAGS", "")
-    chosen = tuple(f"--{name}={str(value).lower()}" for name, value in CPU_OPTIONS.items() if name not in given)
-    os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *chosen]))
-    return chosen
+    most = 2**31 - 1
+    settings = {-1: most, -2: 2**26, -3: most}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    if num_cores() == 1:  # all threads share the first thread's arena, which alone keeps arrays of more than 64 MiB
+        settings[-8] = 1  # M_ARENA_MAX
+    if sys.platform.startswith("linux") and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
 
 
-def _has_cpus_alone(platforms: str | None) -> bool:
-    """Whether JAX has no other platform to choose, as far as this can be known before it starts."""
-    if platforms:
-        return platforms == "cpu"
-    return not entry_points(group="jax_plugins") and not any(map(find_spec, ("jax_plugins", "libtpu")))
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_all_cores(config: Any) -> int:
@@ -97,7 +71,8 @@ def use_all_cores(config: Any) -> int:
         The number of devices; 0 if the user's own setting holds, JAX has started, or there may be an accelerator.
     """
     is_set = _settings.jax_num_cpu_devices >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if is_set or not _has_cpus_alone(_settings.jax_platforms):
+    may_have_others = entry_points(group="jax_plugins") or any(map(find_spec, ("jax_plugins", "libtpu")))
+    if is_set or (_settings.jax_platforms or ("" if may_have_others else "cpu")) != "cpu":
         return 0
     devices = num_devices(config, num_cores())
     try:
@@ -136,8 +111,7 @@ def device_summary() -> str:
 def cache_programs() -> Path | None:
     """Switches on JAX's cache of compiled programs on disk, unless JAX's settings name another folder or switch it off.
 
-    At a start, the programs that were not used for longest are removed until the others take at most `MOST_CACHED_BYTES`: JAX
-    itself would look at every file before it writes one.
+    JAX removes the programs that were not used for longest beyond `MOST_CACHED_BYTES`.
 
     Returns:
         The folder, under the user's cache folder; None where the user's settings hold, or the folder cannot be written.
@@ -151,22 +125,11 @@ def cache_programs() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
-    remove_oldest(folder, MOST_CACHED_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MOST_CACHED_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)  # to look for a program takes time, too
     compilation_cache.reset_cache()  # which programs that were compiled before have fixed
     return folder
-
-
-def remove_oldest(folder: Path, most_bytes: int) -> None:
-    """Removes the files of a folder that were not used for longest until the others take at most ``most_bytes``."""
-    left = most_bytes
-    with contextlib.suppress(OSError):  # another process removes the same files
-        found = [(path.stat(), path) for path in folder.iterdir()]
-        for status, path in sorted(found, key=lambda each: max(each[0].st_atime, each[0].st_mtime), reverse=True):
-            left -= status.st_size
-            if left < 0:
-                path.unlink()
 
 
 def _processor() -> str:

@@ -53,17 +53,15 @@ def end_at_signals(advice: str) -> None:
 class StopRequests:
     """Within ``with``, the first signal is noted, so that a training loop can save and stop.
 
-    A second signal, and one before training has begun, does what it did before, such as to raise ``KeyboardInterrupt``.
-    Ignored signals stay ignored. A thread that is not the main one notes nothing.
+    A second signal does what it did before, such as to raise ``KeyboardInterrupt``. Ignored signals stay ignored. A thread that
+    is not the main one notes nothing.
 
     Args:
         consequence: What the user is told to follow from the first signal.
         heard: Signals to note; others do what they did before.
-        has_begun: Whether there is something to save from the beginning.
 
     Attributes:
         received: The first signal, or None.
-        has_begun: Whether there is something to save; the loop sets it.
 
     Example:
         >>> with StopRequests() as stop:
@@ -71,16 +69,9 @@ class StopRequests:
         ...         break
     """
 
-    def __init__(
-        self,
-        consequence: str = "saving after this step",
-        heard: Collection[signal.Signals] = SIGNALS,
-        *,
-        has_begun: bool = True,
-    ):
-        self._consequence, self._heard, self.has_begun = consequence, heard, has_begun
+    def __init__(self, consequence: str = "saving after this step", heard: Collection[signal.Signals] = SIGNALS):
         self.received: signal.Signals | None = None
-        self._noted_at = 0.0
+        self._consequence, self._heard, self._noted_at = consequence, heard, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
@@ -89,30 +80,21 @@ class StopRequests:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for number in self._before:
-            self._restore(number)
-
-    def _restore(self, number: int) -> None:
-        before = self._before[number]
-        signal.signal(number, signal.SIG_DFL if before is None else before)
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.has_begun and self.received is None:
+        if self.received is None:
             self.received, self._noted_at = signal.Signals(number), time.monotonic()
             say(f"{self.received.name}: {self._consequence}; a second signal stops at once")
         elif number != self.received or time.monotonic() > self._noted_at + REPEAT_S:
-            self._restore(number)
+            self.__exit__()
             signal.raise_signal(number)
 
 
 def heard_in_memory() -> tuple[signal.Signals, ...]:
     """Signals that training in memory notes: Ctrl-C where somebody sits, at Python's prompt or in a notebook; else none."""
-    return (signal.SIGINT,) if is_interactive() else ()
-
-
-def is_interactive() -> bool:
-    """Whether somebody sits at Python's prompt or in a notebook, and no caller has asked for interrupts."""
-    return hasattr(sys, "ps1") and not _raised
+    return (signal.SIGINT,) if hasattr(sys, "ps1") and not _raised else ()
 
 
 @contextlib.contextmanager

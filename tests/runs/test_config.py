@@ -150,11 +150,12 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(confi
         runs.train_main(*arguments)
 
 
-def test_the_real_command_line_of_a_mistake(config_files):
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_files['toy']}", "--config.trainig.batch_size=3"]
-    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
+def test_the_real_command_line_of_a_mistake(config_files, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_files['toy']}", f"--workdir={tmp_path / 'run'}"]
+    environment = {**runs.environment(), "JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: config has no field 'trainig': did you mean 'training'?"
+    assert "error: JAX was told to use 'cuda' and finds no such device" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

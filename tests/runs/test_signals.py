@@ -49,7 +49,6 @@ def run(program, *sent):
 MOMENTS = {
     "in Python": "ready()\nuntil(lambda: False)",
     "after native code": "ready()\nnative(0.3)\nuntil(lambda: False)",
-    "before a loop's first step": "with StopRequests(has_begun=False):\n    ready(); until(lambda: False)",
     "after the loop": "with StopRequests():\n    pass\nready()\nuntil(lambda: False)",
     "under try and finally": "try:\n    ready(); until(lambda: False)\nfinally:\n    print('unwound')",
 }

@@ -16,7 +16,7 @@ import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import allocator, machine, run_folder
+from iresnet_jax.runs import machine, run_folder
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints, load_named
 from iresnet_jax.runs.model_from_config import model_spec
@@ -156,7 +156,7 @@ def test_settings_are_read_before_jax_starts(toy, trained, tmp_path):
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     command = [sys.executable, "-c", READING, str(trained), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"PYTHONPATH": str(runs.ROOT)})
-    assert done.stdout.strip() == f"['moons', 'moons'] {machine.num_devices(toy.config, allocator.num_cores())}"
+    assert done.stdout.strip() == f"['moons', 'moons'] {machine.num_devices(toy.config, machine.num_cores())}"
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
