@@ -1,34 +1,26 @@
 """Models of this library from networks that the authors' PyTorch codes trained.
 
-| code | script | gives |
-|---|---|---|
-| invertible-resnet (Behrmann et al. 2019) | ``CIFAR_main.py`` | a density or a classifier of images |
-| residual-flows (Chen et al. 2019) | ``train_img.py`` | a density of images |
-| | ``train_toy.py`` | a density of the plane |
+The command that trained a network says what it is. Names of arrays, where `stack.K` is `stack.SCALE.stack.K` of several scales:
 
-The command that trained a network says what it is; `docs/models.md` shows the way.
-
-| invertible-resnet | here |
+| invertible-resnet (Behrmann et al. 2019): ``CIFAR_main.py`` | here |
 |---|---|
 | ``stack.K.actnorm._log_scale``, ``_shift``: ``x exp(s) + t`` | ActNorm ``(x + t exp(-s)) exp(s)`` |
 | ``stack.K.bottleneck_block.J.weight_orig``, ``weight_u``, ``weight_v`` | ``kernel``, see `applied_kernel` |
 | ``prior_mu``, ``prior_logstd``, channels first | prior "gaussian", channels last |
 | ``bn1``, ``logits`` | head of a classifier |
 
-Scales of a multi-scale network are ``stack.SCALE.stack.K``. The squeeze has the order of ours. After a scale the first half of
-the channels leaves, here the second one, so halves change places in front of a scale. Every checkpoint has a prior and a head:
-the one that its task does not use was never trained and is left out.
+After a scale the first half of the channels leaves, here the second one, so halves change places in front of a scale. Every
+checkpoint has a prior and a head: the one that its task does not use was never trained and is left out.
 
-| residual-flows | here |
+| residual-flows (Chen et al. 2019): ``train_img.py``, and ``train_toy.py`` with one ``chain`` | here |
 |---|---|
-| ``chain.J.nnet.M.weight``, ``u``, ``v`` | ``kernel``, see `applied_kernel` |
-| ``chain.J.nnet.M.beta`` of "swish" | ``beta`` of "lipswish", with the same constants |
-| ``chain.J.weight``, ``bias``: ``(x + bias) exp(weight)`` | ActNorm, with the same formula |
-| ``chain.J.nnet.nnet.M``, ``chain.J.fc_module`` | dense layers and their ActNorm, on entries with channels last |
+| ``transforms.SCALE.chain.J.nnet.M.weight``, ``u``, ``v`` | ``kernel``, see `applied_kernel` |
+| ``transforms.SCALE.chain.J.nnet.M.beta`` of "swish" | ``beta`` of "lipswish", with the same constants |
+| ``transforms.SCALE.chain.J.weight``, ``bias``: ``(x + bias) exp(weight)`` | ActNorm, with the same formula |
+| ``transforms.SCALE.chain.J.nnet.nnet.M``, ``chain.J.fc_module`` | dense layers and their ActNorm, on entries, channels last |
 
-Networks of images have a chain for every scale, ``transforms.SCALE.chain``. ActNorm stands behind blocks there, and in front of
-them here: each goes to the next block. The squeeze lists the pixels of each channel one after the other, and half of its
-channels may leave. The prior is standard normal.
+ActNorm stands behind blocks there, and in front of them here: each goes to the next block. The squeeze lists the pixels of each
+channel one after the other, and half of its channels may leave. The prior is standard normal.
 """
 
 import argparse
@@ -38,14 +30,14 @@ import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.bijections.logit import Center, Identity, Logit
-from iresnet_jax.conversion_stages import MAXMIN, Arrays, Layer, Stages, applied_kernel, read_file
+from iresnet_jax.conversion_stages import Arrays, Layer, Stages, applied_kernel, read_file
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -75,7 +67,7 @@ def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: s
         >>> print(model.certificate())  # doctest: +SKIP
     """
     script, options = parse(architecture)
-    arrays = Arrays(weights if isinstance(weights, Mapping) else read_file(weights), script.unused)
+    arrays = Arrays(weights if isinstance(weights, Mapping) else read_file(weights))
     spec, parts = script.reader(arrays, options)
     arrays.check(architecture)
     model = model_of(spec, parts)
@@ -87,25 +79,19 @@ def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: s
 
 
 class Script(NamedTuple):
-    """A training script: its options without dashes in front, and what reads its networks.
+    """A training script: what reads its networks, and its options without dashes in front.
 
     Attributes:
-        reader: ``(arrays, options) ->`` what `saved.model_of` takes.
-        read: Options that define the network with the script's defaults; numbers, words, True or False, or several numbers.
+        reader: ``(arrays, options) ->`` arguments of `saved.model_of`.
+        read: Options that define the network with the script's defaults; a default of False or True may be a switch.
         refused: Options of which only this value, their default, is read.
-        switches: Names of options without a value that define the network.
-        ignored: Names of options that do not change the function, each with one value.
-        ignored_switches: Names of options without a value that do not.
-        unused: Last parts of names of arrays that the function does not depend on.
+        ignored: Names of options that do not change the function.
     """
 
-    reader: Callable[["Arrays", argparse.Namespace], tuple[Any, dict[str, Any]]]
+    reader: Callable[[Arrays, argparse.Namespace], tuple[Any, dict[str, Any]]]
     read: Mapping[str, Any]
+    refused: Mapping[str, Any]
     ignored: str
-    unused: str
-    refused: Mapping[str, Any] = MappingProxyType({})
-    switches: str = ""
-    ignored_switches: str = ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,14 +115,15 @@ def parse(command: str) -> tuple[Script, argparse.Namespace]:
     name = Path(words[place]).name
     script, parser = SCRIPTS[name], _Parser(prog=name, add_help=False)
     for option, default in {**script.read, **script.refused}.items():
+        flags = (f"-{option}", f"--{option}")
         if isinstance(default, tuple):
-            parser.add_argument(f"--{option}", type=int, nargs="+", default=default)
+            parser.add_argument(*flags, type=int, nargs="+", default=default)
+        elif isinstance(default, bool):
+            parser.add_argument(*flags, type=_truth, nargs="?", const=True, default=default)
         else:
-            parser.add_argument(f"--{option}", type=_truth if isinstance(default, bool) else type(default), default=default)
+            parser.add_argument(*flags, type=type(default), default=default)
     for option in script.ignored.split():
-        parser.add_argument(f"--{option}")
-    for option in [*script.switches.split(), *script.ignored_switches.split()]:
-        parser.add_argument(f"-{option}", f"--{option}", action="store_true", dest=option)
+        parser.add_argument(f"-{option}", f"--{option}", nargs="?")
     options = parser.parse_args(words[place + 1 :])
     for option, default in script.refused.items():
         if (value := getattr(options, option.replace("-", "_"))) != default:
@@ -152,11 +139,6 @@ def _truth(word: str) -> bool:
 
 # invertible-resnet ----------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {name: name for name in ("relu", "elu", "softplus", "tanh", "identity")} | {
-    "sorting": MAXMIN,
-    "maxmin": MAXMIN,
-    "swish": "lipswish",
-}
 MOMENTS = {  # mean and standard deviation of pixels in [0, 1], by which classifiers normalise images
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -165,7 +147,12 @@ MOMENTS = {  # mean and standard deviation of pixels in [0, 1], by which classif
 
 def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec | ClassifierSpec, dict[str, Any]]:
     """Arguments of `saved.model_of` for a network of ``CIFAR_main.py``."""
-    _check(options)
+    if options.multiScale and not options.densityEstimation:
+        raise ValueError("CIFAR_main.py -multiScale is read with -densityEstimation: classifiers here look at the last scale")
+    if options.inj_pad and (options.densityEstimation or options.init_ds == 2):
+        raise ValueError("CIFAR_main.py --inj_pad is read of classifiers with --init_ds 1: padding comes before squeezes here")
+    if not options.densityEstimation and options.dataset not in MOMENTS:
+        raise ValueError(f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: {', '.join(MOMENTS)} are")
     side, channels = _side(arrays, options), 3 + options.inj_pad
     stages = Stages((side, side, channels), actnorm=not options.noActnorm)
     if options.init_ds == 2:
@@ -178,7 +165,7 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
             stages.order(np.roll(np.arange(stages.num_channels), stages.num_channels // 2))
         for k in range(num_blocks):
             name = f"stack.{scale}.stack.{k}" if options.multiScale else f"stack.{num_read}"
-            _read_block(arrays, name, stages, options, width, preactivation=num_read > 0)
+            _read_bottleneck(arrays, name, stages, options, width, preactivation=num_read > 0)
             num_read += 1
         if options.multiScale and scale < last:
             stages.factor_out()
@@ -187,21 +174,25 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
     if options.densityEstimation:
         arrays.ignore("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "logits.weight", "logits.bias")
         names = {"mean": "prior_mu", "log_std": "prior_logstd"}
-        prior = {ours: _ours(arrays.take(theirs, flow.num_dims)[latents]) for ours, theirs in names.items()}
+        prior = {ours: jnp.asarray(arrays.take(theirs, flow.num_dims)[latents], float) for ours, theirs in names.items()}
         return DensitySpec(flow, transform=Center(), num_levels=256), {"params": params, "prior": prior, "network": {}}
     arrays.ignore("prior_mu", "prior_logstd")
     num_classes, width = arrays.shape("logits.weight", (2, stages.num_channels))
-    linear = {"kernel": arrays.take("logits.weight", num_classes, width).T, "bias": arrays.take("logits.bias", num_classes)}
-    norm = {"scale": arrays.take("bn1.weight", width), "bias": arrays.take("bn1.bias", width)}
-    statistics = {"mean": arrays.take("bn1.running_mean", width), "var": arrays.take("bn1.running_var", width)}
-    head = {name: {key: _ours(array) for key, array in part.items()} for name, part in (("norm", norm), ("linear", linear))}
-    statistics = {"head": {key: _ours(array) for key, array in statistics.items()}}
+    head = {
+        "norm": {"scale": arrays.take("bn1.weight", width), "bias": arrays.take("bn1.bias", width)},
+        "linear": {
+            "kernel": arrays.take("logits.weight", num_classes, width).T,
+            "bias": arrays.take("logits.bias", num_classes),
+        },
+    }
+    statistics = {"head": {"mean": arrays.take("bn1.running_mean", width), "var": arrays.take("bn1.running_var", width)}}
+    head, statistics = jax.tree.map(lambda array: jnp.asarray(array, float), (head, statistics))
     mean, std = MOMENTS[options.dataset]
     spec = ClassifierSpec(flow, (side, side, 3), num_classes, pad_channels=options.inj_pad, mean=mean, std=std)
     return spec, {"params": params, "head": head, "statistics": statistics}
 
 
-def _read_block(
+def _read_bottleneck(
     arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace, width: int, *, preactivation: bool
 ) -> None:
     channels = stages.num_channels
@@ -216,24 +207,7 @@ def _read_block(
         # That code adds 1e-5 to the divisor of kernels larger than 1 x 1.
         kernel = applied_kernel(kernel, u, v, coeff=options.coeff, margin=1e-5 if size > 1 else 0.0)
         layers.append(Layer(kernel, arrays.take(f"{layer}.bias", cout)))
-    stages.block(layers, ACTIVATIONS[options.nonlin], preactivation=preactivation)
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raises ``ValueError`` for options that are sound one by one and describe no model here."""
-    activations = ("relu", "elu", "softplus", "sorting")
-    if not len(options.nBlocks) == len(options.nStrides) == len(options.nChannels):
-        raise ValueError("CIFAR_main.py --nBlocks, --nStrides and --nChannels need as many numbers each")
-    if options.init_ds not in (1, 2) or not {*options.nStrides} <= {1, 2}:
-        raise ValueError("CIFAR_main.py --init_ds and --nStrides are 1 or 2")
-    if options.nonlin not in activations:
-        raise ValueError(f"CIFAR_main.py --nonlin {options.nonlin} is not read: it is one of {', '.join(activations)}")
-    if options.multiScale and not options.densityEstimation:
-        raise ValueError("CIFAR_main.py -multiScale is read with -densityEstimation: classifiers here look at the last scale")
-    if options.inj_pad and (options.densityEstimation or options.init_ds == 2):
-        raise ValueError("CIFAR_main.py --inj_pad is read of classifiers with --init_ds 1: padding comes before squeezes here")
-    if not options.densityEstimation and options.dataset not in MOMENTS:
-        raise ValueError(f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: {', '.join(MOMENTS)} are")
+    stages.block(layers, options.nonlin, preactivation=preactivation)
 
 
 def _side(arrays: Arrays, options: argparse.Namespace) -> int:
@@ -246,10 +220,6 @@ def _side(arrays: Arrays, options: argparse.Namespace) -> int:
     first = f"stack.0.{'stack.0.' if options.multiScale else ''}bottleneck_block.0.weight_v"
     (size,) = arrays.shape(first, (channels * (32 // 2**squeezes) ** 2,))
     return math.isqrt(size // channels) * 2**squeezes
-
-
-def _ours(array: np.ndarray) -> Any:
-    return jnp.asarray(array, float)
 
 
 # residual-flows -------------------------------------------------------------------------------------------------------
@@ -289,8 +259,7 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
                 chain.block(hidden_dense, preactivation=options.preact, part="nnet.nnet")
                 chain.actnorm("fc_module.")
     levels = {"celeba_5bit": 32, "celebahq": 2**options.nbits}.get(options.data, 256)
-    alpha = 1e-6 if options.data == "mnist" else 0.05
-    transform = Logit(alpha) if options.logit_transform else Identity()
+    transform = Logit(1e-6 if options.data == "mnist" else 0.05) if options.logit_transform else Identity()
     return _density(stages, shape, options.coeff, transform=transform, num_levels=levels)
 
 
@@ -317,10 +286,10 @@ class _Chain:
     def __init__(self, arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace):
         if set(options.vnorms) != {"2"}:
             raise ValueError(f"--vnorms {options.vnorms} is not read: only 2 for every layer is, the Euclidean norm")
-        if options.act == "sorting" or options.act not in ACTIVATIONS:
-            raise ValueError(f"--act {options.act} is not read, there is none here: those read are {', '.join(ACTIVATIONS)}")
+        if options.act not in (known := ("relu", "elu", "softplus", "tanh", "identity", "swish")):
+            raise ValueError(f"--act {options.act} is not read, there is none here: those read are {', '.join(known)}")
         self._arrays, self._stages, self._options = arrays, stages, options
-        self._activation = ACTIVATIONS[options.act]
+        self._activation = "lipswish" if options.act == "swish" else options.act
         self._names = (f"{name}.{place}" for place in itertools.count())
 
     def skip(self) -> None:
@@ -357,46 +326,25 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 # The options of all scripts -------------------------------------------------------------------------------------------
 
-_RESIDUAL_FLOW_UNUSED = "scale initialized spatial_dims geom_p lamb last_n_samples last_firmom last_secmom"
 SCRIPTS = {
     "CIFAR_main.py": Script(
         read_i_resnet,
         read={
-            "nBlocks": (4, 4, 4),
-            "nStrides": (1, 2, 2),
-            "nChannels": (16, 64, 256),
-            "coeff": 0.9,
-            "init_ds": 2,
-            "inj_pad": 0,
-            "nonlin": "elu",
-            "dataset": "cifar10",
+            **{"nBlocks": (4, 4, 4), "nStrides": (1, 2, 2), "nChannels": (16, 64, 256), "coeff": 0.9, "init_ds": 2},
+            **{"inj_pad": 0, "nonlin": "elu", "dataset": "cifar10"},
+            **{"densityEstimation": False, "multiScale": False, "noActnorm": False},
         },
-        switches="densityEstimation multiScale noActnorm",
+        refused={},
         ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay drop_rate batch init_batch "
-        "warmup_epochs epochs resume save_dir vis_port vis_server log_every",
-        ignored_switches="fixedPrior evaluate interpolate drop_two nesterov norm analysisTraceEst log_verbose deterministic",
-        unused="weight_sigma num_batches_tracked",
+        "warmup_epochs epochs resume save_dir vis_port vis_server log_every fixedPrior evaluate interpolate drop_two nesterov "
+        "norm analysisTraceEst log_verbose deterministic",
     ),
     "train_img.py": Script(
         read_images,
         read={
-            "data": "cifar10",
-            "imagesize": 32,
-            "nbits": 8,
-            "coeff": 0.98,
-            "vnorms": "2222",
-            "act": "swish",
-            "idim": 512,
-            "nblocks": "16-16-16",
-            "kernels": "3-1-3",
-            "factor-out": False,
-            "squeeze-first": False,
-            "actnorm": True,
-            "logit-transform": True,
-            "fc-end": True,
-            "fc-idim": 128,
-            "preact": True,
-            "first-resblock": True,
+            **{"data": "cifar10", "imagesize": 32, "nbits": 8, "coeff": 0.98, "vnorms": "2222", "act": "swish", "idim": 512},
+            **{"nblocks": "16-16-16", "kernels": "3-1-3", "factor-out": False, "squeeze-first": False, "actnorm": True},
+            **{"logit-transform": True, "fc-end": True, "fc-idim": 128, "preact": True, "first-resblock": True},
         },
         refused={
             **{"block": "resblock", "learn-p": False, "fc-actnorm": False, "batchnorm": False, "dropout": 0.0, "fc": False},
@@ -405,7 +353,6 @@ SCRIPTS = {
         ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff n-lipschitz-iters sn-tol "
         "dataroot padding-dist cdim optimizer scheduler nepochs batchsize lr wd warmup-iters annealing-iters save "
         "val-batchsize seed ema-val update-freq scale-dim rcrop-pad-mode resume begin-epoch nworkers print-freq vis-freq",
-        unused=_RESIDUAL_FLOW_UNUSED,
     ),
     "train_toy.py": Script(
         read_toy,
@@ -413,6 +360,5 @@ SCRIPTS = {
         refused={"arch": "iresnet", "learn-p": False, "batchnorm": False},
         ignored="n-power-series n-dist n-samples data n-lipschitz-iters atol rtol mixed brute-force exact-trace niters "
         "batch_size test_batch_size lr weight-decay annealing-iters save viz_freq val_freq log_freq gpu seed",
-        unused=_RESIDUAL_FLOW_UNUSED,
     ),
 }

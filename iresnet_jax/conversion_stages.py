@@ -16,7 +16,11 @@ from jaxtyping import Float, Int
 
 from iresnet_jax.models.architecture import StageSpec
 
-MAXMIN = "maxmin"
+# Last parts of names of arrays that the function of a network does not depend on.
+UNUSED = (
+    *("weight_sigma", "num_batches_tracked", "scale", "initialized", "spatial_dims", "geom_p", "lamb", "last_n_samples"),
+    *("last_firmom", "last_secmom"),
+)
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -41,12 +45,10 @@ class Arrays:
 
     Args:
         given: Arrays by name; a wrapper for several GPUs puts "module." in front.
-        unused: Last parts of names, after a dot, of arrays that no function of the network depends on.
     """
 
-    def __init__(self, given: Mapping[str, Any], unused: str):
+    def __init__(self, given: Mapping[str, Any]):
         self._left = {name.removeprefix("module."): np.asarray(array) for name, array in given.items()}
-        self._unused = unused.split()
         self._missing: list[str] = []
         self._wrong: list[str] = []
 
@@ -82,14 +84,10 @@ class Arrays:
 
     def check(self, source: str) -> None:
         """Raises ``ValueError`` if arrays are missing, left over, of another shape or not finite; the message names them."""
-        left = [name for name in self._left if name.rpartition(".")[2] not in self._unused]
+        left = [name for name in self._left if name.rpartition(".")[2] not in UNUSED]
         found = {"missing": self._missing, "left over": left, "not as expected": self._wrong}
-        if said := [f"{what}: {_listed(names)}" for what, names in found.items() if names]:
+        if said := [f"{len(names)} {what}: {', '.join(names[:12])}" for what, names in found.items() if names]:
             raise ValueError(f"the arrays are not those of {source}; {'; '.join(said)}: give the command that trained them")
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Layer(NamedTuple):
@@ -188,11 +186,6 @@ class Stages:
             self._flatten()
         weights, entries = {}, self._theirs
         for i, layer in enumerate(layers):
-            if activation == MAXMIN and (preactivation or i > 0):  # theirs gives all maxima, then all minima
-                if len(entries) % 2:
-                    raise ValueError(f"pairs of channels cannot be sorted, as there are {len(entries)}: check the widths")
-                pairs = entries[::2] // 2
-                entries = np.stack([pairs, len(pairs) + pairs], axis=1).ravel()
             out = self._theirs if i == len(layers) - 1 else np.arange(len(layer.bias))
             kernel = layer.kernel[out][:, entries]
             kernel = kernel.T if is_dense else kernel.transpose(2, 3, 1, 0)

@@ -53,12 +53,11 @@ class _ResidualFlow(BaseEstimator):
         self.verbose = verbose
 
     def _train(self, x: Any, labels: np.ndarray | None = None) -> None:
-        """Sets ``model_`` and ``history_``."""
+        """Sets ``model_``."""
         options = {name: getattr(self, name) for name in ("steps", "minutes", "architecture", "validation_fraction", "bounds")}
         key = jax.random.key(int(check_random_state(self.random_state).randint(2**31 - 1)))
         with interrupts_raised():  # a search that is interrupted ends, and does not go on with the next fold
-            model = fit(x, labels, key=key, settings=self.settings, progress=bool(self.verbose), **options)
-        self.model_, self.history_ = model, model.history
+            self.model_ = fit(x, labels, key=key, settings=self.settings, progress=bool(self.verbose), **options)
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -88,8 +87,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         verbose: Whether to write lines of progress to stderr.
 
     Attributes:
-        model_: The trained `Density`.
-        history_: Measurements of the training, a `History`.
+        model_: The trained `Density`; ``model_.history`` has the measurements of the training.
         n_features_in_: Number of features.
         feature_names_in_: Their names, if `fit` was given a data frame.
 
@@ -154,15 +152,13 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
     likelihood of the samples: ``model_.log_prob`` is low for samples that are like none of the classes. Constant features are
-    ignored, and repeated values are spread over the gaps between them in training.
-
-    Parameters are those of `ResidualFlowDensity`.
+    ignored, and repeated values are spread over the gaps between them in training. Parameters are those of
+    `ResidualFlowDensity`.
 
     Attributes:
         classes_: Labels of the classes, sorted.
         model_: The trained `Density` of the features in ``varying_features_``, whose class ``i`` is ``classes_[i]``.
         varying_features_: Places of the features that are not constant.
-        history_: Measurements of the training, a `History`.
         n_features_in_: Number of features.
         feature_names_in_: Their names, if `fit` was given a data frame.
 
@@ -208,10 +204,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
 
 def _spread(x: np.ndarray) -> np.ndarray:
-    """The data with uniform noise, of the median gap between values, in columns that repeat their values.
-
-    A density of repeated values would grow without bound, which a classifier need not bother its user with.
-    """
+    """The data with noise as wide as the median gap in columns that repeat values, whose density would be infinite."""
     spread, noise = np.array(x), np.random.default_rng(0).uniform(-0.5, 0.5, x.shape)
     for column, values in enumerate(x.T):
         distinct = np.unique(values)
@@ -234,6 +227,5 @@ def _in_batches(function: Callable[[Density, Any], Any], model: Density, x: np.n
     """Results of a compiled function for all samples, by batches of one size: others would be rounded otherwise."""
     with np.errstate(over="ignore"):
         x = x.astype(jnp.result_type(float))
-    padded = np.pad(x, [(0, -len(x) % BATCH_SIZE), (0, 0)], mode="edge")
-    batches = padded.reshape(-1, BATCH_SIZE, x.shape[1])
+    batches = np.pad(x, [(0, -len(x) % BATCH_SIZE), (0, 0)], mode="edge").reshape(-1, BATCH_SIZE, x.shape[1])
     return np.concatenate([np.asarray(function(model, batch), np.float64) for batch in batches])[: len(x)]

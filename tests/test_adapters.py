@@ -17,7 +17,6 @@ from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
 BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded.of((ir.Bounds(0.0, 1.0), None)))
-BOUNDED_POINTS = dataclasses.replace(kept.POINTS, transform=ir.Bounded.of((ir.Bounds(0.0, 1.0), None)))
 KEY = jax.random.key(0)
 
 
@@ -46,6 +45,10 @@ def test_it_is_a_distribution_of_numpyro(numpyro):
     np.testing.assert_allclose(prior.log_prob(x), model.log_prob(x, context=kept.CONTEXTS), **SAME)
     of_pytree = jax.jit(lambda prior, x: prior.log_prob(x))(prior, x)
     np.testing.assert_allclose(of_pytree, prior.log_prob(x), **SAME)
+    own = model.log_prob(x[2, 3], context=kept.CONTEXTS[3])
+    np.testing.assert_allclose(prior.log_prob(x)[2, 3], own, **SAME)
+    kept_by_guides = prior.sample_with_intermediates(KEY, (4,))
+    np.testing.assert_allclose(prior.log_prob(kept_by_guides[0]), kept_by_guides[1][0], **SAME)
     assert prior.expand((3, 5)).to_event(1).log_prob(prior.expand((3, 5)).sample(KEY)).shape == (3,)
 
 
@@ -94,14 +97,13 @@ def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
 def test_nuts_of_blackjax_and_the_model_s_own_samples_have_the_same_moments():
     blackjax = pytest.importorskip("blackjax", reason="BlackJAX is not installed")
     model = kept.model(kept.POINTS)
-    log_density = adapters.log_density(model)
 
     @jax.jit
     def run(key):
         key_start, key_adapt, key_run = jax.random.split(key, 3)
-        warmup = blackjax.window_adaptation(blackjax.nuts, log_density)
+        warmup = blackjax.window_adaptation(blackjax.nuts, model.log_prob)
         (state, parameters), _ = warmup.run(key_adapt, jax.random.normal(key_start, (2,)), num_steps=300)
-        nuts = blackjax.nuts(log_density, **parameters)
+        nuts = blackjax.nuts(model.log_prob, **parameters)
 
         def step(state, key):
             state, info = nuts.step(key, state)
@@ -116,35 +118,18 @@ def test_nuts_of_blackjax_and_the_model_s_own_samples_have_the_same_moments():
     moments.assert_agree(draws, samples)
 
 
-def test_samples_have_the_shape_of_the_library_and_their_log_densities():
-    model = kept.model(kept.GIVEN)
-    density = adapters.log_density(model, context=kept.CONTEXTS)
-    x, log_prob = density.sample_and_log_prob(KEY, (4,))
-    assert x.shape == (4, 5, 2)
-    assert log_prob.shape == (4, 5)
-    np.testing.assert_allclose(density(x), log_prob, **SAME)
-    np.testing.assert_allclose(log_prob[2, 3], model.log_prob(x[2, 3], context=kept.CONTEXTS[3]), **SAME)
-    assert adapters.log_density(model, context=kept.CONTEXTS[0]).sample_and_log_prob(KEY)[0].shape == (2,)
-
-
-def test_outside_of_its_ranges_a_density_is_zero():
-    density = adapters.log_density(kept.model(BOUNDED_POINTS))
-    assert density(jnp.array([1.5, 0.0])) == -jnp.inf
-    assert np.isfinite(density(jnp.array([0.5, 0.0])))
-
-
 @pytest.mark.parametrize(
     ("spec", "context", "sentence"),
     [
         (kept.IMAGES, None, r"integer levels, .* give model\.continuous"),
-        (kept.GIVEN, None, r"give a context of shape \(\.\.\., 3\)"),
+        (kept.GIVEN, None, r"context of shape \(\.\.\., 3\), got none"),
         (kept.GIVEN, kept.CONTEXTS[:, :2], r"context of shape \(\.\.\., 3\), got one of shape \(5, 2\)"),
         (kept.POINTS, kept.CONTEXTS, r"takes no context, got one of shape \(5, 3\)"),
     ],
 )
 def test_what_is_no_distribution_is_refused(spec, context, sentence):
     with pytest.raises(ValueError, match=sentence):
-        adapters.log_density(kept.model(spec), context=context)
+        adapters.to_numpyro(kept.model(spec), context=context)
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):

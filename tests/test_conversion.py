@@ -69,11 +69,6 @@ def apply(weight, x):
 
 def activate(name, z, beta=None):
     x = z.value
-    if name == "sorting":  # all maxima of pairs of channels, then all minima
-        first, second = z.moved(lambda a: a[..., ::2, :, :]), z.moved(lambda a: a[..., 1::2, :, :])
-        larger = first.value > second.value
-        parts = [[np.where(mask, a, b) for mask in (larger, ~larger)] for a, b in zip(first, second, strict=True)]
-        return Dual(*(np.concatenate(part, axis=-3) for part in parts))
     if name == "swish":
         b = np.log1p(np.exp(beta))
         s = 1 / (1 + np.exp(-b * x))
@@ -277,7 +272,7 @@ NETWORKS = {
         i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 3), side=4, coeff=0.8, act="elu", multi_scale=True
     ),
     "i-ResNet, classifier": functools.partial(
-        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 6), side=4, coeff=0.7, act="sorting", pad=1, num_classes=7
+        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 6), side=4, coeff=0.7, act="elu", pad=1, num_classes=7
     ),
     "residual flow": functools.partial(
         residual_flow, side=16, blocks=(1, 2), act="swish", squeeze_first=True, factor_out=True, dense=3
@@ -385,39 +380,25 @@ PUBLISHED = {
 def test_published_commands_are_read_to_the_last_array(command):
     narrow = {"CIFAR_main": " --nChannels 4 4 4", "train_img": " --idim 4 --fc-idim 4", "train_toy": ""}
     smaller = command + next(options for script, options in narrow.items() if script in command)
-    with pytest.raises(ValueError, match="missing: ") as error:
+    with pytest.raises(ValueError, match=" missing: ") as error:
         convert({}, smaller)
-    listed, more = re.search(r"missing: (.*) and (\d+) more", str(error.value)).groups()
-    assert len(listed.split(", ")) + int(more) == PUBLISHED[command]
+    assert f"; {PUBLISHED[command]} missing: " in str(error.value)
 
 
 REFUSED = {
     "train_img.py --block coupling": "--block coupling",
     "train_img.py --vnorms 122f": "--vnorms 122f",
-    "train_img.py --learn-p True": "--learn-p True",
-    "train_img.py --fc-actnorm True": "--fc-actnorm True",
-    "train_img.py --batchnorm True": "--batchnorm True",
-    "train_img.py --dropout 0.1": "--dropout 0.1",
-    "train_img.py --fc True": "--fc True",
     "train_img.py --add-noise False": "--add-noise False",
-    "train_img.py --quadratic True": "--quadratic True",
-    "train_img.py --padding 3": "--padding 3",
-    "train_img.py --task hybrid": "--task hybrid",
     "train_img.py --act lcube": "--act lcube",
     "train_img.py --imagesize 6 --squeeze-first True": "at least 4 x 4",
     "train_img.py --imagesize 18": "cannot be squeezed",
     "train_img.py --nblock": "expected one argument",
     "train_img.py --preact yes": "True or False",
-    "train_toy.py --arch realnvp": "--arch realnvp",
-    "train_toy.py --act fullsort": "--act fullsort",
-    "train_toy.py --batchnorm True": "--batchnorm True",
     "train_toy.py --coeff 1.1 --nblocks 1": "coeff must lie in",
     "CIFAR_main.py -multiScale": "-multiScale",
     "CIFAR_main.py -densityEstimation --inj_pad 4": "--inj_pad",
     "CIFAR_main.py --inj_pad 4": "--init_ds 1",
-    "CIFAR_main.py --nStrides 1 3 2": "--nStrides",
-    "CIFAR_main.py --nBlocks 4 4": "as many numbers",
-    "CIFAR_main.py --nonlin gelu": "--nonlin gelu",
+    "CIFAR_main.py --nonlin sorting": "got 'sorting'",
     "CIFAR_main.py --dataset svhn": "--dataset svhn",
     "CIFAR_main.py -densityEstimation -multiScale --init_ds 1": "squeeze the images first",
     "CIFAR_main.py --nblocks 4": "--nblocks",
@@ -436,7 +417,7 @@ def test_arrays_that_do_not_belong_are_all_named():
     arrays = {name: array for name, array in theirs.arrays.items() if name != "chain.1.nnet.1.bias"}
     arrays |= {"chain.9.extra": np.zeros(2), "chain.0.bias": np.zeros(3), "chain.1.nnet.1.weight": np.full((5, 2), np.nan)}
     arrays |= {"chain.1.nnet.1.v": np.zeros(7)}
-    with pytest.raises(ValueError, match=r"missing: chain.1.nnet.1.bias; left over: chain.9.extra; not as expected") as error:
+    with pytest.raises(ValueError, match=r"1 missing: chain.1.nnet.1.bias; 1 left over: chain.9.extra; 3 not as") as error:
         convert(arrays, theirs.command)
     assert all(name in str(error.value) for name in ("chain.0.bias of shape (3,)", "chain.1.nnet.1.weight", "chain.1.nnet.1.v"))
 

@@ -64,8 +64,8 @@ def draw(
             that nobody asked.
 
     Raises:
-        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has no classes, or it needs contexts and
-            has none.
+        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has no classes, or it needs
+            contexts and has none.
 
     Example:
         >>> values, convergence = draw(model, 64, 64, temperature=0.8)  # doctest: +SKIP
