@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import sys
 import warnings
@@ -70,7 +69,7 @@ def test_kept_density_has_the_likelihood_of_its_report():
     run, report = report_of("digits_density")
     settings = replace(run.config.evaluation, num_dequantisations=1)
     settings = replace(settings, logdet=replace(settings.logdet, kind="exact"))  # so that no estimate checks it once more
-    found = likelihood.measure(run.model, run.test_examples(), settings, run.config.seed).summary
+    found = likelihood.measure(run.model, run.test_examples(), settings, run.config.seed)
     check = report["bits_per_dim"]["estimate"]
     assert found.mean == pytest.approx(check["mean"] - check["difference"], abs=1e-6)
 
@@ -108,33 +107,6 @@ def test_density_of_ridges_integrates_to_one(benchmark):
     assert abs(weights.mean() - 1) < 5 * stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
-def test_worker_answers_in_its_process_and_tells_why_it_ended(benchmark, tmp_path):
-    processes = benchmark("_processes")
-    (tmp_path / "doubling.py").write_text(
-        "import os\n"
-        "class Doubling:\n"
-        "    def __init__(self, number):\n"
-        "        print('noise of a library')\n"
-        "        self.number = number\n"
-        "    def times(self, factor):\n"
-        "        return [factor * self.number, os.getpid(), sorted(os.sched_getaffinity(0))]\n"
-    )
-    cores = processes.core_counts()[1]
-    with processes.workers() as start:
-        worker = start(cores, "doubling", "Doubling", {"number": 21}, {"PYTHONPATH": str(tmp_path)})
-        answer, process, used = worker.ask("times", factor=2)
-        assert (answer, used) == (42, cores)
-        assert process != os.getpid()
-        with pytest.raises(RuntimeError, match="unsupported operand"):
-            worker.ask("times", factor=None)
-
-
-def test_turns_end_early_but_not_before_three(benchmark):
-    timings = benchmark("_record").take_turns({"slow": lambda num: 5.0}, turns=9, seconds_a_turn=1.0, most_seconds=0)
-    assert timings["slow"].seconds == (5.0, 5.0, 5.0)
-
-
 def test_inverses_are_tuned_to_the_fastest_precision_and_tolerance_that_reach_the_error(benchmark):
     class Halving:
         """A flow whose error is half of its tolerance, in float32 at least .01, from more and more evaluations."""
@@ -156,17 +128,6 @@ def test_inverses_are_tuned_to_the_fastest_precision_and_tolerance_that_reach_th
     assert [each["refine"] for each in tried] == [False] * 3 + [True] * 3
     found, _ = fastest(Halving(), settings[:5], 0.001)
     assert found is None
-
-
-def test_our_inverses_are_shared_by_devices_in_both_precisions(benchmark):
-    flows = benchmark("_peers_flows")
-    model, z = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
-    ours = flows.OurFlow(model, flows.exact_inverse(model, z), z)
-    for atol, refine in ((1e-6, False), (1e-9, True)):
-        assert ours.invert(1, atol, refine) > 0
-        found = ours.error()
-        assert found["euclidean"] < 10 * atol
-        assert found["converged"] == 1
 
 
 @pytest.mark.usefixtures("torch")
