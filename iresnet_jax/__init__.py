@@ -27,8 +27,7 @@ from iresnet_jax.maths.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet, dense_logdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 from iresnet_jax.maths.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.bounds import Block

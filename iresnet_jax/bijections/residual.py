@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches.branch import AnyBranch
 from iresnet_jax.maths.fixed_point import FixedPointInfo, invert_residual
-from iresnet_jax.maths.jacobian_products import linearize
 from iresnet_jax.maths.lipschitz_bounds import block_bounds
-from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
+from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo, linearize
 
 ASSUMED = 0.99  # Lipschitz constant by which inverses of branches without a bound stop
 

@@ -27,8 +27,7 @@ from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
 from iresnet_jax.maths.lipschitz_bounds import branch_bound, product_bound
-from iresnet_jax.maths.logdet_banded import num_operations, num_products, stencil_by_products, stencil_logdet
-from iresnet_jax.maths.logdet_exact import log_abs_det
+from iresnet_jax.maths.logdet_exact import log_abs_det, num_operations, num_products, stencil_by_products, stencil_logdet
 from iresnet_jax.maths.power_iteration import soft_normalize
 
 Context = Float[Array, "b ... k"] | None

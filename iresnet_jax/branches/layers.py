@@ -9,9 +9,8 @@ import jax
 from jaxtyping import Array, Float
 
 from iresnet_jax.maths import activations, platforms
-from iresnet_jax.maths.circulant_embedding import TWISTS, Twist
 from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
-from iresnet_jax.maths.convolution_certificate import conv_norm_bound, dense_norm_bound
+from iresnet_jax.maths.convolution_certificate import TWISTS, Twist, conv_norm_bound, dense_norm_bound
 from iresnet_jax.maths.power_iteration import LinearMap, norm_along, singular_vectors
 
 VectorPair = tuple[Float[Array, "..."], Float[Array, "..."]]
@@ -76,21 +75,19 @@ class LayerSpec(NamedTuple):
         return norm_along(self.linear_map(single=True), kernel, *pair)
 
     def norm_bound(
-        self, kernel: Array, *, method: str = "exact", num_squarings: int = 4, twists: Sequence[Twist] | None = None
+        self, kernel: Array, *, num_squarings: int | None = None, twists: Sequence[Twist] | None = None
     ) -> Float[Array, ""]:
         """Guaranteed upper bound of the operator norm at the real image size; nan if a weight is not finite.
 
         Args:
             kernel: The kernel.
-            method: "exact", or "gram", which is cheaper and looser; see `dense_norm_bound`.
-            num_squarings: Squarings of "gram".
+            num_squarings: Few squarings are cheaper and looser, see `dense_norm_bound`; None takes as many as help.
             twists: Twists of a convolution's embedding, see `conv_norm_bound`; None takes the default.
         """
         if kernel.ndim == 2:
-            return dense_norm_bound(kernel, method=method, num_squarings=num_squarings)
+            return dense_norm_bound(kernel, num_squarings=num_squarings)
         size = (self.in_shape[0], self.in_shape[1])
-        settings = {"method": method, "num_squarings": num_squarings, "twists": twists}
-        return conv_norm_bound(kernel, size, padding=self.padding, **settings)
+        return conv_norm_bound(kernel, size, padding=self.padding, num_squarings=num_squarings, twists=twists)
 
 
 class Part(NamedTuple):
@@ -107,22 +104,17 @@ class Part(NamedTuple):
     operator: LayerSpec
 
 
-def training_twists(channels: int, choice: str = "auto") -> tuple[Twist, ...]:
+def training_twists(channels: int) -> tuple[Twist, ...]:
     """Twists of the embedding by which a training step bounds norms of convolutions, see `conv_norm_bound`.
 
-    All four cost four times as much as one. On 8 x 8 and larger images the antiperiodic one alone is within 2 % of their
-    minimum, on 4 x 4 images trained kernels lose up to a quarter of their budget to it.
+    All four cost four times as much as one, and are taken where a 3 x 3 layer's Gram matrices have up to 8 rows. On 8 x 8 and
+    larger images the antiperiodic one alone is within 2 % of their minimum; on 4 x 4 images trained kernels lose up to a
+    quarter of their budget to it.
 
     Args:
         channels: Channels of the branch's input.
-        choice: "all", "one", or "auto", which takes all where a 3 x 3 layer's Gram matrices have up to 8 rows.
-
-    Raises:
-        ValueError: If the choice is unknown.
     """
-    if choice not in ("auto", "all", "one"):
-        raise ValueError(f"twists must be auto, all or one, got {choice!r}")
-    return TWISTS if choice == "all" or (choice == "auto" and channels <= 8) else ((1, 1),)
+    return TWISTS if channels <= 8 else ((1, 1),)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -16,8 +16,7 @@ from iresnet_jax.branches.branch import BranchSpec, Norms, Weights
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.steps import Place, blocks_of
 from iresnet_jax.maths import precise_activations
-from iresnet_jax.maths.double_double import UNIT, DoubleDouble, exp
-from iresnet_jax.maths.split_products import Sliced, product
+from iresnet_jax.maths.double_double import UNIT, DoubleDouble, Sliced, exp, product
 from iresnet_jax.maths.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import FlowWeights

@@ -14,8 +14,7 @@ from iresnet_jax.evaluation.importance import ImportanceBound, mean_bound
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig

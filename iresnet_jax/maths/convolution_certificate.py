@@ -1,46 +1,60 @@
 """Guaranteed upper bounds of layers' operator norms: dense matrices and convolutions.
 
 Power iteration approaches a norm from below, so it promises nothing. A bound of this file is never below the truth, rounding
-included; it can be jitted and differentiated. `gram_iteration` bounds norms of matrices without an eigensolver,
-`circulant_embedding` turns convolutions into matrices. The weights are those that JAX holds: NumPy's float64 is rounded first.
+included; it can be jitted and differentiated. `gram_iteration` bounds norms of matrices without an eigensolver. A convolution
+is written out as a matrix, or bounded frequency by frequency by the symbols of a circulant that contains it. The weights are
+those that JAX holds: NumPy's float64 is rounded first.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths import circulant_embedding as embedding
-from iresnet_jax.maths.circulant_embedding import TWISTS, Twist
+from iresnet_jax.maths import gram_iteration
 from iresnet_jax.maths.convolution import Padding, pads_of
-from iresnet_jax.maths.upward_rounding import rounded_up
+from iresnet_jax.maths.upward_rounding import gamma, power_of_two, rounded_up
 
+Pair = tuple[int, int]
+Twist = Pair
+
+# Phase of the embedding after one period along rows and columns, in half turns: periodic (0) or antiperiodic (1).
+TWISTS: tuple[Twist, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+_CHUNK_NUMBERS = 2**21  # numbers in the symbols that are held in memory at a time
 _DENSE_SIDE = 256  # a layer with at most so many inputs or outputs is written out as a matrix
 
 
-def dense_norm_bound(matrix: Float[Array, "m n"], *, method: str = "exact", num_squarings: int = 4) -> Float[Array, ""]:
+@functools.partial(jax.jit, static_argnames="num_squarings")
+def dense_norm_bound(matrix: Float[Array, "m n"], *, num_squarings: int | None = None) -> Float[Array, ""]:
     r"""Bounds the largest singular value of a matrix from above.
 
     Guaranteed, with the rounding bound of `gram_iteration`: ``|M|_2 <= bound``. The slack is at most a factor of
-    ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation.
+    ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation. Differentiable.
 
     Args:
         matrix: A dense layer's weights, or a 1x1 convolution's, in either orientation; 0, subnormal or huge entries are safe.
-        method: "exact" squares until the slack is 1.2e-4 in float32, 2.3e-13 in float64. "gram" squares a fixed number
-            of times and is cheaper, for use in training. Both are differentiable.
-        num_squarings: How often the Gram matrix is squared under "gram"; 4 is 10 % of slack for 512 equal singular values,
-            and usually a few percent.
+        num_squarings: How often the Gram matrix is squared; 4 is 10 % of slack for 512 equal singular values, usually a few
+            percent, and cheap enough for training. None squares until the slack is 1.2e-4 in float32, 2.3e-13 in float64.
 
     Returns:
         The bound; infinite from entries of some 1e30 on in float32, nan if an entry is not finite.
 
     Raises:
-        ValueError: If the method is unknown, ``num_squarings`` is negative, or the matrix is empty.
+        ValueError: If ``num_squarings`` is negative, or the matrix is empty.
 
     Example:
         >>> dense_norm_bound(jnp.eye(3))  # 1.0001
     """
-    return embedding.dense_norm_bound(matrix, num_squarings=_checked_squarings(matrix, method, num_squarings))
+    _check(matrix, num_squarings)
+    matrix, scale, flushed = _normalized(matrix)
+    matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    return scale * gram_iteration.norm_bound(matrix[None], num_squarings) + flushed
 
 
 def conv_norm_bound(
@@ -48,14 +62,13 @@ def conv_norm_bound(
     spatial_shape: tuple[int, int],
     *,
     padding: Padding = "SAME",
-    method: str = "exact",
-    num_squarings: int = 4,
+    num_squarings: int | None = None,
     twists: Sequence[Twist] | None = None,
 ) -> Float[Array, ""]:
     r"""Bounds the operator norm of a convolution on images of a given size from above.
 
     A small zero-padded layer (at most 256 inputs or outputs) is written out as a matrix, whose norm `dense_norm_bound`
-    bounds; unless the method is "gram" or twists are asked for. Otherwise, with the symbol ``F(w) = sum_t K[t] exp(i w.t)``, a
+    bounds; unless squarings or twists are asked for. Otherwise, with the symbol ``F(w) = sum_t K[t] exp(i w.t)``, a
     complex cin x cout matrix, the bound is
 
         ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low, pad_high)`` on each axis.
@@ -84,8 +97,7 @@ def conv_norm_bound(
         kernel: Taps as in ``jax.lax``'s "HWIO".
         spatial_shape: Height and width of the images, in pixels.
         padding: "SAME" (zeros) or "CIRCULAR" (periodic).
-        method: "exact" or "gram", see `dense_norm_bound`.
-        num_squarings: Squarings under "gram", see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
+        num_squarings: Squarings of the Gram matrices, see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
         twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by default; one pair is four
             times cheaper.
 
@@ -99,7 +111,7 @@ def conv_norm_bound(
         >>> kernel = jnp.ones((3, 3, 1, 1)) / 9
         >>> conv_norm_bound(kernel, (8, 8))  # 0.921; on an infinite image it would be 1
     """
-    squarings = _checked_squarings(kernel, method, num_squarings)
+    _check(kernel, num_squarings)
     if twists is not None and (not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)):
         raise ValueError(f"twists must be pairs of 0 and 1, at least one, got {twists}: the default takes all four")
     spatial_shape = (spatial_shape[0], spatial_shape[1])
@@ -107,69 +119,130 @@ def conv_norm_bound(
         raise ValueError(f"spatial_shape must be positive, got {spatial_shape}: pass the input's (h, w)")
     pads_of(padding, kernel.shape)  # raises for an unknown one
     if padding == "CIRCULAR":
-        return embedding.norm_bound(kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=squarings)
+        return _embedded_bound(kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=num_squarings)
     sides = [math.prod(spatial_shape) * channels for channels in kernel.shape[2:]]
-    small = min(sides) <= _DENSE_SIDE and math.prod(sides) <= embedding.CHUNK_NUMBERS
-    if small and kernel.shape[:2] != (1, 1) and method == "exact" and twists is None:
-        matrix = embedding.written_out(kernel, spatial_shape)
-        return embedding.dense_norm_bound(matrix, num_squarings=squarings)
+    small = min(sides) <= _DENSE_SIDE and math.prod(sides) <= _CHUNK_NUMBERS
+    if small and kernel.shape[:2] != (1, 1) and num_squarings is None and twists is None:
+        return dense_norm_bound(_written_out(kernel, spatial_shape))
     twists = TWISTS if twists is None else tuple((a, b) for a, b in twists)
-    return embedding.norm_bound(kernel, spatial_shape, periodic=False, twists=twists, num_squarings=squarings)
+    return _embedded_bound(kernel, spatial_shape, periodic=False, twists=twists, num_squarings=num_squarings)
 
 
-def conv_norm_bound_any_size(
-    kernel: Float[Array, "kh kw cin cout"],
-    *,
-    num_frequencies: int = 32,
-    method: str = "exact",
-    num_squarings: int = 4,
-) -> Float[Array, ""]:
-    r"""Bounds the operator norm of a convolution on images of every size, for every stride and padding.
-
-    Zero padding, periodic padding and strides all take parts of the convolution on the infinite grid, whose norm is
-    ``S = sup_w |F(w)|_2``. On a grid of ``N`` frequencies an axis,
-
-        ``S <= max_grid |F|_2 / prod_axes cos(pi (k - 1) / (2 N))``,   ``N >= k``.
-
-    Proof. Let ``S = u* F(w') v`` with unit ``u, v`` (a phase moved into ``u``). Along one axis, with the kernel centred,
-    ``T(w) = Re u* F(w) v`` is a trigonometric polynomial of degree ``p = (k - 1)/2`` (if that is half an integer, take
-    ``T(2 w)``) with ``|T| <= S = T(w')``. By M. Riesz's lemma ``T(w' + h) >= S cos(p h)`` for ``|h| <= pi/p``: otherwise
-    ``S cos(p (w - w')) - T(w)``, with a double zero at ``w'`` and its sign known at the cosine's extrema, would have ``2p + 1``
-    zeros in a period. Some grid point has ``|h| <= pi/N``. At that point repeat the argument along the other axis.
-
-    Args:
-        kernel: Taps as in ``jax.lax``'s "HWIO".
-        num_frequencies: Grid points an axis; 32 costs at most 1 % for three taps, 4 % for five.
-        method: "exact" or "gram", see `dense_norm_bound`.
-        num_squarings: Squarings under "gram", see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
-
-    Returns:
-        The bound; nan if a weight is not finite.
-
-    Raises:
-        ValueError: If the grid is too coarse for the kernel, or as in `dense_norm_bound`.
-
-    Example:
-        >>> conv_norm_bound_any_size(jnp.ones((3, 3, 1, 1)) / 9)  # 1.01
-    """
-    squarings = _checked_squarings(kernel, method, num_squarings)
-    taps = kernel.shape[:2]
-    if num_frequencies < max(taps):
-        raise ValueError(
-            f"num_frequencies must be at least the kernel's size {max(taps)}, got {num_frequencies}: "
-            "eight times the size makes a tight bound"
-        )
-    cosines = math.prod(math.cos(math.pi * (k - 1) / (2 * num_frequencies)) for k in taps)
-    periods = (num_frequencies if taps[0] > 1 else 1, num_frequencies if taps[1] > 1 else 1)
-    return rounded_up(embedding.grid_bound(kernel, periods=periods, twists=((0, 0),), num_squarings=squarings) / cosines)
-
-
-def _checked_squarings(weights, method, num_squarings):
-    """Number of squarings for weights; None stands for "exact", where it follows from the reduced shape."""
+def _check(weights, num_squarings):
     if weights.size == 0:
         raise ValueError(f"a layer needs at least one weight, got shape {weights.shape}: check its number of channels")
-    if method not in ("exact", "gram"):
-        raise ValueError(f'method must be "exact" or "gram", got {method!r}')
-    if num_squarings < 0:
-        raise ValueError(f"num_squarings must not be negative, got {num_squarings}: 4 is the default")
-    return None if method == "exact" else num_squarings
+    if num_squarings is not None and num_squarings < 0:
+        raise ValueError(f"num_squarings must not be negative, got {num_squarings}: 4 is enough in training")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _written_out(kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair) -> Float[Array, "m n"]:
+    """The matrix of a zero-padded layer: entries are picked from the kernel, so they are exact."""
+    picks = []  # by axis and (output, input): the tap that connects them, or one past the last
+    for taps, size in zip(kernel.shape, spatial_shape, strict=False):
+        tap = np.arange(size) + (taps - 1) // 2 - np.arange(size)[:, None]
+        picks.append(np.where((tap >= 0) & (tap < taps), tap, taps))
+    rows, columns = picks
+    kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    matrix = kernel[rows[:, None, :, None], columns[None, :, None, :]]  # output rows and columns, input ones, cin, cout
+    matrix = jnp.moveaxis(matrix, -1, 2)
+    return matrix.reshape(math.prod(spatial_shape) * kernel.shape[3], -1)
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("periodic", "twists", "num_squarings"))
+def _embedded_bound(
+    kernel: Float[Array, "kh kw cin cout"],
+    spatial_shape: Pair,
+    *,
+    periodic: bool,
+    twists: tuple[Twist, ...],
+    num_squarings: int | None,
+) -> Float[Array, ""]:
+    """The bound by twisted circulants, of a layer that is periodic or padded with zeros."""
+    periods = list(spatial_shape)
+    if not periodic:
+        for axis, size in enumerate(spatial_shape):
+            kernel, periods[axis] = _reaching_taps(kernel, axis, size)
+    # With one tap along an axis the symbol is constant along it, so the axis needs one frequency and no twist.
+    active = [taps > 1 for taps in kernel.shape[:2]]
+    rows, columns = (period if axis_active else 1 for period, axis_active in zip(periods, active, strict=True))
+    twists = tuple(sorted({(a * active[0], b * active[1]) for a, b in twists}))
+    return _grid_bound(kernel, periods=(rows, columns), twists=twists, num_squarings=num_squarings)
+
+
+def _reaching_taps(kernel, axis, size):
+    """The taps that reach the image along a zero-padded axis, and the period of the embedding."""
+    taps = kernel.shape[axis]
+    low = (taps - 1) // 2
+    # Output i reads pixel i + t - low, so tap t meets the image only if low - (size - 1) <= t <= low + size - 1.
+    first, stop = max(0, low - size + 1), min(taps, low + size)
+    low = low - first
+    reach = size + (stop - first) - 1 - low  # one past the last pixel read
+    return lax.slice_in_dim(kernel, first, stop, axis=axis), max(reach, min(size, reach) + low)
+
+
+def _phases(taps, periods, twist):
+    """``(cos, sin)(w.t)`` on the grid, one frequency of each pair ``+-w`` (a real kernel's symbol there is conjugate)."""
+    j = np.stack(np.meshgrid(*(np.arange(n) for n in periods), indexing="ij"), axis=-1).reshape(-1, 2)
+    mirrored = (-j - np.array(twist)) % np.array(periods)
+    j = j[np.ravel_multi_index(tuple(j.T), periods) <= np.ravel_multi_index(tuple(mirrored.T), periods)]
+    t = np.stack(np.meshgrid(*(np.arange(k) for k in taps), indexing="ij"), axis=-1).reshape(-1, 2)
+    # w.t = pi * turns / (N1 N2); an integer modulo a full turn, so the angle is known to the last bits.
+    turns = ((2 * j + np.array(twist)) * np.array(periods[::-1])) @ t.T % (2 * periods[0] * periods[1])
+    angle = np.pi * (turns / (periods[0] * periods[1]))
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("periods", "twists", "num_squarings"))
+def _grid_bound(
+    kernel: Float[Array, "kh kw cin cout"], *, periods: Pair, twists: tuple[Twist, ...], num_squarings: int | None
+) -> Float[Array, ""]:
+    """Minimum over twists of the maximum over a frequency grid of the symbol's norm, as an upper bound."""
+    height, width, cin, cout = kernel.shape
+    if height == width == 1:
+        return dense_norm_bound(kernel[0, 0], num_squarings=num_squarings)
+    kernel, scale, flushed = _normalized(kernel)
+    kernel = jnp.swapaxes(kernel, 2, 3) if cin > cout else kernel
+    kernel = kernel.reshape(height * width, *kernel.shape[2:])
+    num_taps, rows, columns = kernel.shape
+    grids = [_phases((height, width), periods, twist) for twist in twists]
+    phases = np.concatenate(grids)
+    chunk = min(len(phases), max(1, _CHUNK_NUMBERS // (2 * rows * columns)))
+    fill = -len(phases) % chunk
+    phases = np.concatenate([phases, np.repeat(phases[-1:], fill, axis=0)]).reshape(-1, chunk, 2, num_taps)
+
+    def symbol_norm(kernel, phase):
+        symbol = jnp.matmul(phase, kernel.reshape(num_taps, -1), precision=lax.Precision.HIGHEST)
+        return gram_iteration.norm_bound(symbol.reshape(2, rows, columns), num_squarings)
+
+    phases = jnp.asarray(phases, kernel.dtype)
+    frozen = lax.stop_gradient(kernel)
+    norms = lax.map(jax.vmap(lambda phase: symbol_norm(frozen, phase)), phases).reshape(-1)
+    ends = np.cumsum([len(grid) for grid in grids])
+    per_twist = jnp.stack([jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)])
+    bound = jnp.min(per_twist)
+    # Only the frequency that attains the bound has a gradient, so only there is it computed.
+    attained = symbol_norm(kernel, phases.reshape(-1, 2, num_taps)[jnp.argmax(norms == bound)])
+    bound = bound + (attained - lax.stop_gradient(attained))
+    absolute = lax.stop_gradient(gram_iteration.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
+    symbol_error = gram_iteration.MARGIN * gamma(num_taps + 10, kernel.dtype) * absolute
+    return scale * rounded_up(bound + symbol_error) + flushed
+
+
+def _normalized(kernel):
+    """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the norm that may be lost.
+
+    Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at most the sum of the absolute
+    entries, so twice their number times ``tiny`` covers them and the rounding of a sum. Of entries beyond some 1e30 the loss is
+    infinite: compilers divide by a product of two powers at once, and may take its reciprocal for 0.
+    """
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    scale = power_of_two(jnp.max(jnp.abs(kernel)))
+    unsigned = jnp.dtype(f"uint{8 * kernel.dtype.itemsize}").type
+    info = jnp.finfo(kernel.dtype)
+    bits = lax.bitcast_convert_type(lax.stop_gradient(kernel), unsigned)
+    # The barrier keeps the compiler from comparing the entries as floats, among which subnormal ones may equal 0.
+    magnitude = lax.optimization_barrier(bits & unsigned(~(1 << (info.bits - 1)) & (2**info.bits - 1)))
+    subnormal = magnitude - unsigned(1) < unsigned((1 << info.nmant) - 1)  # 0 wraps around to the largest number
+    lost = jnp.sum(subnormal).astype(kernel.dtype) * (2 * float(info.tiny))
+    return kernel / scale, scale, jnp.where(scale > 2.0 ** (info.maxexp - 28), jnp.inf, lost)

@@ -1,6 +1,6 @@
 """Guaranteed Lipschitz constants of branches, residual blocks and whole models.
 
-All of it follows from upper bounds of the layers' norms, see `norms.convolution_certificate`. Results are rounded up.
+All of it follows from upper bounds of the layers' norms, see `convolution_certificate`. Results are rounded up.
 """
 
 import functools

@@ -7,8 +7,7 @@ from iresnet_jax.checked_dataclasses import Count, CountOrNone, Positive
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The interface of log-determinant estimators, the error that they report, and their probes."""
+"""What log-determinant estimators share: their interface, the error that they report, probes, and products with a Jacobian."""
 
 import functools
 import math
@@ -13,7 +13,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
-from iresnet_jax.maths.jacobian_products import Linearized
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.upward_rounding import as_floats
 
@@ -25,6 +24,53 @@ Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one per example; type
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
 PROBES = ("rademacher", "gaussian")
+
+
+class Linearized(NamedTuple):
+    """A branch ``g`` at a batch ``x``: value and products evaluate activations, and differentiate them, once.
+
+    Attributes:
+        value: ``g(x)``.
+        push: ``v -> J v`` for ``v`` of the shape of ``x``.
+    """
+
+    value: Float[Array, "b ..."]
+    push: Callable[[Array], Array]
+
+
+def linearize(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Linearized:
+    """The branch at ``x``; itself if it is linearised already."""
+    return branch if isinstance(branch, Linearized) else Linearized(*jax.linearize(branch, x))
+
+
+def jacobian_product(at: Linearized, probes: Float[Array, "p b ..."]) -> Float[Array, "p b ..."]:
+    """``J v`` for every probe."""
+    return _over_probes(at.push, len(probes))(probes)
+
+
+def transposed_jacobian(at: Linearized, num_probes: int) -> Callable[[Array], Array]:
+    """``u -> J^T u`` for ``u`` of shape ``(p, b, ...)``; its gradient is zero."""
+    example = jnp.zeros_like(at.value)
+    push, residuals = jax.closure_convert(at.push, example)
+    frozen = lax.stop_gradient(residuals)
+    transposed = jax.linear_transpose(lambda v: push(v, *frozen), example)
+    return _over_probes(lambda u: transposed(u)[0], num_probes)
+
+
+def with_gradient(
+    value: Float[Array, "p b"], pushed: Float[Array, "p b ..."], w: Float[Array, "p b ..."]
+) -> Float[Array, "p b"]:
+    """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held fixed.
+
+    The second derivative is not that of the log-determinant, as ``w`` depends on the point too.
+    """
+    surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, pushed.ndim)))
+    return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
+
+
+def _over_probes(function, num_probes):
+    """``vmap`` without a batch axis for a single probe, which would cost."""
+    return jax.vmap(function) if num_probes > 1 else lambda v: function(v[0])[None]
 
 
 class LogdetInfo(NamedTuple):

@@ -9,7 +9,7 @@ small problems in this basis (Saad 1992), exact for polynomials of degree ``n`` 
 
     v^T log(I + J) v = |v|^2 e_1^T log(I + H) e_1,    w = (I + J^T)^-1 v = |v| V (I + H)^-1 e_1
 
-The gradient is ``<w, dJ v>`` as in `hutchinson_series`. Logarithm and inverses exist if ``|J| < 1``, as ``|H| <= |J|``. With
+The gradient is ``<w, dJ v>`` as in `logdet_series`. Logarithm and inverses exist if ``|J| < 1``, as ``|H| <= |J|``. With
 ``y_t = (I + t H)^-1 e_1`` the value and an a posteriori bound of its error are
 
     e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t| t L / (1 - t L) dt
@@ -30,14 +30,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.jacobian_products import (
+from iresnet_jax.maths.logdet_estimator import (
+    Branch,
     Linearized,
+    ProbingEstimator,
+    Scalar,
+    Trace,
     jacobian_product,
     linearize,
     transposed_jacobian,
     with_gradient,
 )
-from iresnet_jax.maths.logdet_estimator import Branch, ProbingEstimator, Scalar, Trace
 from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
 NUM_NODES = 24  # nodes of the quadrature

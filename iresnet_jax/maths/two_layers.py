@@ -96,7 +96,7 @@ def stencil(
     d0: Float[Array, "_ y x m"] | None,
     d1: Float[Array, "b y x n"],
 ) -> Float[Array, "b y x s s c c"]:
-    """``J`` of two convolutions that take zeros beyond the border, as the stencil of `logdet.banded`; ``d0`` None is 1.
+    """``J`` of two convolutions that take zeros beyond the border, as the stencil of `logdet_exact`; ``d0`` None is 1.
 
     A hidden pixel ``q`` carries the input of pixel ``q + a`` to the output of pixel ``q - b``, by the tap ``a`` of ``W_1`` and
     the tap ``b`` of ``W_2``. For each ``b`` one product of matrices takes ``D_1`` to these paths; equal ``a + b`` add up.

@@ -97,24 +97,20 @@ def constrain_blocks(
     return jax.vmap(of_block)(weights, iterates)
 
 
-def constrain_certified(
-    spec: FlowSpec, params: Tree, spectral: Tree, *, num_squarings: int = 4, twists: str = "auto"
-) -> ConstrainedFlow:
+def constrain_certified(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
 
     Args:
         spec: The architecture.
         params: Parameters as in `constrain`.
         spectral: Power iterates, returned unchanged.
-        num_squarings: Squarings of the Gram iteration, see `dense_norm_bound`.
-        twists: "all", "one" or "auto", see `training_twists`.
     """
 
     def of_stage(stage, weights):
-        chosen = training_twists(stage.branch.in_shape[-1], twists)
+        twists = training_twists(stage.branch.in_shape[-1])
 
         def of_block(weights):
-            bounds = stage.branch.norm_bounds(weights, method="gram", num_squarings=num_squarings, twists=chosen)
+            bounds = stage.branch.norm_bounds(weights, num_squarings=4, twists=twists)
             return stage.branch.certified(weights, bounds, coeff=spec.coeff, budget=spec.budget)
 
         return jax.vmap(of_block)(weights)

@@ -12,10 +12,9 @@ import pytest
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FULL_DIMS, FeedforwardSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
-from iresnet_jax.maths import logdet_banded as banded
+from iresnet_jax.maths import logdet_exact as banded
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 
 EXACT = 1e-10  # same maths by another route, float64
 BATCH, NORM = 3, 0.98

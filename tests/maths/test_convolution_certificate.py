@@ -20,7 +20,6 @@ GRADIENT = 1e-6  # central differences in float64
 GEOMETRIES = {
     "3x3 one channel": ((3, 3), (8, 8), 1, 1, "SAME"),
     "3x3 oblong": ((3, 3), (5, 9), 3, 2, "SAME"),
-    "3x3 wide": ((3, 3), (4, 4), 2, 64, "SAME"),
     "3x3 on a row": ((3, 3), (1, 8), 2, 2, "SAME"),
     "3x3 on a pixel": ((3, 3), (1, 1), 3, 2, "SAME"),
     "1x1": ((1, 1), (4, 4), 4, 6, "SAME"),
@@ -44,16 +43,15 @@ def kernels_of_every_kind(shape, seed=0):
     delta[rng.integers(height), rng.integers(width)] = 1
     single = np.zeros(shape)
     single[-1, 0, -1, 0] = -2
-    gauss = rng.normal(size=(4, *shape))
+    gauss = rng.normal(size=(3, *shape))
     named = {
         "gauss": gauss[0],
         "gauss 2": gauss[1],
-        "gauss 3": gauss[2],
         "constant": np.ones(shape),
-        "low pass": np.abs(gauss[3]),
+        "low pass": np.abs(gauss[2]),
         "blur": np.multiply.outer(blur, mixing),
         "nyquist": np.multiply.outer(np.outer(row_signs, column_signs), mixing),
-        "row nyquist": np.abs(gauss[3]) * row_signs[:, None, None, None],
+        "row nyquist": np.abs(gauss[2]) * row_signs[:, None, None, None],
         "delta": np.multiply.outer(delta, mixing),
         "rank one": np.einsum("a,b,i,o->abio", *(rng.normal(size=n) for n in shape)),
         "single weight": single,
@@ -69,7 +67,7 @@ def dense_norms(kernels, image, padding):
     return np.linalg.norm(matrices, 2, axis=(1, 2))
 
 
-@functools.partial(jax.jit, static_argnums=1, static_argnames=("padding", "method", "num_squarings", "twists"))
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("padding", "num_squarings", "twists"))
 def mapped_bound(kernels, image, **options):
     """One after the other: a batch of them would be traced again, function by function."""
     return jax.lax.map(lambda kernel: certify.conv_norm_bound(kernel, image, **options), kernels)
@@ -96,10 +94,10 @@ def test_embedding_is_above_the_dense_norm(case, x64):
     if case in EXACT_EMBEDDINGS:
         assert ratios.max() <= 1 + EXACT
     if min(image) >= 8 and max(taps) <= 3:
-        assert ratios[:3].max() <= TIGHT  # the Gaussian kernels
+        assert ratios[:2].max() <= TIGHT  # the Gaussian kernels
 
 
-@pytest.mark.parametrize("case", ["3x3 oblong", "5x5 on 3x2", "4x2"])
+@pytest.mark.parametrize("case", ["3x3 oblong", "4x2"])
 def test_small_layers_are_bounded_exactly(case, x64):
     taps, image, cin, cout, padding = GEOMETRIES[case]
     names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=1)
@@ -109,20 +107,7 @@ def test_small_layers_are_bounded_exactly(case, x64):
     np.testing.assert_array_less(bounds, norms * (1 + EXACT) + 1e-30)
 
 
-@pytest.mark.parametrize(("case", "options"), [("3x3 oblong", {}), ("4x2", EMBEDDED)])
-def test_float32_bounds_are_above_the_norm_of_the_float32_weights(case, options):
-    taps, image, cin, cout, padding = GEOMETRIES[case]
-    names, kernels = kernels_of_every_kind((*taps, cin, cout), seed=2)
-    kernels = kernels.astype(np.float32)
-    bounds = bounds_of(kernels, image, padding=padding, **options)
-    assert bounds.dtype == np.float32
-    assert_upper_bounds(bounds, dense_norms(kernels, image, padding), names)
-    with jax.enable_x64(True):
-        reference = bounds_of(kernels.astype(np.float64), image, padding=padding, **options)
-    np.testing.assert_array_less(bounds, reference * (1 + EXACT_F32) + 1e-30)
-
-
-@pytest.mark.parametrize(("shape", "image"), [((3, 3, 3, 4), (32, 32)), ((5, 5, 4, 4), (16, 16)), ((3, 3, 12, 64), (8, 8))])
+@pytest.mark.parametrize(("shape", "image"), [((5, 5, 4, 4), (16, 16)), ((3, 3, 12, 64), (8, 8))])
 def test_conv_bound_of_larger_layers_against_power_iteration(shape, image):
     rng = np.random.default_rng(3)
     kernel = rng.normal(size=shape).astype(np.float32)
@@ -167,11 +152,11 @@ def test_blur_is_bounded_without_slack(x64):
 def test_gram_slack_shrinks_as_documented(num_squarings, x64):
     rng = np.random.default_rng(5)
     orthogonal = np.linalg.qr(rng.normal(size=(16, 16)))[0]
-    bound = certify.dense_norm_bound(jnp.asarray(orthogonal), method="gram", num_squarings=num_squarings)
+    bound = certify.dense_norm_bound(jnp.asarray(orthogonal), num_squarings=num_squarings)
     np.testing.assert_allclose(bound, 16 ** (2.0 ** -(num_squarings + 2)), rtol=EXACT)
     names, kernels = kernels_of_every_kind((3, 3, 3, 4), seed=6)
     exact = bounds_of(kernels, (4, 4), **EMBEDDED)
-    gram = bounds_of(kernels, (4, 4), method="gram", num_squarings=num_squarings)
+    gram = bounds_of(kernels, (4, 4), num_squarings=num_squarings)
     assert_upper_bounds(gram * (1 + EXACT), exact, names)
     np.testing.assert_array_less(gram, exact * 3 ** (2.0 ** -(num_squarings + 2)) * (1 + EXACT) + 1e-30)
 
@@ -191,17 +176,10 @@ def test_gradient_of_the_gram_bound_against_differences(x64):
     kernel, direction = (jnp.asarray(rng.normal(size=(3, 3, 2, 3))) for _ in range(2))
 
     def bound(step):
-        return certify.conv_norm_bound(kernel + step * direction, (5, 5), method="gram")
+        return certify.conv_norm_bound(kernel + step * direction, (5, 5), num_squarings=4)
 
     (ahead, behind, _), slopes = jax.jit(jax.vmap(jax.value_and_grad(bound)))(jnp.array([1e-5, -1e-5, 0]))
     np.testing.assert_allclose(slopes[2], (ahead - behind) / 2e-5, rtol=GRADIENT)
-
-
-def test_gradient_of_the_exact_bound_is_the_outer_product_of_singular_vectors(x64):
-    matrix = np.random.default_rng(10).normal(size=(5, 8))
-    u, _, vt = np.linalg.svd(matrix)
-    gradient = jax.jit(jax.grad(certify.dense_norm_bound))(jnp.asarray(matrix))
-    np.testing.assert_allclose(gradient, np.outer(u[:, 0], vt[0]), atol=GRADIENT)
 
 
 def test_gradient_is_finite_where_the_symbol_vanishes():
@@ -209,30 +187,6 @@ def test_gradient_is_finite_where_the_symbol_vanishes():
     gradient = jax.jit(jax.grad(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED)))
     for kernel in (difference, 0 * difference):
         chex.assert_tree_all_finite(gradient(kernel))
-
-
-def test_any_size_bound_covers_every_size_and_padding(x64):
-    for taps in ((3, 3), (2, 5)):
-        names, kernels = kernels_of_every_kind((*taps, 2, 2), seed=11)
-        bounds = np.asarray(jax.jit(jax.vmap(certify.conv_norm_bound_any_size))(jnp.asarray(kernels)))
-        spectra = np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))  # a grid three times as fine
-        supremum = np.linalg.norm(spectra, 2, axis=(-2, -1)).max(axis=(1, 2))
-        assert_upper_bounds(bounds, supremum, names)
-        factor = np.prod([np.cos(np.pi * (k - 1) / 64) for k in taps])
-        np.testing.assert_array_less(bounds * factor, supremum * (1 + EXACT) + 1e-30)
-        for image, padding in (((8, 8), "SAME"), ((7, 5), "CIRCULAR")):
-            assert_upper_bounds(bounds, dense_norms(kernels, image, padding), names)
-
-
-def test_any_size_needs_its_cosines(x64):
-    kernels = np.random.default_rng(12).normal(size=(64, 3, 3, 1, 1))
-    supremum = np.abs(np.fft.fft2(kernels, s=(96, 96), axes=(1, 2))).max(axis=(1, 2, 3, 4))
-    coarse = np.abs(np.fft.fft2(kernels, s=(6, 6), axes=(1, 2))).max(axis=(1, 2, 3, 4))
-    bound = jax.jit(jax.vmap(lambda k: certify.conv_norm_bound_any_size(k, num_frequencies=6)))(jnp.asarray(kernels))
-    names = [str(i) for i in range(64)]
-    assert_upper_bounds(np.asarray(bound), supremum, names)
-    with pytest.raises(AssertionError, match="<"):
-        assert_upper_bounds(coarse, supremum, names)
 
 
 def test_bounds_compile_and_keep_low_precision_and_bad_weights_visible():
@@ -247,8 +201,7 @@ def test_bounds_compile_and_keep_low_precision_and_bad_weights_visible():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "svd"}, "method"),
-        ({"method": "gram", "num_squarings": -1}, "num_squarings"),
+        ({"num_squarings": -1}, "num_squarings"),
         ({"twists": [(0, 2)]}, "twists"),
         ({"twists": []}, "twists"),
         ({"spatial_shape": (0, 4)}, "spatial_shape"),
@@ -259,11 +212,6 @@ def test_caller_mistakes(options, message):
     shape = options.pop("spatial_shape", (4, 4))
     with pytest.raises(ValueError, match=message):
         certify.conv_norm_bound(jnp.ones((3, 3, 1, 1)), shape, **options)
-
-
-def test_other_caller_mistakes():
-    with pytest.raises(ValueError, match="at least the kernel's size"):
-        certify.conv_norm_bound_any_size(jnp.ones((3, 3, 1, 1)), num_frequencies=2)
     with pytest.raises(ValueError, match="at least one weight"):
         certify.dense_norm_bound(jnp.ones((3, 0)))
 

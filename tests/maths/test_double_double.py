@@ -10,8 +10,7 @@ import pytest
 
 from iresnet_jax.maths import precise_activations
 from iresnet_jax.maths.activations import ACTIVATIONS
-from iresnet_jax.maths.double_double import LOG2, UNIT, DoubleDouble, exp, log
-from iresnet_jax.maths.split_products import Sliced, product
+from iresnet_jax.maths.double_double import LOG2, UNIT, DoubleDouble, Sliced, exp, log, product
 
 CONTEXT = decimal.Context(prec=60)
 Decimal = decimal.Decimal

@@ -16,8 +16,7 @@ from iresnet_jax.maths import logdet_exact as exact_module
 from iresnet_jax.maths.logdet_estimator import draw_probes
 from iresnet_jax.maths.logdet_exact import SMALL, ExactLogdet, dense_logdet, log_abs_det
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet, quadratic_form
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet, truncation_bound, weighted_series
+from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet, truncation_bound, weighted_series
 
 EXACT = 1e-10  # the same mathematics by another route, in float64
 GRADIENT = 1e-6  # gradients through a series of 60 terms at Lip(g) = 1/2

@@ -13,7 +13,7 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths import logdet_estimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet
 from iresnet_jax.models import density
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contexts import initial_network

@@ -16,8 +16,7 @@ from iresnet_jax.bijections.logit import Center
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.maths.logdet_roulette import RouletteLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density
