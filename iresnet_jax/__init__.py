@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded, Bounds
-from iresnet_jax.bijections.chain import chain, repeat
+from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center, Identity, Logit
-from iresnet_jax.bijections.multiscale import Stage, multiscale
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver, residual_bijection
-from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.branches.branch import Branch, BranchSpec, CallableBranch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.convolution import conv

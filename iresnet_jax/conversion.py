@@ -36,7 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.bijections.logit import Center, Identity, Logit
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity
 from iresnet_jax.conversion_stages import Arrays, Layer, Stages, applied_kernel, read_file
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec

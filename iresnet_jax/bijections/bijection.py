@@ -4,7 +4,7 @@ Along a chain standard errors add in quadrature, truncation bounds and evaluatio
 multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied after it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -150,9 +150,9 @@ def fold_in(key: Key[Array, "..."], data: int | Array) -> Key[Array, "..."]:
     return jax.vmap(lambda k: jax.random.fold_in(k, data))(key)
 
 
-def keys_of_links(key: Key[Array, "..."] | None, num: int) -> Sequence[Key[Array, "..."] | None]:
+def keys_of_links(key: Key[Array, "..."] | None, num: int) -> Key[Array, "k ..."] | list[None]:
     """``fold_in(key, i)`` for ``i < num``, made at once: one by one they compile longer; no keys if there is none."""
-    return [None] * num if key is None else list(jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num)))
+    return [None] * num if key is None else jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num))
 
 
 def exact_bijection(

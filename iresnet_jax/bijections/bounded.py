@@ -30,8 +30,8 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, on_balls
-from iresnet_jax.bijections.logit import UNIT_ERROR, Identity
-from iresnet_jax.bijections.standardize import ROUNDING, Standardize, Whiten, set_floats
+from iresnet_jax.bijections.logit import UNIT_ERROR
+from iresnet_jax.bijections.standardize import ROUNDING, Identity, Standardize, Whiten, set_floats
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble, log, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz

@@ -1,16 +1,20 @@
-"""Bijections one after the other: chains, and blocks of one shape that are repeated."""
+"""Bijections one after the other: chains, blocks of one shape that are repeated, and multi-scale flows.
+
+In a multi-scale flow half of the channels may leave as latents after each stage.
+"""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.bijection import Bijection, fold_in, from_walks, keys_of_links
+from iresnet_jax.bijections.bijection import Bijection, from_walks, keys_of_links
+from iresnet_jax.bijections.reshape import flatten, split_channels, unflatten
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.lipschitz_bounds import product_bound
 from iresnet_jax.maths.logdet_exact import INVERSE_JACOBIANS
@@ -32,14 +36,10 @@ _MOST_ENTRIES = 16  # entries that one product of `_store` takes together
 
 def chain(bijections: Sequence[Bijection]) -> Bijection:
     """``F = F_n ... F_2 F_1``, first to last."""
-    return _chain(tuple(bijections), keys_of_links)
-
-
-def _chain(bijections, keys_of):
-    """`chain` whose keys are ``keys_of(key, number of bijections)``."""
+    bijections = tuple(bijections)
 
     def links(key):
-        return list(zip(bijections, keys_of(key, len(bijections)), strict=True))
+        return list(zip(bijections, keys_of_links(key, len(bijections)), strict=True))
 
     def onward(way, key):
         for bijection, own in links(key):
@@ -64,11 +64,6 @@ def after_exact(exact: Bijection, bijection: Bijection) -> Bijection:
     )
 
 
-def _keys_of_blocks(key, num):
-    """Keys as in `keys_of_links`, folded with 1 once more, which gives the random numbers of earlier versions."""
-    return [None] * num if key is None else jax.vmap(lambda k: fold_in(fold_in(key, k), 1))(jnp.arange(num))
-
-
 def repeat(
     make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = False, rematerialize: Rematerialize = "nothing"
 ) -> Bijection:
@@ -86,8 +81,7 @@ def repeat(
     build = make if rematerialize == "nothing" else lambda w: _rematerialized(make, w, _POLICIES[rematerialize])
     num_blocks = jax.tree.leaves(weights)[0].shape[0]
     if unroll:
-        blocks = [_stored(build(jax.tree.map(lambda w, k=k: w[k], weights))) for k in range(num_blocks)]
-        return _chain(blocks, _keys_of_blocks)
+        return chain([_stored(build(jax.tree.map(lambda w, k=k: w[k], weights))) for k in range(num_blocks)])
 
     def over_blocks(way, key, *, reverse):
         def step(way, block):
@@ -98,7 +92,7 @@ def repeat(
             k, block = numbered
             return lax.cond(k >= 0, lambda way: step(way, block)[0], lambda way: way, way), None
 
-        blocks = weights, None if key is None else _keys_of_blocks(key, num_blocks)
+        blocks = weights, None if key is None else keys_of_links(key, num_blocks)
         if reverse and _FORGETS_DERIVATIVES:
             return lax.scan(step_in_condition, way, (jnp.arange(num_blocks), blocks), reverse=True)[0]
         return lax.scan(step, way, blocks, reverse=reverse)[0]
@@ -159,3 +153,69 @@ def in_precision(bijection: Bijection, dtype: Any) -> Bijection:
         inverse=lambda y: bijection.inverse(wide(y)),
         inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(wide(y), key),
     )
+
+
+class Stage(NamedTuple):
+    """One scale of a multi-scale flow: a bijection, and whether half of its output channels leave as latents."""
+
+    bijection: Bijection
+    factor_out: bool = False
+
+
+def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_size: int = 1) -> Bijection:
+    """The flow from examples of ``event_shape`` to latent vectors ``(b, d)`` (Dinh et al. 2017, sec. 3.6).
+
+    After a stage with ``factor_out`` the second half of the channels joins the latent vector and the first half goes on. The
+    latent vector holds the factored-out parts first, in order, and what remains last.
+
+    Args:
+        stages: Scales from the data to the last one.
+        event_shape: Shape of one example.
+        batch_size: Size of the batches the stages take, where they are tied to one, as by a context.
+    """
+    stages, event_shape = tuple(stages), tuple(event_shape)
+    shapes = _latent_shapes(stages, (batch_size, *event_shape))
+    ends = [sum(math.prod(shape) for shape in shapes[: i + 1]) for i in range(len(shapes))]
+
+    def onward(way, key):
+        if way.y.shape[1:] != event_shape:
+            raise ValueError(f"the flow takes examples of shape {event_shape}, got an array of shape {way.y.shape}")
+        latents = []
+        for stage, own in zip(stages, keys_of_links(key, len(stages)), strict=True):
+            way = way.through(stage.bijection, own)
+            if stage.factor_out:
+                kept, latent = split_channels(way.y)
+                latents.append(flatten(latent))
+                way = way._replace(y=kept)
+        return way._replace(y=jnp.concatenate([*latents, flatten(way.y)], axis=-1))
+
+    def back(way, key):
+        if way.x.shape[1:] != (ends[-1],):
+            raise ValueError(f"the flow's inverse takes latents of shape ({ends[-1]},), got an array of shape {way.x.shape}")
+        parts = jnp.split(way.x, ends[:-1], axis=1)
+        *latents, x = [unflatten(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+        way = way._replace(x=x)
+        for stage, own in reversed(list(zip(stages, keys_of_links(key, len(stages)), strict=True))):
+            if stage.factor_out:
+                way = way._replace(x=jnp.concatenate([way.x, latents.pop()], axis=-1))
+            way = way.through(stage.bijection, own)
+        return way
+
+    lipschitz = jnp.asarray(1.0)
+    for stage in reversed(stages):  # latents that left at this stage skip the inverses of the later ones
+        later = jnp.maximum(lipschitz, 1) if stage.factor_out else lipschitz
+        lipschitz = product_bound(stage.bijection.inverse_lipschitz, later)
+    return from_walks(onward, back, lipschitz)
+
+
+def _latent_shapes(stages: tuple[Stage, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the factored-out parts and, last, of what remains, each of one example; ``shape`` is that of a batch."""
+    shapes = []
+    for i, stage in enumerate(stages):
+        shape = jax.eval_shape(stage.bijection.forward, jax.ShapeDtypeStruct(shape, jnp.result_type(float))).shape
+        if stage.factor_out:
+            if shape[-1] % 2:
+                raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
+            shape = (*shape[:-1], shape[-1] // 2)
+            shapes.append(shape[1:])
+    return [*shapes, shape[1:]]

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from iresnet_jax.bijections.bijection import ClosedForm
-from iresnet_jax.bijections.dequantize import cells, quantize
+from iresnet_jax.bijections.dequantize import quantize
 from iresnet_jax.bijections.enclosure import Enclosure, ends, increasing, on_balls
 from iresnet_jax.bijections.logit import (
     UNIT_ERROR,
@@ -41,6 +41,7 @@ from iresnet_jax.bijections.logit import (
     steepest_unit,
     sum_event,
 )
+from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.standardize import ROUNDING, set_floats
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble, where
@@ -51,7 +52,7 @@ from iresnet_jax.maths.upward_rounding import UP, U
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
 
 
-@pytree(arrays=("frequencies", "shares", "starts"))
+@pytree(arrays=("frequencies", "shares", "edges"))
 class Equalize(ClosedForm):
     """The distribution function of the grey levels, and a logit behind it; outside [0, 1) the outermost cells are continued.
 
@@ -60,13 +61,13 @@ class Equalize(ClosedForm):
         shares: Frequency of the commonest level at each entry of an example, in row-major order, see `entry_shares`; None
             gives all entries the same distribution.
         alpha: Distance of the logit's argument from 0 and 1, in (0, 1/2).
-        starts: Smallest float ``y`` of the cell of each level, ``(entries or 1, levels)``.
+        edges: Smallest float ``y`` of the cell of each level, from minus infinity to infinity, ``(entries or 1, levels + 1)``.
     """
 
     frequencies: Any
     shares: Any = None
     alpha: float = 0.05
-    starts: Any = field(init=False, repr=False)
+    edges: Any = field(init=False, repr=False)
 
     def __post_init__(self):
         check_alpha(self.alpha)
@@ -76,7 +77,10 @@ class Equalize(ClosedForm):
             raise ValueError(f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}")
         if self.shares is not None and not np.all((np.asarray(self.shares) > 0) & (np.asarray(self.shares) < 1)):
             raise ValueError("shares must lie in (0, 1): smooth them as entry_shares does")
-        object.__setattr__(self, "starts", floats(_increasing(self._edges())))
+        widths, below, above = self._cells(np.dtype(np.float64), np)
+        log_s, log_one_minus_s = (np.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (below, above + widths))
+        lower = _increasing((log_s - log_one_minus_s).astype(self.frequencies.dtype))
+        object.__setattr__(self, "edges", floats(_with_open_ends(np.pad(lower, ((0, 0), (0, 1))))))
 
     @classmethod
     def fit(cls, images: Integer[np.ndarray, "n ..."], num_levels: int, *, entrywise: bool, alpha: float) -> "Equalize":
@@ -91,165 +95,114 @@ class Equalize(ClosedForm):
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1] from the extreme slopes of the distribution function and of the logit."""
-        tables, num = self._tables(self.frequencies.dtype), self.num_levels
-        rest = jnp.where(jnp.arange(num) == tables.commonest, jnp.nan, tables.frequencies)
-        least = jnp.minimum(jnp.nanmin(rest) * jnp.min(tables.others), jnp.min(tables.shares)) * num
-        largest = jnp.maximum(jnp.nanmax(rest) * jnp.max(tables.others), jnp.max(tables.shares)) * num
+        widths, *_ = self._cells(self.frequencies.dtype)
+        least, largest = (self.num_levels * extreme(widths) for extreme in (jnp.min, jnp.max))
         return logit_bounds(self.alpha).compose(BiLipschitz((1 + ROUNDING) * largest, (1 + ROUNDING) / least))
 
     def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
-        entries = x.reshape(len(x), math.prod(x.shape[1:]))
-        tables = self._tables(entries.dtype, entries.shape[1])
-        k = quantize(entries, len(self.frequencies)).astype(jnp.int32)
-        cell = tables.cell(k)
-        u = cell.below + cell.slope * (entries - cell.lower)
-        v = cell.above + cell.slope * (cell.upper - entries)
+        entries = self._flatten(x)
+        k = quantize(entries, self.num_levels).astype(jnp.int32)
+        lower, upper, below, above, slopes = self._of_levels(k, x.dtype)
+        u, v = below + slopes * (entries - lower), above + slopes * (upper - entries)
         log_s, log_one_minus_s = (jnp.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (u, v))
-        y = log_s - log_one_minus_s
-        inside = jnp.clip(y, *tables.range_of_y(k))
-        y = y + jax.lax.stop_gradient(inside - y)
-        logdet = sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s + jnp.log(cell.slope))
+        y = _within_cells(log_s - log_one_minus_s, self.edges.astype(x.dtype), k)
+        logdet = sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s + jnp.log(slopes))
         return y.reshape(x.shape), logdet
 
     def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
-        entries = y.reshape(len(y), math.prod(y.shape[1:]))
-        tables = self._tables(entries.dtype, entries.shape[1])
-        k = tables.level(entries)
-        cell = tables.cell(k)
+        entries, edges = self._flatten(y), self.edges.astype(y.dtype)
+        if len(edges) == 1:
+            k = jnp.searchsorted(edges[0, 1:-1], entries, side="right")
+        else:
+            k = jax.vmap(lambda row, y: jnp.searchsorted(row, y, side="right"), (0, 1), 1)(edges[:, 1:-1], entries)
+        lower, upper, below, above, slopes = self._of_levels(k, y.dtype)
         u, v = ((jax.nn.sigmoid(part) - self.alpha) / (1 - 2 * self.alpha) for part in (entries, -entries))
-        x = jnp.where(u < v, cell.lower + (u - cell.below) / cell.slope, cell.upper - (v - cell.above) / cell.slope)
-        inside = jnp.clip(x, *tables.range_of_x(k))
-        x = x + jax.lax.stop_gradient(inside - x)
-        logdet = sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(cell.slope))
-        return x.reshape(y.shape), logdet
+        x = jnp.where(u < v, lower + (u - below) / slopes, upper - (v - above) / slopes)
+        x = _within_cells(x, jnp.asarray(_with_open_ends(self._edges_of_x(y.dtype))), k)
+        return x.reshape(y.shape), sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(slopes))
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
         """The inverse in double-double, increasing in every entry; frequencies count as divided by their sum."""
-        cells, wrong_u = _precise_cells(self), 4 * UNIT_ERROR / (1 - 2 * self.alpha)
-        widths, num = cells.widths.high, cells.num_levels
-        narrowest = np.minimum(widths, np.minimum(np.roll(widths, 1, axis=1), np.roll(widths, -1, axis=1)))
+        widths, below = self._precise_cells()
+        wrong_u, num = 4 * UNIT_ERROR / (1 - 2 * self.alpha), self.num_levels
+        narrowest = np.minimum(widths.high, np.minimum(np.roll(widths.high, 1, axis=1), np.roll(widths.high, -1, axis=1)))
         narrowest = np.where(narrowest > 2.0**-50, narrowest, 0)  # float64 cannot tell narrower cells apart: nothing is known
 
         def value(t):
             u = precise_unit(t, self.alpha)
-            k = cells.holding(u)  # or a neighbour, if u is next to an edge: both continue to there
-            below, width = (table.map(lambda part: _at(part, k)) for table in (cells.below, cells.widths))
-            x = (DoubleDouble.of(k) + (u - below) * width.reciprocal()) * DoubleDouble.of(num).reciprocal()
+            k = _holding(below, u)  # or a neighbour, if u is next to an edge: both continue to there
+            lower, width = (table.map(lambda part: _at(part, k)) for table in (below, widths))
+            x = (DoubleDouble.of(k) + (u - lower) * width.reciprocal()) * DoubleDouble.of(num).reciprocal()
             return x.high, 2 * U * np.abs(x.high) + 2 * wrong_u / (num * _at(narrowest, k))
 
         low, high = (precise_unit(end, self.alpha) for end in ends(y, radius))
-        first, last = (cells.holding(end) for end in (low - DoubleDouble.of(wrong_u), high + DoubleDouble.of(wrong_u)))
-        narrow, k = np.full_like(y, np.inf), first
+        k, last = (_holding(below, end) for end in (low - DoubleDouble.of(wrong_u), high + DoubleDouble.of(wrong_u)))
+        narrow = np.full_like(y, np.inf)
         while np.any(k <= last):
-            narrow = np.minimum(narrow, _at(widths, np.minimum(k, last)))
+            narrow = np.minimum(narrow, _at(widths.high, np.minimum(k, last)))
             k = k + 1
         return increasing(value, steepest_unit(y, radius, self.alpha) / (num * narrow) * UP, y, radius)
 
-    def _tables(self, dtype: Any, num_entries: int | None = None) -> "_Tables":
-        if self.shares is not None and num_entries not in (None, len(self.shares)):
-            raise ValueError(f"there must be a share for each of {num_entries} entries, got {len(self.shares)}")
-        f = self.frequencies.astype(dtype)
-        f = f / jnp.sum(f)
-        commonest = jnp.argmax(f)
-        rest = jnp.where(jnp.arange(len(f)) == commonest, 0, f)
-        shares = f[commonest][None] if self.shares is None else self.shares.astype(dtype)
-        below = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(rest)[:-1]])
-        above = jnp.concatenate([jnp.cumsum(rest[::-1])[::-1][1:], jnp.zeros(1, dtype)])
-        edges = (np.arange(len(f) + 1) / len(f)).astype(dtype)
-        others = (1 - shares) / jnp.sum(rest)
-        return _Tables(edges, below, above, f, others, shares, self.starts.astype(dtype), commonest)
+    def _flatten(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
+        entries = flatten(x)
+        if self.shares is not None and entries.shape[1] != len(self.shares):
+            raise ValueError(f"there must be a share for each of {entries.shape[1]} entries, got {len(self.shares)}")
+        return entries
 
-    def _edges(self) -> Float[np.ndarray, "n k"]:
-        """``y`` at the lower edge of every cell, ``(entries or 1, levels)``, by sums of positive numbers in float64."""
-        f = np.asarray(self.frequencies, np.float64)
-        f, m, k = f / f.sum(), int(np.argmax(f)), np.arange(len(f))
-        rest = np.where(k == m, 0, f)
-        p = np.asarray(f[m : m + 1] if self.shares is None else self.shares, np.float64)[:, None]
-        others = (1 - p) / rest.sum()
-        below = others * (np.cumsum(rest) - rest) + np.where(k > m, p, 0)
-        above = others * np.cumsum(rest[::-1])[::-1] + np.where(k <= m, p, 0)
-        y = np.log(self.alpha + (1 - 2 * self.alpha) * below) - np.log(self.alpha + (1 - 2 * self.alpha) * above)
-        return y.astype(self.frequencies.dtype)
+    def _cells(self, dtype: Any, xp: Any = jnp) -> tuple[Any, Any, Any]:
+        """``u`` over each level's cell, ``u`` at its lower edge and ``1 - u`` at its upper one, ``(entries or 1, levels)``."""
+        f = xp.asarray(self.frequencies).astype(dtype)
+        f = f / f.sum()
+        level, commonest = np.arange(len(f)), f.argmax()
+        rest, nothing = xp.where(level == commonest, 0, f), xp.zeros(1, dtype)
+        shares = (f[commonest][None] if self.shares is None else xp.asarray(self.shares).astype(dtype))[:, None]
+        others = (1 - shares) / rest.sum()
+        rest_below = xp.concatenate([nothing, xp.cumsum(rest)[:-1]])[None]
+        rest_above = xp.concatenate([xp.cumsum(rest[::-1])[::-1][1:], nothing])[None]
+        widths = xp.where((level == commonest)[None], shares, others * f[None])
+        below = others * rest_below + xp.where((level > commonest)[None], shares, 0)
+        return widths, below, others * rest_above + xp.where((level < commonest)[None], shares, 0)
+
+    def _of_levels(self, k: Array, dtype: Any) -> tuple[Array, Array, Array, Array, Array]:
+        """``x`` at both edges of levels' cells, ``u`` at the lower and ``1 - u`` at the upper ones, and ``du/dx``."""
+        widths, below, above = (_at(table, k) for table in self._cells(dtype))
+        edges = jnp.asarray(self._edges_of_x(dtype)[0])
+        return edges[k], edges[k + 1], below, above, self.num_levels * widths
+
+    def _edges_of_x(self, dtype: Any) -> Float[np.ndarray, "1 k"]:
+        return (np.arange(self.num_levels + 1) / self.num_levels).astype(dtype)[None]
+
+    def _precise_cells(self) -> tuple[DoubleDouble, DoubleDouble]:
+        """``u`` over each level's cell and at its lower edge, ``(entries or 1, levels)``, to 2^-88 from rational numbers."""
+        f = [Fraction(frequency) for frequency in np.asarray(self.frequencies).tolist()]
+        m = f.index(max(f))
+        total, levels = sum(f), np.arange(len(f))[None]
+        rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
+        p = [f[m] / total] if self.shares is None else [Fraction(share) for share in np.asarray(self.shares).tolist()]
+        factors = [(1 - share) / (total - f[m]) for share in p]
+        shares, others = (_rational(part).map(lambda part: part[:, None]) for part in (p, factors))
+        own, before = (_rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
+        nothing = DoubleDouble.of(np.zeros((1, 1)))
+        return where(levels == m, shares, others * own), others * before + where(levels > m, shares, nothing)
 
 
-class _Cell(NamedTuple):
-    """The cell of each entry's level.
-
-    Attributes:
-        lower, upper: Edges in ``x``.
-        below, above: ``u`` at the lower edge, and ``1 - u`` at the upper one.
-        slope: ``du/dx``.
-    """
-
-    lower: Array
-    upper: Array
-    below: Array
-    above: Array
-    slope: Array
+def _at(table: Any, k: Any) -> Any:
+    """The entries ``(b, d)`` of a table ``(d or 1, levels)`` for the level of each entry."""
+    return table[0 if len(table) == 1 else np.arange(k.shape[1])[None], k]
 
 
-class _Tables(NamedTuple):
-    """Tables by level, and by entry if entries have distributions of their own.
+def _with_open_ends(edges: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+    return np.pad(edges[:, 1:-1], ((0, 0), (1, 1)), constant_values=(-np.inf, np.inf))
 
-    Attributes:
-        edges: Edges of the cells in ``x``, one more than levels.
-        below, above: Sums of the other levels' frequencies below and above each level, without the commonest.
-        frequencies: Frequency of each level.
-        others: Factor on the other levels' frequencies, one per entry or one for all.
-        shares: Frequency of the commonest level, in the same form.
-        starts: Smallest float ``y`` of each cell, ``(entries or 1, levels)``.
-        commonest: The commonest level.
-    """
 
-    edges: np.ndarray
-    below: Array
-    above: Array
-    frequencies: Array
-    others: Array
-    shares: Array
-    starts: Array
-    commonest: Array
-
-    def cell(self, k: Array) -> _Cell:
-        def of(table):
-            return jnp.asarray(table)[k]
-
-        others, shares = self.others[None], self.shares[None]
-        return _Cell(
-            lower=of(self.edges[:-1]),
-            upper=of(self.edges[1:]),
-            below=others * of(self.below) + jnp.where(k > self.commonest, shares, 0),
-            above=others * of(self.above) + jnp.where(k < self.commonest, shares, 0),
-            slope=len(self.frequencies) * jnp.where(k == self.commonest, shares, others * of(self.frequencies)),
-        )
-
-    def range_of_y(self, k: Array) -> tuple[Array, Array]:
-        """The smallest and the largest ``y`` of level ``k``; -inf for the lowest level, inf for the highest."""
-        highest = len(self.frequencies) - 1
-        following = self._starts_at(jnp.minimum(k + 1, highest))
-        last = jnp.nextafter(following, jnp.full_like(following, -jnp.inf))
-        return jnp.where(k == 0, -jnp.inf, self._starts_at(k)), jnp.where(k == highest, jnp.inf, last)
-
-    def range_of_x(self, k: Array) -> tuple[Array, Array]:
-        """The smallest and the largest ``x`` of level ``k``; -inf for the lowest level, inf for the highest."""
-        smallest, largest = (jnp.asarray(table)[k] for table in cells(len(self.frequencies), self.edges.dtype))
-        return jnp.where(k == 0, -jnp.inf, smallest), jnp.where(k == len(self.frequencies) - 1, jnp.inf, largest)
-
-    def level(self, y: Array) -> Array:
-        """The level whose interval holds ``y``."""
-        starts = self.starts
-        if len(starts) == 1:
-            found = jnp.searchsorted(starts[0], y, side="right")
-        else:
-            found = jax.vmap(lambda row, y: jnp.searchsorted(row, y, side="right"), (0, 1), 1)(starts, y)
-        return jnp.clip(found - 1, 0, len(self.frequencies) - 1)
-
-    def _starts_at(self, k: Array) -> Array:
-        starts = self.starts
-        return starts[0][k] if len(starts) == 1 else starts[jnp.arange(len(starts))[None], k]
+def _within_cells(values: Array, edges: Array, k: Array) -> Array:
+    """Values moved into the floats of their levels' cells, where rounding has left them; derivatives stay."""
+    following = _at(edges, k + 1)
+    inside = jnp.clip(values, _at(edges, k), jnp.nextafter(following, jnp.full_like(following, -jnp.inf)))
+    return values + jax.lax.stop_gradient(inside - values)
 
 
 def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
@@ -259,50 +212,17 @@ def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
     return rows
 
 
-class _PreciseCells(NamedTuple):
-    """The distribution functions once more for enclosures, ``(entries or 1, levels)``, to 2^-88.
-
-    Attributes:
-        widths: Frequency of each level, ``u`` over its cell.
-        below: ``u`` at the lower edge of each cell.
-    """
-
-    widths: DoubleDouble
-    below: DoubleDouble
-
-    @property
-    def num_levels(self) -> int:
-        return self.widths.high.shape[1]
-
-    def holding(self, u: DoubleDouble) -> np.ndarray:
-        """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0, 1]."""
-        below, last = self.below, self.num_levels - 1
-        if len(below.high) == 1:
-            k = np.searchsorted(below.high[0], u.high, side="right") - 1
-        else:
-            k = np.stack([np.searchsorted(row, u.high[:, i], side="right") - 1 for i, row in enumerate(below.high)], axis=1)
-        k = np.clip(k, 0, last)
-        k = np.where((k > 0) & ((u - below.map(lambda part: _at(part, k))).high < 0), k - 1, k)
-        following = np.minimum(k + 1, last)
-        return np.where((u - below.map(lambda part: _at(part, following))).high >= 0, following, k)
-
-
-def _at(table: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """The entries ``(b, d)`` of a table ``(d or 1, levels)`` for the level of each entry."""
-    return table[0 if len(table) == 1 else np.arange(k.shape[1])[None], k]
-
-
-def _precise_cells(spec: Equalize) -> _PreciseCells:
-    """The tables from rational arithmetic."""
-    f = [Fraction(frequency) for frequency in np.asarray(spec.frequencies).tolist()]
-    m = f.index(max(f))
-    total, levels = sum(f), np.arange(len(f))[None]
-    rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
-    p = [f[m] / total] if spec.shares is None else [Fraction(share) for share in np.asarray(spec.shares).tolist()]
-    shares, others = (_rational(part).map(lambda part: part[:, None]) for part in (p, [(1 - q) / (total - f[m]) for q in p]))
-    own, before = (_rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
-    nothing = DoubleDouble.of(np.zeros((1, 1)))
-    return _PreciseCells(where(levels == m, shares, others * own), others * before + where(levels > m, shares, nothing))
+def _holding(below: DoubleDouble, u: DoubleDouble) -> np.ndarray:
+    """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0, 1]."""
+    if len(below.high) == 1:
+        k = np.searchsorted(below.high[0], u.high, side="right") - 1
+    else:
+        k = np.stack([np.searchsorted(row, u.high[:, i], side="right") - 1 for i, row in enumerate(below.high)], axis=1)
+    last = below.high.shape[1] - 1
+    k = np.clip(k, 0, last)
+    k = np.where((k > 0) & ((u - below.map(lambda part: _at(part, k))).high < 0), k - 1, k)
+    following = np.minimum(k + 1, last)
+    return np.where((u - below.map(lambda part: _at(part, following))).high >= 0, following, k)
 
 
 def _rational(values: Sequence[Fraction]) -> DoubleDouble:

@@ -1,4 +1,4 @@
-r"""Two ways from the unit interval to where a flow starts: centred, or spread over the real line by a logit."""
+"""The unit interval, spread over the real line by a logit, where a flow starts."""
 
 import math
 
@@ -8,60 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm
-from iresnet_jax.bijections.enclosure import Enclosure, affine, increasing, on_balls
+from iresnet_jax.bijections.enclosure import Enclosure, increasing, on_balls
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.precise_activations import sigmoid
 from iresnet_jax.maths.upward_rounding import UP, U
 
 UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double, with a wide margin
-
-
-@pytree()
-class Identity(ClosedForm):
-    """No preprocessing, for continuous data."""
-
-    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        """The data."""
-        return x, jnp.zeros(len(x), x.dtype)
-
-    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        """The data."""
-        return y, jnp.zeros(len(y), y.dtype)
-
-    def bilipschitz(self) -> BiLipschitz:
-        """Both constants are 1."""
-        return model_bounds([])
-
-    @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
-        """The balls themselves."""
-        return affine(y, np.zeros_like(y), np.broadcast_to(radius[:, None], y.shape), np.ones(len(y)))
-
-
-@pytree()
-class Center(ClosedForm):
-    """``y = x - 1/2``."""
-
-    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        """The shifted data."""
-        return x - 0.5, jnp.zeros(len(x), x.dtype)
-
-    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        """The data."""
-        return y + 0.5, jnp.zeros(len(y), y.dtype)
-
-    def bilipschitz(self) -> BiLipschitz:
-        """Both constants are 1."""
-        return model_bounds([])
-
-    @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
-        """The balls around ``y + 1/2``."""
-        center = y + 0.5
-        reach = np.broadcast_to(radius[:, None], y.shape)
-        return affine(center, U * np.abs(center), reach, np.ones(len(y)))
 
 
 @pytree()

@@ -1,7 +1,6 @@
-r"""Continuous data on a common scale: every entry by itself, or all of them decorrelated.
+"""Affine transforms ``y = A (x - m)`` of continuous data: none, a shift, a scale for each entry, or all entries decorrelated.
 
-Both are affine, ``y = A (x - m)`` with numbers of the training data, so ``log|det dy/dx| = log|det A|`` is the same for all
-examples.
+``log|det dy/dx| = log|det A|`` is the same for all examples.
 """
 
 from dataclasses import field
@@ -16,7 +15,7 @@ from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, affine, on_balls
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.convolution_certificate import dense_norm_bound
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U
 
@@ -24,6 +23,43 @@ ROUNDING = 4e-6  # relative error of constants computed in float32, with a margi
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
 SHRINKAGE = 1e-6  # least share by which correlations shrink: single precision inverts the factor
 _TINY = 1e-300  # more than what products lose by underflow
+
+
+class _Shift(ClosedForm):
+    """``y = x - shift``."""
+
+    shift = 0.0
+
+    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """The shifted data, and 0."""
+        return x - self.shift, jnp.zeros(len(x), x.dtype)
+
+    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """The data, and 0."""
+        return y + self.shift, jnp.zeros(len(y), y.dtype)
+
+    def bilipschitz(self) -> BiLipschitz:
+        """Both constants are 1."""
+        return model_bounds([])
+
+    @on_balls
+    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+        """The balls around ``y + shift``."""
+        center = y + self.shift
+        errors = U * np.abs(center) if self.shift else np.zeros_like(center)
+        return affine(center, errors, np.broadcast_to(radius[:, None], y.shape), np.ones(len(y)))
+
+
+@pytree()
+class Identity(_Shift):
+    """No preprocessing, for continuous data."""
+
+
+@pytree()
+class Center(_Shift):
+    """``y = x - 1/2``, for data in [0, 1)."""
+
+    shift = 0.5
 
 
 @pytree(arrays=("mean", "scale"))

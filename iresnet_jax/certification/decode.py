@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.dequantize import Grid, certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
-from iresnet_jax.bijections.logit import Identity
-from iresnet_jax.bijections.standardize import Standardize
+from iresnet_jax.bijections.standardize import Identity, Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.fixed_point import FixedPointInfo

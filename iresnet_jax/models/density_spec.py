@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center, Identity, Logit
-from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import priors

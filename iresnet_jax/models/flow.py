@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections import actnorm, multiscale, reshape
+from iresnet_jax.bijections import actnorm, reshape
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import Rematerialize, after_exact, chain, in_precision, repeat
+from iresnet_jax.bijections.chain import Rematerialize, Stage, after_exact, chain, in_precision, multiscale, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
@@ -50,10 +50,10 @@ def flow_bijection(
 
     def stage_of(stage):
         blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
-        return multiscale.Stage(chain([*stage.reshapes, blocks]), stage.spec.factor_out)
+        return Stage(chain([*stage.reshapes, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
-    whole = multiscale.multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
+    whole = multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
     return in_precision(whole, jnp.float64 if solver.refine else jnp.result_type(*jax.tree.leaves(as_params(weights))))
 
 

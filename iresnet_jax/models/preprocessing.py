@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Num
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Grid, check_levels, dequantize_bijection
-from iresnet_jax.bijections.logit import Identity
+from iresnet_jax.bijections.standardize import Identity
 from iresnet_jax.models.columns import Frame, numbers_of
 from iresnet_jax.models.density_spec import DensitySpec
 

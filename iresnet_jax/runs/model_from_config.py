@@ -8,8 +8,8 @@ import numpy as np
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center, Identity, Logit
-from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.architecture import FlowSpec

@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.logit import Identity
-from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.bijections.standardize import Identity, Standardize, Whiten
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.platforms import fast_compile

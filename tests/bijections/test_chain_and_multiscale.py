@@ -13,13 +13,12 @@ import pytest
 from iresnet_jax.bijections import chain as chain_module
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, isometric_bijection, no_inverse_error
-from iresnet_jax.bijections.chain import chain, repeat
+from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center, Logit
-from iresnet_jax.bijections.multiscale import Stage, multiscale
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
 from iresnet_jax.bijections.residual import Solver, residual_bijection
-from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.bijections.standardize import Center, Standardize, Whiten
 from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_series import SeriesLogdet

@@ -13,8 +13,8 @@ import pytest
 from iresnet_jax.bijections.bounded import Bounded, Bounds
 from iresnet_jax.bijections.dequantize import Grid, certain_levels, dequantize
 from iresnet_jax.bijections.equalize import Equalize, entry_shares, level_frequencies
-from iresnet_jax.bijections.logit import Center, Identity, Logit
-from iresnet_jax.bijections.standardize import Standardize, Whiten
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 
 SHAPE, LEVELS = (3, 3, 2), 17
 NUMBERS = plain.mpmath_numbers(50)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center, Identity, Logit
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity
 
 SINGLE = 1e-5  # float32, same maths by another route
 

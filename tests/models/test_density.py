@@ -12,9 +12,8 @@ import pytest
 from iresnet_jax.bijections.bounded import Bounded, Bounds
 from iresnet_jax.bijections.dequantize import Grid, dequantize
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.bijections.standardize import Standardize
+from iresnet_jax.bijections.standardize import Center, Standardize
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 from iresnet_jax.models import priors

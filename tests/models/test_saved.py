@@ -15,7 +15,8 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Center, Identity, Logit
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity
 from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
