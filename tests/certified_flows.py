@@ -37,13 +37,8 @@ JUMPS = {name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),)) for
 
 @functools.cache
 def weights(flow):
-    """Weights within their budget, with biases."""
-    params = kept.random_params(flow, seed=1)
-    for stage in flow.layout:
-        rng, blocks = np.random.default_rng(0), params[stage.name]["blocks"]
-        for layer in stage.branch.layers:
-            blocks[layer.name]["bias"] = 0.3 * rng.normal(size=blocks[layer.name]["bias"].shape).astype(np.float32)
-    return jax.device_get(freeze(flow, params))
+    """Frozen weights with their bounds."""
+    return jax.device_get(freeze(flow, kept.random_params(flow, seed=1)))
 
 
 @functools.cache

@@ -44,15 +44,17 @@ def random_params(flow, seed=0):
     """Parameters of a flow, ActNorm included, drawn by NumPy: half of a program that freezes them would draw them."""
     rng, params = np.random.default_rng(seed), {}
 
-    def drawn(name, shape):
-        """As `initial_weights` draws them: kernels and maps of contexts have the variance 1 / fan_in."""
-        if name in ("kernel", "context"):
-            return rng.normal(0, 1 / math.sqrt(math.prod(shape[1:-1])), shape).astype(np.float32)
-        return np.full(shape, activations.get("lipswish").initial_beta if name == "beta" else 0, np.float32)
+    def drawn(path, leaf):
+        """Kernels, maps of contexts and weights of other kinds have the variance 1 / fan_in, as when they are initialised."""
+        name, shape = path[-1].key, (num, *leaf.shape)
+        if name == "beta":
+            return np.full(shape, activations.get("lipswish").initial_beta, np.float32)
+        size = {"bias": 0.3, "psi": 0}.get(name, 1 / math.sqrt(math.prod(leaf.shape[:-1])))
+        return rng.normal(0, size, shape).astype(np.float32)
 
     for stage in flow.all_stages:
         num, shapes = stage.spec.num_blocks, jax.eval_shape(stage.branch.initial_weights, jax.random.key(0))
-        blocks = {layer: {name: drawn(name, (num, *leaf.shape)) for name, leaf in own.items()} for layer, own in shapes.items()}
+        blocks = jax.tree.map_with_path(drawn, shapes)
         bias, log_scale = rng.normal(0, 0.1, (2, num, stage.branch.in_shape[-1])).astype(np.float32)
         params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": bias, "log_scale": log_scale}}}
     return params
