@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.splits import some_rows
+from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import priors, scales
 from iresnet_jax.models.density import Density

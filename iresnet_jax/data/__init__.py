@@ -14,8 +14,8 @@
 ======================  ==============================================================================================
 
 Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension always belong together. Images
-of TFDS and image files are decoded once (`cache`). `splits` says how the validation split is made, and `batches` which examples
-a training step sees.
+of TFDS and image files are decoded once (`cache`). `dataset` says how the validation split is made, and `batches` which
+examples a training step sees.
 """
 
 import dataclasses

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.checked_dataclasses import check_unmasked
-from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.splits import fraction_masks, validation_mask
+from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.tables import FAINT, Table, describe
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 
@@ -58,7 +57,7 @@ def from_arrays(
         name: Name in messages and reports.
         arrays: All examples, or those of each split, "train" among them; "validation" is carved from it if it is missing.
         fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
-            The choice depends on the number of examples alone, see `splits.fraction_masks`.
+            The choice depends on the number of examples alone, see `fraction_masks`.
         column_names: Names of the entries of vectors, for messages; by default those of ``columns``, or numbers.
         columns: Columns of the data frame that vectors are from.
         bounds: Ends of columns of a table, see `tables.describe`.

@@ -1,11 +1,9 @@
-"""Images decoded once: arrays of NumPy beside their files, which later runs only map into memory.
+"""Images decoded once: arrays of NumPy in the user's cache folder, which later runs only map into memory.
 
-They lie in a folder ``iresnet_jax.decoded-STATE`` beside the files, or in the user's cache folder where that is not writable:
-``IRESNET_JAX_CACHE_DIR`` if it is set, which then always holds, else ``$XDG_CACHE_HOME/iresnet_jax`` or
-``~/.cache/iresnet_jax``. Files that change have another ``STATE``. The folder may be deleted at any time.
+The folder is ``$IRESNET_JAX_CACHE_DIR`` if that is set, else ``$XDG_CACHE_HOME/iresnet_jax`` or ``~/.cache/iresnet_jax``. What
+lies in it may be deleted at any time.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,11 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.splits import SPLITS, validation_mask
+from iresnet_jax.data.dataset import SPLITS, DataSet, validation_mask
 
 FOLDER_VARIABLE = "IRESNET_JAX_CACHE_DIR"
-NUM_LEVELS = 256  # of images in files
 _RECORD = "record.json"
 
 _log = logging.getLogger(__name__)
@@ -61,17 +57,11 @@ def decoded(name: str, folder: Path, files: Iterable[Path], contents: Callable[[
         ValueError: If the data are not images of one size with labels in range, in a training and a test split.
         OSError: If the arrays cannot be written.
     """
-    state = hashlib.sha256()
+    state = hashlib.sha256(os.fsencode(folder.resolve()))
     for file in sorted(files):
         found = file.stat()
         state.update(os.fsencode(file.relative_to(folder)) + f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
-    beside = folder / f"iresnet_jax.decoded-{state.hexdigest()[:16]}"
-    elsewhere = user_folder() / beside.name
-    places = [elsewhere] if os.environ.get(FOLDER_VARIABLE) else [beside, elsewhere]
-    for place in places:
-        if place.is_dir():
-            return _mapped(name, place)
-    place = beside if beside in places and os.access(folder, os.W_OK) else elsewhere
+    place = user_folder() / f"decoded-{state.hexdigest()[:16]}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place):  # of processes that start at once, the others wait for the first
@@ -83,18 +73,17 @@ def decoded(name: str, folder: Path, files: Iterable[Path], contents: Callable[[
             f"the decoded images of {name} cannot be written into {place.parent} ({error.strerror or error}): make room there, "
             f"or set {FOLDER_VARIABLE} to another folder"
         ) from error
-    return _mapped(name, place)
-
-
-def _mapped(name: str, folder: Path) -> DataSet:
     try:
-        arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
-        record = json.loads((folder / _RECORD).read_text())
+        return _mapped(name, place, **json.loads((place / _RECORD).read_text()))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged, delete it to have the images decoded again: {error}") from None
+        raise ValueError(f"{place} is damaged, delete it to have the images decoded again: {error}") from None
+
+
+def _mapped(name: str, folder: Path, num_classes: int | None, fingerprint: str | None) -> DataSet:
+    arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
+    labels = {} if num_classes is None else {split: arrays[f"{split}_labels"] for split in SPLITS}
     examples = {split: arrays[split] for split in SPLITS}
-    labels = {} if record["num_classes"] is None else {split: arrays[f"{split}_labels"] for split in SPLITS}
-    return DataSet.from_arrays(name, examples, labels, num_levels=NUM_LEVELS, **record)
+    return DataSet.from_arrays(name, examples, labels, num_levels=256, num_classes=num_classes, fingerprint=fingerprint)
 
 
 def _decode(name: str, contents: Contents, place: Path) -> None:
@@ -104,8 +93,7 @@ def _decode(name: str, contents: Contents, place: Path) -> None:
         made.mkdir()
         _write(name, contents, made)
         record = {"num_classes": contents.num_classes, "fingerprint": None}
-        (made / _RECORD).write_text(json.dumps(record))
-        record["fingerprint"] = _mapped(name, made).fingerprint
+        record["fingerprint"] = _mapped(name, made, **record).fingerprint
         (made / _RECORD).write_text(json.dumps(record))
         try:
             made.rename(place)
@@ -120,38 +108,30 @@ def _write(name: str, contents: Contents, folder: Path) -> None:
     "test" is the published test split, or the published validation split where there is no other, as for the downsampled
     ImageNet. "validation" is the published one if that is still free, and else carved from the training split.
     """
-    from tqdm import tqdm  # needed here alone
-
     num = contents.num_examples
     test = "test" if "test" in num else "validation"
     if num.get("train", 0) < 2 or not num.get(test):
         found = ", ".join(f"{count} in {split!r}" for split, count in num.items()) or "none"
         raise ValueError(f"{name} needs images in the splits 'train' and 'test' or 'validation', and has {found}")
-    is_carved = test == "validation" or not num.get("validation")
-    held_out = validation_mask(num["train"]) if is_carved else np.zeros(num["train"], bool)
-    num_held_out = int(held_out.sum()) if is_carved else num["validation"]
-    sizes = {"train": int((~held_out).sum()), "validation": num_held_out, "test": num[test]}
+    places = {split: np.full(num[split], "test" if split == test else split) for split in SPLITS if num.get(split)}
+    if test == "validation" or "validation" not in places:
+        places["train"] = np.where(validation_mask(num["train"]), "validation", "train")
+    sizes = {split: sum(int(np.sum(of_split == split)) for of_split in places.values()) for split in SPLITS}
+    arrays: dict[str, np.ndarray] = {}
     labels: dict[str, list[Any]] = {split: [] for split in SPLITS}
-    shape = None
-    with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context((folder / f"{split}.npy").open("wb")) for split in SPLITS}
-        for published in (split for split in SPLITS if num.get(split)):
-            images = tqdm(contents.read(published), f"decoding {name}", num[published], leave=False, disable=None)
-            for number, (where, image, label) in enumerate(images):
-                if shape is None:
-                    shape = image.shape
-                    for split, file in files.items():
-                        header = {"descr": "|u1", "fortran_order": False, "shape": (sizes[split], *shape)}
-                        np.lib.format.write_array_header_1_0(file, header)
-                if image.dtype != np.uint8 or image.shape != shape:
-                    raise ValueError(
-                        f"{where} has {image.dtype} pixels of shape {image.shape}, and the first image of {name} uint8 ones of "
-                        f"shape {shape}: give all images one size and 8-bit pixels"
-                    )
-                split = "test" if published == test else published
-                split = "validation" if published == "train" and held_out[number] else split
-                files[split].write(np.ascontiguousarray(image).data)
-                labels[split].append(label)
+    for published, of_split in places.items():
+        for split, (where, image, label) in zip(of_split.tolist(), contents.read(published), strict=True):
+            if not arrays:
+                shapes = {split: (size, *image.shape) for split, size in sizes.items()}
+                arrays = {s: np.lib.format.open_memmap(folder / f"{s}.npy", "w+", np.uint8, shapes[s]) for s in SPLITS}
+            shape = arrays[split].shape[1:]
+            if image.dtype != np.uint8 or image.shape != shape:
+                raise ValueError(
+                    f"{where} has {image.dtype} pixels of shape {image.shape}, and the first image of {name} uint8 ones of "
+                    f"shape {shape}: give all images one size and 8-bit pixels"
+                )
+            arrays[split][len(labels[split])] = image
+            labels[split].append(label)
     if (num_classes := contents.num_classes) is None:
         return
     for split, found in labels.items():

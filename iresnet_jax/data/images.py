@@ -12,8 +12,7 @@ from jaxtyping import Int, Integer
 
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.cache import Contents, decoded
-from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.splits import by_digest
+from iresnet_jax.data.dataset import DataSet, by_digest
 
 # --------------------------------------------------------------------------------------------------------------- digits
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from iresnet_jax.data.arrays import Arrays, from_arrays
-from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.splits import SPLITS
+from iresnet_jax.data.dataset import SPLITS, DataSet
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 # Names that the examples and labels of a split may have: those of Keras and of MedMNIST.

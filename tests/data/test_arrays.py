@@ -6,7 +6,7 @@ import pytest
 
 from iresnet_jax import data
 from iresnet_jax.data.arrays import Arrays, from_arrays
-from iresnet_jax.data.splits import fraction_masks
+from iresnet_jax.data.dataset import fraction_masks
 from iresnet_jax.data.tables import find_grid
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax import data
-from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.toys import TOYS
 
 RNG = np.random.default_rng(0)
@@ -117,3 +117,27 @@ def test_random_training_examples_are_distinct_and_no_more_than_there_are():
 def test_unknown_names_and_formats_list_the_known_ones(name):
     with pytest.raises(ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* idx:PATH, "):
         data.load(name)
+
+
+# Splits -------------------------------------------------------------------------------------------------------------------
+
+
+def test_validation_split_is_pinned():
+    """Reported numbers belong to this very split: if one of these changes, they are void."""
+    assert np.flatnonzero(validation_mask(30)).tolist() == [8, 20, 23]
+    assert [validation_mask(n).sum() for n in (2, 19, 20, 1000, 50_000, 60_000)] == [1, 1, 2, 100, 5000, 5000]
+    assert np.flatnonzero(validation_mask(60_000))[:4].tolist() == [8, 20, 23, 31]
+
+
+def test_fractions_depend_on_the_number_alone_and_their_parts_are_disjoint():
+    masks = fraction_masks(50, (0.1, 0.1))
+    assert sum(mask.astype(int) for mask in masks.values()).tolist() == [1] * 50
+    assert list(fraction_masks(50, (0.1, 0.0))) == ["train", "validation"]
+    np.testing.assert_array_equal(masks["test"], fraction_masks(50, (0.2, 0.1))["test"])
+    for num, fractions, message in (
+        (3, (0.1, 0.1), "too few"),
+        (10, (0.95, 0.0), "10 would be"),
+        (30, (0.6, 0.5), "shares"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fraction_masks(num, fractions)

@@ -15,16 +15,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from iresnet_jax import data
+from iresnet_jax.data.dataset import SPLITS, validation_mask
 from iresnet_jax.data.images import read_idx, split_digits
-from iresnet_jax.data.splits import SPLITS, validation_mask
 
 REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR")
 
 
 @pytest.fixture(autouse=True)
-def _no_other_cache(tmp_path, monkeypatch):
-    monkeypatch.delenv("IRESNET_JAX_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
 
 
@@ -272,11 +271,10 @@ def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not REAL_DATA_DIR, reason="TFDS_DATA_DIR names no folder of prepared data sets")
-def test_real_mnist(tmp_path, monkeypatch):
+def test_real_mnist():
     """What the published images are known by: their mean and deviation, and the counts of the classes."""
     if not list(Path(REAL_DATA_DIR, "mnist").glob("*/*.array_record-*")):
         pytest.skip(f"no mnist in array_record under TFDS_DATA_DIR={REAL_DATA_DIR}")
-    monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
     loaded = data.load("mnist", data_dir=REAL_DATA_DIR)
     sizes = {split: len(images) for split, images in loaded.examples.items()}
     assert sizes == {"train": 55_000, "validation": 5000, "test": 10_000}
@@ -302,7 +300,7 @@ def test_what_cannot_be_read_is_to_be_prepared_again(tmp_path, file, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"cannot read mnist in {folder}, delete that folder"):
         data.load("mnist")
-    assert not list(folder.glob("*decoded*/*"))
+    assert not list(tmp_path.glob("cache/decoded*"))
 
 
 @pytest.mark.parametrize("has_tensorflow", [True, False])
@@ -490,7 +488,7 @@ def test_images_that_do_not_belong_are_named(tmp_path, image, file, message):
         save(tmp_path / file, image)
     with pytest.raises(ValueError, match=message):
         data.load(name)
-    assert not list(tmp_path.glob("*decoded*/*"))
+    assert not list(tmp_path.glob("cache/decoded*"))
 
 
 IMAGES, CLASSES = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 3
