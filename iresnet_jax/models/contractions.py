@@ -175,7 +175,7 @@ def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict
 
 def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:
     """Raises ``ValueError`` unless weights are those of such a flow."""
-    expected = jax.eval_shape(lambda: {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.all_stages})
+    expected = jax.eval_shape(spec.initial_params, jax.random.key(0))
     wanted, found = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, as_params(weights)))
     for key in {**wanted, **found}:
         shapes = [np.shape(leaves[key]) if key in leaves else None for leaves in (found, wanted)]

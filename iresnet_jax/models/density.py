@@ -43,7 +43,7 @@ from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, table_of
-from iresnet_jax.models.contexts import Network, apply_network, initial_network
+from iresnet_jax.models.contexts import Network, apply_network
 from iresnet_jax.models.contractions import as_params, under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.history import History
@@ -236,18 +236,17 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        network = initial_network(key_network, context_dim, context_hidden)
-        model = cls(spec, {}, {}, network=network, noise_network=noises.initial_network(spec.flow, key_noise))
+        model = cls(spec, {}, **spec.initial_arrays(key_network))
         model = model if estimator is None else model.with_(estimator=estimator)
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp, last_scale=last_scale)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)
         check_claims(spec.flow, weights, *given)
         if family == priors.OWN:
             model = model.with_(weights=weights, prior=priors.own(prior))
             jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
             return model
-        parameters = priors.standard(family, spec.flow.num_dims, num_classes, num_components)
+        parameters = model.prior
         if family == priors.SCALES:
             parameters = scales.fitted(np.asarray(z), spec.num_components or 0)
         elif num_components is not None:

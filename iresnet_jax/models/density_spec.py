@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from jaxtyping import Array, Float
+import jax
+from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Grid
@@ -13,10 +14,10 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.models import priors
+from iresnet_jax.models import noise, priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column
-from iresnet_jax.models.contexts import ContextScale
+from iresnet_jax.models.contexts import ContextScale, initial_network
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
@@ -105,6 +106,17 @@ class DensitySpec:
                 raise ValueError(f"equalize needs the frequency of each of {self.num_levels} levels, got {levels}")
             if shares is not None and len(shares) != self.flow.num_dims:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
+
+    def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Fresh arrays of a `Density` beside its weights, by its fields: standard priors, random networks."""
+        key_network, key_noise = jax.random.split(key)
+        is_own = self.prior_family == priors.OWN
+        dims = self.flow.num_dims, self.num_classes, self.num_components
+        return {
+            "prior": {} if is_own else priors.standard(self.prior_family, *dims),
+            "network": initial_network(key_network, self.context_dim, self.context_hidden),
+            "noise_network": noise.initial_network(self.flow, key_noise),
+        }
 
     @property
     def context_dim(self) -> int:

@@ -34,13 +34,6 @@ def weights_of(weights: FlowWeights) -> FlowWeights:
     return {name.removeprefix(PREFIX): block for name, block in weights.items() if name.startswith(PREFIX)}
 
 
-def initial_params(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, Any]:
-    """Parameters of a flow that makes uniform noise, as `contractions.constrain` takes them; empty if ``spec`` has none."""
-    stages = spec.all_stages[len(spec.layout) :]
-    keys = jax.random.split(key, max(len(stages), 1))
-    return {stage.name: stage.initial_params(own, last_scale=0.0) for stage, own in zip(stages, keys, strict=False)}
-
-
 def initial_network(spec: FlowSpec, key: Key[Array, ""]) -> Network:
     """Weights of the network ``h``; empty without variational noise."""
     if spec.noise is None:

@@ -16,13 +16,11 @@ import numpy as np
 
 from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.checked_dataclasses import checked
-from iresnet_jax.models import noise, priors
+from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.head import batch_statistics, initial_head
 from iresnet_jax.models.marginals import Marginals
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MARGINALS, array_name
 
@@ -61,7 +59,11 @@ def read(
             raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
 
         def empty():
-            return _empty(spec, Marginals.standard(spec.flow.num_dims, components) if components else own)
+            key = jax.random.key(0)
+            found = {"params": spec.flow.initial_params(key), **spec.initial_arrays(key)}
+            if is_own:
+                found["prior"] = Marginals.standard(spec.flow.num_dims, components) if own is None else own
+            return found
 
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
             expected = jax.eval_shape(empty)
@@ -140,20 +142,6 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     return MODELS[type(spec)](spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
-
-
-def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
-    """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
-    params = {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.flow.all_stages}
-    if isinstance(spec, DensitySpec):
-        if prior is None:
-            prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
-        network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
-        of_noise = noise.initial_network(spec.flow, jax.random.key(0))
-        return {"params": params, "prior": prior, "network": network, "noise_network": of_noise}
-    channels = spec.feature_shape[-1]
-    head = initial_head(jax.random.key(0), channels, spec.num_classes)
-    return {"params": params, "head": head, "statistics": {"head": batch_statistics(jnp.zeros((1, channels)))}}
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarray:

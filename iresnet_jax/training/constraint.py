@@ -15,7 +15,6 @@ from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.initial import initial_iterates
 from iresnet_jax.models.model import Model
 from iresnet_jax.models.saved import MODELS, Spec
 from iresnet_jax.training import parallel
@@ -159,7 +158,7 @@ class Unconstrained(Generic[M]):
         learned = {name: model.learned(name) for name in model.arrays if name != "statistics"}
         iterates = {}
         if spec.constrained:
-            iterates = initial_iterates(spec.flow, jax.random.key(0))
+            iterates = spec.flow.initial_iterates(jax.random.key(0))
             iterates = validation_constraint(settings, spec.flow)(stages, iterates).spectral
         template = model.with_(weights={}, history=None, **{name: {} for name in learned})
         return cls({**stages, **learned}, iterates, template, settings)
