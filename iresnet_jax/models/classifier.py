@@ -29,8 +29,8 @@ from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.contractions import Tree
+from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch

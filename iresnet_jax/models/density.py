@@ -39,13 +39,13 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial, mixtures, preprocessing, priors, scales
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
-from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, table_of
 from iresnet_jax.models.contexts import Network, apply_network
-from iresnet_jax.models.contractions import as_params, under_context
+from iresnet_jax.models.contractions import under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
+from iresnet_jax.models.flow import FlowWeights, as_params
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
 from iresnet_jax.models.model import Model

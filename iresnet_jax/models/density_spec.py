@@ -109,13 +109,12 @@ class DensitySpec:
 
     def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Fresh arrays of a `Density` beside its weights, by its fields: standard priors, random networks."""
-        key_network, key_noise = jax.random.split(key)
         is_own = self.prior_family == priors.OWN
         dims = self.flow.num_dims, self.num_classes, self.num_components
         return {
             "prior": {} if is_own else priors.standard(self.prior_family, *dims),
-            "network": initial_network(key_network, self.context_dim, self.context_hidden),
-            "noise_network": noise.initial_network(self.flow, key_noise),
+            "network": initial_network(key, self.context_dim, self.context_hidden),
+            "noise_network": noise.initial_network(self.flow, jax.random.fold_in(key, 1)),
         }
 
     @property

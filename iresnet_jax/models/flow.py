@@ -3,20 +3,53 @@
 Weights come from `contractions.constrain` in training and from `contractions.freeze` after it.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, Stage, after_exact, chain, in_precision, multiscale, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import FlowWeights, blocks_of
-from iresnet_jax.models.contractions import as_params
+
+
+class Block(NamedTuple):
+    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
+
+    Attributes:
+        actnorm: ActNorm in front of the branch.
+        branch: The residual branch.
+    """
+
+    actnorm: ActNormParams
+    branch: Branch
+
+
+FlowWeights = Mapping[str, Block]  # by stage
+
+
+def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
+    """The blocks as ``spec`` has them: it alone says what branches compute, and which ActNorm is a fixed scale."""
+    return {
+        stage.name: Block(stage.actnorm(block.actnorm), dataclasses.replace(block.branch, spec=stage.branch))
+        for stage in spec.all_stages
+        if (block := weights.get(stage.name)) is not None
+    }
+
+
+def as_params(weights: FlowWeights) -> dict[str, Any]:
+    """Weights in the form of the parameters of `constrain`."""
+    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
 
 
 def flow_bijection(

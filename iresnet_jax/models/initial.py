@@ -12,8 +12,8 @@ from iresnet_jax.bijections import actnorm, reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import Block, FlowWeights
 from iresnet_jax.models.contractions import ConstrainedFlow, Tree, freeze
+from iresnet_jax.models.flow import Block, FlowWeights
 
 MOST = 1024  # examples of a batch that ActNorm is fitted to
 
@@ -109,7 +109,8 @@ def initial_weights(
 
     Arguments are those of `FlowSpec.initial_params` and of `fit_actnorm`.
     """
-    params = spec.initial_params(key, sharp=sharp, last_scale=last_scale)
+    key_params, _ = jax.random.split(key)  # as in training, which draws power iterates from the second one
+    params = spec.initial_params(key_params, sharp=sharp, last_scale=last_scale)
     return fit_actnorm(spec, freeze(spec, params), x, context)
 
 

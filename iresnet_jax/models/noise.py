@@ -25,8 +25,8 @@ from iresnet_jax.bijections.dequantize import cell_centers, check_keys, into_cel
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec
-from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.contexts import Network, apply_network
+from iresnet_jax.models.flow import FlowWeights
 
 
 def weights_of(weights: FlowWeights) -> FlowWeights:

@@ -15,6 +15,7 @@ from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.model import Model
 from iresnet_jax.models.saved import MODELS, Spec
 from iresnet_jax.training import parallel
@@ -49,7 +50,7 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
     One function for all models of one architecture, which share its program.
     """
-    return fast_compile(_constraint(settings, spec, rtol=1e-3))
+    return fast_compile(_constraint(settings, spec))
 
 
 def validated_model(
@@ -154,7 +155,7 @@ class Unconstrained(Generic[M]):
         if not model.weights:
             raise ValueError("the model has no weights: make one by init, load or fit")
         settings = ConstraintConfig() if spec.constrained else ConstraintConfig(norms="none")
-        stages = contractions.as_params(model.weights)
+        stages = as_params(model.weights)
         learned = {name: model.learned(name) for name in model.arrays if name != "statistics"}
         iterates = {}
         if spec.constrained:
