@@ -22,37 +22,10 @@ from iresnet_jax.runs import trained_run
 ROUNDING = 1e-12  # the same sums in another order, in float64
 
 
-class Dual(NamedTuple):
-    """Values ``(b, c, h, w)`` or ``(b, d)``, and their derivatives by each of the ``d`` entries of an example, in front."""
-
-    value: np.ndarray
-    tangents: np.ndarray
-
-    @classmethod
-    def start(cls, x):
-        unit = np.eye(x[0].size).reshape(-1, 1, *x.shape[1:])
-        return cls(x, np.broadcast_to(unit, (len(unit), *x.shape)))
-
-    def moved(self, move):
-        """A map of the axes of an example that only moves entries."""
-        return Dual(move(self.value), move(self.tangents))
-
-    def linear(self, weight, bias):
-        return Dual(apply(weight, self.value) + bias.reshape(-1, *(1,) * (self.value.ndim - 2)), apply(weight, self.tangents))
-
-    def elementwise(self, value, slope):
-        return Dual(value, slope * self.tangents)
-
-    def __add__(self, other):
-        return Dual(self.value + other.value, self.tangents + other.tangents)
-
-    @property
-    def flat(self):
-        return self.moved(lambda a: a.reshape(*a.shape[: -(self.value.ndim - 1)], -1))
-
-    @property
-    def logdet(self):
-        return np.linalg.slogdet(np.moveaxis(self.tangents, 0, 1))[1]
+def logdet(forward, x):
+    """Log-determinant of the Jacobian of each example's latents, by imaginary steps of 1e-30: exact to rounding."""
+    steps = 1e-30j * np.eye(x[0].size).reshape(-1, *x.shape[1:])
+    return np.array([np.linalg.slogdet(forward(one + steps).imag / 1e-30)[1] for one in x])
 
 
 def apply(weight, x):
@@ -67,23 +40,25 @@ def apply(weight, x):
     return sum(np.einsum("oc,...chw->...ohw", tap, window) for tap, window in zip(taps, windows, strict=True))
 
 
-def activate(name, z, beta=None):
-    x = z.value
+def activate(name, x, beta=None):
     if name == "swish":
-        b = np.log1p(np.exp(beta))
-        s = 1 / (1 + np.exp(-b * x))
-        return z.elementwise(x * s / 1.1, (s + b * x * s * (1 - s)) / 1.1)
-    if name == "elu":
-        return z.elementwise(np.where(x > 0, x, np.expm1(x)), np.exp(np.minimum(x, 0)))
-    return z.elementwise(np.tanh(x), 1 - np.tanh(x) ** 2)
+        return x / (1 + np.exp(-np.log1p(np.exp(beta)) * x)) / 1.1
+    return np.where(x.real > 0, x, np.expm1(x))  # "elu"
 
 
-def space_to_depth(a, *, channel_major):
-    *lead, c, h, w = a.shape
-    n = len(lead)
-    patches = a.reshape(*lead, c, h // 2, 2, w // 2, 2)
-    order = (n, n + 2, n + 4) if channel_major else (n + 2, n + 4, n)
-    return patches.transpose(*range(n), *order, n + 1, n + 3).reshape(*lead, 4 * c, h // 2, w // 2)
+def squeeze(a, *, channel_major):
+    num, c, h, w = a.shape
+    patches = a.reshape(num, c, h // 2, 2, w // 2, 2)
+    order = (1, 3, 5) if channel_major else (3, 5, 1)
+    return patches.transpose(0, *order, 2, 4).reshape(num, 4 * c, h // 2, w // 2)
+
+
+def flat(a):
+    return a.reshape(len(a), -1)
+
+
+def linear(weight, bias, x):
+    return apply(weight, x) + bias.reshape(-1, *(1,) * (x.ndim - 2))
 
 
 class Drawn(dict):
@@ -137,40 +112,39 @@ class Network(NamedTuple):
     head: np.ndarray
 
 
-def i_resnet(*, blocks, strides, widths, side, coeff, act, multi_scale=False, pad=0, num_classes=None):
-    arrays = Drawn()
-    x = np.random.default_rng(1).uniform(-0.5, 0.5, (2, 3, side, side))
-    patch = functools.partial(space_to_depth, channel_major=False)
-    z, parts, k = Dual.start(x), [], 0
-    if num_classes is None:
-        z = z.moved(patch)
-    else:
-        z = Dual(np.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), np.zeros((0, 2, 3 + pad, side, side)))
-    for scale, (num_blocks, stride, width) in enumerate(zip(blocks, strides, widths, strict=True)):
-        for i in range(num_blocks):
-            squeezes = stride == 2 and i == 0
-            before, z = z.value.shape[-1], z.moved(patch) if squeezes else z
-            channels, size = z.value.shape[1:3]
-            name = f"stack.{scale}.stack.{i}" if multi_scale else f"stack.{k}"
-            s, t = arrays(f"{name}.actnorm._log_scale", channels), arrays(f"{name}.actnorm._shift", channels)
-            s, t = s[:, None, None], t[:, None, None]
-            z = z.elementwise(z.value * np.exp(s) + t, np.exp(s))
-            h = z
-            for j, (taps, cin, cout) in enumerate([(3, channels, width), (1, width, width), (3, width, channels)]):
-                h = activate(act, h) if j + k > 0 else h
-                layer = f"{name}.bottleneck_block.{2 * j + (k > 0)}"
-                measured = size if multi_scale or not squeezes else before  # their first block of a scale measures too early
-                names, margin = ("weight_orig", "weight_u", "weight_v"), 1e-5 if taps > 1 else 0.0
-                weight = arrays.kernel(layer, (cout, cin, taps, taps), measured, coeff, names, margin)
-                arrays(f"{layer}.weight_sigma", 1)
-                h = h.linear(weight, arrays(f"{layer}.bias", cout))
-            z, k = z + h, k + 1
-        if multi_scale and scale < len(blocks) - 1:
-            half = z.value.shape[1] // 2
-            parts.append(z.moved(lambda a, half=half: a[..., :half, :, :]).flat)
-            z = z.moved(lambda a, half=half: a[..., half:, :, :])
-    channels = z.value.shape[1]
-    num_dims = sum(part.value.shape[1] for part in parts) + z.value[0].size
+def i_resnet(*, blocks, strides, widths, side, coeff, multi_scale=False, pad=0, num_classes=None):
+    arrays, x = Drawn(), np.random.default_rng(1).uniform(-0.5, 0.5, (2, 3, side, side))
+
+    def forward(x):
+        """Latents of a density, features of a classifier."""
+        z, parts, k = np.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), [], 0
+        z = squeeze(z, channel_major=False) if num_classes is None else z
+        for scale, (num_blocks, stride, width) in enumerate(zip(blocks, strides, widths, strict=True)):
+            for i in range(num_blocks):
+                squeezes = stride == 2 and i == 0
+                before, z = z.shape[-1], squeeze(z, channel_major=False) if squeezes else z
+                channels, size = z.shape[1:3]
+                name = f"stack.{scale}.stack.{i}" if multi_scale else f"stack.{k}"
+                s, t = arrays(f"{name}.actnorm._log_scale", channels), arrays(f"{name}.actnorm._shift", channels)
+                z = z * np.exp(s)[:, None, None] + t[:, None, None]
+                h = z
+                for j, (taps, cin, cout) in enumerate([(3, channels, width), (1, width, width), (3, width, channels)]):
+                    h = activate("elu", h) if j + k > 0 else h
+                    layer = f"{name}.bottleneck_block.{2 * j + (k > 0)}"
+                    # Without scales, their first block of a scale measures in front of its squeeze.
+                    measured = size if multi_scale or not squeezes else before
+                    names, margin = ("weight_orig", "weight_u", "weight_v"), 1e-5 if taps > 1 else 0.0
+                    weight = arrays.kernel(layer, (cout, cin, taps, taps), measured, coeff, names, margin)
+                    arrays(f"{layer}.weight_sigma", 1)
+                    h = linear(weight, arrays(f"{layer}.bias", cout), h)
+                z, k = z + h, k + 1
+            if multi_scale and scale < len(blocks) - 1:
+                leaves, z = np.split(z, 2, axis=1)
+                parts.append(flat(leaves))
+        return np.concatenate([*parts, flat(z)], axis=1) if num_classes is None else z
+
+    latents = forward(x)
+    channels, num_dims = latents.shape[1], latents[0].size
     mean, log_std = arrays("prior_mu", num_dims), arrays("prior_logstd", num_dims)
     weight, bias = arrays("bn1.weight", channels, shift=1.0), arrays("bn1.bias", channels)
     running = arrays("bn1.running_mean", channels), arrays("bn1.running_var", channels, scale=0.1, shift=1.0)
@@ -180,30 +154,27 @@ def i_resnet(*, blocks, strides, widths, side, coeff, act, multi_scale=False, pa
         f"--{name} {' '.join(map(str, values))}"
         for name, values in (("nBlocks", blocks), ("nStrides", strides), ("nChannels", widths))
     ]
-    command = f"python ./CIFAR_main.py {' '.join(numbers)} --coeff {coeff} --nonlin {act} --lr 0.003 -log_verbose"
+    command = f"python ./CIFAR_main.py {' '.join(numbers)} --coeff {coeff} --nonlin elu --lr 0.003 -log_verbose"
     if num_classes is not None:
-        h = (z.value - running[0][:, None, None]) / np.sqrt(running[1] + 1e-5)[:, None, None]
+        h = (latents - running[0][:, None, None]) / np.sqrt(running[1] + 1e-5)[:, None, None]
         h = np.maximum(h * weight[:, None, None] + bias[:, None, None], 0).mean(axis=(2, 3))
-        return Network(f"{command} --init_ds 1 --inj_pad {pad}", arrays, x, z.value, None, h @ kernel.T + offset)
-    parts = [*parts, z.flat]
-    latents, tangents = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+        return Network(f"{command} --init_ds 1 --inj_pad {pad}", arrays, x, latents, None, h @ kernel.T + offset)
     prior = -0.5 * ((latents - mean) * np.exp(-log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
     command = f"{command} -densityEstimation{' -multiScale' * multi_scale}"
-    return Network(command, arrays, x, latents, Dual(latents, tangents).logdet, prior.sum(axis=1))
+    return Network(command, arrays, x, latents, logdet(forward, x), prior.sum(axis=1))
 
 
 def residual_block(arrays, name, z, act, coeff, widths, taps, *, preactivation):
     """``x + g(x)`` with the names and constants of the code of residual flows."""
-    side, h = z.value.shape[-1], z
+    side, h = z.shape[-1], z
     for j, (cin, cout) in enumerate(itertools.pairwise(widths)):
         place = 2 * j + preactivation
         if place:
-            beta = arrays(f"{name}.{place - 1}.beta", 1, shift=0.5) if act == "swish" else None
-            h = activate(act, h, beta)
+            h = activate(act, h, arrays(f"{name}.{place - 1}.beta", 1, shift=0.5))
         shape = (cout, cin, *((taps[j],) * 2 if taps else ()))
         weight = arrays.kernel(f"{name}.{place}", shape, side, coeff, ("weight", "u", "v"))
         arrays(f"{name}.{place}.scale")
-        h = h.linear(weight, arrays(f"{name}.{place}.bias", cout))
+        h = linear(weight, arrays(f"{name}.{place}.bias", cout), h)
     for unused in ("geom_p", "lamb", "last_n_samples", "last_firmom", "last_secmom"):
         arrays(f"{name.split('.nnet')[0]}.{unused}")
     return z + h
@@ -211,72 +182,75 @@ def residual_block(arrays, name, z, act, coeff, widths, taps, *, preactivation):
 
 def behind(arrays, name, z):
     """The ActNorm of that code, which stands behind a block."""
-    space = (1,) * (z.value.ndim - 2)
-    scale, bias = (arrays(f"{name}.{part}", z.value.shape[1]).reshape(-1, *space) for part in ("weight", "bias"))
+    space = (1,) * (z.ndim - 2)
+    scale, bias = (arrays(f"{name}.{part}", z.shape[1]).reshape(-1, *space) for part in ("weight", "bias"))
     arrays[f"{name}.initialized"] = np.array(1)
-    return z.elementwise((z.value + bias) * np.exp(scale), np.exp(scale))
+    return (z + bias) * np.exp(scale)
 
 
-def residual_flow(*, side, blocks, act, squeeze_first=False, factor_out=False, dense=None, width=4, coeff=0.9):
-    arrays = Drawn()
-    x = np.random.default_rng(1).uniform(0.1, 0.9, (2, 1, side, side))
-    move = functools.partial(space_to_depth, channel_major=True)
-    z = Dual.start(x)
-    z = z.moved(move) if squeeze_first else z
-    s = 1e-6 + (1 - 2e-6) * z.value
-    z, parts = z.elementwise(np.log(s) - np.log(1 - s), (1 - 2e-6) / (s * (1 - s))), []
-    for scale, num_blocks in enumerate(blocks):
-        place, is_last = int(scale == 0), scale == len(blocks) - 1
-        if scale == 0:
-            z, place = behind(arrays, f"transforms.0.chain.{place}", z), place + 1
-        for k in range(num_blocks):
-            channels, first = z.value.shape[1], scale == k == 0 and not is_last
-            widths = (channels, width, width, channels)
-            name = f"transforms.{scale}.chain.{place}"
-            z = residual_block(arrays, f"{name}.nnet", z, act, coeff, widths, (3, 1, 3), preactivation=not first)
-            z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}", z), place + 2
-        if not is_last:
-            z = z.moved(move)
-            if factor_out:
-                half = z.value.shape[1] // 2
-                parts.append(z.moved(lambda a, half=half: a[..., half:, :, :]).flat)
-                z = z.moved(lambda a, half=half: a[..., :half, :, :])
-    z = z.flat
-    for _ in range(4 if dense else 0):
-        widths, name = (z.value.shape[1], dense, dense, z.value.shape[1]), f"transforms.{scale}.chain.{place}"
-        z = residual_block(arrays, f"{name}.nnet.nnet", z, act, coeff, widths, (), preactivation=True)
-        z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}.fc_module", z), place + 2
-    latents, tangents = (np.concatenate(part, axis=-1) for part in zip(*parts, z, strict=True))
+def residual_flow(*, side, blocks, squeeze_first=False, factor_out=False, dense=None, width=4, coeff=0.9):
+    arrays, x = Drawn(), np.random.default_rng(1).uniform(0.1, 0.9, (2, 1, side, side))
+
+    def forward(x):
+        z, parts = squeeze(x, channel_major=True) if squeeze_first else x, []
+        s = 1e-6 + (1 - 2e-6) * z
+        z = np.log(s) - np.log(1 - s)
+        for scale, num_blocks in enumerate(blocks):
+            place, is_last = int(scale == 0), scale == len(blocks) - 1
+            if scale == 0:
+                z, place = behind(arrays, f"transforms.0.chain.{place}", z), place + 1
+            for k in range(num_blocks):
+                channels, first = z.shape[1], scale == k == 0 and not is_last
+                widths = (channels, width, width, channels)
+                name = f"transforms.{scale}.chain.{place}"
+                z = residual_block(arrays, f"{name}.nnet", z, "swish", coeff, widths, (3, 1, 3), preactivation=not first)
+                z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}", z), place + 2
+            if not is_last:
+                z = squeeze(z, channel_major=True)
+                if factor_out:
+                    z, leaves = np.split(z, 2, axis=1)
+                    parts.append(flat(leaves))
+        z = flat(z)
+        for _ in range(4 if dense else 0):
+            widths, name = (z.shape[1], dense, dense, z.shape[1]), f"transforms.{scale}.chain.{place}"
+            z = residual_block(arrays, f"{name}.nnet.nnet", z, "swish", coeff, widths, (), preactivation=True)
+            z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}.fc_module", z), place + 2
+        return np.concatenate([*parts, z], axis=1)
+
+    latents = forward(x)
     prior = (-0.5 * latents**2 - 0.5 * np.log(2 * np.pi)).sum(axis=1)
     command = (
         f"python train_img.py --data mnist --imagesize {side} --actnorm True --wd 0 --nblocks {'-'.join(map(str, blocks))} "
-        f"--act {act} --idim {width} --coeff {coeff} --squeeze-first {squeeze_first} --factor-out {factor_out} "
+        f"--act swish --idim {width} --coeff {coeff} --squeeze-first {squeeze_first} --factor-out {factor_out} "
         f"--fc-end {bool(dense)} --fc-idim {dense or 9}"
     )
-    return Network(command, arrays, x, latents, Dual(latents, tangents).logdet, prior)
+    return Network(command, arrays, x, latents, logdet(forward, x), prior)
 
 
 def toy():
     arrays, x = Drawn(), np.random.default_rng(1).normal(size=(3, 2))
-    z = behind(arrays, "chain.0", Dual.start(x))
-    for k in range(2):
-        z = residual_block(arrays, f"chain.{2 * k + 1}.nnet", z, "swish", 0.9, (2, 5, 4, 2), (), preactivation=True)
-        z = behind(arrays, f"chain.{2 * k + 2}", z)
-    prior = (-0.5 * z.value**2 - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+
+    def forward(x):
+        z = behind(arrays, "chain.0", x)
+        for k in range(2):
+            z = residual_block(arrays, f"chain.{2 * k + 1}.nnet", z, "swish", 0.9, (2, 5, 4, 2), (), preactivation=True)
+            z = behind(arrays, f"chain.{2 * k + 2}", z)
+        return z
+
+    latents = forward(x)
+    prior = (-0.5 * latents**2 - 0.5 * np.log(2 * np.pi)).sum(axis=1)
     command = "train_toy.py --data rings --nblocks 2 --dims 5-4 --actnorm True --vnorms 222"
-    return Network(command, arrays, x, z.value, z.logdet, prior)
+    return Network(command, arrays, x, latents, logdet(forward, x), prior)
 
 
 NETWORKS = {
     "i-ResNet, density": functools.partial(
-        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 3), side=4, coeff=0.8, act="elu", multi_scale=True
+        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 3), side=4, coeff=0.8, multi_scale=True
     ),
     "i-ResNet, classifier": functools.partial(
-        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 6), side=4, coeff=0.7, act="elu", pad=1, num_classes=7
+        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 6), side=4, coeff=0.7, pad=1, num_classes=7
     ),
-    "residual flow": functools.partial(
-        residual_flow, side=16, blocks=(1, 2), act="swish", squeeze_first=True, factor_out=True, dense=3
-    ),
+    "residual flow": functools.partial(residual_flow, side=16, blocks=(1, 2), squeeze_first=True, factor_out=True, dense=3),
     "toy": toy,
 }
 network = functools.cache(lambda name: NETWORKS[name]())

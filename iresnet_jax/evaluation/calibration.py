@@ -20,10 +20,7 @@ from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.runs.trained_run import Run
 
 NUM_EXAMPLES, NUM_SAMPLES = 500, 99  # pairs, and samples for each, by default: 100 ranks
-BINS, LEAST_A_BIN = 20, 10  # most bins of a histogram; fewer if so few ranks would fall into one
-LEAST_EXAMPLES = 2 * LEAST_A_BIN
-LEVEL = 1e-3  # probability by which a calibrated model is refused
-BAND = 0.99  # share of a calibrated model's bars within the band
+LEAST_EXAMPLES = 20  # two bins of ten ranks
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,14 @@ class Calibration:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the tests together do not refuse the ranks at `LEVEL`."""
-        return self.p_value >= LEVEL
+        """Whether the tests together do not refuse the ranks, as they refuse those of one calibrated model in a thousand."""
+        return self.p_value >= 1e-3
 
     def band(self) -> tuple[int, int]:
-        """Counts between which the bar of a calibrated model lies with probability `BAND`."""
+        """Counts between which the bar of a calibrated model lies with a probability of 99 %."""
         from scipy.stats import binom
 
-        low, high = binom.interval(BAND, self.num_examples, 1 / len(self.tests[0].counts))
+        low, high = binom.interval(0.99, self.num_examples, 1 / len(self.tests[0].counts))
         return int(low), int(high)
 
     @property
@@ -86,8 +83,7 @@ class Calibration:
         lines = [self.headline, f"{'':10}{'mean rank':>10}{'p':>10}   counts"]
         for test in self.tests:
             lines.append(f"{test.name:10}{test.mean_rank:10.3f}{test.p_value:10.2g}   {' '.join(map(str, test.counts))}")
-        low, high = self.band()
-        lines.append(f"counts of a calibrated model are {low} to {high} in {BAND:.0%} of the bins")
+        lines.append("counts of a calibrated model are {} to {} in 99 % of the bins".format(*self.band()))
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
@@ -167,13 +163,13 @@ def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
 def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator) -> RankTest:
     """Tests that ranks are uniform on ``0, ..., num_samples``, with noise in their cells that makes them so on an interval.
 
-    The Kolmogorov-Smirnov test finds samples that are too high or too low, the chi-square test, of at most `BINS` bins with
-    `LEAST_A_BIN` ranks or more on average, those that are too wide or too narrow.
+    The Kolmogorov-Smirnov test finds samples that are too high or too low, the chi-square test, of at most 20 bins with ten
+    ranks or more on average, those that are too wide or too narrow.
     """
     from scipy.stats import chisquare, kstest
 
     places = (ranks + generator.random(len(ranks))) / (num_samples + 1)
-    counts, _ = np.histogram(places, max(min(BINS, len(ranks) // LEAST_A_BIN), 2), (0, 1))
+    counts, _ = np.histogram(places, max(min(20, len(ranks) // 10), 2), (0, 1))
     smaller = min(float(chisquare(counts).pvalue), float(kstest(places, "uniform").pvalue))
     return RankTest(name, tuple(counts.tolist()), min(1.0, 2 * smaller), float(places.mean()))
 
