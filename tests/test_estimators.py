@@ -67,10 +67,10 @@ class Moments:
 
 
 def fit_or_moments(x, labels=None, **options):
-    """`fit` of 2 features; of other numbers, with programs of their own each, moments."""
+    """`fit` of 2 features without labels; of other arrays, with programs of their own each, moments."""
     x = np.asarray(x, np.float32)
-    if x.shape[1] == 2:
-        return fit(x, labels, **options)
+    if x.shape[1] == 2 and labels is None:
+        return fit(x, **options)
     labels = np.zeros(len(x), int) if labels is None else labels
     means = np.stack([x[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
     return Moments(jnp.asarray(means), jnp.asarray(x.std(axis=0) + 1e-3))

@@ -63,7 +63,7 @@ def test_observations_of_two_moons_lie_on_the_crescent(tasks):
 
 
 def test_c2st_is_a_half_of_equal_samples_and_one_of_others(tasks):
-    a, b = RNG.normal(size=(2, 500, 2))
+    a, b = RNG.normal(size=(2, 200, 2))
     assert tasks.c2st(a, b) < 0.6
     assert tasks.c2st(a + 4, b) > 0.95
     assert np.isnan(tasks.c2st(np.full_like(a, np.nan), b))
