@@ -4,21 +4,13 @@ import importlib
 import json
 import re
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import kept
 import numpy as np
 import pytest
 
 from iresnet_jax.evaluation import classification, likelihood
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.runs import trained_run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -35,15 +27,6 @@ def benchmark(monkeypatch):
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == FOLDER:
             del sys.modules[name]
-
-
-@pytest.fixture
-def torch():
-    """PyTorch and normflows, of the extra `bench`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of their imports
-        pytest.importorskip("normflows")
-        return pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -128,59 +111,3 @@ def test_inverses_are_tuned_to_the_fastest_precision_and_tolerance_that_reach_th
     assert [each["refine"] for each in tried] == [False] * 3 + [True] * 3
     found, _ = fastest(Halving(), settings[:5], 0.001)
     assert found is None
-
-
-@pytest.mark.usefixtures("torch")
-def test_pytorch_flow_with_weights_of_ours_is_the_same_function(benchmark):
-    convolutional = StageSpec(2, (6,), (3, 3), "clipswish", squeeze=2, positional_bias=True)
-    spec = FlowSpec((8, 8, 1), (convolutional, StageSpec(1, (5, 3), (3, 1, 3), "elu"), StageSpec(1, (7,), None, "lipswish")))
-    model = Density(DensitySpec(spec), freeze(spec, kept.random_params(spec)), {})
-    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
-    z, log_dets, _ = jax.jit(lambda x: model.flow().forward_and_logdet(x, jax.random.key(0)))(jnp.asarray(x, jnp.float32))
-    theirs = benchmark("_peers_flows").TorchFlow(model, x, z, agreement=1e-5)
-    assert theirs.agreement["float32"] < 1e-5
-    theirs.draw(40)
-    stderr = theirs.log_dets.std(axis=0, ddof=1) / 40**0.5
-    assert (stderr < 0.5).all()
-    assert (np.abs(theirs.log_dets.mean(axis=0) - log_dets) < 5 * stderr).all()
-
-
-def test_naive_series_has_value_and_gradient_of_its_terms(benchmark, torch):
-    naive = benchmark("_pytorch").NaiveResidual
-    net = torch.nn.Linear(5, 5, bias=False).double()
-    x, matrix = torch.zeros(2, 5, dtype=torch.float64), 0.2 * net.weight.detach().numpy()
-    net.weight.data.mul_(0.2)
-    torch.manual_seed(0)
-    _, log_det = naive(net, 4).inverse(x)
-    log_det.sum().backward()
-    torch.manual_seed(0)
-    v = torch.randn_like(x).numpy()
-    powers = [np.linalg.matrix_power(matrix, k) for k in range(5)]
-    series = sum((-1) ** (k + 1) / k * powers[k] for k in range(1, 5))
-    np.testing.assert_allclose(log_det.detach().numpy(), np.einsum("bi,ij,bj->b", v, series, v), rtol=1e-10)
-    gradient = sum(  # of sum_b v^T J^k v
-        (-1) ** (k + 1) / k * powers[i].T @ (v.T @ v) @ powers[k - 1 - i].T for k in range(1, 5) for i in range(k)
-    )
-    np.testing.assert_allclose(net.weight.grad.numpy(), gradient, rtol=1e-10)
-
-
-def test_exact_likelihoods_of_normflows_are_those_of_the_whole_jacobian(benchmark, torch):
-    pytorch, nf = benchmark("_pytorch"), importlib.import_module("normflows")
-    torch.manual_seed(0)
-    nets = [nf.nets.LipschitzCNN([2, 5, 2], [3, 3], init_zeros=False) for _ in range(2)]
-    flows = [layer for net in nets for layer in pytorch.block((2, 1, 1), net, **pytorch.POISSON)]
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian((2, 4, 4)), flows[::-1])
-    x = torch.randn(3, 2, 4, 4)
-    model.log_prob(x)  # fits ActNorm
-    model.double()
-    found = pytorch.exact_log_prob(model, x)
-
-    def latents(x):
-        for layer in flows:
-            x = layer.iresblock(x) if hasattr(layer, "iresblock") else layer.inverse(x)[0]
-        return x
-
-    for one, value in zip(x.double().split(1), found, strict=True):
-        jacobian = torch.autograd.functional.jacobian(latents, one).reshape(32, 32)
-        exact = model.q0.log_prob(latents(one)) + torch.linalg.slogdet(jacobian).logabsdet
-        assert value == pytest.approx(exact.item(), rel=1e-10)
