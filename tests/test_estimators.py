@@ -1,10 +1,8 @@
 """The scikit-learn estimators: scikit-learn's own checks, and what users of pipelines and searches rely on."""
 
-import dataclasses
 import pickle
 import sys
 import types
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ from iresnet_jax.bijections.standardize import Whiten
 from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
 from iresnet_jax.fitting import fit
 from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.density import Density
 from iresnet_jax.runs import signals
 
 SAME = 1e-12  # no program may see another shape, so only the host's float64 may differ
@@ -46,15 +45,21 @@ TINY = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Moments:
+@jax.tree_util.register_pytree_node_class
+class Moments(Density):
     """A normal density for every class, as wide as the data: in the place of a flow it takes no time to compile or to train."""
 
-    means: jax.Array
-    std: jax.Array
-    spec: ClassVar = types.SimpleNamespace(grid=None)
-    history: ClassVar = None
+    spec = types.SimpleNamespace(grid=None)
+
+    def __init__(self, means, std):
+        self.__dict__.update(means=means, std=std)
+
+    def tree_flatten(self):
+        return (self.means, self.std), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
 
     def joint(self, x):
         return jnp.stack([jax_stats.norm.logpdf(x, mean[None], self.std[None]).sum(axis=1) for mean in self.means], axis=1)
