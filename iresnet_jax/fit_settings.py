@@ -19,34 +19,22 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.priors import PRIORS
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
-from iresnet_jax.training import parallel
 from iresnet_jax.training.initialization import gaussian_mixture, preprocess
 from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 
-DEFAULT_MINUTES = 3.0
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
-PATIENCE = 6  # validations without an improvement after which a run ends
-PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
-NUM_SCALES = 16  # of the prior of scales
-# What that prior has to be likelier by, in nats and in standard errors, on examples that it was not fitted to.
-SCALES_GAIN, SCALES_ERRORS = 0.1, 3
 WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
 # Examples for each entry of a covariance from which on vectors are whitened: fewer estimate it badly. A table of 30 columns
 # and 400 rows is 4 nats likelier without (benchmarks/tabular.py).
 PER_COVARIANCE = 4
-HYBRID_WEIGHT = 0.1  # weight of a vector's log-likelihood beside the cross-entropy of its class
 EXACT_DIMS = 32  # at most: no probes; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
-COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # numbers of them that are tried until the criterion rises twice
-EXAMPLES_PER_COMPONENT = 5  # at least, for each row of its covariance and its mean
+PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
+NUM_SCALES = 16  # of the prior of scales
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
-NO_NOISE = 1e-9  # is lost in rounding, and shares the program of noise
-# Widths of the network on contexts, and weight decay: by the validation of posteriors of simulators.
-CONTEXT_HIDDEN = (128, 128, 32)
-DECAYS = (0.1, 0.3, 1.0)
+DECAYS = (0.1, 0.3, 1.0)  # of weights, by the validation of posteriors of simulators
 # Blocks, width and learning rate; blocks are none of "given" ones, the user's.
 SIZES = {"large": (20, 128, 1e-2), "medium": (10, 64, 1e-2), "small": (4, 32, 3e-3), "given": (0, 0, 1e-2)}
-MANY = 10_000  # examples from which on a density gets the large network; with 1500 the medium one is as good, in half the time
 
 
 def choose_settings(
@@ -74,53 +62,85 @@ def choose_settings(
     objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
     if objective != "density" and data.num_classes is None:
         raise ValueError(f"the objective {objective} needs labels: give the class of each example")
-    num = len(data.examples["train"])
-    plain: dict[str, Any] = to_plain(Config())
-    plain["seed"], plain["objective"] = seed, objective
-    plain["data"]["name"] = data.name
+    num, devices = len(data.examples["train"]), jax.local_device_count()
     chosen = _for_vectors(data) if is_vectors else _for_images(data)
-    for name, values in chosen.items():
-        plain[name] |= values
-    plain["training"] |= {
-        "batch_size": _even(min(plain["training"]["batch_size"], num)),
-        "total_steps": steps or 0,
-        "minutes": 0.0 if steps else (minutes or DEFAULT_MINUTES),
-        "eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),  # or by the clock
-        # An average over a tenth of a short run, and never over more than some hundred steps.
-        "ema_decay": 0.99 if (steps or LONGEST) >= 1000 else 0.9,
-        "patience": PATIENCE,
-        "log_every_steps": 10,
-        "eval_examples": 4096,
-        "actnorm_examples": min(1024, num),
-    }
-    plain["optimizer"]["warmup_steps"] = (steps or STEPS_IN_TIME) // 20
-    return parse(plain)
+    return with_settings(
+        Config(),
+        {
+            **chosen,
+            "seed": seed,
+            "objective": objective,
+            "data.name": data.name,
+            "optimizer.name": "muon",
+            "optimizer.momentum": 0.95,
+            "optimizer.nesterov": True,
+            "optimizer.warmup_steps": (steps or STEPS_IN_TIME) // 20,
+            "training.batch_size": max(min(chosen["training.batch_size"], num) // devices, 1) * devices,
+            "training.total_steps": steps or 0,
+            "training.minutes": 0.0 if steps else (minutes or 3.0),
+            "training.eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),  # or by the clock
+            # An average over a tenth of a short run, and never over more than some hundred steps.
+            "training.ema_decay": 0.99 if (steps or LONGEST) >= 1000 else 0.9,
+            "training.patience": 6,
+            "training.log_every_steps": 10,
+            "training.eval_examples": 4096,
+            "training.actnorm_examples": min(1024, num),
+        },
+    )
 
 
-def is_whitened(num: int, dims: int) -> bool:
-    """Whether so many vectors are whitened for training, and not only standardised."""
-    return dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
-
-
-def _for_vectors(data: DataSet) -> dict[str, dict[str, Any]]:
+def _for_vectors(data: DataSet) -> dict[str, Any]:
     """Common settings of all candidates; `Candidate.settings` replaces those that differ."""
     num, dims = len(data.examples["train"]), data.event_shape[0]
-    # Priors of classes start from the covariance within.
-    is_exact = dims <= EXACT_DIMS
+    is_exact, is_whitened = dims <= EXACT_DIMS, dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
     return {
-        "model": {"stages": _dense_stages("large"), "coeff": 0.97, "context_hidden": CONTEXT_HIDDEN if data.contexts else ()},
-        "preprocessing": {"transform": "whiten" if is_whitened(num, dims) else "standardize"},
-        "logdet": {"kind": "exact"} if is_exact else {"kind": "krylov", "num_terms": min(6, dims)},
-        "hybrid": {"weight": HYBRID_WEIGHT, "fitted_priors": True},
-        "evaluation": {"logdet": {"kind": "exact"}} if dims <= WHITENED_DIMS else {},
-        "optimizer": {"name": "muon", "momentum": 0.95, "nesterov": True},
-        "training": {"batch_size": 128 if is_exact else 256, "blocks": "scan"},
+        "model.stages": _dense_stages("large"),
+        "model.coeff": 0.97,
+        "model.context_hidden": (128, 128, 32) if data.contexts else (),  # by the validation of posteriors of simulators
+        "preprocessing.transform": "whiten" if is_whitened else "standardize",
+        "logdet.kind": "exact" if is_exact else "krylov",
+        "logdet.num_terms": min(6, dims),
+        **({"evaluation.logdet.kind": "exact"} if dims <= WHITENED_DIMS else {}),
+        "hybrid.weight": 0.1,  # of the log-likelihood beside the cross-entropy
+        "hybrid.fitted_priors": True,  # from the covariance within classes
+        "training.batch_size": 128 if is_exact else 256,
+        "training.blocks": "scan",
+    }
+
+
+def _for_images(data: DataSet) -> dict[str, Any]:
+    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer."""
+    height, width, _ = data.event_shape
+    stages, side = [], min(height, width)
+    while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
+        side, height, width = side // 2, height // 2, width // 2
+        stages.append({"num_blocks": 6, "hidden": (48,), "kernel_sizes": (3, 3), "squeeze": 2, "activation": "clipswish"})
+    return {
+        "model.stages": stages or [{"num_blocks": 8, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}],
+        "model.coeff": 0.95,
+        "preprocessing.transform": "standardize" if data.num_levels is None else "logit",
+        "logdet.kind": "krylov",
+        "logdet.num_terms": 6,
+        "optimizer.learning_rate": 1e-2,
+        "training.batch_size": 64,
     }
 
 
 def _dense_stages(size: str) -> list[dict[str, Any]]:
     num_blocks, width, _ = SIZES[size]
     return [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}]
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``.
+
+    Raises:
+        ValueError: If there is no such field, or it cannot hold the value.
+    """
+    plain = to_plain(config)
+    for name, value in settings.items():
+        plain = with_field(plain, name, lambda _, value=value: value)
+    return parse(plain)
 
 
 @dataclass(frozen=True)
@@ -144,15 +164,10 @@ class Candidate:
     def __str__(self) -> str:
         parts = ["network as given" if self.size == "given" else f"{self.size} network"]
         if self.prior is not None:
-            is_mixture = self.prior == priors.MIXTURE
+            is_mixture = self.prior == "mixture"
             parts.append(f"{self.components} normal distributions as prior" if is_mixture else f"{self.prior} prior")
         parts += [f"noise of {self.noise}"] * bool(self.noise) + [f"weight decay {self.decay}"] * (self.decay is not None)
         return ", ".join(parts)
-
-    @property
-    def program(self) -> "Candidate":
-        """The candidate without the size of its noise, which comes with the batches: those that are equal share a program."""
-        return dataclasses.replace(self, noise=None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,7 +184,9 @@ class Candidate:
             chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
         if self.decay is not None:
             chosen["optimizer.weight_decay"] = self.decay
-        return chosen | ({} if self.noise is None else {"augmentation.noise": self.noise or NO_NOISE})
+        if self.noise is not None:
+            chosen["augmentation.noise"] = self.noise
+        return chosen
 
     def milder(self) -> Iterator["Candidate"]:
         """Candidates that overfit less: with more weight decay, with more noise, or smaller where `fit` may add no noise."""
@@ -181,65 +198,44 @@ class Candidate:
             yield dataclasses.replace(self, size="small")
 
 
-def plain_candidate(config: Config, data: DataSet, given: Iterable[str] = ()) -> Candidate | None:
-    """The candidate without a mixture: its prior has heavy or light tails, whichever are likelier before training.
-
-    Args:
-        config: Settings of all candidates.
-        data: The data; images have no candidates.
-        given: Names of settings that the user has chosen.
-    """
-    return _plain(config, data, given)[0]
-
-
-def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> list[Candidate]:
-    """The table that `fit` starts with, the plain candidate last; empty for images.
+def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iterator[Candidate]:
+    """Rows of the table of models that validation chooses from, the plain one first; images have none.
 
     The other one of a conditional density has less weight decay, unless that is given. Those of a density without contexts have
     other priors: a mixture, with as many components as the Bayesian information criterion wants, and scales, if vectors differ
     by far in length. A flow behind scales starts ahead and learns slowly, so training decides.
+
+    Args:
+        config: Settings of all candidates.
+        data: The data.
+        given: Names of settings that the user has chosen.
     """
-    plain, has_scales = _plain(config, data, given)
-    if plain is None:
-        return []
-    table = [plain]
-    if plain.decay is not None:
-        table.insert(0, dataclasses.replace(plain, decay=DECAYS[0]))
-    if has_scales:
-        table.insert(0, dataclasses.replace(plain, prior=priors.SCALES, components=NUM_SCALES))
-    if plain.prior is not None and data.event_shape[0] <= MIXTURE_DIMS:
-        if components := likeliest_components(_preprocessed(config, data, MIXTURE_EXAMPLES), config.seed):
-            table.insert(0, dataclasses.replace(plain, prior=priors.MIXTURE, components=components))
-    return table
-
-
-def _plain(config: Config, data: DataSet, given: Iterable[str]) -> tuple[Candidate | None, bool]:
-    """The candidate without a mixture, and whether a prior of scales is clearly likelier before training."""
-    if len(data.event_shape) != 1 or config.objective not in ("density", "hybrid"):
-        return None, False
-    is_density, num = config.objective == "density", len(data.examples["train"])
-    is_many = num >= PER_COVARIANCE * data.event_shape[0] ** 2
+    if len(data.event_shape) != 1 or config.objective == "classification":
+        return
+    is_density, num, dims = config.objective == "density", len(data.examples["train"]), data.event_shape[0]
     if "model.stages" in given:
         size = "given"
-    elif not is_many:
+    elif num < PER_COVARIANCE * dims**2:
         size = "small"
-    else:
-        size = "medium" if is_density and not data.contexts and num < MANY else "large"
+    else:  # with 1500 examples the medium one is as good, in half the time
+        size = "medium" if is_density and not data.contexts and num < 10_000 else "large"
     if data.contexts:
-        return Candidate(size, decay=None if "optimizer.weight_decay" in given else DECAYS[1]), False
-    prior, has_scales = None, False
-    if is_density and "model.prior" not in given:
-        prior, has_scales = likelier_prior(_preprocessed(config, data, PRIOR_EXAMPLES))
-    noise = NOISES[0] if is_density and "augmentation.noise" not in given else None
-    return Candidate(size, prior, noise=noise), has_scales
-
-
-def _preprocessed(config: Config, data: DataSet, most: int) -> Float[np.ndarray, "n d"]:
-    """At most so many training examples as the flow gets them, drawn from all as they may be sorted."""
-    model, rows = Density(density_spec(config, data), {}, {}), data.examples["train"]
-    x = np.asarray(rows[some_rows(len(rows), most)])
-    z = preprocess(model.bare(), parallel.fill_up(x), jax.random.key(config.seed))
-    return np.asarray(z, np.float64)[: len(x)]
+        yield from (Candidate(size, decay=decay) for decay in ([None] if "optimizer.weight_decay" in given else [0.3, 0.1]))
+        return
+    plain = Candidate(size, noise=NOISES[0] if is_density and "augmentation.noise" not in given else None)
+    if not is_density or "model.prior" in given:
+        yield plain
+        return
+    rows = data.examples["train"]
+    x = np.asarray(rows[some_rows(len(rows), PRIOR_EXAMPLES)])
+    z = preprocess(Density(density_spec(config, data), {}, {}).bare(), x, jax.random.key(config.seed))
+    z = np.asarray(z, np.float64)
+    prior, has_scales = likelier_prior(z)
+    yield dataclasses.replace(plain, prior=prior)
+    if dims <= MIXTURE_DIMS and (components := likeliest_components(z[:: -(-len(z) // MIXTURE_EXAMPLES)], config.seed)):
+        yield dataclasses.replace(plain, prior="mixture", components=components)
+    if has_scales:
+        yield dataclasses.replace(plain, prior="scales", components=NUM_SCALES)
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, bool]:
@@ -248,13 +244,11 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, bool]:
     Also whether a prior of scales, for vectors whose lengths differ by far, is likelier still. It is fitted to half of the
     examples and has to be clearly likelier on the others: it would fit any lengths a little better.
     """
-    parts = z[::2], z[1::2]
-    fitted, rest = (parallel.fill_up(part).astype(np.float32) for part in parts)
-    found = jax.device_get(_log_probs(scales.fitted(parts[0], NUM_SCALES), fitted, rest))
-    found = {kind: [row[: len(part)] for row, part in zip(rows, parts, strict=True)] for kind, rows in found.items()}
+    fitted, rest = z[::2].astype(np.float32), z[1::2].astype(np.float32)
+    found = jax.device_get(_log_probs(scales.fitted(z[::2], NUM_SCALES), fitted, rest))
     kind = max(PRIORS, key=lambda kind: sum(float(np.sum(part)) for part in found[kind]))
     gains = found[priors.SCALES][1].astype(np.float64) - found[kind][1]
-    is_clear = len(gains) > 1 and gains.mean() > SCALES_GAIN + SCALES_ERRORS * gains.std(ddof=1) / math.sqrt(len(gains))
+    is_clear = len(gains) > 1 and gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains))  # nats, standard errors
     return kind, bool(is_clear)
 
 
@@ -275,8 +269,18 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
     It is 0 for vectors that are as well described by one of mean 0 and variance 1, such as whitened ones.
     """
     best, lowest, risen = 1, math.inf, 0
-    for num in COMPONENTS:
-        if num > max(len(z) // (EXAMPLES_PER_COMPONENT * (z.shape[1] + 1)), 1) or risen == 2:
+    for num in (
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+        16,
+        24,
+    ):  # until the criterion rises twice, with 5 examples a row of means and covariances
+        if num > max(len(z) // (5 * (z.shape[1] + 1)), 1) or risen == 2:
             break
         try:
             bic = float(gaussian_mixture(z, num, n_init=2, random_state=seed).bic(z))
@@ -285,38 +289,3 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
         best, lowest, risen = (num, bic, 0) if bic < lowest else (best, lowest, risen + 1)
     standard = float(np.sum(np.square(z))) + z.size * math.log(2 * math.pi)  # it has no parameters
     return 0 if best == 1 and standard <= lowest else best
-
-
-def _for_images(data: DataSet) -> dict[str, dict[str, Any]]:
-    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer."""
-    height, width, _ = data.event_shape
-    stages, side = [], min(height, width)
-    while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
-        side, height, width = side // 2, height // 2, width // 2
-        stages.append({"num_blocks": 6, "hidden": (48,), "kernel_sizes": (3, 3), "squeeze": 2, "activation": "clipswish"})
-    stages = stages or [{"num_blocks": 8, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}]
-    continuous = data.num_levels is None
-    return {
-        "model": {"stages": stages, "coeff": 0.95},
-        "preprocessing": {"transform": "standardize" if continuous else "logit"},
-        "logdet": {"kind": "krylov", "num_terms": 6},
-        "optimizer": {"name": "muon", "learning_rate": 1e-2, "momentum": 0.95, "nesterov": True},
-        "training": {"batch_size": 64},
-    }
-
-
-def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``.
-
-    Raises:
-        ValueError: If there is no such field, or it cannot hold the value.
-    """
-    plain = to_plain(config)
-    for name, value in settings.items():
-        plain = with_field(plain, name, lambda _, value=value: value)
-    return parse(plain)
-
-
-def _even(batch_size: int) -> int:
-    devices = jax.local_device_count()
-    return max(batch_size // devices, 1) * devices

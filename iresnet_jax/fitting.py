@@ -8,16 +8,17 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 
 from iresnet_jax.atomic_files import local_folder
+from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
 from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.fit_arguments import checked_options, seed_of
-from iresnet_jax.fit_settings import STEPS_IN_ROUND, Candidate, candidates, choose_settings, plain_candidate, with_settings
+from iresnet_jax.fit_settings import STEPS_IN_ROUND, Candidate, candidates, choose_settings, with_settings
+from iresnet_jax.maths.keys import single_key
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
@@ -28,19 +29,8 @@ from iresnet_jax.runs.metrics import Lines, read_metrics
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory
-from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.step import TrainingStep
-from iresnet_jax.training.trainer import (
-    LONGEST,
-    STEPS_IN_TIME,
-    VALIDATIONS,
-    Best,
-    BlowUpError,
-    CompiledStep,
-    Trainer,
-    TrainingConfig,
-)
+from iresnet_jax.training.trainer import Best, BlowUpError, Trainer, TrainingConfig
 
 FIRST_SHARE = 0.2  # of the time limit, which the updates of all runs of the first round have at most
 LAST_START = 0.9  # share of the time limit after which no run starts
@@ -121,51 +111,67 @@ def fit(
     began = time.monotonic()
     start_backend()
     cache_programs()
-    options = checked_options(
-        objective=objective,
-        minutes=minutes,
-        steps=steps,
-        architecture=architecture,
-        validation_fraction=validation_fraction,
-        settings=settings,
-        workdir=workdir,
-    )
+    minutes, steps = checked(Positive | None, minutes, "minutes"), checked(Count | None, steps, "steps")
+    if minutes is not None and steps is not None:
+        raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
+    objective = checked(Literal["density", "classification", "hybrid"] | None, objective, "objective")
+    validation_fraction = checked(Annotated[float, Range("(0, 1)")], validation_fraction, "validation_fraction")
+    given = {"data.validation_fraction": validation_fraction, **_given_settings(settings, architecture)}
+    folder = None if workdir is None else local_folder(workdir)
+    seed = 0 if key is None else int(jax.random.bits(single_key(key), dtype="uint32"))
     data = data_of(
         x,
         labels,
         context,
         validation=validation,
-        validation_fraction=options["validation_fraction"],
+        validation_fraction=validation_fraction,
         bounds=bounds,
         is_density=labels is None or objective == "density",
     )
-    given = {"data.validation_fraction": options["validation_fraction"], **options["settings"]}
-    if (stages := options["architecture"]) is not None:
-        given = {"model.stages": [dataclasses.asdict(stage) for stage in stages], **given}
-    chosen = {name: options[name] for name in ("objective", "minutes", "steps")}
-    config = with_settings(choose_settings(data, **chosen, seed=seed_of(key)), given)
+    config = with_settings(choose_settings(data, objective=objective, minutes=minutes, steps=steps, seed=seed), given)
     say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; {config.objective}")
     for note in data.notes:
         say(note)
 
-    if workdir is None and steps is None and (table := candidates(config, data, given)):
-        model = best_of(table, config, data, given, say, began)
-    else:
-        # A folder is of one run, and so many steps are those of one.
-        plain = plain_candidate(config, data, given)
+    table = candidates(config, data, given)
+    if folder is None and steps is None and (whole := list(table)):
+        model = best_of(whole, config, data, given, say, began)
+    else:  # a folder is of one run, and so many steps are those of one
+        plain = next(table, None)
         config = with_settings(config, {**(plain.settings if plain else {}), **given})
-        if not (config.training.minutes or config.training.total_steps):
-            raise ValueError("a fit of one run needs an end: give minutes=... or steps=...")
-        if workdir is None:
-            with _stop_requests() as stop:
+        if folder is None:
+            with StopRequests("training ends after this step", heard_in_memory()) as stop:
                 model = _train(config, config.training, data, say, stop).model()
         else:
-            model = _train_on_disk(config, data, local_folder(workdir), say)
+            model = _train_on_disk(config, data, folder, say)
     if shortfall := hardly_trained(model.history):
         warnings.warn(shortfall, stacklevel=2)
     return model
+
+
+def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
+    """Settings that the user has chosen, by their names.
+
+    Raises:
+        ValueError: If they are no dictionary or no architecture, or hold what `fit` has arguments for.
+    """
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f'settings must be a dictionary such as {{"optimizer.learning_rate": 1e-3}}, got {settings!r}')
+    for name in settings:
+        if name.startswith("data.") or name in ("training.total_steps", "training.minutes"):
+            raise ValueError(f"{name} is no setting of fit: use its arguments for the data, minutes=... and steps=...")
+    stages = checked(tuple[StageSpec, ...] | None, architecture, "architecture")
+    for stage in stages or ():
+        if stage.branch is not None:
+            raise ValueError(
+                f"fit takes branches by the name of their kind: call kinds.register({stage.branch_name!r}, ...) of "
+                f"iresnet_jax.branches and give StageSpec(kind={stage.branch_name!r}) in place of branch=..."
+            )
+    of_stages = {} if stages is None else {"model.stages": [dataclasses.asdict(stage) for stage in stages]}
+    return {**of_stages, **settings}
 
 
 def hardly_trained(history: History) -> str:
@@ -188,10 +194,6 @@ def hardly_trained(history: History) -> str:
     return ""
 
 
-def _stop_requests() -> StopRequests:
-    return StopRequests("training ends after this step", heard_in_memory())
-
-
 class Run(NamedTuple):
     """A training run in memory that has ended.
 
@@ -206,7 +208,8 @@ class Run(NamedTuple):
     model: Callable[[], Any]
 
 
-Runs = Mapping[tuple[Candidate, int], Run | None]  # by candidate and most updates; None for a run that blew up
+# By candidate and most updates, 0 for as many as there is time for; None for a run that blew up.
+Runs = Mapping[tuple[Candidate, int], Run | None]
 
 
 def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Mapping[str, Any], say: Say, began: float) -> Any:
@@ -217,45 +220,39 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
     more noise. Each run validates its start, too, which counts like any other state.
 
     Args:
-        table: The candidates; the last one is the plain one.
+        table: The candidates; the first one is the plain one.
         config: Settings of all runs.
         data: The data.
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
         began: When the time started that is limited: mixtures of many columns take long to fit.
     """
-    limit_s = 60 * config.training.minutes or math.inf
-    longer = LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
-    programs: dict[Any, CompiledStep] = {}
+    limit_s, longer = 60 * config.training.minutes, LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
     runs: dict[tuple[Candidate, int], Run | None] = {}
-
-    def train_candidate(candidate: Candidate, num_steps: int, stop: StopRequests) -> None:
-        def compile_step(step: TrainingStep) -> CompiledStep:
-            key = candidate.program, getattr(step.model, "estimator", None)  # whose number of terms may rise
-            return programs.setdefault(key, parallel.parallelize(step))
-
-        say(f"{candidate}: {f'up to {num_steps} steps' if num_steps < LONGEST else 'until time is over'}")
-        try:
-            runs[candidate, num_steps] = _train(
-                with_settings(config, {**candidate.settings, **given}),
-                _of_length(config.training, num_steps, limit_s - (time.monotonic() - began), given),
-                data,
-                say,
-                stop,
-                what=str(candidate),
-                seconds_of_steps=FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf,
-                compile_step=compile_step,
-            )
-        except BlowUpError as error:
-            runs[candidate, num_steps] = None
-            say(f"{candidate}: given up, {error}")
-            if not any(runs.values()) and candidate == table[-1]:
-                raise
-
     ended, upcoming = "", [(candidate, STEPS_IN_ROUND) for candidate in table]
-    with _stop_requests() as stop:
+    with StopRequests("training ends after this step", heard_in_memory()) as stop:
         while upcoming:
-            train_candidate(*upcoming.pop(0), stop)
+            # 1. Train the next one.
+            candidate, num_steps = upcoming.pop(0)
+            say(f"{candidate}: {f'up to {num_steps} steps' if num_steps else 'until time is over'}")
+            left_s = max(limit_s - (time.monotonic() - began), 1.0)
+            try:
+                runs[candidate, num_steps] = _train(
+                    with_settings(config, {**candidate.settings, **given}),
+                    dataclasses.replace(config.training, total_steps=num_steps, minutes=left_s / 60),
+                    data,
+                    say,
+                    stop,
+                    what=str(candidate),
+                    seconds_of_steps=FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf,
+                )
+            except BlowUpError as error:
+                if not upcoming and not any(runs.values()):
+                    raise
+                runs[candidate, num_steps] = None
+                say(f"{candidate}: given up, {error}")
+
+            # 2. Choose what follows.
             left_s = limit_s - (time.monotonic() - began)
             if not any(runs.values()):
                 continue
@@ -264,8 +261,8 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
             elif left_s < (1 - LAST_START) * limit_s:
                 ended, upcoming = "time was over", []
             elif not upcoming:
-                found = next_run(runs, table[-1], left_s, longer)
-                ended, upcoming = (found, []) if isinstance(found, str) else ("", [found])
+                following = next_run(runs, table[0], left_s, longer)
+                ended, upcoming = (following, []) if isinstance(following, str) else ("", [following])
     best = _leader(runs)[1]
     attempts = tuple(run.attempt for run in runs.values() if run is not None)
     among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
@@ -284,15 +281,15 @@ def next_run(runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER) 
         left_s: Seconds that are left.
         longer: Factor on the updates of a run whose validation still improved at its end.
     """
-    if (plain, LONGEST) not in runs and any(run is not None and run.is_cut_short for run in runs.values()):
-        return plain, LONGEST
+    if (plain, 0) not in runs and any(run is not None and run.is_cut_short for run in runs.values()):
+        return plain, 0
     candidate, leader = _leader(runs)
     best = leader.attempt
     if best.best_step > IMPROVING * best.num_steps:
         if left_s < WORTHWHILE * best.seconds:
             return "too little time was left for a longer run"
         is_last = left_s < longer * (1 + WORTHWHILE) * best.seconds
-        more = LONGEST if is_last else longer * best.num_steps
+        more = 0 if is_last else longer * best.num_steps
         if (candidate, more) not in runs:
             return candidate, more
     if best.best_step < OVERFITTED * best.num_steps:
@@ -307,43 +304,33 @@ def _leader(runs: Runs) -> tuple[Candidate, Run]:
     return min(finished, key=lambda item: item[1].attempt.loss)
 
 
-def _of_length(settings: TrainingConfig, num_steps: int, left_s: float, given: Mapping[str, Any]) -> TrainingConfig:
-    """Settings of a run of so many updates, or of as many as there is time for, within the time that is left."""
-    settings = dataclasses.replace(settings, minutes=max(left_s, 1.0) / 60 if math.isfinite(left_s) else 0.0)
-    if num_steps == LONGEST:
-        return settings
-    every = {} if "training.eval_every_steps" in given else {"eval_every_steps": max(num_steps // VALIDATIONS, 1)}
-    return dataclasses.replace(settings, total_steps=num_steps, **every)
-
-
 def _train(
     config: Config,
-    settings: TrainingConfig,
+    training: TrainingConfig,
     data: DataSet,
     say: Say,
     stop: StopRequests,
     *,
     what: str = "",
     seconds_of_steps: float = math.inf,
-    compile_step: Callable[[TrainingStep], CompiledStep] = parallel.parallelize,
 ) -> Run:
-    """One training run in memory, which ends once a signal is noted.
+    """One training run in memory, which ends once a signal is noted or training blows up.
 
     Args:
         config: All settings.
-        settings: Length of the run in place of ``config.training``, whose length the program is made for.
+        training: Length of the run in place of ``config.training``, whose length the program is made for.
         data: The data.
         say: Takes a line of progress.
         stop: Notes a signal.
-        what: Name of the candidate; a run without one that blows up gives its best model so far.
+        what: Name of the candidate.
         seconds_of_steps: Longest time of updates, whatever compiling takes.
-        compile_step: ``training step ->`` the step of all devices.
+
+    Raises:
+        BlowUpError: If training blows up before it is better than its start.
     """
-    prepare_backend(settings.matmul_precision)
-    check_batch_size(settings, data)
+    prepare_backend(training.matmul_precision)
+    check_batch_size(training, data)
     spec = model_spec(config, data)
-    if what:  # one program for runs of all lengths: the length comes with the state, and stretches the schedule
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, total_steps=STEPS_IN_TIME))
     objective = build_objective(config, data, spec)
     best: Best | None = None
 
@@ -352,23 +339,20 @@ def _train(
         if loss is not None and (best is None or loss < best.loss):
             best = Best.of(trainer.state, loss)
 
-    trainer = Trainer(
-        objective, settings, seconds_of_steps=seconds_of_steps, compile_step=compile_step, validated=keep, say=say
-    )
+    trainer = Trainer(objective, training, seconds_of_steps=seconds_of_steps, validated=keep, say=say)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
+    assert best is not None
     try:
-        for _ in trainer.steps(device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size)):
+        for _ in trainer.steps(device_batches(objective.examples, seed=config.seed, batch_size=training.batch_size)):
             if stop.received:
                 say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
                 break
     except BlowUpError as error:
-        if what or best is None or not best.step:  # other candidates may do better, or there is nothing to keep
+        if not best.step:
             raise
         say(f"{error}: the best model so far")
-    assert best is not None
     kept, ended = best, "it was stopped" if stop.received else trainer.ended
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
-    attempt = Attempt(what, kept.loss, kept.step, trainer.step, seconds)
 
     def model() -> Any:
         params, batch_stats = jax.device_put((kept.ema, kept.batch_stats))
@@ -377,14 +361,15 @@ def _train(
         return certified.with_(history=dataclasses.replace(history, ended=ended))
 
     is_cut_short = ended == "time was over" and seconds > 0.9 * seconds_of_steps
-    return Run(attempt, is_cut_short, model)
+    return Run(Attempt(what, kept.loss, kept.step, trainer.step, seconds), is_cut_short, model)
 
 
 def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
     """The best model of a run in a folder, with its history."""
     if (folder / run_folder.CONFIG_FILE).exists():
         # The length first: other settings, such as the warm-up, follow from it.
-        ours, theirs = (_length(each.training) for each in (config, run_folder.read_config(folder)))
+        trainings = (config.training, run_folder.read_config(folder).training)
+        ours, theirs = (f"minutes={each.minutes:g}" if each.minutes else f"steps={each.total_steps}" for each in trainings)
         if ours != theirs:
             raise ValueError(f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir")
     ended = ""
@@ -402,8 +387,3 @@ def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any
     run = trained_run.load(folder)
     history = History.from_records(read_metrics(folder), run.step)
     return run.model.with_(history=dataclasses.replace(history, ended=ended))
-
-
-def _length(settings: TrainingConfig) -> str:
-    """The argument of `fit` that says when training ends."""
-    return f"minutes={settings.minutes:g}" if settings.minutes else f"steps={settings.total_steps}"

@@ -44,16 +44,13 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
         )
     if noise:
         density.noise_scales(spec)  # raises where noise has no scale
-    loss = density.make_loss(data.draw, has_noise=noise > 0, transform=build_transformations(config.augmentation, data))
-    examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
-    if noise and examples is not None:
-        examples = (*examples, np.full(len(examples[0]), noise, np.float32))
+    loss = density.make_loss(data.draw, noise=noise, transform=build_transformations(config.augmentation, data))
     return Objective(
         name=spec.metric,
         training_step=_training_step(config, spec, loss),
         make_validation=lambda: _validation(config, spec, data),
         selection=lambda held_out: held_out[spec.metric],
-        examples=examples,
+        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
         logdet=config.logdet,
         initial_variables=lambda: initial_variables(config, spec, data),
         seed=config.seed,

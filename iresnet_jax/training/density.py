@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 def make_loss(
-    draw: Callable[[Any, Any], Any] | None = None, *, has_noise: bool = False, transform: Callable[..., Any] | None = None
+    draw: Callable[[Any, Any], Any] | None = None, *, noise: float = 0.0, transform: Callable[..., Any] | None = None
 ) -> Callable[[Density, Any, StepKeys], Loss]:
     """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the model's unit.
 
@@ -45,21 +45,19 @@ def make_loss(
 
     Args:
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
-        has_noise: Whether entries get noise of their `noise_scales`. Batches then have the size of each example's noise as
-            their third part, so that runs with noise of different sizes share a program.
+        noise: Standard deviation of noise on entries, in units of their `noise_scales`.
         transform: ``(keys, examples) -> (changed examples, contexts)``, a random change that the model is told of by contexts,
             such as `augment.transformed`; None leaves examples and contexts as they are.
     """
 
     def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
         key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
-        x, context, *sizes = batch if draw is None else jax.vmap(draw)(key_draw, batch)
+        x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if transform is not None:
             x, context = transform(key_draw, x)
-        if has_noise:
+        if noise:
             drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
-            scales = noise_scales(model.spec)
-            x = _moved(model, x, sizes[0][:, None] * scales[None] * drawn)
+            x = _moved(model, x, noise * noise_scales(model.spec)[None] * drawn)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))

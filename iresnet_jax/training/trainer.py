@@ -12,7 +12,7 @@ import numpy as np
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, NotNegative
 from iresnet_jax.training import parallel
-from iresnet_jax.training.step import Objective, TrainingStep, TrainState
+from iresnet_jax.training.step import Objective, TrainState
 
 DEFAULT_STEPS = 1000  # updates of a run without a limit
 # Updates that the schedule of a run of so many minutes is made for, and is stretched from; many, as a warm-up is some hundred.
@@ -21,8 +21,6 @@ VALIDATIONS = 20  # of a run, where nothing else is said
 LONGEST = 2**31 - 1  # updates, which a state can count
 AHEAD = 2  # steps that may be queued behind the one that runs
 ADVICE = "train again with a lower learning rate, a longer warm-up or a smaller clip_norm"  # after training blew up
-
-CompiledStep = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch of all devices) -> (state, metrics)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,6 @@ class Trainer:
         losses: Losses of the validations that led to this state.
         seconds_before: Seconds of training that led to this state, which count towards a time limit.
         seconds_of_steps: Longest time from the end of the first step on, whatever compiling takes.
-        compile_step: ``training step ->`` the step of all devices.
         agree: ``estimated length -> length`` that counts, the same in all processes of a run.
         log: Takes the split, "train", "validation" or "timing", and the measurements of each line of the log.
         validated: Takes the loss of each validation, None without held-out data, when the state is worth keeping.
@@ -123,20 +120,19 @@ class Trainer:
         losses: Iterable[float] = (),
         seconds_before: float | int = 0.0,
         seconds_of_steps: float | int = math.inf,
-        compile_step: Callable[[TrainingStep], CompiledStep] = parallel.parallelize,
         agree: Callable[[int], int] = lambda horizon: horizon,
         log: Callable[[str, Mapping[str, float]], None] = lambda split, metrics: None,
         validated: Callable[[float | None], None] = lambda loss: None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self._objective, self._settings, self._compile_step, self._agree = objective, settings, compile_step, agree
+        self._objective, self._settings, self._agree = objective, settings, agree
         self._log, self._validated, self._say = log, validated, say
         self._clock, self._seconds_of_steps = Clock(60 * settings.minutes or math.inf, seconds_before), seconds_of_steps
         if state is None:
             state = objective.initial_state()._replace(horizon=np.int32(settings.schedule_steps))
         self.state, self.step, self.horizon = state, int(state.step), int(state.horizon)
         self.records: list[dict[str, Any]] = []
-        self._compiled_step = compile_step(objective.step_with(int(state.num_terms)))
+        self._compiled_step = parallel.parallelize(objective.step_with(int(state.num_terms)))
         self._validate = None if objective.make_validation is None else objective.make_validation()
         self._first_step, self._losses = self.step, list(losses)
         self._validated_step = self.step if self.step else -1
@@ -206,7 +202,7 @@ class Trainer:
                 self._record("validation", found.metrics)
                 if found.num_terms != int(self.state.num_terms):
                     self.state = self.state._replace(num_terms=np.int32(found.num_terms))
-                    self._compiled_step = self._compile_step(self._objective.step_with(found.num_terms))
+                    self._compiled_step = parallel.parallelize(self._objective.step_with(found.num_terms))
                 loss, shown = self._objective.selection(found.metrics), f"validation {name} {found.metrics[name]:.4f}"
                 self._losses.append(loss)
             self._validated_step = self.step
