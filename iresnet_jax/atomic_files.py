@@ -12,8 +12,10 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     """The path of a folder, where ``~`` is the user's home.
 
     Raises:
-        ValueError: If it is an address, such as ``gs://bucket/run``.
+        ValueError: If it is no path, or an address, such as ``gs://bucket/run``.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"workdir must be the path of a folder, got {name!r}")
     if re.match(r"\w[\w+.-]*://", os.fspath(name)):
         raise ValueError(f"a workdir must be a folder of this machine, got {name}: train in a local one, then copy it")
     return Path(name).expanduser()

@@ -229,7 +229,8 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
     """
     limit_s, longer = 60 * config.training.minutes, LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
     runs: dict[tuple[Candidate, int], Run | None] = {}
-    ended, upcoming = "", [(candidate, STEPS_IN_ROUND) for candidate in table]
+    # The plain one comes last: if there is no time, those that are fitted before training are better.
+    ended, upcoming = "", [(candidate, STEPS_IN_ROUND) for candidate in reversed(table)]
     with StopRequests("training ends after this step", heard_in_memory()) as stop:
         while upcoming:
             # 1. Train the next one.

@@ -23,7 +23,7 @@ FOLDERS = (
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
 EDGES = (
     *("__init__", "__main__", "adapters", "commands", "conversion", "conversion_stages", "energy_evaluation"),
-    *("energy_fitting", "estimators", "fit_arguments", "fit_settings", "fitting", "loss_training", "losses"),
+    *("energy_fitting", "estimators", "fit_settings", "fitting", "loss_training", "losses"),
 )
 HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
 OTHER_LIBRARIES = {"numpyro", "blackjax"}

@@ -1,14 +1,12 @@
 """`fit`: what it chooses, what it refuses, and that it is the code of ``train.py``."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -19,14 +17,12 @@ import iresnet_jax as ir
 from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
-from iresnet_jax.fit_arguments import seed_of
-from iresnet_jax.fit_settings import Candidate, candidates, choose_settings, plain_candidate
+from iresnet_jax.fit_settings import Candidate, candidates, choose_settings
 from iresnet_jax.fitting import Run, hardly_trained, next_run
 from iresnet_jax.models.history import Attempt, History
-from iresnet_jax.runs import run_folder
+from iresnet_jax.runs import loop, run_folder
 from iresnet_jax.runs.loop import train
 from iresnet_jax.runs.signals import Stopped
-from iresnet_jax.training.trainer import LONGEST
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
@@ -68,7 +64,7 @@ def noisy(noise):
 NEXT_RUNS = {
     "one that improved to its end is followed by a longer one": (IMPROVING, 170.0, (PLAIN, 4000)),
     "and by a longer one still": (LONG, 1e5, (PLAIN, 16_000)),
-    "which has the rest of the time if that is short": (LONG, 150.0, (PLAIN, LONGEST)),
+    "which has the rest of the time if that is short": (LONG, 150.0, (PLAIN, 0)),
     "or is not worth its start": (LONG, 25.0, "too little time"),
     "a longer run that was worse ends it": (LONG | {(PLAIN, 16_000): outcome(6.0, 900, 16_000)}, 1e5, "no longer improved"),
     "a longer run that blew up ends it": (IMPROVING | {(PLAIN, 4000): None}, 170.0, "no longer improved"),
@@ -76,7 +72,7 @@ NEXT_RUNS = {
     "a limit of time is no aim": (FIRST | {(PLAIN, 1000): outcome(5.0, 700)}, 170.0, "no longer improved"),
     "first runs that were cut short leave the time to the plain one": (
         {(MIXTURE, 1000): outcome(2.0, 0, 80, 18.0, True), (PLAIN, 1000): outcome(5.0, 80, 80, 18.0, True)},
-        *(140.0, (PLAIN, LONGEST)),
+        *(140.0, (PLAIN, 0)),
     ),
     "what ended early by itself was not cut short": (
         {(MIXTURE, 1000): outcome(2.0, 0, 300), (PLAIN, 1000): outcome(5.0, 1000)},
@@ -105,9 +101,18 @@ def test_what_follows_the_runs_so_far(runs, left_s, expected):
     assert found == expected or expected in found
 
 
+OF_CANDIDATES = {"minutes": 5, "architecture": TINY, "progress": False}
+SGD = {"optimizer.name": "sgd", "training.batch_size": 32, "training.patience": 2}
+
+
+@pytest.fixture
+def short_rounds(monkeypatch):
+    monkeypatch.setattr(fitting, "STEPS_IN_ROUND", 40)
+
+
+@pytest.mark.usefixtures("short_rounds")
 def test_the_best_of_all_runs_is_the_model():
-    settings = {"optimizer.name": "sgd", "training.batch_size": 32, "training.patience": 2}
-    model = ir.fit(MODES, minutes=5, architecture=TINY, settings=settings, progress=False)
+    model = ir.fit(MODES, settings=SGD, **OF_CANDIDATES)
     attempts = model.history.attempts
     assert [attempt.what.split(", ")[1] for attempt in attempts[:2]] == ["2 normal distributions as prior", "gaussian prior"]
     best = min(attempts, key=lambda attempt: attempt.loss)
@@ -117,44 +122,42 @@ def test_the_best_of_all_runs_is_the_model():
     assert model.certificate().certified
 
 
-def with_batches(monkeypatch, change):
+def with_batches(monkeypatch, change, module=fitting):
     """Has batches of `fit` changed: ``(run, step, batch) -> batch``, both counted from 0."""
-    runs, whole = itertools.count(), fitting.device_batches
+    runs, whole = itertools.count(), module.device_batches
 
     def batches(*arguments, **options):
         run = next(runs)
         return (change(run, step, batch) for step, batch in enumerate(whole(*arguments, **options)))
 
-    monkeypatch.setattr(fitting, "device_batches", batches)
+    monkeypatch.setattr(module, "device_batches", batches)
 
 
-@pytest.mark.parametrize("blown_up", [1, 2])
-def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch, blown_up):
-    def blow_up(run, _, batch):
-        return jax.tree.map(lambda leaf: leaf * np.nan, batch) if run < blown_up else batch
+def interrupting(run, step, number=signal.SIGINT):
+    def interrupt(*at):
+        if at[:2] == (run, step):
+            signal.raise_signal(number)
+        return at[2]
 
-    with_batches(monkeypatch, blow_up)
-    options = {"architecture": TINY, "progress": False, "minutes": 5}
-    settings = {"optimizer.name": "sgd", "training.batch_size": 32, "training.patience": 1}
-    if blown_up == 2:
-        with pytest.raises(RuntimeError, match=r"nll.* non-finite"):
-            ir.fit(MODES, settings=settings, **options)
-        return
-    assert "gaussian" in ir.fit(MODES, settings=settings, **options).history.attempts[0].what
+    return interrupt
 
 
+@pytest.mark.usefixtures("short_rounds")
+def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
+    with_batches(monkeypatch, lambda run, _, batch: jax.tree.map(lambda x: x * np.nan, batch) if run == 0 else batch)
+    history = ir.fit(MODES, settings=SGD | {"training.patience": 1}, **OF_CANDIDATES).history
+    assert "gaussian" in history.attempts[0].what
+    with pytest.raises(RuntimeError, match=r"nll.* non-finite"):
+        ir.fit(MODES, settings=SGD | {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}, **OF_CANDIDATES)
+
+
+@pytest.mark.usefixtures("short_rounds")
 def test_an_interrupt_in_a_run_keeps_the_models_of_all(monkeypatch):
-    def interrupt(run, step, batch):
-        if (run, step) == (1, 20):
-            signal.raise_signal(signal.SIGINT)
-        return batch
-
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    with_batches(monkeypatch, interrupt)
-    settings = {"optimizer.name": "sgd", "training.batch_size": 32}
-    history = ir.fit(MODES, architecture=TINY, settings=settings, minutes=5, progress=False).history
+    with_batches(monkeypatch, interrupting(1, 1))
+    history = ir.fit(MODES, settings=SGD, **OF_CANDIDATES).history
     assert len(history.attempts) == 2
-    assert history.attempts[1].num_steps == 21
+    assert history.attempts[1].num_steps == 2
     assert history.ended == "it was stopped"
 
 
@@ -171,25 +174,6 @@ def test_a_model_that_time_has_left_hardly_trained_is_told_of():
     assert hardly_trained(curve(*falling, step=250)) == ""  # a model that is not the last one
     for ended in ("it was stopped", "validation no longer improved", ""):  # by the user, or by itself
         assert hardly_trained(curve(*falling, num=60, ended=ended)) == ""
-
-
-def test_the_network_grows_with_the_examples():
-    def size(num, **arrays):
-        data = from_arrays("a", Arrays(RNG.normal(size=(num, 2)), **arrays), fractions=(0.1, 0.0))
-        return plain_candidate(choose_settings(data), data).size
-
-    assert [size(num) for num in (16, 20, 10_000, 12_000)] == ["small", "medium", "medium", "large"]
-    assert size(200, context=RNG.normal(size=(200, 1))) == "large"
-
-
-def test_a_conditional_density_is_tried_with_two_weight_decays_unless_one_is_given():
-    data = from_arrays("a", Arrays(MODES, context=MODES[:, :1] ** 2), fractions=(0.1, 0.0))
-    config = choose_settings(data)
-    assert config.model.context_hidden
-    assert [candidate.decay for candidate in candidates(config, data)] == [0.1, 0.3]
-    [given] = candidates(config, data, {"optimizer.weight_decay": 0.2})
-    assert "optimizer.weight_decay" not in given.settings
-    assert [candidate.size for candidate in (given, *given.milder())] == ["large", "small"]
 
 
 def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_to_train():
@@ -219,15 +203,12 @@ def test_noise_widens_the_density_by_its_variance():
         np.testing.assert_allclose(np.sum(density * grid**2) / np.sum(density), 2, rtol=0.15)
 
 
-def test_training_is_better_than_the_normal_density_that_it_starts_from(fitted):
-    losses = fitted[0].history.validation["nll"]
-    assert losses[-1] < losses[0] - 0.01
-    assert "this model" in str(fitted[0].history)
-
-
 def test_it_is_the_code_of_training(fitted, tmp_path):
     """The config in the folder of a fit, given to `train` with the same data, makes the same model bit for bit."""
     model, folder = fitted
+    losses = model.history.validation["nll"]
+    assert losses[-1] < losses[0] - 0.01
+    assert "this model" in str(model.history)
     config = run_folder.read_config(folder)
     data = from_arrays(FITTED_ARRAY, Arrays(BANANA), fractions=(0.1, 0.0))
     state = train(config, tmp_path / "run", data=data)
@@ -260,13 +241,13 @@ def test_commands_that_need_no_data_work_on_the_folder_of_a_fit(workdir, capsys)
     assert np.load(Path(workdir) / "samples.npy").shape == (4, 2)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "reconstruct", "report"])
-def test_commands_that_need_data_say_how_to_give_the_array(command, workdir, capsys):
-    assert main([command, "--workdir", workdir]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {workdir} does not hold the array that its model was fitted to: save the array with numpy.save and add "
-        "--data npy:FILE\n"
-    )
+def test_commands_that_need_data_say_how_to_give_the_array(workdir, capsys):
+    for command in ("evaluate", "reconstruct", "report"):
+        assert main([command, "--workdir", workdir]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {workdir} does not hold the array that its model was fitted to: save the array with numpy.save and add "
+            "--data npy:FILE\n"
+        )
 
 
 def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
@@ -287,78 +268,47 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
     assert "the model takes examples of shape (2,)" in evaluate("wide.npy", status=2)
 
 
-@pytest.mark.parametrize("somebody_sits_there", [True, False])
-def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(somebody_sits_there, capfd, monkeypatch):
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    if not somebody_sits_there:
-        monkeypatch.delattr(sys, "ps1")
-    stop = threading.Event()
-
-    def interrupt(line):
-        if "validation" in line and not stop.is_set():
-            stop.set()
-            signal.raise_signal(signal.SIGINT)
-
-    class Interrupting(fitting.Lines):
-        def __call__(self, line):
-            super().__call__(line)
-            interrupt(line)
-
-    monkeypatch.setattr(fitting, "Lines", Interrupting)
+def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(capfd, monkeypatch):
+    with_batches(monkeypatch, interrupting(0, 6))
     options = QUICK | {"steps": 10_000, "progress": True, "settings": {"training.eval_every_steps": 4}}
-    if not somebody_sits_there:
-        with pytest.raises(KeyboardInterrupt):
-            ir.fit(BANANA, **options)
-        return
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     model = ir.fit(BANANA, **options)
-    assert model.certificate().certified
+    assert model.history.step in (0, 4)
     said = capfd.readouterr().err
-    assert "the best model so far" in said
-    assert "of 10000" in said
+    assert "after step 7 of 10000: the best model so far" in said
     assert "saving" not in said  # nothing is
+    monkeypatch.delattr(sys, "ps1")
+    with_batches(monkeypatch, interrupting(0, 0))
+    with pytest.raises(KeyboardInterrupt):
+        ir.fit(BANANA, **options)
 
 
-def test_a_signal_ends_a_fit_on_disk_and_its_process(fitted, monkeypatch):
+def test_a_signal_ends_a_fit_on_disk_and_its_process(tmp_path, monkeypatch):
     received = []
-
-    def stopped_by(number):
-        def train(*_, **__):
-            raise Stopped("stopped: the same command goes on from it", number)
-
-        return train
-
     monkeypatch.delattr(sys, "ps1", raising=False)
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            monkeypatch.setattr(fitting, "train", stopped_by(number))
-            with pytest.raises(Stopped):
-                ir.fit(BANANA, workdir=fitted[1], **QUICK)
+            with monkeypatch.context() as patch:
+                with_batches(patch, interrupting(0, 3, number), loop)
+                with pytest.raises(Stopped):
+                    ir.fit(BANANA, workdir=tmp_path / "run", **QUICK)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM]
 
 
-@functools.cache
-def conditional(scale, num=400):
-    """A model of an entry within bounds, a free one and one on a grid, its data and their contexts."""
-    rng = np.random.default_rng(round(scale))
-    context = rng.normal(size=(num, 1)).astype(np.float32)
-    x = np.clip(context + 0.1 * rng.normal(size=(num, 3)), -3.9, 3.9)
-    x[:, 2] = np.round(x[:, 2] * 16) / 16
-    x = (scale * x).astype(np.float32)
-    options = QUICK | {"steps": 60, "key": jax.random.key(round(scale)), "bounds": {0: (-4 * scale, 4 * scale)}}
-    return ir.fit(x, context=scale * context, **options), x, scale * context
-
-
 def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
-    model, x, context = conditional(1.0)
+    """Of an entry within bounds, a free one and one on a grid."""
+    rng = np.random.default_rng(1)
+    context = rng.normal(size=(400, 1)).astype(np.float32)
+    x = np.clip(context + 0.1 * rng.normal(size=(400, 3)), -3.9, 3.9).astype(np.float32)
+    x[:, 2] = np.round(x[:, 2] * 16) / 16
+    model = ir.fit(x, context=context, bounds={0: (-4, 4)}, key=jax.random.key(1), **QUICK | {"steps": 60})
     assert model.spec.context_hidden
     assert model.spec.grid is not None
     log_prob = jax.jit(ir.Density.log_prob)
-    given = log_prob(model, x[:50], context=context[:50])
-    wrong = log_prob(model, x[:50], context=-context[:50])
-    assert given.mean() > wrong.mean()
+    assert log_prob(model, x[:50], context=context[:50]).mean() > log_prob(model, x[:50], context=-context[:50]).mean()
     widest, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 200, context=np.full((200, 1), 5.0))
     assert np.abs(widest[:, 0]).max() <= 4 < np.abs(widest[:, 1]).max()
     with pytest.raises(ValueError, match="context"):
@@ -374,81 +324,82 @@ def test_labels_make_a_classifier_of_images_and_integers_are_levels():
     assert classifier.spec.num_levels == 12
 
 
-def test_objectives_follow_the_data():
-    def objective(x, **given):
-        return choose_settings(from_arrays("a", Arrays(x, np.arange(50) % 2), fractions=(0.1, 0.0)), **given).objective
-
-    vectors, images = RNG.normal(size=(50, 4)), RNG.integers(0, 256, (50, 4, 4, 1))
-    assert [objective(vectors), objective(images)] == ["hybrid", "classification"]
-    assert objective(images, objective="hybrid") == "hybrid"
+def data_of(x, **arrays):
+    return from_arrays("a", Arrays(np.asarray(x), **arrays), fractions=(0.1, 0.0))
 
 
 def test_settings_follow_the_array():
-    def data(x):
-        return from_arrays("a", Arrays(x), fractions=(0.1, 0.0))
-
-    few, many, wide = (data(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (400, 300)))
-    assert choose_settings(few).training.minutes == 3.0
-    assert choose_settings(few, steps=1_000_000).training.total_steps == 1_000_000
+    few, many, wide = (data_of(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (400, 300)))
     assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == ["standardize", "whiten", "standardize"]
     assert [choose_settings(x).logdet.kind for x in (few, many, wide)] == ["exact", "exact", "krylov"]
-    images = choose_settings(data(RNG.integers(0, 256, (50, 16, 16, 3))))
-    assert [stage.squeeze for stage in images.model.stages] == [2, 2]
-    assert images.training.batch_size <= 45
+    labels, images = np.arange(50) % 2, RNG.integers(0, 256, (50, 16, 16, 3))
+    classes = data_of(images, labels=labels)
+    assert [stage.squeeze for stage in choose_settings(classes).model.stages] == [2, 2]
+    assert choose_settings(classes).training.batch_size <= 45
+    assert choose_settings(classes).objective == "classification"
+    assert choose_settings(classes, objective="hybrid").objective == "hybrid"
+    assert choose_settings(data_of(RNG.normal(size=(50, 4)), labels=labels)).objective == "hybrid"
 
 
-def test_candidates_follow_the_array():
-    rng = np.random.default_rng(0)
+def test_a_warm_up_has_a_twentieth_of_the_steps_also_of_those_that_time_allows():
+    config = choose_settings(data_of(BANANA))
+    assert (config.training.minutes, config.training.total_steps) == (3.0, 0)
+    assert (config.training.schedule_steps, config.optimizer.warmup_steps) == (10_000, 500)
+    config = choose_settings(data_of(BANANA), steps=2000)
+    assert (config.training.minutes, config.training.total_steps, config.optimizer.warmup_steps) == (0.0, 2000, 100)
 
-    def priors_of(x, **given):
-        data = from_arrays("a", Arrays(np.asarray(x, np.float32)), fractions=(0.1, 0.0))
-        found = candidates(choose_settings(data), data, given)
-        return [(candidate.prior, candidate.components) for candidate in found]
 
-    assert priors_of(rng.normal(size=(500, 2))) == [("gaussian", 0)]
-    assert priors_of(rng.normal(size=(40, 4))) == [("gaussian", 0)]
-    assert priors_of(np.cumsum(rng.normal(size=(40, 4)), axis=1)) == [("mixture", 1), ("gaussian", 0)]  # of all correlations
-    assert priors_of(MODES) == [("mixture", 2), ("gaussian", 0)]
-    assert priors_of(rng.normal(size=(100, 70))) == [("gaussian", 0)]
-    assert priors_of(rng.standard_t(2, size=(300, 70))) == [("logistic", 0)]
-    assert priors_of(rng.normal(size=(300, 70)) * rng.lognormal(size=(300, 1))) == [("scales", 16), ("logistic", 0)]
-    assert priors_of(MODES, **{"model.prior": "logistic"}) == [(None, 0)]
-    data = from_arrays("a", Arrays(np.asarray(MODES, np.float32)), fractions=(0.1, 0.0))
-    *_, given = candidates(choose_settings(data), data, ["augmentation.noise", "model.stages"])
+PLAIN_ALONE = [("gaussian", 0)]
+HEAVY = np.random.default_rng(0).standard_t(2, size=(300, 70))
+LENGTHS = np.random.default_rng(0).normal(size=(300, 70)) * np.random.default_rng(1).lognormal(size=(300, 1))
+TABLES = {
+    "normal": (RNG.normal(size=(500, 2)), PLAIN_ALONE),
+    "normal and few": (RNG.normal(size=(40, 4)), PLAIN_ALONE),
+    "correlations of few": (np.cumsum(RNG.normal(size=(40, 4)), axis=1), [*PLAIN_ALONE, ("mixture", 1)]),
+    "modes": (MODES, [*PLAIN_ALONE, ("mixture", 2)]),
+    "many columns": (RNG.normal(size=(100, 70)), PLAIN_ALONE),
+    "heavy tails": (HEAVY, [("logistic", 0)]),
+    "lengths that differ": (LENGTHS, [("logistic", 0), ("scales", 16)]),
+}
+
+
+@pytest.mark.parametrize(("x", "expected"), TABLES.values(), ids=TABLES)
+def test_priors_of_candidates_follow_the_array(x, expected):
+    data = data_of(x.astype(np.float32))
+    assert [(row.prior, row.components) for row in candidates(choose_settings(data), data)] == expected
+
+
+def test_the_network_grows_with_the_examples():
+    def size(num, **arrays):
+        data = data_of(RNG.normal(size=(num, 2)), **arrays)
+        return next(candidates(choose_settings(data), data)).size
+
+    assert [size(num) for num in (16, 20, 10_000, 12_000)] == ["small", "medium", "medium", "large"]
+    assert size(200, context=RNG.normal(size=(200, 1))) == "large"
+
+
+def test_candidates_leave_alone_what_is_given():
+    data, conditional = data_of(MODES), data_of(MODES, context=MODES[:, :1] ** 2)
+    config, of_contexts = choose_settings(data), choose_settings(conditional)
+    assert [row.prior for row in candidates(config, data, ["model.prior"])] == [None]
+    given = next(candidates(config, data, ["augmentation.noise", "model.stages"]))
     assert not {"augmentation.noise", "model.stages"} & given.settings.keys()
     assert str(given) == "network as given, gaussian prior"
+    assert [row.decay for row in candidates(of_contexts, conditional)] == [0.3, 0.1]
+    [given] = candidates(of_contexts, conditional, ["optimizer.weight_decay"])
+    assert "optimizer.weight_decay" not in given.settings
+    assert [row.size for row in (given, *given.milder())] == ["large", "small"]
 
 
-def test_a_key_is_a_seed():
-    assert seed_of(None) == 0
-    assert seed_of(jax.random.key(1)) == seed_of(jax.random.key(1)) != seed_of(jax.random.key(2))
-    with pytest.raises(ValueError, match="key must be a key"):
-        seed_of(3)
-    with pytest.raises(ValueError, match="loop over them"):
-        ir.fit(BANANA, key=jax.random.split(jax.random.key(0), 3))
+@pytest.mark.parametrize("name", ["data.validation_fraction", "training.total_steps", "training.minutes"])
+def test_arguments_are_no_settings(name):
+    with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
+        ir.fit(BANANA, settings={name: 0.3})
 
 
-def test_the_number_of_updates_and_the_data_are_no_settings():
-    with pytest.raises(ValueError, match=r"give it as steps="):
-        ir.fit(BANANA, settings={"training.total_steps": 500})
-    with pytest.raises(ValueError, match=r"data.validation_fraction is no setting of fit"):
-        ir.fit(BANANA, settings={"data.validation_fraction": 0.3})
-
-
-def test_one_run_has_an_end(tmp_path):
-    with pytest.raises(ValueError, match=r"give minutes=\.\.\. or steps="):
-        ir.fit(BANANA, settings={"training.minutes": 0.0}, workdir=tmp_path)
-
-
-def test_a_warm_up_among_the_settings_has_so_many_of_the_steps_that_time_allows():
-    data = from_arrays("a", Arrays(BANANA), fractions=(0.1, 0.0))
-    training, optimizer = (getattr(choose_settings(data, minutes=1.0), part) for part in ("training", "optimizer"))
-    assert (training.total_steps, training.schedule_steps, optimizer.warmup_steps) == (0, 10_000, 500)
-    assert choose_settings(data, steps=2000).optimizer.warmup_steps == 100
-
-
-def test_a_seed_among_the_settings_decides_as_a_key_does():
-    first, again, other = (ir.fit(BANANA, settings={"seed": seed}, **QUICK).log_prob(BANANA[:50]) for seed in (1, 1, 2))
+def test_a_key_decides_and_so_does_a_seed_among_the_settings():
+    options = [{"key": jax.random.key(1)}, {"key": jax.random.key(1)}, {"settings": {"seed": 2}}]
+    first, again, other = (ir.fit(BANANA, **own, **QUICK).log_prob(BANANA[:50]) for own in options)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
 
