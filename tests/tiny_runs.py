@@ -13,7 +13,9 @@ import pytest
 
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.runs import loop
+from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import parse
+from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training.initialization import abstract_variables
 from iresnet_jax.training.step import TrainingStep
 
@@ -108,6 +110,23 @@ def trained(tmp_path_factory, name):
             (incoming / TRACES).write_text(str(len(traces)))
             incoming.rename(whole)
     return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")
+
+
+def newest(workdir):
+    """The step of a run's newest checkpoint."""
+    return max(int(path.stem) for path in (Path(workdir) / "checkpoints").glob("*.npz"))
+
+
+def arrays_of(workdir, step=None):
+    """The arrays of a checkpoint by name, by default of the newest one."""
+    with np.load(Checkpoints(workdir).path(newest(workdir) if step is None else step)) as archive:
+        return {name: archive[name] for name in archive.files if name != "(metric)"}
+
+
+def measurements(workdir):
+    """What a run wrote down, without times."""
+    kept = [{k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"} for record in read_metrics(workdir)]
+    return [record for record in kept if record["split"] != "timing"]
 
 
 def shorten_reports(patch, *, drawn=False):

@@ -148,7 +148,7 @@ def agree_on(name: str, value: Any) -> None:
     first, *others = map(json.loads, _of_all(json.dumps(value)))
     for process, other in enumerate(others, start=1):
         if difference := first_difference(other, first, name, (f"in process {process}", "in process 0")):
-            raise ValueError(f"all processes need one {name}: {difference}")
+            raise ValueError(f"all processes need the same {name}: {difference}")
 
 
 def largest(number: int) -> int:

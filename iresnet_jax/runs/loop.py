@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from iresnet_jax.runs import hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.machine import device_summary, prepare_backend
-from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
+from iresnet_jax.runs.metrics import MetricWriter, Progress
 from iresnet_jax.runs.model_from_config import load_data, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.runs.signals import Stopped, StopRequests
@@ -62,7 +63,7 @@ def train(
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     # 1. Data and folder. All processes of a run have one config and one data set; the first one writes.
-    workdir, settings, is_shared = local_folder(workdir), config.training, parallel.num_processes() > 1
+    began, workdir, settings = time.monotonic(), local_folder(workdir), config.training
     prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     if data is None and dataset.examples and "test" not in dataset.examples:
@@ -70,33 +71,29 @@ def train(
             f"{dataset.name} has no test examples, which the report is on: add them, or set aside some with data.test_fraction"
         )
     check_batch_size(settings, dataset)
-    checkpoints = Checkpoints(workdir)
-    hosts.agree_on("config", to_plain(config))
-    hosts.agree_on("data set", {"name": dataset.name, "fingerprint": dataset.fingerprint})
+    hosts.agree_on("run", {"config": to_plain(config), "data": {"name": dataset.name, "fingerprint": dataset.fingerprint}})
 
     with contextlib.ExitStack() as stack:
         # 2. Model and objective. From here on the folder is this run's alone.
         objective = _claim(workdir, config, dataset, stack)
-        writer = stack.enter_context(MetricWriter(workdir)) if hosts.is_first() else None
-        written = run_folder.written_at(workdir) if hosts.is_first() else 0
 
         # 3. Newest checkpoint, or the first state.
-        state, losses = _newest(workdir, objective, checkpoints, writer)
+        state, losses, writer = _newest(workdir, objective, stack)
+        before_s = 0.0 if writer is None else max((record["wall_time_s"] for record in writer.kept), default=0.0)
 
         # 4. Every n steps: log, validate and save.
         saved_at, stop = time.monotonic(), StopRequests()
 
         def log(split: str, metrics: Mapping[str, float]) -> None:
             if writer is not None:
-                writer.write(trainer.step, metrics, split=split)
+                writer.write(trainer.records[-1])
             if split == "train":
                 progress.update(trainer.step, trainer.horizon, {objective.name: metrics[objective.name]})
 
         def save(loss: float | None = None) -> None:
             nonlocal saved_at
             if hosts.is_first():
-                run_folder.check_is_there(workdir, written)
-                checkpoints.save(trainer.step, trainer.state._replace(constants={}), metric=loss)
+                Checkpoints(workdir).save(trainer.step, trainer.state._replace(constants={}), metric=loss)
             saved_at = time.monotonic()
 
         trainer = Trainer(
@@ -104,7 +101,7 @@ def train(
             settings,
             state=state,
             losses=losses,
-            seconds_before=0.0 if writer is None else writer.elapsed_s,
+            seconds_before=before_s + time.monotonic() - began,
             agree=lambda horizon: hosts.from_first(lambda: horizon),  # by the clock of process 0
             log=log,
             validated=save,
@@ -119,7 +116,7 @@ def train(
             for step in trainer.steps(batches):
                 if step == first_step + 1:  # until now there was nothing to save: signals ended the process
                     stack.enter_context(stop)
-                if is_shared and step % hosts.AGREE_EVERY and not trainer.is_logged:
+                if parallel.num_processes() > 1 and step % hosts.AGREE_EVERY and not trainer.is_logged:
                     continue
                 is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS
                 wish = hosts.largest(stop.received or (SAVE if is_save_due else 0))
@@ -142,44 +139,38 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 
 def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> Objective:
-    """Process 0 claims the folder, for as long as the stack lasts alone, and makes the model; the others receive it."""
-    claimed: list[Objective] = []
+    """Process 0 claims the folder, until the stack ends, and makes the model; the others receive it."""
+    made: list[Objective] = []
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
         spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
-        claimed.append(build_objective(config, data, spec))  # which raises before anything is written
-        workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(run_folder.alone_in(workdir))
-        run_folder.check_belongs_to(workdir, config)  # another process may have claimed it meanwhile,
-        run_folder.model_of_run(workdir, data)  # for other data
-        run_folder.claim(workdir, config, spec, data)
+        made.append(build_objective(config, data, spec))  # which raises before anything is written
+        stack.enter_context(run_folder.claimed(workdir, config, spec, data))
         return tagged(spec) if parallel.num_processes() > 1 else None
 
     plain = hosts.from_first(claim)
-    if claimed:
-        return claimed[0]
-    return build_objective(config, data, checked(Spec, plain, "model"))
+    return made[0] if made else build_objective(config, data, checked(Spec, plain, "model"))
 
 
 def _newest(
-    workdir: Path, objective: Objective, checkpoints: Checkpoints, writer: MetricWriter | None
-) -> tuple[TrainState, list[float]]:
-    """The newest checkpoint of process 0, or the first state, in all processes, and the losses of its validations."""
+    workdir: Path, objective: Objective, stack: contextlib.ExitStack
+) -> tuple[TrainState, list[float], MetricWriter | None]:
+    """The newest checkpoint of process 0, or the first state, and the losses of its validations; the log in process 0."""
     fresh = objective.initial_state()
     _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
-    found: list[TrainState] = []
+    states, writers = [fresh], []
 
     def restore():
-        state, step = checkpoints.restore_latest(fresh._replace(constants={})) or (fresh, 0)
-        found.append(state._replace(constants=fresh.constants))
-        assert writer is not None  # process 0 has one
-        writer.truncate_after(step)
-        records = [record for record in read_metrics(workdir) if record["split"] == "validation"]
-        return [objective.selection(record) for record in records]
+        if found := Checkpoints(workdir).restore(fresh._replace(constants={})):
+            for note in found.notes:
+                warnings.warn(note, stacklevel=2)
+            states.append(found.state._replace(constants=fresh.constants))
+        writers.append(stack.enter_context(MetricWriter(workdir, int(states[-1].step))))
+        return [objective.selection(record) for record in writers[0].kept if record["split"] == "validation"]
 
     losses = hosts.from_first(restore)
-    state = hosts.broadcast(found[0] if found else fresh)  # a fresh state, too: hosts round differently
+    state = hosts.broadcast(states[-1])  # a fresh state, too: hosts round differently
     if int(state.step):
         _logger.info("resuming from step %d of %d", state.step, state.horizon)
-    return state, losses
+    return state, losses, next(iter(writers), None)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -20,79 +20,50 @@ _RESERVED = ("step", "split", "wall_time_s")
 class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
 
-    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. ``wall_time_s`` counts seconds of
-    training over all processes of the run. Every line is flushed at once: a killed process loses at most the line that it was
-    writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
+    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is flushed at once: a killed
+    process loses at most the line that it was writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
 
     Args:
-        workdir: Folder of the run, created if needed.
+        workdir: Folder of the run.
+        step: Finished updates of the state that the run goes on from; measurements of later steps are dropped.
+
+    Attributes:
+        kept: Measurements that led to this state.
 
     Raises:
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str]):
-        self._began = time.monotonic()
-        self._workdir = Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        self._path = self._workdir / FILENAME
-        self._purge_step: int | None = None
-        self._events: Any = None
-        self._keep_lines(lambda _: True)
+    def __init__(self, workdir: str | os.PathLike[str], step: int = 0):
+        self._workdir, self._step = Path(workdir), step
+        path = self._workdir / FILENAME
+        self.kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+        with replacing(path) as incoming:
+            incoming.write_text("".join(json.dumps(record) + "\n" for record in self.kept), encoding="utf-8")
+        self._lines, self._events = path.open("a", encoding="utf-8"), None
 
-    def write(self, step: int, metrics: Mapping[str, SupportsFloat], *, split: str = "train") -> None:
-        """Appends one measurement, scalars by name, of data such as "train" or "test" after so many updates.
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one measurement: step, split, time of training so far, and scalars by name.
 
         Raises:
-            ValueError: If a metric is called "step", "split" or "wall_time_s".
+            OSError: If the disk is full.
         """
-        if clash := [name for name in metrics if name in _RESERVED]:
-            raise ValueError(f"a metric cannot be called {clash[0]!r}, which every line has: rename it")
-        values = {name: float(value) for name, value in metrics.items()}
-        wall_time_s = round(time.monotonic() - self._start, 3)
-        record = {"step": int(step), "split": split, "wall_time_s": wall_time_s, **values}
         try:
-            self._lines.write(json.dumps(record) + "\n")
+            self._lines.write(json.dumps(dict(record)) + "\n")
             self._lines.flush()
-            self._write_event(int(step), {f"{split}/{name}": value for name, value in values.items()})
+            self._write_event(record)
         except OSError as error:
             reason = error.strerror or error
             message = f"{self._workdir} cannot be written to ({reason}): free disk space, then give the command again"
             raise OSError(message) from error
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training so far, over all processes of the run."""
-        return time.monotonic() - self._start
-
-    def truncate_after(self, step: int) -> None:
-        """Drops the measurements of steps after ``step``: a run that resumes there measures them again."""
-        self.close()
-        self._keep_lines(lambda record: record["step"] <= step)
-        self._purge_step = step + 1
-
-    def close(self) -> None:
-        """Closes the files, as leaving ``with`` does; all that could be written is there already."""
+    def __exit__(self, *exc_info: object) -> None:
         for file in (self._lines, self._events):
             with contextlib.suppress(OSError):  # of a full disk, which `write` has told of
                 if file is not None:
                     file.close()
-        self._events = None
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _keep_lines(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Opens the file for appending after the lines to keep, without a half-written last line."""
-        records = [record for record in read_metrics(self._workdir) if keep(record)]
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        if self._path.exists() and self._path.read_bytes() != text.encode():
-            with replacing(self._path) as incoming:
-                incoming.write_text(text, encoding="utf-8")
-        self._lines = self._path.open("a", encoding="utf-8")
-        self._start = self._began - max((record["wall_time_s"] for record in records), default=0.0)
-
-    def _write_event(self, step: int, values: Mapping[str, float]) -> None:
+    def _write_event(self, record: Mapping[str, Any]) -> None:
         # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread that a full disk ends, and
         # then waits for it for ever.
         from tensorboardX.event_file_writer import EventsWriter
@@ -103,10 +74,11 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
             folder = self._workdir / "tensorboard"
             folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(folder / "events"))
-            if self._purge_step is not None:  # from where on TensorBoard discards older events
-                self._events.write_event(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+            # TensorBoard discards older events of these steps.
+            self._events.write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        values = {f"{record['split']}/{name}": value for name, value in record.items() if name not in _RESERVED}
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
         self._events.flush()
 
 
@@ -171,5 +143,4 @@ class Lines:
 
     def __call__(self, line: str) -> None:
         """Writes a line."""
-        sys.stderr.write(f"[{time.monotonic() - self._began:5.0f} s] {line}\n")  # at once: threads may write lines beside
-        sys.stderr.flush()
+        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ the data they came from. A resume reads the model from there and computes nothin
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,6 @@ from iresnet_jax.runs.config import Config, parse
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
-
-
 # Settings that change how a step is computed and not what: a run may go on with others, as on other devices.
 WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
 
@@ -31,7 +28,7 @@ def check_belongs_to(workdir: Path, config: Config) -> None:
     """Raises ``ValueError`` if the folder holds a run with another config; names the first difference that counts."""
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: choose another --workdir")
-    if not (workdir / CONFIG_FILE).exists():
+    if not has_run(workdir):
         return
     theirs = read_config(workdir)
     ways = {name: getattr(theirs.training, name) for name in WAYS_TO_COMPUTE}
@@ -48,7 +45,7 @@ def read_config(workdir: Path) -> Config:
     """
     if not workdir.is_dir():
         raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
-    if not (workdir / CONFIG_FILE).exists():
+    if not has_run(workdir):
         raise ValueError(f"{workdir} has no {CONFIG_FILE}, so it is not the workdir of a training run")
     return _read(workdir / CONFIG_FILE, parse)
 
@@ -70,7 +67,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     Raises:
         ValueError: If the run began with other data, or with entries that keep to other ranges.
     """
-    if not all((workdir / name).exists() for name in (MODEL_FILE, CONFIG_FILE)):
+    if not has_run(workdir):
         return None
     spec, fingerprint = read_model(workdir)
     if fingerprint != data.fingerprint:
@@ -85,64 +82,32 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     return spec
 
 
-def fingerprint(workdir: Path) -> str | None:
-    """Fingerprint of a run's first settings and model, by which its checkpoints know it; None without these files.
-
-    Settings of evaluation do not count, which nothing in a checkpoint depends on.
-    """
-    try:
-        config, model = (json.loads((workdir / name).read_text(encoding="utf-8")) for name in (CONFIG_FILE, MODEL_FILE))
-        known = {name: value for name, value in config.items() if name != "evaluation"}
-    except (OSError, ValueError, AttributeError):  # `read_config` and `read_model` say what is wrong
-        return None
-    return hashlib.sha256(json.dumps([known, model], sort_keys=True).encode()).hexdigest()
-
-
-def written_at(workdir: Path) -> int:
-    """When the model of a run was written, by which it is told from one that takes its place in the folder.
-
-    Raises:
-        RuntimeError: If the folder was removed.
-    """
-    try:
-        return (workdir / MODEL_FILE).stat().st_mtime_ns
-    except FileNotFoundError:
-        message = f"{workdir} was removed while its run trained, which cannot go on from there: train again"
-        raise RuntimeError(message) from None
-
-
-def check_is_there(workdir: Path, written: int) -> None:
-    """Raises ``RuntimeError`` if the folder of a run that trains was removed or holds another run by now."""
-    if written_at(workdir) != written:
-        raise RuntimeError(f"{workdir} holds another run than the one that trains, which ends here and leaves it alone")
-
-
-def claim(workdir: Path, config: Config, spec: Spec, data: DataSet) -> None:
-    """Writes the settings and the model of a new run; does nothing for one that has them."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
-    # The model first: a folder with a config is one of a run, and a model alone was left by a start that failed.
-    has_run = (workdir / CONFIG_FILE).exists()
-    for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
-        if not has_run or not (workdir / name).exists():
-            with replacing(workdir / name) as incoming:
-                incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
-
-
 @contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
-    """Within ``with``, no other process trains in the folder; the lock of a process that dies is free.
+def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterator[None]:
+    """Within ``with``, no other process trains in the folder, which holds settings and model; the lock dies with its process.
 
     Raises:
         ValueError: If another process trains there.
     """
+    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(workdir / "training", timeout_s=0.0))
         except TimeoutError:
             message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
             raise ValueError(message) from None
+        if not has_run(workdir):
+            model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+            # The model first: a folder with a config is one of a run, and a model alone was left by a start that failed.
+            for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
+                with replacing(workdir / name) as incoming:
+                    incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
         yield
+
+
+def has_run(workdir: Path) -> bool:
+    """Whether a run began in this folder."""
+    return (workdir / CONFIG_FILE).exists()
 
 
 def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:

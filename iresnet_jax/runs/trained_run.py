@@ -5,8 +5,8 @@ guaranteed bounds of their norms, so that every block is a certified contraction
 """
 
 import functools
+import math
 import os
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from iresnet_jax.runs.machine import prepare_backend
 from iresnet_jax.runs.model_from_config import identity_context, load_data
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.optimizers import make_optimizer
-from iresnet_jax.training.step import TrainState, abstract_state
+from iresnet_jax.training.step import abstract_state
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,17 @@ def load(folder: str | os.PathLike[str]) -> Run:
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
-    target = abstract_state(spec, make_optimizer(config.optimizer))
-    best, step, notes = _restore(Checkpoints(folder), target, folder)
+    best = Checkpoints(folder).restore(abstract_state(spec, make_optimizer(config.optimizer)), best=True)
+    if best is None:
+        raise RuntimeError(
+            f"{folder} has no checkpoints: its training has not reached the first validation, or they were removed"
+        )
+    notes = best.notes
+    if math.isnan(best.metric):
+        notes = (*notes, f"These are the parameters of step {best.step}: there is no checkpoint chosen on validation.")
     given = identity_context(config)
-    model = certified_model(spec, best.ema, best.batch_stats, config.evaluation.solver(), given=given)
-    return Run(folder, model, config, fingerprint, step, notes)
+    model = certified_model(spec, best.state.ema, best.state.batch_stats, config.evaluation.solver(), given=given)
+    return Run(folder, model, config, fingerprint, best.step, notes)
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
@@ -188,23 +194,3 @@ def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
         return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
-
-
-def _restore(checkpoints: Checkpoints, target: Any, folder: Path) -> tuple[TrainState, int, tuple[str, ...]]:
-    """The state to use, its step, and what is to be said about the choice."""
-    notes = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            restored, why = checkpoints.restore_best(target), "there is no checkpoint chosen on validation"
-        except RuntimeError:
-            restored, why = None, "the checkpoints chosen on validation are damaged"
-        if restored is None:
-            restored = checkpoints.restore_latest(target)
-            if restored is None:
-                raise RuntimeError(
-                    f"{folder} has no checkpoints: its training has not reached the first validation, or they were removed"
-                )
-            notes.append(f"These are the parameters of the latest checkpoint, step {restored[1]}: {why}.")
-    warned = [str(warning.message) for warning in caught]
-    return (*restored, (*notes, *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in warned)))

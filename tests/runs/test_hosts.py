@@ -4,7 +4,6 @@ import functools
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ import tiny_runs as runs
 from one_of_several import start
 
 from iresnet_jax.runs import hosts, loop
-from iresnet_jax.runs.checkpoints import load_named
+from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.metrics import read_metrics
 
 ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 8 steps, of an array's largest entry
@@ -49,26 +48,14 @@ def await_step(workdir, step, processes):
         time.sleep(0.05)
 
 
-def newest(workdir):
-    """The file of the newest checkpoint."""
-    return max((Path(workdir) / "checkpoints").glob("*.npz"), key=lambda path: int(path.stem))
-
-
 def final(workdir):
     """Step and arrays of the newest checkpoint."""
-    path = newest(workdir)
-    return int(path.stem), load_named(path)
+    return runs.newest(workdir), runs.arrays_of(workdir)
 
 
 def forget_the_end(workdir):
     """Deletes the newest checkpoint: what is kept of a run goes on from the one before."""
-    newest(workdir).unlink()
-
-
-def logs(workdir):
-    """What a run measured, without times."""
-    kept = [{k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"} for record in read_metrics(workdir)]
-    return [record for record in kept if record["split"] != "timing"]
+    Checkpoints(workdir).path(runs.newest(workdir)).unlink()
 
 
 def assert_close(found, expected):
@@ -168,7 +155,8 @@ def trained(tmp_path_factory):
 def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
     assert jax.local_device_count() == 2
     assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
-    for found, expected in zip(logs(trained / f"{name}-two"), logs(trained / f"{name}-one"), strict=True):
+    logs = [runs.measurements(trained / f"{name}-{processes}") for processes in ("two", "one")]
+    for found, expected in zip(*logs, strict=True):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
@@ -182,8 +170,8 @@ def test_one_process_goes_on_where_two_were(trained, tmp_path):
 @pytest.mark.parametrize(
     ("ours", "theirs", "difference"),
     [
-        ('"seed": 0', '"seed": 7', "all processes need one config: config.seed is 7 in process 1 and 0 in process 0"),
-        ('"fingerprint": "', '"fingerprint": "no', "all processes need one data set: data set.fingerprint is "),
+        ('"seed": 0', '"seed": 7', "all processes need the same run: run.config.seed is 7 in process 1 and 0 in process 0"),
+        ('"fingerprint": "', '"fingerprint": "no', "all processes need the same run: run.data.fingerprint is "),
     ],
 )
 def test_what_processes_must_have_alike_is_compared(monkeypatch, tmp_path, ours, theirs, difference):

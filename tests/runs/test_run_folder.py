@@ -10,7 +10,15 @@ import tiny_runs as runs
 from iresnet_jax.data import load
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.model_from_config import model_spec
-from iresnet_jax.runs.run_folder import claim, model_of_run, read_config, read_model
+from iresnet_jax.runs.run_folder import claimed, model_of_run, read_config, read_model
+
+
+def begin(workdir, config):
+    """The data of a run that has claimed its folder, and nothing else."""
+    data = load(config.data.name)
+    with claimed(workdir, config, model_spec(config, data), data):
+        return data
+
 
 DAMAGED, OTHER_VERSION = "is damaged", "was written by another version"
 
@@ -39,8 +47,7 @@ def test_a_file_that_is_no_use_is_said_to_be(tmp_path, content, said, name, read
 def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
     path, workdir = tmp_path / "data.npz", tmp_path / "run"
     config = runs.config_of(runs.DIGITS_CONFIG, **{"data.name": kept.write_data(path)})
-    data = load(config.data.name)
-    claim(workdir, config, model_spec(config, data), data)
+    data = begin(workdir, config)
     assert read_config(workdir) == config
     before = read_model(workdir)
     assert before[1] == data.fingerprint
@@ -53,12 +60,11 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
 
 def test_a_model_without_a_config_was_left_by_a_start_that_failed(tmp_path):
     config = runs.config_of(runs.TOY_CONFIG)
-    data = load(config.data.name)
-    claim(tmp_path, config, model_spec(config, data), data)
+    data = begin(tmp_path, config)
     (tmp_path / "config.json").unlink()  # as on a full disk
     changed = runs.config_of(runs.TOY_CONFIG, **{"model.coeff": 0.5})
     assert model_of_run(tmp_path, data) is None
-    claim(tmp_path, changed, model_spec(changed, data), data)
+    begin(tmp_path, changed)
     assert read_model(tmp_path)[0].flow.coeff == read_config(tmp_path).model.coeff == 0.5
 
 

@@ -19,7 +19,6 @@ from iresnet_jax.models.head import apply_head
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.runs.checkpoints import Checkpoints, load_named
 from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.objective_from_config import build_augmentation
@@ -60,7 +59,7 @@ def test_training_improves_validation_and_counts_every_term(workdir):
 
 def last_state(workdir):
     """The arrays of the last checkpoint by name."""
-    return load_named(workdir / "checkpoints" / "8.npz")
+    return runs.arrays_of(workdir, 8)
 
 
 def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(config, workdir, tmp_path, monkeypatch):
@@ -168,7 +167,6 @@ def test_a_kept_classifier_is_the_same_in_one_file(trained, tmp_path, capsys):
 
 def test_a_network_without_a_constraint_says_that_nothing_is_promised(trained, workdir, tmp_path, capsys, monkeypatch):
     """Its weights are those of the other run, before they are scaled."""
-    monkeypatch.setattr(Checkpoints, "_check_run", lambda *_: None)  # which knows that they are
     copy = shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard", "report.*"))
     for name, section, field, value in (("config", "constraint", "norms", "none"), ("model", "model", "constrained", False)):
         plain = json.loads((copy / f"{name}.json").read_text())
