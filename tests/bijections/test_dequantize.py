@@ -35,25 +35,15 @@ def test_every_edge_of_every_cell_returns_its_level(x64, num_levels, dtype):
         np.testing.assert_array_equal(function(jnp.asarray(largest), num_levels), levels)
 
 
-@pytest.mark.parametrize("num_levels", [17, 256])
-def test_dequantized_highest_level_stays_below_one_in_float32(num_levels):
-    x = jnp.full((64, 2**14), num_levels - 1, jnp.uint8)
-    key = jax.random.key(0)
-    y = dequantize(key, x, num_levels)
+def test_noise_is_uniform_and_the_highest_level_stays_below_one_in_float32():
+    x, key = jnp.full((64, 2**14), 255, jnp.uint8), jax.random.key(0)
+    y = dequantize(key, x)
     assert y.dtype == jnp.float32
     assert y.max() < 1
-    np.testing.assert_array_equal(quantize(y, num_levels), x)
-    if num_levels == 256:  # the naive formula does reach 1 on these very numbers, so the test above can fail
-        naive = (x.astype(jnp.float32) + jax.random.uniform(key, x.shape)) / num_levels
-        assert naive.max() == 1
-
-
-def test_dequantization_noise_is_uniform_and_independent_of_the_level():
-    x = jnp.asarray(np.arange(20000).reshape(20, 1000) % 256, jnp.uint8)
-    y = np.asarray(dequantize(jax.random.key(1), x), np.float64)
-    noise = (256 * y - np.asarray(x)).ravel()
-    assert stats.kstest(noise, "uniform").pvalue > P_VALUE
-    assert abs(np.corrcoef(noise, np.asarray(x).ravel())[0, 1]) < 5 / np.sqrt(noise.size)
+    np.testing.assert_array_equal(quantize(y), x)
+    naive = (x.astype(jnp.float32) + jax.random.uniform(key, x.shape)) / 256
+    assert naive.max() == 1  # on these very numbers, so the test can fail
+    assert stats.kstest(256 * np.asarray(y[0], np.float64) - 255, "uniform").pvalue > P_VALUE
 
 
 def test_a_key_for_each_example_makes_its_noise_independent_of_the_batch():
@@ -80,12 +70,9 @@ def test_its_log_determinant_is_the_volume_of_the_cells():
     bijection = dequantize_bijection(17)
     u, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
     np.testing.assert_allclose(logdet, -4 * np.log(17), rtol=1e-6)
-    back, inverse_logdet, _, info = bijection.inverse_and_logdet(u, jax.random.key(0))
+    back, inverse_logdet, *_ = bijection.inverse_and_logdet(u, jax.random.key(0))
     np.testing.assert_array_equal(back, x)
     np.testing.assert_array_equal(inverse_logdet, -logdet)
-    assert info.converged.all()
-    np.testing.assert_allclose(bijection.forward(x), (np.asarray(x) + 0.5) / 17, rtol=1e-6)
-    assert np.isnan(bijection.forward(jnp.array([[-1, 17]]))).all()
 
 
 def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
@@ -163,13 +150,6 @@ def test_values_on_a_grid_are_spread_over_their_cells_and_come_back():
     np.testing.assert_array_equal(logdet_inverse, -logdet)
     assert np.all(info.error_bound == 0)
     np.testing.assert_array_equal(bijection.forward(jnp.asarray(x)), x)
-
-
-def test_noise_of_a_grid_depends_on_the_key_of_an_example_alone():
-    x, keys = jnp.tile(jnp.asarray([GRID.offset], jnp.float32), (6, 1)), jax.random.split(jax.random.key(0), 6)
-    together = GRID.bijection().forward_and_logdet(x, keys)[0]
-    alone = GRID.bijection().forward_and_logdet(x[2:3], keys[2:3])[0]
-    np.testing.assert_array_equal(together[2:3], alone)
 
 
 def test_a_density_on_a_grid_bounds_the_probabilities_of_its_values():

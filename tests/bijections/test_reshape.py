@@ -43,18 +43,11 @@ def test_squeeze_follows_its_formula_and_unsqueeze_inverts_it(b, h, w, c, factor
     np.testing.assert_array_equal(back, x)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda x: x.reshape(2, 2, 3, 12),
-        lambda x: x.reshape(2, 2, 2, 3, 2, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 12),
-    ],
-    ids=["plain reshape", "channel-major order"],
-)
-def test_the_formula_rejects_other_orders(wrong):
+def test_the_formula_rejects_the_channel_major_order():
     x = numbered((2, 4, 6, 3))
+    wrong = x.reshape(2, 2, 2, 3, 2, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 12)
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(wrong(x), squeeze_oracle(x, 2))
+        np.testing.assert_array_equal(wrong, squeeze_oracle(x, 2))
 
 
 def test_padding_residual_is_the_distance_to_the_nearest_padded_array():
@@ -80,10 +73,8 @@ def test_flatten_is_row_major_and_unflatten_inverts_it(event_shape):
     ("call", "match"),
     [
         (lambda: reshape.squeeze(jnp.zeros((1, 5, 4, 3))), "got factor 2 for 5x4"),
-        (lambda: reshape.squeeze(jnp.zeros((1, 4, 5, 3))), "got factor 2 for 4x5"),
         (lambda: reshape.squeeze(jnp.zeros((1, 4, 4, 3)), 0), "at least 1, got 0"),
         (lambda: reshape.unsqueeze(jnp.zeros((1, 4, 4, 6))), r"factor\*\*2 = 4, got 6"),
-        (lambda: reshape.unsqueeze(jnp.zeros((1, 4, 4, 4)), -1), "at least 1, got -1"),
         # Without the tests' import hook, which refuses the rank first.
         (lambda: inspect.unwrap(reshape.squeeze)(jnp.zeros((4, 4, 3))), r"got \(4, 4, 3\)"),
         (lambda: reshape.unflatten(jnp.zeros((2, 6)), (2, 2)), r"6 entries, got \(2, 2\) with 4"),
