@@ -18,7 +18,6 @@ def error(x, x_true):
 
 
 SEEN = []  # x and g(x), in the order of their evaluation
-ASKED = []  # how many of them there were when the diagonal of the Jacobian was evaluated
 
 
 def itself(branch):
@@ -36,19 +35,14 @@ def watched_inverse(branch_of, weights, y, solver):
         jax.debug.callback(lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
         return value
 
-    def asked(x):
-        jax.debug.callback(lambda: ASKED.append(len(SEEN)), ordered=True)
-        return branch.diagonal.at(x)
-
-    known = branch.diagonal and branch.diagonal._replace(at=asked)
-    return inverse(CallableBranch(watched, branch.lipschitz_bound, at_zero=branch.at_zero, diagonal=known), y, solver)
+    return inverse(CallableBranch(watched, branch.lipschitz_bound, at_zero=branch.at_zero), y, solver)
 
 
 def solve_and_watch(branch_of, weights, y, x_true, solver):
     """How an inverse ended, and the evaluations of each example until what would be returned is within the tolerance.
 
-    What would be returned is the Banach step from the iterate of least residual. An evaluation of the diagonal of the Jacobian
-    counts as one, for all examples if any asked for it; the one at 0, which all share, does not count.
+    What would be returned is the Banach step from the iterate of least residual. The evaluation at 0, which all share, does not
+    count.
 
     Args:
         branch_of: ``weights ->`` the branch; `itself` of a branch as a value.
@@ -58,7 +52,6 @@ def solve_and_watch(branch_of, weights, y, x_true, solver):
         solver: Settings of the inverse, whose tolerance is at most `TOLERANCE`.
     """
     SEEN.clear()
-    ASKED.clear()
     x, info = watched_inverse(branch_of, weights, y, solver)
     jax.block_until_ready(x)
     jax.effects_barrier()
@@ -69,5 +62,4 @@ def solve_and_watch(branch_of, weights, y, x_true, solver):
     best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))
     within = np.take_along_axis(errors, best, axis=0) <= TOLERANCE
     assert within[-1].all()
-    needed = within.argmax(axis=0) + 1
-    return info, needed + sum(needed > before for before in ASKED)
+    return info, within.argmax(axis=0) + 1

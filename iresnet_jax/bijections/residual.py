@@ -26,18 +26,15 @@ class Solver(NamedTuple):
     Attributes:
         atol: Tolerance of the preimage (Euclidean norm of an example).
         max_evals: Cap on evaluations of the branch.
-        memory: Steps that Anderson's method remembers; 0 is Banach iteration as the paper has it, without `Branch.at_zero` and
-            `Branch.diagonal`.
+        memory: Steps that Anderson's method remembers; 0 is Banach iteration as the paper has it, without `Branch.at_zero`.
         refine: Whether to go on in float64 from what float32 found. The branch's weights may stay in float32: they are the
             same numbers.
-        diagonal: Whether to use the diagonal of a branch's Jacobian, where it has a closed form.
     """
 
     atol: float = 1e-6
     max_evals: int = 2000
     memory: int = 4
     refine: bool = False
-    diagonal: bool = True
 
 
 def forward(branch: AnyBranch, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -70,15 +67,12 @@ def inverse(
     Raises:
         ValueError: If the solver refines and float64 is switched off.
     """
-    accelerated = solver.memory > 0
-    start = y - branch.at_zero() if branch.at_zero is not None and accelerated else y
-    diagonal = branch.diagonal if solver.diagonal and accelerated else None
+    start = y - branch.at_zero() if branch.at_zero is not None and solver.memory else y
     solve = functools.partial(
         invert_residual,
         lipschitz_bound=ASSUMED if branch.lipschitz_bound is None else branch.lipschitz_bound,
         max_evals=solver.max_evals,
         memory=solver.memory,
-        diagonal=diagonal,
     )
     if not solver.refine:
         return _promising(branch, *solve(branch, y, start=start, atol=solver.atol))

@@ -19,7 +19,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.fixed_point import Diagonal
 from iresnet_jax.maths.logdet_estimator import Jacobian, Logdet, Trace
 from iresnet_jax.maths.upward_rounding import rounded_up
 
@@ -41,7 +40,6 @@ class CallableBranch(NamedTuple):
         jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
         logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if that is cheaper than ``d`` products with ``J_g``.
         at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
-        diagonal: Diagonal of ``J_g``, if it has a closed form.
     """
 
     g: Callable[[Array], Array]
@@ -50,7 +48,6 @@ class CallableBranch(NamedTuple):
     jacobian: Jacobian | None = None
     logdet: Logdet | None = None
     at_zero: Callable[[], Array] | None = None
-    diagonal: Diagonal | None = None
 
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """``g(x)``."""
@@ -128,12 +125,6 @@ class Branch:
             return None
         dtype = jnp.result_type(*jax.tree.leaves(self.weights))
         return lambda: self._scaled(self.spec.apply(self.weights, jnp.zeros((1, *self.spec.in_shape), dtype), None))
-
-    @property
-    def diagonal(self) -> Diagonal | None:
-        """Diagonal of ``J_g``, if it has a closed form that an inverse gains from."""
-        at = self._known("diagonal")
-        return None if at is None else Diagonal(at, self._scaled(self.spec.largest_diagonal(self.weights)))
 
     def _known(self, name: str) -> Callable[[Array], Array] | None:
         if name not in self.spec.knows or (name == "logdet" and self.gain is not None):
@@ -261,7 +252,7 @@ class BranchSpec(ABC):
 
     @property
     def knows(self) -> frozenset[str]:
-        """Names of the closed forms that save time: "trace", "jacobian", "logdet", "diagonal", of ``(weights, x, context)``."""
+        """Names of the closed forms that save time: "trace", "jacobian", "logdet", of ``(weights, x, context)``."""
         return frozenset()
 
     def folded(self, weights: Weights, context: Float[Array, " k"]) -> Weights:
@@ -273,10 +264,6 @@ class BranchSpec(ABC):
         raise ValueError(
             f"a branch of {type(self).__name__} depends on contexts in its own way: go on giving context=..., or define folded"
         )
-
-    def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
-        """The largest absolute value that an entry of the Jacobian's diagonal can have; 1, if the kind does not know better."""
-        return jnp.ones((), jnp.result_type(*jax.tree.leaves(weights)))
 
     @property
     def parts(self) -> "tuple[Part, ...]":

@@ -308,7 +308,6 @@ class FeedforwardSpec(BranchSpec):
 
         - "trace": two layers around an elementwise activation, of one odd kernel size if any; not on a torus that is smaller
           than the kernel, where taps overlap that are not mirrored.
-        - "diagonal": such a branch of convolutions. It would help the inverse of a dense branch little.
         - "jacobian": such a branch of dense layers, of at most `FULL_DIMS` dimensions.
         - "logdet": where it is cheaper than by ``d`` products with the Jacobian, and there is no "jacobian".
         """
@@ -316,7 +315,7 @@ class FeedforwardSpec(BranchSpec):
         same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
         meets = sizes is not None and self.padding == "CIRCULAR" and min(self.in_shape[:2]) < sizes[0]
         if self._is_elementwise and same_size and not meets:
-            known |= {"trace"} | ({"diagonal"} if sizes is not None else set())
+            known.add("trace")
             if sizes is None and self.in_shape[0] <= FULL_DIMS:
                 known.add("jacobian")
         return frozenset(known | ({"logdet"} if self.has_logdet and "jacobian" not in known else set()))
@@ -331,16 +330,7 @@ class FeedforwardSpec(BranchSpec):
     def trace(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
         d0, d1 = self._slopes(weights, x, context)
-        return two_layers.trace(self._taps(weights), d0, d1, self.padding)
-
-    def diagonal(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, "b ..."]:
-        """The diagonal of ``J_g(x)`` in closed form, for what ``g`` costs."""
-        d0, d1 = self._slopes(weights, x, context)
-        return two_layers.diagonal(self._taps(weights), d0, d1, self.in_shape[-1], self.padding)
-
-    def largest_diagonal(self, weights: Weights) -> Float[Array, ""]:
-        """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
-        return two_layers.largest_diagonal(self._taps(weights), self.in_shape[:-1], self.padding)
+        return two_layers.trace(two_layers.mirrored_taps(*self._kernels(weights)), d0, d1, self.padding)
 
     def jacobian(self, weights: Weights, x: Float[Array, "b d"], context: Context = None) -> Float[Array, "b d d"]:
         """``J_g(x)`` of a dense branch of two layers as one product of matrices."""
@@ -400,10 +390,6 @@ class FeedforwardSpec(BranchSpec):
 
     def _kernels(self, weights: Weights) -> tuple[Array, ...]:
         return tuple(weights[layer.name]["kernel"] for layer in self.layers)
-
-    def _taps(self, weights: Weights) -> Array:
-        there, back = self._kernels(weights)
-        return two_layers.mirrored_taps(there, back)
 
     def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
         """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""

@@ -19,7 +19,7 @@ from iresnet_jax.bijections.actnorm import forward_and_logdet
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.maths.fixed_point import Settings, solve_linear
+from iresnet_jax.maths.fixed_point import solve_linear
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import Block, FlowWeights, flow_bijection
 
@@ -128,7 +128,8 @@ def newton_step(
         (place, block), point, residual = own
         u, _ = forward_and_logdet(block.actnorm, place.read(point))
         _, push = jax.linearize(block.branch.given(context), u)
-        solved, _ = solve_linear(push, place.read(later - residual), Settings(block.branch.lipschitz_bound, 300, 8))
+        limits = {"lipschitz_bound": block.branch.lipschitz_bound, "max_evals": 300, "memory": 8}
+        solved, _ = solve_linear(push, place.read(later - residual), **limits)
         scale = jnp.exp(block.actnorm.log_scale).reshape(*(1,) * (u.ndim - 1), -1)
         now = place.write(later, solved / scale)
         return now, now

@@ -44,19 +44,16 @@ class History(NamedTuple):
             gram=self.gram.at[:, slot].set(products).at[:, :, slot].set(products),
         )
 
-    def extrapolate(self) -> tuple[Array, Array, Array]:
-        """``image`` and ``r`` less what past steps explain, and the part of ``|r|^2`` that they explain, one per example.
+    def extrapolate(self) -> tuple[Array, Array]:
+        """``image`` less what past steps explain of it, and the part of ``|r|^2`` that they explain, one per example.
 
         The explained part is NaN if the least-squares problem for ``gamma`` has no solution.
         """
         products = _inner_products(self.residuals, self.r)
         gamma = _solve_regularized(self.gram, products)
 
-        def explained(steps):
-            return sum(gamma[:, j, None] * steps[:, j] for j in range(gamma.shape[1]))
-
-        image, r = self.image - explained(self.images), self.r - explained(self.residuals)
-        return image, r, jnp.sum(gamma * products, axis=1)
+        explained = sum(gamma[:, j, None] * self.images[:, j] for j in range(gamma.shape[1]))
+        return self.image - explained, jnp.sum(gamma * products, axis=1)
 
 
 def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Float[Array, "b m"]:

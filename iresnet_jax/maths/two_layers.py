@@ -40,25 +40,6 @@ def trace(taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], pad
     return jnp.sum(d1 * z, axis=tuple(range(1, d1.ndim)))
 
 
-def diagonal(taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], channels: int, padding: Padding) -> Array:
-    """``diag J(p) = D_0(p) conv^T(D_1; M)(p)``: the terms of `trace` as the pixel of the input has them."""
-    by_copy = d0 * _transposed(taps, d1, padding)
-    return jnp.sum(by_copy.reshape(*by_copy.shape[:-1], by_copy.shape[-1] // channels, channels), axis=-2)
-
-
-def largest_diagonal(taps: Array, space: tuple[int, ...], padding: Padding) -> Float[Array, ""]:
-    """The largest absolute value that an entry of the diagonal can have if slopes are between 0 and 1."""
-    ones = jnp.ones((1, *space, taps.shape[-1]), taps.dtype)
-    above, below = (_transposed(side(taps, 0), ones, padding) for side in (jnp.maximum, jnp.minimum))
-    return jnp.maximum(jnp.max(above), -jnp.min(below))
-
-
-def _transposed(taps: Array, d1: Array, padding: Padding) -> Array:
-    """``conv^T(D_1; M)``."""
-    mirrored = jnp.swapaxes(jnp.flip(taps, range(taps.ndim - 2)), -2, -1)
-    return d1 @ mirrored if taps.ndim == 2 else conv(d1, mirrored, padding=padding)
-
-
 def jacobian(
     there: Float[Array, "m h"], back: Float[Array, "n d"], d0: Float[Array, "_ m"], d1: Float[Array, "b n"]
 ) -> Float[Array, "b d d"]:

@@ -109,7 +109,6 @@ def test_what_a_branch_knows_is_that_of_its_dense_jacobian(x64, case):
         assert "logdet" in spec.knows  # its stencil takes fewer operations than products with unit vectors
     expected = {
         "trace": np.trace(jacobians, axis1=1, axis2=2),
-        "diagonal": np.diagonal(jacobians, axis1=1, axis2=2).reshape(x.shape),
         "jacobian": jacobians,
         "logdet": np.linalg.slogdet(np.eye(x[0].size) + jacobians)[1],
     }
@@ -125,9 +124,6 @@ def test_what_a_branch_knows_is_that_of_its_dense_jacobian(x64, case):
     assert found
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=EXACT, atol=EXACT)
-    branch = Branch(spec, weights, 1.0).given(context)
-    if branch.diagonal is not None:
-        assert np.abs(expected["diagonal"]).max() <= 1.1 * branch.diagonal.size  # slopes may leave [0, 1] a little
     np.testing.assert_allclose(exact, expected["logdet"], rtol=EXACT, atol=EXACT)
     assert not np.any(info.stderr)
 

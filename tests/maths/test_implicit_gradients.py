@@ -12,7 +12,7 @@ from jax import lax
 from iresnet_jax.bijections import residual
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.branches.branch import CallableBranch
-from iresnet_jax.maths.fixed_point import Settings, invert_residual, solve_linear
+from iresnet_jax.maths.fixed_point import invert_residual, solve_linear
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 
 SAME = 1e-8  # two routes to one derivative, at a preimage that is good to 1e-12
@@ -81,7 +81,7 @@ def test_linear_solves_against_dense_ones(x64, adjoint):
     def run(x, b):
         push = lambda u: jax.jvp(lambda x: branch(x, w), (x,), (u,))[1]  # noqa: E731
         product = (lambda u: jax.linear_transpose(push, x)(u)[0]) if adjoint else push
-        return solve_linear(product, b, Settings(jnp.asarray(LIPSCHITZ)))
+        return solve_linear(product, b, lipschitz_bound=jnp.asarray(LIPSCHITZ))
 
     u, info = run(w["y"], b)
     assert info.converged.all()
@@ -190,7 +190,7 @@ def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
     def solve(**settings):
         push = lambda u: jax.jvp(g, (x,), (u,))[1]  # noqa: E731
         product = (lambda u: jax.linear_transpose(push, x)(u)[0]) if adjoint else push
-        return jax.jit(lambda b: solve_linear(product, b, Settings(jnp.asarray(0.9), memory=0, **settings)))(x)
+        return jax.jit(lambda b: solve_linear(product, b, lipschitz_bound=jnp.asarray(0.9), memory=0, **settings))(x)
 
     u, info = solve(max_evals=5)
     np.testing.assert_array_equal(info.converged, [True, False, True])
