@@ -23,12 +23,12 @@ from _record import RESULTS, take_turns
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.logdet_series import SeriesLogdet
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.linen import ResidualFlow
+from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs.trained_run import load
 from iresnet_jax.training.density import evaluation_keys
 
@@ -64,7 +64,7 @@ def reference(model, images):
         weights, prior = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (model.weights, model.prior))
         exact = model.with_(weights=weights, prior=prior)
         z, log_dets = encode(exact, x), np.asarray(exact.flow().forward_and_logdet(x, jax.random.key(0))[1])
-        log_prior = np.asarray(priors.log_prob(model.spec.prior_family, prior, z))
+        log_prior = np.asarray(prior.log_prob(z))
     return x, np.asarray(z), log_dets, log_prior + log_dets + known
 
 
@@ -195,7 +195,7 @@ def random_block(kind, lipschitz):
         blocks["conv0"]["bias"] = jnp.ones_like(blocks["conv0"]["bias"])
     blocks["actnorm"] = jax.tree.map(jnp.zeros_like, blocks["actnorm"])
     frozen = freeze(spec, {"stage0": {"blocks": blocks}})
-    return Density(DensitySpec(spec), frozen, priors.standard("gaussian", spec.num_dims))
+    return Density(DensitySpec(spec), frozen, Gaussian.standard(spec.num_dims))
 
 
 def inverses(arguments):

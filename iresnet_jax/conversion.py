@@ -39,11 +39,11 @@ import numpy as np
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity
 from iresnet_jax.conversion_stages import Arrays, Layer, Stages, applied_kernel, read_file
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.models.saved import model_of
 
 
@@ -174,8 +174,8 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
     flow = FlowSpec((side, side, channels), specs, options.coeff)
     if options.densityEstimation:
         arrays.ignore("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "logits.weight", "logits.bias")
-        names = {"mean": "prior_mu", "log_std": "prior_logstd"}
-        prior = {ours: jnp.asarray(arrays.take(theirs, flow.num_dims)[latents], float) for ours, theirs in names.items()}
+        moments = (arrays.take(name, flow.num_dims)[latents] for name in ("prior_mu", "prior_logstd"))
+        prior = Gaussian(*(jnp.asarray(values, float) for values in moments))
         return DensitySpec(flow, transform=Center(), num_levels=256), {"params": params, "prior": prior, "network": {}}
     arrays.ignore("prior_mu", "prior_logstd")
     num_classes, width = arrays.shape("logits.weight", (2, stages.num_channels))
@@ -278,7 +278,7 @@ def read_toy(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, 
 def _density(stages: Stages, shape: tuple[int, ...], coeff: float, **rest: Any) -> tuple[DensitySpec, dict[str, Any]]:
     specs, params, _ = stages.finish()
     spec = DensitySpec(FlowSpec(shape, specs, coeff), **rest)
-    return spec, {"params": params, "prior": priors.standard("gaussian", spec.flow.num_dims), "network": {}}
+    return spec, {"params": params, "prior": Gaussian.standard(spec.flow.num_dims), "network": {}}
 
 
 class _Chain:

@@ -33,11 +33,10 @@ from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
-from iresnet_jax.models import mixtures
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.marginals import Marginals
-from iresnet_jax.training.initialization import fitted_mixture
+from iresnet_jax.models.mixtures import GaussianMixture
 
 NUM_PARTICLES = 20_000
 NUM_SNAPSHOTS = 8  # of all particles, with ten trajectories between two of them
@@ -243,38 +242,35 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
     Priors are compared without the flow, and fitted once more to its latents.
     """
     num_dims, x = x.shape[1], x[:10_000]
-    starts = []  # (mean log-density, transform, components of a mixture or 0)
+    starts = []  # (mean log-density, transform, kind of prior, its components)
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
         bijection = transform.bijection()
         z = np.asarray(bijection.forward(jnp.asarray(x)))
         held_out_z, log_dets, _ = bijection.forward_and_logdet(jnp.asarray(held_out), jax.random.key(0))
         log_det = float(log_dets[0])
         value = float(jnp.mean(Marginals.fit(z, PER_MARGINAL).log_prob(held_out_z)))
-        starts.append((value + log_det, transform, 0))
+        starts.append((value + log_det, transform, Marginals, PER_MARGINAL))
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
             components, value = _likeliest_components(z[:5000], held_out_z)
-            starts.append((value + log_det, transform, components))
-    _, transform, components = max(starts, key=lambda start: start[0])
+            starts.append((value + log_det, transform, GaussianMixture, components))
+    _, transform, family, components = max(starts, key=lambda start: start[0])
     model = Density.init(
         key,
         x,
         stages=stages,
         estimator=ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
-        prior="mixture" if components else Marginals.standard(num_dims, PER_MARGINAL),
-        num_components=components or None,
+        prior=family.standard(num_dims, components),
         transform=transform,
         last_scale=0.01,  # the prior alone may be close
     )
-    z = np.asarray(model.encode(x))
-    return model.with_(prior=fitted_mixture(z, components) if components else Marginals.fit(z, PER_MARGINAL))
+    return model.with_(prior=family.fit(np.asarray(model.encode(x)), components))
 
 
 def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]) -> tuple[int, float]:
     """Number of components of the mixture under which held-out vectors are likeliest, and their mean log-density."""
     best, highest, fallen = 1, -math.inf, 0
     for num in (count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)):
-        mixture = fitted_mixture(z, num)
-        value = float(jnp.mean(mixtures.log_prob(mixture, held_out)))
+        value = float(jnp.mean(GaussianMixture.fit(z, num).log_prob(held_out)))
         best, highest, fallen = (num, value, 0) if value > highest else (best, highest, fallen + 1)
         if fallen == 2:
             break

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import priors, scales
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.priors import PRIORS
+from iresnet_jax.models.mixtures import expectation_maximisation
+from iresnet_jax.models.priors import LOCATION_SCALE
+from iresnet_jax.models.scales import ScaleMixture
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
-from iresnet_jax.training.initialization import gaussian_mixture, preprocess
+from iresnet_jax.training.initialization import preprocess
 from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
@@ -244,23 +244,19 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, bool]:
     Also whether a prior of scales, for vectors whose lengths differ by far, is likelier still. It is fitted to half of the
     examples and has to be clearly likelier on the others: it would fit any lengths a little better.
     """
-    fitted, rest = z[::2].astype(np.float32), z[1::2].astype(np.float32)
-    found = jax.device_get(_log_probs(scales.fitted(z[::2], NUM_SCALES), fitted, rest))
-    kind = max(PRIORS, key=lambda kind: sum(float(np.sum(part)) for part in found[kind]))
-    gains = found[priors.SCALES][1].astype(np.float64) - found[kind][1]
+    mean, std = np.zeros(z.shape[1]), np.ones(z.shape[1])
+    priors: dict[str, Any] = {name: family.of_moments(mean, std) for name, family in LOCATION_SCALE.items()}
+    priors["scales"] = ScaleMixture.fit(z[::2], NUM_SCALES)
+    log_probs = {name: np.asarray(values, np.float64) for name, values in _log_probs(priors, z.astype(np.float32)).items()}
+    kind = max(LOCATION_SCALE, key=lambda name: log_probs[name].sum())
+    gains = (log_probs["scales"] - log_probs[kind])[1::2]
     is_clear = len(gains) > 1 and gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains))  # nats, standard errors
     return kind, bool(is_clear)
 
 
 @fast_compile
-def _log_probs(of_scales: Mapping[str, Array], fitted: Float[Array, "n d"], rest: Float[Array, "m d"]) -> dict[str, Any]:
-    """Log-densities of two parts of the latents under each prior of variance 1, and under that of scales."""
-    found: dict[str, Any] = {priors.SCALES: tuple(priors.log_prob(priors.SCALES, of_scales, part) for part in (fitted, rest))}
-    for kind, family in PRIORS.items():
-        scale = {family.log_scale: jnp.full(rest.shape[1], -math.log(family.std))}
-        params = {"mean": jnp.zeros(rest.shape[1]), **scale}
-        found[kind] = tuple(priors.log_prob(kind, params, part) for part in (fitted, rest))
-    return found
+def _log_probs(priors: Mapping[str, Any], z: Float[Array, "n d"]) -> dict[str, Array]:
+    return {name: prior.log_prob(z) for name, prior in priors.items()}
 
 
 def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
@@ -283,7 +279,7 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
         if num > max(len(z) // (5 * (z.shape[1] + 1)), 1) or risen == 2:
             break
         try:
-            bic = float(gaussian_mixture(z, num, n_init=2, random_state=seed).bic(z))
+            bic = float(expectation_maximisation(z, num, n_init=2, random_state=seed).bic(z))
         except ValueError:  # a component has collapsed
             bic = math.inf
         best, lowest, risen = (num, bic, 0) if bic < lowest else (best, lowest, risen + 1)

@@ -1,6 +1,7 @@
 r"""Losses for `train` against an energy: a density that is known up to a constant, ``p(x) = exp(log_density(x)) / Z``."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,8 +25,7 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
 
     Args:
         log_density: ``(b, ...) -> (b,)``, a differentiable function of batches, up to a constant.
-        num: Samples of each step, on each device. The weights of components, as those of a mixture, learn from two on; those of
-            a prior of one's own get no gradient from here.
+        num: Samples of each step, on each device. The weights of components, as those of a mixture, learn from two on.
 
     Example:
         >>> loss = reverse_kl(lambda x: -0.5 * jnp.sum(x**2, axis=1))
@@ -43,10 +43,10 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
         x = model.decode(z)[0]
         differences = fixed.log_prob(x, key_probe) - log_density_of(log_density, x)
         value = jnp.mean(differences)
-        if not isinstance(model.prior, Mapping) or not (shares := model.prior.keys() & {"logits", "class_logits"}):
+        if not (names := getattr(model.prior, "scored", ())):
             return value
         # Draws of a component are no differentiable function of how often it is drawn: the score is.
-        prior = {**fixed.prior, **{name: model.prior[name] for name in shares}}
+        prior = dataclasses.replace(fixed.prior, **{name: getattr(model.prior, name) for name in names})
         score = fixed.with_(prior=prior).log_prior(jax.lax.stop_gradient(z))
         centred = jax.lax.stop_gradient(differences - value) * num / max(num - 1, 1)  # the mean has a share of each sample
         surrogate = jnp.mean(centred * score)

@@ -12,7 +12,6 @@ from iresnet_jax.certification import steps
 from iresnet_jax.certification.prepared import prepared
 from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.maths.double_double import DoubleDouble
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
@@ -46,8 +45,7 @@ def density(spec):
     """A density with a random prior, of a `DensitySpec` or of the name of a flow."""
     spec = DensitySpec({**FLOWS, **JUMPS}[spec]) if isinstance(spec, str) else spec
     rng = np.random.default_rng(0)
-    standard = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes, spec.num_components)
-    prior = {name: jnp.asarray(0.3 * rng.normal(size=values.shape), jnp.float32) for name, values in standard.items()}
+    prior = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), spec.standard_prior())
     return Density(spec, weights(spec.flow), prior)
 
 

@@ -12,7 +12,7 @@ import tiny_runs as runs
 from iresnet_jax import data
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.maths import activations
-from iresnet_jax.models import noise, priors
+from iresnet_jax.models import noise
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -74,8 +74,8 @@ def model(spec, seed=0):
         head = jax.jit(initial_head, static_argnums=(1, 2))(jax.random.key(1), channels, CLASSES)
         statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
         return Classifier(spec, weights(spec.flow, seed), head, statistics)
-    prior = priors.standard(spec.prior_family, spec.flow.num_dims, spec.num_classes)
-    prior["mean"] = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, prior["mean"].shape), jnp.float32)
+    rng = np.random.default_rng(1)
+    prior = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), spec.standard_prior())
     network = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
     return Density(spec, weights(spec.flow, seed), prior, noise_network=network)
 
@@ -115,8 +115,8 @@ def dense_bits(model, examples, seed, noise_draw):
         with jax.enable_x64(False):
             u = jax.device_get(dequantize(model, examples, keys))
         z, jacobian = map(np.asarray, latents_and_jacobians(model, u.astype(np.float64)))
-        log_scale = prior["log_std"].astype(np.float64)
-        log_prior = (-0.5 * ((z - prior["mean"]) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+        log_scale = prior.log_scale.astype(np.float64)
+        log_prior = (-0.5 * ((z - prior.mean) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)).sum(axis=1)
         log_p = log_prior + np.linalg.slogdet(jacobian.reshape(len(z), z.shape[1], -1))[1]
         return -log_p / (z.shape[1] * np.log(2)) + np.log2(LEVELS)
 

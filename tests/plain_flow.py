@@ -1,7 +1,7 @@
-"""A flow and its log-density once more, in plain NumPy on numbers of any precision: what certificates are compared with.
+"""A flow once more, in plain NumPy on numbers of any precision: what certificates are compared with.
 
-Nothing here is the library's. Determinants are those of the whole flow's Jacobian, by Gaussian elimination. `LONG` are the
-platform's long doubles, of 64 bits on x86, `DECIMAL` decimal numbers of 50 digits, and `mpmath_numbers` those of mpmath.
+Nothing here is the library's. `LONG` are the platform's long doubles, of 64 bits on x86, `DECIMAL` those of 50 decimal digits,
+and `mpmath_numbers` those of mpmath.
 Weights count as the numbers they are; 1.1 and 1.004 in LipSwish and CLipSwish are decimal numbers.
 """
 
@@ -214,73 +214,6 @@ def _softplus(numbers, t):
     return np.where(t > 0, t, numbers.of(0.0)) + numbers.log(numbers.of(1.0) + numbers.exp(-abs(t)))
 
 
-def log_prob(numbers: Numbers, model: Any, u: Any, level: Any = None) -> Any:
-    """Log-density of one example ``u`` of continuous data; with levels on [0, 1), minus ``D log num_levels``.
-
-    Args:
-        numbers: Kind of number.
-        model: The density.
-        u: Continuous data, in float64.
-        level: Levels that ``u`` is the noise around; None where no transform asks for it.
-    """
-    spec, weights, prior = model.spec, model.weights, {name: np.asarray(values) for name, values in model.prior.items()}
-    y, log_slopes = transform(numbers, spec.transform, numbers.of(u), level)
-    z, jacobian = forward_and_jacobian(numbers, spec.flow, weights, y)
-    cells = 0 if spec.num_levels is None else spec.flow.num_dims * numbers.log(numbers.of(float(spec.num_levels)))
-    return log_prior(numbers, spec.prior_family, prior, z) + log_abs_det(numbers, jacobian) + log_slopes - cells
-
-
-def log_abs_det(numbers: Numbers, matrix: Any) -> Any:
-    """``log|det A|`` by Gaussian elimination with exchanges of rows."""
-    rest, total = matrix.copy(), 0
-    while len(rest):
-        pivot = int(np.argmax(abs(rest[:, 0])))
-        row, others = rest[pivot], np.delete(rest, pivot, axis=0)
-        total = total + numbers.log(abs(row[0]))
-        rest = others[:, 1:] - (others[:, :1] / row[0]) * row[None, 1:]
-    return total
-
-
-def log_prior(numbers: Numbers, kind: str, prior: Any, z: Any) -> Any:
-    """Log-density of latents; with ``class_logits`` of the mixture of the classes' priors."""
-    if kind == "mixture":
-        return _log_mixture(numbers, prior, z)
-    if kind == "scales":  # normal distributions one by one
-        log_stds = [prior["log_std"].astype(float) + float(log_scale) for log_scale in prior["log_scales"]]
-        own = [{"mean": prior["mean"], "log_std": log_std} for log_std in log_stds]
-        logits = numbers.of(prior["logits"])
-        of_scales = np.array([log_prior(numbers, "gaussian", one, z) for one in own]) + logits
-        return _log_sum_exp(numbers, of_scales) - _log_sum_exp(numbers, logits)
-    log_scale = "log_std" if kind == "gaussian" else "log_scale"
-    if "class_logits" not in prior:
-        mean, scale = numbers.of(prior["mean"]), numbers.of(prior[log_scale])
-        t = (z - mean) / numbers.exp(scale)
-        if kind == "gaussian":
-            half = numbers.of(0.5)
-            return (-half * t * t - half * numbers.log(2 * _pi(numbers)) - scale).sum()
-        return (-_softplus(numbers, t) - _softplus(numbers, -t) - scale).sum()
-    logits = numbers.of(prior["class_logits"])
-    own = [{name: values[k] for name, values in prior.items() if name != "class_logits"} for k in range(len(logits))]
-    of_classes = np.array([log_prior(numbers, kind, one, z) for one in own]) + logits
-    return _log_sum_exp(numbers, of_classes) - _log_sum_exp(numbers, logits)
-
-
-def _log_mixture(numbers, prior, z):
-    """Log-density of a mixture of normal distributions, but for components whose logits are -2^100 or less."""
-    present = [k for k, logit in enumerate(prior["logits"]) if logit > -(2.0**100)]
-    logits, of_components = numbers.of(np.asarray(prior["logits"])[present]), []
-    for k in present:
-        log_diagonal, centred = numbers.of(prior["log_diagonal"][k]), z - numbers.of(prior["mean"][k])
-        t = numbers.of(np.tril(prior["lower"][k], -1)) @ centred + numbers.exp(log_diagonal) * centred
-        squares = (t * t + numbers.log(2 * _pi(numbers))).sum()
-        of_components.append(log_diagonal.sum() - squares / numbers.of(2.0))
-    return _log_sum_exp(numbers, np.array(of_components) + logits) - _log_sum_exp(numbers, logits)
-
-
-def _log_sum_exp(numbers, values):
-    return numbers.log(numbers.exp(values - values.max()).sum()) + values.max()
-
-
 def transform(numbers, transform, u, level):
     kind, one = type(transform).__name__, numbers.of(1.0)
     if kind in ("Identity", "Center"):
@@ -345,15 +278,3 @@ def _equalized(numbers, transform, u, level):
         values.append(own[:k].sum() + own[k] * (entry * n - int(k)))
         slopes.append(own[k] * n)
     return np.array(values).reshape(u.shape), np.array(slopes)
-
-
-def _pi(numbers):
-    """16 arctan(1/5) - 4 arctan(1/239) (Machin)."""
-
-    def arctan_of_reciprocal(n):
-        one, total = numbers.of(1.0), numbers.of(0.0)
-        for k in range(40):
-            total = total + (-1) ** k * one / (2 * k + 1) / numbers.of(float(n)) ** (2 * k + 1)
-        return total
-
-    return 16 * arctan_of_reciprocal(5) - 4 * arctan_of_reciprocal(239)

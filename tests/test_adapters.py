@@ -14,6 +14,7 @@ import iresnet_jax as ir
 from iresnet_jax import adapters
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.priors import Gaussian
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
 BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded.of((ir.Bounds(0.0, 1.0), None)))
@@ -73,7 +74,7 @@ def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
     spec = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
     scale = jnp.array([[1.0, 0.0], [0.9, 0.6]])
     params = jax.tree.map(jnp.asarray, kept.random_params(spec.flow))
-    start = {"flow": params, "prior": {"mean": jnp.array([1.0, -1.0]), "log_std": jnp.zeros(2)}}
+    start = {"flow": params, "prior": Gaussian(jnp.array([1.0, -1.0]), jnp.zeros(2))}
 
     def density(parameters):
         return Density(spec, ir.freeze(spec.flow, parameters["flow"]), parameters["prior"])

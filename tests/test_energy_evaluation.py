@@ -10,6 +10,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.energy_evaluation import weigh
+from iresnet_jax.models.priors import Gaussian
 
 KEY = jax.random.key(0)
 LOG_Z = 3 * 0.5 * math.log(2 * math.pi * 1.44)
@@ -27,7 +28,7 @@ def model():
 
 def with_scale(scale):
     """The model with a normal prior of this standard deviation."""
-    return model().with_(prior={"mean": jnp.zeros(3), "log_std": jnp.full(3, math.log(scale))})
+    return model().with_(prior=Gaussian(jnp.zeros(3), jnp.full(3, math.log(scale))))
 
 
 def test_the_normalising_constant_of_a_gaussian():

@@ -411,7 +411,7 @@ def test_histories_do_not_make_programs_differ(fitted):
     @jax.jit
     def count(model):
         traces.append(1)
-        return model.prior["mean"]
+        return model.prior.mean
 
     count(model)
     count(model.with_(history=History({}, {}, 3)))

@@ -152,7 +152,7 @@ def test_everything_in_float64(tmp_path):
         assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
         settings = {"optimizer.name": "sgd", "training.blocks": "unroll"}
         fitted = ir.fit(x, steps=2, architecture=STAGES, settings=settings, progress=False)
-        assert fitted.log_prob(x).dtype == fitted.prior["mean"].dtype == np.float64
+        assert fitted.log_prob(x).dtype == fitted.prior.mean.dtype == np.float64
     with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
         rounded = ir.load(tmp_path / "model.npz")
     assert rounded.certificate().certified
@@ -208,12 +208,6 @@ def test_init_gives_certified_models_that_train(options):
 
     trained = ir.train(model, loss, (X, context), **PLAIN)
     assert trained.certificate().certified
-
-
-def test_components_of_a_mixture_start_at_different_examples():
-    model = ir.Density.init(jax.random.key(0), X[:5], stages=[ir.StageSpec(1, (2,))], prior="mixture", num_components=8)
-    is_there = np.asarray(model.prior["logits"]) > np.min(model.prior["logits"])
-    assert is_there.sum() == len(np.unique(np.asarray(model.prior["mean"])[is_there], axis=0)) == 5
 
 
 def test_init_of_images_of_levels_takes_the_logit():

@@ -14,7 +14,7 @@ as the determinants are the same for all classes.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,23 +29,23 @@ from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
-from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
+from iresnet_jax.checked_dataclasses import Count, NotNegative, check_unmasked, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import initial, mixtures, preprocessing, priors, scales
+from iresnet_jax.models import initial, preprocessing, priors
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
+from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, table_of
-from iresnet_jax.models.contexts import Network, apply_network
-from iresnet_jax.models.contractions import under_context
+from iresnet_jax.models.contexts import Network, apply_network, initial_network
+from iresnet_jax.models.contractions import as_params, under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
-from iresnet_jax.models.flow import FlowWeights, as_params
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
 from iresnet_jax.models.model import Model
@@ -115,7 +115,7 @@ class Density(Model):
     Attributes:
         spec: All that defines the model but its weights.
         weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
-        prior: Parameters of the prior, or a prior of one's own.
+        prior: Density of the latents, see `priors`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
@@ -173,9 +173,9 @@ class Density(Model):
                 `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
             last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
-            prior: "gaussian", "logistic", "mixture", whose components start at examples, "scales", which is fitted to examples,
-                see `iresnet_jax.models.scales`, or a prior of one's own.
-            num_components: Components of the priors "mixture" and "scales"; 16 are many scales.
+            prior: A prior, see `iresnet_jax.models.priors`, or the name of a family: "gaussian" and "logistic" start standard;
+                "mixture", "scales" and "marginals" have components, and are fitted to the examples.
+            num_components: Components of a family that has them; 16 are many scales.
             num_classes: Classes, if each has a prior of its own.
             num_levels: Integer levels of images of integers, 256 by default.
             transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
@@ -219,7 +219,9 @@ class Density(Model):
             None if given is None else checked(Count, given, name)
             for name, given in (("num_levels", num_levels), ("num_classes", num_classes), ("num_components", num_components))
         )
-        family = prior if isinstance(prior, str) else priors.OWN
+        family = prior
+        if not isinstance(prior, str):
+            family, num_components = priors.family_of(prior), getattr(prior, "num_components", None)
         context_dim = 0 if context is None else context.shape[1]
         taken = context_hidden[-1] if context_hidden else context_dim
         if constants is None:
@@ -236,30 +238,23 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        model = cls(spec, {}, **spec.initial_arrays(key_network))
+        network = initial_network(key_network, context_dim, context_hidden)
+        model = cls(spec, {}, {}, network=network, noise_network=noises.initial_network(spec.flow, key_noise))
         model = model if estimator is None else model.with_(estimator=estimator)
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp, last_scale=last_scale)
         check_claims(spec.flow, weights, *given)
-        if family == priors.OWN:
-            model = model.with_(weights=weights, prior=priors.own(prior))
-            jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
-            return model
-        parameters = model.prior
-        if family == priors.SCALES:
-            parameters = scales.fitted(np.asarray(z), spec.num_components or 0)
-        elif num_components is not None:
-            num = min(num_components, len(z))  # two at one place would stay alike
-            places = np.asarray(z)[np.random.default_rng(0).choice(len(z), num, replace=False)]
-            unit = np.broadcast_to(np.eye(z.shape[1]), (num, z.shape[1], z.shape[1]))
-            parameters = mixtures.mixture_of(places, unit, np.ones(num), num_components)
-        return model.with_(weights=weights, prior=parameters)
+        if isinstance(prior, str):
+            is_mixture = family in priors.MIXTURES
+            prior = priors.MIXTURES[family].fit(np.asarray(z), num_components) if is_mixture else spec.standard_prior()
+        model = model.with_(weights=weights, prior=priors.trainable(prior))
+        jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
+        return model
 
     def learned(self, name: str) -> Any:
         """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
-        is_own = name == "prior" and self.spec.prior_family == priors.OWN
-        return priors.own(self.prior) if is_own else super().learned(name)
+        return priors.trainable(self.prior) if name == "prior" else super().learned(name)
 
     def bare(self) -> "Density":
         """The same model without what no program computes with, so that models of other data share programs."""
@@ -349,8 +344,7 @@ class Density(Model):
             ValueError: If the model has one prior for all.
         """
         self.check_classes()
-        of_classes = jax.vmap(lambda one: priors.log_prob(self.spec.prior_family, one, z), out_axes=1)(self._priors_of_classes)
-        return of_classes + jax.nn.log_softmax(self.prior["class_logits"])[None]
+        return self.prior.log_prob_by_class(z)
 
     def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
@@ -476,37 +470,47 @@ class Density(Model):
         return jnp.broadcast_to(vectors, (num, dim))
 
     def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
-        """Log-density of latents, given their classes if there are labels."""
-        if self.spec.num_classes is None:
-            return priors.log_prob(self.spec.prior_family, self.prior, z)
-        by_class = self.log_prior_by_class(z)
-        if labels is None:
-            return jax.nn.logsumexp(by_class, axis=1)
-        of_classes = by_class - jax.nn.log_softmax(self.prior["class_logits"])[None]
-        return jnp.take_along_axis(of_classes, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+        """Log-density of latents, given their classes if there are labels.
+
+        Raises:
+            ValueError: If the prior does not give one number for each.
+        """
+        found = jnp.asarray(self.prior.log_prob(z) if labels is None else self.prior.log_prob(z, labels))
+        if found.shape != z.shape[:1]:
+            raise ValueError(
+                f"log_prob of the prior must give one number for each of {len(z)} latents of {z.shape[1]} dimensions, got "
+                f"shape {found.shape}: it is the density of whole vectors, with an event of one axis"
+            )
+        return found.astype(z.dtype)
 
     def sample_latents(
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), single_key(key)
-        if isinstance(temperature, jax.Array) and not isinstance(temperature, jax.core.Tracer):
-            temperature = temperature.item()
-        if self.spec.num_classes is None:
-            if labels is not None:
-                self.check_classes()
-            return _sample(self.spec.prior_family, self.prior, key, num, temperature)
-        key_label, key_noise = jax.random.split(key)
-        drawn = jax.random.categorical(key_label, self.prior["class_logits"], shape=(num,))
-        labels = drawn if labels is None else jnp.asarray(labels)
+        temperature = checked(NotNegative, temperature, "temperature")
+        options: dict[str, Any] = {"temperature": temperature}
+        if self.spec.prior_family == priors.OWN:
+            if temperature != 1:
+                raise ValueError(f"a prior of one's own has no temperature, got {temperature}: leave it at 1")
+            options = {}
+        if labels is not None:
+            options["labels"] = self._checked_labels(labels, num)
+        z = _sample(self.prior, key, num, options)
+        if z.shape != (num, self.spec.flow.num_dims):
+            raise ValueError(f"sample of the prior must give {num} latents as rows, got shape {z.shape}")
+        return z
+
+    def _checked_labels(self, labels: Any, num: int) -> Array:
+        """Classes of so many samples."""
+        self.check_classes()
+        labels, num_classes = jnp.asarray(labels), self.spec.num_classes or 0
         if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
-        chosen = jax.tree.map(lambda stacked: stacked[labels], self._priors_of_classes)
-        one = jax.vmap(lambda prior, key: priors.sample(self.spec.prior_family, prior, key, 1, temperature)[0])
-        known = (labels >= 0) & (labels < self.spec.num_classes)
-        if not isinstance(known, jax.core.Tracer) and not np.all(known):
-            raise ValueError(f"labels must be classes from 0 to {self.spec.num_classes - 1}, got {labels[~known][0]}")
-        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, num)), jnp.nan)
+        known = [] if isinstance(labels, jax.core.Tracer) else labels.tolist()
+        if wrong := [label for label in known if not 0 <= label < num_classes]:
+            raise ValueError(f"labels must be classes from 0 to {num_classes - 1}, got {wrong[0]}")
+        return labels
 
     def check_classes(self) -> None:
         """Raises ``ValueError`` in one sentence unless every class has its own prior."""
@@ -615,10 +619,6 @@ class Density(Model):
             raise ValueError("this model was not fitted to a data frame: its samples are arrays")
         return table_of(np.asarray(x), self.spec.columns)
 
-    @property
-    def _priors_of_classes(self) -> Mapping[str, Array]:
-        return {name: values for name, values in self.prior.items() if name != "class_logits"}
-
 
 # One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
 
@@ -660,4 +660,6 @@ def _decode_and_log_prob(model: Density, z: Array, context: Any, labels: Any, ke
     return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)
 
 
-_sample = fast_compile(priors.sample, static_argnums=(0, 3, 4))
+@functools.partial(fast_compile, static_argnums=(2,))
+def _sample(prior: Any, key: Key[Array, ""], num: int, options: Any) -> Array:
+    return jnp.asarray(prior.sample(key, (num,), **options))

@@ -4,8 +4,7 @@ import math
 from dataclasses import field
 from typing import Any, ClassVar
 
-import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Grid
@@ -14,10 +13,10 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.models import noise, priors
+from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column
-from iresnet_jax.models.contexts import ContextScale, initial_network
+from iresnet_jax.models.contexts import ContextScale
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
@@ -28,8 +27,7 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior_family: "gaussian", "logistic", "mixture" or "scales", the family of the prior; "own" if the model holds a prior
-            of one's own, see `priors`.
+        prior_family: Family of the prior, one of `priors.FAMILIES`; "own" if it is a prior of one's own.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
             continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
@@ -37,8 +35,7 @@ class DensitySpec:
         grid: Entries of vectors that lie on a grid; None if all are continuous.
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
-        num_components: Components of the prior "mixture", which is one of vectors, or "scales", both without classes; None for
-            other priors.
+        num_components: Components of a prior of `priors.MIXTURES`, which has no classes; None for other priors.
         context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
             `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
     """
@@ -83,23 +80,7 @@ class DensitySpec:
             )
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
-        if self.prior_family not in priors.KINDS:
-            raise ValueError(f"prior_family must be one of {', '.join(priors.KINDS)}, got {self.prior_family!r}")
-        has_components, is_image = self.prior_family in priors.MIXTURES, len(self.flow.event_shape) != 1
-        if has_components != (self.num_components is not None):
-            raise ValueError(
-                "num_components is for the priors mixture and scales, which need it, and for no other: got "
-                f"{self.num_components} for the prior {self.prior_family}"
-            )
-        is_mixture_of_images = is_image and self.prior_family == priors.MIXTURE
-        if has_components and (is_mixture_of_images or self.num_classes is not None or (self.num_components or 0) < 1):
-            raise ValueError(
-                "a mixture is the prior of vectors without classes, scales are one of any examples without classes, and both "
-                f"have at least 1 component: got {self.num_components} components of the prior {self.prior_family} for "
-                f"examples of shape {self.flow.event_shape} and {self.num_classes or 'no'} classes"
-            )
-        if self.prior_family == priors.OWN and self.num_classes is not None:
-            raise ValueError(f"a prior of one's own is one of all data: leave out num_classes={self.num_classes}")
+        priors.check(self.prior_family, self.num_components, self.num_classes)
         if isinstance(self.transform, Equalize):
             levels, shares = self.transform.num_levels, self.transform.shares
             if self.num_levels not in (None, levels):
@@ -107,15 +88,9 @@ class DensitySpec:
             if shares is not None and len(shares) != self.flow.num_dims:
                 raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
 
-    def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
-        """Fresh arrays of a `Density` beside its weights, by its fields: standard priors, random networks."""
-        is_own = self.prior_family == priors.OWN
-        dims = self.flow.num_dims, self.num_classes, self.num_components
-        return {
-            "prior": {} if is_own else priors.standard(self.prior_family, *dims),
-            "network": initial_network(key, self.context_dim, self.context_hidden),
-            "noise_network": noise.initial_network(self.flow, jax.random.fold_in(key, 1)),
-        }
+    def standard_prior(self) -> Any:
+        """The standard member of the prior's family, which has the structure of all its members."""
+        return priors.standard(self.prior_family, self.flow.num_dims, self.num_components, self.num_classes)
 
     @property
     def context_dim(self) -> int:

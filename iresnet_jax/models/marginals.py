@@ -5,31 +5,34 @@ r"""A prior of independent entries, each of which is a mixture of normal distrib
 With ``c`` components an entry it has up to ``c^d`` modes, which a mixture of vectors could not list.
 """
 
-import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key
+from numpy.typing import ArrayLike
+
+from iresnet_jax.checked_dataclasses import pytree
+from iresnet_jax.maths.platforms import floats
 
 STEPS = 200  # of expectation maximisation
 SMALLEST_SCALE = 1e-3  # of a component, in standard deviations of its entry
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "log_scale", "logits"], meta_fields=[])
-@dataclass(frozen=True)
+@pytree(arrays=("mean", "log_scale", "logits"))
 class Marginals:
-    """A prior of one's own for densities of vectors, see `priors`; all that it holds is trained, floats of shape (d, c).
+    """Independent entries that are mixtures each; all arrays are of shape ``(d, c)``.
 
     Attributes:
         mean: Mean of each component of each entry.
         log_scale: Logarithms of their standard deviations.
         logits: Their weights, ``softmax(logits)`` over the components of an entry.
     """
+
+    scored: ClassVar[tuple[str, ...]] = ("logits",)
 
     mean: Any
     log_scale: Any
@@ -38,11 +41,11 @@ class Marginals:
     @classmethod
     def standard(cls, num_dims: int, num_components: int) -> "Marginals":
         """Components that are all standard normal and equally likely."""
-        zeros = jnp.zeros((num_dims, num_components))
+        zeros = floats(np.zeros((num_dims, num_components)))
         return cls(zeros, zeros, zeros)
 
     @classmethod
-    def fit(cls, z: Float[np.ndarray, "n d"], num_components: int) -> "Marginals":
+    def fit(cls, z: ArrayLike, num_components: int) -> "Marginals":
         """Expectation maximisation for each entry by itself, from components at its quantiles."""
         z = np.asarray(z, jnp.result_type(float))
         places = (np.arange(num_components) + 0.5) / num_components
@@ -51,18 +54,23 @@ class Marginals:
         zeros = jnp.zeros(start.shape)
         return _maximise(cls(jnp.asarray(start, z.dtype), zeros + np.log(std / num_components + 1e-12), zeros), z)
 
+    @property
+    def num_components(self) -> int:
+        """Number of components."""
+        return self.logits.shape[1]
+
     def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
         """Log-density; natural log, exact."""
         return jnp.sum(jax.nn.logsumexp(self._by_component(z), axis=2), axis=1)
 
-    def sample(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "n d"]:
-        """Draws; differentiable in means and scales."""
+    def sample(self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0) -> Float[Array, "n d"]:
+        """Draws ``mean_jk + temperature * scale_jk * e`` with ``k`` from the weights of entry ``j``, ``e`` standard normal."""
         key_component, key_noise = jax.random.split(key)
-        num_dims = len(self.mean)
+        num_dims, num_components = self.mean.shape
         component = jax.random.categorical(key_component, self.logits, shape=(*shape, num_dims))
-        chosen = jax.nn.one_hot(component, self.mean.shape[1], dtype=self.mean.dtype)
+        chosen = jax.nn.one_hot(component, num_components, dtype=self.mean.dtype)
         mean, scale = (jnp.einsum("ndc,dc->nd", chosen, part) for part in (self.mean, jnp.exp(self.log_scale)))
-        return mean + scale * jax.random.normal(key_noise, (*shape, num_dims), self.mean.dtype)
+        return mean + temperature * scale * jax.random.normal(key_noise, (*shape, num_dims), self.mean.dtype)
 
     def _by_component(self, z: Float[Array, "b d"]) -> Float[Array, "b d c"]:
         """Log-density of each entry and component, weights included."""

@@ -3,19 +3,12 @@ r"""Mixtures of normal distributions with full covariances, as priors of latents
     p(z) = sum_k w_k N(z; mean_k, (W_k^T W_k)^-1)
 
 The factor ``W_k`` of the precision is lower triangular, the inverse of the covariance's Cholesky factor, so that a density is a
-product and not a solve. All parameters are free numbers, which training changes like any others:
-
-    mean          (k, d)      the means
-    log_diagonal  (k, d)      logarithms of the diagonals of W_k
-    lower         (k, d, d)   what W_k has below its diagonal; entries on and above the diagonals count as nothing
-    logits        (k,)        w_k = softmax(logits)_k
-
-A component whose logit is `ABSENT` is no part of the mixture: its weight and its gradients are 0.
-Mixtures of different sizes thereby run one compiled program.
+product and not a solve.
 """
 
 import math
-from collections.abc import Mapping
+import warnings
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,109 +16,100 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from numpy.typing import ArrayLike
 
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
 
-ABSENT = -(2.0**100)  # finite, as averages of parameters and files want it
+SMALLEST_VARIANCE = 1e-6  # of a component, relative to that of all latents
+STARTS, STEPS = 3, 30  # of expectation maximisation, from which training goes on
 
-Parameters = Mapping[str, Float[Array, "..."]]
 
+@pytree(arrays=("mean", "log_diagonal", "lower", "logits"))
+class GaussianMixture:
+    """A mixture of normal distributions.
 
-def log_prob(params: Parameters, z: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """Log-density of the mixture; natural log, exact.
-
-    Raises:
-        ValueError: If the mixture and ``z`` differ in their number of dimensions.
+    Attributes:
+        mean: The means, ``(k, d)``.
+        log_diagonal: Logarithms of the diagonals of ``W_k``, ``(k, d)``.
+        lower: Entries of ``W_k`` below the diagonals, ``(k, d, d)``; entries on and above the diagonals count as nothing.
+        logits: ``w_k = softmax(logits)_k``.
     """
-    mean, log_diagonal = params["mean"], params["log_diagonal"]
-    if mean.shape[1:] != z.shape[1:]:
-        raise ValueError(f"the mixture is one of {mean.shape[1]} dimensions, got z of shape {z.shape}")
-    logits = _logits(params)
-    t = jnp.einsum("kij,bkj->bki", _factors(params), z[:, None] - mean[None])
-    of_components = logits[None] + jnp.sum(log_diagonal, axis=1)[None] - 0.5 * jnp.sum(jnp.square(t), axis=2)
-    total = jax.nn.logsumexp(of_components, axis=1) - jax.nn.logsumexp(logits)
-    return total - 0.5 * mean.shape[1] * math.log(2 * math.pi)
+
+    scored: ClassVar[tuple[str, ...]] = ("logits",)
+
+    mean: Any
+    log_diagonal: Any
+    lower: Any
+    logits: Any
+
+    @classmethod
+    def standard(cls, num_dims: int, num_components: int) -> "GaussianMixture":
+        """Components that are all standard normal and equally likely; training would not tell them apart."""
+        zeros = floats(np.zeros((num_components, num_dims)))
+        return cls(zeros, zeros, floats(np.zeros((num_components, num_dims, num_dims))), floats(np.zeros(num_components)))
+
+    @classmethod
+    def of_moments(cls, means: ArrayLike, covariances: ArrayLike, weights: ArrayLike) -> "GaussianMixture":
+        """The mixture with these means ``(k, d)``, covariances ``(k, d, d)`` and weights ``(k,)``."""
+        factors = np.linalg.inv(np.linalg.cholesky(np.asarray(covariances)))
+        log_diagonal = np.log(np.diagonal(factors, axis1=1, axis2=2))
+        return cls(floats(means), floats(log_diagonal), floats(np.tril(factors, -1)), floats(np.log(weights)))
+
+    @classmethod
+    def fit(cls, z: ArrayLike, num_components: int) -> "GaussianMixture":
+        """A mixture that latents are likely under, see `expectation_maximisation`.
+
+        Raises:
+            ValueError: If there are fewer latents than components.
+        """
+        z = np.asarray(z, np.float64)
+        if len(z) < num_components:
+            raise ValueError(f"a prior of {num_components} components needs as many examples, got {len(z)}: take fewer")
+        mean, std = z.mean(axis=0), z.std(axis=0)
+        std = np.where(std > 0, std, 1)
+        settings = {"reg_covar": SMALLEST_VARIANCE, "max_iter": STEPS, "n_init": STARTS, "random_state": 0}
+        found = expectation_maximisation((z - mean) / std, num_components, **settings)
+        return cls.of_moments(mean + std * found.means_, found.covariances_ * np.outer(std, std), found.weights_)
+
+    @property
+    def num_components(self) -> int:
+        """Number of components."""
+        return len(self.logits)
+
+    def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
+        """Log-density; natural log, exact."""
+        t = jnp.einsum("kij,bkj->bki", self._factors, z[:, None] - self.mean[None])
+        of_components = self.logits[None] + jnp.sum(self.log_diagonal, axis=1)[None] - 0.5 * jnp.sum(jnp.square(t), axis=2)
+        total = jax.nn.logsumexp(of_components, axis=1) - jax.nn.logsumexp(self.logits)
+        return total - 0.5 * self.mean.shape[1] * math.log(2 * math.pi)
+
+    def sample(self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0) -> Float[Array, "n d"]:
+        """Draws ``mean_k + temperature * W_k^-1 e`` with ``k`` from the weights and ``e`` standard normal."""
+        num_components, num_dims = self.mean.shape
+        key_label, key_noise = jax.random.split(key)
+        labels = jax.random.categorical(key_label, self.logits, shape=shape)
+        noise = jax.random.normal(key_noise, (*shape, num_dims), self.mean.dtype)
+        identity = jnp.eye(num_dims, dtype=self.mean.dtype)
+        # One after the other: batches of LAPACK's functions can dead-lock, see `platforms.one_at_a_time`.
+        scales = jax.lax.map(lambda factor: jax.scipy.linalg.solve_triangular(factor, identity, lower=True), self._factors)
+
+        def with_component(drawn, component):  # one component at a time: (n, d, d) would be large
+            k, mean, scale = component
+            return jnp.where((labels == k)[:, None], mean[None] + temperature * noise @ scale.T, drawn), None
+
+        return jax.lax.scan(with_component, jnp.zeros_like(noise), (jnp.arange(num_components), self.mean, scales))[0]
+
+    @property
+    def _factors(self) -> Float[Array, "k d d"]:
+        """The factors ``W`` of the precisions."""
+        return jnp.tril(self.lower, -1) + jax.vmap(jnp.diag)(jnp.exp(self.log_diagonal))
 
 
-def sample(params: Parameters, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
-    """Draws ``mean_k + temperature * W_k^-1 e`` with ``k`` from the weights and ``e`` standard normal."""
-    mean = params["mean"]
-    key_label, key_noise = jax.random.split(key)
-    labels = jax.random.categorical(key_label, _logits(params), shape=(n,))
-    noise = jax.random.normal(key_noise, (n, mean.shape[1]), mean.dtype)
-    identity = jnp.eye(mean.shape[1], dtype=mean.dtype)
-    # One after the other: batches of LAPACK's functions can dead-lock, see `platforms.one_at_a_time`.
-    scales = jax.lax.map(lambda factor: jax.scipy.linalg.solve_triangular(factor, identity, lower=True), _factors(params))
+def expectation_maximisation(z: ArrayLike, num_components: int, **settings: Any) -> Any:
+    """scikit-learn's `GaussianMixture` of vectors, with its own settings."""
+    from sklearn import mixture  # late: a second, which only mixtures need
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    def with_component(drawn, component):  # one component at a time: (n, d, d) would be large
-        k, mean, scale = component
-        return jnp.where((labels == k)[:, None], mean[None] + temperature * noise @ scale.T, drawn), None
-
-    return jax.lax.scan(with_component, jnp.zeros_like(noise), (jnp.arange(len(mean)), mean, scales))[0]
-
-
-def standard(num_dims: int, num_components: int) -> dict[str, Array]:
-    """Parameters of components that are all standard normal and equally likely; training would not tell them apart."""
-    zeros = floats(np.zeros((num_components, num_dims)))
-    return {
-        "mean": zeros,
-        "log_diagonal": zeros,
-        "lower": floats(np.zeros((num_components, num_dims, num_dims))),
-        "logits": floats(np.zeros(num_components)),
-    }
-
-
-def mixture_of(
-    means: ArrayLike,
-    covariances: ArrayLike,
-    weights: ArrayLike,
-    num_components: int | None = None,
-) -> dict[str, Array]:
-    """Parameters of the mixture with these components.
-
-    Args:
-        means: Means of the components, ``(k, d)``.
-        covariances: Their covariances, ``(k, d, d)``.
-        weights: Their weights ``(k,)``, at least 0, up to a common factor; a component without weight is absent.
-        num_components: Components of the result, filled up by absent ones; by default as many as are given.
-
-    Raises:
-        ValueError: If a covariance is not positive definite, weights are negative or all 0, or there are too many components.
-
-    Example:
-        >>> params = mixture_of([[0.0], [5.0]], [[[1.0]], [[0.25]]], [0.3, 0.7], num_components=4)
-        >>> params["logits"].shape
-        (4,)
-    """
-    means, covariances, weights = (np.asarray(given, np.float64) for given in (means, covariances, weights))
-    if not (np.all(weights >= 0) and 0 < np.sum(weights) < np.inf):
-        raise ValueError(f"weights of a mixture must be at least 0, and one of them positive, got {weights}")
-    spare = 0 if num_components is None else num_components - len(means)
-    if spare < 0:
-        raise ValueError(f"the mixture has {len(means)} components, and {num_components} are allowed")
-    try:
-        factors = np.linalg.inv(np.linalg.cholesky(covariances))
-    except np.linalg.LinAlgError:
-        raise ValueError("covariances of a mixture must be positive definite: add a small multiple of the identity") from None
-    with np.errstate(divide="ignore"):  # of weights that are 0
-        logits = np.maximum(np.log(weights / np.sum(weights)), ABSENT)
-    parts = {
-        "mean": means,
-        "log_diagonal": np.log(np.diagonal(factors, axis1=1, axis2=2)),
-        "lower": np.tril(factors, -1),
-        "logits": logits,
-    }
-    padded = {
-        name: np.pad(part, [(0, spare)] + [(0, 0)] * (part.ndim - 1), constant_values=ABSENT if name == "logits" else 0)
-        for name, part in parts.items()
-    }
-    return {name: floats(part) for name, part in padded.items()}
-
-
-def _logits(params: Parameters) -> Float[Array, " k"]:
-    """Logits of the components, ``-inf`` for those that are absent."""
-    return jnp.where(params["logits"] > ABSENT, params["logits"], -jnp.inf)
-
-
-def _factors(params: Parameters) -> Float[Array, "k d d"]:
-    """The factors ``W`` of the precisions."""
-    return jnp.tril(params["lower"], -1) + jax.vmap(jnp.diag)(jnp.exp(params["log_diagonal"]))
+    # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
+        return mixture.GaussianMixture(num_components, **settings).fit(z)

@@ -23,14 +23,12 @@ from iresnet_jax.models import bounds
 from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
-from iresnet_jax.models.contractions import check_fit, freeze
-from iresnet_jax.models.flow import as_params, flow_bijection
-from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.models.contractions import as_params, check_fit, freeze
+from iresnet_jax.models.flow import flow_bijection
 
 FILE_NAME = "model.npz"
 FORMAT = 2
 HEADER = "header"
-MARGINALS = "marginals"  # in the header: components of each entry, where the prior is a `Marginals`
 _HOW = ("estimator", "solver", "unroll", "rematerialize")  # fields of models that `flow_bijection` takes
 
 M = TypeVar("M", bound="Model")
@@ -135,8 +133,6 @@ class Model:
         arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}
         if bad := [name for name, array in arrays.items() if not np.all(np.isfinite(array))]:
             raise ValueError(f"{bad[0]} holds numbers that are not finite, which no file takes: give the model finite ones")
-        if isinstance(prior := stored.get("prior"), Marginals):
-            header[MARGINALS] = prior.mean.shape[1]
         arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         with replacing(path) as incoming, incoming.open("wb") as file:
             np.savez_compressed(file, **arrays)

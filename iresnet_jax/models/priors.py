@@ -1,66 +1,173 @@
-"""Priors of latents: independent normal or logistic distributions with learned means and scales, or mixtures of normals.
+"""Priors of latents: values that have a log-density and are sampled, and whose arrays are trained.
 
-A prior is its name and its parameters, ``{"mean", "log_std"}`` of "gaussian" or ``{"mean", "log_scale"}`` of "logistic", one
-each a dimension; those of "mixture" are in `mixtures`, and those of "scales" in `scales`. A prior of one's own has the name
-"own" and is its own parameters: any pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions
-of NumPyro and flowjax are.
+A prior is a pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions of NumPyro and flowjax
+are. Those of `FAMILIES` also have ``standard``, to start from, ``fit`` to latents, and a temperature, the factor on the scale
+of their samples: 1 samples the prior, and at 0 every sample is a mean.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from numpy.typing import ArrayLike
 
 from iresnet_jax.bijections.logit import log_logistic
 from iresnet_jax.branches.own import Structure
+from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
-from iresnet_jax.models import mixtures, scales
 from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.models.mixtures import GaussianMixture
+from iresnet_jax.models.scales import ScaleMixture
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
+L = TypeVar("L", bound="LocationScale")
 
-class _Family(NamedTuple):
-    """A location-scale family: the name of its scale; what its standard member has.
+
+@pytree(arrays=("mean", "log_scale"))
+class LocationScale:
+    """Independent entries ``mean + scale * e``, with ``e`` from the standard member of a family.
 
     Attributes:
-        log_scale: Name of the logarithm of the scale among the parameters.
-        log_density: Log-density of the standard member.
-        draw: Draws of the standard member.
-        std: Standard deviation of the standard member.
+        mean: Mean of each entry.
+        log_scale: Logarithm of the scale of each entry.
+        unit_std: Standard deviation of the standard member.
     """
 
-    log_scale: str
-    log_density: Callable[[Array], Array]
-    draw: Callable[..., Array]
-    std: float
+    unit_std: ClassVar[float] = 1.0
+
+    mean: Any
+    log_scale: Any
+
+    @classmethod
+    def standard(cls: type[L], num_dims: int) -> L:
+        """Means of 0 and scales of 1."""
+        return cls(floats(np.zeros(num_dims)), floats(np.zeros(num_dims)))
+
+    @classmethod
+    def of_moments(cls: type[L], mean: ArrayLike, std: ArrayLike) -> L:
+        """The member with these means and standard deviations."""
+        return cls(floats(mean), floats(np.log(std) - math.log(cls.unit_std)))
+
+    @classmethod
+    def fit(cls: type[L], z: ArrayLike) -> L:
+        """The member with the moments of latents."""
+        z = np.asarray(z, np.float64)
+        return cls.of_moments(z.mean(axis=0), np.sqrt(np.maximum(z.var(axis=0), SMALLEST_VARIANCE)))
+
+    def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
+        """``sum (log p(t) - log_scale)`` with ``t = (z - mean) / scale``; natural log, exact."""
+        t = (z - self.mean[None]) * jnp.exp(-self.log_scale[None])
+        return jnp.sum(self._log_density(t) - self.log_scale[None], axis=1)
+
+    def sample(self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0) -> Float[Array, "n d"]:
+        """Draws ``mean + temperature * scale * e``."""
+        drawn = self._draw(key, (*shape, *self.mean.shape), self.mean.dtype)
+        return self.mean[None] + temperature * jnp.exp(self.log_scale[None]) * drawn
+
+    def _log_density(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        raise NotImplementedError
 
 
-PRIORS = {
-    "gaussian": _Family(
-        "log_std",
-        lambda t: -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi),
-        jax.random.normal,
-        1.0,
-    ),
-    "logistic": _Family(
-        "log_scale",
-        log_logistic,
-        jax.random.logistic,
-        math.pi / math.sqrt(3),
-    ),
-}
-MIXTURE, SCALES = "mixture", "scales"
-MIXTURES = {MIXTURE: mixtures, SCALES: scales}  # of a number of components
-OWN = "own"
-KINDS = (*PRIORS, *MIXTURES, OWN)
+@pytree(arrays=("mean", "log_scale"))
+class Gaussian(LocationScale):
+    """Independent normal entries; ``exp(log_scale)`` are their standard deviations."""
+
+    def _log_density(self, t: Array) -> Array:
+        return -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi)
+
+    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.random.normal(key, shape, dtype)
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@pytree(arrays=("mean", "log_scale"))
+class Logistic(LocationScale):
+    """Independent logistic entries, ``log p(t) = log sigmoid(t) + log sigmoid(-t)``: its tails are linear in ``|t|``."""
+
+    unit_std = math.pi / math.sqrt(3)
+
+    def _log_density(self, t: Array) -> Array:
+        return log_logistic(t)
+
+    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.random.logistic(key, shape, dtype)
+
+
+LOCATION_SCALE: dict[str, Any] = {"gaussian": Gaussian, "logistic": Logistic}
+MIXTURES: dict[str, Any] = {"mixture": GaussianMixture, "scales": ScaleMixture, "marginals": Marginals}  # of components
+FAMILIES = {**LOCATION_SCALE, **MIXTURES}
+OWN = "own"  # the family of a prior of one's own
+
+
+@pytree(arrays=("by_class", "logits"))
+class ClassPriors:
+    """A prior for every class: ``p(z) = sum_y p(y) p(z | y)``.
+
+    Attributes:
+        by_class: A prior of `LOCATION_SCALE` whose arrays have a leading axis of classes.
+        logits: ``p(y) = softmax(logits)_y``.
+    """
+
+    scored: ClassVar[tuple[str, ...]] = ("logits",)
+
+    by_class: Any
+    logits: Any
+
+    @classmethod
+    def standard(cls, family: str, num_dims: int, num_classes: int) -> "ClassPriors":
+        """Classes that are equally likely, with the standard member each."""
+        one = LOCATION_SCALE[family].standard(num_dims)
+        stacked = jax.tree.map(lambda leaf: floats(np.zeros((num_classes, *leaf.shape))), one)
+        return cls(stacked, floats(np.zeros(num_classes)))
+
+    @classmethod
+    def fit(cls, family: str, z: ArrayLike, labels: Int[np.ndarray, " n"], num_classes: int) -> "ClassPriors":
+        """The moments of the latents of each class.
+
+        All classes share the variance within classes, as in linear discriminant analysis: one for each, of few examples, makes
+        posteriors overconfident. A class without examples has the mean of all. Frequencies count one more example a class.
+        """
+        z = np.asarray(z, np.float64)
+        counts = np.bincount(labels, minlength=num_classes)
+        mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
+        within = np.maximum(np.square(z - mean[labels]).mean(axis=0), SMALLEST_VARIANCE)
+        by_class = LOCATION_SCALE[family].of_moments(mean, np.tile(np.sqrt(within), (num_classes, 1)))
+        return cls(by_class, floats(np.log((counts + 1) / (counts.sum() + num_classes))))
+
+    def log_prob_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
+        """``log p(y) + log p(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the log-density."""
+        of_classes = jax.vmap(lambda prior: prior.log_prob(z), out_axes=1)(self.by_class)
+        return of_classes + jax.nn.log_softmax(self.logits)[None]
+
+    def log_prob(self, z: Float[Array, "b d"], labels: Int[Array, " b"] | None = None) -> Float[Array, " b"]:
+        """``log p(z)``, or ``log p(z | y)`` with labels ``y``."""
+        by_class = self.log_prob_by_class(z)
+        if labels is None:
+            return jax.nn.logsumexp(by_class, axis=1)
+        of_classes = by_class - jax.nn.log_softmax(self.logits)[None]
+        return jnp.take_along_axis(of_classes, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+
+    def sample(
+        self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0, labels: Int[Array, " n"] | None = None
+    ) -> Float[Array, "n d"]:
+        """Draws of classes from ``p(y)``, or of these labels; NaN for a label that is no class."""
+        key_label, key_noise = jax.random.split(key)
+        drawn = jax.random.categorical(key_label, self.logits, shape=shape)
+        labels = drawn if labels is None else jnp.asarray(labels)
+        chosen = jax.tree.map(lambda stacked: stacked[labels], self.by_class)
+        one = jax.vmap(lambda prior, key: prior.sample(key, (1,), temperature)[0])
+        known = (labels >= 0) & (labels < len(self.logits))
+        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan)
+
+
+@pytree(arrays=("weights",))
 class OwnPrior:
     """A prior of one's own with its arrays of JAX apart from everything else, which is constant.
 
@@ -69,8 +176,8 @@ class OwnPrior:
         structure: What is not.
     """
 
-    def __init__(self, weights: Mapping[str, Any], structure: Structure):
-        self.weights, self.structure = weights, structure
+    weights: Mapping[str, Any]
+    structure: Structure
 
     @property
     def module(self) -> Any:
@@ -81,170 +188,51 @@ class OwnPrior:
         """Log-density, as the prior says it."""
         return self.module.log_prob(z)
 
-    def sample(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
+    def sample(self, key: Key[Array, ""], shape: tuple[int]) -> Array:
         """Draws, as the prior makes them."""
         return self.module.sample(key, shape)
 
-    def tree_flatten_with_keys(self) -> Any:
-        """The weights by their names."""
-        names = sorted(self.weights)
-        return [(jax.tree_util.DictKey(name), self.weights[name]) for name in names], (tuple(names), self.structure)
 
-    @classmethod
-    def tree_unflatten(cls, names_and_structure: Any, leaves: Any) -> "OwnPrior":
-        """The prior of weights."""
-        names, structure = names_and_structure
-        return cls(dict(zip(names, leaves, strict=True)), structure)
+def check(family: str, num_components: int | None, num_classes: int | None) -> None:
+    """Raises ``ValueError`` unless a family exists and has such a member."""
+    if family not in (*FAMILIES, OWN):
+        raise ValueError(f"prior_family must be one of {', '.join((*FAMILIES, OWN))}, got {family!r}")
+    if (family in MIXTURES) != ((num_components or 0) > 0):
+        raise ValueError(
+            f"num_components is for the priors {', '.join(MIXTURES)}, which need at least 1, and for no other: got "
+            f"{num_components} for the prior {family}"
+        )
+    if num_classes is not None and family not in LOCATION_SCALE:
+        raise ValueError(
+            f"priors of classes are {' or '.join(LOCATION_SCALE)}, got {family} with num_classes={num_classes}: leave it out"
+        )
 
 
-def own(prior: Any) -> Any:
-    """A prior of one's own as a pytree of arrays of floats: itself, or an `OwnPrior` if it has other leaves.
+def standard(family: str, num_dims: int, num_components: int | None = None, num_classes: int | None = None) -> Any:
+    """The standard member of a family, of so many components or for each class, which all members have the structure of."""
+    if family == OWN:
+        raise ValueError("a prior of one's own has no standard member: give it to the model, as prior=...")
+    if num_classes is not None:
+        return ClassPriors.standard(family, num_dims, num_classes)
+    return FAMILIES[family].standard(num_dims, *([] if num_components is None else [num_components]))
+
+
+def family_of(prior: Any) -> str:
+    """Name of a prior's family."""
+    return next((name for name, family in FAMILIES.items() if isinstance(prior, family)), OWN)
+
+
+def trainable(prior: Any) -> Any:
+    """A prior as a pytree of arrays of floats: itself, or an `OwnPrior` if it is one's own and has other leaves.
 
     As in branches of one's own, arrays of JAX are trained; arrays of NumPy, numbers and functions are constants.
 
     Raises:
         ValueError: If it has not the methods of a prior.
     """
-    _check_own(prior)
-    if isinstance(prior, Marginals):  # which has no constants
-        prior = jax.tree.map(jnp.asarray, prior)
+    if not all(callable(getattr(prior, name, None)) for name in ("log_prob", "sample")):
+        raise ValueError(f"a prior has the methods log_prob(z) and sample(key, (n,)), got a {type(prior).__name__}")
+    if isinstance(prior, (*FAMILIES.values(), ClassPriors)):
+        return jax.tree.map(floats, prior)
     structure, weights = Structure.of(prior)
     return prior if all(structure.names) else OwnPrior(weights, structure)
-
-
-def _check_own(prior: Any) -> None:
-    if not all(callable(getattr(prior, name, None)) for name in ("log_prob", "sample")):
-        raise ValueError(
-            "a prior of one's own has the methods log_prob(z) and sample(key, (n,)), got a "
-            f"{type(prior).__name__}: give Density one, or another prior_family than 'own'"
-        )
-
-
-def log_prob(kind: str, params: Any, z: Float[Array, "b d"]) -> Float[Array, " b"]:
-    r"""Log-density ``sum (log p(t) - log_scale)``, ``t = (z - mean) / scale``; natural log, exact.
-
-    ``log p(t)`` is ``-t^2 / 2 - log(2 pi) / 2`` ("gaussian") or ``log sigmoid(t) + log sigmoid(-t)`` ("logistic", whose
-    standard deviation is ``pi / sqrt(3)`` times its scale and whose tails are linear in ``|t|``). A "mixture" has the
-    log-density of `mixtures.log_prob`, "scales" that of `scales.log_prob`, and one's own what it says.
-
-    Args:
-        kind: One of `KINDS`.
-        params: Parameters of the prior.
-        z: One row an example.
-
-    Raises:
-        ValueError: If the prior is unknown, or ``params`` and ``z`` differ in their number of dimensions.
-
-    Example:
-        >>> log_prob("gaussian", standard("gaussian", 48), z)
-    """
-    if kind in MIXTURES:
-        return MIXTURES[kind].log_prob(params, z)
-    if kind == OWN:
-        _check_own(params)
-        found = jnp.asarray(params.log_prob(z))
-        if found.shape != z.shape[:1]:
-            raise ValueError(
-                f"log_prob of the prior must give one number for each of {len(z)} latents of {z.shape[1]} dimensions, got "
-                f"shape {found.shape}: it is the density of whole vectors, with an event of one axis"
-            )
-        return found.astype(z.dtype)
-    family = _family(kind)
-    mean, log_scale = params["mean"], params[family.log_scale]
-    if mean.shape != z.shape[1:] or log_scale.shape != z.shape[1:]:
-        raise ValueError(
-            f"the prior must have parameters of shape {z.shape[1:]} for z of shape {z.shape}, got {mean.shape} and "
-            f"{log_scale.shape}: give every dimension its own"
-        )
-    t = (z - mean[None]) * jnp.exp(-log_scale[None])
-    return jnp.sum(family.log_density(t) - log_scale[None], axis=1)
-
-
-def sample(kind: str, params: Any, key: Key[Array, ""], n: int, temperature: float = 1.0) -> Float[Array, "{n} d"]:
-    """Draws ``mean + temperature * scale * e`` with ``e`` from the standard member, of one component of a mixture.
-
-    Args:
-        kind: One of `KINDS`.
-        params: Parameters of the prior.
-        key: One typed key.
-        n: Number of samples, at least 1.
-        temperature: Factor on the scale, at least 0, where every sample is a mean. 1 samples the prior, and is all that a prior
-            of one's own takes.
-
-    Raises:
-        ValueError: If the prior is unknown, or ``n`` or ``temperature`` is out of range.
-
-    Example:
-        >>> z = sample("logistic", standard("logistic", 48), jax.random.key(0), 64, temperature=0.7)
-    """
-    if n < 1 or not temperature >= 0:
-        raise ValueError(
-            f"n must be at least 1 and temperature at least 0, got {n} and {temperature}: "
-            "a temperature below 1 concentrates the samples, 0 gives the mean"
-        )
-    if kind in MIXTURES:
-        return MIXTURES[kind].sample(params, key, n, temperature)
-    if kind == OWN:
-        _check_own(params)
-        if temperature != 1:
-            raise ValueError(f"a prior of one's own has no temperature, got {temperature}: leave it at 1")
-        drawn = jnp.asarray(params.sample(key, (n,)))
-        if drawn.ndim != 2 or len(drawn) != n:
-            raise ValueError(f"sample of the prior must give {n} latents as rows, got shape {drawn.shape}")
-        return drawn
-    family = _family(kind)
-    mean, log_scale = params["mean"], params[family.log_scale]
-    return mean[None] + temperature * jnp.exp(log_scale[None]) * family.draw(key, (n, *mean.shape), mean.dtype)
-
-
-def standard(kind: str, num_dims: int, num_classes: int | None = None, num_components: int | None = None) -> dict[str, Array]:
-    """Parameters of the standard member; with classes one for each, and ``class_logits`` of classes that are equally likely.
-
-    Those of a mixture and of scales are of ``num_components`` components, all of which are standard normal.
-
-    Raises:
-        ValueError: If the prior is unknown.
-    """
-    if kind == OWN:
-        raise ValueError("a prior of one's own has no standard member: give it to the model, as prior=...")
-    if kind in MIXTURES and num_classes is None and num_components is not None:
-        return MIXTURES[kind].standard(num_dims, num_components)
-    zeros = floats(np.zeros(num_dims if num_classes is None else (num_classes, num_dims)))
-    classes = {} if num_classes is None else {"class_logits": floats(np.zeros(num_classes))}
-    return {"mean": zeros, _family(kind).log_scale: zeros, **classes}
-
-
-def of_classes(kind: str, z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], num_classes: int) -> dict[str, Array]:
-    """Parameters of priors of classes from the moments of their latents.
-
-    All classes share the variance within classes, as in linear discriminant analysis: one for each, of few examples, makes
-    posteriors overconfident. A class without examples has the mean of all. Frequencies count one more example a class.
-
-    Args:
-        kind: "gaussian" or "logistic".
-        z: Latents.
-        labels: Class of each, from 0 to ``num_classes - 1``.
-        num_classes: Number of classes.
-
-    Raises:
-        ValueError: If the prior is unknown.
-    """
-    z = np.asarray(z, np.float64)
-    counts = np.bincount(labels, minlength=num_classes)
-    mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
-    within = np.square(z - mean[labels]).mean(axis=0)
-    log_std = np.tile(0.5 * np.log(np.maximum(within, SMALLEST_VARIANCE)), (num_classes, 1))
-    family = _family(kind)
-    return {
-        "mean": floats(mean),
-        family.log_scale: floats(log_std - math.log(family.std)),
-        "class_logits": floats(np.log((counts + 1) / (counts.sum() + num_classes))),
-    }
-
-
-def _family(kind: str) -> _Family:
-    if kind not in PRIORS:
-        raise ValueError(
-            f"prior must be one of {', '.join(KINDS)}, got {kind!r}; mixtures need num_components and take no classes"
-        )
-    return PRIORS[kind]

@@ -16,13 +16,14 @@ import numpy as np
 
 from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.checked_dataclasses import checked
-from iresnet_jax.models import priors
+from iresnet_jax.models import noise, priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.marginals import Marginals
-from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MARGINALS, array_name
+from iresnet_jax.models.head import batch_statistics, initial_head
+from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 
 _MOST_HEADER = 2**24  # bytes
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
@@ -42,8 +43,7 @@ def read(
     Args:
         path: The file, or a folder that holds ``model.npz``.
         branches: Branches of one's own by their names, see `StageSpec.branch`.
-        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count. `Marginals`
-            need none.
+        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count.
 
     Raises:
         ValueError: If there is no such file, or it is damaged or from another version, or a part of one's own is not given.
@@ -51,22 +51,14 @@ def read(
     with _opened(path) as (archive, header):
         spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
         is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
-        components = header.get(MARGINALS, 0) if is_own and prior is None else 0
-        if is_own != (prior is not None or components > 0):
+        if is_own != (prior is not None):
             raise PartError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
-        own = None if prior is None else priors.own(prior)
+        own = None if prior is None else priors.trainable(prior)
         if len(spec.flow.stages) > len(archive.namelist()):
             raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
 
-        def empty():
-            key = jax.random.key(0)
-            found = {"params": spec.flow.initial_params(key), **spec.initial_arrays(key)}
-            if is_own:
-                found["prior"] = Marginals.standard(spec.flow.num_dims, components) if own is None else own
-            return found
-
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
-            expected = jax.eval_shape(empty)
+            expected = jax.eval_shape(lambda: _empty(spec, own))
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
         names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
         if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
@@ -142,6 +134,19 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     return MODELS[type(spec)](spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
+
+
+def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
+    """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
+    params = {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.flow.all_stages}
+    if isinstance(spec, DensitySpec):
+        prior = spec.standard_prior() if prior is None else prior
+        network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
+        of_noise = noise.initial_network(spec.flow, jax.random.key(0))
+        return {"params": params, "prior": prior, "network": network, "noise_network": of_noise}
+    channels = spec.feature_shape[-1]
+    head = initial_head(jax.random.key(0), channels, spec.num_classes)
+    return {"params": params, "head": head, "statistics": {"head": batch_statistics(jnp.zeros((1, channels)))}}
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarray:

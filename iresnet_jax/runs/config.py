@@ -26,7 +26,7 @@ from iresnet_jax.checked_dataclasses import (
 from iresnet_jax.data.augment import check_transformations
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
-from iresnet_jax.models.priors import MIXTURES
+from iresnet_jax.models.priors import FAMILIES, MIXTURES
 from iresnet_jax.training.constraint import ConstraintConfig
 from iresnet_jax.training.hybrid import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
@@ -54,10 +54,10 @@ class ModelConfig:
     # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <= |F(x) - F(y)| / |x - y| <= nu by
     # construction, without ActNorm. None are prescribed by default.
     constants: tuple[Positive, ...] = ()
-    # Distribution of the latents. "mixture" is one of normal distributions with full covariances, for vectors of a density;
-    # "scales" is a normal distribution at several scales at once, for a density. Both are fitted to latents before training.
-    prior: Literal["gaussian", "logistic", "mixture", "scales"] = "gaussian"
-    prior_components: CountOrNone = 0  # of the priors "mixture" and "scales", of which 16 are many; 0 for other priors
+    # Distribution of the latents: "gaussian" or "logistic" entries; of a density also "mixture", of normal distributions with
+    # full covariances, "scales", a normal distribution at several sizes, and "marginals", entries that are mixtures each.
+    prior: str = "gaussian"
+    prior_components: CountOrNone = 0  # of the families with components, 16 are many scales; 0 for other priors
     context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
@@ -192,7 +192,8 @@ def _check_combinations(config: Config) -> None:
             raise ValueError(f"config.{name} is for {' and '.join(objectives)}: leave it at {default!r} for {config.objective}")
     model, evaluation, transform = config.model, config.evaluation, config.preprocessing.transform
     contradictions = {
-        "config.model.prior_components is for the priors mixture and scales, which need it, and for no other: got "
+        f"config.model.prior must be one of {', '.join(FAMILIES)}, got {model.prior!r}": model.prior not in FAMILIES,
+        f"config.model.prior_components is for the priors {', '.join(MIXTURES)}, which need it, and for no other: got "
         f"{model.prior_components} for {model.prior}": (model.prior in MIXTURES) != bool(model.prior_components),
         "a density needs blocks that are contractions: constraint.norms = none is for classification": (
             config.objective != "classification" and config.constraint.norms == "none"

@@ -17,7 +17,7 @@ from iresnet_jax.bijections.dequantize import (
     dequantize_bijection,
     quantize,
 )
-from iresnet_jax.models import priors
+from iresnet_jax.models.priors import Logistic
 
 P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
 
@@ -78,13 +78,13 @@ def test_its_log_determinant_is_the_volume_of_the_cells():
 def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
     """Logistic density on [0, 1) x num_levels, whose cells have a closed-form probability."""
     num_levels, scale = 8, 0.07
-    prior = {"mean": jnp.asarray([0.45]), "log_scale": jnp.log(jnp.asarray([scale]))}
+    prior = Logistic(jnp.asarray([0.45]), jnp.log(jnp.asarray([scale])))
     edges = stats.logistic(0.45, scale).cdf(np.arange(num_levels + 1) / num_levels)
     probabilities = np.diff(edges)
     for level in range(num_levels):
         x = jnp.full((4000, 1), level, jnp.uint8)
         y = dequantize(jax.random.key(level), x, num_levels).astype(jnp.float64)
-        bits = -np.asarray(priors.log_prob("logistic", prior, y)) / np.log(2) + np.log2(num_levels)
+        bits = -np.asarray(prior.log_prob(y)) / np.log(2) + np.log2(num_levels)
         # Jensen's gap in closed form, by quadrature over the cell.
         density = stats.logistic(0.45, scale).logpdf
         low, high = level / num_levels, (level + 1) / num_levels

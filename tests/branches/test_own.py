@@ -15,6 +15,7 @@ from iresnet_jax.branches import kinds
 from iresnet_jax.models.bounds import with_bounds
 from iresnet_jax.models.contractions import freeze, of_stored
 from iresnet_jax.models.linen import ResidualFlow
+from iresnet_jax.models.priors import Gaussian
 
 DIMS, BLOCKS, COEFF = 3, 3, 0.8
 GRAPH = np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]])  # a constant, which is not trained
@@ -43,7 +44,7 @@ def masked(key):
 
 
 FLOW = ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, branch=masked),), coeff=COEFF)
-PRIOR = {"mean": jnp.zeros(DIMS), "log_std": jnp.zeros(DIMS)}
+PRIOR = Gaussian.standard(DIMS)
 X = np.random.default_rng(0).normal(size=(8, DIMS)).astype(np.float32)
 
 
@@ -152,7 +153,7 @@ def test_without_actnorm_the_density_of_odd_branches_is_even():
     for weights in (freeze(flow, moved), ir.constrain(flow, moved, {}).weights):
         model = ir.Density(ir.DensitySpec(flow), weights, PRIOR)
         np.testing.assert_array_equal(model.log_prob(X), model.log_prob(-X))
-        shifted = {name: jnp.full(DIMS, 0.5) for name in PRIOR}
+        shifted = jax.tree.map(lambda leaf: leaf + 0.5, PRIOR)
         assert np.all(model.with_(prior=shifted).log_prob(X) != model.with_(prior=shifted).log_prob(-X))
 
 

@@ -11,6 +11,7 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.models.contractions import freeze
+from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.training.constraint import ConstraintConfig
 from iresnet_jax.training.initialization import initial_variables
 
@@ -79,7 +80,7 @@ def density(kind):
         blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(jax.random.key(0), stage.spec.num_blocks))
         channels = jnp.zeros((stage.spec.num_blocks, 2))
         params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": channels, "log_scale": channels}}}
-    return ir.Density(ir.DensitySpec(flow), freeze(flow, params), {"mean": jnp.zeros(2), "log_std": jnp.zeros(2)})
+    return ir.Density(ir.DensitySpec(flow), freeze(flow, params), Gaussian.standard(2))
 
 
 def test_a_bound_that_is_attained_passes():

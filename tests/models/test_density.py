@@ -16,7 +16,6 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Standardize
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
@@ -65,7 +64,7 @@ def test_terms_add_up_to_the_change_of_variables():
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), density).continuous
         u = jnp.asarray(dequantize(keys(), jnp.asarray(X), LEVELS), jnp.float64)
         found, jacobians, z = of_continuous(exact, u)
-        expected = np.linalg.slogdet(jacobians)[1] + priors.log_prob("logistic", exact.prior, z)
+        expected = np.linalg.slogdet(jacobians)[1] + exact.prior.log_prob(z)
         np.testing.assert_allclose(found, expected, atol=EXACT)
     of_levels = terms_of(density, X, keys(), keys())
     np.testing.assert_allclose(of_levels.log_prob, np.asarray(found) - 16 * np.log(LEVELS), rtol=SINGLE)
@@ -152,7 +151,7 @@ def test_without_a_key_noise_and_probes_are_fixed():
         (lambda m: m.class_log_probs(X), "one prior for all"),
         (lambda m: m.sample(jax.random.key(0), 2, labels=jnp.array([0, 1])), "one prior for all"),
         (lambda m: m.sample(jax.random.key(0), 0), "num must lie in"),
-        (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature at least 0"),
+        (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature must lie in"),
     ],
 )
 def test_mistakes_are_named(call, sentence):
@@ -161,8 +160,7 @@ def test_mistakes_are_named(call, sentence):
 
 
 def test_labels_that_are_none_are_named():
-    prior = priors.standard("logistic", 16, num_classes=3)
-    with_classes = kept.model(IMAGES).with_(spec=dataclasses.replace(IMAGES, num_classes=3), prior=prior)
+    with_classes = kept.model(dataclasses.replace(IMAGES, num_classes=3))
     with pytest.raises(ValueError, match=r"labels must be 2 integers, .* int32 of shape \(1,\)"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
     with pytest.raises(ValueError, match=r"labels must be 2 integers, .* float32"):
@@ -175,18 +173,11 @@ def test_labels_that_are_none_are_named():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, mixture, scales, own, got 'cauchy'"),
-        ({"prior_family": "mixture"}, "num_components is for the priors mixture and scales, .* got None for the prior mixture"),
+        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, .*, own, got 'cauchy'"),
+        ({"prior_family": "mixture"}, "num_components is for the priors mixture, .* got None for the prior mixture"),
         ({"num_components": 2}, "got 2 for the prior logistic"),
-        (
-            {"prior_family": "mixture", "num_components": 2},
-            r"prior of vectors .* got 2 components .* shape \(4, 4, 1\)",
-        ),
-        ({"prior_family": "mixture", "num_components": 0, "flow": PLANE.flow, "transform": Center()}, "at least 1 .* got 0"),
-        (
-            {"prior_family": "mixture", "num_components": 2, "num_classes": 3, "flow": PLANE.flow, "transform": Center()},
-            "without classes, .* 3 classes",
-        ),
+        ({"prior_family": "mixture", "num_components": 0}, "at least 1, .* got 0"),
+        ({"prior_family": "mixture", "num_components": 2, "num_classes": 3}, "got mixture with num_classes=3"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
         ({"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2}, r"a share for each entry of \(4, 4, 1\), got 3"),
@@ -241,7 +232,7 @@ def test_ranges_are_the_models_own_under_transformations():
     of_keys = jax.vmap(lambda key: model.log_prob(x, key))(keys())
     np.testing.assert_allclose(of_keys, np.stack([expected] * 3), rtol=1e-5)
     gradient = jax.grad(lambda prior: model.with_(prior=prior).log_prob(x).mean())(model.prior)
-    assert np.any(gradient["mean"] != 0)
+    assert np.any(gradient.mean != 0)
     with pytest.raises(ValueError, match="not within the range -9 to 9"):
         model.log_prob(x * 2)
 

@@ -73,7 +73,7 @@ def test_names_read_like_paths(variables):
         "stage1/blocks/dense1/bias": (1, 8),
         "stage1/blocks/dense1/beta": (1,),
         "prior/mean": (16,),
-        "prior/log_std": (16,),
+        "prior/log_scale": (16,),
     }
     assert shapes(variables["spectral"]) == {
         "stage0/blocks/conv0": (2, 2, 2, 4),

@@ -14,6 +14,7 @@ import iresnet_jax as ir
 from iresnet_jax.models import priors
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.models.priors import Gaussian
 
 FLOW = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(4,), activation="tanh"),))
 SPEC = ir.DensitySpec(FLOW, prior_family="own")
@@ -87,13 +88,14 @@ def test_a_file_holds_its_numbers(tmp_path):
         ir.load(path)
     with pytest.raises(ValueError, match="damaged"):
         ir.load(path, prior=Laplace(jnp.zeros(2)))
-    standard = ir.Density(ir.DensitySpec(FLOW), weights(), priors.standard("gaussian", 2)).save(tmp_path / "standard.npz")
+    standard = ir.Density(ir.DensitySpec(FLOW), weights(), Gaussian.standard(2)).save(tmp_path / "standard.npz")
     with pytest.raises(ValueError, match=r"takes no prior="):
         ir.load(standard, prior=Laplace(0.0))
 
 
 def test_independent_mixtures_of_the_library_need_no_template(tmp_path):
-    model = density(Marginals.fit(np.asarray(X), 3))
+    model = ir.Density.init(jax.random.key(0), X, stages=FLOW.stages, prior=Marginals.fit(np.asarray(X), 3))
+    assert (model.spec.prior_family, model.spec.num_components) == ("marginals", 3)
     file = model.save(tmp_path / "model.npz")
     np.testing.assert_allclose(ir.load(file).log_prob(X), model.log_prob(X), rtol=1e-6)
     fetched = jax.device_get(model).save(tmp_path / "fetched.npz")  # arrays of NumPy are no constants here
@@ -110,7 +112,7 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
 
 def test_numbers_and_arrays_of_numpy_are_constants(tmp_path):
     for constant in (0.3, np.float32(0.3)):
-        prior = priors.own(Laplace(constant))
+        prior = priors.trainable(Laplace(constant))
         assert not jax.tree.leaves(prior)
         assert prior.module == Laplace(constant)
         path = density(Laplace(constant)).save(tmp_path / "model.npz")
@@ -121,7 +123,7 @@ def test_numbers_and_arrays_of_numpy_are_constants(tmp_path):
 def test_a_distribution_of_flowjax_is_a_prior(tmp_path):
     distributions = pytest.importorskip("flowjax.distributions")
     make = lambda scale: distributions.Normal(jnp.zeros(2), scale)  # noqa: E731 (leaves are arrays, numbers and functions)
-    model = density(priors.own(make(3.0)))
+    model = density(priors.trainable(make(3.0)))
     z = model.encode(X)
     log_prior = -np.sum(np.square(z) / 18 + np.log(3) + 0.5 * np.log(2 * np.pi), axis=1)
     terms = model.terms(X, jax.random.key(0), jax.random.key(0))
@@ -147,18 +149,17 @@ class Transposed(Laplace):
 
 
 def with_own(kind):
-    return density(priors.own(kind(0.0)))
+    return density(priors.trainable(kind(0.0)))
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: density(priors.standard("gaussian", 2)).log_prob(X), "has the methods log_prob.* got a dict"),
         (lambda: with_own(EachEntry).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
         (lambda: with_own(Transposed).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
         (lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5), "has no temperature, got 0.5"),
-        (lambda: priors.own(PRIOR_WITHOUT_METHODS), "got a dict"),
-        (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "leave out num_classes=2"),
+        (lambda: ir.Density.init(jax.random.key(0), X, stages=FLOW.stages, prior=PRIOR_WITHOUT_METHODS), "got a dict"),
+        (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "got own with num_classes=2"),
         (lambda: priors.standard("own", 2), "no standard member"),
     ],
 )

@@ -1,6 +1,6 @@
 """Priors against SciPy and quadrature."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,224 +8,154 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from iresnet_jax.models import mixtures, priors, scales
+from iresnet_jax.models import priors
+from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.models.mixtures import GaussianMixture
+from iresnet_jax.models.priors import ClassPriors, Gaussian, Logistic
+from iresnet_jax.models.scales import ScaleMixture
 
-EXACT = 1e-10  # float64, same maths by another route
-QUADRATURE = 1e-8  # what scipy.integrate.quad promises by default
+EXACT = 1e-9  # float64, same maths by another route
+QUADRATURE = 1e-6
 SINGLE = 1e-5  # float32, same maths by another route
 P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
+D = 3
+DISTRIBUTIONS = {"gaussian": stats.norm, "logistic": stats.logistic}
 
-PRIORS = {"gaussian": ("log_std", stats.norm), "logistic": ("log_scale", stats.logistic)}
 
-
-def prior_and_oracle(name, d=3, seed=0):
+def drawn(family, num_dims=D, seed=0):
+    """A member of a family with random numbers, in float64, of three components where it has some."""
+    standard = priors.standard(family, num_dims, 3 if family in priors.MIXTURES else None)
     rng = np.random.default_rng(seed)
-    mean, log_scale = rng.normal(size=d), rng.normal(size=d)
-    scale_name, distribution = PRIORS[name]
-    params = {"mean": jnp.asarray(mean), scale_name: jnp.asarray(log_scale)}
-    return params, functools.partial(priors.log_prob, name), distribution(mean, np.exp(log_scale))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), standard)
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_log_prob_matches_scipy(x64, name):
-    params, log_prob, oracle = prior_and_oracle(name)
-    z = np.concatenate([np.random.default_rng(1).normal(size=(6, 3)), np.full((1, 3), 100.0), np.full((1, 3), -100.0)])
-    value = log_prob(params, jnp.asarray(z))
-    assert value.shape == (8,)
-    np.testing.assert_allclose(value, oracle.logpdf(z).sum(axis=1), rtol=EXACT)
+def components(prior):
+    """Components of a mixture of vectors as SciPy's distributions, and their weights."""
+    if isinstance(prior, ScaleMixture):
+        covariances = [np.diag(np.exp(2 * (prior.log_std + scale))) for scale in prior.log_scales]
+        means = [prior.mean] * len(covariances)
+    else:
+        factors = np.tril(prior.lower, -1) + [np.diag(np.exp(own)) for own in prior.log_diagonal]
+        means, covariances = prior.mean, np.linalg.inv(factors.transpose(0, 2, 1) @ factors)
+    return [stats.multivariate_normal(*one) for one in zip(means, covariances, strict=True)], special.softmax(prior.logits)
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_density_integrates_to_one(x64, name):
-    params, log_prob, _ = prior_and_oracle(name, d=1, seed=3)
-    density = jax.jit(lambda z: jnp.exp(log_prob(params, z.reshape(1, 1)))[0])
-    centre = float(params["mean"][0])
-    halves = [
-        integrate.quad(lambda z: float(density(jnp.asarray(z))), *ends)[0] for ends in [(-np.inf, centre), (centre, np.inf)]
-    ]
-    np.testing.assert_allclose(halves, 0.5, rtol=0, atol=QUADRATURE)
+def by_scipy(prior, z):
+    """Log-density of latents in NumPy."""
+    prior = jax.tree.map(np.asarray, prior)
+    if isinstance(prior, Gaussian | Logistic):
+        return DISTRIBUTIONS[priors.family_of(prior)](prior.mean, np.exp(prior.log_scale)).logpdf(z).sum(axis=1)
+    if isinstance(prior, Marginals):
+        of_components = stats.norm(prior.mean, np.exp(prior.log_scale)).logpdf(z[:, :, None])
+        return special.logsumexp(of_components, axis=2, b=special.softmax(prior.logits, axis=1)).sum(axis=1)
+    oracles, weights = components(prior)
+    return special.logsumexp([oracle.logpdf(z) for oracle in oracles], axis=0, b=weights[:, None])
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_float32_log_prob_and_gradients_are_finite_and_right_far_out(name):
-    _, distribution = PRIORS[name]
-    params, log_prob = priors.standard(name, 1), functools.partial(priors.log_prob, name)
+@pytest.mark.parametrize("family", priors.FAMILIES)
+def test_log_prob_matches_scipy(x64, family):
+    prior = drawn(family)
+    z = np.concatenate([np.random.default_rng(1).normal(size=(6, D)), np.full((1, D), 100.0), np.full((1, D), -100.0)])
+    np.testing.assert_allclose(prior.log_prob(jnp.asarray(z)), by_scipy(prior, z), rtol=EXACT)
+
+
+@pytest.mark.parametrize("family", priors.FAMILIES)
+def test_densities_integrate_to_one(x64, family):
+    prior = drawn(family, num_dims=1, seed=3)
+    density = jax.jit(lambda z: jnp.exp(prior.log_prob(z.reshape(1, 1)))[0])
+    centre = float(np.mean(prior.mean))
+    ends = [(-np.inf, centre), (centre, np.inf)]
+    halves = [integrate.quad(lambda z: float(density(jnp.asarray(z))), *half)[0] for half in ends]
+    assert sum(halves) == pytest.approx(1, abs=QUADRATURE)
+
+
+@pytest.mark.parametrize("family", priors.LOCATION_SCALE)
+def test_float32_log_prob_and_gradients_are_finite_and_right_far_out(family):
     z = jnp.array([[-100.0], [0.0], [100.0]])
-    np.testing.assert_allclose(log_prob(params, z), distribution.logpdf(z[:, 0]), rtol=SINGLE)
-    gradients = jax.grad(lambda p, z: jnp.sum(log_prob(p, z)), argnums=(0, 1))(params, z)
-    slope = {"gaussian": 100, "logistic": 1}[name]
+    value_and_gradients = jax.value_and_grad(lambda prior, z: jnp.sum(prior.log_prob(z)), argnums=(0, 1))
+    value, gradients = value_and_gradients(priors.standard(family, 1), z)
+    np.testing.assert_allclose(value, DISTRIBUTIONS[family].logpdf(z).sum(), rtol=SINGLE)
+    slope = {"gaussian": 100, "logistic": 1}[family]
     np.testing.assert_allclose(gradients[1], [[slope], [0], [-slope]], rtol=SINGLE)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_samples_follow_the_prior_at_its_temperature(x64, name):
-    scale_name, distribution = PRIORS[name]
-    params = {"mean": jnp.asarray([1.0, -2.0]), scale_name: jnp.asarray([0.5, -1.0])}
-    sample = functools.partial(priors.sample, name)
+@pytest.mark.parametrize("family", priors.LOCATION_SCALE)
+def test_samples_follow_the_prior_at_its_temperature(x64, family):
+    prior = priors.LOCATION_SCALE[family](jnp.asarray([1.0, -2.0]), jnp.asarray([0.5, -1.0]))
     for temperature in (1.0, 0.5):
-        z = np.asarray(sample(params, jax.random.key(0), 4000, temperature))
+        z = np.asarray(prior.sample(jax.random.key(0), (4000,), temperature))
         assert z.shape == (4000, 2)
         for j in range(2):
-            scale = temperature * np.exp(float(params[scale_name][j]))
-            assert stats.kstest(z[:, j], distribution(float(params["mean"][j]), scale).cdf).pvalue > P_VALUE
+            mean, scale = float(prior.mean[j]), temperature * np.exp(float(prior.log_scale[j]))
+            assert stats.kstest(z[:, j], DISTRIBUTIONS[family](mean, scale).cdf).pvalue > P_VALUE
             # The test tells the two temperatures apart.
-            other = distribution(float(params["mean"][j]), scale * (1.5 - temperature) / temperature)
+            other = DISTRIBUTIONS[family](mean, scale * (1.5 - temperature) / temperature)
             assert stats.kstest(z[:, j], other.cdf).pvalue < 1e-9
         assert abs(np.corrcoef(z.T)[0, 1]) < 5 / np.sqrt(4000)
-    np.testing.assert_array_equal(sample(params, jax.random.key(0), 3, 0.0), np.tile([1.0, -2.0], (3, 1)))
 
 
-WEIGHTS = np.array([0.2, 0.5, 0.3])
+@pytest.mark.parametrize("family", priors.MIXTURES)
+def test_at_a_temperature_samples_are_closer_to_their_means(x64, family):
+    prior = drawn(family)
+    whole, half, means = (prior.sample(jax.random.key(0), (9,), temperature) for temperature in (1.0, 0.5, 0.0))
+    np.testing.assert_allclose(half - means, 0.5 * (whole - means), rtol=EXACT)
+    assert np.isin(means, np.asarray(prior.mean)).all()
 
 
-def mixture(d=4, num_components=5, seed=0):
-    """A mixture of three components, two more that are absent, and moments of the three."""
-    rng = np.random.default_rng(seed)
-    factors = rng.normal(size=(3, d, d))
-    covariances = factors @ factors.transpose(0, 2, 1) + 0.1 * np.eye(d)
-    means = 3 * rng.normal(size=(3, d))
-    return mixtures.mixture_of(means, covariances, WEIGHTS, num_components), means, covariances
+@pytest.mark.parametrize("family", priors.FAMILIES)
+def test_a_fit_to_samples_is_as_likely_as_their_prior(x64, family):
+    """The sampler's density is that of the oracle, and of the fit: mean log-densities are those of the entropy."""
+    prior = drawn(family, seed=2)
+    z = np.asarray(prior.sample(jax.random.key(0), (6000,)))
+    fitted = type(prior).fit(z[:5000], *([4] if family in priors.MIXTURES else []))
+    lost = by_scipy(prior, z[5000:]) - fitted.log_prob(jnp.asarray(z[5000:]))
+    assert abs(np.mean(lost)) < 0.03
+    far = dataclasses.replace(prior, mean=prior.mean + 3)
+    assert np.mean(by_scipy(prior, z) - by_scipy(far, z)) > 0.1  # the test tells other priors apart
 
 
-def test_a_mixture_s_log_prob_matches_scipy(x64):
-    """The parameters are in single precision, and the oracle takes them as they are; one absent logit is infinite."""
-    params, _, covariances = mixture()
-    params = {**params, "logits": params["logits"].at[4].set(-np.inf)}
-    own = {name: np.asarray(values, np.float64) for name, values in params.items()}
-    z = np.concatenate([3 * np.random.default_rng(1).normal(size=(6, 4)), np.full((1, 4), 100.0)])
-    of_components = []
-    for k in range(3):
-        factor = own["lower"][k] + np.diag(np.exp(own["log_diagonal"][k]))
-        covariance = np.linalg.inv(factor.T @ factor)
-        np.testing.assert_allclose(covariance, covariances[k], rtol=0, atol=1e-4)
-        of_components.append(stats.multivariate_normal(own["mean"][k], covariance).logpdf(z) + own["logits"][k])
-    expected = special.logsumexp(of_components, axis=0) - special.logsumexp(own["logits"][:3])
-    exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
-    np.testing.assert_allclose(priors.log_prob("mixture", exact, jnp.asarray(z)), expected, rtol=1e-8)  # an inverse of inverses
+def test_samples_of_a_mixture_have_its_moments(x64):
+    prior = drawn("mixture")
+    z = np.asarray(prior.sample(jax.random.key(0), (20_000,)))
+    oracles, weights = components(jax.tree.map(np.asarray, prior))
+    means, covariances = np.stack([oracle.mean for oracle in oracles]), np.stack([oracle.cov for oracle in oracles])
+    mean = weights @ means
+    expected = np.einsum("k,kij->ij", weights, covariances + (means - mean)[:, :, None] * (means - mean)[:, None])
+    assert np.all(np.abs(z.mean(axis=0) - mean) < 5 * z.std(axis=0) / np.sqrt(len(z)))
+    np.testing.assert_allclose(np.cov(z.T), expected, atol=0.03 * np.trace(expected))
 
 
-def test_absent_components_change_neither_values_nor_gradients():
-    z = jnp.asarray(3 * np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
-    value_and_grad = jax.jit(
-        jax.value_and_grad(lambda params, z: jnp.sum(priors.log_prob("mixture", params, z)), argnums=(0, 1))
-    )
-    (padded, _, _), (own, _, _) = mixture(), mixture(num_components=3)
-    value, (of_params, of_z) = value_and_grad(padded, z)
-    expected, (of_own, of_own_z) = value_and_grad(own, z)
-    np.testing.assert_allclose(value, expected, rtol=SINGLE)
-    np.testing.assert_allclose(of_z, of_own_z, rtol=SINGLE)
-    for name, gradient in of_params.items():
-        np.testing.assert_allclose(gradient[:3], of_own[name], rtol=1e-4, atol=1e-4)
-        assert not np.any(gradient[3:])
+def test_a_mixture_is_fitted_to_modes():
+    modes = np.array([[-5.0, 0.0], [5.0, 0.0], [0.0, 300.0]])
+    z = np.repeat(modes, 400, axis=0) + np.random.default_rng(0).normal(size=(1200, 2)) * [0.5, 2.0]
+    found = GaussianMixture.fit(z, 3)
+    order = np.lexsort(np.asarray(found.mean).round().T)
+    np.testing.assert_allclose(np.asarray(found.mean)[order], modes, atol=0.5)
+    np.testing.assert_allclose(np.exp(-found.log_diagonal[:, 0]), 0.5, rtol=0.15)
+    np.testing.assert_allclose(jax.nn.softmax(found.logits), 1 / 3, atol=0.01)
+    with pytest.raises(ValueError, match="4 components needs as many examples, got 3"):
+        GaussianMixture.fit(modes, 4)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_samples_of_a_mixture_have_its_moments(temperature):
-    params, means, covariances = mixture()
-    z = np.asarray(priors.sample("mixture", params, jax.random.key(0), 20_000, temperature), np.float64)
-    assert z.shape == (20_000, 4)
-    mean = WEIGHTS @ means
-    within, between = (
-        np.einsum("k,kij->ij", WEIGHTS, covariances),
-        np.einsum("k,ki,kj->ij", WEIGHTS, means - mean, means - mean),
-    )
-    stderr = 5 * z.std(axis=0) / np.sqrt(len(z))
-    assert np.all(np.abs(z.mean(axis=0) - mean) < stderr)
-    np.testing.assert_allclose(np.cov(z.T), temperature**2 * within + between, atol=0.03 * np.trace(within + between))
+def test_latents_that_are_all_alike_have_a_fit():
+    for family in (Gaussian, ScaleMixture, Marginals):
+        sizes = [2] if family in priors.MIXTURES.values() else []
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(family.fit(np.ones((4, D)), *sizes)))
 
 
-def test_a_mixture_without_temperature_gives_its_means():
-    params, means, _ = mixture()
-    z = np.asarray(priors.sample("mixture", params, jax.random.key(0), 2000, 0.0))
-    values, counts = np.unique(z, axis=0, return_counts=True)
-    order = np.argsort(means[:, 0])
-    np.testing.assert_allclose(values, means[order], rtol=SINGLE)
-    assert np.all(np.abs(counts / 2000 - WEIGHTS[order]) < 5 * np.sqrt(0.25 / 2000))
-
-
-SCALES = {
-    "mean": np.array([1.0, -2.0, 0.5]),
-    "log_std": np.array([0.0, 0.5, -1.0]),
-    "log_scales": np.array([-2.5, 0.0, 1.5]),
-    "logits": np.log([0.2, 0.5, 0.3]) + 1,  # up to a constant
-}
-
-
-def test_log_prob_and_fit_of_scales_match_scipy(x64):
-    params = jax.tree.map(jnp.asarray, SCALES)
-    covariances = np.exp(2 * SCALES["log_scales"])[:, None, None] * np.diag(np.exp(2 * SCALES["log_std"]))
-    oracles = [stats.multivariate_normal(SCALES["mean"], covariance) for covariance in covariances]
-
-    def exact(z):
-        return special.logsumexp([oracle.logpdf(z) for oracle in oracles], axis=0, b=np.array([[0.2], [0.5], [0.3]]))
-
-    z = np.asarray(priors.sample("scales", params, jax.random.key(0), 6000))
-    few = np.concatenate([z[:5], np.full((1, 3), 100.0)])
-    np.testing.assert_allclose(priors.log_prob("scales", params, jnp.asarray(few)), exact(few), rtol=EXACT)
-    fitted, held_out = scales.fitted(z[:5000], 8), z[5000:]
-    lost = exact(held_out) - priors.log_prob("scales", fitted, jnp.asarray(held_out))
-    assert abs(np.mean(lost)) < 0.02  # the sampler's density is that of the oracle, and the fit's
-    assert np.all(np.isfinite(scales.fitted(np.ones((2, 3)), 4)["log_scales"]))
-
-
-def test_samples_of_scales_at_a_temperature_are_closer_to_the_mean():
-    params = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), SCALES)
-    whole, half, none = (priors.sample("scales", params, jax.random.key(0), 9, temperature) for temperature in (1.0, 0.5, 0.0))
-    mean = params["mean"][None]
-    np.testing.assert_allclose(half - mean, 0.5 * (whole - mean), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(none, np.tile(params["mean"], (9, 1)))
-
-
-def test_priors_of_classes_are_stacked_and_equally_likely():
-    stacked = priors.standard("gaussian", 3, num_classes=2)
-    assert {name: values.shape for name, values in stacked.items()} == {"mean": (2, 3), "log_std": (2, 3), "class_logits": (2,)}
-    assert not any(np.any(values) for values in stacked.values())
-
-
-@pytest.mark.parametrize("kind", priors.PRIORS)
-def test_priors_of_classes_have_the_moments_of_their_latents(kind):
+@pytest.mark.parametrize("family", priors.LOCATION_SCALE)
+def test_priors_of_classes_have_the_moments_of_their_latents(family):
     """And the frequencies; class 2 has no examples, and gets the mean of all."""
     rng = np.random.RandomState(0)
     labels = np.repeat([0, 1], [300, 100])
     z = np.where(labels[:, None] == 0, [3.0, -1.0], [-3.0, 1.0]) + rng.normal(size=(400, 2)) * [1.0, 0.5]
-    fitted = priors.of_classes(kind, z, labels, 3)
+    fitted = ClassPriors.fit(family, z, labels, 3)
     for label in (0, 1):
-        np.testing.assert_allclose(fitted["mean"][label], z[labels == label].mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(fitted["mean"][2], z.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(np.exp(fitted["class_logits"]), np.array([301, 101, 1]) / 403, rtol=1e-5)
-    one = {name: values[0] for name, values in fitted.items() if name != "class_logits"}
-    drawn = np.asarray(priors.sample(kind, one, jax.random.key(0), 20_000))
-    np.testing.assert_allclose(drawn.std(axis=0), [1.0, 0.5], rtol=0.08)
-
-
-STANDARD = priors.standard("gaussian", 2)
-
-
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: priors.log_prob("gaussian", STANDARD, jnp.zeros((4, 3))), r"shape \(3,\) .* got \(2,\) and \(2,\)"),
-        (
-            lambda: priors.log_prob("logistic", {"mean": jnp.zeros(3), "log_scale": jnp.zeros(1)}, jnp.zeros((4, 3))),
-            r"got \(3,\) and \(1,\)",
-        ),
-        (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 0), "got 0 and 1.0"),
-        (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, -0.5), "got 1 and -0.5"),
-        (lambda: priors.sample("gaussian", STANDARD, jax.random.key(0), 1, float("nan")), "got 1 and nan"),
-        (lambda: priors.standard("cauchy", 3), "prior must be one of gaussian, logistic, mixture, scales, own, got 'cauchy'"),
-        (lambda: priors.standard("mixture", 3, num_classes=2), "mixtures need num_components"),
-        (lambda: priors.standard("scales", 3, 2, 4), "and take no classes"),
-        (
-            lambda: priors.log_prob("scales", priors.standard("scales", 3, None, 4), jnp.zeros((4, 2))),
-            r"3 dimensions, got z of shape \(4, 2\)",
-        ),
-        (lambda: priors.log_prob("mixture", mixture()[0], jnp.zeros((4, 3))), r"4 dimensions, got z of shape \(4, 3\)"),
-        (lambda: mixtures.mixture_of([[0.0]], [[[0.0]]], [1.0]), "covariances of a mixture must be positive definite"),
-        (lambda: mixtures.mixture_of([[0.0]], [[[1.0]]], [0.0]), "weights of a mixture must be at least 0"),
-        (lambda: mixtures.mixture_of([[0.0]] * 2, [[[1.0]]] * 2, [1.0] * 2, 1), "2 components, and 1 are allowed"),
-    ],
-)
-def test_caller_mistakes(call, match):
-    with pytest.raises(ValueError, match=match):
-        call()
+        np.testing.assert_allclose(fitted.by_class.mean[label], z[labels == label].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(fitted.by_class.mean[2], z.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(fitted.logits), np.array([301, 101, 1]) / 403, rtol=1e-5)
+    of_class = np.asarray(fitted.sample(jax.random.key(0), (20_000,), labels=jnp.zeros(20_000, int)))
+    np.testing.assert_allclose(of_class.std(axis=0), [1.0, 0.5], rtol=0.08)
+    shapes = jax.tree.map(jnp.shape, priors.standard(family, 2, num_classes=3))
+    assert shapes == jax.tree.map(jnp.shape, fitted)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models import priors
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -35,7 +34,7 @@ def model(name):
     whole = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
     if name != "classes":
         return whole
-    return whole.with_(prior={**whole.prior, "class_logits": jnp.array([0.1, 1.0, -0.5])})
+    return whole.with_(prior=dataclasses.replace(whole.prior, logits=jnp.array([0.1, 1.0, -0.5])))
 
 
 @jax.jit
@@ -64,7 +63,7 @@ def test_with_labels_the_log_density_is_that_of_the_class(x64):
     whole = model("classes")
     found = drawn(whole, None, LABELS)
     at = terms(whole, found.x, KEY, KEY)
-    frequencies = np.exp(whole.prior["class_logits"]) / np.exp(whole.prior["class_logits"]).sum()
+    frequencies = np.exp(whole.prior.logits) / np.exp(whole.prior.logits).sum()
     of_classes = at.log_prior_by_class[np.arange(4), LABELS] - np.log(frequencies)[LABELS]
     np.testing.assert_allclose(found.log_prob, of_classes + at.log_det + at.log_det_transform, **SAME)
 
@@ -114,7 +113,7 @@ def test_discrete_data_are_referred_to_their_continuous_density():
 
 def test_a_mixture_has_its_log_density_too(x64):
     spec = dataclasses.replace(SPECS["normal"], prior_family="mixture", num_components=2)
-    prior = {**priors.standard("mixture", 2, num_components=2), "mean": jnp.array([[-1.0, 0.0], [2.0, 1.0]])}
+    prior = dataclasses.replace(spec.standard_prior(), mean=jnp.array([[-1.0, 0.0], [2.0, 1.0]]))
     whole = model("normal").with_(spec=spec, prior=prior)
     found = drawn(whole, None, None)
     np.testing.assert_allclose(found.log_prob, terms(whole, found.x, KEY, KEY).log_prob, **SAME)

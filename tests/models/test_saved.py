@@ -18,12 +18,10 @@ from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity
 from iresnet_jax.checked_dataclasses import checked, tagged
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.contractions import freeze
+from iresnet_jax.models.contractions import as_params, freeze
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.models.saved import Spec, model_of, read
 
@@ -42,7 +40,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def density():
-    return model_of(DENSITY, {"params": params(), "prior": priors.standard("logistic", 16, 3)})
+    return model_of(DENSITY, {"params": params(), "prior": DENSITY.standard_prior()})
 
 
 @pytest.fixture(scope="module")

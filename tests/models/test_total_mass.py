@@ -8,9 +8,9 @@ import iresnet_jax as ir
 from iresnet_jax.bijections.bounded import Bounded, Bounds
 from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.bijections.standardize import Standardize, Whiten
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import model_of
 
 TOLERANCE = 1e-3
@@ -36,11 +36,11 @@ def density(transform, prior="gaussian", grid=None, seed=0):
     """A density with random weights that reach far from the identity."""
     num = len(transform.intervals)
     flow = FlowSpec((num,), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9)
-    spec = DensitySpec(flow, prior, transform, grid=grid, num_components=3 if prior in priors.MIXTURES else None)
+    spec = DensitySpec(flow, prior, transform, grid=grid, num_components=3 if prior in MIXTURES else None)
     key = jax.random.key(seed)
     params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
     params = jax.tree.map(lambda leaf: leaf + 0.5 * RNG.normal(size=leaf.shape).astype(leaf.dtype), params)
-    return model_of(spec, {"params": params, "prior": priors.standard(prior, num, None, spec.num_components)}).freeze()
+    return model_of(spec, {"params": params, "prior": spec.standard_prior()}).freeze()
 
 
 CASES = {

@@ -85,7 +85,7 @@ MISTAKES = [
     ("toy", "constraint.norms=none", "a density needs blocks that are contractions"),
     ("classifier", "data.name=moons", "classification needs labelled images"),
     ("classifier", "model.sharp=true", "config.model.sharp is for density and hybrid"),
-    ("toy", "model.prior=mixture", "prior_components is for the priors mixture and scales, which need it"),
+    ("toy", "model.prior=mixture", "prior_components is for the priors mixture, scales, marginals, which need it"),
     ("toy", "model.prior_components=2", "got 2 for gaussian"),
     ("hybrid", "model.prior=mixture model.prior_components=2", "prior_components is for density: leave it at 0 for hybrid"),
     ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),

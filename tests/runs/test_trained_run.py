@@ -62,7 +62,7 @@ def same(a, b):
 def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
     named = runs.arrays_of(trained, 20)
     assert (toy.step, toy.notes) == (20, ())
-    np.testing.assert_array_equal(toy.model.prior["mean"], named["ema/prior/mean"])
+    np.testing.assert_array_equal(toy.model.prior.mean, named["ema/prior/mean"])
     branch = toy.model.weights["stage0"].branch.weights
     np.testing.assert_array_equal(branch["dense0"]["bias"], named["ema/stage0/blocks/dense0/bias"])
     for layer, found in branch.items():

@@ -1,5 +1,6 @@
 """A density with a prior for every class: Bayes' rule, samples of a class, and training on images and labels at once."""
 
+import dataclasses
 import functools
 import json
 
@@ -16,12 +17,12 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.evaluation import samples
-from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.metrics import read_metrics
@@ -60,7 +61,7 @@ def plane(kind="gaussian", num_classes=K):
     @jax.jit
     def make(key):
         key_prior, key_points = jax.random.split(key)
-        return scattered(key_prior, priors.standard(kind, D, num_classes)), jax.random.normal(key_points, (16, D))
+        return scattered(key_prior, spec.standard_prior()), jax.random.normal(key_points, (16, D))
 
     with jax.enable_x64(False):  # the first test that asks may be one in float64
         prior, points = make(jax.random.key(3))
@@ -79,15 +80,14 @@ def scattered(key, tree):
 
 def by_hand(kind, prior, z):
     """``log p(y) + log p_Z(z | y)`` in numpy, class by class."""
-    distribution, scale = {"gaussian": (scipy.stats.norm, "log_std"), "logistic": (scipy.stats.logistic, "log_scale")}[kind]
+    distribution = {"gaussian": scipy.stats.norm, "logistic": scipy.stats.logistic}[kind]
     prior, z = jax.tree.map(np.asarray, (prior, z))
-    classes = []
-    for mean, log_scale in zip(prior["mean"], prior[scale], strict=True):
-        classes.append(distribution.logpdf(z, mean, np.exp(log_scale)).sum(axis=1))
-    return np.stack(classes, axis=1) + scipy.special.log_softmax(prior["class_logits"])
+    moments = zip(prior.by_class.mean, np.exp(prior.by_class.log_scale), strict=True)
+    classes = [distribution.logpdf(z, mean, scale).sum(axis=1) for mean, scale in moments]
+    return np.stack(classes, axis=1) + scipy.special.log_softmax(prior.logits)
 
 
-@pytest.mark.parametrize("kind", priors.PRIORS)
+@pytest.mark.parametrize("kind", ["gaussian", "logistic"])
 def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64, kind):
     model, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane(kind))
     key, labels = jax.random.key(0), jnp.arange(len(x)) % K
@@ -123,8 +123,8 @@ def test_samples_of_a_class_follow_its_prior(x64):
     z, labels = np.asarray(z), np.asarray(labels)
 
     def pvalues(component):  # of every dimension, that a class's latents are those of this component
-        component = {name: np.asarray(values[component]) for name, values in model.prior.items()}
-        of_component = scipy.stats.logistic(component["mean"], np.exp(component["log_scale"]))
+        by_class = model.prior.by_class
+        of_component = scipy.stats.logistic(by_class.mean[component], np.exp(by_class.log_scale[component]))
         return [
             [scipy.stats.kstest(of_component.cdf(z[labels == k])[:, d], "uniform").pvalue for d in range(D)] for k in range(K)
         ]
@@ -137,11 +137,12 @@ def test_samples_of_a_class_follow_its_prior(x64):
 def test_without_labels_classes_come_as_often_as_the_model_says():
     model, _ = plane()
     means = np.repeat(100 * np.arange(K, dtype=np.float32)[:, None], D, axis=1)
-    model = model.with_(prior={**model.prior, "mean": means, "log_std": np.zeros((K, D), np.float32)})
+    by_class = Gaussian(means, np.zeros((K, D), np.float32))
+    model = model.with_(prior=dataclasses.replace(model.prior, by_class=by_class))
     draw_latents = jax.jit(type(model).sample_latents, static_argnames=("num", "temperature"))
     z = draw_latents(model, jax.random.key(0), 6000)
     counts = np.bincount(np.rint(np.asarray(z[:, 0]) / 100).astype(int), minlength=K)
-    expected = 6000 * scipy.special.softmax(np.asarray(model.prior["class_logits"], np.float64))
+    expected = 6000 * scipy.special.softmax(np.asarray(model.prior.logits, np.float64))
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
     assert draw_latents(model, jax.random.key(0), 5, temperature=0.0, labels=np.full(5, 2))[:, 0].tolist() == [200.0] * 5
 

@@ -2,18 +2,17 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs as runs
 
 import iresnet_jax as ir
 from iresnet_jax.data import load
-from iresnet_jax.models import contractions, priors
+from iresnet_jax.models import contractions
+from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs import loop, objective_from_config, trained_run
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.objective_from_config import initial_variables
-from iresnet_jax.training.initialization import fitted_mixture
 
 CONVERGED = 2e-3  # twice the tolerance of the power iterations
 RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that
@@ -63,19 +62,6 @@ def test_examples_that_do_not_split_evenly_leave_some_out():
     chex.assert_trees_all_equal(found, expected)
 
 
-def test_a_mixture_is_fitted_to_latents():
-    """Of three points each is a component, and the fourth component is absent; of three modes the components are the modes."""
-    modes = np.array([[-5.0, 0.0], [5.0, 0.0], [0.0, 300.0]])
-    few = fitted_mixture(modes, 4)
-    np.testing.assert_allclose(np.exp(few["logits"]), [1 / 3, 1 / 3, 1 / 3, 0], atol=1e-3)
-    z = np.repeat(modes, 400, axis=0) + np.random.default_rng(0).normal(size=(1200, 2)) * [0.5, 2.0]
-    found = fitted_mixture(z, 3)
-    order = np.lexsort(np.asarray(found["mean"]).round().T)
-    np.testing.assert_allclose(np.asarray(found["mean"])[order], modes, atol=0.5)
-    np.testing.assert_allclose(np.exp(-found["log_diagonal"][:, 0]), 0.5, rtol=0.15)
-    np.testing.assert_allclose(np.exp(found["logits"]), 1 / 3, atol=0.01)
-
-
 def test_a_density_with_a_mixture_is_trained_saved_loaded_and_certified(tmp_path, monkeypatch):
     changes = {"model.prior": "mixture", "model.prior_components": 3, "training.total_steps": 3, "training.eval_every_steps": 3}
     changes |= {"logdet.kind": "exact", "evaluation.logdet.kind": "exact"}
@@ -90,8 +76,8 @@ def test_a_density_with_a_mixture_is_trained_saved_loaded_and_certified(tmp_path
     monkeypatch.setattr(objective_from_config, "initial_variables", noted)
     loop.train(config, tmp_path / "run")
     trained, [start] = trained_run.load(tmp_path / "run").model, started
-    for name, values in trained.prior.items():
-        assert np.any(values != start["params"]["prior"][name])
+    for values, first in zip(*map(jax.tree.leaves, (trained.prior, start["params"]["prior"])), strict=True):
+        assert np.any(values != first)
         assert np.all(np.isfinite(values))
     points = load(config.data.name).held_out("test", 256)
     model, x = ir.load(trained.save(tmp_path / "model.npz")), points[:4]
@@ -101,5 +87,4 @@ def test_a_density_with_a_mixture_is_trained_saved_loaded_and_certified(tmp_path
     assert info.converged.all()
     assert np.all(np.isfinite(samples))
     z = model.encode(points)  # of modes that no single normal distribution has
-    moments = {"mean": jnp.mean(z, axis=0), "log_std": jnp.log(jnp.std(z, axis=0))}
-    assert np.mean(priors.log_prob("mixture", model.prior, z)) > np.mean(priors.log_prob("gaussian", moments, z)) + 0.1
+    assert np.mean(model.prior.log_prob(z)) > np.mean(Gaussian.fit(z).log_prob(z)) + 0.1
