@@ -19,11 +19,6 @@ def count(text: str, least: int = 1) -> int:
     return number
 
 
-def count_or_none(text: str) -> int:
-    """A number of examples that may be 0."""
-    return count(text, least=0)
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "FILE": {"help": "state_dict of the network, as npz"},
     "architecture": {
@@ -40,14 +35,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"},
     "num": {"type": count, "help": "how many examples, images of each side or samples (%(default)s)"},
     "certify": {
-        "type": count_or_none,
+        "type": lambda text: count(text, least=0),
         "metavar": "N",
         "help": "how many, from the first, get a guaranteed error; 0 for none (what takes some seconds, at most 64)",
     },
     "temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
     "seed": {"type": int, "default": 0, "help": "of the latents (0)"},
     "samples": {"type": count, "default": 99, "help": "of the model for each example (%(default)s)"},
-    "context": {"metavar": "NUMBERS", "help": "context: 1.0,2.0,... or a .npy file with one per row"},
+    "context": {"metavar": "NUMBERS", "help": "context, as --context=1.0,2.0,... or a .npy file with one per row"},
     "label": {"type": int, "help": "of which class, of a hybrid (any)"},
     "importance": {
         "type": count,
@@ -73,31 +68,24 @@ class Command(NamedTuple):
     Attributes:
         help: What it gives, and when its exit status is 1.
         options: Names in `OPTIONS`, some with a default; in capitals the names of arguments without dashes.
-        shares_examples: Whether all devices share its examples.
-        takes_config: Whether it takes the options of `train.py` instead of a trained model.
     """
 
     help: str
     options: str
-    shares_examples: bool = False
-    takes_config: bool = False
 
 
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, and test error of a model with classes.",
         "workdir data importance importance-examples",
-        shares_examples=True,
     ),
     "sample": Command(
         "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them.",
         "workdir num=64 temperature seed context label certify",
-        shares_examples=True,
     ),
     "reconstruct": Command(
         "Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any.",
         "workdir data num=512 certify",
-        shares_examples=True,
     ),
     "certify": Command(
         "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction.",
@@ -107,19 +95,15 @@ COMMANDS = {
         "Calibration of a density given contexts: ranks of test examples among samples, and tests that they are uniform; exit "
         "status 1 if these refuse it.",
         "workdir data num=500 samples",
-        shares_examples=True,
     ),
-    "report": Command(
-        "All results, to report.json and report.html.", "workdir data importance importance-examples", shares_examples=True
-    ),
+    "report": Command("All results, to report.json and report.html.", "workdir data importance importance-examples"),
     "convert": Command(
         "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
         "FILE architecture scale output=model.npz",
     ),
     "plan": Command(
-        "Whether the training step of a config fits a machine that is not here; exit status 1 if it does not.",
+        "Whether a training step, by the options of train.py, fits a machine that is not here; exit status 1 if it does not.",
         "topology",
-        takes_config=True,
     ),
 }
 
@@ -129,8 +113,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
-        others = " Other options: those of train.py." if command.takes_config else ""
-        options = parsers.add_parser(name, help=command.help, description=command.help + others)
+        options = parsers.add_parser(name, help=command.help, description=command.help)
         for option in command.options.split():
             flag, _, default = option.partition("=")
             settings = OPTIONS[flag] | (dict[str, Any](default=default) if default else {})
@@ -139,36 +122,23 @@ def make_parser() -> Parser:
     return parser
 
 
-def _joined(argv: Sequence[str]) -> list[str]:
-    """Words of a command, ``--context`` and its numbers as one: a first number below zero would be taken for an option."""
-    words = list(argv)
-    places = [i for i, word in enumerate(words[:-1]) if word == "--context" and not words[i + 1].startswith("--")]
-    for place in reversed(places):
-        words[place : place + 2] = [f"--context={words[place + 1]}"]
-    return words
-
-
 def run(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(_joined(argv))
-    command = COMMANDS[arguments.command]
+    arguments, arguments.flags = parser.parse_known_args(argv)
+    if arguments.flags and arguments.command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(arguments.flags)}")
     if "workdir" in arguments:
         arguments.workdir = local_folder(arguments.workdir)
-    if rest and not command.takes_config:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     from iresnet_jax import commands  # slow to import: --help and mistakes are answered without it
     from iresnet_jax.runs import trained_run
 
     machine.cache_programs()
     execute = getattr(commands, arguments.command)
-    if command.takes_config:
-        return 0 if execute(arguments, rest) else 1
     if "workdir" not in arguments:
         return 0 if execute(arguments) else 1
-    if command.shares_examples:
-        machine.use_all_cores(trained_run.read_config(arguments.workdir))
+    machine.use_all_cores(trained_run.read_config(arguments.workdir))
     trained, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
     return 0 if execute(trained.with_data(data) if data else trained, arguments) else 1
 

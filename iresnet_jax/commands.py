@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -177,10 +176,10 @@ def _excess(certificate: Certificate) -> str:
     )
 
 
-def plan(arguments: argparse.Namespace, flags: Sequence[str]) -> bool:
+def plan(arguments: argparse.Namespace) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
     jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
-    config = parse_train_flags(["python -m iresnet_jax plan", *flags]).config
+    config = parse_train_flags(["python -m iresnet_jax plan", *arguments.flags]).config
     say = functools.partial(print, file=sys.stderr, flush=True)
     made = plans.make(config, plans.machine(arguments.topology), say=say)
     _say(made)

@@ -13,7 +13,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.commands import context_vectors
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import machine, run_folder
+from iresnet_jax.runs import run_folder
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig
 
@@ -189,17 +189,6 @@ def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
     assert content["nll"]["mean"] == pytest.approx(mean, abs=1e-4)
 
 
-def test_commands_that_share_examples_use_all_cores_before_the_model_is_loaded(copied, capsys, monkeypatch):
-    calls, load = [], run.load
-    monkeypatch.setattr(machine, "use_all_cores", lambda config: calls.append(config.data.name))
-    monkeypatch.setattr(run, "load", lambda folder: calls.append("load") or load(folder))
-    said(capsys, "sample", copied["points"], "--num", "1", "--certify", "0")
-    said(capsys, "certify", copied["points"])
-    assert calls == ["moons", "load", "load"]
-    shared = {name for name, command in COMMANDS.items() if command.shares_examples}
-    assert shared == {"evaluate", "sample", "reconstruct", "calibrate", "report"}
-
-
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +206,7 @@ MISTAKES = [
     ("sample", "points", ["--num", "-1"], "at least 1, got -1"),
     ("sample", "points", ["--seed", "-3"], "seed must lie in"),
     ("sample", "points", ["--seed", "99999999999999999999"], "seed must lie in"),
-    ("plan", None, ["--topolgy", "v5e:2x2"], "--topolgy: did you mean '--topology'"),
-    ("evaluate", None, ["--workdr=runs"], "--workdr: did you mean '--workdir'"),
+    ("evaluate", None, ["--workdr=runs"], "required: --workdir"),
     ("sample", "points", ["--temperature", "nan"], "temperature at least 0"),
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "-1.0"], "takes no context"),

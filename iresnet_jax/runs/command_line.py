@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import difflib
 import inspect
 import logging
 import re
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from iresnet_jax.runs.config import Config
 
 DEFAULT_CONFIG = "configs/digits_density.py"
-CLOSE = 0.8  # likeness of a misspelt option and the right one
 MISTAKE = 2  # exit status
 _LONGEST = 600  # characters of a message; compilers append whole programs to theirs
 
@@ -29,19 +27,8 @@ _LONGEST = 600  # characters of a message; compilers append whole programs to th
 class Parser(argparse.ArgumentParser):
     """A parser of command lines that raises ``ValueError`` with a sentence instead of printing its usage."""
 
-    _given: Sequence[str] = ()
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Keeps what is parsed, to name a misspelt option where its right name is missing."""
-        self._given = [*(args or ())]
-        return super().parse_known_args(args, namespace)
-
     def error(self, message: str) -> NoReturn:
         """Says what was wrong and where to look."""
-        known = self._option_string_actions
-        for flag in (argument.partition("=")[0] for argument in self._given if argument.startswith("--")):
-            if flag not in known and (close := difflib.get_close_matches(flag, known, n=1, cutoff=CLOSE)):
-                message = f"unrecognized argument {flag}: did you mean {close[0]!r}?"
         raise ValueError(f"{message}; see {self.prog} --help")
 
 

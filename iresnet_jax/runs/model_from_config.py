@@ -1,9 +1,7 @@
 """The data that settings name, and the architecture and preprocessing of their model."""
 
 from dataclasses import replace
-from typing import Any
 
-import jax
 import numpy as np
 
 from iresnet_jax.bijections.bounded import Bounded
@@ -19,13 +17,10 @@ from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig
 
-SCALE_EXAMPLES = 10_000  # of a simulator, whose mean and standard deviation become the scale of its data
-
 
 def load_data(settings: DataConfig) -> DataSet:
     """The data that a config names."""
-    fractions = settings.validation_fraction, settings.test_fraction
-    data = load(settings.name, fractions=fractions)
+    data = load(settings.name, fractions=(settings.validation_fraction, settings.test_fraction))
     return conditioned_on_labels(data) if settings.condition_on_labels else data
 
 
@@ -62,7 +57,8 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         num_classes=data.num_classes if is_hybrid else None,
         grid=data.grid,
         columns=data.columns,
-        context=_context_scale(data, squeezed=bool(hidden)),
+        # Contexts of a network are squeezed.
+        context=(ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"]) if data.contexts else None,
         num_components=config.model.prior_components or None,
         context_hidden=hidden,
     )
@@ -141,28 +137,13 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:
-    """Training examples, or some of a simulator, as standardize and whiten see them.
+    """Training examples as standardize and whiten see them.
 
     Entries within bounds are mapped onto the real line, those on a grid with noise in their cells, always the same.
     """
-    examples = np.asarray(_to_scale_by(data)[0])
+    examples = np.asarray(data.examples["train"])
     if data.bounds is None:
         return examples
     spacing = np.zeros(examples.shape[1]) if data.grid is None else np.asarray(data.grid.spacing)
     noise = spacing * (np.random.default_rng(0).random(examples.shape) - 0.5)
     return Bounded.of(data.bounds).to_line(examples + noise, np)[0]
-
-
-def _context_scale(data: DataSet, *, squeezed: bool) -> Standardize | None:
-    """The standard scale of contexts, or the one that squeezes outliers; entries that are constant keep their own."""
-    if not data.context_dim:
-        return None
-    contexts = np.asarray(_to_scale_by(data)[1])
-    return ContextScale.fit(contexts) if squeezed else Standardize.fit_contexts(contexts)
-
-
-def _to_scale_by(data: DataSet) -> tuple[Any, Any]:
-    """The training examples and contexts, or some of a simulator, always the same."""
-    if data.is_endless:
-        return data.random_train(jax.random.key(0), SCALE_EXAMPLES)[:2]
-    return data.examples["train"], data.contexts.get("train")

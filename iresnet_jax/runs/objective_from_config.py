@@ -32,11 +32,22 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
     """
     spec = model_spec(config, data) if spec is None else spec
     if isinstance(spec, ClassifierSpec):
-        return _classification(config, data, spec)
-    return _hybrid(config, data, spec) if config.objective == "hybrid" else _density(config, data, spec)
+        loss, about = _classification(config, data, spec)
+    else:
+        loss, about = (_hybrid if config.objective == "hybrid" else _density)(config, data, spec)
+        about |= {"make_validation": lambda: _validation(config, spec, data), "logdet": config.logdet}
+    return Objective(
+        training_step=_training_step(config, spec, loss),
+        initial_variables=lambda: initial_variables(config, spec, data),
+        seed=config.seed,
+        **about,
+    )
 
 
-def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
+# Each gives the loss, and how an `Objective` measures it.
+
+
+def _density(config: Config, data: DataSet, spec: DensitySpec) -> tuple[Callable[..., Any], dict[str, Any]]:
     noise = config.augmentation.noise
     if noise and data.is_endless:
         raise ValueError(
@@ -45,87 +56,51 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
     if noise:
         density.noise_scales(spec)  # raises where noise has no scale
     loss = density.make_loss(data.draw, noise=noise, transform=build_transformations(config.augmentation, data))
-    return Objective(
-        name=spec.metric,
-        training_step=_training_step(config, spec, loss),
-        make_validation=lambda: _validation(config, spec, data),
-        selection=lambda held_out: held_out[spec.metric],
-        examples=None if data.is_endless else (data.examples["train"], data.contexts.get("train")),
-        logdet=config.logdet,
-        initial_variables=lambda: initial_variables(config, spec, data),
-        seed=config.seed,
-    )
+    examples = None if data.is_endless else (data.examples["train"], data.contexts.get("train"))
+    return loss, {"name": spec.metric, "selection": lambda held_out: held_out[spec.metric], "examples": examples}
 
 
-def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> Objective:
-    loss = hybrid.make_loss(
-        config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=build_augmentation(config.augmentation, data)
-    )
+def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> tuple[Callable[..., Any], dict[str, Any]]:
+    change = build_augmentation(config.augmentation, data)
+    loss = hybrid.make_loss(config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=change)
     weight = float(config.hybrid.weight_of_step()(config.training.schedule_steps))
-    return Objective(
-        name="accuracy",
-        training_step=_training_step(config, spec, loss),
-        make_validation=lambda: _validation(config, spec, data),
-        selection=lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric],
-        examples=(data.examples["train"], data.labels["train"]),
-        logdet=config.logdet,
-        initial_variables=lambda: initial_variables(config, spec, data),
-        seed=config.seed,
-    )
+    selection = lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric]  # noqa: E731
+    return loss, {"name": "accuracy", "selection": selection, "examples": (data.examples["train"], data.labels["train"])}
 
 
-def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> Objective:
-    training = config.training
-    loss = classification.make_loss(
-        build_augmentation(config.augmentation, data),
-        label_smoothing=config.classifier.label_smoothing,
-        num_parts=training.num_parts,
-    )
-    return Objective(
-        name="accuracy",
-        training_step=_training_step(config, spec, loss, num_parts=1),  # the loss itself computes parts
-        make_validation=lambda: classification.make_validation(
+def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
+    change, smoothing = build_augmentation(config.augmentation, data), config.classifier.label_smoothing
+    loss = classification.make_loss(change, label_smoothing=smoothing, num_parts=config.training.num_parts)
+    num = config.training.eval_examples
+    return loss, {
+        "name": "accuracy",
+        "make_validation": lambda: classification.make_validation(
             spec,
-            data.held_out("validation", training.eval_examples),
-            data.held_out_labels("validation", training.eval_examples),
+            data.held_out("validation", num),
+            data.held_out_labels("validation", num),
             constraint=config.constraint,
             batch_size=config.evaluation.batch_size,
         ),
-        selection=classification.selection,
-        examples=(data.examples["train"], data.labels["train"]),
-        initial_variables=lambda: initial_variables(config, spec, data),
-        seed=config.seed,
-    )
+        "selection": classification.selection,
+        "examples": (data.examples["train"], data.labels["train"]),
+    }
 
 
-def _training_step(config: Config, spec: Spec, loss: Callable[..., Any], num_parts: int | None = None) -> TrainingStep:
+def _training_step(config: Config, spec: Spec, loss: Callable[..., Any]) -> TrainingStep:
     """The training step of a loss, with the model as training runs it."""
-    training, how = config.training, {"unroll": unroll(config), "rematerialize": rematerialize(config)}
+    training, num_parts, blocks = config.training, config.training.num_parts, config.training.blocks
+    unroll = flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
+    # A scan writes all that it keeps into stacks, which takes longer than to recompute what is elementwise.
+    how: Rematerialize = "elementwise" if config.logdet.kind == "exact" and not unroll else "nothing"
+    how = "blocks" if training.rematerialize else how
     if isinstance(spec, ClassifierSpec):
-        model = Classifier(spec, {}, {}, {}, **how)
+        model, num_parts = Classifier(spec, {}, {}, {}, unroll=unroll, rematerialize=how), 1  # the loss itself computes parts
     else:
         spec = dataclasses.replace(spec, columns=None)  # which no program computes with
-        model = Density(spec, {}, {}, estimator=config.logdet.build(), **how)
+        model = Density(spec, {}, {}, estimator=config.logdet.build(), unroll=unroll, rematerialize=how)
     schedule = make_schedule(config.optimizer, training.schedule_steps)
     rule = UpdateRule(make_optimizer(config.optimizer), schedule, training.schedule_steps, training.ema_decay)
-    constrain = training_constraint(config.constraint, spec)
-    return TrainingStep(model, loss, constrain, rule, num_parts or training.num_parts)
-
-
-def unroll(config: Config) -> bool:
-    """Whether ``training.blocks`` writes blocks out instead of scanning over them."""
-    blocks = config.training.blocks
-    return flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
-
-
-def rematerialize(config: Config) -> Rematerialize:
-    """Values that a backward pass computes anew: what the config says, and "elementwise" at least for exact log-dets in a scan.
-
-    A scan writes all that it keeps into stacks, which takes longer than to recompute what is elementwise.
-    """
-    if config.training.rematerialize:
-        return "blocks"
-    return "elementwise" if config.logdet.kind == "exact" and not unroll(config) else "nothing"
+    return TrainingStep(model, loss, training_constraint(config.constraint, spec), rule, num_parts)
 
 
 def _validation(config: Config, spec: DensitySpec, data: DataSet) -> density.Validation:
@@ -171,21 +146,14 @@ def build_augmentation(settings: AugmentationConfig, data: DataSet) -> classific
     Raises:
         ValueError: If images of this size cannot be changed like that.
     """
-    padding = settings.crop_padding
-    if not padding and not settings.flip:
+    if not settings.crop_padding and not settings.flip:
         return None
     if len(data.event_shape) != 3:
         raise ValueError(f"crops and flips of config.augmentation are for images, and {data.name} has vectors: leave them out")
-
-    def augment_images(keys, images):
-        if not padding:
-            return augment.random_flip(keys, images)
-        change = augment.crop_and_flip if settings.flip else augment.random_crop
-        return change(keys, images, padding=padding)
-
-    keys, one = jax.random.split(jax.random.key(0), 1), data.examples["train"][:1]
-    jax.eval_shape(augment_images, keys, one)
-    return augment_images
+    if not settings.crop_padding:
+        return augment.random_flip
+    change = augment.crop_and_flip if settings.flip else augment.random_crop
+    return _tried(functools.partial(change, padding=settings.crop_padding), data)
 
 
 def build_transformations(settings: AugmentationConfig, data: DataSet) -> Callable[..., Any] | None:
@@ -194,8 +162,11 @@ def build_transformations(settings: AugmentationConfig, data: DataSet) -> Callab
     Raises:
         ValueError: If images of this size cannot be changed like that.
     """
-    if not settings.transformations:
-        return None
-    transform = functools.partial(augment.transformed, names=settings.transformations)
-    jax.eval_shape(transform, jax.random.split(jax.random.key(0), 1), data.examples["train"][:1])
-    return transform
+    names = settings.transformations
+    return _tried(functools.partial(augment.transformed, names=names), data) if names else None
+
+
+def _tried(change: Callable[..., Any], data: DataSet) -> Callable[..., Any]:
+    """A change of images, which has raised if their size does not allow it."""
+    jax.eval_shape(change, jax.random.split(jax.random.key(0), 1), data.examples["train"][:1])
+    return change

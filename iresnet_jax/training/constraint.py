@@ -16,8 +16,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.initial import initial_iterates
-from iresnet_jax.models.model import Model
-from iresnet_jax.models.saved import MODELS, Spec
+from iresnet_jax.models.saved import MODELS, Model, Spec
 from iresnet_jax.training import parallel
 
 M = TypeVar("M", bound=Model)
