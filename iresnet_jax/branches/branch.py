@@ -248,7 +248,7 @@ class BranchSpec(ABC):
             return Branch(self, weights)
         return self.certified(weights, self.norm_bounds(weights), coeff=coeff, budget="block").branch
 
-    # ------------------------------------------------------------------------------------ closed forms and costs
+    # ------------------------------------------------------------------------------------------- closed forms
 
     @property
     def knows(self) -> frozenset[str]:
@@ -288,17 +288,6 @@ class BranchSpec(ABC):
             norms: From `norm_bounds`.
         """
         return weights, norms
-
-    @property
-    def product_operations(self) -> float:
-        """Operations of one product with the Jacobian of one example."""
-        return 2.0 * math.prod(self.in_shape) ** 2
-
-    @property
-    def logdet_cost(self) -> float:
-        """Operations of the exact log-determinant of one example, in products with its Jacobian."""
-        num_dims = math.prod(self.in_shape)
-        return num_dims + 2 / 3 * num_dims**3 / self.product_operations
 
 
 def check_coeff(coeff: float) -> None:

@@ -27,7 +27,7 @@ from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
 from iresnet_jax.maths.lipschitz_bounds import branch_bound, product_bound
-from iresnet_jax.maths.logdet_exact import log_abs_det, num_operations, num_products, stencil_by_products, stencil_logdet
+from iresnet_jax.maths.logdet_exact import log_abs_det, stencil_by_products, stencil_logdet
 from iresnet_jax.maths.power_iteration import soft_normalize
 
 Context = Float[Array, "b ... k"] | None
@@ -189,14 +189,7 @@ class FeedforwardSpec(BranchSpec):
     def singular_vectors(
         self, weights: Weights, iterates: Weights, *, num_steps: int | None = None, rtol: float = 1e-3
     ) -> dict[str, VectorPair]:
-        """The singular vectors ``(u, v)`` of every part's operator, by power iteration from ``iterates``, without a gradient.
-
-        Args:
-            weights: Weights of the branch.
-            iterates: Power iterates, one per part.
-            num_steps: Power iterations an operator; None iterates to the tolerance.
-            rtol: Relative tolerance of the norms.
-        """
+        """The singular vectors ``(u, v)`` of every part's operator, by power iteration without a gradient."""
         return {
             part.name: part.operator.singular_vectors(
                 self.operator_kernel(weights, part), iterates[part.name], num_steps=num_steps, rtol=rtol
@@ -205,17 +198,7 @@ class FeedforwardSpec(BranchSpec):
         }
 
     def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
-        """The branch brought into the budget by the norms that `singular_vectors` see.
-
-        Args:
-            weights: Unconstrained weights, as an optimizer holds them.
-            vectors: From `singular_vectors`.
-            coeff: Largest constant of a part (budget "layer") or of the whole branch ("block"), in (0, 1).
-            budget: "layer" or "block".
-
-        Raises:
-            ValueError: If ``coeff`` is not in (0, 1) or the budget is unknown.
-        """
+        """The branch whose kernels are scaled into the budget by the norms that `singular_vectors` see."""
 
         def constant_of(part: Part) -> Array:
             norm = part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
@@ -242,11 +225,7 @@ class FeedforwardSpec(BranchSpec):
         return {part.name: bound_of(part) for part in self.parts}
 
     def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
-        """The branch brought into the budget by guaranteed bounds: ``Lip(g)`` is within it by construction.
-
-        There is no state, so this holds from the first step on, after any update and for any weights. Arguments and errors are
-        those of `constrained`, with ``bounds`` from `norm_bounds`.
-        """
+        """The branch whose kernels are scaled into the budget by guaranteed bounds, from the first step on, for any weights."""
         check_coeff(coeff)
         allowance = len(self.layers) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
@@ -265,11 +244,7 @@ class FeedforwardSpec(BranchSpec):
     def _within_budget(
         self, weights: Weights, norms: Norms, *, coeff: float, budget: str
     ) -> tuple[dict[str, Any], Float[Array, ""]]:
-        """Kernels scaled down to the budget, never up: each part to ``coeff``, or all by one factor to a product of ``coeff``.
-
-        Returns:
-            The weights, and the constant of the branch after it.
-        """
+        """Kernels scaled down, each part to ``coeff`` or all by one factor to a product of ``coeff``; the constant after it."""
         check_coeff(coeff)
         check_budget(budget)
         sizes = jnp.stack([norms[part.name] for part in self.parts])
@@ -309,7 +284,7 @@ class FeedforwardSpec(BranchSpec):
         - "trace": two layers around an elementwise activation, of one odd kernel size if any; not on a torus that is smaller
           than the kernel, where taps overlap that are not mirrored.
         - "jacobian": such a branch of dense layers, of at most `FULL_DIMS` dimensions.
-        - "logdet": where it is cheaper than by ``d`` products with the Jacobian, and there is no "jacobian".
+        - "logdet": where it takes fewer operations than ``d`` products with the Jacobian, and there is no "jacobian".
         """
         sizes, known = self.kernel_sizes, set()
         same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
@@ -318,14 +293,11 @@ class FeedforwardSpec(BranchSpec):
             known.add("trace")
             if sizes is None and self.in_shape[0] <= FULL_DIMS:
                 known.add("jacobian")
-        return frozenset(known | ({"logdet"} if self.has_logdet and "jacobian" not in known else set()))
-
-    @property
-    def has_logdet(self) -> bool:
-        """Whether `logdet` exists and takes fewer operations than eliminating ``d`` products with the Jacobian."""
-        if self.kernel_sizes is None:
-            return self._is_elementwise and self.hidden[0] < self.in_shape[0]
-        return self.padding == "SAME" and self._stencil_cost < super().logdet_cost
+        if sizes is None:
+            is_cheap = self._is_elementwise and self.hidden[0] < self.in_shape[0]
+        else:
+            is_cheap = self.padding == "SAME" and (self._has_stencil or self._is_local)
+        return frozenset(known | ({"logdet"} if is_cheap and "jacobian" not in known else set()))
 
     def trace(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
         """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
@@ -353,36 +325,17 @@ class FeedforwardSpec(BranchSpec):
         return stencil_logdet(two_layers.stencil(there, back, d0, d1))
 
     @property
-    def product_operations(self) -> float:
-        """Operations of one product with the Jacobian of one example."""
-        return sum(2.0 * math.prod(layer.in_shape[:-1]) * math.prod(layer.kernel_shape) for layer in self.layers)
-
-    @property
-    def logdet_cost(self) -> float:
-        """Operations of the exact log-determinant of one example, in products with its Jacobian."""
-        product = self.product_operations
-        if not self.has_logdet:
-            return super().logdet_cost
-        if self.kernel_sizes is None:
-            return 1 + 2 / 3 * self.hidden[0] ** 3 / product
-        return self._stencil_cost
-
-    @property
-    def _stencil_cost(self) -> float:
-        """`logdet_cost` by way of the stencil."""
-        elimination = num_operations(self.in_shape, self._reach) / self.product_operations
-        if not self._has_stencil:
-            return num_products(self.in_shape, self._reach) + elimination
-        first, second = (math.prod(layer.kernel_shape) for layer in self.layers)
-        return 2.0 * math.prod(self.in_shape[:2]) * first * second / self.hidden[0] / self.product_operations + elimination
-
-    @property
     def _is_elementwise(self) -> bool:
         return len(self.hidden) == 1 and activations.get(self.activation).elementwise
 
     @property
     def _has_stencil(self) -> bool:
         return self._is_elementwise and all(size % 2 for size in self.kernel_sizes or ())
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether fewer products than dimensions give the stencil."""
+        return any(2 * self._reach + 1 < side for side in self.in_shape[:2])
 
     @property
     def _reach(self) -> int:

@@ -146,19 +146,6 @@ class ExactLogdet(LogdetEstimator):
         return value, LogdetInfo(zeros, zeros)
 
 
-def num_products(shape: tuple[int, ...], reach: int) -> int:
-    """Products with ``J`` that give its stencil, for images ``(h, w, c)``."""
-    h, w, c = shape
-    return min(2 * reach + 1, h) * min(2 * reach + 1, w) * c
-
-
-def num_operations(shape: tuple[int, ...], reach: int) -> float:
-    """Operations of the elimination of one image ``(h, w, c)``."""
-    h, w, c = shape
-    rows = _block_rows(h, reach)
-    return -(-h // rows) * 6.0 * (rows * w * c) ** 3
-
-
 def stencil_by_products(branch: Branch, x: Float[Array, "b h w c"], reach: int) -> Stencil:
     """The Jacobian of a branch, which takes zeros beyond the border of an image.
 
@@ -206,9 +193,7 @@ def _blocks(stencil):
     b, h, w, s, t, c, _ = stencil.shape
     rows = _block_rows(h, s // 2)
     number = -(-h // rows)
-    wide = jnp.transpose(
-        stencil, (0, 1, 3, 2, 4, 5, 6)
-    )  # (b, output row, neighbour's row, output column, neighbour's column, ...)
+    wide = jnp.swapaxes(stencil, 2, 3)  # (b, output row, neighbour's row, output column, neighbour's column, ...)
     # Row q of a matrix (w, t), padded to w + t entries and read in rows of w + t - 1, moves to the right by q.
     wide = jnp.pad(wide, ((0, 0),) * 4 + ((0, w), (0, 0), (0, 0))).reshape(b, h, s, w * (w + t), c, c)
     wide = wide[:, :, :, : w * (w + t - 1)].reshape(b, h, s, w, w + t - 1, c, c)[:, :, :, :, t // 2 : t // 2 + w]
