@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax import loss_training
 
 STAGES = [ir.StageSpec(1, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
@@ -31,13 +30,15 @@ def nll(model, batch, key):
 
 
 def test_train_lowers_the_loss_of_a_certified_model_and_a_callback_ends_it():
-    options = QUICK | {"steps": 300, "every": 10, "optimizer": optax.adam(3e-2)}
-    trained = ir.train(start(), nll, X, **options, callback=lambda step, model, metrics: step == 200)
+    steps = []
+    options = QUICK | {"steps": 100, "optimizer": optax.adam(3e-2)}
+    trained = ir.train(start(), nll, X, **options, callback=lambda step, *_: steps.append(step) or step == 70)
+    assert steps == list(range(5, 71, 5))  # twenty validations, however long a run is
     assert nll(trained, X, None) < nll(start(), X, None) - 0.02
     assert trained.certificate().certified
-    assert trained.history.step == 200
+    assert trained.history.step == 70
     losses = trained.history.train["loss"]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 def test_a_loop_of_ones_own_gives_the_same_model():
@@ -79,7 +80,6 @@ def test_no_step_leaves_the_budget():
 
 
 def test_the_best_model_on_validation_is_returned_and_training_ends_without_improvement():
-
     def loss(model, batch, key):
         return nll(model, batch, key), {"rows": jnp.float32(len(batch))}
 
@@ -100,23 +100,12 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
     np.testing.assert_allclose(nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("somebody_sits_there", [True, False])
-def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch, somebody_sits_there):
-    if somebody_sits_there:
-        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch):
     options = PLAIN | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
-    if not somebody_sits_there:
-        with pytest.raises(KeyboardInterrupt):
-            ir.train(start(), nll, X, **options)
-        return
+    with pytest.raises(KeyboardInterrupt):
+        ir.train(start(), nll, X, **options)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     assert ir.train(start(), nll, X, **options).history.step == 2
-
-
-def test_there_are_twenty_validations_by_default_however_long_a_run_is(monkeypatch):
-    monkeypatch.setattr(loss_training, "STEPS", 20)
-    steps: list[int] = []
-    ir.train(start(), nll, X, callback=lambda step, *_: steps.append(step), **PLAIN | {"steps": 40})
-    assert steps == list(range(2, 41, 2))
 
 
 def test_training_goes_on_from_a_trained_model(tmp_path):
@@ -124,19 +113,6 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     again = ir.train(ir.load(first.save(tmp_path / "model.npz")), nll, X, **PLAIN)
     assert np.abs(again.log_prob(X) - first.log_prob(X)).max() > 1e-4
     chex.assert_trees_all_equal(ir.train(first, nll, X, **PLAIN).weights, again.weights)
-
-
-def test_wide_numbers_train_as_those_that_jax_has():
-    def loss(model, batch, key):
-        x, weights = batch
-        return -jnp.mean(weights * model.log_prob(x, key))
-
-    weights = 1 + np.arange(64) % 2
-    narrow, wide = (
-        ir.train(start(), loss, (X.astype(floats), weights.astype(integers)), **PLAIN).weights
-        for floats, integers in ((np.float32, np.int32), (np.float64, np.int64))
-    )
-    chex.assert_trees_all_equal(narrow, wide)
 
 
 def test_everything_in_float64(tmp_path):
@@ -150,9 +126,6 @@ def test_everything_in_float64(tmp_path):
         np.testing.assert_array_equal(loaded.log_prob(x), expected)
         back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
         assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
-        settings = {"optimizer.name": "sgd", "training.blocks": "unroll"}
-        fitted = ir.fit(x, steps=2, architecture=STAGES, settings=settings, progress=False)
-        assert fitted.log_prob(x).dtype == fitted.prior.mean.dtype == np.float64
     with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
         rounded = ir.load(tmp_path / "model.npz")
     assert rounded.certificate().certified
@@ -162,11 +135,9 @@ def test_everything_in_float64(tmp_path):
 def test_a_loss_without_data_draws_its_own():
     def loss(model, batch, key):
         assert batch is None
-        z = jax.random.normal(key, (32, 2))
-        x, _ = model.decode(z)
-        return jnp.square(x).mean()
+        return jnp.square(model.decode(jax.random.normal(key, (32, 2)))[0]).mean()
 
-    trained = ir.train(start(), loss, **QUICK | {"steps": 100, "optimizer": optax.adam(1e-2)})
+    trained = ir.train(start(), loss, **QUICK | {"steps": 50, "optimizer": optax.adam(3e-2)})
     z = np.random.default_rng(5).normal(size=(100, 2)).astype(np.float32)
     assert np.square(trained.decode(z)[0]).mean() < 0.9 * np.square(start().decode(z)[0]).mean()
 
@@ -181,7 +152,7 @@ def test_classifiers_train_by_losses_of_ones_own():
     def cross_entropy(model, batch, key):
         return optax.softmax_cross_entropy_with_integer_labels(model.logits(batch[0]), batch[1]).mean()
 
-    trained = ir.train(classifier, cross_entropy, (images, labels), **QUICK | {"steps": 60, "optimizer": optax.adam(1e-2)})
+    trained = ir.train(classifier, cross_entropy, (images, labels), **QUICK | {"steps": 40, "optimizer": optax.adam(2e-2)})
     assert cross_entropy(trained, (images, labels), None) < 0.8 * cross_entropy(classifier, (images, labels), None)
     assert trained.certificate().certified
 

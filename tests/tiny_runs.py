@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import loop, trained_run
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.metrics import read_metrics
@@ -127,6 +127,20 @@ def measurements(workdir):
     """What a run wrote down, without times."""
     kept = [{k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"} for record in read_metrics(workdir)]
     return [record for record in kept if record["split"] != "timing"]
+
+
+def fixtures_of(name):
+    """Fixtures of a test module: the folder of a run of `CONFIGS`, and the run that is loaded from it."""
+
+    @pytest.fixture(scope="module")
+    def workdir(tmp_path_factory):
+        return trained(tmp_path_factory, name)
+
+    @pytest.fixture(scope="module")
+    def loaded(workdir):
+        return trained_run.load(workdir)
+
+    return workdir, loaded
 
 
 def shorten_reports(patch, *, drawn=False):

@@ -105,32 +105,30 @@ def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
         >>> optimizer = make_optimizer(OptimizerConfig(name="adamax"))
         >>> opt_state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
-    name, momentum, b1, b2 = settings.name, settings.momentum, settings.b1, settings.b2
-    parts = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    name, decay = settings.name, settings.weight_decay
+    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     if name == "muon":
         muon = optax.contrib.muon(
             1.0,
-            beta=momentum,
+            beta=settings.momentum,
             nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-            weight_decay_mask=decay_mask if settings.weight_decay else None,
-            adam_b1=b1,
-            adam_b2=b2,
+            weight_decay=decay,
+            weight_decay_mask=decay_mask if decay else None,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
             consistent_rms=ADAM_RMS,
             muon_weight_dimension_numbers=_kernels_as_matrices,
         )
-        return optax.chain(*parts, muon)
-    decay = []
-    if settings.weight_decay:
-        decay = [optax.add_decayed_weights(settings.weight_decay, mask=decay_mask)]
-    if name == "sgd":
-        precondition = [optax.trace(decay=momentum, nesterov=settings.nesterov)] if momentum else []
-    elif name == "adamax":
-        precondition = [optax.scale_by_adamax(b1=b1, b2=b2)]
-    else:
-        precondition = [optax.scale_by_adam(b1=b1, b2=b2)]
-    parts += [*precondition, *decay] if name == "adamw" else [*decay, *precondition]
-    return optax.chain(*parts, optax.scale_by_learning_rate(1.0))
+        return optax.chain(*clip, muon)
+    precondition = {
+        "adam": optax.scale_by_adam(settings.b1, settings.b2),
+        "adamw": optax.scale_by_adam(settings.b1, settings.b2),
+        "adamax": optax.scale_by_adamax(settings.b1, settings.b2),
+        "sgd": optax.trace(settings.momentum, settings.nesterov) if settings.momentum else optax.identity(),
+    }[name]
+    penalty = [optax.add_decayed_weights(decay, mask=decay_mask)] if decay else []
+    parts = [precondition, *penalty] if name == "adamw" else [*penalty, precondition]
+    return optax.chain(*clip, *parts, optax.scale_by_learning_rate(1.0))
 
 
 def decay_mask(params: Any) -> Any:
