@@ -38,7 +38,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 
 import iresnet_jax as ir
-from iresnet_jax.models.contractions import as_params
+from iresnet_jax.models.flow import as_params
 from iresnet_jax.training.initialization import num_parameters
 
 MANY = 2000  # training examples from which flows get the larger of two sizes and batches

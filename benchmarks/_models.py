@@ -13,9 +13,9 @@ import numpy as np
 from _record import ROOT, parser
 
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import branch_inputs
+from iresnet_jax.models.flow import as_params, branch_inputs
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config

@@ -14,7 +14,7 @@ from _processes import most_cores
 
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.models.contractions import as_params
+from iresnet_jax.models.flow import as_params
 from iresnet_jax.training import parallel
 from iresnet_jax.training.density import evaluate_examples
 

@@ -29,12 +29,11 @@ from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 from iresnet_jax.maths.power_iteration import soft_normalize, spectral_norm
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
-from iresnet_jax.models.bounds import Block
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import constrain, freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.flow import flow_bijection
+from iresnet_jax.models.flow import Block, flow_bijection
 
 if TYPE_CHECKING:
     from iresnet_jax import adapters, losses

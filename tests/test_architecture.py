@@ -121,8 +121,9 @@ def files_with(predicate):
     return {str(path.relative_to(PACKAGE)) for path in sources() if predicate(path.read_text())}
 
 
-def test_one_file_imports_flax():
+def test_one_file_imports_flax_and_none_imports_that_file():
     assert files_with(lambda source: "flax" in packages_of(source)) == {"models/linen.py"}
+    assert not [module for module, others in graph().items() if "iresnet_jax.models.linen" in others]
 
 
 def test_one_file_imports_numpyro_and_one_blackjax():

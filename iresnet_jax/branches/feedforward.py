@@ -117,7 +117,7 @@ class FeedforwardSpec(BranchSpec):
         """Width of every layer, the place of its kernel size, and whether it has an activation in front."""
         return [(width, i, self.preactivation or i > 0) for i, width in enumerate((*self.hidden, self.in_shape[-1]))]
 
-    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
         r"""Random kernels with variance ``1 / fan_in``, zero biases.
 
         Args:

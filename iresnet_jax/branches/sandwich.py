@@ -76,7 +76,7 @@ class SandwichSpec(FeedforwardSpec):
             parts.append(Part(f"sandwich{i}", (there.name, back.name), operator))
         return tuple(parts)
 
-    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
         """The weights of `FeedforwardSpec.initial_weights`, and ``psi`` of zeros."""
         weights = dict(super().initial_weights(key, last_scale=last_scale, sharp=sharp))
         for layer in self.layers[::2]:

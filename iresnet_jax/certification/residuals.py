@@ -19,7 +19,7 @@ from iresnet_jax.maths import precise_activations
 from iresnet_jax.maths.double_double import UNIT, DoubleDouble, Sliced, exp, product
 from iresnet_jax.maths.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import FlowWeights
+from iresnet_jax.models.flow import FlowWeights
 
 
 class Layer(NamedTuple):

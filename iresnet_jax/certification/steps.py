@@ -21,8 +21,7 @@ from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.fixed_point import solve_linear
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import Block, FlowWeights
-from iresnet_jax.models.flow import flow_bijection
+from iresnet_jax.models.flow import Block, FlowWeights, flow_bijection
 
 
 @jax.tree_util.register_static

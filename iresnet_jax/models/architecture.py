@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
@@ -113,12 +113,12 @@ class PlacedStage(NamedTuple):
             parts.append(reshape.flatten_bijection(squeezed))
         return tuple(parts)
 
-    def initial_weights(
-        self, key: Key[Array, ""], *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False
-    ) -> Weights:
-        """Random weights of all blocks, stacked; arguments are those of `BranchSpec.initial_weights`."""
-        keys = jax.random.split(key, self.spec.num_blocks)
-        return jax.vmap(lambda key: self.branch.initial_weights(key, last_scale=last_scale, sharp=sharp))(keys)
+    def initial_params(self, key: Key[Array, ""], *, sharp: bool = False, last_scale: float = 1.0) -> dict[str, Any]:
+        """Random weights of all blocks, stacked, see `BranchSpec.initial_weights`, and an ActNorm that is the identity."""
+        initial = functools.partial(self.branch.initial_weights, sharp=sharp, last_scale=last_scale)
+        zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
+        weights = jax.vmap(initial)(jax.random.split(key, self.spec.num_blocks))
+        return {"blocks": {**weights, "actnorm": {"bias": zeros, "log_scale": zeros}}}
 
     def initial_iterates(self, key: Key[Array, ""]) -> Weights:
         """Random starts of the power iterations of all blocks, stacked."""
@@ -130,11 +130,6 @@ class PlacedStage(NamedTuple):
             return params
         fixed = np.float32(math.log(self.scale))  # the same number in float64
         return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, fixed))
-
-    def initial_params(self, key: Key[Array, ""], **options: Any) -> dict[str, Any]:
-        """Parameters of the stage: weights as `initial_weights` makes them, and an ActNorm that is the identity."""
-        zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
-        return {"blocks": {**self.initial_weights(key, **options), "actnorm": {"bias": zeros, "log_scale": zeros}}}
 
 
 @dataclass(frozen=True)
@@ -269,6 +264,25 @@ class FlowSpec:
         """All stages that have weights: those of `layout`, and those of the noise."""
         of_noise = () if self.noise_flow is None else self.noise_flow.layout
         return (*self.layout, *(stage._replace(name=PREFIX + stage.name) for stage in of_noise))
+
+    def initial_params(self, key: Key[Array, ""], *, sharp: bool = False, last_scale: float = 1.0) -> dict[str, Any]:
+        """Random parameters of all stages, as `contractions.constrain` takes them; ActNorm is the identity, noise is uniform.
+
+        Args:
+            key: Source of the weights.
+            sharp: Whether activations start sharper, see `FeedforwardSpec.initial_weights`.
+            last_scale: Initial factor on the last layer of each branch.
+        """
+        keys = iter(jax.random.split(key, len(self.all_stages)))
+        params = {stage.name: stage.initial_params(next(keys), sharp=sharp, last_scale=last_scale) for stage in self.layout}
+        of_noise = self.all_stages[len(self.layout) :]
+        return params | {stage.name: stage.initial_params(next(keys), last_scale=0.0) for stage in of_noise}
+
+    def initial_iterates(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Random starts of the power iterations of all layers, as `contractions.constrain` takes them."""
+        stages = zip(self.all_stages, jax.random.split(key, len(self.all_stages)), strict=True)
+        found = {stage.name: stage.initial_iterates(own) for stage, own in stages}
+        return {name: {"blocks": iterates} for name, iterates in found.items() if iterates}
 
 
 def check_names(spec: FlowSpec) -> None:

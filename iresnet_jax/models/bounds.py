@@ -8,44 +8,19 @@ import dataclasses
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.branches.branch import Branch, Norms
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.flow import Block, FlowWeights, blocks_of
 
 _MOST_REMEMBERED = 256  # branches of stages whose bounds are kept
-
-
-class Block(NamedTuple):
-    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
-
-    Attributes:
-        actnorm: ActNorm in front of the branch.
-        branch: The residual branch.
-    """
-
-    actnorm: ActNormParams
-    branch: Branch
-
-
-FlowWeights = Mapping[str, Block]  # by stage
-
-
-def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
-    """The blocks as ``spec`` has them: it alone says what branches compute, and which ActNorm is a fixed scale."""
-    return {
-        stage.name: Block(stage.actnorm(block.actnorm), dataclasses.replace(block.branch, spec=stage.branch))
-        for stage in spec.all_stages
-        if (block := weights.get(stage.name)) is not None
-    }
 
 
 def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:

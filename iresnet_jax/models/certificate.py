@@ -18,8 +18,9 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import FlowWeights, bilipschitz, with_bounds
+from iresnet_jax.models.bounds import bilipschitz, with_bounds
 from iresnet_jax.models.contractions import FlowNorms
+from iresnet_jax.models.flow import FlowWeights
 
 RTOL = 1e-3  # relative tolerance of the estimated norms
 

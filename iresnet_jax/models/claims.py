@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import Block, FlowWeights
-from iresnet_jax.models.flow import branch_inputs
+from iresnet_jax.models.flow import Block, FlowWeights, branch_inputs
 
 EXAMPLES = 256  # of a batch, at most, whose pairs are measured
 RTOL = 1e-3  # by which a ratio may be above a claim: rounding, and bounds that are attained

@@ -29,8 +29,8 @@ from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.contractions import Tree
+from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
@@ -94,6 +94,12 @@ class ClassifierSpec:
         """Images with pixels on the scale of [0, 1] for inputs of the network, whatever their padding channels hold."""
         images = x[..., : x.shape[-1] - self.pad_channels]
         return images * by_channel(self.std, images) + by_channel(self.mean, images)
+
+    def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Fresh arrays of a `Classifier` beside its weights, by its fields: a random head, statistics of normal features."""
+        channels = self.feature_shape[-1]
+        statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
+        return {"head": initial_head(key, channels, self.num_classes), "statistics": statistics}
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds of the Lipschitz constants of `pad` and of its inverse."""
@@ -192,12 +198,10 @@ class Classifier(Model):
         mean, std = (tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in (mean, std))
         flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
         spec = ClassifierSpec(flow, (height, width, channels), num_classes, num_levels, pad_channels, mean, std)
-        model = cls(spec, {}, {}, {})
         key_weights, key_head = jax.random.split(single_key(key))
+        model = cls(spec, {}, **spec.initial_arrays(key_head))
         weights, z = initial.initial_weights(flow, key_weights, model.preprocess(initial.some(images)))
-        features = reshape.unflatten(z, spec.feature_shape)
-        head = initial_head(key_head, features.shape[-1], num_classes)
-        return model.with_(weights=weights, head=head, statistics={"head": batch_statistics(features)})
+        return model.with_(weights=weights, statistics={"head": batch_statistics(reshape.unflatten(z, spec.feature_shape))})
 
     def logits(self, images: Images) -> Float[Array, "... k"]:
         """Logits of images, by running averages."""

@@ -25,7 +25,8 @@ from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
-from iresnet_jax.models.bounds import Block, FlowWeights, remember
+from iresnet_jax.models.bounds import remember
+from iresnet_jax.models.flow import Block, FlowWeights, as_params
 
 Tree = Mapping[str, Any]
 
@@ -46,64 +47,32 @@ class ConstrainedFlow(NamedTuple):
     norms: FlowNorms
 
 
-def constrain(
-    spec: FlowSpec,
-    params: Tree,
-    spectral: Tree,
-    *,
-    num_steps: int | None = None,
-    rtol: float = 1e-3,
-) -> ConstrainedFlow:
+def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
 
     Args:
         spec: The architecture.
         params: ``{"stage0": {"blocks": {"actnorm": {...}, "conv0": {...}, ...}}, ...}``, unconstrained.
         spectral: ``{"stage0": {"blocks": {"conv0": v, ...}}, ...}``, the power iterates.
-        num_steps: Power iterations a layer (training, warm start); None iterates to the tolerance (everything else).
-        rtol: Relative tolerance of the norms.
+        num_steps: Power iterations a layer (training, warm start); None iterates until norms change by less than .1 %
+            (everything else).
     """
 
     def of_stage(stage, weights):
+        def of_block(weights, iterates):
+            vectors = stage.branch.singular_vectors(lax.stop_gradient(weights), iterates, num_steps=num_steps)
+            return stage.branch.constrained(weights, vectors, coeff=spec.coeff, budget=spec.budget)
+
         iterates = spectral[stage.name]["blocks"] if spectral.get(stage.name) else {}
-        if num_steps is None:
-            return constrain_blocks(stage.branch, weights, iterates, coeff=spec.coeff, budget=spec.budget, rtol=rtol)
-        iterate = functools.partial(stage.branch.singular_vectors, num_steps=num_steps)
-        scale = functools.partial(stage.branch.constrained, coeff=spec.coeff, budget=spec.budget)
-        return jax.vmap(scale)(weights, jax.vmap(iterate)(lax.stop_gradient(weights), iterates))
+        return jax.vmap(of_block)(weights, iterates)
 
     return _constrain(spec, params, spectral, of_stage)
-
-
-@functools.partial(jax.jit, static_argnames=("branch", "coeff", "budget", "rtol"))
-def constrain_blocks(
-    branch: BranchSpec, weights: Tree, iterates: Tree, *, coeff: float, budget: str = "layer", rtol: float = 1e-3
-) -> ConstrainedBranch:
-    """Brings all blocks of a stage into the budget, iterating norms to ``rtol``; jitted, so that callers share one trace.
-
-    Args:
-        branch: Architecture of the stage's branches.
-        weights: Weights of the branches, stacked over blocks.
-        iterates: Power iterates, likewise.
-        coeff: See `FlowSpec`.
-        budget: See `FlowSpec`.
-        rtol: Relative tolerance of the norms.
-    """
-
-    def of_block(weights, iterates):
-        vectors = branch.singular_vectors(weights, iterates, num_steps=None, rtol=rtol)
-        return branch.constrained(weights, vectors, coeff=coeff, budget=budget)
-
-    return jax.vmap(of_block)(weights, iterates)
 
 
 def constrain_certified(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
 
-    Args:
-        spec: The architecture.
-        params: Parameters as in `constrain`.
-        spectral: Power iterates, returned unchanged.
+    Arguments are those of `constrain`; power iterates are returned unchanged.
     """
 
     def of_stage(stage, weights):
@@ -146,7 +115,7 @@ def _constrain(
 def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
     """ActNorm, or the fixed scale in its place, and the branch's weights among the parameters."""
     blocks = dict(params[stage.name]["blocks"])
-    return stage.actnorm(ActNormParams(**blocks.pop("actnorm"))), blocks
+    return stage.actnorm(ActNormParams(**jax.tree.map(jnp.asarray, blocks.pop("actnorm")))), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
@@ -155,9 +124,11 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     Kernels are scaled by guaranteed bounds of their norms; the branches' bounds are those of the scaled and rounded kernels.
     Blocks are computed one after the other, so memory does not grow with depth.
     """
-    weights = _by_stage(spec, params, lambda branch, blocks: _frozen(branch, spec.coeff, spec.budget, blocks))
-    for block in weights.values():
-        remember(block.branch)
+    weights = {}
+    for stage in spec.all_stages:
+        scale, blocks = _parts(stage, params)
+        weights[stage.name] = Block(scale, _frozen(stage.branch, spec.coeff, spec.budget, blocks))
+        remember(weights[stage.name].branch)
     return weights
 
 
@@ -166,34 +137,30 @@ def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict
 
     Args:
         spec: The architecture.
-        params: Parameters as `as_params` gives them.
+        params: Parameters as `flow.as_params` gives them.
         constrained: Whether a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
     """
-    coeff = spec.coeff if constrained else math.inf
-    return _by_stage(spec, params, lambda branch, blocks: _of_stored(branch, coeff, blocks))
+    weights = {}
+    for stage in spec.all_stages:
+        scale, blocks = _parts(stage, params)
+        weights[stage.name] = Block(scale, _of_stored(stage.branch, spec.coeff if constrained else math.inf, blocks))
+    return weights
 
 
 def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:
     """Raises ``ValueError`` unless weights are those of such a flow."""
-    expected = jax.eval_shape(lambda: {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.all_stages})
-    wanted, found = (dict(jax.tree.leaves_with_path(tree)) for tree in (expected, as_params(weights)))
-    for key in {**wanted, **found}:
-        shapes = [np.shape(leaves[key]) if key in leaves else None for leaves in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            name = jax.tree_util.keystr(key, simple=True, separator="/")
+
+    def shapes(params):
+        leaves = jax.tree.leaves_with_path(params)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf) for path, leaf in leaves}
+
+    found, wanted = shapes(as_params(weights)), shapes(jax.eval_shape(spec.initial_params, jax.random.key(0)))
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
             raise ValueError(
-                f"the weights do not fit the new spec: {name} has shape {shapes[0]} and needs {shapes[1]}; make a new model "
-                "with init"
+                f"the weights do not fit the new spec: {name} has shape {found.get(name)} and needs {wanted.get(name)}; make a "
+                "new model with init"
             )
-
-
-def _by_stage(spec: FlowSpec, params: Tree, of_blocks: Callable[[BranchSpec, Tree], Branch]) -> dict[str, Block]:
-    """Blocks of branches by stage; stages of one architecture share a program."""
-    weights = {}
-    for stage in spec.all_stages:
-        scale, blocks = _parts(stage, params)
-        weights[stage.name] = Block(ActNormParams(*map(jnp.asarray, scale)), of_blocks(stage.branch, blocks))
-    return weights
 
 
 @functools.partial(fast_compile, static_argnums=(0, 1, 2))
@@ -240,8 +207,3 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
 @functools.partial(fast_compile, static_argnums=(0,))
 def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> Tree:
     return jax.vmap(branch.folded, in_axes=(0, None))(weights, context)
-
-
-def as_params(weights: FlowWeights) -> dict[str, Any]:
-    """Weights in the form of the parameters of `constrain`."""
-    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}

@@ -39,13 +39,13 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial, preprocessing, priors
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
-from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, table_of
-from iresnet_jax.models.contexts import Network, apply_network, initial_network
-from iresnet_jax.models.contractions import as_params, under_context
+from iresnet_jax.models.contexts import Network, apply_network
+from iresnet_jax.models.contractions import under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
+from iresnet_jax.models.flow import FlowWeights, as_params
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
 from iresnet_jax.models.model import Model
@@ -238,16 +238,15 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        network = initial_network(key_network, context_dim, context_hidden)
-        model = cls(spec, {}, {}, network=network, noise_network=noises.initial_network(spec.flow, key_noise))
+        model = cls(spec, {}, **spec.initial_arrays(key_network))
         model = model if estimator is None else model.with_(estimator=estimator)
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp=sharp, last_scale=last_scale)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)
         check_claims(spec.flow, weights, *given)
         if isinstance(prior, str):
             is_mixture = family in priors.MIXTURES
-            prior = priors.MIXTURES[family].fit(np.asarray(z), num_components) if is_mixture else spec.standard_prior()
+            prior = priors.MIXTURES[family].fit(np.asarray(z), num_components) if is_mixture else model.prior
         model = model.with_(weights=weights, prior=priors.trainable(prior))
         jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
         return model

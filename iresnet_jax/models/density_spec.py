@@ -4,7 +4,8 @@ import math
 from dataclasses import field
 from typing import Any, ClassVar
 
-from jaxtyping import Array, Float
+import jax
+from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Grid
@@ -13,10 +14,10 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.models import priors
+from iresnet_jax.models import noise, priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column
-from iresnet_jax.models.contexts import ContextScale
+from iresnet_jax.models.contexts import ContextScale, initial_network
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
@@ -91,6 +92,14 @@ class DensitySpec:
     def standard_prior(self) -> Any:
         """The standard member of the prior's family, which has the structure of all its members."""
         return priors.standard(self.prior_family, self.flow.num_dims, self.num_components, self.num_classes)
+
+    def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Fresh arrays of a `Density` beside its weights, by its fields: a standard prior, random networks."""
+        return {
+            "prior": {} if self.prior_family == priors.OWN else self.standard_prior(),
+            "network": initial_network(key, self.context_dim, self.context_hidden),
+            "noise_network": noise.initial_network(self.flow, jax.random.fold_in(key, 1)),
+        }
 
     @property
     def context_dim(self) -> int:

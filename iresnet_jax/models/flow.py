@@ -1,13 +1,18 @@
-"""A multi-scale residual flow: the bijection that constrained weights make, and ActNorm from data.
+"""A multi-scale residual flow: the bijection that constrained weights make.
 
 Weights come from `contractions.constrain` in training and from `contractions.freeze` after it.
 """
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, reshape
+from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, Stage, after_exact, chain, in_precision, multiscale, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
@@ -15,9 +20,36 @@ from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.models.architecture import FlowSpec, PlacedStage
-from iresnet_jax.models.bounds import FlowWeights, blocks_of
-from iresnet_jax.models.contractions import Tree, as_params
+from iresnet_jax.models.architecture import FlowSpec
+
+
+class Block(NamedTuple):
+    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
+
+    Attributes:
+        actnorm: ActNorm in front of the branch.
+        branch: The residual branch.
+    """
+
+    actnorm: ActNormParams
+    branch: Branch
+
+
+FlowWeights = Mapping[str, Block]  # by stage
+
+
+def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
+    """The blocks as ``spec`` has them: it alone says what branches compute, and which ActNorm is a fixed scale."""
+    return {
+        stage.name: Block(stage.actnorm(block.actnorm), dataclasses.replace(block.branch, spec=stage.branch))
+        for stage in spec.all_stages
+        if (block := weights.get(stage.name)) is not None
+    }
+
+
+def as_params(weights: FlowWeights) -> dict[str, Any]:
+    """Weights in the form of the parameters of `constrain`."""
+    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
 
 
 def flow_bijection(
@@ -83,63 +115,3 @@ def branch_inputs(
 def unroll_by_default() -> bool:
     """Whether it is better to unroll blocks: on CPUs, where a training step is then up to 1.7 times as fast."""
     return platforms.platform() == "cpu"
-
-
-def initialize_actnorm(
-    stage: PlacedStage,
-    branch: Branch,
-    x: Float[Array, "b ..."],
-    context: Float[Array, "b k"] | None = None,
-    *,
-    axis_name: str | None = None,
-) -> tuple[Tree, Float[Array, "b ..."]]:
-    """ActNorm of a stage's blocks from data: each block's from what the blocks before it make of the batch.
-
-    Args:
-        stage: The stage; if it has no ActNorm, its parameters are those of a fixed scale.
-        branch: The constrained branches of the stage, stacked over blocks.
-        x: A representative batch, already squeezed or flattened for this stage.
-        context: Contexts of the batch, if the model is conditional.
-        axis_name: Mapped axis of devices that the batch is spread over, see `actnorm.initialize`.
-
-    Returns:
-        ``{"bias", "log_scale"}`` stacked over blocks, and the stage's output.
-    """
-
-    def step(x, branch):
-        params = stage.actnorm(actnorm.initialize(x, axis_name=axis_name))
-        x, _ = actnorm.forward_and_logdet(params, x)
-        return x + branch.given(context)(x), params._asdict()
-
-    x, params = jax.lax.scan(step, x, branch)
-    return params, x
-
-
-def fit_actnorm(
-    spec: FlowSpec,
-    weights: Tree,
-    x: Float[Array, "b ..."],
-    context: Float[Array, "b k"] | None = None,
-    *,
-    axis_name: str | None = None,
-) -> tuple[dict[str, Tree], Float[Array, "b d"]]:
-    """ActNorm of all stages from data, see `initialize_actnorm`.
-
-    Args:
-        spec: The architecture.
-        weights: Constrained weights, whose own ActNorm is not used.
-        x: A representative batch.
-        context: Contexts of the batch, if the model is conditional.
-        axis_name: Mapped axis of devices that the batch is spread over.
-
-    Returns:
-        ``{"stage0": {"bias", "log_scale"}, ...}``, stacked over blocks, and the latents of the batch.
-    """
-    fitted, latents = {}, []
-    for stage in spec.layout:
-        x, branch = chain(stage.reshapes).forward(x), weights[stage.name].branch
-        fitted[stage.name], x = initialize_actnorm(stage, branch, x, context, axis_name=axis_name)
-        if stage.spec.factor_out:
-            x, latent = reshape.split_channels(x)
-            latents.append(reshape.flatten(latent))
-    return fitted, jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)

@@ -1,64 +1,117 @@
-"""A flow's first weights: random, within the budget, ActNorm fitted to a batch, every block certified."""
+"""A flow's first weights: random parameters, brought into the budget, and ActNorm fitted to a batch."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.bijections import actnorm, reshape
+from iresnet_jax.bijections.chain import chain
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import contractions, flow, noise
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import FlowWeights
-from iresnet_jax.models.contractions import Tree
+from iresnet_jax.models.contractions import ConstrainedFlow, Tree, freeze
+from iresnet_jax.models.flow import Block, FlowWeights
 
 MOST = 1024  # examples of a batch that ActNorm is fitted to
 
 
+class FittedFlow(NamedTuple):
+    """Variables of a flow whose ActNorm is fitted to a batch.
+
+    Attributes:
+        params: Parameters, as `contractions.constrain` takes them.
+        spectral: Power iterates.
+        weights: Constrained weights of the parameters.
+        z: Latents of the batch.
+    """
+
+    params: Tree
+    spectral: Tree
+    weights: FlowWeights
+    z: Float[Array, "b d"]
+
+
+def fit_variables(
+    spec: FlowSpec,
+    params: Tree,
+    spectral: Tree,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    constrain: Callable[[Tree, Tree], ConstrainedFlow],
+    axis_name: str | None = None,
+) -> FittedFlow:
+    """Fits fresh variables to a batch: norms iterated as ``constrain`` does, ActNorm as `fit_actnorm` does.
+
+    Args:
+        spec: The architecture.
+        params: From `FlowSpec.initial_params`.
+        spectral: From `FlowSpec.initial_iterates`.
+        x: A representative batch.
+        context: Contexts of the batch, if the model is conditional.
+        constrain: ``(params, spectral) ->`` constrained weights, such as `contractions.constrain` of ``spec``.
+        axis_name: Mapped axis of devices that the batch is spread over.
+    """
+    weights, spectral, _ = constrain(params, spectral)
+    weights, z = fit_actnorm(spec, weights, x, context, axis_name=axis_name)
+    actnorms = {name: {"actnorm": block.actnorm._asdict()} for name, block in weights.items()}
+    params = {name: {"blocks": {**stage["blocks"], **actnorms[name]}} for name, stage in params.items()}
+    return FittedFlow(params, spectral, weights, z)
+
+
+def fit_actnorm(
+    spec: FlowSpec,
+    weights: FlowWeights,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    axis_name: str | None = None,
+) -> tuple[dict[str, Block], Float[Array, "b d"]]:
+    """Weights with ActNorm from data, each block's from what the blocks before it make of the batch, and the batch's latents.
+
+    Args:
+        spec: The architecture. Stages without ActNorm keep their fixed scale.
+        weights: Constrained weights, whose own ActNorm is not used.
+        x: A representative batch.
+        context: Contexts of the batch, if the model is conditional.
+        axis_name: Mapped axis of devices that the batch is spread over, see `actnorm.initialize`.
+    """
+    fitted, latents = dict(weights), []
+    for stage in spec.layout:
+
+        def step(x, branch, stage=stage):
+            params = stage.actnorm(actnorm.initialize(x, axis_name=axis_name))
+            x, _ = actnorm.forward_and_logdet(params, x)
+            return x + branch.given(context)(x), params
+
+        branch = weights[stage.name].branch
+        x, params = jax.lax.scan(step, chain(stage.reshapes).forward(x), branch)
+        fitted[stage.name] = Block(params, branch)
+        if stage.spec.factor_out:
+            x, latent = reshape.split_channels(x)
+            latents.append(reshape.flatten(latent))
+    return fitted, jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
+
+
+@functools.partial(fast_compile, static_argnums=(0, 4, 5))
 def initial_weights(
     spec: FlowSpec,
     key: Key[Array, ""],
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
-    *,
-    sharp: bool = False,
+    sharp: bool = False,  # noqa: FBT001, FBT002 (arguments of a compiled program stand in their order)
     last_scale: float = 1.0,
-) -> tuple[FlowWeights, Float[Array, "b d"]]:
-    """Weights as `contractions.freeze` gives them, and the latents of the batch.
+) -> tuple[dict[str, Block], Float[Array, "b d"]]:
+    """Fresh weights as `contractions.freeze` gives them, and the latents of the batch that ActNorm is fitted to.
 
-    Args:
-        spec: The architecture.
-        key: Source of the weights.
-        x: A representative batch: ActNorm makes every channel that enters a branch zero on average, with variance 1.
-        context: Contexts of the batch, if the model is conditional.
-        sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
-        last_scale: Initial factor on the last layer of each branch.
+    Arguments are those of `FlowSpec.initial_params` and of `fit_actnorm`.
     """
-    return _initial_weights((spec, sharp, last_scale), key, x, context)
-
-
-@functools.partial(fast_compile, static_argnums=(0,))
-def _initial_weights(
-    what: tuple[FlowSpec, bool, float], key: Array, x: Array, context: Array | None
-) -> tuple[FlowWeights, Array]:
-    spec, sharp, last_scale = what
-    options = {"sharp": sharp} if last_scale == 1 else {"sharp": sharp, "last_scale": last_scale}
-    keys = jax.random.split(jax.random.split(key)[0], len(spec.stages))
-    params = {stage.name: stage.initial_params(own, **options) for stage, own in zip(spec.layout, keys, strict=True)}
-    params |= noise.initial_params(spec, jax.random.fold_in(key, 1))
-    weights = contractions.freeze(spec, jax.tree.map(lambda leaf: leaf.astype(x.dtype), params))
-    fitted, z = flow.fit_actnorm(spec, weights, x, context)
-    fitted = {name: weights[name]._replace(actnorm=ActNormParams(**scales)) for name, scales in fitted.items()}
-    return {**weights, **fitted}, z
-
-
-def initial_iterates(spec: FlowSpec, key: Key[Array, ""]) -> Tree:
-    """Random starts of the power iterations of all layers, as `contractions.constrain` takes them."""
-    stages = zip(spec.all_stages, jax.random.split(key, len(spec.all_stages)), strict=True)
-    found = {stage.name: stage.initial_iterates(own) for stage, own in stages}
-    return {name: {"blocks": iterates} for name, iterates in found.items() if iterates}
+    key_params, _ = jax.random.split(key)  # as in training, which draws power iterates from the second one
+    params = spec.initial_params(key_params, sharp=sharp, last_scale=last_scale)
+    return fit_actnorm(spec, freeze(spec, params), x, context)
 
 
 def some(x: Any) -> Array:

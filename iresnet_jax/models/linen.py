@@ -1,83 +1,24 @@
-"""Names and collections of the networks: the only file that imports Linen.
+"""Flax modules of the networks, for Flax's users: the only file that imports Linen.
 
-A module holds no mathematics: it creates the parameters and power iterates that the pure functions of `flow` take, stacked over
-the blocks of a stage, and hands them over. Collections: "params", trained; "spectral", the power iterates; "batch_stats",
-running averages of a classifier's BatchNorm.
+A module holds no mathematics: it gives names to the arrays that the pure functions of `initial` make and those of `flow` take,
+stacked over the blocks of a stage. Collections: "params", trained; "spectral", the power iterates; "batch_stats", running
+averages of a classifier's BatchNorm.
 """
 
 import functools
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import reshape
-from iresnet_jax.bijections.chain import chain
-from iresnet_jax.branches.branch import Branch
-from iresnet_jax.models.architecture import FlowSpec, PlacedStage
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.contractions import constrain, constrain_blocks, unconstrained
-from iresnet_jax.models.flow import flow_bijection, initialize_actnorm
+from iresnet_jax.models.contractions import constrain, unconstrained
+from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
+from iresnet_jax.models.initial import fit_variables
 from iresnet_jax.models.priors import Gaussian
-
-
-class Blocks(nn.Module):
-    """The residual blocks of one stage: parameters and power iterates, every array stacked over blocks.
-
-    Attributes:
-        flow: Architecture of the flow that the stage belongs to.
-        stage: The stage.
-        last_scale: Initial factor on a branch's last layer.
-        constrained: Whether the constraint holds; False for an ordinary residual network.
-        sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
-        fitted: Whether power iterates are converged and ActNorm is fitted; False leaves that to the caller.
-    """
-
-    flow: FlowSpec
-    stage: PlacedStage
-    last_scale: float | Float[Array, ""] = 1.0
-    constrained: bool = True
-    sharp: bool = False
-    fitted: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
-        """Creates all variables, ActNorm fitted to ``x``. Returns the stage's output, for the next one."""
-        branch = self.stage.branch
-        initial = functools.partial(self.stage.initial_weights, last_scale=self.last_scale, sharp=self.sharp)
-        names = jax.eval_shape(initial, jax.random.key(0))
-        weights = {name: self.param(name, lambda key, name=name: initial(key)[name]) for name in names}
-        iterates = self.stage.initial_iterates(self.make_rng("params"))
-        start = Branch(branch, weights)
-        if self.constrained and self.fitted:
-            start, iterates, _ = constrain_blocks(branch, weights, iterates, coeff=self.flow.coeff, budget=self.flow.budget)
-        for name, iterate in iterates.items():  # converged already, so the first training step is as constrained as any
-            self.variable("spectral", name, lambda iterate=iterate: iterate)
-        fit = functools.partial(initialize_actnorm, self.stage, start, x, context)
-        fitted, y = fit() if self.fitted else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fit))
-        self.param("actnorm", lambda key: fitted)
-        return y
-
-
-class StageModule(nn.Module):
-    """A stage, so that its blocks' arrays are named ``stage0/blocks/conv0/kernel``; attributes as in `Blocks`."""
-
-    flow: FlowSpec
-    stage: PlacedStage
-    last_scale: float | Float[Array, ""] = 1.0
-    constrained: bool = True
-    sharp: bool = False
-    fitted: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b ..."]:
-        """The stage's output for what the stage before hands on, see `Blocks`."""
-        x = chain(self.stage.reshapes).forward(x)
-        settings = (self.last_scale, self.constrained, self.sharp, self.fitted)
-        return Blocks(self.flow, self.stage, *settings, name="blocks")(x, context)
 
 
 class ResidualFlow(nn.Module):
@@ -91,30 +32,21 @@ class ResidualFlow(nn.Module):
     Attributes:
         spec: The architecture.
         last_scale: Initial factor on a branch's last layer.
-        sharp: Whether activations start sharper, see `BranchSpec.initial_weights`.
-        fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
+        sharp: Whether activations start sharper, see `FlowSpec.initial_params`.
     """
 
     spec: FlowSpec
-    last_scale: float | Float[Array, ""] = 1.0
+    last_scale: float = 1.0
     sharp: bool = False
-    fitted: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
         """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
-        if not self.is_initializing():
-            weights = constrain(self.spec, self.variables["params"], self.variables.get("spectral", {})).weights
-            return flow_bijection(self.spec, weights, context=context).forward(x)
-        latents = []
-        for stage in self.spec.layout:
-            made = StageModule(self.spec, stage, self.last_scale, sharp=self.sharp, fitted=self.fitted, name=stage.name)
-            x = made(x, context)
-            if stage.spec.factor_out:
-                x, latent = reshape.split_channels(x)
-                latents.append(reshape.flatten(latent))
-        self.param("prior", lambda key: Gaussian.standard(self.spec.num_dims))
-        return jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
+        if self.is_initializing():
+            self.param("prior", lambda key: Gaussian.standard(self.spec.num_dims))
+            return _create(self, self.spec, x, context, last_scale=self.last_scale, sharp=self.sharp)
+        weights = constrain(self.spec, self.variables["params"], self.variables.get("spectral", {})).weights
+        return flow_bijection(self.spec, weights, context=context).forward(x)
 
 
 class Classifier(nn.Module):
@@ -128,24 +60,43 @@ class Classifier(nn.Module):
     Attributes:
         spec: The architecture.
         last_scale: Initial factor on a branch's last layer.
-        fitted: Whether ``init`` converges power iterates and fits ActNorm; False creates variables of the same shapes.
     """
 
     spec: ClassifierSpec
-    last_scale: float | Float[Array, ""] = 1.0
-    fitted: bool = True
+    last_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """The logits of inputs of the network, by running averages."""
-        if not self.is_initializing():
-            params, statistics = self.variables["params"], self.variables["batch_stats"]
-            scale = constrain if self.spec.constrained else unconstrained
-            weights = scale(self.spec.flow, params, self.variables.get("spectral", {})).weights
-            return ClassifierModel(self.spec, weights, params["head"], statistics).logits_of_input(x)
-        for stage in self.spec.flow.layout:
-            has_norms, flow = self.spec.constrained, self.spec.flow
-            x = StageModule(flow, stage, self.last_scale, has_norms, fitted=self.fitted, name=stage.name)(x)
-        head = self.param("head", lambda key: initial_head(key, x.shape[-1], self.spec.num_classes))
-        statistics = self.variable("batch_stats", "head", lambda: batch_statistics(x))
-        return apply_head(head, statistics.value, x)
+        flow, is_constrained = self.spec.flow, self.spec.constrained
+        if self.is_initializing():
+            z = _create(self, flow, x, last_scale=self.last_scale, is_constrained=is_constrained)
+            features = reshape.unflatten(z, self.spec.feature_shape)
+            head = self.param("head", lambda key: initial_head(key, features.shape[-1], self.spec.num_classes))
+            statistics = self.variable("batch_stats", "head", lambda: batch_statistics(features))
+            return apply_head(head, statistics.value, features)
+        params, statistics = self.variables["params"], self.variables["batch_stats"]
+        scale = constrain if is_constrained else unconstrained
+        weights = scale(flow, params, self.variables.get("spectral", {})).weights
+        return ClassifierModel(self.spec, weights, params["head"], statistics).logits_of_input(x)
+
+
+def _create(
+    module: nn.Module,
+    spec: FlowSpec,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None = None,
+    *,
+    is_constrained: bool = True,
+    **options: bool | float,
+) -> Float[Array, "b d"]:
+    """Creates a flow's variables in a module, named ``stage0/blocks/conv0/kernel`` and so on. Returns the latents of ``x``."""
+    params = spec.initial_params(module.make_rng("params"), **options)  # pyright: ignore[reportArgumentType]
+    spectral = spec.initial_iterates(module.make_rng("params")) if is_constrained else {}
+    scale = functools.partial(constrain if is_constrained else unconstrained, spec)
+    fitted = fit_variables(spec, params, spectral, x, context, constrain=scale)
+    for name, stage in fitted.params.items():
+        module.param(name, lambda key, stage=stage: stage)
+    for name, stage in fitted.spectral.items():
+        module.variable("spectral", name, lambda stage=stage: stage)
+    return fitted.z

@@ -23,8 +23,8 @@ from iresnet_jax.models import bounds
 from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
-from iresnet_jax.models.contractions import as_params, check_fit, freeze
-from iresnet_jax.models.flow import flow_bijection
+from iresnet_jax.models.contractions import check_fit, freeze
+from iresnet_jax.models.flow import as_params, flow_bijection
 
 FILE_NAME = "model.npz"
 FORMAT = 2

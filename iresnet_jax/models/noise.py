@@ -25,20 +25,13 @@ from iresnet_jax.bijections.dequantize import cell_centers, check_keys, into_cel
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec
-from iresnet_jax.models.bounds import FlowWeights
 from iresnet_jax.models.contexts import Network, apply_network
+from iresnet_jax.models.flow import FlowWeights
 
 
 def weights_of(weights: FlowWeights) -> FlowWeights:
     """The weights of the flow of noise alone, by the names that they have in it."""
     return {name.removeprefix(PREFIX): block for name, block in weights.items() if name.startswith(PREFIX)}
-
-
-def initial_params(spec: FlowSpec, key: Key[Array, ""]) -> dict[str, Any]:
-    """Parameters of a flow that makes uniform noise, as `contractions.constrain` takes them; empty if ``spec`` has none."""
-    stages = spec.all_stages[len(spec.layout) :]
-    keys = jax.random.split(key, max(len(stages), 1))
-    return {stage.name: stage.initial_params(own, last_scale=0.0) for stage, own in zip(stages, keys, strict=False)}
 
 
 def initial_network(spec: FlowSpec, key: Key[Array, ""]) -> Network:

@@ -16,13 +16,11 @@ import numpy as np
 
 from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.checked_dataclasses import checked
-from iresnet_jax.models import noise, priors
+from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.contexts import initial_network
 from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.head import batch_statistics, initial_head
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 
 _MOST_HEADER = 2**24  # bytes
@@ -57,8 +55,13 @@ def read(
         if len(spec.flow.stages) > len(archive.namelist()):
             raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
 
+        def empty():
+            key = jax.random.key(0)
+            own_prior = {} if own is None else {"prior": own}
+            return {"params": spec.flow.initial_params(key), **spec.initial_arrays(key), **own_prior}
+
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
-            expected = jax.eval_shape(lambda: _empty(spec, own))
+            expected = jax.eval_shape(empty)
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
         names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
         if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
@@ -134,19 +137,6 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     return MODELS[type(spec)](spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
-
-
-def _empty(spec: Spec, prior: Any) -> dict[str, Any]:
-    """Arrays of the shapes that a model of this spec has, with a prior of one's own if it has one."""
-    params = {stage.name: stage.initial_params(jax.random.key(0)) for stage in spec.flow.all_stages}
-    if isinstance(spec, DensitySpec):
-        prior = spec.standard_prior() if prior is None else prior
-        network = initial_network(jax.random.key(0), spec.context_dim, spec.context_hidden)
-        of_noise = noise.initial_network(spec.flow, jax.random.key(0))
-        return {"params": params, "prior": prior, "network": network, "noise_network": of_noise}
-    channels = spec.feature_shape[-1]
-    head = initial_head(jax.random.key(0), channels, spec.num_classes)
-    return {"params": params, "head": head, "statistics": {"head": batch_statistics(jnp.zeros((1, channels)))}}
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarray:

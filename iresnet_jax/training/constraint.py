@@ -15,7 +15,7 @@ from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.initial import initial_iterates
+from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.saved import MODELS, Model, Spec
 from iresnet_jax.training import parallel
 
@@ -49,7 +49,7 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
     One function for all models of one architecture, which share its program.
     """
-    return fast_compile(_constraint(settings, spec, rtol=1e-3))
+    return fast_compile(_constraint(settings, spec))
 
 
 def validated_model(
@@ -154,11 +154,11 @@ class Unconstrained(Generic[M]):
         if not model.weights:
             raise ValueError("the model has no weights: make one by init, load or fit")
         settings = ConstraintConfig() if spec.constrained else ConstraintConfig(norms="none")
-        stages = contractions.as_params(model.weights)
+        stages = as_params(model.weights)
         learned = {name: model.learned(name) for name in model.arrays if name != "statistics"}
         iterates = {}
         if spec.constrained:
-            iterates = initial_iterates(spec.flow, jax.random.key(0))
+            iterates = spec.flow.initial_iterates(jax.random.key(0))
             iterates = validation_constraint(settings, spec.flow)(stages, iterates).spectral
         template = model.with_(weights={}, history=None, **{name: {} for name in learned})
         return cls({**stages, **learned}, iterates, template, settings)

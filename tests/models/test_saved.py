@@ -20,8 +20,9 @@ from iresnet_jax.bijections.standardize import Center, Identity
 from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.contractions import as_params, freeze
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.head import initial_head
 from iresnet_jax.models.saved import Spec, model_of, read
 
