@@ -45,12 +45,12 @@ class StageSpec:
             compiled programs.
     """
 
-    num_blocks: int
-    hidden: tuple[int, ...] = ()
-    kernel_sizes: tuple[int, ...] | None = None
+    num_blocks: Count
+    hidden: tuple[Count, ...] = ()
+    kernel_sizes: tuple[Count, ...] | None = None
     activation: str = "elu"
     preactivation: bool = False
-    squeeze: int = 1
+    squeeze: Count = 1
     factor_out: bool = False
     padding: str = "SAME"
     positional_bias: bool = False
@@ -60,20 +60,13 @@ class StageSpec:
     branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
-        object.__setattr__(self, "num_blocks", checked(int, self.num_blocks, "num_blocks"))
-        for name in ("hidden", "kernel_sizes", "channel_order"):  # a list could not be part of a compiled program's key
-            if (values := getattr(self, name)) is not None:
-                object.__setattr__(self, name, checked(tuple[int, ...], values, name))
+        several = tuple[Count, ...]
+        kinds_of = {"num_blocks": Count, "squeeze": Count, "hidden": several, "kernel_sizes": several | None}
+        for name, kind in (*kinds_of.items(), ("channel_order", tuple[int, ...] | None)):
+            object.__setattr__(self, name, checked(kind, getattr(self, name), name))  # a list could not be a program's key
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)
-        for name, values in (("hidden", self.hidden), ("kernel_sizes", self.kernel_sizes or ())):
-            if not all(value > 0 for value in values):
-                raise ValueError(f"{name} must be positive numbers, got {values}")
-        if self.num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}: leave the stage out instead")
-        if self.squeeze < 1:
-            raise ValueError(f"squeeze must be a positive factor (1 for none), got {self.squeeze}")
         if self.channel_order is not None and sorted(self.channel_order) != list(range(len(self.channel_order))):
             raise ValueError(f"channel_order must name every channel from 0 once, got {self.channel_order}")
 
@@ -91,6 +84,7 @@ class PlacedStage(NamedTuple):
         spec: Blocks and what happens around them.
         in_shape: Shape of one example as the stage before hands it on.
         branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
+        reshapes: The squeeze, the order of channels and the flattening in front of the blocks, where there are any.
         scale: Factor in front of every block without ActNorm.
     """
 
@@ -98,20 +92,38 @@ class PlacedStage(NamedTuple):
     spec: StageSpec
     in_shape: tuple[int, ...]
     branch: BranchSpec
+    reshapes: tuple[Bijection, ...]
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, name: str, spec: StageSpec, in_shape: tuple[int, ...], context_dim: int, scale: float) -> "PlacedStage":
+        """The stage for examples of a shape and contexts of a length.
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        reshapes, shape = [], in_shape
+        if (factor := spec.squeeze) > 1:
+            if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
+                raise ValueError(f"{name} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
+            shape = (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)
+            reshapes.append(reshape.squeeze_bijection(factor))
+        if spec.channel_order is not None:
+            if len(spec.channel_order) != shape[-1]:
+                raise ValueError(f"{name} has {shape[-1]} channels, and its channel_order {len(spec.channel_order)}")
+            reshapes.append(reshape.order_bijection(spec.channel_order))
+        branch = kinds.branch_of(spec, shape, context_dim)
+        if len(branch.in_shape) != len(shape):
+            reshapes.append(reshape.flatten_bijection(shape))
+        if spec.factor_out and branch.in_shape[-1] % 2:
+            raise ValueError(f"{name} factors out half of its channels but has {branch.in_shape[-1]}: squeeze before it")
+        return cls(name, spec, in_shape, branch, tuple(reshapes), scale)
+
     @property
-    def reshapes(self) -> tuple[Bijection, ...]:
-        """The squeeze, the order of channels and the flattening in front of the blocks, where there are any."""
-        parts, squeezed = [], self.in_shape
-        if self.spec.squeeze > 1:
-            parts.append(reshape.squeeze_bijection(self.spec.squeeze))
-            squeezed = _squeezed(self.in_shape, self.spec.squeeze)
-        if self.spec.channel_order is not None:
-            parts.append(reshape.order_bijection(self.spec.channel_order))
-        if len(self.branch.in_shape) != len(squeezed):
-            parts.append(reshape.flatten_bijection(squeezed))
-        return tuple(parts)
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of one example as the stage hands it on, without latents that leave."""
+        *space, channels = self.branch.in_shape
+        return (*space, channels // 2 if self.spec.factor_out else channels)
 
     def initial_params(self, key: Key[Array, ""], *, sharp: bool = False, last_scale: float = 1.0) -> dict[str, Any]:
         """Random weights of all blocks, stacked, see `BranchSpec.initial_weights`, and an ActNorm that is the identity."""
@@ -238,16 +250,8 @@ class FlowSpec:
         """The stages in their places: the one walk over the architecture that everything else follows."""
         placed, shape = [], tuple(self.event_shape)
         for i, stage in enumerate(self.stages):
-            in_shape, squeezed = shape, _squeezed(shape, stage.squeeze, i)
-            if stage.channel_order is not None and len(stage.channel_order) != squeezed[-1]:
-                raise ValueError(f"stage {i} has {squeezed[-1]} channels, and its channel_order {len(stage.channel_order)}")
-            branch = kinds.branch_of(stage, squeezed, self.context_dim)
-            shape = branch.in_shape
-            placed.append(PlacedStage(f"stage{i}", stage, in_shape, branch, self.scale))
-            if stage.factor_out:
-                if shape[-1] % 2:
-                    raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
-                shape = (*shape[:-1], shape[-1] // 2)
+            placed.append(PlacedStage.of(f"stage{i}", stage, shape, self.context_dim, self.scale))
+            shape = placed[-1].out_shape
         return tuple(placed)
 
     @functools.cached_property
@@ -291,11 +295,3 @@ def check_names(spec: FlowSpec) -> None:
     for stage in spec.stages:
         if stage.branch is not None and known.setdefault(stage.branch_name, stage.branch) != stage.branch:
             raise ValueError(f"two branches of the model are called {stage.branch_name!r}: a file knows them by their names")
-
-
-def _squeezed(shape: tuple[int, ...], factor: int, stage: int = 0) -> tuple[int, ...]:
-    if factor == 1:
-        return shape
-    if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
-        raise ValueError(f"stage {stage} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
-    return (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)

@@ -6,7 +6,6 @@ along directions of power iteration, are lower bounds of it: one above the claim
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +16,10 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Block, FlowWeights, branch_inputs
+from iresnet_jax.models.flow import FlowWeights, branch_inputs
 
 EXAMPLES = 256  # of a batch, at most, whose pairs are measured
 RTOL = 1e-3  # by which a ratio may be above a claim: rounding, and bounds that are attained
-_SHIFTS = (1, 2, 5)  # each example is paired with those so many places further
-_NEAREST = 1e-2  # distance of a pair below which differences are rounding, relative to the mean distance
-_DIRECTIONS, _STEPS = 16, 20  # examples of power iteration, and its steps
-
-
-class _Measured(NamedTuple):
-    """Observed stretches of the blocks of a stage, one entry a block.
-
-    Attributes:
-        claim: Bound of ``Lip(g)`` that the branch claims, before any factor on its output.
-        ratio: Largest ratio that was found.
-        mixing: Largest change of ``g(x)`` by other examples in the batch, relative to the largest entry of ``g``.
-    """
-
-    claim: Float[Array, " k"]
-    ratio: Float[Array, " k"]
-    mixing: Float[Array, " k"]
 
 
 def check_claims(
@@ -61,20 +43,18 @@ def check_claims(
     found = jax.device_get(_measure(spec, tuple(names), weights, jnp.asarray(x[:EXAMPLES]), contexts))
     for stage, measured in found.items():
         for k, (claim, ratio, mixing) in enumerate(zip(*measured, strict=True)):
-            block = f"the branch {names[stage]!r} of {stage}/block{k:02d}"
             if not (np.isfinite(claim) and claim >= 0):
-                raise ValueError(
-                    f"{block} claims the Lipschitz constant {claim:.4g}: lipschitz_bound() must be a finite number"
-                )
-            if mixing > RTOL:
-                raise ValueError(
-                    f"{block} gives an example other values if the batch has other examples: each must be computed alone"
-                )
-            if not ratio <= claim * (1 + RTOL):
-                raise ValueError(
-                    f"{block} claims the Lipschitz constant {claim:.4g}, and {ratio:.4g} was measured on the data: its "
+                wrong = f"claims the Lipschitz constant {claim:.4g}: lipschitz_bound() must be a finite number"
+            elif mixing > RTOL:
+                wrong = "gives an example other values if the batch has other examples: each must be computed alone"
+            elif not ratio <= claim * (1 + RTOL):
+                wrong = (
+                    f"claims the Lipschitz constant {claim:.4g}, and {ratio:.4g} was measured on the data: its "
                     "lipschitz_bound() is no upper bound, and nothing that relies on it would hold"
                 )
+            else:
+                continue
+            raise ValueError(f"the branch {names[stage]!r} of {stage}/block{k:02d} {wrong}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -84,38 +64,33 @@ def _measure(
     weights: FlowWeights,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None,
-) -> dict[str, _Measured]:
-    """Observed stretches of the blocks of some stages on inputs of the flow."""
+) -> dict[str, tuple[Float[Array, " k"], ...]]:
+    """Each block's claim, before any factor on its output, the largest ratio that was found, and `_mixing`; by stage."""
     inputs = branch_inputs(spec, weights, x, context)
 
-    def of_block(own: tuple[Block, Array]) -> _Measured:
+    def of_block(own):
         block, x = own
         branch = dataclasses.replace(block.branch, gain=None)
         claim = branch.spec.lipschitz_bound(branch.weights).astype(x.dtype)
         ratio = jnp.maximum(_pairs(branch, x, context), _directions(branch, x, context))
-        return _Measured(claim, ratio, _mixing(branch, x, context))
+        return claim, ratio, _mixing(branch, x, context)
 
     return {name: lax.map(of_block, (weights[name], inputs[name])) for name in names}
 
 
 def _pairs(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, ""]:
-    """The largest ratio of pairs of the batch, each under one context, less what rounding may add."""
-    g = branch.given(context)
-    value, ratios = g(x), []
-    for shift in _SHIFTS:
-        y = jnp.roll(x, shift, axis=0)
-        other = g(y)
-        rounding = 32 * jnp.finfo(x.dtype).eps * (example_norm(value) + example_norm(other))
-        distance = example_norm(x - y)
-        is_apart = distance > _NEAREST * jnp.mean(distance)
-        ratios.append(jnp.where(is_apart, (example_norm(value - other) - rounding) / jnp.where(is_apart, distance, 1), 0))
-    return jnp.max(jnp.stack(ratios))
+    """The largest ratio of neighbours in the batch, each pair under one context, less what rounding may add."""
+    g, y = branch.given(context), jnp.roll(x, 1, axis=0)
+    values, others, distance = g(x), g(y), example_norm(x - y)
+    rounding = 32 * jnp.finfo(x.dtype).eps * (example_norm(values) + example_norm(others))
+    is_apart = distance > 1e-2 * jnp.mean(distance)  # differences of closer ones are rounding
+    return jnp.max(jnp.where(is_apart, (example_norm(values - others) - rounding) / jnp.where(is_apart, distance, 1), 0))
 
 
 def _directions(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, ""]:
-    """The largest ``|J v| / |v|`` on the way of power iteration, at some examples."""
-    x = x[:_DIRECTIONS]
-    _, push = jax.linearize(branch.given(None if context is None else context[:_DIRECTIONS]), x)
+    """The largest ``|J v| / |v|`` in 20 steps of power iteration at some examples."""
+    x, context = x[:16], None if context is None else context[:16]
+    _, push = jax.linearize(branch.given(context), x)
     pull = jax.linear_transpose(push, x)
 
     def unit(v):
@@ -127,7 +102,7 @@ def _directions(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, 
         return unit(pull(pushed)[0]), jnp.max(example_norm(pushed))
 
     start = unit(jax.random.normal(jax.random.key(0), x.shape, x.dtype))
-    return jnp.max(lax.scan(step, start, length=_STEPS)[1])
+    return jnp.max(lax.scan(step, start, length=20)[1])
 
 
 def _mixing(branch: Branch, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, ""]:

@@ -69,7 +69,13 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
     if context is not None and context_dim:
         context = context_vectors(context, context_dim)
         if context.shape[-1:] == (context_dim,):
-            axes = _together(axes, context.shape[:-1], x, context)
+            try:
+                axes = np.broadcast_shapes(axes, context.shape[:-1])
+            except ValueError:
+                raise ValueError(
+                    f"contexts of shape {context.shape} do not fit examples of shape {x.shape}: give one context for all, one "
+                    "for each example, or leading axes that broadcast"
+                ) from None
             context = _flat(context, axes, (context_dim,))
     return Examples(_flat(x, axes, event_shape), context, axes)
 
@@ -87,16 +93,6 @@ def numbers(context: Any) -> Any:
         return context
     context = np.asarray(context)
     return context if np.issubdtype(context.dtype, np.floating) else context.astype(float)
-
-
-def _together(axes: tuple[int, ...], of_contexts: tuple[int, ...], x: Any, context: Any) -> tuple[int, ...]:
-    try:
-        return np.broadcast_shapes(axes, of_contexts)
-    except ValueError:
-        raise ValueError(
-            f"contexts of shape {context.shape} do not fit examples of shape {x.shape}: give one context for all, one for each "
-            "example, or leading axes that broadcast"
-        ) from None
 
 
 def _flat(array: Any, axes: tuple[int, ...], own: tuple[int, ...]) -> Any:

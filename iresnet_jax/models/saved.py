@@ -1,11 +1,9 @@
-"""Models read from their files, see `model`, with every header checked before anything is allocated."""
+"""Models read from their files, see `model`: every array must be what the model that the header describes has."""
 
 import contextlib
 import json
-import math
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
 
-_MOST_HEADER = 2**24  # bytes
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
 Model = Density | Classifier
@@ -50,35 +47,25 @@ def read(
         spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
         is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
         if is_own != (prior is not None):
-            raise PartError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
-        own = None if prior is None else priors.trainable(prior)
-        if len(spec.flow.stages) > len(archive.namelist()):
-            raise ValueError(f"its header has {len(spec.flow.stages)} stages, and it holds {len(archive.namelist())} arrays")
+            raise _RefusedError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
 
         def empty():
             key = jax.random.key(0)
-            own_prior = {} if own is None else {"prior": own}
+            own_prior = {"prior": priors.trainable(prior)} if is_own else {}
             return {"params": spec.flow.initial_params(key), **spec.initial_arrays(key), **own_prior}
 
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
             expected = jax.eval_shape(empty)
         arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
-        names = {f"{array_name(key)}.npy" for key, _ in jax.tree.leaves_with_path(expected)}
-        if left_over := set(archive.namelist()) - {f"{HEADER}.npy"} - names:
+        names = {array_name(key) for key, _ in jax.tree.leaves_with_path(expected)}
+        if left_over := set(archive.files) - {HEADER} - names:
             raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
-        about = header["about"]
-    return model_of(spec, jax.device_put(_at_most(jnp.result_type(float), arrays, path))), about
-
-
-def _at_most(dtype: Any, arrays: Any, path: str | os.PathLike[str]) -> Any:
-    """The arrays, those of float64 rounded where JAX has none."""
-    if dtype == np.float64 or all(leaf.dtype != np.float64 for leaf in jax.tree.leaves(arrays)):
-        return arrays
-    warnings.warn(
-        f"{path} is in float64, and JAX computes in float32: its weights are rounded; set JAX_ENABLE_X64=1 to keep them",
-        stacklevel=4,
-    )
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == np.float64 else leaf, arrays)
+    if jnp.result_type(float) != np.float64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(arrays)):
+        warnings.warn(
+            f"{path} is in float64, and JAX computes in float32: its weights are rounded; set JAX_ENABLE_X64=1 to keep them",
+            stacklevel=3,
+        )
+    return model_of(spec, jax.device_put(arrays)), header["about"]
 
 
 def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,8 +74,8 @@ def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
         return header["about"]
 
 
-class PartError(ValueError):
-    """A part of one's own is not what was given."""
+class _RefusedError(ValueError):
+    """A file that is whole, and of which no model can be made as it was asked for."""
 
 
 def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,35 +84,44 @@ def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dic
     def with_branch(stage):
         name = stage.get("branch")
         if name is not None and name not in branches:
-            raise PartError(f"it has a branch {name!r} of one's own: give what makes it, as branches={{{name!r}: ...}}")
+            raise _RefusedError(f"it has a branch {name!r} of one's own: give what makes it, as branches={{{name!r}: ...}}")
         if name is None and stage.get("kind", "feedforward") not in KINDS:
-            raise PartError(f"it has branches of the kind {stage['kind']!r}: give them that name by kinds.register first")
+            raise _RefusedError(f"it has branches of the kind {stage['kind']!r}: give them that name by kinds.register first")
         return stage if name is None else {**stage, "branch": branches[name]}
 
     return {**plain, "flow": {**plain["flow"], "stages": [with_branch(stage) for stage in plain["flow"]["stages"]]}}
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The file of a model and its header; whatever is wrong in it, until the context ends, is a ``ValueError``."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no model {path}: train.py and model.save write one")
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        if f"{HEADER}.npy" not in archive.namelist():
-            raise ValueError(f"{path} holds no model that was saved: of a run, give the folder that holds config.json")
     try:
-        with zipfile.ZipFile(path) as archive:
-            header = json.loads(_read_array(archive, HEADER, None).tobytes())
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if HEADER not in archive:
+                raise _RefusedError("it holds no model that was saved: of a run, give the folder that holds config.json")
+            header = json.loads(archive[HEADER].tobytes())
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
             yield archive, header
-    except PartError as error:
-        raise ValueError(f"{path} needs a part of one's own: {error}") from None
+    except _RefusedError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from None
     except Exception as error:  # there is no list of what a damaged file makes others raise
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} is damaged or was written by another version ({reason}): save the model again") from error
+
+
+def _read_array(archive: Any, name: str, expected: Any) -> np.ndarray:
+    """One array of the file, which must be what such a model has."""
+    array = archive[name]
+    if array.shape != expected.shape or array.dtype not in (expected.dtype, _DOUBLE.get(expected.dtype)):
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, not {expected.dtype} of shape {expected.shape}")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return array
 
 
 def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
@@ -137,23 +133,3 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
     return MODELS[type(spec)](spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, expected: Any) -> np.ndarray:
-    """One array of the file, once its header says that it is what it should be: nothing is allocated on a file's word."""
-    member = archive.getinfo(f"{name}.npy")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read_header(file)
-        if expected is None:
-            if dtype != np.uint8 or len(shape) != 1 or shape[0] > min(member.file_size, _MOST_HEADER):
-                raise ValueError("its header is none")
-        elif (shape, fortran) != (expected.shape, False) or dtype not in (expected.dtype, _DOUBLE.get(expected.dtype)):
-            raise ValueError(f"{name} is {dtype} of shape {shape}, not {expected.dtype} of shape {expected.shape}")
-        array = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
-        if file.read(1):
-            raise ValueError(f"{name} goes on after its end")
-    if not np.all(np.isfinite(array)):
-        raise ValueError(f"{name} holds numbers that are not finite")
-    return array

@@ -15,7 +15,7 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.branches import kinds
-from iresnet_jax.models.contractions import as_params
+from iresnet_jax.models.flow import as_params
 
 EXACT = 1e-9  # the same by another route, float64
 NUM, NUM_PROBES, CONTEXT_DIM = 3, 200, 2

@@ -102,8 +102,8 @@ def test_the_input_of_every_branch_has_mean_zero_and_variance_one(constrained, b
 
 
 def test_norms_hold_before_the_first_step(variables, constrained):
-    for name, _, _, branch, _ in SPEC.layout:
-        for layer in branch.layers:
+    for name, layers in [(stage.name, stage.branch.layers) for stage in SPEC.layout]:
+        for layer in layers:
             raw = variables["params"][name]["blocks"][layer.name]["kernel"][0]
             kernel = constrained.weights[name].branch.weights[layer.name]["kernel"][0]
             unfold = functools.partial(oracles.dense_conv_matrix, height=2, width=2) if raw.ndim == 4 else np.asarray
