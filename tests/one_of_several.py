@@ -56,16 +56,14 @@ class OneOfSeveral:
         return self._stderr.read_text().splitlines() if self._stderr.exists() else []
 
 
-def start(num_processes, trainings, folder, *, num_devices=1, other=None, **waiting):
+def start(num_processes, trainings, folder, *, other=None):
     """Starts all processes of a run.
 
     Args:
         num_processes: Their number.
         trainings: What they train one after the other: names in `tiny_runs.CONFIGS`, workdirs and changes of settings.
         folder: Where to keep what they print.
-        num_devices: Simulated devices of each.
         other: What process 1 trains instead of the first.
-        waiting: ``lost_s`` and ``last_words_s``, times that the processes wait, see `hosts`.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -73,20 +71,18 @@ def start(num_processes, trainings, folder, *, num_devices=1, other=None, **wait
     started = []
     for process in range(num_processes):
         own = [other, *trainings[1:]] if process == 1 and other else trainings
-        arguments = address, num_processes, process, own, num_devices, waiting
+        arguments = address, num_processes, process, own
         started.append(OneOfSeveral(folder / f"process{process}", *arguments))
     return started
 
 
-def work(stderr, address, num_processes, process, trainings, num_devices, waiting):
+def work(stderr, address, num_processes, process, trainings):
     """Trains as one of several processes."""
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={num_devices}"])
+    os.environ["XLA_FLAGS"] = " ".join([*others, "--xla_force_host_platform_device_count=1"])
     warnings.simplefilter("ignore")
     gc.set_threshold(50_000, 20, 100)  # makes tracing faster
-    hosts.LOST_S = waiting.get("lost_s", hosts.LOST_S)
-    hosts._LAST_WORDS_S = waiting.get("last_words_s", hosts._LAST_WORDS_S)
     signals.end_at_signals("the same command goes on")
 
     def run():

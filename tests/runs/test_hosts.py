@@ -17,7 +17,6 @@ from iresnet_jax.runs.metrics import read_metrics
 
 ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 8 steps, of an array's largest entry
 VANISHING = 2e-8  # what sums of numbers around 1 leave where they vanish, as gradients of biases in front of ActNorm do
-OBJECTIVES = ("toy", "classifier")
 LONG = {  # runs that something ends, of what compiles fastest
     "training.total_steps": 100_000,
     "training.eval_every_steps": 100_000,
@@ -28,7 +27,6 @@ LONG = {  # runs that something ends, of what compiles fastest
     "optimizer.clip_norm": 0.0,
 }
 DEADLINE_S = 60
-LOST_S = 5
 ENDS_OF_THE_LOST = (hosts.LOST, -signal.SIGABRT)  # by this library's words, and by JAX's
 ADVICE = "the same command on all processes, or on fewer, goes on from the last checkpoint"
 
@@ -53,11 +51,6 @@ def final(workdir):
     return runs.newest(workdir), runs.arrays_of(workdir)
 
 
-def forget_the_end(workdir):
-    """Deletes the newest checkpoint: what is kept of a run goes on from the one before."""
-    Checkpoints(workdir).path(runs.newest(workdir)).unlink()
-
-
 def assert_close(found, expected):
     """The same step, and arrays that are as close as rounding lets them be."""
     (step, arrays), (expected_step, expected_arrays) = found, expected
@@ -80,24 +73,6 @@ def stopped(tmp_path_factory):
     return folder / "run", *finish(processes)
 
 
-def go_on(stopped, folder, **waiting):
-    """Two processes that go on in a copy of a run which was stopped, after a step of theirs."""
-    workdir = shutil.copytree(stopped[0], folder / "run")
-    processes = start(2, [["toy", str(workdir), LONG]], folder, **waiting)
-    await_step(workdir, final(workdir)[0] + 3, processes)
-    return processes
-
-
-@pytest.fixture(scope="module")
-def suspended(stopped, tmp_path_factory):
-    """Two processes whose coordinator was suspended. Until it counts as lost, other tests can run."""
-    processes = go_on(stopped, tmp_path_factory.mktemp("suspended"), lost_s=LOST_S)
-    processes[0].send_signal(signal.SIGSTOP)
-    yield processes
-    if processes[0].poll() is None:
-        processes[0].send_signal(signal.SIGCONT)
-
-
 def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
     workdir, statuses, said = stopped
     assert statuses == [128 + signal.SIGTERM] * 2
@@ -106,7 +81,6 @@ def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
     assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
 
 
-@pytest.mark.usefixtures("suspended")
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     """Of a run with a time limit, whose processes agree on its length at every line of the log."""
     processes = start(2, [["toy", str(tmp_path / "run"), {**LONG, "training.minutes": 60.0}]], tmp_path)
@@ -118,7 +92,9 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
 
 
 def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_path):
-    processes = go_on(stopped, tmp_path, last_words_s=0.1)
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    processes = start(2, [["toy", str(workdir), LONG]], tmp_path)
+    await_step(workdir, final(workdir)[0] + 3, processes)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints)
     checkpoints.write_text("a file where process 0 wants to write")
@@ -134,37 +110,29 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of the same trainings by one process with two devices, and by two processes.
-
-    Two with a device each train the classifier. Two with two devices each go on with the toy where the one stood before its
-    last steps, and have folders of their own.
-    """
+    """Folders of the same training by one process with two devices, and by two that have folders of their own."""
     folder = tmp_path_factory.mktemp("trained")
-    processes = start(2, [("classifier", str(folder / "classifier-two"), {})], folder / "classifier")
-    for name in OBJECTIVES:
-        runs.trained(tmp_path_factory, name).rename(folder / f"{name}-one")
+    of_two, elsewhere = (("classifier", str(folder / name), {}) for name in ("two", "elsewhere"))
+    processes = start(2, [of_two], folder / "processes", other=elsewhere)
+    runs.trained(tmp_path_factory, "classifier").rename(folder / "one")
     assert finish(processes) == ([0, 0], [[], []])
-    forget_the_end(shutil.copytree(folder / "toy-one", folder / "toy-two"))
-    of_two, elsewhere = ("toy", str(folder / "toy-two"), {}), ("toy", str(folder / "elsewhere"), {})
-    assert finish(start(2, [of_two], folder / "toy", other=elsewhere, num_devices=2)) == ([0, 0], [[], []])
     assert not (folder / "elsewhere").exists()  # the folder is that of process 0
     return folder
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_runs_do_not_depend_on_how_devices_are_spread(trained, name):
+def test_runs_do_not_depend_on_how_devices_are_spread(trained):
     assert jax.local_device_count() == 2
-    assert_close(final(trained / f"{name}-two"), final(trained / f"{name}-one"))
-    logs = [runs.measurements(trained / f"{name}-{processes}") for processes in ("two", "one")]
-    for found, expected in zip(*logs, strict=True):
+    assert_close(final(trained / "two"), final(trained / "one"))
+    for found, expected in zip(*(runs.measurements(trained / name) for name in ("two", "one")), strict=True):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_one_process_goes_on_where_two_were(trained, tmp_path):
-    forget_the_end(shutil.copytree(trained / "classifier-two", tmp_path / "run"))
+    shutil.copytree(trained / "two", tmp_path / "run")
+    Checkpoints(tmp_path / "run").path(runs.newest(tmp_path / "run")).unlink()
     loop.train(runs.config_of(runs.CONFIGS["classifier"]), tmp_path / "run")
-    assert_close(final(tmp_path / "run"), final(trained / "classifier-one"))
+    assert_close(final(tmp_path / "run"), final(trained / "one"))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +174,3 @@ def refused(asked, *arguments, cluster_detection_method, **options):
     """JAX's function, once it has started: it finds no cluster, and says whether it was asked to look for one."""
     asked.append(cluster_detection_method)
     raise ValueError("Number of processes must be defined.")
-
-
-def test_a_suspended_coordinator_ends_the_other_and_itself_when_it_wakes(suspended):
-    assert suspended[1].wait(DEADLINE_S) in ENDS_OF_THE_LOST
-    suspended[0].send_signal(signal.SIGCONT)
-    assert suspended[0].wait(DEADLINE_S) in ENDS_OF_THE_LOST

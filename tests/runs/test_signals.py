@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from iresnet_jax.runs import signals
-from iresnet_jax.runs.signals import SIGNALS, Stopped, StopRequests
+from iresnet_jax.runs.signals import SIGNALS, StopRequests
 
 # Read as a file, so that a process takes 0.1 s and not the second of importing JAX.
 HEAD = f"""
@@ -47,7 +47,6 @@ def run(program, *sent):
 
 
 MOMENTS = {
-    "in Python": "ready()\nuntil(lambda: False)",
     "after native code": "ready()\nnative(0.3)\nuntil(lambda: False)",
     "after the loop": "with StopRequests():\n    pass\nready()\nuntil(lambda: False)",
     "under try and finally": "try:\n    ready(); until(lambda: False)\nfinally:\n    print('unwound')",
@@ -72,7 +71,6 @@ with StopRequests() as stop:
 # What the loop does, the signals that it gets meanwhile, and its status and output.
 DEFERRED = [
     ("native(0.5)", [signal.SIGTERM], (143, "saved\n", NOTED)),
-    ("until(lambda: stop.received)", [signal.SIGTERM], (143, "saved\n", NOTED)),
     (
         "until(lambda: stop.received); ready(); until(lambda: False)",
         [signal.SIGTERM, signal.SIGINT],
@@ -114,19 +112,6 @@ def test_signals_that_are_ignored_stay_ignored():
 
 
 # --- within a process that nobody owns, such as a notebook ------------------------------------------------------------
-
-
-def test_a_loop_on_disk_notes_the_first_signal_and_interrupts_at_the_second():
-    handlers = [signal.getsignal(number) for number in SIGNALS]
-    with StopRequests() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.received is signal.SIGTERM
-        signal.raise_signal(signal.SIGTERM)  # so soon, it is the same request
-        with pytest.raises(KeyboardInterrupt) as interrupt:
-            signal.raise_signal(signal.SIGINT)
-    assert Stopped("", stop.received).status == 143
-    assert not isinstance(interrupt.value, Stopped)
-    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
 def test_training_in_memory_hears_an_interrupt_where_somebody_sits(monkeypatch):

@@ -1,10 +1,6 @@
 """A run after training: which parameters count, what they need to be read, and what is said of damage and of other data."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import kept
@@ -14,7 +10,7 @@ import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import machine, run_folder
+from iresnet_jax.runs import run_folder
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.model_from_config import model_spec
@@ -102,6 +98,7 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     path = run.save(toy, tmp_path / FILE_NAME)
     assert path == tmp_path / FILE_NAME
     alone = run.load(tmp_path)
+    assert run.read_config(tmp_path) == run.read_config(copied) == toy.config
     for name in ("config", "fingerprint", "step"):
         assert getattr(alone, name) == getattr(toy, name)
     assert (alone.model.spec, alone.model.solver) == (toy.model.spec, toy.model.solver)
@@ -113,25 +110,6 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     assert alone.test_examples().shape == (256, 2)
     run.save(run.Run(copied, kept.model(kept.POINTS), toy.config, toy.fingerprint, step=7))
     assert run.load(copied).step == 20
-
-
-READING = """
-import sys
-from iresnet_jax.runs import machine
-from iresnet_jax.runs.trained_run import read_config
-
-configs = [read_config(folder) for folder in sys.argv[1:]]
-print([config.data.name for config in configs], machine.use_all_cores(configs[0]))
-"""
-
-
-def test_settings_are_read_before_jax_starts(toy, trained, tmp_path):
-    run.save(toy, tmp_path / FILE_NAME)
-    assert run.read_config(trained) == run.read_config(tmp_path) == toy.config
-    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    command = [sys.executable, "-c", READING, str(trained), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"PYTHONPATH": str(runs.ROOT)})
-    assert done.stdout.strip() == f"['moons', 'moons'] {machine.num_devices(toy.config, machine.num_cores())}"
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -193,14 +171,8 @@ def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
         run.load(copied)
 
 
-def test_a_kept_model_is_enough_where_checkpoints_were_removed(copied):
-    trained = run.load(copied)
-    run.save(trained)
-    shutil.rmtree(copied / "checkpoints")
-    assert run.load(copied).step == trained.step
-
-
-def test_damaged_runs_are_explained(copied):
+def test_checkpoints_that_are_damaged_or_gone_are_explained_and_a_kept_model_takes_their_place(copied):
+    whole = run.load(copied)
     for checkpoint in (copied / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"is damaged \(.*\), and no other can be read"):
@@ -208,18 +180,5 @@ def test_damaged_runs_are_explained(copied):
     shutil.rmtree(copied / "checkpoints")
     with pytest.raises(RuntimeError, match="has no checkpoints: its training has not reached"):
         run.load(copied)
-    for name in ("model.json", "config.json"):
-        whole = (copied / name).read_text()
-        for damaged in ("{", "{}", "[]", '{"format": 1, "seed": "x"}', whole[:-20]):
-            (copied / name).write_text(damaged)
-            with pytest.raises(ValueError, match=rf"{name} (is damaged|was written by another version)"):
-                run.load(copied)
-        (copied / name).unlink()
-        with pytest.raises(ValueError, match=name):
-            run.load(copied)
-        (copied / name).write_text(whole)
-    config = json.loads((copied / "config.json").read_text())
-    config["model"]["coeff"] = 1.5
-    (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.model\.coeff must lie in \(0, 1\), got 1\.5"):
-        run.load(copied)
+    run.save(whole)
+    assert run.load(copied).step == whole.step  # a kept model is enough
