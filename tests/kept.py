@@ -12,11 +12,11 @@ import tiny_runs as runs
 from iresnet_jax import data
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.maths import activations
-from iresnet_jax.models import noise
+from iresnet_jax.models import contexts, noise
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
-from iresnet_jax.models.contractions import freeze
+from iresnet_jax.models.contractions import freeze, of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import initial_head
@@ -68,16 +68,18 @@ def weights(flow, seed=0):
 
 @functools.cache
 def model(spec, seed=0):
-    """A frozen model of a spec."""
+    """A frozen model of a spec; one without a constraint has weights beyond it."""
     if isinstance(spec, ClassifierSpec):
         channels = spec.feature_shape[-1]
         head = jax.jit(initial_head, static_argnums=(1, 2))(jax.random.key(1), channels, CLASSES)
         statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-        return Classifier(spec, weights(spec.flow, seed), head, statistics)
+        own = weights(spec.flow, seed) if spec.constrained else of_stored(spec.flow, random_params(spec.flow, seed))
+        return Classifier(spec, own, head, statistics)
     rng = np.random.default_rng(1)
     prior = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), spec.standard_prior())
-    network = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
-    return Density(spec, weights(spec.flow, seed), prior, noise_network=network)
+    network = contexts.initial_network(jax.random.key(1), spec.context_dim, spec.context_hidden)
+    of_noise = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
+    return Density(spec, weights(spec.flow, seed), prior, network=network, noise_network=of_noise)
 
 
 def images(num, seed=0):

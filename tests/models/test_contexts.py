@@ -52,22 +52,14 @@ def test_network_is_its_layers():
 @pytest.fixture(scope="module")
 def model():
     """A conditional density with a network on contexts of length 4."""
-    whole = kept.model(ir.DensitySpec(FLOW))
-    scale = ContextScale.fit(columns())
-    spec = ir.DensitySpec(FLOW, context=scale, context_hidden=(6, 3))
-    return whole.with_(spec=spec, network=initial_network(jax.random.key(2), 4, (6, 3)))
+    return kept.model(ir.DensitySpec(FLOW, context=ContextScale.fit(columns()), context_hidden=(6, 3)))
 
 
-def test_the_flow_gets_what_the_network_makes_of_contexts(model, tmp_path):
+def test_the_flow_gets_what_the_network_makes_of_contexts(model):
     x, context = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32), columns()[:3].astype(np.float32)
     features = apply_network(model.network, model.spec.context.bijection().forward(jnp.asarray(context)))
     bare = model.with_(spec=ir.DensitySpec(FLOW), network={})
-    found = model.log_prob(x, context=context)
-    np.testing.assert_allclose(found, bare.log_prob(x, context=features), rtol=1e-6)
-    np.testing.assert_array_equal(ir.load(model.save(tmp_path / "model.npz")).log_prob(x, context=context), found)
-    samples, info = model.sample(jax.random.key(0), 5, context=context[0])
-    assert samples.shape == (5, 2)
-    assert info.converged.all()
+    np.testing.assert_allclose(model.log_prob(x, context=context), bare.log_prob(x, context=features), rtol=1e-6)
 
 
 def test_contexts_of_a_wrong_length_are_refused(model):

@@ -1,4 +1,4 @@
-"""The density as a value: terms against their definition, levels in and out, pytree, bounds and mistakes."""
+"""The density as a value: keys, estimators, shared programs, ranges and mistakes; test_every_model.py has the rest."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.bounded import Bounded, Bounds
-from iresnet_jax.bijections.dequantize import Grid, dequantize
+from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Standardize
-from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density
@@ -48,30 +47,6 @@ def keys():
 terms_of, log_prob, encode, decode = (jax.jit(m) for m in (Density.terms, Density.log_prob, Density.encode, Density.decode))
 
 
-def test_terms_add_up_to_the_change_of_variables():
-    density = kept.model(IMAGES)
-
-    @jax.jit
-    def of_continuous(density, u):
-        def latents(u):
-            z = density.encode(u[None])[0]
-            return z, z
-
-        jacobians, z = jax.vmap(jax.jacfwd(latents, has_aux=True))(u)
-        return density.terms(u, keys(), keys()).log_prob, jacobians.reshape(3, 16, 16), z
-
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda a: a.astype(jnp.float64), density).continuous
-        u = jnp.asarray(dequantize(keys(), jnp.asarray(X), LEVELS), jnp.float64)
-        found, jacobians, z = of_continuous(exact, u)
-        expected = np.linalg.slogdet(jacobians)[1] + exact.prior.log_prob(z)
-        np.testing.assert_allclose(found, expected, atol=EXACT)
-    of_levels = terms_of(density, X, keys(), keys())
-    np.testing.assert_allclose(of_levels.log_prob, np.asarray(found) - 16 * np.log(LEVELS), rtol=SINGLE)
-    total = of_levels.log_prior + of_levels.log_det + of_levels.log_det_transform
-    np.testing.assert_allclose(of_levels.log_prob, total, rtol=SINGLE)
-
-
 def test_bits_per_dim_of_the_uniform_density():
     """Centred pixels under a flow that does nothing and a flat prior would need log2(levels) bits each."""
     spec = DensitySpec(FLOW, transform=Center(), num_levels=LEVELS)
@@ -81,32 +56,15 @@ def test_bits_per_dim_of_the_uniform_density():
     np.testing.assert_allclose(PLANE.in_units(jnp.array([-2.5])), 2.5)
 
 
-def test_levels_go_in_and_come_out():
+def test_latents_far_out_are_levels_too():
     density = kept.model(IMAGES)
-    z = encode(density, X)
-    back, info = decode(density, z)
-    assert info.converged.all()
-    assert back.dtype == jnp.uint8
-    np.testing.assert_array_equal(back, X)
-    far = 3 * z
+    far = 3 * encode(density, X)
     smooth = np.asarray(decode(density.continuous, far)[0], np.float64)
     np.testing.assert_array_equal(np.clip(np.floor(smooth * LEVELS), 0, LEVELS - 1), decode(density, far)[0])
 
 
-def test_a_model_is_an_argument_like_any_array():
-    density = kept.model(PLANE)
-
-    def loss(density, x):
-        return -jnp.mean(density.terms(x, keys(), keys()).log_prob)
-
-    gradients = jax.jit(jax.grad(loss, allow_int=True))(density, POINTS)
-    assert isinstance(gradients, Density)
-    assert np.any(gradients.weights["stage0"].branch.weights["dense0"]["kernel"])
-    assert gradients.spec.flow == density.spec.flow
-    twice = jax.tree.map(lambda a: jnp.stack([a, a]), density)
-    both = jax.jit(jax.vmap(lambda m: m.terms(POINTS, keys(), keys()).log_prob))(twice)
-    np.testing.assert_allclose(both[0], terms_of(density, POINTS, keys(), keys()).log_prob, rtol=SINGLE)
-    traces = []
+def test_other_weights_share_a_program():
+    density, traces = kept.model(PLANE), []
 
     @jax.jit
     def encode(density, x):
@@ -132,12 +90,9 @@ def test_the_estimator_travels_with_the_model():
     assert int(length) == int(fixed.length)
 
 
-def test_without_a_key_noise_and_probes_are_fixed():
+def test_each_example_has_the_noise_of_its_key():
     density = kept.model(IMAGES)
-    once = log_prob(density, X)
-    np.testing.assert_array_equal(log_prob(density, X), once)
     of_keys = log_prob(density, X, keys())
-    assert np.all(of_keys != once)
     np.testing.assert_allclose(log_prob(density, X[::-1], keys()[::-1]), of_keys[::-1], rtol=SINGLE)
 
 
@@ -186,28 +141,6 @@ def test_labels_that_are_none_are_named():
 def test_specs_that_contradict_themselves(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(IMAGES, **change)
-
-
-def test_points_have_no_levels():
-    density = kept.model(PLANE)
-    assert density.continuous.spec == density.spec
-    back, info = decode(density, encode(density, POINTS))
-    assert info.converged.all()
-    np.testing.assert_allclose(back, POINTS, atol=1e-5)
-    assert isinstance(density.estimator, ExactLogdet)
-    np.testing.assert_allclose(log_prob(density, POINTS), log_prob(density, POINTS, keys()), rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["levels", "grid"])
-def test_without_a_key_an_example_does_not_depend_on_its_batch(name):
-    if name == "levels":
-        model, x = kept.model(IMAGES), X
-    else:
-        model, x = kept.model(dataclasses.replace(PLANE, grid=Grid((0.0, 0.0), (1.0, 1.0)))), np.round(POINTS)
-    together = model.log_prob(x)
-    alone = np.concatenate([model.log_prob(x[i : i + 1]) for i in range(len(x))])
-    np.testing.assert_allclose(together, alone, rtol=1e-6)
-    assert np.abs(model.log_prob(x, jax.random.key(1)) - together).max() > 1e-3
 
 
 def test_models_of_other_data_share_a_program():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.leading_axes import as_batch
@@ -20,21 +19,13 @@ DERIVATIVE = {"rtol": 1e-5, "atol": 1e-6}  # float64, differences of step 1e-4
 PLANE = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),)))
 GIVEN = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=3), context=ir.Standardize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
 GIVEN_A_NUMBER = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=1))
-HYBRID = dataclasses.replace(kept.HYBRID, flow=ir.FlowSpec(kept.SHAPE, (ir.StageSpec(1, (6,)),)))
+
 
 rng = np.random.default_rng(0)
 POINTS = rng.normal(size=(6, 2)).astype(np.float32)
 CONTEXTS = rng.normal(size=(6, 3)).astype(np.float32)
 IMAGES = kept.images(6)[0]
 KEYS = jax.random.split(jax.random.key(1), 6)
-
-
-@jax.jit
-def everything(model, x, keys):
-    """All that a hybrid says of examples, and what comes back, by one program for each shape."""
-    z = model.encode(x, keys)
-    said = model.terms(x, keys, keys), model.log_prob(x, keys), model.class_log_probs(x), z
-    return said, *model.decode(z)
 
 
 def with_axes(tree, axes):
@@ -44,23 +35,6 @@ def with_axes(tree, axes):
 def assert_same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), found, expected)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
-
-
-def test_results_have_the_axes_of_the_examples():
-    axes = (2, 3)
-    model, x, keys = kept.model(HYBRID), IMAGES.reshape(*axes, *kept.SHAPE), KEYS.reshape(axes)
-    (said, back, info), (expected, images, _) = everything(model, x, keys), everything(model, IMAGES, KEYS)
-    assert_same(said, with_axes(expected, axes))
-    np.testing.assert_array_equal(back, with_axes(images, axes))
-    assert info.converged.shape == info.error_bound.shape == axes
-
-
-def test_one_example_has_no_axes():
-    model = kept.model(HYBRID)
-    (said, back, info), (expected, _, _) = everything(model, IMAGES[2], KEYS[2]), everything(model, IMAGES, KEYS)
-    assert_same(said, jax.tree.map(lambda a: a[2], expected))
-    np.testing.assert_array_equal(back, IMAGES[2])
-    assert info.converged.shape == ()
 
 
 @pytest.mark.parametrize(
@@ -125,20 +99,6 @@ def test_transformations_of_jax_see_one_example(x64):
     back = jax.jit(jax.jacrev(lambda z: model.with_(solver=ir.Solver(atol=1e-12)).decode(z, context=context)[0]))
     z = model.encode(x[0], context=context)
     np.testing.assert_allclose(there(x[0]) @ back(z), np.eye(2), atol=1e-8)
-
-
-def test_a_classifier_takes_them_too():
-    model, x = kept.model(kept.CLASSIFIER), IMAGES.reshape(2, 3, *kept.SHAPE)
-    logits, features, reconstruct = map(jax.jit, (Classifier.logits, Classifier.features, Classifier.reconstruct))
-    assert_same(logits(model, x), with_axes(logits(model, IMAGES), (2, 3)))
-    assert_same(logits(model, IMAGES[0]), logits(model, IMAGES)[0])
-    assert_same(model.pooled(x).shape, (2, 3, *model.pooled(IMAGES).shape[1:]))
-    back = reconstruct(model, features(model, x))
-    assert back.info.converged.all()
-    np.testing.assert_allclose(255 * back.images, x, atol=1e-2)
-    assert back.padding_residual.shape == (2, 3)
-    with pytest.raises(ValueError, match=r"shape \(batch, 4, 4, 1\) .* got an array of shape \(6, 4, 4\)"):
-        model.logits(IMAGES[..., 0])
 
 
 @pytest.mark.parametrize(

@@ -42,21 +42,7 @@ def drawn(model, context, labels):
     return model.sample_and_log_prob(KEY, 4, context=context, labels=labels)
 
 
-@jax.jit
-def samples_alone(model, context):
-    return model.sample(KEY, 4, context=context)[0]
-
-
 terms = jax.jit(Density.terms)
-
-
-@pytest.mark.parametrize("name", ["logistic, bounded", "conditional", "classes"])
-def test_log_densities_are_those_of_log_prob_and_samples_those_of_sample(x64, name):
-    whole, context = model(name), CONTEXTS if name == "conditional" else None
-    found = drawn(whole, context, None)
-    assert found.info.converged.all()
-    np.testing.assert_allclose(found.x, samples_alone(whole, context), **SAME)
-    np.testing.assert_allclose(found.log_prob, terms(whole, found.x, KEY, KEY, context=context).log_prob, **SAME)
 
 
 def test_with_labels_the_log_density_is_that_of_the_class(x64):
@@ -109,11 +95,3 @@ def test_discrete_data_are_referred_to_their_continuous_density():
         kept.model(on_grid).sample_and_log_prob(KEY, 2)
     with pytest.raises(ValueError, match="labels must be 2 integers"):
         kept.model(kept.HYBRID).continuous.sample_and_log_prob(KEY, 2, labels=jnp.array([0]))
-
-
-def test_a_mixture_has_its_log_density_too(x64):
-    spec = dataclasses.replace(SPECS["normal"], prior_family="mixture", num_components=2)
-    prior = dataclasses.replace(spec.standard_prior(), mean=jnp.array([[-1.0, 0.0], [2.0, 1.0]]))
-    whole = model("normal").with_(spec=spec, prior=prior)
-    found = drawn(whole, None, None)
-    np.testing.assert_allclose(found.log_prob, terms(whole, found.x, KEY, KEY).log_prob, **SAME)
