@@ -16,7 +16,6 @@ import iresnet_jax as ir
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import as_params
@@ -26,7 +25,6 @@ FLOW = FlowSpec(
     (4, 4, 1), (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3), squeeze=2), StageSpec(1, hidden=(4,), activation="lipswish"))
 )
 DENSITY = DensitySpec(FLOW, "logistic", Equalize((0.25,) * 4, (0.5,) * 16, 1e-3), 4, num_classes=3)
-CLASSIFIER = ClassifierSpec(FLOW, (4, 4, 1), 3, 4)
 
 
 @functools.cache
