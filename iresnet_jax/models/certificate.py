@@ -6,23 +6,17 @@ products. The bounds concern the stored weights in exact arithmetic.
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import bilipschitz, with_bounds
-from iresnet_jax.models.contractions import FlowNorms
-from iresnet_jax.models.flow import FlowWeights
-
-RTOL = 1e-3  # relative tolerance of the estimated norms
+from iresnet_jax.models.contractions import FlowNorms, constrain
+from iresnet_jax.models.flow import FlowWeights, as_params
 
 
 @dataclass(frozen=True)
@@ -151,18 +145,5 @@ def certificate_of(
 @functools.partial(jax.jit, static_argnums=0)
 def _estimates_and_bounds(spec: FlowSpec, weights: FlowWeights) -> tuple[FlowNorms, BiLipschitz]:
     """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
-    return {name: _estimates(block.branch) for name, block in weights.items()}, bilipschitz(spec, weights)
-
-
-def _estimates(branch: Branch) -> Mapping[str, Array]:
-    """Constants of the parts of a stage's blocks, one per block."""
-    spec = branch.spec
-    if not spec.parts:
-        return {}
-    starts = spec.initial_iterates(jax.random.key(0))
-
-    def of_block(weights):
-        vectors = spec.singular_vectors(weights, starts, num_steps=None, rtol=RTOL)
-        return spec.constrained(weights, vectors, coeff=0.5, budget="layer").norms
-
-    return jax.lax.map(of_block, jax.tree.map(jnp.asarray, branch.weights))
+    estimated = constrain(spec, as_params(weights), spec.initial_iterates(jax.random.key(0)))
+    return estimated.norms, bilipschitz(spec, weights)

@@ -30,7 +30,7 @@ from iresnet_jax.models.flow import Block, FlowWeights, as_params
 
 Tree = Mapping[str, Any]
 
-FlowNorms = Mapping[str, Mapping[str, Any]]  # by stage and layer, one per block
+FlowNorms = Mapping[str, Mapping[str, Any]]  # by stage and part of its branches, such as a layer, one per block
 
 
 class ConstrainedFlow(NamedTuple):
