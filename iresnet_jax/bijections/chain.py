@@ -55,15 +55,6 @@ def chain(bijections: Sequence[Bijection]) -> Bijection:
     return from_walks(onward, back, lipschitz)
 
 
-def after_exact(exact: Bijection, bijection: Bijection) -> Bijection:
-    """The chain of two of which the first is in closed form, so that the second has the key for itself."""
-    return from_walks(
-        onward=lambda way, key: way.through(exact, key).through(bijection, key),
-        back=lambda way, key: way.through(bijection, key).through(exact, key),
-        inverse_lipschitz=product_bound(exact.inverse_lipschitz, bijection.inverse_lipschitz),
-    )
-
-
 def repeat(
     make: Callable[[Any], Bijection], weights: Any, *, unroll: bool = False, rematerialize: Rematerialize = "nothing"
 ) -> Bijection:

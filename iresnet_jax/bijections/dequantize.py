@@ -7,6 +7,7 @@ sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,20 +41,13 @@ def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
 def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
     r"""Adds uniform noise to integers: ``(x + u) / num_levels`` with ``u ~ U[0, 1)`` for each entry.
 
-    Uria et al. 2013; Theis et al. 2016, section 3.1. The result lies in the cell of ``x`` after rounding too, so it
-    is strictly below 1 and `quantize` returns ``x`` exactly.
+    Uria et al. 2013; Theis et al. 2016, section 3.1. The result is float32 and lies in the cell of ``x`` after rounding too: it
+    is strictly below 1, and `quantize` returns ``x`` exactly.
 
     Args:
-        key: One typed key (``jax.random.key``), or one per example, of shape ``(b,)``: an example's noise then does
-            not depend on the rest of the batch.
+        key: One typed key, or one per example, of shape ``(b,)``: an example's noise then does not depend on the batch.
         x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
         num_levels: Number of values an entry can take, 2 to 256.
-
-    Returns:
-        Numbers in [0, 1), in float32.
-
-    Raises:
-        ValueError: If ``key`` is of another kind or shape, or ``num_levels`` is out of range.
     """
     return into_cells(_uniform(check_keys(key, len(x)), x.shape, jnp.float32), x, num_levels)
 
@@ -86,19 +80,7 @@ def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "..."]:
     """Returns the level whose cell holds ``x``: ``floor(num_levels x)``, free of its rounding errors.
 
-    Args:
-        x: Numbers in [0, 1); a model's samples outside are clipped to the nearest level.
-        num_levels: Number of levels, 2 to 256.
-
-    Returns:
-        Integers in ``[0, num_levels)``. NaN has no level and becomes the highest.
-
-    Raises:
-        ValueError: If ``num_levels`` is out of range.
-
-    Example:
-        >>> quantize(jnp.array([0.0, 0.5, 0.999]))
-        Array([  0, 128, 255], dtype=uint8)
+    Numbers outside of [0, 1), as in a model's samples, are clipped to the nearest level; NaN becomes the highest.
     """
     smallest, _ = cells(num_levels, x.dtype)
     level = jnp.searchsorted(jnp.asarray(smallest), x, side="right") - 1
@@ -142,23 +124,29 @@ def dequantize_bijection(num_levels: int) -> Bijection:
     Forward with a log-determinant adds noise: ``log|det| = -D log num_levels`` from the unit cubes of the levels to [0, 1).
     Forward without one takes the middle of each cell. Both have the one inverse `quantize`.
     """
+    return _bijection_in_distribution(
+        forward=lambda x: cell_centers(x, num_levels),
+        noisy=lambda x, key: dequantize(key, x, num_levels),
+        rounded=lambda u: quantize(u, num_levels),
+        log_volume=lambda u: jnp.full(len(u), -math.prod(u.shape[1:]) * math.log(num_levels), u.dtype),
+    )
 
-    def volume(x):
-        return jnp.full(len(x), -math.prod(x.shape[1:]) * math.log(num_levels), jnp.result_type(float))
+
+def _bijection_in_distribution(forward: Callable, noisy: Callable, rounded: Callable, log_volume: Callable) -> Bijection:
+    """From values to cells around them by ``noisy(x, key)``, with a log-determinant that depends on the shape alone."""
 
     def forward_and_logdet(x, key):
-        u = dequantize(key, x, num_levels)
-        return u, volume(x).astype(u.dtype), no_logdet_error(u)
-
-    def inverse(u):
-        return quantize(u, num_levels), no_inverse_error(u)
+        u = noisy(x, key)
+        return u, log_volume(u), no_logdet_error(u)
 
     def inverse_and_logdet(u, key):
         del key
-        x, info = inverse(u)
-        return x, -volume(x).astype(u.dtype), no_logdet_error(u), info
+        return rounded(u), -log_volume(u), no_logdet_error(u), no_inverse_error(u)
 
-    return Bijection(lambda x: cell_centers(x, num_levels), forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+    def inverse(u):
+        return rounded(u), no_inverse_error(u)
+
+    return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 
 
 def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int) -> Bool[np.ndarray, "b ..."]:
@@ -196,25 +184,22 @@ class Grid:
         """
 
         def parts(x):
-            start, width = (values.astype(x.dtype)[None] for values in (self.offset, self.spacing))
-            volume = jnp.sum(jnp.where(width > 0, jnp.log(jnp.where(width > 0, width, 1)), 0))
-            return start, width, jnp.full(len(x), volume)
+            return (values.astype(x.dtype)[None] for values in (self.offset, self.spacing))
 
-        def forward_and_logdet(x, key):
-            _, width, volume = parts(x)
-            return x + (_uniform(key, x.shape, x.dtype) - 0.5) * width, volume, no_logdet_error(x)
+        def noisy(x, key):
+            _, width = parts(x)
+            return x + (_uniform(key, x.shape, x.dtype) - 0.5) * width
 
-        def inverse(u):
-            start, width, _ = parts(u)
+        def rounded(u):
+            start, width = parts(u)
             step = jnp.where(width > 0, width, 1)
-            return jnp.where(width > 0, start + step * jnp.round((u - start) / step), u), no_inverse_error(u)
+            return jnp.where(width > 0, start + step * jnp.round((u - start) / step), u)
 
-        def inverse_and_logdet(u, key):
-            del key
-            x, info = inverse(u)
-            return x, -parts(u)[2], no_logdet_error(u), info
+        def log_volume(u):
+            _, width = parts(u)
+            return jnp.full(len(u), jnp.sum(jnp.log(jnp.where(width > 0, width, 1))))
 
-        return Bijection(lambda x: x, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+        return _bijection_in_distribution(lambda x: x, noisy, rounded, log_volume)
 
     def off(self, x: Float[np.ndarray, "b d"]) -> Bool[np.ndarray, "b d"]:
         """Which values lie between those of their grids, by more than `OFF_GRID` of the spacing; False for continuous ones."""

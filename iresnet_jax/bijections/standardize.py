@@ -106,13 +106,17 @@ class Standardize(ClosedForm):
 
     def forward_and_logdet(self, x: Float[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(scale)``, once for each pixel of an image."""
-        mean, scale = (value.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
+        mean, scale = self._like(x)
         return (x - mean) / scale, self._log_det(x)
 
     def inverse_and_logdet(self, y: Float[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``x``, and ``sum log(scale)``, once for each pixel."""
-        mean, scale = (value.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
+        mean, scale = self._like(y)
         return y * scale + mean, -self._log_det(y)
+
+    def _like(self, x: Array) -> tuple[Array, Array]:
+        mean, scale = (value.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
+        return mean, scale
 
     def _log_det(self, x: Array) -> Float[Array, " b"]:
         num_pixels = np.prod(x.shape[1:-1], dtype=int)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import actnorm, reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import Rematerialize, Stage, after_exact, chain, in_precision, multiscale, repeat
+from iresnet_jax.bijections.chain import Rematerialize, Stage, chain, in_precision, multiscale, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths import platforms
@@ -78,7 +78,7 @@ def flow_bijection(
 
     def make(block):
         own = residual_bijection(block.branch.given(context), estimator, solver)
-        return after_exact(actnorm.actnorm_bijection(block.actnorm), own)
+        return chain([actnorm.actnorm_bijection(block.actnorm), own])
 
     def stage_of(stage):
         blocks = repeat(make, weights[stage.name], unroll=unroll, rematerialize=rematerialize)
