@@ -242,39 +242,39 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
     Priors are compared without the flow, and fitted once more to its latents.
     """
     num_dims, x = x.shape[1], x[:10_000]
-    starts = []  # (mean log-density, transform, kind of prior, its components)
+    starts = []  # (mean log-density of held-out particles, transform, prior)
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
         bijection = transform.bijection()
         z = np.asarray(bijection.forward(jnp.asarray(x)))
         held_out_z, log_dets, _ = bijection.forward_and_logdet(jnp.asarray(held_out), jax.random.key(0))
-        log_det = float(log_dets[0])
-        value = float(jnp.mean(Marginals.fit(z, PER_MARGINAL).log_prob(held_out_z)))
-        starts.append((value + log_det, transform, Marginals, PER_MARGINAL))
+        priors: list[Any] = [Marginals.fit(z, PER_MARGINAL)]
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
-            components, value = _likeliest_components(z[:5000], held_out_z)
-            starts.append((value + log_det, transform, GaussianMixture, components))
-    _, transform, family, components = max(starts, key=lambda start: start[0])
+            priors.append(_likeliest_mixture(z[:5000], held_out_z))
+        starts += [(float(jnp.mean(prior.log_prob(held_out_z)) + log_dets[0]), transform, prior) for prior in priors]
+    _, transform, prior = max(starts, key=lambda start: start[0])
     model = Density.init(
         key,
         x,
         stages=stages,
         estimator=ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
-        prior=family.standard(num_dims, components),
+        prior=prior,
         transform=transform,
         last_scale=0.01,  # the prior alone may be close
     )
-    return model.with_(prior=family.fit(np.asarray(model.encode(x)), components))
+    return model.with_(prior=type(prior).fit(np.asarray(model.encode(x)), prior.num_components))
 
 
-def _likeliest_components(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]) -> tuple[int, float]:
-    """Number of components of the mixture under which held-out vectors are likeliest, and their mean log-density."""
-    best, highest, fallen = 1, -math.inf, 0
+def _likeliest_mixture(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]) -> GaussianMixture:
+    """The mixture under which held-out vectors are likeliest; larger ones are tried until the likelihood fell twice."""
+    best, highest, fallen = None, -math.inf, 0
     for num in (count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)):
-        value = float(jnp.mean(GaussianMixture.fit(z, num).log_prob(held_out)))
-        best, highest, fallen = (num, value, 0) if value > highest else (best, highest, fallen + 1)
+        mixture = GaussianMixture.fit(z, num)
+        value = float(jnp.mean(mixture.log_prob(held_out)))
+        best, highest, fallen = (mixture, value, 0) if value > highest else (best, highest, fallen + 1)
         if fallen == 2:
             break
-    return best, highest
+    assert best is not None
+    return best
 
 
 def _divergence(model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]) -> float:
