@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.marginals import Marginals
 
 KEY = jax.random.key(0)
 
@@ -111,20 +110,3 @@ def test_samples_of_levels_have_no_density():
     assert of_levels.spec.num_levels == 2  # booleans are levels
     with pytest.raises(ValueError, match=r"have no density: give model\.continuous"):
         ir.losses.symmetric_kl(target)(of_levels, images, KEY)
-
-
-def test_mixtures_of_entries_are_fitted_in_float64(x64):
-    assert Marginals.fit(np.random.default_rng(0).normal(size=(50, 2)), 2).log_scale.dtype == jnp.float64
-
-
-def test_a_prior_of_independent_mixtures():
-    prior = Marginals(jnp.asarray([[-2.0, 1.0]]), jnp.log(jnp.asarray([[0.5, 1.5]])), jnp.log(jnp.asarray([[0.3, 0.7]])))
-    grid = np.linspace(-12, 12, 4001, dtype=np.float32)
-    density = np.exp(np.asarray(prior.log_prob(jnp.asarray(grid[:, None])), np.float64))
-    assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-4)
-    drawn = prior.sample(KEY, (20_000,))
-    fitted = Marginals.fit(np.asarray(drawn), 2)
-    order = np.argsort(np.asarray(fitted.mean[0]))
-    assert np.asarray(fitted.mean[0])[order] == pytest.approx([-2, 1], abs=0.15)
-    assert np.exp(np.asarray(fitted.log_scale[0]))[order] == pytest.approx([0.5, 1.5], abs=0.1)
-    assert np.exp(np.asarray(fitted.logits[0]))[order] == pytest.approx([0.3, 0.7], abs=0.05)

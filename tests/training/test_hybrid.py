@@ -23,7 +23,6 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.priors import Gaussian
-from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.objective_from_config import build_augmentation, build_objective
@@ -35,28 +34,14 @@ SAME = 1e-5  # the same maths by another route, float32
 K, D = 3, 2
 
 
-@pytest.fixture
-def config():
-    return runs.config_of(runs.HYBRID_CONFIG)
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return runs.trained(tmp_path_factory, "hybrid")
-
-
-@pytest.fixture(scope="module")
-def trained(workdir):
-    return run.load(workdir)
-
-
+workdir, trained = runs.fixtures_of("hybrid")
 PLANE = FlowSpec((D,), (StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7)
 
 
 @functools.cache
-def plane(kind="gaussian", num_classes=K):
+def plane(num_classes=K):
     """A model of the plane with a random prior for every class, and points of it, in float32."""
-    spec = DensitySpec(PLANE, prior_family=kind, num_levels=None, num_classes=num_classes)
+    spec = DensitySpec(PLANE, prior_family="logistic", num_levels=None, num_classes=num_classes)
 
     @jax.jit
     def make(key):
@@ -78,18 +63,16 @@ def scattered(key, tree):
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-def by_hand(kind, prior, z):
+def by_hand(prior, z):
     """``log p(y) + log p_Z(z | y)`` in numpy, class by class."""
-    distribution = {"gaussian": scipy.stats.norm, "logistic": scipy.stats.logistic}[kind]
     prior, z = jax.tree.map(np.asarray, (prior, z))
     moments = zip(prior.by_class.mean, np.exp(prior.by_class.log_scale), strict=True)
-    classes = [distribution.logpdf(z, mean, scale).sum(axis=1) for mean, scale in moments]
+    classes = [scipy.stats.logistic.logpdf(z, mean, scale).sum(axis=1) for mean, scale in moments]
     return np.stack(classes, axis=1) + scipy.special.log_softmax(prior.logits)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "logistic"])
-def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64, kind):
-    model, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane(kind))
+def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
+    model, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane())
     key, labels = jax.random.key(0), jnp.arange(len(x)) % K
     keys = StepKeys(jnp.int32(0), key, jax.random.split(key, len(x)))
 
@@ -99,7 +82,7 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64, 
         return z, model.log_prior_by_class(z), model.terms(x, key, key), model.class_log_probs(x), loss.value
 
     z, by_class, terms, posterior, loss = compute(model, x)
-    expected = by_hand(kind, model.prior, z)
+    expected = by_hand(model.prior, z)
     np.testing.assert_allclose(by_class, expected, rtol=1e-10)
     np.testing.assert_allclose(terms.log_prior, np.log(np.exp(expected).sum(axis=1)), rtol=1e-10)
     np.testing.assert_allclose(terms.log_prob, terms.log_prior + terms.log_det, rtol=1e-10)
@@ -110,7 +93,7 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64, 
 
 
 def test_samples_of_a_class_follow_its_prior(x64):
-    model, _ = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane("logistic"))
+    model, _ = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane())
     labels = jnp.append(jnp.repeat(jnp.arange(K), 2000), K)  # there is no class K
 
     @jax.jit
@@ -135,16 +118,12 @@ def test_samples_of_a_class_follow_its_prior(x64):
 
 
 def test_without_labels_classes_come_as_often_as_the_model_says():
-    model, _ = plane()
+    prior = plane()[0].prior
     means = np.repeat(100 * np.arange(K, dtype=np.float32)[:, None], D, axis=1)
-    by_class = Gaussian(means, np.zeros((K, D), np.float32))
-    model = model.with_(prior=dataclasses.replace(model.prior, by_class=by_class))
-    draw_latents = jax.jit(type(model).sample_latents, static_argnames=("num", "temperature"))
-    z = draw_latents(model, jax.random.key(0), 6000)
-    counts = np.bincount(np.rint(np.asarray(z[:, 0]) / 100).astype(int), minlength=K)
-    expected = 6000 * scipy.special.softmax(np.asarray(model.prior.logits, np.float64))
+    prior = dataclasses.replace(prior, by_class=Gaussian(means, np.zeros((K, D), np.float32)))
+    counts = np.bincount(np.rint(np.asarray(prior.sample(jax.random.key(0), (6000,))[:, 0]) / 100).astype(int), minlength=K)
+    expected = 6000 * scipy.special.softmax(np.asarray(prior.logits, np.float64))
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
-    assert draw_latents(model, jax.random.key(0), 5, temperature=0.0, labels=np.full(5, 2))[:, 0].tolist() == [200.0] * 5
 
 
 @pytest.mark.parametrize(
@@ -224,8 +203,8 @@ def test_vectors_are_not_cropped_or_flipped():
         build_augmentation(AugmentationConfig(flip=True), vectors)
 
 
-def test_weight_goes_from_the_first_to_the_last_in_a_straight_line(config):
-    weight = config.hybrid.weight_of_step()
+def test_weight_goes_from_the_first_to_the_last_in_a_straight_line():
+    weight = runs.config_of(runs.HYBRID_CONFIG).hybrid.weight_of_step()
     assert [float(weight(step)) for step in (0, 1, 4, 100)] == [4.0, 3.5, 2.0, 2.0]
     assert float(HybridConfig(weight=2.0, initial_weight=4.0).weight_of_step()(0)) == 2.0
 
@@ -243,24 +222,18 @@ def test_training_improves_both_and_logs_both(workdir):
 # --- after training -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def class_log_probs(trained):
-    """Logits of the classes of up to 360 images, step by step."""
-
-    @jax.jit
-    def by_steps(model, images):
-        u = (images + 0.5) / model.spec.num_levels
-        z = model.flow().forward(model.spec.transform.bijection().forward(u))
-        return jax.nn.log_softmax(model.log_prior_by_class(z))
-
-    return lambda images: by_steps(trained.model, np.resize(images, (360, 8, 8, 1)))[: len(images)]
-
-
-def test_report_holds_likelihood_and_error(trained, class_log_probs, workdir):
+def test_report_holds_likelihood_and_error(trained, workdir):
     written, said = json.loads((workdir / "report.json").read_text()), (workdir / runs.SAID).read_text()
     labels = trained.data.labels["test"]
-    log_p = class_log_probs(trained.test_examples())
-    assert written["classification"]["num_errors"] == int((np.argmax(log_p, axis=1) != labels).sum())
+
+    @jax.jit
+    def log_probs_by_steps(model, images):
+        u = (images + 0.5) / model.spec.num_levels
+        z = model.flow().forward(model.spec.transform.bijection().forward(u))
+        return model.log_prior_by_class(z)
+
+    found = np.argmax(log_probs_by_steps(trained.model, trained.test_examples()), axis=1)
+    assert written["classification"]["num_errors"] == int((found != labels).sum())
     assert written["classification"]["num_examples"] == len(labels)
     assert 0 < written["bits_per_dim"]["mean"] < 5
     assert "bits/dim" in said
