@@ -70,8 +70,7 @@ def initial_variables(
     """
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(np.uint32(seed)), 2**31), 3)
     key_flow, key_arrays = jax.random.split(key_init)
-    given = examples_of(key_data, actnorm_examples)
-    x, context, labels = jax.tree.map(lambda rows: np.asarray(rows)[: parallel.cut_length(len(rows))], given)
+    x, context, labels = jax.tree.map(np.asarray, examples_of(key_data, actnorm_examples))
     arrays = spec.initial_arrays(key_arrays)
     model = MODELS[type(spec)](spec, {}, **arrays)
     if isinstance(model, Classifier):
@@ -86,8 +85,7 @@ def initial_variables(
         z = fitted.z
         if len(model.spec.flow.event_shape) == 1:
             x, context, _ = examples_of(key_data, PRIOR_EXAMPLES)
-            filled = jax.tree.map(lambda given: parallel.fill_up(np.asarray(given)), (x, context))
-            z = model.with_(weights=fitted.weights).encode(filled[0], key_noise, context=filled[1])[: len(x)]
+            z = model.with_(weights=fitted.weights).encode(x, key_noise, context=context)
         arrays["prior"] = MIXTURES[model.spec.prior_family].fit(np.asarray(z), model.spec.num_components)
     elif fitted_priors and model.spec.num_classes is not None:
         labels = np.resize(np.asarray(labels), len(fitted.z))

@@ -179,27 +179,6 @@ def _mapped_eval(fn, devices, is_shared):
     return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
 
-def cut_length(num: int) -> int:
-    """The longest of 16 lengths between two powers of two that is not above this one: close lengths share programs.
-
-    Example:
-        >>> [cut_length(num) for num in (31, 33, 960, 991, 992)]
-        [31, 32, 960, 960, 992]
-    """
-    step = 2 ** max(num.bit_length() - 5, 0)
-    return num // step * step
-
-
-def filled_length(num: int) -> int:
-    """The shortest of the lengths of `cut_length` that is not below this one."""
-    return cut_length(num + 2 ** max(num.bit_length() - 5, 0) - 1)
-
-
-def fill_up(rows: np.ndarray) -> np.ndarray:
-    """Rows of an array, and the first ones again up to `filled_length`."""
-    return rows[np.arange(filled_length(len(rows))) % max(len(rows), 1)]
-
-
 def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
     """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
 
