@@ -112,6 +112,16 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture
+def unchecked_annotations():
+    """Annotations are read and not executed, as for users."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def x64():
     """Runs one test in float64."""
     import jax

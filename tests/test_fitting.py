@@ -203,6 +203,7 @@ def test_noise_widens_the_density_by_its_variance():
         np.testing.assert_allclose(np.sum(density * grid**2) / np.sum(density), 2, rtol=0.15)
 
 
+@pytest.mark.usefixtures("unchecked_annotations")  # which say that numbers are Python's
 def test_it_is_the_code_of_training(fitted, tmp_path):
     """The config in the folder of a fit, given to `train` with the same data, makes the same model bit for bit."""
     model, folder = fitted
@@ -213,7 +214,8 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
     data = from_arrays(FITTED_ARRAY, Arrays(BANANA), fractions=(0.1, 0.0))
     state = train(config, tmp_path / "run", data=data)
     assert int(state.step) == int(state.horizon) == 12
-    again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK)  # nothing is left to do
+    of_numpy = {"steps": np.int64(12), "settings": {"optimizer.clip_norm": np.float32(config.optimizer.clip_norm)}}
+    again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK | of_numpy)  # nothing is left to do
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

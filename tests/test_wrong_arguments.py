@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jaxtyping
 import kept
 import numpy as np
 import pytest
@@ -21,14 +20,6 @@ WHOLE = np.round(X)  # on a grid
 
 def model():
     return kept.model(kept.POINTS)
-
-
-@pytest.fixture
-def unchecked_annotations():
-    """Annotations are read and not executed, as for users."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def fit(x: Any = X, *arguments: Any, **options: Any) -> Any:
@@ -138,15 +129,6 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
 def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
-
-
-@pytest.mark.usefixtures("unchecked_annotations")
-def test_numbers_of_numpy_are_numbers():
-    """Steps and settings that a script computed."""
-    settings = {"optimizer.name": "sgd", "optimizer.learning_rate": np.float32(1e-3), "training.blocks": "unroll"}
-    tiny = [{"num_blocks": 1, "hidden": (4,)}]
-    fitted = fit(steps=np.int64(1), architecture=tiny, validation_fraction=np.float32(0.2), settings=settings)
-    assert fitted.history.train["step"] == [1]
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):

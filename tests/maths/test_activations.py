@@ -1,8 +1,6 @@
 """Every activation is 1-Lipschitz, for all inputs and all betas, and has finite derivatives."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ from scipy.optimize import brentq
 
 from iresnet_jax.maths import activations
 from iresnet_jax.maths.activations import ACTIVATIONS, Activation, register_activation
-from tests import tiny_runs as runs
 
 ROUNDING = 1e-12  # float64: a norm of exactly 1 comes out of an SVD a few ulp above
 CLOSED_FORM = 1e-12  # same maths by another route, float64
@@ -182,37 +179,6 @@ def test_caller_mistakes():
         ACTIVATIONS["elu"].apply(jnp.zeros(3), 0.5)
     with pytest.raises(ValueError, match=r"shape \(\) or \(3,\).*got \(2,\)"):
         activations.lipswish(jnp.zeros((2, 3)), jnp.zeros(2))
-
-
-OWN = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-import iresnet_jax as ir
-from iresnet_jax.maths.activations import Activation, register_activation
-
-factor, activation = float(sys.argv[1]), sys.argv[2]
-if activation == "mine":
-    register_activation("mine", Activation(lambda x: factor * jnp.tanh(x), slope_lipschitz=1.0))
-x = np.random.default_rng(0).normal(size=(32, 2)).astype(np.float32)
-model = ir.Density.init(jax.random.key(0), x, stages=[ir.StageSpec(2, (8,), activation=activation)])
-trained = ir.train(model, lambda model, x, key: -model.log_prob(x).mean(), x, steps=2, key=jax.random.key(1), progress=False)
-print(np.asarray(trained.log_prob(x)).tobytes().hex(), np.asarray(model.log_prob(x)).tobytes().hex())
-"""
-
-
-def test_programs_on_disk_know_what_a_registered_activation_computes(tmp_path):
-    environment = runs.environment() | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-    def computed(factor, activation="mine"):
-        command = [sys.executable, "-c", OWN, str(factor), activation]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
-
-    first, halved, tanh = computed(1.0), computed(0.5), computed(1.0, "tanh")
-    assert first == tanh
-    assert not {*first} & {*halved}
 
 
 def test_a_name_means_one_activation():
