@@ -81,15 +81,6 @@ def shared_compilations(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_context():
-    """Lowers all programs of a module in one MLIR context."""
-    import lowering
-
-    with lowering.in_one_context():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module adds up to 20,000.
 

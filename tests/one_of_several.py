@@ -8,7 +8,6 @@ import socket
 import sys
 import warnings
 
-import lowering
 import pytest
 import tiny_runs as runs
 
@@ -87,7 +86,7 @@ def work(stderr, address, num_processes, process, trainings):
 
     def run():
         hosts.initialize(address, num_processes, process)
-        with hosts.ending_together(), lowering.in_one_context():
+        with hosts.ending_together():
             for name, workdir, changes in trainings:
                 train(runs.config_of(runs.CONFIGS[name], **changes), workdir)
         return 0

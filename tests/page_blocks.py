@@ -15,7 +15,6 @@ import traceback
 from pathlib import Path
 
 import jax
-import lowering
 import matplotlib as mpl
 import numpy as np
 
@@ -91,8 +90,7 @@ def main(path: str) -> None:
     loss_training.OptimizerConfig = lambda name, *values, **options: OptimizerConfig("sgd", *values, **options)
     outcomes = {}
     for page, blocks in json.loads(Path(path).read_text()).items():
-        with lowering.in_one_context():
-            outcomes[page] = run_page(page, blocks)
+        outcomes[page] = run_page(page, blocks)
     Path(path).write_text(json.dumps(outcomes))
 
 
