@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.bijections.standardize import Center, Identity
+from iresnet_jax.bijections.standardize import Center
 from iresnet_jax.conversion_stages import Arrays, Layer, Stages, applied_kernel, read_file
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -155,7 +155,7 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
     if not options.densityEstimation and options.dataset not in MOMENTS:
         raise ValueError(f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: {', '.join(MOMENTS)} are")
     side, channels = _side(arrays, options), 3 + options.inj_pad
-    stages = Stages((side, side, channels), actnorm=not options.noActnorm)
+    stages = Stages((side, side, channels), actnorm=True)
     if options.init_ds == 2:
         stages.squeeze(channel_major=False)
     num_read, last = 0, len(options.nBlocks) - 1
@@ -197,9 +197,8 @@ def _read_bottleneck(
     arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace, width: int, *, preactivation: bool
 ) -> None:
     channels = stages.num_channels
-    if not options.noActnorm:
-        shift, log_scale = (arrays.take(f"{name}.actnorm.{part}", channels) for part in ("_shift", "_log_scale"))
-        stages.actnorm(shift * np.exp(-log_scale), log_scale)
+    shift, log_scale = (arrays.take(f"{name}.actnorm.{part}", channels) for part in ("_shift", "_log_scale"))
+    stages.actnorm(shift * np.exp(-log_scale), log_scale)
     layers, widths = [], (channels, width, width, channels)
     for i, size in enumerate((3, 1, 3)):
         layer, (cin, cout) = f"{name}.bottleneck_block.{2 * i + preactivation}", widths[i : i + 2]
@@ -235,21 +234,18 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
     if options.squeeze_first:
         stages.squeeze(channel_major=True)
         side //= 2
-    numbers, kernels = _numbers(options.nblocks), _numbers(options.kernels)
-    hidden, hidden_dense = ((width,) * (len(kernels) - 1) for width in (options.idim, options.fc_idim))
+    numbers = _numbers(options.nblocks)
     last = min(len(numbers), side.bit_length() - 2) - 1  # a scale has images of 4 x 4 at least, and others are left out
     if last < 0:
         raise ValueError(f"train_img.py needs images of at least 4 x 4 pixels, got {side} x {side}: check --imagesize")
     for scale, num_blocks in enumerate(numbers[: last + 1]):
         chain = _Chain(arrays, f"transforms.{scale}.chain", stages, options)
-        if scale == 0 and options.logit_transform:
-            chain.skip()
-        begins = scale == 0 and options.first_resblock
-        if begins:
+        if scale == 0:
+            chain.skip()  # the logit
             chain.actnorm()
         for k in range(num_blocks):
             # The last scale begins like any other, even where it is the first.
-            chain.block(hidden, kernels, preactivation=options.preact and not (begins and k == 0 and scale < last))
+            chain.block((options.idim,) * 2, (3, 1, 3), preactivation=scale > 0 or k > 0 or scale == last)
             chain.actnorm()
         if scale < last:
             stages.squeeze(channel_major=True)
@@ -257,10 +253,10 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
                 stages.factor_out()
         elif options.fc_end:
             for _ in range(4):
-                chain.block(hidden_dense, preactivation=options.preact, part="nnet.nnet")
+                chain.block((options.fc_idim,) * 2, preactivation=True, part="nnet.nnet")
                 chain.actnorm("fc_module.")
     levels = {"celeba_5bit": 32, "celebahq": 2**options.nbits}.get(options.data, 256)
-    transform = Logit(1e-6 if options.data == "mnist" else 0.05) if options.logit_transform else Identity()
+    transform = Logit(1e-6 if options.data == "mnist" else 0.05)
     return _density(stages, shape, options.coeff, transform=transform, num_levels=levels)
 
 
@@ -333,9 +329,9 @@ SCRIPTS = {
         read={
             **{"nBlocks": (4, 4, 4), "nStrides": (1, 2, 2), "nChannels": (16, 64, 256), "coeff": 0.9, "init_ds": 2},
             **{"inj_pad": 0, "nonlin": "elu", "dataset": "cifar10"},
-            **{"densityEstimation": False, "multiScale": False, "noActnorm": False},
+            **{"densityEstimation": False, "multiScale": False},
         },
-        refused={},
+        refused={"noActnorm": False},
         ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay drop_rate batch init_batch "
         "warmup_epochs epochs resume save_dir vis_port vis_server log_every fixedPrior evaluate interpolate drop_two nesterov "
         "norm analysisTraceEst log_verbose deterministic",
@@ -344,12 +340,13 @@ SCRIPTS = {
         read_images,
         read={
             **{"data": "cifar10", "imagesize": 32, "nbits": 8, "coeff": 0.98, "vnorms": "2222", "act": "swish", "idim": 512},
-            **{"nblocks": "16-16-16", "kernels": "3-1-3", "factor-out": False, "squeeze-first": False, "actnorm": True},
-            **{"logit-transform": True, "fc-end": True, "fc-idim": 128, "preact": True, "first-resblock": True},
+            **{"nblocks": "16-16-16", "factor-out": False, "squeeze-first": False, "actnorm": True, "fc-end": True},
+            **{"fc-idim": 128},
         },
         refused={
             **{"block": "resblock", "learn-p": False, "fc-actnorm": False, "batchnorm": False, "dropout": 0.0, "fc": False},
-            **{"add-noise": True, "quadratic": False, "padding": 0, "task": "density"},
+            **{"add-noise": True, "quadratic": False, "padding": 0, "task": "density", "kernels": "3-1-3", "preact": True},
+            **{"logit-transform": True, "first-resblock": True},
         },
         ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff n-lipschitz-iters sn-tol "
         "dataroot padding-dist cdim optimizer scheduler nepochs batchsize lr wd warmup-iters annealing-iters save "
