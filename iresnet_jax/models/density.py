@@ -29,7 +29,7 @@ from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
-from iresnet_jax.checked_dataclasses import Count, NotNegative, check_unmasked, checked
+from iresnet_jax.checked_dataclasses import Count, NotNegative, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
@@ -47,7 +47,7 @@ from iresnet_jax.models.contractions import under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.flow import FlowWeights, as_params
 from iresnet_jax.models.history import History
-from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors, numbers
+from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
 from iresnet_jax.models.model import Model
 
 Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
@@ -192,33 +192,13 @@ class Density(Model):
             >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
         """
         key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
-        check_unmasked(x, "x")
-        x = np.asarray(x)
-        if x.ndim < 2 or not len(x):
-            raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
-        if x.ndim > 2 and x.dtype == bool:
-            x, num_levels = x.astype(np.uint8), num_levels or 2
-        is_image_of_levels = x.ndim > 2 and np.issubdtype(x.dtype, np.integer)
-        if num_levels is not None and not is_image_of_levels:
-            raise ValueError(f"num_levels is for images of integer levels, got {x.dtype} of shape {x.shape}: leave it out")
-        if not (is_image_of_levels or np.issubdtype(x.dtype, np.floating)):
-            x = x.astype(float)
-        if np.issubdtype(x.dtype, np.floating) and not np.all(np.isfinite(x)):
-            row = int(np.argwhere(~np.isfinite(x))[0][0])
-            raise ValueError(f"x holds NaN or infinite numbers, the first in row {row}: leave such rows out")
+        x, num_levels = preprocessing.examples(x, num_levels)
+        context = None if context is None else preprocessing.contexts(context, len(x))
         if transform is None:
-            transform = Logit() if is_image_of_levels else Standardize.fit(x)
-        if context is not None:
-            check_unmasked(context, "context")
-            context = np.asarray(context, float)
-            context = context[:, None] if context.ndim == 1 else context
-            if context.ndim != 2 or len(context) != len(x):
-                raise ValueError(f"context must be a vector for each of {len(x)} examples, got shape {context.shape}")
+            transform = Standardize.fit(x) if num_levels is None else Logit()
         stages = checked(tuple[StageSpec, ...], stages, "stages")
-        num_levels, num_classes, num_components = (
-            None if given is None else checked(Count, given, name)
-            for name, given in (("num_levels", num_levels), ("num_classes", num_classes), ("num_components", num_components))
-        )
+        num_classes = None if num_classes is None else checked(Count, num_classes, "num_classes")
+        num_components = None if num_components is None else checked(Count, num_components, "num_components")
         family = prior
         if not isinstance(prior, str):
             family, num_components = priors.family_of(prior), getattr(prior, "num_components", None)
@@ -232,7 +212,7 @@ class Density(Model):
             dataclasses.replace(flow, noise=noise),
             prior_family=family,
             transform=transform,
-            num_levels=(num_levels or 256) if is_image_of_levels else None,
+            num_levels=num_levels,
             num_classes=num_classes,
             context=None if context is None else Standardize.fit_contexts(context),
             num_components=num_components,
@@ -305,9 +285,9 @@ class Density(Model):
         """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of noise, see `terms`.
 
         Args:
-            x: Data, see `Density`.
-            key: Source of noise and probes, one key or one per example; None gives every example the same noise and probes, so
-                that its result does not depend on the others. Their errors then add up in means: evaluations pass keys.
+            x: Data.
+            key: Source of noise and probes; None gives every example the same ones, so that its result does not depend on the
+                others. Their errors then add up in means: evaluations pass keys.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         examples = self._examples(x, context)
@@ -315,26 +295,26 @@ class Density(Model):
         x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
         return examples.restore(_log_prob(self.bare(), x, examples.context, key))
 
-    def terms(
-        self,
-        x: Data,
-        key_noise: Keys,
-        key_probe: Keys,
-        *,
-        context: Contexts | None = None,
-    ) -> LogProb:
-        """The log-likelihood with all its terms.
-
-        Args:
-            x: Data, see `Density`.
-            key_noise: Source of the dequantisation noise of integer levels, one key or one per example.
-            key_probe: Source of the estimator's probes, likewise.
-            context: Contexts of a conditional model.
-        """
+    def terms(self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None) -> LogProb:
+        """The log-likelihood with all its terms, by keys of the noise of integer levels and of the estimator's probes."""
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
         x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
         return examples.restore(_terms(self._for_programs().bare(), x, examples.context, *keys))
+
+    def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
+        """Log-density of latents, given their classes if there are labels.
+
+        Raises:
+            ValueError: If the prior does not give one number for each.
+        """
+        found = jnp.asarray(self.prior.log_prob(z) if labels is None else self.prior.log_prob(z, labels))
+        if found.shape != z.shape[:1]:
+            raise ValueError(
+                f"log_prob of the prior must give one number for each of {len(z)} latents of {z.shape[1]} dimensions, got "
+                f"shape {found.shape}: it is the density of whole vectors, with an event of one axis"
+            )
+        return found.astype(z.dtype)
 
     def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
@@ -342,22 +322,28 @@ class Density(Model):
         Raises:
             ValueError: If the model has one prior for all.
         """
-        self.check_classes()
-        return self.prior.log_prob_by_class(z)
+        return self._class_priors.log_prob_by_class(z)
 
     def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
         Args:
-            x: Data, see `Density`.
+            x: Data.
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
 
         Raises:
             ValueError: If the model has one prior for all.
         """
-        self.check_classes()
-        examples = self._examples(x)
-        return examples.restore(jax.nn.log_softmax(self.log_prior_by_class(self._encode(examples, key))))
+        self._class_priors  # noqa: B018 (raises before the pass)
+        z = self.encode(x, key)
+        by_class = self.log_prior_by_class(z.reshape(-1, z.shape[-1]))
+        return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], by_class.shape[-1])
+
+    @property
+    def _class_priors(self) -> priors.ClassPriors:
+        if self.spec.num_classes is None:
+            raise ValueError("this density has one prior for all, and no classes: fit one to labels with the objective hybrid")
+        return self.prior
 
     # ---------------------------------------------------------------------------------------------- there and back
 
@@ -365,30 +351,22 @@ class Density(Model):
         """Latents of data.
 
         Args:
-            x: Data, see `Density`.
+            x: Data.
             key: Source of the noise of integer levels; None takes the middle of each level's cell.
             context: Contexts of a conditional model.
         """
         examples = self._examples(x, context)
-        return examples.restore(self._encode(examples, key))
-
-    def _encode(self, examples: Examples, key: Keys | None) -> Float[Array, "b d"]:
-        """`encode` of one batch."""
         key = None if key is None else examples.keys(key)
-        return _encode(self.bare(), preprocessing.checked(self.spec, examples.x), examples.context, key)
+        x = preprocessing.checked(self.spec, examples.x)
+        return examples.restore(_encode(self.bare(), x, examples.context, key))
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
     ) -> tuple[Num[Array, "..."], FixedPointInfo]:
         """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
 
-        Args:
-            z: Latents, with any leading axes.
-            context: Contexts of a conditional model.
-
-        Returns:
-            The data, and a `FixedPointInfo`. Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels,
-            before they are rounded down. It is the product of the blocks' bounds, which says little about a deep flow.
+        Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels, before they are rounded down. It is
+        the product of the blocks' bounds, which says little about a deep flow.
         """
         examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
         return examples.restore(_decode(self._for_programs().bare(), examples.x, examples.context))
@@ -402,7 +380,7 @@ class Density(Model):
         context: Contexts | None = None,
         labels: Shaped[Array, " m"] | None = None,
     ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
-        """Samples: latents from the prior through the inverse, `decode` of `sample_latents`.
+        """Samples: latents from the prior through the inverse, and how that ended, see `decode`.
 
         Args:
             key: Source of the latents.
@@ -411,9 +389,6 @@ class Density(Model):
             context: One context for all samples, or one for each.
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
                 which cannot be refused under ``jit``, give an inverse that did not converge.
-
-        Returns:
-            The data, and how the inverse ended, see `decode`.
 
         Raises:
             ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
@@ -432,15 +407,9 @@ class Density(Model):
     ) -> Samples:
         """The samples that `sample` draws from the same key, and their log-densities, by one pass through the inverse.
 
-        Samples are differentiable functions of weights, prior and context, by the implicit function theorem, and so are their
-        log-densities: this is what variational objectives and importance weights need.
-
-        Args:
-            key: Source of latents and probes.
-            num: Number of samples, at least 1.
-            context: One context for all samples, or one for each.
-            labels: Class of each sample, where classes have priors. The log-density is then ``log p(x | label)``, and without
-                labels ``log p(x)``, which `log_prob` gives.
+        Both are differentiable functions of weights, prior and context, by the implicit function theorem, as variational
+        objectives and importance weights need. With labels the log-density is ``log p(x | label)``. Arguments are those of
+        `sample`.
 
         Raises:
             ValueError: If data are integer levels or on a grid, whose samples have probabilities and no densities; otherwise
@@ -450,7 +419,7 @@ class Density(Model):
             >>> x, log_prob, info, _ = model.sample_and_log_prob(jax.random.key(0), 1000)  # doctest: +SKIP
             >>> log_weights = log_target(x) - log_prob  # doctest: +SKIP
         """
-        if self.spec.num_levels is not None or self.spec.grid is not None:
+        if self.spec.is_discrete:
             kind = "of integer levels" if self.spec.num_levels is not None else "on a grid"
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
@@ -468,53 +437,21 @@ class Density(Model):
             raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
         return jnp.broadcast_to(vectors, (num, dim))
 
-    def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
-        """Log-density of latents, given their classes if there are labels.
-
-        Raises:
-            ValueError: If the prior does not give one number for each.
-        """
-        found = jnp.asarray(self.prior.log_prob(z) if labels is None else self.prior.log_prob(z, labels))
-        if found.shape != z.shape[:1]:
-            raise ValueError(
-                f"log_prob of the prior must give one number for each of {len(z)} latents of {z.shape[1]} dimensions, got "
-                f"shape {found.shape}: it is the density of whole vectors, with an event of one axis"
-            )
-        return found.astype(z.dtype)
-
     def sample_latents(
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), single_key(key)
-        temperature = checked(NotNegative, temperature, "temperature")
-        options: dict[str, Any] = {"temperature": temperature}
+        options: dict[str, Any] = {"temperature": checked(NotNegative, temperature, "temperature")}
         if self.spec.prior_family == priors.OWN:
-            if temperature != 1:
+            if options.pop("temperature") != 1:
                 raise ValueError(f"a prior of one's own has no temperature, got {temperature}: leave it at 1")
-            options = {}
         if labels is not None:
-            options["labels"] = self._checked_labels(labels, num)
+            options["labels"] = self._class_priors.checked_labels(labels, num)
         z = _sample(self.prior, key, num, options)
         if z.shape != (num, self.spec.flow.num_dims):
             raise ValueError(f"sample of the prior must give {num} latents as rows, got shape {z.shape}")
         return z
-
-    def _checked_labels(self, labels: Any, num: int) -> Array:
-        """Classes of so many samples."""
-        self.check_classes()
-        labels, num_classes = jnp.asarray(labels), self.spec.num_classes or 0
-        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
-        known = [] if isinstance(labels, jax.core.Tracer) else labels.tolist()
-        if wrong := [label for label in known if not 0 <= label < num_classes]:
-            raise ValueError(f"labels must be classes from 0 to {num_classes - 1}, got {wrong[0]}")
-        return labels
-
-    def check_classes(self) -> None:
-        """Raises ``ValueError`` in one sentence unless every class has its own prior."""
-        if self.spec.num_classes is None:
-            raise ValueError("this density has one prior for all, and no classes: fit one to labels with the objective hybrid")
 
     # --------------------------------------------------------------------------------------------------- its parts
 
@@ -530,21 +467,17 @@ class Density(Model):
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them: scaled, and through the network on them if there is one.
 
-        Numbers, one an example, are vectors of length 1. Without a network, contexts of a wrong length are left to the flow.
-
         Raises:
-            ValueError: If the network takes contexts of another length.
+            ValueError: If the scale is one of contexts of another length.
         """
         if context is None:
             return None
-        vectors = jnp.asarray(numbers(context))
+        dim, vectors = self.spec.context_dim, jnp.asarray(context_vectors(context, self.spec.context_dim))
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
-        if vectors.ndim == self.spec.context_dim == 1:
-            vectors = vectors[:, None]
-        if self.spec.context is None or vectors.shape[1:] != (self.spec.context_dim,):
-            if self.spec.context_hidden:
-                raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
+        if self.spec.context is None:
             return vectors
+        if vectors.shape[1:] != (dim,):
+            raise ValueError(f"the model takes contexts of length {dim}, got shape {vectors.shape}")
         scaled, _ = jax.lax.stop_gradient(self.spec.context).forward_and_logdet(vectors)
         return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
@@ -554,20 +487,18 @@ class Density(Model):
 
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
-        x = preprocessing.checked(self.spec, x)
-        if key is not None and self._is_variational:
-            return noises.place(self.noise_flow(x), x, key, *self._levels_and_dtype)
-        cells = preprocessing.cells(self.spec)
-        u = cells.forward(x) if key is None else cells.forward_and_logdet(x, key)[0]
-        return self.promoted(u)
+        if key is not None:
+            return self.dequantize_and_logdet(x, key, key)[0]
+        return self.promoted(preprocessing.cells(self.spec).forward(preprocessing.checked(self.spec, x)))
 
     def dequantize_and_logdet(
         self, x: Data, key_noise: Keys, key_probe: Keys
     ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
         """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels ``-log q - d log(num_levels)``."""
-        x = preprocessing.checked(self.spec, x)
-        if self._is_variational:
-            return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, *self._levels_and_dtype)
+        x, levels = preprocessing.checked(self.spec, x), self.spec.num_levels
+        if self.spec.flow.noise is not None and self.weights and levels is not None:  # noise of first weights is uniform
+            dtype = jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
+            return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, levels, dtype)
         u, log_det, info = preprocessing.cells(self.spec).forward_and_logdet(x, key_noise)
         return self.promoted(u), log_det, info
 
@@ -586,19 +517,7 @@ class Density(Model):
     def noise_certificate(self) -> Certificate | None:
         """The `certificate` of the flow of noise, of a map from logistic numbers to logits; None if noise is uniform."""
         flow = self.spec.flow.noise_flow
-        if flow is None:
-            return None
-        return certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
-
-    @property
-    def _is_variational(self) -> bool:
-        """Whether noise is made by a flow; without weights it is uniform, as that of first weights."""
-        return self.spec.flow.noise is not None and bool(self.weights)
-
-    @property
-    def _levels_and_dtype(self) -> tuple[int, Any]:
-        assert self.spec.num_levels is not None  # the spec checks it
-        return self.spec.num_levels, jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
+        return None if flow is None else certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
 
     def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""

@@ -69,16 +69,9 @@ class DensitySpec:
             raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
         if self.context_hidden and self.context is None:
             raise ValueError("a network on contexts needs their scale: give context=Standardize.fit_contexts(contexts)")
-        if isinstance(self.transform, Standardize | Whiten):
-            entries, last = self.transform.num_entries, self.flow.event_shape[-1]
-            if entries != last or (isinstance(self.transform, Whiten) and len(self.flow.event_shape) != 1):
-                raise ValueError(
-                    f"the transform has {entries} entries, which do not fit examples of shape {self.flow.event_shape}"
-                )
-        if isinstance(self.transform, Bounded) and self.flow.event_shape != (self.transform.num_entries,):
-            raise ValueError(
-                f"there are bounds for {self.transform.num_entries} entries and examples of shape {self.flow.event_shape}"
-            )
+        entries, shape = getattr(self.transform, "num_entries", None), self.flow.event_shape
+        if entries is not None and (entries != shape[-1] or not (len(shape) == 1 or isinstance(self.transform, Standardize))):
+            raise ValueError(f"the transform has {entries} entries, which do not fit examples of shape {shape}")
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
         priors.check(self.prior_family, self.num_components, self.num_classes)

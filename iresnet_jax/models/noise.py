@@ -54,20 +54,6 @@ def features(spec: FlowSpec, network: Network, x: Integer[Array, "b ..."], num_l
     return found.reshape(*around.shape[:-1], found.shape[-1])
 
 
-def place(flow: Bijection, x: Integer[Array, "b ..."], key: Key[Array, "..."], num_levels: int, dtype: Any) -> Array:
-    """Levels as points of [0, 1), with noise from the key.
-
-    Args:
-        flow: ``F`` given the features of these examples.
-        x: Levels.
-        key: Source of the noise, one key or one per example.
-        num_levels: Number of levels.
-        dtype: Type of the numbers.
-    """
-    noise = jax.nn.sigmoid(flow.forward(_logistic(x, key, dtype)).reshape(x.shape))
-    return into_cells(noise, x, num_levels)
-
-
 def place_and_logdet(
     flow: Bijection,
     x: Integer[Array, "b ..."],
@@ -76,7 +62,16 @@ def place_and_logdet(
     num_levels: int,
     dtype: Any,
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
-    """`place`, ``-log q(u | x) - d log(num_levels)``, and its error by the flow's log-determinant with probes from a key."""
+    """Levels as points of [0, 1), ``-log q(u | x) - d log(num_levels)``, and its error by that of the log-determinant.
+
+    Args:
+        flow: ``F`` given the features of these examples.
+        x: Levels.
+        key: Source of the noise, one key or one per example.
+        key_probe: Source of the log-determinant's probes, likewise.
+        num_levels: Number of levels.
+        dtype: Type of the numbers.
+    """
     start = _logistic(x, key, dtype)
     end, log_det, info = flow.forward_and_logdet(start, key_probe)
     log_det += jnp.sum(_log_slope(end) - _log_slope(start.reshape(end.shape)), axis=1)

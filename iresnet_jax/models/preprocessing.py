@@ -18,6 +18,7 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Grid, check_levels, dequantize_bijection
 from iresnet_jax.bijections.standardize import Identity
+from iresnet_jax.checked_dataclasses import check_unmasked
 from iresnet_jax.models.columns import Frame, numbers_of
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -32,6 +33,47 @@ def numbers(spec: DensitySpec, x: Any) -> Any:
         return numbers_of(x, spec.columns)
     x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
     return x.astype(np.float64) if x.dtype == np.longdouble else x  # which JAX does not know
+
+
+def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
+    """Examples that a new model is made for, as it will take them, and the number of integer levels of images that have them.
+
+    Args:
+        x: A batch of examples.
+        num_levels: Levels of images of integers; None are 256, and 2 of booleans.
+
+    Raises:
+        ValueError: If they are no batch, hold missing or infinite numbers, or have no levels and ``num_levels`` is given.
+    """
+    check_unmasked(x, "x")
+    x = np.asarray(x)
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
+    if x.ndim > 2 and x.dtype == bool:
+        x, num_levels = x.astype(np.uint8), num_levels or 2
+    if x.ndim > 2 and np.issubdtype(x.dtype, np.integer):
+        return x, num_levels or 256
+    if num_levels is not None:
+        raise ValueError(f"num_levels is for images of integer levels, got {x.dtype} of shape {x.shape}: leave it out")
+    x = x if np.issubdtype(x.dtype, np.floating) else x.astype(float)
+    if not np.all(np.isfinite(x)):
+        row = int(np.argwhere(~np.isfinite(x))[0][0])
+        raise ValueError(f"x holds NaN or infinite numbers, the first in row {row}: leave such rows out")
+    return x, None
+
+
+def contexts(context: Any, num: int) -> Float[np.ndarray, "n k"]:
+    """Contexts of so many examples that a new model is made for, as vectors.
+
+    Raises:
+        ValueError: If they are not one vector or number for each example.
+    """
+    check_unmasked(context, "context")
+    context = np.asarray(context, float)
+    context = context[:, None] if context.ndim == 1 else context
+    if context.ndim != 2 or len(context) != num:
+        raise ValueError(f"context must be a vector for each of {num} examples, got shape {context.shape}")
+    return context
 
 
 def checked(spec: DensitySpec, x: Any, *, is_likelihood: bool = False) -> Array:

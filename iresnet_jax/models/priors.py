@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
@@ -153,6 +154,16 @@ class ClassPriors:
             return jax.nn.logsumexp(by_class, axis=1)
         of_classes = by_class - jax.nn.log_softmax(self.logits)[None]
         return jnp.take_along_axis(of_classes, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+
+    def checked_labels(self, labels: Any, num: int) -> Array:
+        """Classes of so many samples, if they are that; under ``jit`` their range is not known."""
+        labels = jnp.asarray(labels)
+        if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
+        known, last = [] if isinstance(labels, jax.core.Tracer) else labels.tolist(), len(self.logits) - 1
+        if wrong := [label for label in known if not 0 <= label <= last]:
+            raise ValueError(f"labels must be classes from 0 to {last}, got {wrong[0]}")
+        return labels
 
     def sample(
         self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0, labels: Int[Array, " n"] | None = None

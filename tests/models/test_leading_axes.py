@@ -116,7 +116,7 @@ def test_transformations_of_jax_see_one_example(x64):
         ),
         (
             lambda m: m.log_prob(POINTS[0], context=CONTEXTS[:, :2]),
-            r"context of shape \(batch, 3\), got shape \(6, 2\)",
+            r"contexts of length 3, got shape \(6, 2\)",
         ),
         (lambda m: m.log_prob(POINTS[0]), "takes a context .* got none"),
         (
