@@ -159,12 +159,12 @@ def test_beta_is_trainable_and_may_differ_by_channel(x64, name):
     activation = ACTIVATIONS[name]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)))
     beta = jnp.asarray([-1.0, 0.0, 0.5, 3.0])
-    y = activation.apply(x, beta)
+    y = jax.jit(activation.apply)(x, beta)
     assert y.shape == (2, 3, 3, 4 * activation.channel_factor)
     for channel in range(4):
         alone = activation.apply(x[..., channel : channel + 1], beta[channel])
         np.testing.assert_allclose(y[..., channel::4], alone, rtol=0, atol=CLOSED_FORM)
-    gradient = jax.grad(lambda b: jnp.sum(activation.apply(x, b) ** 2))(beta)
+    gradient = jax.jit(jax.grad(lambda b: jnp.sum(activation.apply(x, b) ** 2)))(beta)
     assert np.all(np.asarray(gradient) != 0)
     np.testing.assert_array_equal(activation.apply(x), activation.apply(x, activation.initial_beta))
 

@@ -47,10 +47,6 @@ def absolute(slope, x):
     return slope * jnp.abs(x)
 
 
-def clipped(slope, x):
-    return slope * jnp.clip(x, -4 / 3, 4 / 3)
-
-
 class Case(NamedTuple):
     """``g`` with its weights on so many dimensions. Cases that share ``g`` and their shapes share a compiled program."""
 
@@ -89,9 +85,9 @@ def rotation(rng, dim):
 def make_cases():
     rng = np.random.default_rng(0)
     cases = {}
-    for dim, lipschitz in ((10, 0.5), (1, 0.9), (10, 0.9), (10, 0.99)):
+    for dim, lipschitz in ((10, 0.5), (1, 0.9), (10, 0.99)):
         cases[f"random, {dim}-D, L={lipschitz}"] = random_network(rng, dim, lipschitz)
-    for dim, lipschitz in ((2, 0.9), (2, 0.99), (6, 0.9), (6, 0.95), (6, 0.99), (32, 0.95), (32, 0.99)):
+    for dim, lipschitz in ((2, 0.99), (6, 0.9), (6, 0.99), (32, 0.95)):
         cases[f"MaxMin, {dim}-D, L={lipschitz}"] = random_maxmin_network(rng, dim, lipschitz)
     symmetric = rng.normal(size=(16, 16))
     return cases | {
@@ -139,18 +135,6 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
     # Of the true error, which jumps from step to step, one evaluation is luck.
     assert anderson.mean() <= banach.mean()
     assert np.all(anderson <= (1.1 if name in ALIKE else 1.0) * banach + 1)
-
-
-@pytest.mark.parametrize(
-    ("seed", "case"),
-    [(1, linear_case(np.eye(20, k=1), 0.95)), (0, Case(3, 0.95, clipped, -0.95))],
-    ids=["nilpotent", "clipped"],
-)
-def test_what_it_may_lose_where_banach_iteration_ends_by_itself(x64, seed, case):
-    """In a few steps, exactly, and with nothing to tell so before: the known exceptions to the rule above."""
-    guaranteed_anderson, guaranteed_banach, *_ = compare(case, seed)
-    assert np.any(guaranteed_anderson > guaranteed_banach), "no exception any more: move it to the cases above"
-    assert np.all(guaranteed_anderson <= 3 * guaranteed_banach)
 
 
 @pytest.mark.parametrize("refine", [False, True])

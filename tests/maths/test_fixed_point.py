@@ -204,11 +204,16 @@ def test_the_iteration_step_by_step_is_that_of_the_solver():
     y = jnp.linspace(-2, 2, 12).reshape(3, 4)
     equation = Equation.of(branch, y, lipschitz_bound=0.5, atol=1e-6)
     state, bounds = init(equation, memory=4), []
-    for _ in range(8):
+
+    @jax.jit
+    def advance(state):
         state = step(equation, state)
-        x, info = finish(equation, state)
+        return state, finish(equation, state)
+
+    for _ in range(8):
+        state, (x, info) = advance(state)
         bounds.append(info.error_bound)
-    expected, stated = invert_residual(branch, y, lipschitz_bound=0.5, atol=1e-6, max_evals=8)
+    expected, stated = jax.jit(lambda y: invert_residual(branch, y, lipschitz_bound=0.5, atol=1e-6, max_evals=8))(y)
     np.testing.assert_allclose(x, expected, atol=1e-6)
     np.testing.assert_array_equal(info.converged, stated.converged)
     assert np.all(np.diff(bounds, axis=0) <= 0)

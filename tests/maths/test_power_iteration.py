@@ -49,9 +49,7 @@ def kernels_of_every_kind(shape, seed=0):
 # spatial shape, kernel shape, padding; six kinds of kernels each
 CONVOLUTIONS = {
     "3x3": ((5, 7), (3, 3, 2, 4), "SAME"),
-    "3x3 circular": ((6, 6), (3, 3, 3, 2), "CIRCULAR"),
     "3x3 circular on 2x1 pixels": ((2, 1), (3, 3, 8, 3), "CIRCULAR"),
-    "4x2": ((6, 5), (4, 2, 2, 2), "SAME"),
     "5x5 on 2x2 pixels": ((2, 2), (5, 5, 2, 3), "SAME"),
 }
 
@@ -131,13 +129,6 @@ def test_the_iteration_is_in_the_space_of_fewer_dimensions(shape):
     if min(shape) == 5:
         assert info.num_steps == 5
         np.testing.assert_allclose(np.abs(v @ left[:, 0]), 1, rtol=ROUNDING)
-
-
-def test_a_norm_of_the_flattened_kernel_is_rejected():
-    kernel = kernels_of_every_kind((3, 3, 4, 4))["low-pass"]
-    wrong = kernel * COEFF / oracles.operator_norm(kernel.reshape(-1, 4))
-    with pytest.raises(AssertionError, match="norm is"):
-        assert_contraction(oracles.dense_conv_matrix(wrong, 6, 6))
 
 
 def test_five_power_steps_from_a_cold_start_are_rejected():
@@ -235,23 +226,6 @@ def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
     direct, along_norm = jax.grad(normalized, argnums=(0, 1))(kernel, sigma)
     np.testing.assert_allclose(direct + pullback(along_norm)[0], through_svd, rtol=CONVERGED, atol=CONVERGED)
     assert not np.allclose(direct, through_svd, rtol=0.1)  # the path through the norm is not a detail
-
-
-def test_the_gradient_of_a_convolution_norm_is_that_of_the_svd(x64):
-    shape = (3, 3, 2, 3)
-    kernel = np.random.default_rng(0).normal(size=shape)
-    layer = functools.partial(oracles.dense_conv_matrix, height=4, width=5)
-    left, _, right = np.linalg.svd(layer(kernel))
-    units = np.eye(kernel.size).reshape(-1, *shape)
-    expected = np.array([left[:, 0] @ layer(k) @ right[0] for k in units]).reshape(shape)
-
-    @jax.jit
-    @jax.grad
-    def gradient(kernel):
-        return converged_norm(lambda k, x: conv(x[None], k)[0], kernel, jnp.ones((4, 5, 2)))
-
-    actual = gradient(kernel)
-    np.testing.assert_allclose(actual, expected, rtol=CONVERGED, atol=CONVERGED)
 
 
 def test_a_fine_tolerance_is_met_or_the_cap_would_say_so():
