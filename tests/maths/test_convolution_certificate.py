@@ -131,23 +131,6 @@ def test_the_check_rejects_the_plain_circulant(x64):
     assert np.min(circulant / norms) < 0.98
 
 
-def test_every_twist_is_a_bound_and_so_is_their_minimum(x64):
-    names, kernels = kernels_of_every_kind((3, 3, 2, 2))
-    norms = dense_norms(kernels, (5, 4), "SAME")
-    pair = ((0, 1), (1, 1))
-    each = [bounds_of(kernels, (5, 4), twists=(twist,)) for twist in pair]
-    for bounds in each:
-        assert_upper_bounds(bounds, norms, names)
-    np.testing.assert_allclose(bounds_of(kernels, (5, 4), twists=pair), np.min(each, axis=0), rtol=EXACT)
-
-
-def test_blur_is_bounded_without_slack(x64):
-    """The [1, 2, 1] blur is diagonal in sines, which antiperiodic sequences of length n + 1 contain."""
-    kernel = np.outer([1, 2, 1], [1, 2, 1])[..., None, None] / 16
-    expected = (0.5 + 0.5 * np.cos(np.pi / 9)) ** 2
-    np.testing.assert_allclose(certify.conv_norm_bound(jnp.asarray(kernel), (8, 8), **EMBEDDED), expected, rtol=EXACT)
-
-
 @pytest.mark.parametrize("num_squarings", [0, 4])
 def test_gram_slack_shrinks_as_documented(num_squarings, x64):
     rng = np.random.default_rng(5)

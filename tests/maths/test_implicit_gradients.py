@@ -103,27 +103,6 @@ def test_under_vmap(x64):
     assert_same(actual, jax.jit(jax.vmap(jax.grad(loss_of(unrolled))))(stacked()))
 
 
-def test_under_pmap(x64):
-    """On two devices, with gradients of shared weights averaged over them."""
-    shared = {name: problem()[name] for name in ("w1", "w2", "bias", "u")}
-    own = {name: stacked()[name] for name in ("y", "context")}
-
-    def step(solve):
-        def loss(shared, own):
-            return lax.pmean(loss_of(solve)(shared | own), "batch")
-
-        def gradients(shared, own):
-            of_shared, of_own = jax.grad(loss, (0, 1))(shared, own)
-            return lax.pmean(of_shared, "batch"), of_own
-
-        return gradients
-
-    settings = {"axis_name": "batch", "in_axes": (None, 0), "out_axes": (None, 0)}
-    assert jax.local_device_count() >= 2
-    expected = jax.jit(jax.vmap(step(unrolled), **settings))(shared, own)
-    assert_same(jax.pmap(step(implicit), **settings)(shared, own), expected)
-
-
 def test_of_the_inverse_and_its_log_determinant(x64):
     """Gradients reach the log-determinant through the preimage, too."""
 

@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 
 from iresnet_jax.maths import logdet_krylov as krylov
-from iresnet_jax.maths.logdet_exact import ExactLogdet, dense_logdet
-from iresnet_jax.maths.logdet_krylov import KrylovLogdet, quadratic_form
+from iresnet_jax.maths.logdet_exact import dense_logdet
+from iresnet_jax.maths.logdet_krylov import quadratic_form
 
 QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98
 SINGLE = 2e-5  # float32, relative to the squared norm of a probe
@@ -172,22 +172,6 @@ def test_more_steps_than_dimensions_change_nothing(d):
 
 
 # --- the estimator --------------------------------------------------------------------------------------------------
-
-
-def test_the_mean_over_probes_approaches_the_log_determinant(x64):
-    params, x = tanh_network(8, 0.9)
-    branch = functools.partial(apply, params)
-
-    def run(estimator, **bound):
-        return jax.jit(functools.partial(estimator, branch, **bound))(x, jax.random.key(1))
-
-    exact, _ = run(ExactLogdet())
-    estimate, info = run(KrylovLogdet(8, num_probes=4000), lipschitz_bound=0.9)
-    assert (np.abs(estimate - exact) < 5 * info.stderr).all()
-    assert (info.stderr < 0.05).all()
-    single = run(KrylovLogdet(2))[1]
-    assert np.isinf(single.stderr).all()
-    assert np.isinf(single.truncation_bound).all()  # without a Lipschitz bound
 
 
 @pytest.mark.parametrize("lipschitz", [0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999])
