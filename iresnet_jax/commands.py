@@ -22,6 +22,7 @@ from iresnet_jax.evaluation.report import write
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.leading_axes import context_vectors
 from iresnet_jax.runs import plan as plans
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
@@ -49,7 +50,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
     model, size = run.model, run.config.evaluation.batch_size
     if not isinstance(model, Density):
         raise ValueError(f"{run.folder} holds no density, so there are no samples: that takes a density objective")
-    contexts = context_vectors(arguments.context, model.spec.context_dim)
+    contexts = None if arguments.context is None else read_contexts(arguments.context, model.spec.context_dim)
     if contexts is not None and len(contexts) > arguments.num:
         raise ValueError(
             f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give --num {len(contexts)}"
@@ -69,27 +70,15 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
     return not convergence.failed
 
 
-def context_vectors(text: str | None, context_dim: int) -> Float[np.ndarray, "n k"] | None:
-    """The context vectors that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one per row.
-
-    Raises:
-        ValueError: If the model takes none, needs one, or takes vectors of another length.
-    """
-    if text is None:
-        if context_dim:
-            raise ValueError(f"this density takes a context: give its {context_dim} numbers with --context 1.0,2.0,...")
-        return None
-    if not context_dim:
-        raise ValueError("this density takes no context: leave --context out")
+def read_contexts(text: str, context_dim: int) -> Float[np.ndarray, "n k"]:
+    """The contexts that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one per row."""
     try:
-        given = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
-        is_column = given.ndim == 1 and context_dim == 1  # a number for each sample
-        contexts = (given[:, None] if is_column else np.atleast_2d(given)).astype(np.float32)
+        found = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
+        if not np.all(np.isfinite(found)):
+            raise ValueError("not all are finite")
+        return np.atleast_2d(context_vectors(found.astype(np.float32), context_dim))
     except (MemoryError, OSError, ValueError) as error:
         raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
-    if contexts.ndim != 2 or contexts.shape[1] != context_dim or not np.all(np.isfinite(contexts)):
-        raise ValueError(f"--context must give {context_dim} finite numbers a sample, got shape {contexts.shape}")
-    return contexts
 
 
 def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:

@@ -123,7 +123,7 @@ def dense_bits(model, examples, seed, noise_draw):
         return -log_p / (z.shape[1] * np.log(2)) + np.log2(LEVELS)
 
 
-OBJECTIVES = {POINTS: "density", IMAGES: "density", HYBRID: "hybrid", CLASSIFIER: "classification"}
+OBJECTIVES = {POINTS: "density", GIVEN: "density", IMAGES: "density", HYBRID: "hybrid", CLASSIFIER: "classification"}
 CONFIG = """
 from iresnet_jax.runs.config import default_config
 

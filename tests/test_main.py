@@ -10,7 +10,7 @@ from certified_flows import times
 
 from iresnet_jax.__main__ import COMMANDS, main
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.commands import context_vectors
+from iresnet_jax.commands import read_contexts
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import run_folder
@@ -32,7 +32,7 @@ def folders(tmp_path_factory, data_file):
     """The folders of a hybrid and a classifier of images, and of a density of points."""
     parent = tmp_path_factory.mktemp("kept")
     models = {"hybrid": (kept.HYBRID, f"npz:{data_file}"), "classifier": (kept.CLASSIFIER, f"npz:{data_file}")}
-    models["points"] = (kept.POINTS, "moons")
+    models |= {"points": (kept.POINTS, "moons"), "given": (kept.GIVEN, "moons")}
     return {name: kept.folder(parent / name, *model) for name, model in models.items()}
 
 
@@ -107,8 +107,8 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
 
 def test_numbers_of_a_file_are_contexts_of_length_1(tmp_path):
     np.save(tmp_path / "contexts.npy", np.arange(5.0))
-    assert context_vectors(str(tmp_path / "contexts.npy"), 1).tolist() == [[0], [1], [2], [3], [4]]
-    assert context_vectors(str(tmp_path / "contexts.npy"), 5).shape == (1, 5)
+    assert read_contexts(str(tmp_path / "contexts.npy"), 1).tolist() == [[0], [1], [2], [3], [4]]
+    assert read_contexts(str(tmp_path / "contexts.npy"), 5).shape == (1, 5)
 
 
 def test_reconstruct_writes_a_picture_of_images(copied, capsys):
@@ -200,6 +200,10 @@ MISTAKES = [
     ("sample", "points", ["--label", "0"], "one prior for all"),
     ("sample", "points", ["--context", "-1.0"], "takes no context"),
     ("sample", "points", ["--context", "--num", "5"], "expected one argument"),
+    ("sample", "points", ["--context", "x.npy"], "--context takes numbers such as 1.0,2.0 or a .npy file, got 'x.npy'"),
+    ("sample", "given", ["--certify", "0"], "takes a context of shape (batch, 3), got none"),
+    ("sample", "given", ["--context=1,2", "--certify", "0"], "takes a context of shape (batch, 3), got shape ("),
+    ("sample", "given", ["--context=1,nan,2", "--certify", "0"], "finite"),
     ("sample", "hybrid", ["--label", "3"], "labels must be classes from 0 to 2, got 3"),
 ]
 

@@ -78,8 +78,7 @@ def train(
         objective = _claim(workdir, config, dataset, stack)
 
         # 3. Newest checkpoint, or the first state.
-        state, losses, writer = _newest(workdir, objective, stack)
-        before_s = 0.0 if writer is None else max((record["wall_time_s"] for record in writer.kept), default=0.0)
+        state, losses, seconds_before, writer = _newest(workdir, objective, stack)
 
         # 4. Every n steps: log, validate and save.
         saved_at, stop = time.monotonic(), StopRequests()
@@ -101,7 +100,7 @@ def train(
             settings,
             state=state,
             losses=losses,
-            seconds_before=before_s + time.monotonic() - began,
+            seconds_before=seconds_before + time.monotonic() - began,
             agree=lambda horizon: hosts.from_first(lambda: horizon),  # by the clock of process 0
             log=log,
             validated=save,
@@ -155,8 +154,8 @@ def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitS
 
 def _newest(
     workdir: Path, objective: Objective, stack: contextlib.ExitStack
-) -> tuple[TrainState, list[float], MetricWriter | None]:
-    """The newest checkpoint of process 0, or the first state, and the losses of its validations; the log in process 0."""
+) -> tuple[TrainState, list[float], float, MetricWriter | None]:
+    """The newest checkpoint of process 0 or the first state, losses and seconds that led to it, and in process 0 the log."""
     fresh = objective.initial_state()
     _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
     states, writers = [fresh], []
@@ -167,10 +166,12 @@ def _newest(
                 warnings.warn(note, stacklevel=2)
             states.append(found.state._replace(constants=fresh.constants))
         writers.append(stack.enter_context(MetricWriter(workdir, int(states[-1].step))))
-        return [objective.selection(record) for record in writers[0].kept if record["split"] == "validation"]
+        kept = writers[0].kept
+        losses = [objective.selection(record) for record in kept if record["split"] == "validation"]
+        return losses, max((record["wall_time_s"] for record in kept), default=0.0)
 
-    losses = hosts.from_first(restore)
+    losses, seconds = hosts.from_first(restore)
     state = hosts.broadcast(states[-1])  # a fresh state, too: hosts round differently
     if int(state.step):
         _logger.info("resuming from step %d of %d", state.step, state.horizon)
-    return state, losses, next(iter(writers), None)
+    return state, losses, seconds, next(iter(writers), None)
