@@ -1,8 +1,7 @@
 """A flow's first weights: random parameters, brought into the budget, and ActNorm fitted to a batch."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,54 +11,10 @@ from iresnet_jax.bijections import actnorm, reshape
 from iresnet_jax.bijections.chain import chain
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contractions import ConstrainedFlow, Tree, freeze
+from iresnet_jax.models.contractions import Tree, freeze
 from iresnet_jax.models.flow import Block, FlowWeights
 
 MOST = 1024  # examples of a batch that ActNorm is fitted to
-
-
-class FittedFlow(NamedTuple):
-    """Variables of a flow whose ActNorm is fitted to a batch.
-
-    Attributes:
-        params: Parameters, as `contractions.constrain` takes them.
-        spectral: Power iterates.
-        weights: Constrained weights of the parameters.
-        z: Latents of the batch.
-    """
-
-    params: Tree
-    spectral: Tree
-    weights: FlowWeights
-    z: Float[Array, "b d"]
-
-
-def fit_variables(
-    spec: FlowSpec,
-    params: Tree,
-    spectral: Tree,
-    x: Float[Array, "b ..."],
-    context: Float[Array, "b k"] | None = None,
-    *,
-    constrain: Callable[[Tree, Tree], ConstrainedFlow],
-    axis_name: str | None = None,
-) -> FittedFlow:
-    """Fits fresh variables to a batch: norms iterated as ``constrain`` does, ActNorm as `fit_actnorm` does.
-
-    Args:
-        spec: The architecture.
-        params: From `FlowSpec.initial_params`.
-        spectral: From `FlowSpec.initial_iterates`.
-        x: A representative batch.
-        context: Contexts of the batch, if the model is conditional.
-        constrain: ``(params, spectral) ->`` constrained weights, such as `contractions.constrain` of ``spec``.
-        axis_name: Mapped axis of devices that the batch is spread over.
-    """
-    weights, spectral, _ = constrain(params, spectral)
-    weights, z = fit_actnorm(spec, weights, x, context, axis_name=axis_name)
-    actnorms = {name: {"actnorm": block.actnorm._asdict()} for name, block in weights.items()}
-    params = {name: {"blocks": {**stage["blocks"], **actnorms[name]}} for name, stage in params.items()}
-    return FittedFlow(params, spectral, weights, z)
 
 
 def fit_actnorm(
@@ -94,6 +49,12 @@ def fit_actnorm(
             x, latent = reshape.split_channels(x)
             latents.append(reshape.flatten(latent))
     return fitted, jnp.concatenate([*latents, reshape.flatten(x)], axis=-1)
+
+
+def with_actnorm(params: Tree, weights: FlowWeights) -> dict[str, Any]:
+    """Parameters with the ActNorm of weights."""
+    fitted = {name: block.actnorm._asdict() for name, block in weights.items()}
+    return {name: {"blocks": {**stage["blocks"], "actnorm": fitted[name]}} for name, stage in params.items()}
 
 
 @functools.partial(fast_compile, static_argnums=(0, 4, 5))

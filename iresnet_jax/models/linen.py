@@ -5,8 +5,6 @@ stacked over the blocks of a stage. Collections: "params", trained; "spectral", 
 averages of a classifier's BatchNorm.
 """
 
-import functools
-
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -17,7 +15,7 @@ from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contractions import constrain, unconstrained
 from iresnet_jax.models.flow import flow_bijection
 from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
-from iresnet_jax.models.initial import fit_variables
+from iresnet_jax.models.initial import fit_actnorm, with_actnorm
 from iresnet_jax.models.priors import Gaussian
 
 
@@ -93,10 +91,10 @@ def _create(
     """Creates a flow's variables in a module, named ``stage0/blocks/conv0/kernel`` and so on. Returns the latents of ``x``."""
     params = spec.initial_params(module.make_rng("params"), **options)  # pyright: ignore[reportArgumentType]
     spectral = spec.initial_iterates(module.make_rng("params")) if is_constrained else {}
-    scale = functools.partial(constrain if is_constrained else unconstrained, spec)
-    fitted = fit_variables(spec, params, spectral, x, context, constrain=scale)
-    for name, stage in fitted.params.items():
+    weights, spectral, _ = (constrain if is_constrained else unconstrained)(spec, params, spectral)
+    weights, z = fit_actnorm(spec, weights, x, context)
+    for name, stage in with_actnorm(params, weights).items():
         module.param(name, lambda key, stage=stage: stage)
-    for name, stage in fitted.spectral.items():
+    for name, stage in spectral.items():
         module.variable("spectral", name, lambda stage=stage: stage)
-    return fitted.z
+    return z

@@ -14,7 +14,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.head import batch_statistics
-from iresnet_jax.models.initial import FittedFlow, fit_variables
+from iresnet_jax.models.initial import fit_actnorm, with_actnorm
 from iresnet_jax.models.priors import MIXTURES, ClassPriors
 from iresnet_jax.models.saved import MODELS, Spec
 from iresnet_jax.training import parallel
@@ -77,57 +77,63 @@ def initial_variables(
         rows: tuple[Any, ...] = (preprocess(model, x),)
     else:
         rows = (preprocess(model.bare(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
-    fitted, statistics = _fitted(spec, constraint, _fresh(spec.flow, key_flow, sharp, last_scale), rows)
-    check_claims(spec.flow, fitted.weights, *rows)
+    params, spectral, weights = _fresh(spec.flow, constraint, key_flow, sharp, last_scale)
+    weights, statistics, z = _fitted(spec, weights, rows)
+    check_claims(spec.flow, weights, *rows)
     if isinstance(model, Classifier):
         arrays["statistics"] = statistics
     elif model.spec.num_components is not None:
-        z = fitted.z
         if len(model.spec.flow.event_shape) == 1:
             x, context, _ = examples_of(key_data, PRIOR_EXAMPLES)
-            z = model.with_(weights=fitted.weights).encode(x, key_noise, context=context)
+            z = model.with_(weights=weights).encode(x, key_noise, context=context)
         arrays["prior"] = MIXTURES[model.spec.prior_family].fit(np.asarray(z), model.spec.num_components)
     elif fitted_priors and model.spec.num_classes is not None:
-        labels = np.resize(np.asarray(labels), len(fitted.z))
-        arrays["prior"] = ClassPriors.fit(model.spec.prior_family, np.asarray(fitted.z), labels, model.spec.num_classes)
+        labels = np.resize(np.asarray(labels), len(z))
+        arrays["prior"] = ClassPriors.fit(model.spec.prior_family, np.asarray(z), labels, model.spec.num_classes)
     statistics = arrays.pop("statistics", {})
-    return {"params": {**fitted.params, **arrays}, "spectral": fitted.spectral, "batch_stats": statistics}
+    return {"params": {**with_actnorm(params, weights), **arrays}, "spectral": spectral, "batch_stats": statistics}
 
 
-@functools.partial(fast_compile, static_argnums=(0, 2, 3))
-def _fresh(spec: FlowSpec, key: Key[Array, ""], sharp: bool, last_scale: float) -> tuple[Any, Any]:  # noqa: FBT001
-    """Random parameters and power iterates of a flow; models that differ in their priors share a program."""
+@functools.partial(fast_compile, static_argnums=(0, 1, 3, 4))
+def _fresh(
+    spec: FlowSpec,
+    constraint: ConstraintConfig,
+    key: Key[Array, ""],
+    sharp: bool,  # noqa: FBT001 (arguments of a compiled program stand in their order)
+    last_scale: float,
+) -> tuple[Any, Any, Any]:
+    """Random parameters of a flow, power iterates and constrained weights; models that differ in priors share a program."""
     key_params, key_iterates = jax.random.split(key)
-    return spec.initial_params(key_params, sharp=sharp, last_scale=last_scale), spec.initial_iterates(key_iterates)
+    params = spec.initial_params(key_params, sharp=sharp, last_scale=last_scale)
+    weights, spectral, _ = validation_constraint(constraint, spec)(params, spec.initial_iterates(key_iterates))
+    return params, spectral, weights
 
 
-def _fitted(spec: Spec, constraint: ConstraintConfig, fresh: tuple[Any, Any], rows: tuple[Any, ...]) -> tuple[FittedFlow, Any]:
-    """Variables fitted to inputs of the flow, and the statistics of a classifier's head.
+def _fitted(spec: Spec, weights: Any, rows: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Weights with ActNorm fitted to inputs of the flow, the statistics of a classifier's head, and a density's latents.
 
     Inputs that do not split evenly over the devices leave a few out, or repeat some if there are fewer than devices.
     """
     num, num_devices = len(rows[0]), parallel.all_devices()
     own = parallel.own_share(np.resize(np.arange(num), max(num // num_devices, 1) * num_devices))
     feature_shape = spec.feature_shape if isinstance(spec, ClassifierSpec) else None
-    fit = _fitter(spec.flow, constraint, feature_shape, num_devices)
+    fit = _fitter(spec.flow, feature_shape, num_devices)
     # Rows are chosen on the host: JAX would compile a program for each operation.
-    return parallel.on_first_device(fit(fresh, parallel.shard(tuple(np.asarray(given)[own] for given in rows))))
+    everywhere = fit(weights, parallel.shard(tuple(np.asarray(given)[own] for given in rows)))
+    weights, (statistics, z) = parallel.on_first_device(everywhere)
+    return weights, statistics, z
 
 
 @functools.lru_cache(maxsize=64)
-def _fitter(
-    spec: FlowSpec, constraint: ConstraintConfig, feature_shape: tuple[int, ...] | None, num_devices: int
-) -> Callable[..., Any]:
-    """``(fresh, rows) ->`` what `_fitted` returns, a program for all devices, which are so many."""
+def _fitter(spec: FlowSpec, feature_shape: tuple[int, ...] | None, num_devices: int) -> Callable[..., Any]:
+    """``(weights, rows) ->`` what `_fitted` returns, a program for all devices, which are so many."""
     del num_devices
 
-    def fit(fresh, rows):
-        constrain = validation_constraint(constraint, spec)
-        fitted = fit_variables(spec, *fresh, *rows, constrain=constrain, axis_name=AXIS)
+    def fit(weights, rows):
+        weights, z = fit_actnorm(spec, weights, *rows, axis_name=AXIS)
         if feature_shape is None:
-            return fitted._replace(z=jax.lax.all_gather(fitted.z, AXIS, tiled=True)), {}
-        features = reshape.unflatten(fitted.z, feature_shape)
-        return fitted._replace(z=None), {"head": batch_statistics(features, axis_name=AXIS)}
+            return weights, ({}, jax.lax.all_gather(z, AXIS, tiled=True))
+        return weights, ({"head": batch_statistics(reshape.unflatten(z, feature_shape), axis_name=AXIS)}, None)
 
     return parallel.parallelize(fit)
 
