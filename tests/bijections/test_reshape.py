@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from iresnet_jax.bijections import reshape
 
@@ -30,17 +28,12 @@ def numbered(shape):
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-@given(b=st.integers(1, 3), h=st.integers(1, 3), w=st.integers(1, 3), c=st.integers(1, 4), factor=st.integers(1, 3))
-def test_squeeze_follows_its_formula_and_unsqueeze_inverts_it(b, h, w, c, factor):
-    @jax.jit
-    def there_and_back(x):
-        y = reshape.squeeze(x, factor)
-        return y, reshape.unsqueeze(y, factor)
-
-    x = numbered((b, h * factor, w * factor, c))
-    y, back = there_and_back(x)
+@pytest.mark.parametrize(("shape", "factor"), [((1, 1, 1, 1), 1), ((2, 6, 4, 3), 2), ((3, 3, 9, 2), 3)])
+def test_squeeze_follows_its_formula_and_unsqueeze_inverts_it(shape, factor):
+    x = numbered(shape)
+    y = reshape.squeeze(jnp.asarray(x), factor)
     np.testing.assert_array_equal(y, squeeze_oracle(x, factor))
-    np.testing.assert_array_equal(back, x)
+    np.testing.assert_array_equal(reshape.unsqueeze(y, factor), x)
 
 
 def test_the_formula_rejects_the_channel_major_order():

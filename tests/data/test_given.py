@@ -36,7 +36,7 @@ def table(num=1200):
         {
             "flag": rng.random(num) < 0.1,
             "age": rng.integers(18, 91, num),
-            "share": rng.random(num),
+            "share": np.concatenate([[0.0, 1.0], rng.random(num - 2)]),  # both ends of its bounds
             "colour": pd.Categorical(rng.choice(["red", "green", "blue"], num)),
             "height": rng.normal(size=num),
         }
@@ -44,16 +44,18 @@ def table(num=1200):
 
 
 @pytest.fixture(scope="module")
-def of_table():
-    """The model of a data frame, and what `fit` said."""
-    said = io.StringIO()
+def of_table(tmp_path_factory):
+    """The model of a data frame that was trained with noise, its folder, and what `fit` said."""
+    said, workdir = io.StringIO(), tmp_path_factory.mktemp("fitted") / "run"
+    options = {"progress": True, "workdir": workdir, "settings": {**QUICK["settings"], "augmentation.noise": 1.0}}
     with contextlib.redirect_stderr(said):
-        model = ir.fit(table(), bounds={"share": (0, 1)}, **QUICK | {"progress": True})
-    return model, said.getvalue()
+        model = ir.fit(table(), bounds={"share": (0, 1)}, **QUICK | options)
+    return model, workdir, said.getvalue()
 
 
 def test_no_sample_of_a_table_leaves_its_support(of_table):
-    model, said = of_table
+    model, _, said = of_table
+    assert np.isfinite(model.history.train["nll"]).all()
     x, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 10_000)
     x = np.asarray(x, np.float64)
     for column, values in ((0, range(2)), (1, range(18, 91)), (3, range(3))):
@@ -64,7 +66,7 @@ def test_no_sample_of_a_table_leaves_its_support(of_table):
 
 
 def test_a_model_takes_and_gives_the_table_that_it_was_fitted_to(of_table, tmp_path):
-    frame, (model, _) = table()[:20], of_table
+    frame, (model, *_) = table()[:20], of_table
     model.save(tmp_path / "model.npz")
     model = ir.load(tmp_path / "model.npz")
     found = model.log_prob(frame)
@@ -113,37 +115,27 @@ def test_booleans_and_integers_of_an_array_are_discrete():
     assert data_of(RNG.random((300, 2)) < 0.5).bounds == (Bounds(-0.5, 1.5),) * 2
 
 
-def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(tmp_path, capsys):
-    x = np.stack([RNG.integers(0, 5, 300), RNG.normal(size=300)], axis=1)
-    ir.fit(x, bounds={1: (-6, 6)}, workdir=tmp_path / "run", **QUICK)
+def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(of_table, tmp_path, capsys):
+    frame = table()
+    x = frame.assign(colour=frame.colour.cat.codes).to_numpy(np.float64)
 
     def evaluate(examples, command="evaluate"):
         np.save(tmp_path / "x.npy", examples)
-        return main([command, "--workdir", str(tmp_path / "run"), "--data", f"npy:{tmp_path / 'x.npy'}"])
+        return main([command, "--workdir", str(of_table[1]), "--data", f"npy:{tmp_path / 'x.npy'}"])
 
     assert evaluate(x, "reconstruct") == 0
     found = capsys.readouterr()
     assert "other data" not in found.out + found.err
     assert "100 % of the levels are certain" in found.out + found.err
-    for wrong, message in ((9, "not within the range 0 to 4"), (0.5, "between values of its grid")):
-        x[::3, 0] = wrong
+    for wrong, message in ((200, "not within the range 18 to 90"), (30.5, "between values of its grid")):
+        x[::3, 1] = wrong
         assert evaluate(x) == 2
         assert message in capsys.readouterr().err
 
 
-def test_given_bounds_hold_values_at_both_ends_and_noise_on_the_examples():
-    x = np.clip(RNG.normal(0.5, 0.2, size=(400, 2)), 0.02, 0.98)
-    x[0], x[1] = 0.0, 1.0
-    x[2:] += 1e-6 * RNG.normal(size=(398, 2))  # no value is frequent
-    noise = {"settings": {**QUICK["settings"], "augmentation.noise": 1.0}}
-    model = ir.fit(x, bounds={0: (0, 1), 1: (-1, 2)}, **QUICK | noise)
-    assert np.isfinite(model.history.train["nll"]).all()
-    assert np.isfinite(model.log_prob(x.astype(np.float32))).all()
-    samples = np.asarray(model.sample(jax.random.key(0), 1000)[0])
-    assert (samples > np.array([0, -1])).all()
-    assert (samples < np.array([1, 2])).all()
+def test_bounds_are_for_densities():
     with pytest.raises(ValueError, match="bounds are for densities"):
-        ir.fit(x, np.arange(400) % 2, bounds={0: (0, 1)}, **QUICK)
+        data_of(RNG.random((40, 2)), np.arange(40) % 2, bounds={0: (0, 1)}, is_density=False)
 
 
 def test_masked_values_are_refused():
