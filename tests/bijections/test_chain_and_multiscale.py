@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import oracles
 import pytest
@@ -23,7 +24,7 @@ from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.contractions import constrain
+from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.flow import flow_bijection
 
 EXACT = 1e-9  # the same mathematics by another route in float64; slogdet of up to 32 dimensions
@@ -80,20 +81,8 @@ def model_case():
     layout = {"squeeze": 2, "channel_order": (5, 1, 7, 0, 2, 4, 6, 3), "factor_out": True}
     first = StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), padding="CIRCULAR", **layout)
     spec = FlowSpec((4, 2, 2), (first, StageSpec(1, hidden=(6,), preactivation=True)))
-    rng = np.random.default_rng(0)
-
-    @jax.jit
-    def draw(key):
-        params, spectral = {}, {}
-        for name, stage, _, branch, _ in spec.layout:
-            keys = jax.random.split(key, stage.num_blocks)
-            blocks: dict[str, Any] = jax.vmap(branch.initial_weights)(keys)
-            blocks["actnorm"] = dict.fromkeys(("bias", "log_scale"), jnp.zeros((stage.num_blocks, branch.in_shape[-1])))
-            params[name] = {"blocks": jax.tree.map(lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape)), blocks)}
-            spectral[name] = {"blocks": jax.vmap(branch.initial_iterates)(keys)}
-        return constrain(spec, params, spectral, num_steps=None).weights
-
-    return flow_bijection(spec, draw(jax.random.key(0)), ExactLogdet(), SOLVER)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), kept.random_params(spec))
+    return flow_bijection(spec, freeze(spec, params), ExactLogdet(), SOLVER)
 
 
 FREQUENCIES = (0.15, 0.5, 0.1, 0.25)
