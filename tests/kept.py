@@ -11,6 +11,7 @@ import tiny_runs as runs
 
 from iresnet_jax import data
 from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths import activations
 from iresnet_jax.models import contexts, noise
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -80,6 +81,13 @@ def model(spec, seed=0):
     network = contexts.initial_network(jax.random.key(1), spec.context_dim, spec.context_hidden)
     of_noise = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
     return Density(spec, weights(spec.flow, seed), prior, network=network, noise_network=of_noise)
+
+
+def exact_model(spec, seed=0, atol=1e-12):
+    """That model in float64, which the caller has switched on, and inverses to this tolerance."""
+    with jax.enable_x64(False):
+        single = model(spec, seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), single).with_(solver=Solver(atol=atol))
 
 
 def images(num, seed=0):

@@ -1,7 +1,6 @@
 """The density as a value: keys, estimators, shared programs, ranges and mistakes; test_every_model.py has the rest."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +62,7 @@ def test_latents_far_out_are_levels_too():
     np.testing.assert_array_equal(np.clip(np.floor(smooth * LEVELS), 0, LEVELS - 1), decode(density, far)[0])
 
 
-def test_other_weights_share_a_program():
+def test_other_weights_and_other_numbers_of_data_share_a_program():
     density, traces = kept.model(PLANE), []
 
     @jax.jit
@@ -71,10 +70,12 @@ def test_other_weights_share_a_program():
         traces.append(0)
         return density.encode(x)
 
-    encode(density, POINTS)
-    encode(density.with_(weights=jax.tree.map(lambda a: 0.5 * a, density.weights)), POINTS)
-    assert len(traces) == 1  # other weights are other arrays, not another program
-    encode(density.with_(solver=Solver(atol=1e-3)), POINTS)
+    for mean, low in ((0.5, -9.0), (-0.5, -8.0)):
+        transform = Bounded.of((Bounds(low, 9.0), None), Standardize((mean, 0.0), (2.0, 1.0)))
+        other = density.with_(spec=dataclasses.replace(PLANE, transform=transform))
+        encode(other.with_(weights=jax.tree.map(lambda a, mean=mean: mean * a, density.weights)), POINTS)
+    assert len(traces) == 1
+    encode(other.with_(solver=Solver(atol=1e-3)), POINTS)
     assert len(traces) == 2
 
 
@@ -143,31 +144,10 @@ def test_specs_that_contradict_themselves(change, sentence):
         dataclasses.replace(IMAGES, **change)
 
 
-def test_models_of_other_data_share_a_program():
-    traces = []
-
-    @jax.jit
-    def log_prob(model, x):
-        traces.append(None)
-        return model.log_prob(x)
-
-    for mean, low in ((0.5, -9.0), (-0.5, -8.0)):
-        transform = Bounded.of((Bounds(low, 9.0), None), Standardize((mean, 0.0), (2.0, 1.0)))
-        log_prob(kept.model(PLANE).with_(spec=dataclasses.replace(PLANE, transform=transform)), POINTS)
-    assert len(traces) == 1
-
-
-def test_ranges_are_the_models_own_under_transformations():
-    bounded = Bounded.of((Bounds(-9.0, 9.0), None))
-    model, x = kept.model(dataclasses.replace(PLANE, transform=bounded)), POINTS.copy()
-    x[:, 0] = [7, -7, 3]  # not in the unit interval, in which shared programs have their entries
-    expected = model.log_prob(x)
-    of_keys = jax.vmap(lambda key: model.log_prob(x, key))(keys())
-    np.testing.assert_allclose(of_keys, np.stack([expected] * 3), rtol=1e-5)
-    gradient = jax.grad(lambda prior: model.with_(prior=prior).log_prob(x).mean())(model.prior)
-    assert np.any(gradient.mean != 0)
+def test_values_out_of_their_range_are_refused():
+    model = kept.model(dataclasses.replace(PLANE, transform=Bounded.of((Bounds(-9.0, 9.0), None))))
     with pytest.raises(ValueError, match="not within the range -9 to 9"):
-        model.log_prob(x * 2)
+        model.log_prob(POINTS + 10)
 
 
 def test_values_between_those_of_a_grid_have_no_likelihood():
@@ -181,7 +161,7 @@ def test_values_between_those_of_a_grid_have_no_likelihood():
 
 
 def test_a_flow_in_float64_inverts_latents_in_float32(x64):
-    model: Any = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), kept.model(PLANE))
+    model = kept.exact_model(PLANE)
     x, info = model.flow().inverse(jnp.ones((3, 2), jnp.float32))
     assert x.dtype == jnp.float64
     assert info.converged.all()

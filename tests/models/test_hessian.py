@@ -4,7 +4,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import kept
 import numpy as np
 import plain_flow
@@ -13,7 +12,6 @@ import iresnet_jax as ir
 from iresnet_jax.models.density_spec import DensitySpec
 
 CLOSE = 1e-8  # float64, absolute; the Hessians' entries are of size 1
-SOLVER = ir.Solver(atol=1e-14)
 COUPLING = np.array([[2.0, 0.5], [0.5, 1.0]])
 Z = np.array([0.3, -0.7])
 
@@ -21,9 +19,7 @@ Z = np.array([0.3, -0.7])
 def model():
     """Two dimensions and two blocks, which are scanned, in float64."""
     stage = ir.StageSpec(2, (3,), activation="clipswish")
-    with jax.enable_x64(False):
-        single = kept.model(DensitySpec(ir.FlowSpec((2,), (stage,))))
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
+    return kept.exact_model(DensitySpec(ir.FlowSpec((2,), (stage,))), atol=1e-14)
 
 
 def energy(x):

@@ -78,9 +78,7 @@ def test_samples_under_one_context_are_those_of_as_many_equal_ones():
 
 def test_transformations_of_jax_see_one_example(x64):
     """Values, gradients, Hessians and Jacobians of one example, mapped or not, are those of the batch and of differences."""
-    with jax.enable_x64(False):
-        single = kept.model(GIVEN)
-    model = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single)
+    model = kept.exact_model(GIVEN)
     x, context = jnp.asarray(POINTS[:3], jnp.float64), jnp.asarray(CONTEXTS[0], jnp.float64)
 
     def of_one(x):
@@ -96,7 +94,7 @@ def test_transformations_of_jax_see_one_example(x64):
     assert hessians.dtype == jnp.float64
     np.testing.assert_allclose(hessians, (slopes[:, :2] - slopes[:, 2:4]) / 2e-4, **DERIVATIVE)
     there = jax.jit(jax.jacfwd(lambda x: model.encode(x, context=context)))
-    back = jax.jit(jax.jacrev(lambda z: model.with_(solver=ir.Solver(atol=1e-12)).decode(z, context=context)[0]))
+    back = jax.jit(jax.jacrev(lambda z: model.decode(z, context=context)[0]))
     z = model.encode(x[0], context=context)
     np.testing.assert_allclose(there(x[0]) @ back(z), np.eye(2), atol=1e-8)
 

@@ -13,12 +13,10 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-8, "atol": 1e-8}  # float64; inverses to 1e-12
-SOLVER = ir.Solver(atol=1e-12)
 FLOW = ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),))
 SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
 SPECS = {
     "normal": DensitySpec(FLOW, transform=SCALED),
-    "logistic, bounded": DensitySpec(FLOW, "logistic", ir.Bounded.of((ir.Bounds(0.0, 1.0), None), SCALED)),
     "conditional": DensitySpec(dataclasses.replace(FLOW, context_dim=3), transform=SCALED),
     "classes": DensitySpec(FLOW, transform=SCALED, num_classes=3),
 }
@@ -29,9 +27,7 @@ KEY = jax.random.key(0)
 
 def model(name):
     """In float64, by the fixture of the test."""
-    with jax.enable_x64(False):
-        single = kept.model(SPECS[name])
-    whole = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), single).with_(solver=SOLVER)
+    whole = kept.exact_model(SPECS[name])
     if name != "classes":
         return whole
     return whole.with_(prior=dataclasses.replace(whole.prior, logits=jnp.array([0.1, 1.0, -0.5])))
