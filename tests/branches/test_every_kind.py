@@ -134,7 +134,7 @@ def found(name):
 
     with jax.enable_x64(True):
         key = jax.random.key(0)
-        exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model(name)).with_(solver=ir.Solver(atol=1e-12))
+        exact = kept.exact_model(ir.DensitySpec(CASES[name]))
         rng = np.random.default_rng(1)
         points = {stage.name: rng.normal(size=(NUM, *stage.branch.in_shape)) for stage in CASES[name].layout}
         return jax.device_get(run(exact, *examples(name), points))
@@ -219,7 +219,7 @@ def test_every_weight_has_a_gradient_and_is_in_the_file(name, tmp_path):
 def test_examples_have_contexts_of_their_own(name):
     (x, context), (z, *_) = examples(name), found(name)
     with jax.enable_x64(True):
-        exact = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model(name))
+        exact = kept.exact_model(ir.DensitySpec(CASES[name]))
         changed = np.abs(exact.encode(x, context=context + np.array([0, 1, 0])[:, None]) - z) > EXACT
     np.testing.assert_array_equal(changed.any(axis=1), [False, True, False])
 

@@ -105,7 +105,7 @@ def with_uniform_noise(model):
     return model.with_(spec=spec, weights={"stage0": model.weights["stage0"]}, noise_network={})
 
 
-def test_noise_starts_uniform_trains_to_a_better_bound_and_comes_back_from_its_file(tmp_path):
+def test_noise_starts_uniform_and_trains_to_a_better_bound():
     x, stage = squares(), StageSpec(1, (16,), activation="clipswish")
     first = Density.init(jax.random.key(0), x, stages=[stage], num_levels=LEVELS, noise=NoiseSpec(1, (8,), (8, 4), window=3))
     keys = jax.random.split(jax.random.key(1), 4)
@@ -122,8 +122,6 @@ def test_noise_starts_uniform_trains_to_a_better_bound_and_comes_back_from_its_f
     assert model.certificate().certified
     assert model.noise_certificate().certified
     assert uniform.noise_certificate() is None
-    again = ir.load(model.save(tmp_path / "model.npz"))
-    np.testing.assert_array_equal(again.log_prob(x, keys[0]), model.log_prob(x, keys[0]))
 
 
 def test_noise_of_what_has_no_levels_is_refused():
