@@ -133,8 +133,9 @@ def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int) ->
         apply: The map of vectors ``(d,)``.
         num_dims: ``d``.
     """
-    rng = np.random.default_rng(0)
-    start = rng.normal(size=num_dims)
+    from scipy.linalg import eigh_tridiagonal  # late, as training does without
+
+    start = np.random.default_rng(0).normal(size=num_dims)
     vectors, diagonal, beside = [start / np.linalg.norm(start)], [], []
     for _ in range(min(_MOST_STEPS, num_dims)):
         image = apply(vectors[-1])
@@ -148,7 +149,7 @@ def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int) ->
         vectors.append(image / beside[-1])
     if not np.all(np.isfinite(diagonal)):
         return np.nan, np.nan
-    values, small = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], -1))  # which reads the lower half
+    values, small = eigh_tridiagonal(diagonal, beside[:-1], select="i", select_range=(0, 0))
     return float(values[0]), float(abs(small[-1, 0]) * beside[-1])
 
 
