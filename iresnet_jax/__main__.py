@@ -49,11 +49,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "K",
         "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
     },
-    "importance-examples": {
-        "type": count,
-        "metavar": "N",
-        "help": "test examples, evenly spaced, that have these draws (all)",
-    },
     "output": {
         "metavar": "PATH",
         "help": "where to write (%(default)s)",
@@ -77,7 +72,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "evaluate": Command(
         "Test likelihood, and test error of a model with classes.",
-        "workdir data importance importance-examples",
+        "workdir data importance",
     ),
     "sample": Command(
         "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them.",
@@ -96,7 +91,7 @@ COMMANDS = {
         "status 1 if these refuse it.",
         "workdir data num=500 samples",
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data importance importance-examples"),
+    "report": Command("All results, to report.json and report.html.", "workdir data importance"),
     "convert": Command(
         "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
         "FILE architecture scale output=model.npz",

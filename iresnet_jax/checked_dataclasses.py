@@ -112,9 +112,9 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     Raises:
         ValueError: If a field is unknown, missing, of the wrong kind or out of its range; the message names it.
     """
-    if not isinstance(plain, Mapping) and not hasattr(plain, "items"):
+    if not isinstance(plain, Mapping):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
-    plain = dict(plain.items())
+    plain = dict(plain)
     if plain.pop("type", cls.__name__) != cls.__name__:
         raise ValueError(f"{path} is not of the type {cls.__name__}")
     fields = [field for field in dataclasses.fields(cls) if field.init]  # pyright: ignore[reportArgumentType]

@@ -125,16 +125,10 @@ def report(run: Run, arguments: argparse.Namespace) -> bool:
 def _with_importance(run: Run, arguments: argparse.Namespace) -> Run:
     """The run, whose evaluation has the importance-weighted bound if it is asked for."""
     if arguments.importance is None:
-        if arguments.importance_examples is not None:
-            raise ValueError("--importance-examples says how many examples have the draws of --importance K: give both")
         return run
     if not isinstance(run.model, Density) or not run.model.spec.is_discrete:
         raise ValueError("--importance is for densities of integer levels or of data on a grid: leave it out")
-    evaluation = dataclasses.replace(
-        run.config.evaluation,
-        num_importance_draws=arguments.importance,
-        num_importance_examples=arguments.importance_examples or 0,
-    )
+    evaluation = dataclasses.replace(run.config.evaluation, num_importance_draws=arguments.importance)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
 
 

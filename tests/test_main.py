@@ -147,10 +147,7 @@ def test_a_saved_run_is_the_same_file(folders, tmp_path):
 
 
 def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
-    few = said(capsys, "evaluate", folders["hybrid"], "--importance", "2", "--importance-examples", "3")
-    assert "by the importance-weighted bound with 2 draws" in few
-    assert "below the mean over these draws of 3 examples" in few
-    assert "give both" in answer(capsys, "evaluate", "--workdir", folders["hybrid"], "--importance-examples", "3")
+    assert "by the importance-weighted bound with 2 draws" in said(capsys, "evaluate", folders["hybrid"], "--importance", "2")
     refused = answer(capsys, "evaluate", "--workdir", folders["points"], "--importance", "2")
     assert "--importance is for densities of integer levels" in refused
 

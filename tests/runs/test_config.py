@@ -63,7 +63,7 @@ MISTAKES = [
     ("toy", "logdet.kind=roulette logdet.distribution=geometric logdet.parameter=2.0", "config.logdet: the geometric"),
     ("toy", "objective=densities", "must be one of density, classification, hybrid"),
     ("toy", "model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden[0] must be a whole number, got 4.5"),
-    ("toy", "model.stages[0].hidden=(0,)", r"hidden\[0\] must lie in \[1, inf\), got 0"),
+    ("toy", "model.stages[0].hidden=(0,)", "hidden[0] must lie in [1, inf), got 0"),
     ("toy", "model.stages=((1, 2),)", "config.model.stages[0] must be a dictionary"),
     # what does not fit together, or the data, or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),

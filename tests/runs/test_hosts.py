@@ -20,6 +20,7 @@ VANISHING = 2e-8  # what sums of numbers around 1 leave where they vanish, as gr
 LONG = {  # runs that something ends, of what compiles fastest
     "training.total_steps": 100_000,
     "training.eval_every_steps": 100_000,
+    "training.log_every_steps": 25,
     "training.blocks": "unroll",
     "model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},),
     "logdet.kind": "exact",
