@@ -18,7 +18,7 @@ from iresnet_jax.branches.branch import Branch, Norms
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.flow import Block, FlowWeights, blocks_of
+from iresnet_jax.models.flow import Block, FlowWeights, blocks_of, is_traced
 
 _MOST_REMEMBERED = 256  # branches of stages whose bounds are kept
 
@@ -40,11 +40,6 @@ def without_bounds(weights: Any) -> Any:
         return weights
     unbounded = {name: dataclasses.replace(weights[name].branch, lipschitz_bound=None, norms=None) for name in carry}
     return {**weights, **{name: weights[name]._replace(branch=branch) for name, branch in unbounded.items()}}
-
-
-def is_traced(weights: Any) -> bool:
-    """Whether an array of the weights is an argument of a program that is being traced."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights))
 
 
 def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections import actnorm, reshape
@@ -45,6 +46,11 @@ def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
         for stage in spec.all_stages
         if (block := weights.get(stage.name)) is not None
     }
+
+
+def is_traced(weights: Any) -> bool:
+    """Whether an array of the weights is an argument of a program that is being traced."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights))
 
 
 def as_params(weights: FlowWeights) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.contractions import check_fit, freeze
-from iresnet_jax.models.flow import as_params, flow_bijection
+from iresnet_jax.models.flow import as_params, flow_bijection, is_traced
 
 FILE_NAME = "model.npz"
 FORMAT = 2
@@ -85,7 +85,7 @@ class Model:
 
     def _for_programs(self: M) -> M:
         """The model as programs take it: `with_bounds`, or as it is within a program."""
-        return self if bounds.is_traced(self.weights) or not self.weights else self.with_bounds()
+        return self if is_traced(self.weights) or not self.weights else self.with_bounds()
 
     def certificate(self) -> Certificate:
         """Norms of all layers and Lipschitz constants of all blocks and of the whole model, estimated and guaranteed."""
