@@ -9,6 +9,7 @@ Importing this needs JAX and jaxtyping alone; names and collections of Flax are 
 import importlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iresnet_jax.bijections.bijection import Bijection
@@ -147,7 +148,7 @@ def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = N
     """
     from iresnet_jax.models import saved  # late: reading files is not part of the mathematics
 
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
+    if Path(path, "config.json").exists():
         from iresnet_jax.runs import trained_run
 
         if branches is not None or prior is not None:

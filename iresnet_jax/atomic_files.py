@@ -1,4 +1,7 @@
-"""Folders of this machine, files that are written whole, and work that one process at a time does."""
+"""Folders of runs, files that are written whole, and work that one process at a time does.
+
+The code of runs reads and writes by the methods of paths alone: another kind of storage is the business of this file.
+"""
 
 import contextlib
 import os

@@ -88,16 +88,10 @@ def tagged(value: Any) -> Any:
     A field with "name" in its metadata holds what is no data: that function gives its name, and it is left out if it is None.
     """
     if dataclasses.is_dataclass(value):
-        fields = {}
-        for field in dataclasses.fields(value):
-            if not field.init:
-                continue  # computed from the others
-            entry, name_of = getattr(value, field.name), field.metadata.get("name")
-            if name_of is None:
-                fields[field.name] = tagged(entry)
-            elif entry is not None:
-                fields[field.name] = name_of(entry)
-        return {"type": type(value).__name__, **fields}
+        entries = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
+        kept = [(field, entry) for field, entry in entries if entry is not None or "name" not in field.metadata]
+        plain = {field.name: field.metadata.get("name", tagged)(entry) for field, entry in kept}
+        return {"type": type(value).__name__, **plain}
     if isinstance(value, np.ndarray | jax.Array):
         return np.asarray(value).tolist()
     return [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)

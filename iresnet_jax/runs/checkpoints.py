@@ -8,7 +8,6 @@ in the pytree of the state, such as ``params/stage0/blocks/conv1/kernel``.
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -47,13 +46,13 @@ class Checkpoints:
         workdir: Folder of the run, which exists when something is saved.
 
     Example:
-        >>> checkpoints = Checkpoints("runs/moons")
+        >>> checkpoints = Checkpoints(Path("runs/moons"))
         >>> checkpoints.save(100, state, metric=3.2)  # doctest: +SKIP
         >>> state = checkpoints.restore(state).state  # doctest: +SKIP
     """
 
-    def __init__(self, workdir: str | os.PathLike[str]):
-        self._folder = Path(workdir) / "checkpoints"
+    def __init__(self, workdir: Path):
+        self._folder = workdir / "checkpoints"
 
     def path(self, step: int) -> Path:
         """Returns the file of a step, whether it exists or not."""

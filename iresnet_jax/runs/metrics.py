@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -34,9 +33,9 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], step: int = 0):
-        self._workdir, self._step = Path(workdir), step
-        path = self._workdir / FILENAME
+    def __init__(self, workdir: Path, step: int = 0):
+        self._workdir, self._step = workdir, step
+        path = workdir / FILENAME
         self.kept = [record for record in read_metrics(workdir) if record["step"] <= step]
         with replacing(path) as incoming:
             incoming.write_text("".join(json.dumps(record) + "\n" for record in self.kept), encoding="utf-8")
@@ -82,7 +81,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._events.flush()
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Reads what `MetricWriter` wrote, in that order.
 
     A half-written last line, left by a killed process, is skipped.
@@ -93,7 +92,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: If another line is not a measurement.
     """
-    path = Path(workdir) / FILENAME
+    path = workdir / FILENAME
     lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):

@@ -153,7 +153,7 @@ def check(step, checkpoints):
     assert number == newest and np.array_equal(best["w"], state(number)["w"]), number
 
 for death in itertools.count():
-    folder = tempfile.mkdtemp(dir=sys.argv[1])
+    folder = pathlib.Path(tempfile.mkdtemp(dir=sys.argv[1]))
     checkpoints = Checkpoints(folder)
     checkpoints.save(10, state(10), metric=2.0)
     child = os.fork()
@@ -165,7 +165,7 @@ for death in itertools.count():
     check(20, Checkpoints(folder))
     checkpoints.save(20, state(20), metric=1.0)
     checkpoints.save(30, state(30), metric=1.5)
-    assert sorted(os.listdir(folder + "/checkpoints")) == ["20.npz", "30.npz"]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["20.npz", "30.npz"]
     assert checkpoints.restore(state(0), best=True).step == 20
     if not killed:
         break
