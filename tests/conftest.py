@@ -49,6 +49,12 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items):
+    """Files whose few tests take long come first: at the end, one process would wait for the other."""
+    long = ("test_docs.py", "test_notebooks.py", "test_hosts.py", "test_energy_fitting.py", "test_fitting.py")
+    items.sort(key=lambda item: item.path.name not in long)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
     """Ends a process of xdist, whose results are all sent: to drop what it compiled would take five seconds."""
