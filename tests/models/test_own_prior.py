@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import optax
 import pytest
@@ -12,7 +13,6 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.models import priors
-from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.marginals import Marginals
 from iresnet_jax.models.priors import Gaussian
 
@@ -36,16 +36,8 @@ class Laplace:
         return jnp.exp(self.log_scale) * jax.random.laplace(key, (*shape, self.dims))
 
 
-@functools.cache
-def weights():
-    [stage] = FLOW.layout
-    blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(jax.random.key(0), 1))
-    actnorm = {"bias": jnp.zeros((1, 2)), "log_scale": jnp.zeros((1, 2))}
-    return freeze(FLOW, {"stage0": {"blocks": {**blocks, "actnorm": actnorm}}})
-
-
 def density(prior):
-    return ir.Density(SPEC, weights(), prior)
+    return ir.Density(SPEC, kept.weights(FLOW), prior)
 
 
 def test_it_is_the_density_of_latents_and_their_source():
@@ -88,7 +80,7 @@ def test_a_file_holds_its_numbers(tmp_path):
         ir.load(path)
     with pytest.raises(ValueError, match="damaged"):
         ir.load(path, prior=Laplace(jnp.zeros(2)))
-    standard = ir.Density(ir.DensitySpec(FLOW), weights(), Gaussian.standard(2)).save(tmp_path / "standard.npz")
+    standard = ir.Density(ir.DensitySpec(FLOW), kept.weights(FLOW), Gaussian.standard(2)).save(tmp_path / "standard.npz")
     with pytest.raises(ValueError, match=r"takes no prior="):
         ir.load(standard, prior=Laplace(0.0))
 
