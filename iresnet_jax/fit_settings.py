@@ -228,7 +228,7 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
         return
     rows = data.examples["train"]
     x = np.asarray(rows[some_rows(len(rows), PRIOR_EXAMPLES)])
-    z = preprocess(Density(density_spec(config, data), {}, {}).bare(), x, jax.random.key(config.seed))
+    z = preprocess(Density(density_spec(config, data), {}, {}), x, jax.random.key(config.seed))
     z = np.asarray(z, np.float64)
     prior, has_scales = likelier_prior(z)
     yield dataclasses.replace(plain, prior=prior)

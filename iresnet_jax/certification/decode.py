@@ -107,7 +107,7 @@ def to_data(model: Density | Classifier, z: Float[Array, "b ..."], *, context: C
     latents = model.promoted(vectors_of(model, z))
     if isinstance(model, Density):
         x, info = model.flow(context).inverse(latents)
-        u = model.continuous_of_input(x)
+        u = preprocessing.transform(model.spec).inverse(x)[0]
         return Decoded(latents, x, u, preprocessing.rounded(model.spec, u), info)
     x, info = model.flow().inverse(latents)
     images = model.spec.unpad(x) if isinstance(model, Classifier) else x

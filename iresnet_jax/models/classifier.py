@@ -31,7 +31,7 @@ from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.flow import FlowWeights
-from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head, linear, pool
+from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
 from iresnet_jax.models.model import Model
@@ -130,7 +130,7 @@ class Reconstruction(NamedTuple):
 class Classifier(Model):
     """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 
-    Methods take images of integer levels, as the data set has them. `logits`, `pooled`, `features` and `reconstruct` take one
+    Methods take images of integer levels, as the data set has them. `logits`, `features` and `reconstruct` take one
     example, a batch or any leading axes, which their results have too; other methods take batches.
 
     Attributes:
@@ -208,11 +208,6 @@ class Classifier(Model):
         examples = as_batch(images, self.spec.image_shape)
         return examples.restore(self.logits_of_input(self.preprocess(examples.x)))
 
-    def pooled(self, images: Images) -> Float[Array, "... d"]:
-        """Pooled features, which the head's linear layer sees."""
-        examples = as_batch(images, self.spec.image_shape)
-        return examples.restore(self._pooled_of_input(self.preprocess(examples.x)))
-
     def features(self, images: Images) -> Float[Array, "..."]:
         """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`."""
         examples = as_batch(images, self.spec.image_shape)
@@ -249,10 +244,7 @@ class Classifier(Model):
 
     def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits of an input of the network."""
-        return linear(self.head, self._pooled_of_input(x))
-
-    def _pooled_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b c"]:
-        return pool(self.head, self.statistics["head"], self.features_of_input(x))
+        return apply_head(self.head, self.statistics["head"], self.features_of_input(x))
 
 
 def training_logits(
@@ -267,14 +259,10 @@ def training_logits(
         num_parts: Equal parts of the batch whose features are computed one after the other, and again in the backward pass,
             so that no more than the arrays of one are in memory at a time.
     """
-    features = _features_in_parts(model, x, num_parts)
+    if num_parts == 1:
+        features = model.features_of_input(x)
+    else:
+        parts = jax.lax.map(jax.checkpoint(model.features_of_input), x.reshape(num_parts, -1, *x.shape[1:]))
+        features = parts.reshape(-1, *parts.shape[2:])
     own = batch_statistics(features, axis_name=axis_name)
     return apply_head(model.head, own, features), {"head": own}
-
-
-def _features_in_parts(model: Classifier, x: Float[Array, "b ..."], num_parts: int) -> Float[Array, "b ..."]:
-    if num_parts == 1:
-        return model.features_of_input(x)
-    parts = x.reshape(num_parts, -1, *x.shape[1:])
-    features = jax.lax.map(jax.checkpoint(model.features_of_input), parts)
-    return features.reshape(-1, *features.shape[2:])

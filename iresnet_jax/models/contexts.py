@@ -10,7 +10,7 @@ remain contractions of the example. A branch alone depends on contexts by linear
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -109,16 +109,14 @@ def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
     return best
 
 
-def initial_network(key: Key[Array, ""], num_observed: int, hidden: Sequence[int]) -> dict[str, dict[str, Array]]:
+@functools.partial(fast_compile, static_argnums=(1, 2))
+def initial_network(key: Key[Array, ""], num_observed: int, hidden: tuple[int, ...]) -> dict[str, dict[str, Array]]:
     """Random weights of variance ``1 / fan_in`` and zero biases, of a network with these widths, the last of its output.
 
     No widths are no network.
     """
-    return _initial_network(key, num_observed, tuple(hidden)) if hidden else {}
-
-
-@functools.partial(fast_compile, static_argnums=(1, 2))
-def _initial_network(key: Key[Array, ""], num_observed: int, hidden: tuple[int, ...]) -> dict[str, dict[str, Array]]:
+    if not hidden:
+        return {}
     keys = iter(jax.random.split(key, len(hidden) + 1))
     weights = {}
     for i, (cin, cout) in enumerate(zip((num_observed, *hidden), hidden, strict=False)):

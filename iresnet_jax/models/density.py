@@ -235,12 +235,6 @@ class Density(Model):
         """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
         return priors.trainable(self.prior) if name == "prior" else super().learned(name)
 
-    def bare(self) -> "Density":
-        """The same model without what no program computes with, so that models of other data share programs."""
-        if self.history is None and self.spec.columns is None:
-            return self
-        return self.with_(spec=dataclasses.replace(self.spec, columns=None), history=None)
-
     @property
     def continuous(self) -> "Density":
         """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
@@ -293,14 +287,14 @@ class Density(Model):
         examples = self._examples(x, context)
         key = None if key is None else examples.keys(key)
         x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
-        return examples.restore(_log_prob(self.bare(), x, examples.context, key))
+        return examples.restore(_log_prob(self, x, examples.context, key))
 
     def terms(self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None) -> LogProb:
         """The log-likelihood with all its terms, by keys of the noise of integer levels and of the estimator's probes."""
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
         x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
-        return examples.restore(_terms(self._for_programs().bare(), x, examples.context, *keys))
+        return examples.restore(_terms(self._for_programs(), x, examples.context, *keys))
 
     def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
         """Log-density of latents, given their classes if there are labels.
@@ -316,14 +310,6 @@ class Density(Model):
             )
         return found.astype(z.dtype)
 
-    def log_prior_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
-        """``log p(y) + log p_Z(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the prior.
-
-        Raises:
-            ValueError: If the model has one prior for all.
-        """
-        return self._class_priors.log_prob_by_class(z)
-
     def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
@@ -334,10 +320,9 @@ class Density(Model):
         Raises:
             ValueError: If the model has one prior for all.
         """
-        self._class_priors  # noqa: B018 (raises before the pass)
-        z = self.encode(x, key)
-        by_class = self.log_prior_by_class(z.reshape(-1, z.shape[-1]))
-        return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], by_class.shape[-1])
+        prior, z = self._class_priors, self.encode(x, key)
+        by_class = prior.log_prob_by_class(z.reshape(-1, z.shape[-1]))
+        return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], -1)
 
     @property
     def _class_priors(self) -> priors.ClassPriors:
@@ -358,7 +343,7 @@ class Density(Model):
         examples = self._examples(x, context)
         key = None if key is None else examples.keys(key)
         x = preprocessing.checked(self.spec, examples.x)
-        return examples.restore(_encode(self.bare(), x, examples.context, key))
+        return examples.restore(_encode(self, x, examples.context, key))
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -369,7 +354,7 @@ class Density(Model):
         the product of the blocks' bounds, which says little about a deep flow.
         """
         examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
-        return examples.restore(_decode(self._for_programs().bare(), examples.x, examples.context))
+        return examples.restore(_decode(self._for_programs(), examples.x, examples.context))
 
     def sample(
         self,
@@ -424,7 +409,7 @@ class Density(Model):
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
-        return _decode_and_log_prob(self._for_programs().bare(), z, self._context_of_samples(num, context), labels, key_probe)
+        return _decode_and_log_prob(self._for_programs(), z, self._context_of_samples(num, context), labels, key_probe)
 
     def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
         """Contexts of samples, one for each."""
@@ -519,10 +504,6 @@ class Density(Model):
         flow = self.spec.flow.noise_flow
         return None if flow is None else certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
 
-    def continuous_of_input(self, y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Continuous data for the flow's input, the inverse of the preprocessing after `dequantize`."""
-        return preprocessing.transform(self.spec).inverse(y)[0]
-
     def to_frame(self, x: Data) -> Any:
         """Samples, or other arrays of data, as a pandas data frame with the columns and types that the model was fitted to.
 
@@ -553,7 +534,7 @@ def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: K
     u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe)
     y, log_det_transform, _ = preprocessing.transform(model.spec).forward_and_logdet(u, key_probe)
     z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
-    by_class = None if model.spec.num_classes is None else model.log_prior_by_class(z)
+    by_class = None if model.spec.num_classes is None else model.prior.log_prob_by_class(z)
     log_prior = model.log_prior(z) if by_class is None else jax.nn.logsumexp(by_class, axis=1)
     log_det_transform += log_det_cells
     info = add_logdet_info(info, info_of_noise)

@@ -26,34 +26,23 @@ def batch_statistics(x: Float[Array, "b ... c"], *, axis_name: str | None = None
     return {"mean": mean, "var": var}
 
 
-def batch_norm(params: Mapping[str, Array], statistics: Statistics, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
-    """``scale (x - mean) / sqrt(var + eps) + bias`` by channel (Ioffe and Szegedy 2015)."""
-    mean, var, scale, bias = (
-        by_channel(a, x) for a in (statistics["mean"], statistics["var"], params["scale"], params["bias"])
-    )
-    return (x - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias
-
-
-def pool(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b c"]:
-    """Input of the head's linear layer: features that are normalised, rectified and averaged over all positions."""
-    h = jax.nn.relu(batch_norm(params["norm"], statistics, features))
-    return jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
-
-
-def linear(params: Any, pooled: Float[Array, "b c"]) -> Float[Array, "b k"]:
-    """Logits of pooled features."""
-    return pooled @ params["linear"]["kernel"] + params["linear"]["bias"].reshape(1, -1)
-
-
 def apply_head(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b k"]:
     """Logits of features.
+
+    BatchNorm is ``scale (x - mean) / sqrt(var + eps) + bias`` by channel (Ioffe and Szegedy 2015).
 
     Args:
         params: ``{"norm": {"scale", "bias"}, "linear": {"kernel", "bias"}}``.
         statistics: Statistics of the batch in training, see `batch_statistics`; their running averages after it.
         features: Array with channels last.
     """
-    return linear(params, pool(params, statistics, features))
+    norm, linear = params["norm"], params["linear"]
+    mean, var, scale, bias = (
+        by_channel(a, features) for a in (statistics["mean"], statistics["var"], norm["scale"], norm["bias"])
+    )
+    h = jax.nn.relu((features - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias)
+    pooled = jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
+    return pooled @ linear["kernel"] + linear["bias"].reshape(1, -1)
 
 
 def initial_head(key: Key[Array, ""], num_channels: int, num_classes: int) -> dict[str, dict[str, Array]]:

@@ -48,13 +48,6 @@ class GaussianMixture:
         return cls(zeros, zeros, floats(np.zeros((num_components, num_dims, num_dims))), floats(np.zeros(num_components)))
 
     @classmethod
-    def of_moments(cls, means: ArrayLike, covariances: ArrayLike, weights: ArrayLike) -> "GaussianMixture":
-        """The mixture with these means ``(k, d)``, covariances ``(k, d, d)`` and weights ``(k,)``."""
-        factors = np.linalg.inv(np.linalg.cholesky(np.asarray(covariances)))
-        log_diagonal = np.log(np.diagonal(factors, axis1=1, axis2=2))
-        return cls(floats(means), floats(log_diagonal), floats(np.tril(factors, -1)), floats(np.log(weights)))
-
-    @classmethod
     def fit(cls, z: ArrayLike, num_components: int) -> "GaussianMixture":
         """A mixture that latents are likely under, see `expectation_maximisation`.
 
@@ -68,7 +61,10 @@ class GaussianMixture:
         std = np.where(std > 0, std, 1)
         settings = {"reg_covar": SMALLEST_VARIANCE, "max_iter": STEPS, "n_init": STARTS, "random_state": 0}
         found = expectation_maximisation((z - mean) / std, num_components, **settings)
-        return cls.of_moments(mean + std * found.means_, found.covariances_ * np.outer(std, std), found.weights_)
+        factors = np.linalg.inv(np.linalg.cholesky(found.covariances_ * np.outer(std, std)))
+        log_diagonal = np.log(np.diagonal(factors, axis1=1, axis2=2))
+        parts = mean + std * found.means_, log_diagonal, np.tril(factors, -1), np.log(found.weights_)
+        return cls(*map(floats, parts))
 
     @property
     def num_components(self) -> int:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Integer, Key
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.dequantize import cell_centers, check_keys, into_cells
+from iresnet_jax.bijections.logit import log_logistic
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec
@@ -74,7 +75,7 @@ def place_and_logdet(
     """
     start = _logistic(x, key, dtype)
     end, log_det, info = flow.forward_and_logdet(start, key_probe)
-    log_det += jnp.sum(_log_slope(end) - _log_slope(start.reshape(end.shape)), axis=1)
+    log_det += jnp.sum(log_logistic(end) - log_logistic(start.reshape(end.shape)), axis=1)
     volume = end.shape[1] * jnp.log(jnp.asarray(num_levels, end.dtype))
     return into_cells(jax.nn.sigmoid(end.reshape(x.shape)), x, num_levels), log_det - volume, info
 
@@ -85,8 +86,3 @@ def _logistic(x: Array, key: Key[Array, "..."], dtype: Any) -> Array:
     if key.ndim == 0:
         return jax.random.logistic(key, x.shape, jnp.float32).astype(dtype)
     return jax.vmap(lambda own: jax.random.logistic(own, x.shape[1:], jnp.float32))(key).astype(dtype)
-
-
-def _log_slope(y: Array) -> Array:
-    """``log sigmoid'(y)``."""
-    return jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y)

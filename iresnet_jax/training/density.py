@@ -216,7 +216,7 @@ def evaluate_examples(
             _, key_probe = evaluation_keys(key, indices, 0, draw[1])
         return examples[indices], None if contexts is None else contexts[indices], key_noise, key_probe
 
-    return parallel.over_batches(_evaluate_batch, model.bare(), batch_of, len(examples), batch_size)
+    return parallel.over_batches(_evaluate_batch, model, batch_of, len(examples), batch_size)
 
 
 def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:

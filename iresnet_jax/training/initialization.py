@@ -76,7 +76,7 @@ def initial_variables(
     if isinstance(model, Classifier):
         rows: tuple[Any, ...] = (preprocess(model, x),)
     else:
-        rows = (preprocess(model.bare(), x, key_noise), *([] if context is None else [model.scale_context(context)]))
+        rows = (preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     params, spectral, weights = _fresh(spec.flow, constraint, key_flow, sharp, last_scale)
     weights, statistics, z = _fitted(spec, weights, rows)
     check_claims(spec.flow, weights, *rows)

@@ -79,7 +79,7 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
     @jax.jit
     def compute(model, x):
         z, loss = model.encode(x), make_loss(HybridConfig(weight=2.0))(model, (x, labels), keys)
-        return z, model.log_prior_by_class(z), model.terms(x, key, key), model.class_log_probs(x), loss.value
+        return z, model.prior.log_prob_by_class(z), model.terms(x, key, key), model.class_log_probs(x), loss.value
 
     z, by_class, terms, posterior, loss = compute(model, x)
     expected = by_hand(model.prior, z)
@@ -130,7 +130,7 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     ("call", "match"),
     [
         (lambda: plane(num_classes=1), "num_classes must be at least 2"),
-        (lambda: plane(num_classes=None)[0].log_prior_by_class(jnp.zeros((2, D))), "one prior for all"),
+        (lambda: plane(num_classes=None)[0].class_log_probs(jnp.zeros((2, D))), "one prior for all"),
         (lambda: draw(plane(num_classes=None)[0], jnp.zeros(4, int)), "one prior for all"),
         (lambda: draw(plane()[0], jnp.zeros(3, int)), "labels must be 4 integers"),
         (lambda: plane()[0].sample(jax.random.key(0), 0), "num must lie in"),
@@ -230,7 +230,7 @@ def test_report_holds_likelihood_and_error(trained, workdir):
     def log_probs_by_steps(model, images):
         u = (images + 0.5) / model.spec.num_levels
         z = model.flow().forward(model.spec.transform.bijection().forward(u))
-        return model.log_prior_by_class(z)
+        return model.prior.log_prob_by_class(z)
 
     found = np.argmax(log_probs_by_steps(trained.model, trained.test_examples()), axis=1)
     assert written["classification"]["num_errors"] == int((found != labels).sum())
