@@ -226,8 +226,7 @@ class BranchSpec(ABC):
 
     def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str) -> ConstrainedBranch:
         """The branch brought into the budget by `norm_bounds`. Arguments are those of `constrained`."""
-        del budget
-        check_coeff(coeff)
+        check_budget(coeff, budget)
         bound = bounds["branch"]
         rounding = 4 * jnp.finfo(bound.dtype).eps
         gain = jnp.where(bound > coeff, coeff * (1 - rounding) / jnp.where(bound > coeff, bound, 1), 1)
@@ -290,14 +289,10 @@ class BranchSpec(ABC):
         return weights, norms
 
 
-def check_coeff(coeff: float) -> None:
-    """Raises ``ValueError`` unless ``coeff`` is in (0, 1)."""
+def check_budget(coeff: float, budget: str) -> None:
+    """Raises ``ValueError`` unless ``coeff`` is in (0, 1) and the budget is one of `BUDGETS`."""
     if not 0 < coeff < 1:
         raise ValueError(f"coeff must lie in (0, 1), got {coeff}: the inverse only exists for a contraction")
-
-
-def check_budget(budget: str) -> None:
-    """Raises ``ValueError`` unless the budget is one of `BUDGETS`."""
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, Norms, Weights, check_budget, check_coeff
+from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, Norms, Weights, check_budget
 from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
@@ -226,7 +226,7 @@ class FeedforwardSpec(BranchSpec):
 
     def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
         """The branch whose kernels are scaled into the budget by guaranteed bounds, from the first step on, for any weights."""
-        check_coeff(coeff)
+        check_budget(coeff, budget)
         allowance = len(self.layers) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
         scaled, lipschitz = self._within_budget(weights, bounds, coeff=within, budget=budget)
@@ -245,8 +245,7 @@ class FeedforwardSpec(BranchSpec):
         self, weights: Weights, norms: Norms, *, coeff: float, budget: str
     ) -> tuple[dict[str, Any], Float[Array, ""]]:
         """Kernels scaled down, each part to ``coeff`` or all by one factor to a product of ``coeff``; the constant after it."""
-        check_coeff(coeff)
-        check_budget(budget)
+        check_budget(coeff, budget)
         sizes = jnp.stack([norms[part.name] for part in self.parts])
         if budget == "layer":
             excess = sizes / coeff

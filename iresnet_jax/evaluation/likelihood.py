@@ -235,5 +235,5 @@ def described(estimator: LogdetEstimator) -> tuple[str, SeriesLogdet | KrylovLog
         tail = {"poisson": "Poisson", "geometric": "geometric"}[estimator.distribution]
         terms = f"{estimator.num_exact_terms} exact terms and a {tail}({estimator.parameter:g}) tail"
         words = f"unbiased up to term {len(estimator.weights())}, {terms}"
-        return words, SeriesLogdet(max(estimator.num_exact_terms, 1), num_probes=estimator.num_probes, probe=estimator.probe)
+        return words, SeriesLogdet(max(estimator.num_exact_terms, 1), num_probes=estimator.num_probes)
     return "exact log-determinant", None

@@ -23,7 +23,6 @@ Logdet = Callable[[Array], Array]
 Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one per example; typed, or of jax.random.PRNGKey
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
-PROBES = ("rademacher", "gaussian")
 
 
 class Linearized(NamedTuple):
@@ -146,12 +145,10 @@ class ProbingEstimator(LogdetEstimator):
 
     Attributes:
         num_probes: Probes for each example.
-        probe: Distribution of the probes, "rademacher" or "gaussian".
         exact_trace: Whether a trace in closed form replaces the estimate of ``tr J`` where there is one.
     """
 
     num_probes: int = 1
-    probe: str = "rademacher"
     exact_trace: bool = True
 
     def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
@@ -168,31 +165,24 @@ class ProbingEstimator(LogdetEstimator):
     ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
         """One estimate a probe, and the bound of what they leave out."""
 
-    def _draw_probes(self, key: Keys, x: Float[Array, "b ..."]) -> Float[Array, "p b ..."]:
-        return draw_probes(key, x, self.num_probes, self.probe)
 
-
-def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int, probe: str = "rademacher") -> Float[Array, "p b ..."]:
-    """Probes with independent entries of mean 0 and variance 1.
+def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[Array, "p b ..."]:
+    """Probes of independent signs, which have the least variance among probes of independent entries.
 
     Args:
         key: One key, or one for each example; the latter gives an example the same probes in whatever batch it stands.
         x: The batch, for shape and type.
         num_probes: Probes for each example.
-        probe: "rademacher" (signs; least variance among entry-wise independent probes) or "gaussian".
 
     Raises:
-        ValueError: If the probe's name is unknown or ``num_probes`` is not positive.
+        ValueError: If ``num_probes`` is not positive.
     """
-    if probe not in PROBES:
-        raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}")
     key = typed_key(key)
-    draw = _signs if probe == "rademacher" else jax.random.normal
     if key.ndim == 0:
-        return draw(key, (num_probes, *x.shape), x.dtype)
-    return jax.vmap(lambda k: draw(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
+        return _signs(key, (num_probes, *x.shape), x.dtype)
+    return jax.vmap(lambda k: _signs(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)

@@ -36,6 +36,7 @@ from iresnet_jax.maths.logdet_estimator import (
     ProbingEstimator,
     Scalar,
     Trace,
+    draw_probes,
     jacobian_product,
     linearize,
     transposed_jacobian,
@@ -149,7 +150,7 @@ class KrylovLogdet(ProbingEstimator):
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
     def _samples(self, branch, x, key, lipschitz_bound, trace):
-        probes = self._draw_probes(key, x)
+        probes = draw_probes(key, x, self.num_probes)
         samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
         return samples, jnp.mean(bounds, axis=0)
 

@@ -29,6 +29,7 @@ from iresnet_jax.maths.logdet_estimator import (
     ProbingEstimator,
     Scalar,
     Trace,
+    draw_probes,
     jacobian_product,
     linearize,
     transposed_jacobian,
@@ -161,7 +162,7 @@ class SeriesLogdet(ProbingEstimator):
             raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
     def _samples(self, branch, x, key, lipschitz_bound, trace):
-        probes, n = self._draw_probes(key, x), self.num_terms
+        probes, n = draw_probes(key, x, self.num_probes), self.num_terms
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
         factor = remainder_factor(lipschitz_bound, n, 1, x.dtype)
         return samples, jnp.where(jnp.isfinite(factor), factor * jnp.mean(tail, axis=0), jnp.inf)  # also where the tail is 0
@@ -170,7 +171,7 @@ class SeriesLogdet(ProbingEstimator):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["length"],
-    meta_fields=["distribution", "parameter", "num_exact_terms", "num_probes", "probe", "exact_trace"],
+    meta_fields=["distribution", "parameter", "num_exact_terms", "num_probes", "exact_trace"],
 )
 @dataclass(frozen=True)
 class RouletteLogdet(ProbingEstimator):
@@ -250,7 +251,7 @@ class RouletteLogdet(ProbingEstimator):
         if length is None:
             length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
         weights = self.weights()
-        n, probes = len(weights), self._draw_probes(key_probe, x)
+        n, probes = len(weights), draw_probes(key_probe, x, self.num_probes)
         samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
         bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
         return samples, jnp.full(len(x), bound)

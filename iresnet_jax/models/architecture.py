@@ -16,7 +16,7 @@ from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
-from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget, check_coeff
+from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget
 from iresnet_jax.branches.own import name_of
 from iresnet_jax.checked_dataclasses import Count, checked
 
@@ -177,8 +177,7 @@ class FlowSpec:
     noise: NoiseSpec | None = None
 
     def __post_init__(self):
-        check_coeff(self.coeff)
-        check_budget(self.budget)
+        check_budget(self.coeff, self.budget)
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
         if not 0 < self.scale < math.inf:
