@@ -82,25 +82,17 @@ def inverse_and_logdet(params: ActNormParams, y: Float[Array, "b ... c"]) -> tup
 
 def actnorm_bijection(params: ActNormParams) -> Bijection:
     """ActNorm as a bijection whose inverse says how far its own rounding can be off."""
-    bijection = exact_bijection(
-        lambda x: forward_and_logdet(params, x),
-        lambda y: inverse_and_logdet(params, y),
-        inverse_lipschitz=rounded_up(jnp.exp(-jnp.min(params.log_scale))),
-    )
 
     def rounding(x):  # of y exp(-log_scale), which is as large as x + bias, and of the difference
         size = 4 * example_norm(x + _per_channel(params.bias, x)) + example_norm(x)
         return no_inverse_error(x)._replace(error_bound=jnp.finfo(x.dtype).eps * size)
 
-    def inverse(y):
-        x, _ = bijection.inverse(y)
-        return x, rounding(x)
-
-    def inverse_with_logdet(y, key):
-        x, logdet, info, _ = bijection.inverse_and_logdet(y, key)
-        return x, logdet, info, rounding(x)
-
-    return bijection._replace(inverse=inverse, inverse_and_logdet=inverse_with_logdet)
+    return exact_bijection(
+        lambda x: forward_and_logdet(params, x),
+        lambda y: inverse_and_logdet(params, y),
+        inverse_lipschitz=rounded_up(jnp.exp(-jnp.min(params.log_scale))),
+        inverse_error=rounding,
+    )
 
 
 def _check_channels(params: ActNormParams, x: Array) -> None:

@@ -156,14 +156,27 @@ def keys_of_links(key: Key[Array, "..."] | None, num: int) -> Key[Array, "k ..."
 
 
 def exact_bijection(
-    forward_and_logdet: Callable, inverse_and_logdet: Callable, inverse_lipschitz: float | Array = 1.0
+    forward_and_logdet: Callable,
+    inverse_and_logdet: Callable,
+    inverse_lipschitz: float | Array = 1.0,
+    inverse_error: Callable[[Array], FixedPointInfo] = no_inverse_error,
 ) -> Bijection:
-    """A bijection in closed form from ``x -> (y, logdet)`` and ``y -> (x, logdet)``."""
+    """A bijection in closed form from ``x -> (y, logdet)``, ``y -> (x, logdet)``, and the error of an inverse ``x``."""
+
+    def inverse(y):
+        x, _ = inverse_and_logdet(y)
+        return x, inverse_error(x)
+
+    def inverse_with_info(y, key):
+        del key
+        x, logdet = inverse_and_logdet(y)
+        return x, logdet, no_logdet_error(x), inverse_error(x)
+
     return Bijection(
         forward=lambda x: forward_and_logdet(x)[0],
         forward_and_logdet=lambda x, key: (*forward_and_logdet(x), no_logdet_error(x)),
-        inverse=lambda y: (inverse_and_logdet(y)[0], no_inverse_error(y)),
-        inverse_and_logdet=lambda y, key: (*inverse_and_logdet(y), no_logdet_error(y), no_inverse_error(y)),
+        inverse=inverse,
+        inverse_and_logdet=inverse_with_info,
         inverse_lipschitz=inverse_lipschitz,
     )
 

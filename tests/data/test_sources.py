@@ -7,7 +7,6 @@ import io
 import os
 import struct
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from sklearn.datasets import load_digits
 from iresnet_jax import data
 from iresnet_jax.data.dataset import SPLITS, validation_mask
 from iresnet_jax.data.images import read_idx, split_digits
-
-REAL_DATA_DIR = os.environ.get("TFDS_DATA_DIR")
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +157,6 @@ FORMATS = {
     "idx, compressed": (functools.partial(write_idx, ending=".gz"), GREY),
     "idx, as some archives unpack": (functools.partial(write_idx, separator="."), GREY),
     "npz": (write_npz, GREY),
-    "npz, colour": (write_npz, COLOUR),
     "cifar": (write_cifar, COLOUR),
     "cifar, unpacked": (write_unpacked_cifar, COLOUR),
     "folder": (write_folder, GREY),
@@ -202,9 +198,7 @@ def test_a_folder_without_classes_and_with_validation(tmp_path):
     for name, images in published.items():
         for number, image in enumerate(images):
             save(tmp_path / name / f"{number:02d}.png", image)
-    os.rename(
-        tmp_path / "train/00.png", os.fsencode(tmp_path / "train") + b"/\xff.png"
-    )  # a name that is no UTF-8, the last one
+    os.rename(tmp_path / "train/00.png", os.fsencode(tmp_path / "train") + b"/\xff.png")  # no UTF-8, the last one
     loaded = data.load(f"folder:{tmp_path}")
     np.testing.assert_array_equal(loaded.examples["train"], np.roll(published["train"], -1, axis=0))
     np.testing.assert_array_equal(loaded.examples["validation"], published["val"])
@@ -270,24 +264,9 @@ def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
     assert len(data.load("mnist:3.0.9").examples["train"]) == 18
 
 
-@pytest.mark.skipif(not REAL_DATA_DIR, reason="TFDS_DATA_DIR names no folder of prepared data sets")
-def test_real_mnist():
-    """What the published images are known by: their mean and deviation, and the counts of the classes."""
-    if not list(Path(REAL_DATA_DIR, "mnist").glob("*/*.array_record-*")):
-        pytest.skip(f"no mnist in array_record under TFDS_DATA_DIR={REAL_DATA_DIR}")
-    loaded = data.load("mnist", data_dir=REAL_DATA_DIR)
-    sizes = {split: len(images) for split, images in loaded.examples.items()}
-    assert sizes == {"train": 55_000, "validation": 5000, "test": 10_000}
-    published = np.concatenate([loaded.examples["train"], loaded.examples["validation"]])
-    assert published.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
-    assert published.std() / 255 == pytest.approx(0.3081, abs=5e-5)
-    assert np.bincount(loaded.labels["test"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-
-
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
-        ("*-train.array_record-*", lambda content: bytes(len(content))),
         ("*-train.array_record-*", lambda content: content[:-70_000]),
         ("dataset_info.json", lambda content: b"{"),
         ("dataset_info.json", lambda content: content.replace(b"array_record", b"tfrecord")),
@@ -367,10 +346,8 @@ def test_a_folder_holds_a_file_a_split_with_labels_and_contexts(tmp_path):
     assert (found.num_classes, found.context_dim) == (2, 1)
 
 
-@pytest.mark.parametrize(("train", "validation"), [("x_train", "x_val"), ("train_images", "val_images")])
-def test_an_npz_file_holds_floats_and_contexts_by_split(tmp_path, train, validation):
-    examples_of = {train: X[:50], validation: X[50:]}
-    np.savez(tmp_path / "a.npz", **examples_of, context_train=-X[:50], context_val=-X[50:])
+def test_an_npz_file_holds_floats_and_contexts_by_split(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=X[:50], x_val=X[50:], context_train=-X[:50], context_val=-X[50:])
     found = data.load("npz:a.npz", str(tmp_path))
     assert {split: len(rows) for split, rows in found.examples.items()} == {"train": 50, "validation": 10}
     for split, rows in found.examples.items():
@@ -389,7 +366,6 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
     [
         ("a,b\n1,2\n3,\n", "row 2, column b of .* holds ''"),
         ("1,NA\n3,4\n", "row 1, column 2 of .* holds 'NA'"),
-        ("a,b\n1,2\n3,x\n", "holds 'x'"),
         ("1,2\n3\n", "row 2 of .* has 1 columns"),
         ("a,b\n", "no rows"),
         ("a,label\n1.5,0\n2.5,0.5\n", "whole numbers"),
@@ -413,13 +389,10 @@ TWO_IMAGES = idx_bytes(np.zeros((2, 3, 3), np.uint8))
     ("content", "message"),
     [
         (TWO_IMAGES[:-1], r"2 x 3 x 3 = 18 bytes .* holds 17"),
-        (TWO_IMAGES + b"\0", "holds 19"),
-        (TWO_IMAGES[:9], "holds -7"),
         (idx_bytes(np.zeros((2, 3), np.float32), kind=13), "not an IDX file of unsigned bytes"),
         (b"<html>not found</html>", "not an IDX file"),
         # Without the time of day, which would give the test another name in every process.
         (gzip.compress(TWO_IMAGES, mtime=0)[:-5], "not an intact gzip file"),
-        (b"", "not an IDX file"),
     ],
 )
 def test_damaged_idx_files_are_refused(tmp_path, content, message):
@@ -470,7 +443,6 @@ def test_cifar_mistakes_are_explained(tmp_path, change, message):
     ("image", "file", "message"),
     [
         (np.zeros((28, 26, 1), np.uint8), "train/class0/x.png", r"train/class0/x.png has uint8 pixels of shape \(28, 26, 1\)"),
-        (np.zeros((28, 28, 3), np.uint8), "train/class0/x.png", r"train/class0/x.png has uint8 pixels of shape \(28, 28, 3\)"),
         (np.zeros((28, 28, 4), np.uint8), "train/class0/x.png", "x.png has pixels of type RGBA"),
         (np.zeros((28, 28, 1), np.uint8), "train/x.png", "train/x.png lies beside the folders of the classes"),
         (np.zeros((28, 28, 1), np.uint8), "test/other/x.png", "class of .*test/other/x.png does not occur"),
@@ -491,16 +463,13 @@ def test_images_that_do_not_belong_are_named(tmp_path, image, file, message):
     assert not list(tmp_path.glob("cache/decoded*"))
 
 
-IMAGES, CLASSES = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 3
+IMAGES = np.zeros((20, 4, 4), np.uint8)
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x_train": IMAGES, "x_test": IMAGES[:, :3]}, "examples of one shape"),
-        ({"x_train": IMAGES, "y_train": CLASSES - 1, "x_test": IMAGES, "y_test": CLASSES}, "from 0 on"),
-        ({"x_train": IMAGES, "y_train": CLASSES, "x_test": IMAGES}, "need labels and contexts, or none"),
-        ({"images": IMAGES, "labels": CLASSES}, "a.npz holds images, labels: the array x is needed, or x_train and x_test"),
+        ({"images": IMAGES, "labels": IMAGES}, "a.npz holds images, labels: the array x is needed, or x_train and x_test"),
         ({"x_train": np.array([{"code": 1}])}, "Object arrays cannot be loaded"),  # a pickle, which could run anything
     ],
 )
