@@ -1,6 +1,7 @@
 """The processes of a run of several, forked from one that has imported the library: its imports take a core two seconds."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ import warnings
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax.runs import hosts, signals
+from iresnet_jax.runs import checkpoints, hosts, signals
 from iresnet_jax.runs.command_line import explain_failures
 from iresnet_jax.runs.loop import train
 
@@ -92,3 +93,25 @@ def work(stderr, address, num_processes, process, trainings):
         return 0
 
     sys.exit(explain_failures(run))
+
+
+def status_of_one_killed_in_a_save(name, workdir, call):
+    """Trains one of `tiny_runs.CONFIGS` in a process that is killed in its so many-th save; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
+        process = FORKSERVER.Process(target=_die_in_a_save, args=(name, workdir, call), daemon=True)
+        process.start()
+    process.join()
+    return process.exitcode
+
+
+def _die_in_a_save(name, workdir, call):
+    calls, to_named = itertools.count(1), checkpoints.to_named
+
+    def deadly(state):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return to_named(state)
+
+    checkpoints.to_named = deadly
+    train(runs.config_of(runs.CONFIGS[name]), workdir)

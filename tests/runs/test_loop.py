@@ -1,6 +1,5 @@
 """The loop on disk: the same after a kill, a signal at any moment, and a resume."""
 
-import itertools
 import json
 import shutil
 import signal
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs as runs
+from one_of_several import status_of_one_killed_in_a_save
 from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS, arrays_of, measurements, newest
 
 from iresnet_jax.atomic_files import locked
@@ -21,13 +21,6 @@ from iresnet_jax.runs.checkpoints import to_named
 from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.density import TOLERATED_BIAS, evaluate_examples
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("configs") / "tiny_moons.py"
-    path.write_text(runs.TOY_CONFIG)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -146,47 +139,24 @@ def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path,
     assert newest(tmp_path) == EVAL_EVERY + 1
 
 
-# Each is a function that tells when it is entered, how long after that the signal comes, and whether the step is saved first.
-MOMENTS = {
-    "compilation": ("jax", "pmap", 0.1, False),
-    "checkpoint": ("iresnet_jax.runs.checkpoints", "to_named", 0.0, True),
-}
-# Forks, so that everything is imported once.
-MOMENTS_PROGRAM = """
-import functools, importlib, itertools, json, os, signal, sys, time
-import tensorboardX
-import train
-from iresnet_jax.runs import loop
-from iresnet_jax.runs.signals import end_at_signals
+def test_a_signal_before_the_first_step_ends_training_at_once(config, tmp_path, happens_before):
+    happens_before(0, send(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        loop.train(config, tmp_path)
+    assert not isinstance(interrupt.value, Stopped)
+    assert not (tmp_path / "checkpoints").exists()
 
-def tell(module, name, call, say):
-    owner, calls = importlib.import_module(module), itertools.count(1)
-    function = getattr(owner, name)
 
-    @functools.wraps(function)
-    def telling(*arguments, **options):
-        if next(calls) == call:
-            say()
-        return function(*arguments, **options)
+def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, uninterrupted, tmp_path):
+    assert status_of_one_killed_in_a_save("toy", tmp_path / "run", call=2) == -signal.SIGKILL
+    assert newest(tmp_path / "run") == EVAL_EVERY
+    resumed = loop.train(config, tmp_path / "run")._replace(constants={})  # which no checkpoint holds
+    assert_ends_like(tmp_path / "run", uninterrupted)
+    chex.assert_trees_all_equal(to_named(resumed), arrays_of(uninterrupted))  # what is returned is what is saved
+    with pytest.raises(AssertionError):  # the comparison can fail
+        chex.assert_trees_all_equal(to_named(resumed._replace(params=resumed.ema)), arrays_of(uninterrupted))
 
-    setattr(owner, name, telling)
 
-for line in sys.stdin:
-    number, module, name, call, pause, log, *arguments = json.loads(line)
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1), os.dup2(output, 2)
-        end_at_signals(train.HINT)
-        tell(module, name, call, lambda: [os.write(told, b"!"), time.sleep(0.2 if pause == 0 else 0)])
-        sys.exit(train.main(["train.py", *arguments]))
-    os.close(told)
-    os.read(ready, 1)
-    time.sleep(pause)
-    os.kill(child, number)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 IMPORT_PROGRAM = """
 import runpy, sys
 
@@ -199,56 +169,6 @@ sys.settrace(trace)
 sys.argv = ["train.py"]
 runpy.run_path("train.py", run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module")
-def moments(config_file, tmp_path_factory):
-    """Runs a program to be stopped at `MOMENTS`, when their function is called for the first time or later."""
-    command = [sys.executable, "-W", "ignore", "-c", MOMENTS_PROGRAM]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=runs.environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def stop_at(moment, number, call=1):
-        module, name, pause, _ = MOMENTS[moment]
-        folder = tmp_path_factory.mktemp(moment)
-        workdir = folder / "run"
-        arguments = [f"--config={config_file}", f"--workdir={workdir}"]
-        print(json.dumps([number, module, name, call, pause, f"{folder}/log", *arguments]), file=process.stdin, flush=True)
-        return int(process.stdout.readline()), (folder / "log").read_text(), workdir
-
-    yield stop_at
-    process.stdin.close()
-    process.stdout.close()
-    process.wait()
-
-
-@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)), ids=list(MOMENTS))
-def test_a_signal_at_any_moment_ends_training_in_one_sentence(moments, moment, number):
-    status, log, workdir = moments(moment, number)
-    assert status == 128 + number
-    said = [line for line in log.splitlines() if "INFO" not in line]
-    if MOMENTS[moment][3]:
-        assert said == [
-            f"{number.name}: saving after this step; a second signal stops at once",
-            f"stopped by {number.name} after step {EVAL_EVERY} of {TOTAL_STEPS}: the same command goes on from it",
-        ]
-        assert newest(workdir) == EVAL_EVERY
-    else:
-        assert said == [f"stopped by {number.name}: {runs.train_script().HINT}"]
-
-
-def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, uninterrupted, moments):
-    status, _, workdir = moments("checkpoint", signal.SIGKILL, call=2)
-    assert status == -signal.SIGKILL
-    assert newest(workdir) == EVAL_EVERY
-    resumed = loop.train(config, workdir)._replace(constants={})  # which no checkpoint holds
-    assert_ends_like(workdir, uninterrupted)
-    chex.assert_trees_all_equal(to_named(resumed), arrays_of(uninterrupted))  # what is returned is what is saved
-    with pytest.raises(AssertionError):  # the comparison can fail
-        chex.assert_trees_all_equal(to_named(resumed._replace(params=resumed.ema)), arrays_of(uninterrupted))
 
 
 def test_a_signal_during_the_imports_ends_training_in_one_sentence():
