@@ -1,8 +1,6 @@
 """A flow once more, in plain NumPy on numbers of any precision: what certificates are compared with.
 
-Nothing here is the library's. `LONG` are the platform's long doubles, of 64 bits on x86, `DECIMAL` those of 50 decimal digits,
-and `mpmath_numbers` those of mpmath.
-Weights count as the numbers they are; 1.1 and 1.004 in LipSwish and CLipSwish are decimal numbers.
+Nothing here is the library's. Weights count as the numbers that they are; 1.1 and 1.004 in LipSwish and CLipSwish are decimal.
 """
 
 import decimal
@@ -28,7 +26,6 @@ class Numbers(NamedTuple):
     log: Callable[[Any], Any]
 
 
-LONG = Numbers(lambda a: np.asarray(a, np.float64).astype(np.longdouble), np.exp, np.log)
 DECIMAL = Numbers(
     lambda a: np.vectorize(lambda v: decimal.Decimal(float(v)), otypes=[object])(np.asarray(a, np.float64)),
     np.vectorize(lambda v: v.exp(), otypes=[object]),
@@ -37,90 +34,44 @@ DECIMAL = Numbers(
 FLOAT = Numbers(lambda a: np.asarray(a, np.float64), np.exp, np.log)
 
 
-def mpmath_numbers(digits: int = 50) -> Numbers:
-    """Numbers of mpmath with so many digits."""
-    import mpmath
-
-    context = mpmath.mp.clone()
-    context.dps = digits
-    of, exp, log = (np.vectorize(f, otypes=[object]) for f in (lambda v: context.mpf(float(v)), context.exp, context.log))
-    return Numbers(lambda a: of(np.asarray(a, np.float64)), exp, log)
-
-
 def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
     """Latents ``(d,)`` of one example in the flow's input space."""
-    return _follow(numbers, spec, weights, x, None)[0]
-
-
-def forward_and_jacobian(numbers: Numbers, spec: Any, weights: Any, x: Any) -> tuple[Any, Any]:
-    """Latents ``(d,)`` of one input of the flow, numbers of that kind, and their Jacobian ``(d, d)``."""
-    z, v = _follow(numbers, spec, weights, x, numbers.of(np.eye(x.size)).reshape(x.size, *x.shape))
-    return z, v.T
-
-
-def _follow(numbers, spec, weights, x, v):
-    """Latents of one input, and what the flow's derivative makes of tangents ``v (n, ...)``, if there are any."""
-    latents, tangents = [], []
-
-    def both(function, x, v):
-        return function(x), None if v is None else function(v)
-
+    latents = []
     for i, stage in enumerate(spec.stages):
         actnorm, layers = weights[f"stage{i}"].actnorm, weights[f"stage{i}"].branch.weights.values()
-        x, v = both(lambda x, stage=stage: _squeeze(x, stage.squeeze), x, v)
-        if stage.kernel_sizes is None:
-            x, v = x.ravel(), None if v is None else v.reshape(len(v), -1)
+        x = _squeeze(x, stage.squeeze)
+        x = x.ravel() if stage.kernel_sizes is None else x
         for k in range(stage.num_blocks):
-            scale = numbers.exp(numbers.of(actnorm.log_scale[k]))
-            x, v = both(lambda x, scale=scale: x * scale, x + numbers.of(actnorm.bias[k]), v)
-            g, w = x, v
+            x = (x + numbers.of(actnorm.bias[k])) * numbers.exp(numbers.of(actnorm.log_scale[k]))
+            g = x
             for j, layer in enumerate(layers):
                 if j or stage.preactivation:
-                    beta = numbers.of(layer["beta"][k]) if "beta" in layer else None
-                    if w is not None:
-                        w = np.concatenate([w * s for s in _slopes(numbers, stage.activation, g, beta)], axis=-1)
-                    g = _activation(numbers, stage.activation, g, beta)
-                kernel, circular = numbers.of(layer["kernel"][k]), stage.padding == "CIRCULAR"
-                g, w = both(lambda x, kernel=kernel, circular=circular: _product(numbers, x, kernel, circular=circular), g, w)
+                    g = _activation(numbers, stage.activation, g, numbers.of(layer["beta"][k]) if "beta" in layer else None)
+                g = _product(numbers, g, numbers.of(layer["kernel"][k]), circular=stage.padding == "CIRCULAR")
                 g = g + numbers.of(layer["bias"][k])
-            x, v = x + g, None if v is None else v + w
+            x = x + g
         if stage.factor_out:
             half = x.shape[-1] // 2
             latents.append(x[..., half:].ravel())
-            tangents.append(None if v is None else v[..., half:].reshape(len(v), -1))
-            x, v = both(lambda x, half=half: x[..., :half], x, v)
-    z = np.concatenate([*latents, x.ravel()])
-    return z, None if v is None else np.concatenate([*tangents, v.reshape(len(v), -1)], axis=1)
+            x = x[..., :half]
+    return np.concatenate([*latents, x.ravel()])
 
 
-def invert(
-    numbers: Numbers,
-    spec: Any,
-    weights: Any,
-    y: Any,
-    near: Any,
-    solve: np.ndarray | Callable[[np.ndarray], np.ndarray],
-    num_steps: int = 4,
-) -> Any:
+def invert(numbers: Numbers, spec: Any, weights: Any, y: Any, near: Any, to_x: np.ndarray, num_steps: int) -> Any:
     """The preimage of latents ``y`` by Newton's method, from a point that is near.
 
     Args:
         numbers: Kind of number.
         spec: Architecture of the flow.
         weights: Weights of the flow.
-        y: Latents of one example, in float64.
+        y: Latents of one example, numbers of that kind.
         near: Where to start, in float64.
-        solve: Inverse of the whole flow's Jacobian there, or what multiplies a vector with it; in float64.
-        num_steps: Steps; each takes the error down by the error of `solve`.
+        to_x: Inverse of the whole flow's Jacobian there, in float64.
+        num_steps: Steps; each takes the error down by the error of `to_x`.
     """
     x = numbers.of(near)
     for _ in range(num_steps):
-        wrong = numbers.of(y) - forward(numbers, spec, weights, x)
-        if callable(solve):
-            size = float(np.max(abs(wrong))) or 1.0  # in float64's range, whatever the numbers are
-            step = numbers.of(solve((wrong / numbers.of(size)).astype(np.float64))) * numbers.of(size)
-        else:
-            step = numbers.of(solve) @ wrong
+        step = numbers.of(to_x) @ (y - forward(numbers, spec, weights, x))
         x = x + step.reshape(x.shape)
     return x
 
@@ -182,27 +133,6 @@ def _activation(numbers: Numbers, name: str, x: Any, beta: Any) -> Any:
     assert name == "clipswish"
     both = np.concatenate([x * _sigmoid(numbers, b * x), -x * _sigmoid(numbers, -b * x)], axis=-1)
     return both / (swish * (numbers.of(1004.0) / numbers.of(1000.0)))
-
-
-def _slopes(numbers, name, x, beta):
-    """Slopes of the outputs of an activation, one array for each copy of its channels."""
-    one, zero = numbers.of(1.0), numbers.of(0.0)
-    if name == "elu":
-        return [np.where(x > 0, one, numbers.exp(np.where(x > 0, zero, x)))]
-    if name in ("softplus", "softplus4"):
-        return [_sigmoid(numbers, x if name == "softplus" else numbers.of(4.0) * x)]
-    if name == "tanh":
-        return [one - _activation(numbers, name, x, beta) ** 2]
-    if name == "identity":
-        return [np.broadcast_to(one, x.shape)]
-    assert name in ("lipswish", "clipswish"), name
-    t = _softplus(numbers, beta) * x
-    s = _sigmoid(numbers, t)
-    slope, swish = s + t * s * (one - s), numbers.of(11.0) / numbers.of(10.0)
-    if name == "lipswish":
-        return [slope / swish]
-    factor = swish * (numbers.of(1004.0) / numbers.of(1000.0))
-    return [slope / factor, (slope - one) / factor]
 
 
 def _sigmoid(numbers, t):

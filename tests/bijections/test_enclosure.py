@@ -17,7 +17,7 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 
 SHAPE, LEVELS = (3, 3, 2), 17
-NUMBERS = plain.mpmath_numbers(50)
+NUMBERS = plain.DECIMAL
 IMAGES = np.random.default_rng(0).integers(0, LEVELS, (40, *SHAPE)) * np.random.default_rng(1).integers(0, 2, (40, *SHAPE))
 FREQUENCIES = level_frequencies(IMAGES, LEVELS)
 VECTORS = np.random.default_rng(2).normal(size=(50, 4)) @ np.random.default_rng(3).normal(size=(4, 4)) + 3.0

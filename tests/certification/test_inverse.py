@@ -29,7 +29,7 @@ def exact_inverse(name, scale):
     for one, latents in zip(x, y, strict=True):
         slopes = [(latents_of(one + move) - latents_of(one - move)) / 2e-4 for move in moves]
         step = np.linalg.inv(np.transpose(slopes))
-        preimage = plain.invert(plain.DECIMAL, flow, own.weights, latents, one, step, num_steps=5)
+        preimage = plain.invert(plain.DECIMAL, flow, own.weights, plain.DECIMAL.of(latents), one, step, num_steps=5)
         wrong = plain.forward(plain.DECIMAL, flow, own.weights, preimage) - plain.DECIMAL.of(latents)
         assert max(abs(wrong)) < 1e-25
         preimages.append(preimage)
