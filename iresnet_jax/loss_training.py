@@ -47,8 +47,7 @@ BATCH_SIZE = 128
 LEARNING_RATE = 5e-3  # of the default optimizer
 STEPS = 1000  # updates, if neither these nor minutes are given
 VALIDATED_AT_ONCE = 1024  # examples
-NOT_METRICS = ("step", "split", "wall_time_s", "seconds_per_step")
-RESERVED = frozenset({*NOT_METRICS, "loss", "grad_norm", "learning_rate", "max_sigma", "max_lipschitz"})  # of the log
+RESERVED = {"loss", "grad_norm", "learning_rate", "max_sigma", "max_lipschitz", "step", "split", "wall_time_s"}  # of the log
 
 
 def train(
@@ -116,15 +115,15 @@ def train(
         steps = STEPS
     most_steps = 0 if steps is None else checked(Count, steps, "steps")  # 0 are as many as there is time for
     default_every = max(most_steps // VALIDATIONS, 1) if most_steps else LONGEST  # or by the clock
-    every = default_every if every is None else checked(Count, every, "every")
+    between = default_every if every is None else checked(Count, every, "every")
     batch_size, devices = checked(Count, batch_size, "batch_size"), parallel.all_devices()
     settings = TrainingConfig(
         total_steps=most_steps,
         minutes=0.0 if minutes is None else checked(Positive, minutes, "minutes"),
         patience=0 if validation is None else checked(CountOrNone, patience, "patience"),
         batch_size=max((batch_size if x is None else min(batch_size, num_rows(x))) // devices, 1) * devices,
-        eval_every_steps=every,
-        log_every_steps=min(every, STEPS // VALIDATIONS),
+        eval_every_steps=between,
+        log_every_steps=min(between, STEPS // VALIDATIONS),
     )
     length = settings.schedule_steps
     default = OptimizerConfig("muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True)
@@ -149,8 +148,11 @@ def train(
         )
         best: Best | None = None
         is_called_off = False
+        latest: dict[str, float] = {}  # measurements, those of validation with a prefix
 
         def log(split: str, metrics: Mapping[str, float]) -> None:
+            prefix = "validation_" if split == "validation" else ""
+            latest.update({f"{prefix}{name}": value for name, value in metrics.items()})
             if split == "train" and metrics["grad_norm"] == 0 and trainer.step <= settings.log_every_steps:
                 raise ValueError("the gradient of the loss is 0: the loss has to depend on the model that it is given")
 
@@ -159,8 +161,7 @@ def train(
             if held_out_loss is not None and (best is None or held_out_loss < best.loss):
                 best = Best.of(trainer.state, held_out_loss)
             if callback is not None:
-                averaged = _averaged_model(free, trainer.state)
-                is_called_off = bool(callback(trainer.step, averaged, _latest_metrics(trainer.records)))
+                is_called_off = bool(callback(trainer.step, _averaged_model(free, trainer.state), dict(latest)))
 
         trainer = Trainer(objective, settings, log=log, validated=validated, say=say)
         for _ in trainer.steps(device_batches(x, seed=seed, batch_size=settings.batch_size)):
@@ -195,14 +196,6 @@ def _make_validation(
 def _averaged_model(free: Unconstrained, state: TrainState) -> Any:
     """The model of the averaged parameters, norms iterated to their tolerance."""
     return validated_model(free.template, free.settings, *parallel.on_first_device((state.ema, state.spectral)))
-
-
-def _latest_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
-    """The latest measurements of training, and those of validation with a prefix."""
-    latest = {record["split"]: record for record in records}  # the last one of each
-    validation = {f"validation_{name}": value for name, value in latest.get("validation", {}).items()}
-    of_all = {**latest.get("train", {}), **validation}
-    return {name: value for name, value in of_all.items() if name.removeprefix("validation_") not in NOT_METRICS}
 
 
 def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, *, has_data: bool) -> TrainingStep:

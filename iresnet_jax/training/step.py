@@ -60,28 +60,23 @@ class TrainState(NamedTuple):
 
 
 @functools.partial(fast_compile, static_argnums=(1,))  # so that all copies are one program
-def first_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update, of variables by collection: "params", "spectral" and "batch_stats"."""
-    # A buffer each: the step is given the state, and frees it.
-    params, spectral, batch_stats = (
-        jax.tree.map(jnp.copy, variables.get(name, {})) for name in ("params", "spectral", "batch_stats")
-    )
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        spectral=spectral,
-        ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
-        batch_stats=batch_stats,
-        num_terms=jnp.int32(0),
-        horizon=jnp.int32(1),
-        constants={},
-    )
+def first_state(variables: Any, optimizer: optax.GradientTransformation, of_run: Any = None) -> TrainState:
+    """The state before the first update.
+
+    Args:
+        variables: Variables by collection: "params", "spectral" and "batch_stats".
+        optimizer: The optimizer.
+        of_run: What else the run begins with, by its names in `TrainState`.
+    """
+    of_run = of_run or {"num_terms": np.int32(0), "horizon": np.int32(1), "constants": {}}
+    params, spectral, batch_stats = (variables.get(name, {}) for name in ("params", "spectral", "batch_stats"))
+    fresh = TrainState(jnp.int32(0), params, spectral, params, optimizer.init(params), batch_stats, **of_run)
+    return jax.tree.map(jnp.copy, fresh)  # a buffer each: the step is given the state, and frees it
 
 
-def abstract_state(spec: Spec, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(spec: Spec, optimizer: optax.GradientTransformation, of_run: Any = None) -> TrainState:
     """Shapes and dtypes of a model's state, without computing it."""
-    return jax.eval_shape(lambda variables: first_state(variables, optimizer), abstract_variables(spec))
+    return jax.eval_shape(lambda variables: first_state(variables, optimizer, of_run), abstract_variables(spec))
 
 
 class StepKeys(NamedTuple):
@@ -269,10 +264,7 @@ class Objective:
 
     def state_of(self, variables: Any) -> TrainState:
         """The state before the first update."""
-        rule = self.training_step.rule
-        state = first_state(variables, rule.optimizer)
-        of_run = jax.device_put({"num_terms": np.int32(self.num_terms), "horizon": np.int32(rule.total_steps)})
-        return state._replace(**of_run, constants=jax.device_put(self._constants()))
+        return first_state(variables, self.training_step.rule.optimizer, self._of_run())
 
     def initial_state(self) -> TrainState:
         """The state of fresh variables."""
@@ -280,14 +272,13 @@ class Objective:
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        state = abstract_state(self.training_step.model.spec, self.training_step.rule.optimizer)
-        return state._replace(constants=jax.eval_shape(self._constants))
+        return abstract_state(self.training_step.model.spec, self.training_step.rule.optimizer, self._of_run())
 
-    def _constants(self) -> dict[str, Any]:
-        spec = getattr(self.training_step.model, "spec", None)
-        # Copies: a step frees its state.
-        of_data = {"spec": jax.tree.map(np.array, spec)} if isinstance(spec, DensitySpec) else {}
-        return {"seed": np.uint32(self.seed), **of_data}
+    def _of_run(self) -> dict[str, Any]:
+        spec, horizon = getattr(self.training_step.model, "spec", None), np.int32(self.training_step.rule.total_steps)
+        of_data = {"spec": spec} if isinstance(spec, DensitySpec) else {}
+        constants = {"seed": np.uint32(self.seed), **of_data}
+        return {"num_terms": np.int32(self.num_terms), "horizon": horizon, "constants": constants}
 
     def abstract_batch(self, batch_size: int) -> Any:
         """Shapes and dtypes of a batch; placeholders for endless data, which has no examples."""
