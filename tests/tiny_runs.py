@@ -233,9 +233,9 @@ def one_block(*, max_num_terms=0, training=None, **estimator):
     return parse(settings)
 
 
-def random_weights(spec, scale=1.0):
+def random_weights(spec, scale=1.0, seed=0):
     """Weights of a kind of branch, drawn by NumPy: JAX would compile a program for each shape."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
     weights = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
     return {name: {**own, "kernel": np.float32(scale) * own["kernel"]} for name, own in weights.items()}

@@ -8,6 +8,7 @@ import kept
 import numpy as np
 import oracles
 import pytest
+from tiny_runs import random_weights
 
 from iresnet_jax.branches.branch import BUDGETS
 from iresnet_jax.branches.feedforward import FeedforwardSpec
@@ -30,13 +31,6 @@ FLOW = FlowSpec(
     ),
     coeff=0.8,
 )
-
-
-def random_branch(spec, seed, scale=1.0):
-    """Drawn by NumPy: JAX would compile a program for each shape."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("budget", "num_squarings"))
@@ -80,7 +74,7 @@ def each_block(spec, weights):
 def test_a_certified_budget_holds_for_any_weights(name, num_squarings, budget):
     spec = SPECS[name]
     for seed, scale in enumerate((1.0, 1e-3, 1e6)):
-        weights = random_branch(spec, seed, scale)
+        weights = random_weights(spec, scale, seed)
         branch = certified(spec, weights, budget=budget, num_squarings=num_squarings)
         norms, product = true_norms(spec, branch.weights), float(branch.lipschitz_bound)
         assert np.prod(list(norms.values())) <= product <= COEFF
@@ -96,7 +90,7 @@ def test_a_certified_budget_holds_for_any_weights(name, num_squarings, budget):
 
 def test_a_budget_by_block_scales_all_layers_by_one_factor():
     spec = SPECS["dense"]
-    weights = random_branch(spec, 0)
+    weights = random_weights(spec)
 
     @jax.jit
     def by_estimate(weights, iterates):
@@ -143,7 +137,7 @@ def test_gradients_at_a_sandwich_of_zeros_are_finite():
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_norms_beyond_the_largest_float_have_no_bound(budget):
     spec = SPECS["dense"]
-    weights = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), random_branch(spec, 0))
+    weights = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), random_weights(spec))
     branch = certified(spec, weights, budget=budget)
     assert np.isinf(branch.lipschitz_bound)
     first, *_ = weights
@@ -154,14 +148,14 @@ def test_norms_beyond_the_largest_float_have_no_bound(budget):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_weights_of_nothing_and_not_numbers(budget):
     spec = SPECS["dense"]
-    zero = jax.tree.map(jnp.zeros_like, random_branch(spec, 0))
+    zero = jax.tree.map(jnp.zeros_like, random_weights(spec))
     assert float(certified(spec, zero, budget=budget).lipschitz_bound) == 0
 
     def total(weights):
         return sum(jnp.sum(a) for a in jax.tree.leaves(certified(spec, weights, budget=budget, num_squarings=4).weights))
 
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(jax.jit(jax.grad(total))(zero)))
-    weights = random_branch(spec, 0)
+    weights = random_weights(spec)
     broken = {**weights, "dense1": {**weights["dense1"], "kernel": jnp.full((14, 6), jnp.nan)}}
     assert np.isnan(certified(spec, broken, budget=budget).lipschitz_bound)
 
