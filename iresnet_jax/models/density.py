@@ -245,14 +245,11 @@ class Density(Model):
     def given(self, context: Contexts) -> "Density":
         """The density ``x -> p(x | context)`` of a conditional model as a model that takes no contexts.
 
-        It is the same function: the shift of a layer by the context is added to its bias. Bounds stay, as no kernel changes. It
-        can be saved, certified and trained further like any other.
-
-        Args:
-            context: One context ``(k,)``; of a model with contexts of length 1 a number, too.
+        It is the same function: the shift of a layer by the context is added to its bias. It can be saved, certified and
+        trained further like any other.
 
         Raises:
-            ValueError: If the model takes no contexts or none of this shape, or has branches of one's own.
+            ValueError: If the model takes no contexts or not one of this shape, or has branches of one's own.
 
         Example:
             >>> posterior = model.given(observation)  # doctest: +SKIP
@@ -267,11 +264,8 @@ class Density(Model):
         assert scaled is not None
         weights = under_context(self.spec.flow, self.weights, scaled[0])
         flow = dataclasses.replace(self.spec.flow, context_dim=0)
-        return self.with_(
-            spec=dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=()),
-            weights=weights,
-            network={},
-        )
+        spec = dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=())
+        return self.with_(spec=spec, weights=weights, network={})
 
     # ------------------------------------------------------------------------------------------------ likelihood
 
@@ -284,17 +278,15 @@ class Density(Model):
                 others. Their errors then add up in means: evaluations pass keys.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
-        examples = self._examples(x, context)
+        examples = self._examples(x, context, is_likelihood=True)
         key = None if key is None else examples.keys(key)
-        x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
-        return examples.restore(_log_prob(self, x, examples.context, key))
+        return examples.restore(_log_prob(self, examples.x, examples.context, key))
 
     def terms(self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None) -> LogProb:
         """The log-likelihood with all its terms, by keys of the noise of integer levels and of the estimator's probes."""
-        examples = self._examples(x, context)
+        examples = self._examples(x, context, is_likelihood=True)
         keys = examples.keys(key_noise), examples.keys(key_probe)
-        x = preprocessing.checked(self.spec, examples.x, is_likelihood=True)
-        return examples.restore(_terms(self._for_programs(), x, examples.context, *keys))
+        return examples.restore(_terms(self._for_programs(), examples.x, examples.context, *keys))
 
     def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
         """Log-density of latents, given their classes if there are labels.
@@ -342,8 +334,7 @@ class Density(Model):
         """
         examples = self._examples(x, context)
         key = None if key is None else examples.keys(key)
-        x = preprocessing.checked(self.spec, examples.x)
-        return examples.restore(_encode(self, x, examples.context, key))
+        return examples.restore(_encode(self, examples.x, examples.context, key))
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -440,10 +431,11 @@ class Density(Model):
 
     # --------------------------------------------------------------------------------------------------- its parts
 
-    def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
-        """Data and contexts as one batch, not checked yet."""
-        flow = self.spec.flow
-        return as_batch(preprocessing.numbers(self.spec, x), flow.event_shape, context, self.spec.context_dim)
+    def _examples(self, x: Any, context: Contexts | None = None, *, is_likelihood: bool = False) -> Examples:
+        """Data and contexts as one batch, checked."""
+        x, shape = preprocessing.numbers(self.spec, x), self.spec.flow.event_shape
+        batch = as_batch(x, shape, context, self.spec.context_dim)
+        return batch._replace(x=preprocessing.checked(self.spec, batch.x, is_likelihood=is_likelihood))
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
