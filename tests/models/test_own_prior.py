@@ -57,16 +57,12 @@ def test_its_numbers_have_gradients():
     assert found.log_scale == pytest.approx(np.mean(np.sum(np.abs(z) - 1, axis=1)), rel=1e-4)
 
 
-def test_training_changes_its_arrays_and_no_constant(tmp_path):
+def test_training_changes_its_arrays():
     stages, key = FLOW.stages, jax.random.key(0)
-    for prior, is_trained in ((Laplace(jnp.float32(0)), True), (Laplace(0.0), False)):
-        model = ir.Density.init(key, X, stages=stages, prior=prior)
-        loss = lambda model, batch, key: -model.log_prob(batch, key).mean()  # noqa: E731
-        trained = ir.train(model, loss, X, key=key, steps=2, ema_decay=0, optimizer=optax.sgd(0.1), progress=False)
-        found = trained.prior.log_scale if is_trained else trained.prior.module.log_scale
-        assert (found != 0) == is_trained
-        loaded = ir.load(trained.save(tmp_path / "model.npz"), prior=prior)
-        np.testing.assert_allclose(loaded.log_prob(X), trained.log_prob(X), rtol=1e-6)
+    model = ir.Density.init(key, X, stages=stages, prior=Laplace(jnp.float32(0)))
+    loss = lambda model, batch, key: -model.log_prob(batch, key).mean()  # noqa: E731
+    trained = ir.train(model, loss, X, key=key, steps=2, ema_decay=0, optimizer=optax.sgd(0.1), progress=False)
+    assert trained.prior.log_scale != 0
     with pytest.raises(ValueError, match=r"got shape \(16, 2\)"):
         ir.Density.init(key, X, stages=stages, prior=EachEntry(0.0))
 
