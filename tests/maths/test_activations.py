@@ -128,24 +128,23 @@ def test_maxmin_sorts_neighbours_and_splits_ties():
     np.testing.assert_array_equal(jacobian, [[0.5, 0.5], [0.5, 0.5]])
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_two_derivatives_are_finite_and_saturate_quietly(x64, name, dtype):
+def test_two_derivatives_are_finite_and_saturate_quietly(x64, dtype):
     largest = float(np.sqrt(np.finfo(dtype).max))
     x = jnp.asarray([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 800.0, -800.0, largest, -largest], dtype)
 
-    @jax.jit
-    def derivatives(x, beta):
-        function = lambda x: ACTIVATIONS[name].apply(x, beta)  # noqa: E731
+    def of_one(activation, x, beta):
+        function = lambda x: activation.apply(x, beta if activation.has_beta else None)  # noqa: E731
         second = slopes(lambda x: slopes(function, x), x)
         return slopes(function, x), second, jax.grad(lambda x: jnp.sum(function(x)))(x)
 
-    for beta in betas_of(name):
-        first, second, reverse = derivatives(x, beta)
-        assert first.dtype == dtype
-        assert np.isfinite(second).all(), beta
-        np.testing.assert_array_equal(second[-2:], 0)  # every activation is affine far out
-        np.testing.assert_allclose(reverse, first, rtol=1e-6, atol=1e-6)
+    of_all = jax.jit(lambda x, beta: {name: of_one(ACTIVATIONS[name], x, beta) for name in ELEMENTWISE})
+    for beta in BETAS:
+        for name, (first, second, reverse) in of_all(x, beta).items():
+            assert first.dtype == dtype
+            assert np.isfinite(second).all(), (name, beta)
+            np.testing.assert_array_equal(second[-2:], 0)  # every activation is affine far out
+            np.testing.assert_allclose(reverse, first, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name != "identity"])

@@ -129,14 +129,12 @@ def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
     assert set(theirs) != {"b01f_01io->b01f"}
 
 
-@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
-def test_kernels_in_float32_serve_images_in_float64(x64, implementation):
+def test_kernels_in_float32_serve_images_in_float64(x64):
     x, kernel = jnp.ones((1, 3, 3, 2), jnp.float64) / 3, jnp.ones((3, 3, 2, 2), jnp.float32)
-    y = conv(x, kernel, padding="CIRCULAR", implementation=implementation)
+    y, pull = jax.vjp(lambda kernel: conv(x, kernel, padding="CIRCULAR"), kernel)
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, 6.0, rtol=EXACT)
-    of_sum = jax.grad(lambda kernel: jnp.sum(conv(x, kernel, padding="CIRCULAR", implementation=implementation)))
-    assert of_sum(kernel).dtype == jnp.float32
+    assert pull(y)[0].dtype == jnp.float32
 
 
 def test_mistakes_are_named():
