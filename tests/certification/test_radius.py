@@ -15,7 +15,6 @@ from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.head import initial_head
 
 LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
-ROUNDING = 1e-12  # of margins of size 1 in float64
 NUM_IMAGES, NUM_STARTS, NUM_STEPS = 6, 64, 60
 
 

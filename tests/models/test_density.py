@@ -18,7 +18,6 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
-EXACT = 1e-9  # float64, dense determinant
 SINGLE = 1e-4  # float32: sums of a few hundred terms by another route
 LEVELS = 8
 FLOW = FlowSpec(
