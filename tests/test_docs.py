@@ -174,11 +174,8 @@ def test_commands_parse(page, monkeypatch):
     "line",
     [
         "pip install '.[trian]'",
-        "pip install 'jax[cuda0]'",
         "python train.py --config=configs/no_such.py",
-        "python train.py --config.model.coef=0.9",
         "python train.py --config.model.coeff=1.5",
-        "python -m iresnet_jax evalute --workdir runs/x",
         "python -m iresnet_jax plan --topology=v5e:2x2 --config.training.batchsize=3",
         "python -m iresnet_jax sample --workdir runs/x --nun 3",
         "pytest tests/no_such",
