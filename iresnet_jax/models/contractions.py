@@ -198,12 +198,7 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
     found = dict(weights)
     for stage in spec.layout:
         block = weights[stage.name]
-        folded = _folded(stage.branch, block.branch.weights, context)
+        folded = jax.vmap(stage.branch.folded, in_axes=(0, None))(block.branch.weights, context)
         without = dataclasses.replace(stage.branch, context_dim=0)
         found[stage.name] = block._replace(branch=dataclasses.replace(block.branch, spec=without, weights=folded))
     return found
-
-
-@functools.partial(fast_compile, static_argnums=(0,))
-def _folded(branch: BranchSpec, weights: Tree, context: Float[Array, " k"]) -> Tree:
-    return jax.vmap(branch.folded, in_axes=(0, None))(weights, context)
