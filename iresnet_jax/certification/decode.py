@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.dequantize import Grid, certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
-from iresnet_jax.bijections.standardize import Identity, Standardize
+from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, vectors_of
 from iresnet_jax.maths.fixed_point import FixedPointInfo
@@ -110,7 +110,7 @@ def to_data(model: Density | Classifier, z: Float[Array, "b ..."], *, context: C
         u = preprocessing.transform(model.spec).inverse(x)[0]
         return Decoded(latents, x, u, preprocessing.rounded(model.spec, u), info)
     x, info = model.flow().inverse(latents)
-    images = model.spec.unpad(x) if isinstance(model, Classifier) else x
+    images = model.spec.unpad(x)
     return Decoded(latents, x, images, images, info)
 
 
@@ -127,27 +127,21 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
     """
     certificate = inverse(model, decoded.latents, decoded.flow_input, context=context)
     x, u, data = (np.asarray(part) for part in (decoded.flow_input, decoded.continuous, decoded.data))
-    transform: Any = Identity()
+    x = x.astype(np.float64)
     if isinstance(model, Classifier):
         spec = model.spec
-        channels = spec.image_shape[-1]
+        channels, steps = spec.image_shape[-1], spec.num_levels - 1.0
         mean, std = (values * (channels // len(values)) for values in (spec.mean, spec.std))
-        x, transform = x[..., :channels], Standardize(mean, std)
-    elif isinstance(model, Density):
-        transform = model.spec.transform
-    enclosure = enclosing(transform)(x.astype(np.float64), certificate.error_bound)
-    if not isinstance(model, Density):
-        levels = model.spec.num_levels
-        certain = _pixels(levels, data.shape[-1]).certain(np.rint(data * (levels - 1.0)) / (levels - 1.0), enclosure)
-    elif model.spec.num_levels is not None:
-        certain = certain_levels(data, enclosure, model.spec.num_levels)
+        enclosure = enclosing(Standardize(mean, std))(x[..., :channels], certificate.error_bound)
+        levels = Grid((0.0,) * channels, (1 / steps,) * channels)
+        certain = levels.certain(np.rint(data * steps) / steps, enclosure)
     else:
-        certain = None if model.spec.grid is None else model.spec.grid.certain(data, enclosure)
+        spec = model.spec
+        enclosure = enclosing(spec.transform)(x, certificate.error_bound)
+        if spec.num_levels is not None:
+            certain = certain_levels(data, enclosure, spec.num_levels)
+        else:
+            certain = None if spec.grid is None else spec.grid.certain(data, enclosure)
     bound = enclosure.distance_bound(u, certificate.error_bound)
     info = decoded.info
     return CertifiedInfo(info.num_evals, info.residual, bound, info.converged, certain, certificate)
-
-
-def _pixels(num_levels: int, channels: int) -> Grid:
-    """Levels on the scale of [0, 1], where all but densities put the last one at 1."""
-    return Grid((0.0,) * channels, (1 / (num_levels - 1),) * channels)
