@@ -123,15 +123,20 @@ class DataSet:
         Raises:
             ValueError: If all examples of endless data are asked for, or the data have no such split.
         """
-        return self._held_out(split, num, seed)[0]
+        if not self.is_endless:
+            return self._taken(self.examples, split, num)
+        if num is None:
+            raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
+        stream = {"validation": 1, "test": 2}[split]
+        return np.asarray(self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num))
 
-    def held_out_contexts(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ k"] | None:
+    def held_out_contexts(self, split: str, num: int | None = None) -> Shaped[np.ndarray, "_ k"] | None:
         """Returns the contexts of what `held_out` returns with the same arguments; None without contexts."""
-        return self._held_out(split, num, seed)[1]
+        return self._taken(self.contexts, split, num) if self.contexts else None
 
     def held_out_labels(self, split: str, num: int | None = None) -> Int32[np.ndarray, " _"]:
         """Returns the classes of what `held_out` returns with the same arguments."""
-        return self.labels[split][self._rows(split, num)]
+        return self._taken(self.labels, split, num)
 
     def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
         """Draws up to ``num`` distinct training examples with their contexts and classes, or None, to initialise a model."""
@@ -142,20 +147,12 @@ class DataSet:
         examples, contexts, labels = (jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds)
         return examples, contexts, labels
 
-    def _held_out(self, split: str, num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        if not self.is_endless:
-            if split not in self.examples:
-                raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(self.examples)}")
-            rows = self._rows(split, num)
-            return self.examples[split][rows], self.contexts[split][rows] if self.contexts else None
-        if num is None:
-            raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
-        stream = {"validation": 1, "test": 2}[split]
-        return np.asarray(self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)), None
-
-    def _rows(self, split: str, num: int | None) -> slice | np.ndarray:
-        """The rows of an array that `held_out` returns."""
-        return slice(num) if split != "validation" or num is None else some_rows(len(self.examples[split]), num)
+    def _taken(self, arrays: Splits, split: str, num: int | None) -> np.ndarray:
+        """The rows that `held_out` returns."""
+        if split not in arrays:
+            raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(arrays)}")
+        rows = slice(num) if split != "validation" or num is None else some_rows(len(arrays[split]), num)
+        return arrays[split][rows]
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> Array:
         """Examples of endless data."""

@@ -108,7 +108,7 @@ def _validation(config: Config, spec: DensitySpec, data: DataSet) -> density.Val
     return density.Validation(
         spec,
         examples=data.held_out("validation", num, seed),
-        contexts=data.held_out_contexts("validation", num, seed),
+        contexts=data.held_out_contexts("validation", num),
         labels=data.held_out_labels("validation", num) if config.objective == "hybrid" else None,
         constraint=config.constraint,
         estimator=config.evaluation.logdet.build(),

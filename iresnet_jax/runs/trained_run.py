@@ -75,7 +75,7 @@ class Run:
 
     def test_contexts(self) -> np.ndarray | None:
         """The contexts of `test_examples`; None of a model without."""
-        return self.data.held_out_contexts("test", self._num_test, self.config.seed)
+        return self.data.held_out_contexts("test", self._num_test)
 
     @property
     def _num_test(self) -> int | None:
