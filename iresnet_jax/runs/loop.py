@@ -63,7 +63,7 @@ def train(
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     # 1. Data and folder. All processes of a run have one config and one data set; the first one writes.
-    began, workdir, settings = time.monotonic(), local_folder(workdir), config.training
+    workdir, settings = local_folder(workdir), config.training
     prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     if data is None and dataset.examples and "test" not in dataset.examples:
@@ -78,6 +78,7 @@ def train(
         objective = _claim(workdir, config, dataset, stack)
 
         # 3. Newest checkpoint, or the first state.
+        began = time.monotonic()  # a limit on time counts what every start does anew
         state, losses, seconds_before, writer = _newest(workdir, objective, stack)
 
         # 4. Every n steps: log, validate and save.
