@@ -35,8 +35,7 @@ from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.marginals import Marginals
-from iresnet_jax.models.mixtures import GaussianMixture
+from iresnet_jax.models.mixtures import GaussianMixture, Marginals
 
 NUM_PARTICLES = 20_000
 NUM_SNAPSHOTS = 8  # of all particles, with ten trajectories between two of them

@@ -14,9 +14,8 @@ from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.mixtures import expectation_maximisation
+from iresnet_jax.models.mixtures import ScaleMixture, expectation_maximisation
 from iresnet_jax.models.priors import LOCATION_SCALE
-from iresnet_jax.models.scales import ScaleMixture
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
 from iresnet_jax.training.initialization import preprocess

@@ -20,9 +20,7 @@ from iresnet_jax.bijections.logit import log_logistic
 from iresnet_jax.branches.own import Structure
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
-from iresnet_jax.models.marginals import Marginals
-from iresnet_jax.models.mixtures import GaussianMixture
-from iresnet_jax.models.scales import ScaleMixture
+from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
 
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 

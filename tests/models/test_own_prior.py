@@ -13,7 +13,7 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.models import priors
-from iresnet_jax.models.marginals import Marginals
+from iresnet_jax.models.mixtures import Marginals
 from iresnet_jax.models.priors import Gaussian
 
 FLOW = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(4,), activation="tanh"),))

@@ -9,10 +9,8 @@ import pytest
 from scipy import integrate, special, stats
 
 from iresnet_jax.models import priors
-from iresnet_jax.models.marginals import Marginals
-from iresnet_jax.models.mixtures import GaussianMixture
+from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
 from iresnet_jax.models.priors import ClassPriors, Gaussian, Logistic
-from iresnet_jax.models.scales import ScaleMixture
 
 EXACT = 1e-9  # float64, same maths by another route
 QUADRATURE = 1e-6
