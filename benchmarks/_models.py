@@ -21,7 +21,7 @@ from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.trained_run import Run
 
-sys.path.append(str(ROOT / "tests"))  # for `plain_flow` and `evaluations`, which tests have, too
+sys.path.append(str(ROOT / "tests"))  # for `plain_flow`, which tests have, too
 
 
 def config_file(name: str) -> str:

@@ -16,11 +16,45 @@ import jax.numpy as jnp
 import numpy as np
 from _models import blocks, decode, encode, flow_input, load, model_parser, name_of
 from _record import interleave, summarize, write
-from evaluations import TOLERANCE, itself, solve_and_watch
+from jax import lax
 
-from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.bijections.residual import Solver, inverse
+from iresnet_jax.branches.branch import CallableBranch
 
 METHODS = {"banach": 0, "anderson": 4, "anderson12": 12}  # steps remembered
+TOLERANCE = 1e-5
+SEEN = []  # x and g(x), in the order of their evaluation
+
+
+def distances(x, y):
+    return np.linalg.norm((np.asarray(x) - np.asarray(y)).reshape(len(x), -1), axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def watched_inverse(branch, y, solver):
+    def watched(x):
+        value = branch(x)
+        # As bits: a callback runs in a thread of its own, where float64 is not switched on.
+        bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
+        jax.debug.callback(lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
+        return value
+
+    return inverse(CallableBranch(watched, branch.lipschitz_bound, at_zero=branch.at_zero), y, solver)
+
+
+def evaluations(branch, y, x_true, memory):
+    """Evaluations of each example until the Banach step from the least residual, which would be returned, is near enough."""
+    SEEN.clear()
+    x, _ = watched_inverse(branch, y, Solver(atol=TOLERANCE / 10, max_evals=3000, memory=memory))
+    jax.block_until_ready(x)
+    jax.effects_barrier()
+    if not np.all(distances(x, x_true) <= TOLERANCE):
+        raise RuntimeError(f"not within {TOLERANCE} after {len(SEEN)} evaluations: is it a contraction?")
+    residuals = np.stack([distances(y, x + g) for x, g in SEEN])
+    errors = np.stack([distances(y - g, x_true) for _, g in SEEN])
+    is_best = residuals <= np.minimum.accumulate(residuals)
+    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))
+    return (np.take_along_axis(errors, best, axis=0) <= TOLERANCE).argmax(axis=0) + 1
 
 
 def count(model, x):
@@ -32,8 +66,7 @@ def count(model, x):
             row = {"block": block.name, "lipschitz_bound": float(block.branch.lipschitz_bound)}
             image, needed = block.x + block.branch(block.x), {}
             for method, memory in METHODS.items():
-                solver = Solver(atol=TOLERANCE / 10, max_evals=3000, memory=memory)
-                _, needed[method] = solve_and_watch(itself, block.branch, image, block.x, solver)
+                needed[method] = evaluations(block.branch, image, block.x, memory)
             for method, values in needed.items():
                 row |= {f"{method}_mean": float(values.mean()), f"{method}_max": int(values.max())}
             row["ratio"] = row["banach_mean"] / row["anderson_mean"]
