@@ -49,10 +49,10 @@ def invertibility(run, num):
         found[name] = {
             "num": len(images),
             "recovered": float((trip.max_abs_error <= RECOVERED).mean()),
-            "converged": float(trip.converged.mean()),
+            "converged": float(trip.info.converged.mean()),
             "median_error": float(np.median(trip.max_abs_error)),
             "max_error": float(np.nan_to_num(trip.max_abs_error, nan=np.inf).max()),
-            "evals_a_block": float(trip.num_evals.mean() / model.spec.flow.num_blocks),
+            "evals_a_block": float(trip.info.num_evals.mean() / model.spec.flow.num_blocks),
         }
     return found
 

@@ -163,7 +163,6 @@ def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
         "seconds_per_step": None,
         "compile_seconds": None,
         "total_seconds": None,
-        "limit_seconds": None,
     }
     assert content["nll"]["entropy_floor"] == pytest.approx(2.3939)
     assert content["samples"]["failed"] == []

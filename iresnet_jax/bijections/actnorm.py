@@ -63,19 +63,13 @@ def channel_moments(x: Float[Array, "b ... c"], axis_name: str | None) -> tuple[
 
 
 def forward_and_logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
-    r"""``y = (x + bias) exp(log_scale)``, and ``log|det dy/dx| = num_positions sum_c log_scale_c``, equal for all examples.
-
-    Raises:
-        ValueError: If ``params`` and ``x`` differ in their number of channels.
-    """
-    _check_channels(params, x)
+    r"""``y = (x + bias) exp(log_scale)``, and ``log|det dy/dx| = num_positions sum_c log_scale_c``, equal for all examples."""
     y = (x + _per_channel(params.bias, x)) * jnp.exp(_per_channel(params.log_scale, x))
     return y, _logdet(params, x)
 
 
 def inverse_and_logdet(params: ActNormParams, y: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
-    r"""``x = y exp(-log_scale) - bias``, and ``log|det dx/dy|``; errors as in `forward_and_logdet`."""
-    _check_channels(params, y)
+    r"""``x = y exp(-log_scale) - bias``, and ``log|det dx/dy|``."""
     x = y * jnp.exp(-_per_channel(params.log_scale, y)) - _per_channel(params.bias, y)
     return x, -_logdet(params, y)
 
@@ -93,15 +87,6 @@ def actnorm_bijection(params: ActNormParams) -> Bijection:
         inverse_lipschitz=rounded_up(jnp.exp(-jnp.min(params.log_scale))),
         inverse_error=rounding,
     )
-
-
-def _check_channels(params: ActNormParams, x: Array) -> None:
-    expected = x.shape[-1:]
-    if params.bias.shape != expected or params.log_scale.shape != expected:
-        raise ValueError(
-            f"bias and log_scale must have shape {expected} for an input of shape {x.shape}, got {params.bias.shape} "
-            f"and {params.log_scale.shape}: initialise them from data with the same number of channels"
-        )
 
 
 def _per_channel(value: Float[Array, " c"], x: Float[Array, "b ... c"]) -> Float[Array, "..."]:

@@ -202,11 +202,9 @@ def multiscale(stages: Sequence[Stage], event_shape: tuple[int, ...], *, batch_s
 def _latent_shapes(stages: tuple[Stage, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shapes of the factored-out parts and, last, of what remains, each of one example; ``shape`` is that of a batch."""
     shapes = []
-    for i, stage in enumerate(stages):
+    for stage in stages:
         shape = jax.eval_shape(stage.bijection.forward, jax.ShapeDtypeStruct(shape, jnp.result_type(float))).shape
         if stage.factor_out:
-            if shape[-1] % 2:
-                raise ValueError(f"stage {i} factors out half of its channels but has {shape[-1]}: squeeze before it")
             shape = (*shape[:-1], shape[-1] // 2)
             shapes.append(shape[1:])
     return [*shapes, shape[1:]]

@@ -230,22 +230,11 @@ def _rational(values: Sequence[Fraction]) -> DoubleDouble:
     return DoubleDouble(*(np.array([getattr(part, name) for part in parts]) for name in ("high", "low")))
 
 
-def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int = 256) -> tuple[float, ...]:
-    """Frequency of each level, none 0: ``(count + 1) / (total + num_levels)``.
-
-    Args:
-        images: Training data, integers in ``[0, num_levels)``.
-        num_levels: Number of levels.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int) -> tuple[float, ...]:
+    """Frequency of each level of training images, none 0: ``(count + 1) / (total + num_levels)``."""
     counts = np.zeros(num_levels, np.int64)
     for part in np.array_split(images, max(1, images.size // 2**26)):  # a view of a file must not be read at once
-        found = np.bincount(part.ravel(), minlength=num_levels)
-        if len(found) > num_levels:
-            raise ValueError(f"images must hold values below num_levels={num_levels}, got {len(found) - 1}")
-        counts += found
+        counts += np.bincount(part.ravel(), minlength=num_levels)
     return tuple(((counts + 1) / (counts.sum() + num_levels)).tolist())
 
 
@@ -253,8 +242,8 @@ def entry_shares(images: Integer[np.ndarray, "n ..."], frequencies: Sequence[flo
     """Frequency of the commonest level at each entry of an example, mixed with 1 % of its frequency over all entries.
 
     Args:
-        images: Training data, integers.
-        frequencies: Frequencies of the levels, from `level_frequencies`.
+        images: Training images.
+        frequencies: Their `level_frequencies`.
 
     Returns:
         Numbers in (0, 1), one for each entry of an example in row-major order.

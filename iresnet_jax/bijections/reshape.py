@@ -25,32 +25,15 @@ def squeeze(x: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b h/
     Args:
         x: Images.
         factor: Side of a patch in pixels; divides the height and the width.
-
-    Raises:
-        ValueError: If ``x`` is no batch of images, or ``factor`` is not positive or does not divide both sides.
     """
-    _check_images(x, factor)
     b, h, w, c = x.shape
-    if h % factor or w % factor:
-        raise ValueError(f"factor must divide the height and the width, got factor {factor} for {h}x{w}: pad the images first")
     patches = x.reshape(b, h // factor, factor, w // factor, factor, c)
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, c * factor**2)
 
 
 def unsqueeze(y: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b h*{factor} w*{factor} c//({factor}**2)"]:
-    """Inverts `squeeze` exactly (depth to space).
-
-    Raises:
-        ValueError: If ``y`` is no batch of images, or ``factor`` is not positive or its square does not divide the
-            number of channels.
-    """
-    _check_images(y, factor)
+    """Inverts `squeeze` exactly (depth to space)."""
     b, h, w, c = y.shape
-    if c % factor**2:
-        raise ValueError(
-            f"the number of channels must be a multiple of factor**2 = {factor**2}, got {c}: "
-            "pass the factor that the images were squeezed with"
-        )
     patches = y.reshape(b, h, w, factor, factor, c // factor**2)
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
 
@@ -89,27 +72,10 @@ def flatten(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b d"]:
 
 
 def unflatten(z: Shaped[Array, "b d"], event_shape: Sequence[int]) -> Shaped[Array, "b ..."]:
-    """Inverts `flatten` exactly, to examples of ``event_shape``.
-
-    Raises:
-        ValueError: If ``event_shape`` does not have as many entries as a row.
-    """
-    event_shape = tuple(event_shape)
-    if math.prod(event_shape) != z.shape[1]:
-        raise ValueError(
-            f"event_shape must have {z.shape[1]} entries, got {event_shape} with {math.prod(event_shape)}: "
-            "leave the batch axis out"
-        )
+    """Inverts `flatten` exactly, to examples of ``event_shape``."""
     return z.reshape(z.shape[0], *event_shape)
 
 
 def flatten_bijection(event_shape: tuple[int, ...]) -> Bijection:
     """`flatten` as a bijection of examples of one shape."""
     return isometric_bijection(flatten, lambda z: unflatten(z, event_shape))
-
-
-def _check_images(x: Array, factor: int) -> None:
-    if factor < 1:
-        raise ValueError(f"factor must be at least 1, got {factor}: 2 halves the height and the width")
-    if x.ndim != 4:
-        raise ValueError(f"images must have shape (batch, height, width, channels), got {x.shape}: add the missing axes")

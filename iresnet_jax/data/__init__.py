@@ -6,7 +6,7 @@
 ``mnist`` ``cifar10``   any image classification data set of TensorFlow Datasets by its name there, such as
                         ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if TensorFlow is installed
 ``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` and so on
-``cifar:PATH``          the binary version of CIFAR-10 or CIFAR-100, a folder or the ``.tar.gz``
+``cifar:FOLDER``        the binary version of CIFAR-10 or CIFAR-100, as its archive is unpacked
 ``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to be split; images of 8 bits
                         or floats, with contexts ``context_train`` or ``context``
 ``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see `sources`

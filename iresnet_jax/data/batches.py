@@ -95,7 +95,5 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> I
             f"batch_size must lie in [1, num_examples = {num_examples}], got {batch_size}: "
             "an epoch must hold at least one whole batch, so choose a smaller batch"
         )
-    if seed < 0 or step < 0:
-        raise ValueError(f"seed and step must not be negative, got seed {seed} and step {step}: count steps from 0")
     epoch, batch = divmod(step, num_examples // batch_size)
     return _epoch_order(seed, epoch, num_examples)[batch * batch_size : (batch + 1) * batch_size]

@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,11 +117,10 @@ def _find_idx(folder: Path, split: str, kind: str, name: str) -> Path:
 _PIXELS = 3 * 32 * 32
 _CIFAR10 = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 _CIFAR100 = {"train": ["train.bin"], "test": ["test.bin"]}
-_CIFAR_FILES = {file for version in (_CIFAR10, _CIFAR100) for files in version.values() for file in files}
 
 
-def load_cifar(path: Path, name: str) -> DataSet:
-    """CIFAR-10 or CIFAR-100 in the binary version of their authors, a folder or the ``.tar.gz`` that they publish.
+def load_cifar(folder: Path, name: str) -> DataSet:
+    """CIFAR-10 or CIFAR-100 in the binary version of their authors, as its archive is unpacked.
 
     A record is the label (CIFAR-100: the coarse and the fine one) and 3 x 32 x 32 bytes, one colour plane after the other
     (https://www.cs.toronto.edu/~kriz/cifar.html).
@@ -130,40 +128,24 @@ def load_cifar(path: Path, name: str) -> DataSet:
     Raises:
         ValueError: If a file is missing or damaged.
     """
-    if path.is_dir():  # or below it, as an archive is unpacked
-        found = {file.name: file.read_bytes() for file in path.rglob("*.bin") if file.name in _CIFAR_FILES}
-    else:
-        found = _from_archive(path)
+    found = {file.name: file for file in folder.rglob("*.bin")}
     is_100 = "train.bin" in found
     if is_100 and "test_batch.bin" in found:
-        raise ValueError(f"{path} holds both CIFAR-10 and CIFAR-100: give the folder of one of them")
+        raise ValueError(f"{folder} holds both CIFAR-10 and CIFAR-100: give the folder of one of them")
     num_labels = 2 if is_100 else 1
     size, parts = num_labels + _PIXELS, {}
     for split, files in (_CIFAR100 if is_100 else _CIFAR10).items():
         if missing := [file for file in files if file not in found]:
             raise ValueError(
-                f"{path} lacks {', '.join(missing)}: the binary version of CIFAR is needed, cifar-10-binary.tar.gz or its files"
+                f"{folder} lacks {', '.join(missing)}: the binary version of CIFAR is needed, as cifar-10-binary.tar.gz unpacks"
             )
-        content = b"".join(found[file] for file in files)
+        content = b"".join(found[file].read_bytes() for file in files)
         if not content or len(content) % size:
-            raise ValueError(f"{split} files in {path} have {len(content)} bytes, not a multiple of {size}: fetch them again")
+            raise ValueError(f"{split} files in {folder} have {len(content)} bytes, not a multiple of {size}: fetch them again")
         records = np.frombuffer(content, np.uint8).reshape(-1, size)
         images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts[split] = Arrays(images, records[:, num_labels - 1])
     return from_arrays(name, parts, num_classes=100 if is_100 else 10)
-
-
-def _from_archive(path: Path) -> dict[str, bytes]:
-    """Reads the ``.bin`` files of an archive into memory; nothing is unpacked to the disk."""
-    files = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and Path(member.name).name in _CIFAR_FILES and (content := archive.extractfile(member)):
-                    files[Path(member.name).name] = content.read()
-    except (EOFError, tarfile.TarError, zlib.error) as error:
-        raise ValueError(f"{path} is not an intact archive: {error}; fetch it again") from None
-    return files
 
 
 # ---------------------------------------------------------------------------------------------------------- image files

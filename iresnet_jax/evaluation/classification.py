@@ -10,18 +10,17 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.training.classification import evaluate_images
 
-CONFIDENCE = 0.95  # probability that the interval covers the true error
+CONFIDENCE = 0.95  # probability that the interval of an error covers the true one
 NUM_MISTAKES = 32  # listed and shown
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was classified wrongly, with its place in the test split and the probability of the wrong class."""
+    """A test image that was classified wrongly, with its place in the test split."""
 
     index: int
     label: int
     prediction: int
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Classification:
 
     Attributes:
         error: Fraction of images that were classified wrongly.
-        interval: Wilson interval of ``error``, low and high.
-        confidence: Probability that the interval covers the true error.
+        interval: Wilson interval of ``error`` at `CONFIDENCE`, low and high.
         num_errors: Images that were classified wrongly.
         num_examples: Test images.
         loss: Mean cross-entropy in nats, without label smoothing.
@@ -41,7 +39,6 @@ class Classification:
 
     error: float
     interval: tuple[float, float]
-    confidence: float
     num_errors: int
     num_examples: int
     loss: float
@@ -52,7 +49,7 @@ class Classification:
         low, high = self.interval
         line = (
             f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} images; "
-            f"{100 * self.confidence:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
+            f"{100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
         )
         return "\n".join([line, *self.warnings()])
 
@@ -79,16 +76,14 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
     wrong = np.flatnonzero(predictions != labels)
     confusion = np.zeros((logits.shape[1],) * 2, int)
     np.add.at(confusion, (labels, predictions), 1)
-    best = np.exp(logits.max(axis=1) - np.logaddexp.reduce(logits, axis=1))
     return Classification(
         error=len(wrong) / len(labels),
         interval=fraction_interval(len(wrong), len(labels)),
-        confidence=CONFIDENCE,
         num_errors=len(wrong),
         num_examples=len(labels),
         loss=loss,
         confusion=tuple(map(tuple, confusion.tolist())),
-        mistakes=tuple(Mistake(int(i), int(labels[i]), int(predictions[i]), float(best[i])) for i in wrong[:NUM_MISTAKES]),
+        mistakes=tuple(Mistake(int(i), int(labels[i]), int(predictions[i])) for i in wrong[:NUM_MISTAKES]),
     )
 
 

@@ -39,7 +39,6 @@ class Likelihood:
         num_examples: Test examples.
         num_dequantisations: Noise draws of each example; 0 for points.
         num_probes: Probe draws of each noise draw.
-        num_dims: Entries of an example.
         bound: What ``mean`` bounds the negative log-likelihood of discrete data by: "uniform mean" or "variational mean", the
             mean over uniform noise or that of a flow; "" for continuous data, whose likelihood it is itself.
         entropy_floor: Entropy of the data in nats, if known.
@@ -55,7 +54,6 @@ class Likelihood:
     num_examples: int
     num_dequantisations: int
     num_probes: int
-    num_dims: int
     bound: str = ""
     entropy_floor: float | None = None
     importance: ImportanceBound | None = None
@@ -65,8 +63,6 @@ class Likelihood:
         lines = [f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit}{by} ({self.num_examples} examples; {self.estimator})"]
         if self.importance:
             lines.append(f"test: {self.importance}")
-        if self.unit == "nats":
-            lines.append(f"a dimension: {self.mean / self.num_dims:.4f} ± {self.stderr / self.num_dims:.4f} nats")
         if self.entropy_floor is not None:
             lines.append(f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats")
         if self.truncation_bound:
@@ -140,7 +136,6 @@ def measure(
         num_examples=num,
         num_dequantisations=num_noise if spec.is_discrete else 0,
         num_probes=num_probes,
-        num_dims=spec.flow.num_dims,
         bound=spec.bound,
         entropy_floor=entropy_floor,
         importance=weighted,

@@ -66,7 +66,6 @@ class TrainingTimes:
         seconds_per_step: Median over the logged windows.
         compile_seconds: Start to end of the first step, of the last process.
         total_seconds: Start to last record.
-        limit_seconds: Time that ``config.training.minutes`` allowed the run; None without a limit.
     """
 
     steps: int
@@ -74,11 +73,10 @@ class TrainingTimes:
     seconds_per_step: float | None = None
     compile_seconds: float | None = None
     total_seconds: float | None = None
-    limit_seconds: float | None = None
 
     @classmethod
-    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int, minutes: float = 0.0) -> "TrainingTimes":
-        """Times of a run from the records of its metrics and its time limit, 0 for none."""
+    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int) -> "TrainingTimes":
+        """Times of a run from the records of its metrics."""
         records = list(records)
         windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
         compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
@@ -88,7 +86,6 @@ class TrainingTimes:
             seconds_per_step=float(np.median(windows)) if windows else None,
             compile_seconds=compiles[-1] if compiles else None,
             total_seconds=max((record["wall_time_s"] for record in records), default=None),
-            limit_seconds=60 * minutes or None,
         )
 
     def __str__(self) -> str:
@@ -220,7 +217,7 @@ def write(run: Run) -> Report:
     if run.model.spec.num_classes is not None:
         results |= _classes(run, examples, figures)
     results |= _inverse(run, examples, figures)
-    times = TrainingTimes.from_metrics(records, run.step, run.config.training.minutes)
+    times = TrainingTimes.from_metrics(records, run.step)
     report = Report(times, describe_environment(), to_plain(run.config), notes=run.notes, **results)
     html = render(report, figures, title=run.folder.resolve().name, references=dict(run.config.references.values))
     content = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"

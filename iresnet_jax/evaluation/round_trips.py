@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
 from iresnet_jax.certification.decode import Decoded, certified, to_data
 from iresnet_jax.certification.prepared import check
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.fixed_point import example_norm
+from iresnet_jax.maths.fixed_point import FixedPointInfo, example_norm
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
@@ -131,16 +131,12 @@ class RoundTrip(NamedTuple):
     Attributes:
         max_abs_error: Largest entry of the error, in the units of the flow's input.
         euclidean_error: Euclidean norm of the error.
-        error_bound: Guaranteed bound of the Euclidean error, by the product of the blocks' bounds: vacuous for deep flows.
-        converged: Whether the inverse met its tolerance in all blocks.
-        num_evals: Evaluations of residual branches in all blocks together.
+        info: End of the inverse; its error bound is that of the round trip.
     """
 
     max_abs_error: Float[Array, " n"] | Float[np.ndarray, " n"]
     euclidean_error: Float[Array, " n"] | Float[np.ndarray, " n"]
-    error_bound: Float[Array, " n"] | Float[np.ndarray, " n"]
-    converged: Bool[Array, " n"] | Bool[np.ndarray, " n"]
-    num_evals: Int[Array, " n"] | Int[np.ndarray, " n"]
+    info: FixedPointInfo
 
 
 class Reconstructions(NamedTuple):
@@ -207,10 +203,10 @@ def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
     return RoundTrips(
         max_abs_error=float(trip.max_abs_error.max()),
         max_euclidean_error=float(trip.euclidean_error.max()),
-        max_error_bound=float(trip.error_bound.max()),
-        fraction_within_bound=float((trip.euclidean_error <= trip.error_bound).mean()),
-        fraction_converged=float(trip.converged.mean()),
-        mean_evals=float(trip.num_evals.mean() / num_blocks),
+        max_error_bound=float(trip.info.error_bound.max()),
+        fraction_within_bound=float((trip.euclidean_error <= trip.info.error_bound).mean()),
+        fraction_converged=float(trip.info.converged.mean()),
+        mean_evals=float(trip.info.num_evals.mean() / num_blocks),
     )
 
 
@@ -230,7 +226,7 @@ def round_trip(
 def _compared(there, back, info) -> RoundTrip:
     error = back - there
     largest = jnp.max(jnp.abs(error), axis=tuple(range(1, error.ndim)))
-    return RoundTrip(largest, example_norm(error), 2 * info.error_bound, info.converged, info.num_evals)
+    return RoundTrip(largest, example_norm(error), info._replace(error_bound=2 * info.error_bound))
 
 
 # --- guarantees -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def equalized(transform, x):
 
 def test_equalized_data_are_uniform_and_cost_the_entropy_of_their_histogram():
     images = np.random.default_rng(0).choice([0, 3, 200, 255], size=(50, 20, 20, 1), p=[0.7, 0.1, 0.15, 0.05]).astype(np.uint8)
-    frequencies = level_frequencies(images)
+    frequencies = level_frequencies(images, 256)
     np.testing.assert_allclose(sum(frequencies), 1, rtol=0, atol=EXACT)
     np.testing.assert_allclose(frequencies[3], (np.sum(images == 3) + 1) / (images.size + 256), rtol=EXACT)
     x = dequantize(jax.random.key(0), jnp.asarray(images))
@@ -101,7 +101,6 @@ def test_float32_is_monotone_and_accurate_up_to_one():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: level_frequencies(np.array([0, 7]), 4), "below num_levels=4, got 7"),
         (lambda: Equalize((0.5, 0.4)), "add up to 1, got 2 with the sum 0.9"),
         (lambda: Equalize((0.5, 0.5), (1.0,)), r"shares must lie in \(0, 1\)"),
         (lambda: Equalize((0.5, 0.5), alpha=0.5), r"alpha must lie in \(0, 0.5\), got 0.5"),

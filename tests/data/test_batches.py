@@ -94,8 +94,6 @@ def test_batches_go_into_the_parallel_step_as_they_are():
         ({"batch_size": 6, "processes": 2}, "6 examples .* over 4 devices: .* multiple of 4"),
         ({"batch_size": 52}, r"\[1, num_examples = 50\], got 52"),
         ({"batch_size": 0}, "got 0"),
-        ({"first_step": -1}, "got seed 0 and step -1"),
-        ({"seed": -2}, "got seed -2 and step 0"),
     ],
 )
 def test_impossible_feeds_are_refused_at_the_call(options, message, monkeypatch):

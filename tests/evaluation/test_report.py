@@ -33,7 +33,6 @@ LIKELIHOOD = Likelihood(
     num_examples=9973,
     num_dequantisations=53,
     num_probes=1,
-    num_dims=2,
 )
 POINTS = dataclasses.replace(LIKELIHOOD, unit="nats", mean=2.8342, entropy_floor=2.8321)
 TRIPS = RoundTrips(1.3e-13, 2.4e-13, 5.7e-12, 1.0, 1.0, 35.79)
@@ -151,7 +150,7 @@ def test_training_times_are_those_of_the_log():
     records = [{"step": 0, "split": "timing", "wall_time_s": 3.0, "compile_seconds": 2.5}]
     for step, seconds in enumerate((9.0, 0.1, 0.2), 1):
         records.append({"step": step, "split": "train", "wall_time_s": 3.0 + step, "seconds_per_step": seconds})
-    assert TrainingTimes.from_metrics(records, 2, minutes=0.5) == TrainingTimes(2, 3, 0.2, 2.5, 6.0, 30.0)
+    assert TrainingTimes.from_metrics(records, 2) == TrainingTimes(2, 3, 0.2, 2.5, 6.0)
     assert TrainingTimes.from_metrics([], 0) == TrainingTimes(steps=0, total_steps=0)
 
 
