@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.maths.keys import typed_key
-from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.leading_axes import context_vectors
+from iresnet_jax.models.contexts import Contexts, as_vectors
+from iresnet_jax.models.density import Density
 
 _log_prob = jax.jit(Density.log_prob)
 _sample_and_log_prob = jax.jit(Density.sample_and_log_prob, static_argnames="num")
@@ -47,7 +47,7 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
         raise ValueError(f"this is a model of {kind}, which have probabilities and no density: give model.continuous")
     dim, vectors = model.spec.context_dim, None
     if context is not None:
-        vectors = jnp.asarray(context_vectors(context, dim), jnp.result_type(float))
+        vectors = jnp.asarray(as_vectors(context, dim), jnp.result_type(float))
     if (dim and vectors is None) or (vectors is not None and (not dim or vectors.shape[-1:] != (dim,))):
         wanted, got = f"a context of shape (..., {dim})" if dim else "no context", None if vectors is None else vectors.shape
         raise ValueError(f"this density takes {wanted}, got {'none' if got is None else f'one of shape {got}'}")

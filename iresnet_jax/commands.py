@@ -21,8 +21,8 @@ from iresnet_jax.evaluation.plots import reconstructions, write_png, write_sampl
 from iresnet_jax.evaluation.report import write
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.contexts import as_vectors
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.leading_axes import context_vectors
 from iresnet_jax.runs import plan as plans
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
@@ -76,7 +76,7 @@ def read_contexts(text: str, context_dim: int) -> Float[np.ndarray, "n k"]:
         found = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
         if not np.all(np.isfinite(found)):
             raise ValueError("not all are finite")
-        return np.atleast_2d(context_vectors(found.astype(np.float32), context_dim))
+        return np.atleast_2d(as_vectors(found.astype(np.float32), context_dim))
     except (MemoryError, OSError, ValueError) as error:
         raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
 

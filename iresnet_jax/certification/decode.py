@@ -19,8 +19,8 @@ from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import preprocessing
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.density import Contexts, Density
-from iresnet_jax.models.leading_axes import numbers
+from iresnet_jax.models.contexts import Contexts, numbers
+from iresnet_jax.models.density import Density
 
 
 class CertifiedInfo(NamedTuple):

@@ -36,7 +36,7 @@ from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
 from iresnet_jax.certification.steps import follow, follow_back, newton_step
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.upward_rounding import UP
-from iresnet_jax.models.density import Contexts
+from iresnet_jax.models.contexts import Contexts
 from iresnet_jax.models.model import Model
 
 _MAX_STEPS = 6  # of Newton's method

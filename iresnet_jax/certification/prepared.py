@@ -18,9 +18,9 @@ from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.steps import Places, places_of
 from iresnet_jax.maths.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.density import Contexts, Density
+from iresnet_jax.models.contexts import Contexts, numbers
+from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import FlowWeights
-from iresnet_jax.models.leading_axes import numbers
 from iresnet_jax.models.model import M, Model
 
 _CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together

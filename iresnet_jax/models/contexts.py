@@ -1,4 +1,4 @@
-r"""Contexts of conditional densities: their scale, and a network between them and what depends on them.
+r"""Contexts of conditional densities: as vectors, their scale, and a network between them and what depends on them.
 
 **Scale.** Observations of simulators have counts over many orders of magnitude, and outliers. An entry of a `ContextScale` is
 ``(asinh((c - center) / width) - mean) / scale``: linear near its centre and logarithmic far from it, on both sides. Its width
@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Num
 
 from iresnet_jax.bijections.standardize import ROUNDING, Standardize, set_floats
-from iresnet_jax.checked_dataclasses import pytree
+from iresnet_jax.checked_dataclasses import check_unmasked, pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
 
@@ -28,7 +28,52 @@ LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviation
 GAIN = 2e-3  # of the correlation with a normal distribution's quantiles, for which an entry is not linear
 _ROWS = 10_000  # at most, which choose the widths
 
+Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
 Network = Mapping[str, Mapping[str, Array]]
+
+
+def numbers(context: Any) -> Any:
+    """Contexts as an array; integers of NumPy as floats, as JAX would cut them to 32 bits."""
+    if isinstance(context, jax.Array):
+        return context
+    context = np.asarray(context)
+    return context if np.issubdtype(context.dtype, np.floating) else context.astype(float)
+
+
+def as_vectors(context: Any, dim: int) -> Any:
+    """Contexts as vectors ``(..., dim)``: one number, or one per example, is a context of length 1."""
+    context = numbers(context)
+    are_numbers = dim == 1 and context.ndim < 2 and context.shape != (1,)
+    return context[..., None] if are_numbers else context
+
+
+def for_examples(context: Any, num: int) -> Float[np.ndarray, "n k"]:
+    """Contexts of so many examples that a new model is made for, as vectors.
+
+    Raises:
+        ValueError: If they are not one vector or number for each example.
+    """
+    check_unmasked(context, "context")
+    context = np.asarray(context, float)
+    context = context[:, None] if context.ndim == 1 else context
+    if context.ndim != 2 or len(context) != num:
+        raise ValueError(f"context must be a vector for each of {num} examples, got shape {context.shape}")
+    return context
+
+
+def of_samples(context: Contexts | None, num: int, dim: int) -> Contexts | None:
+    """A context for each of so many samples, from one for all or one for each.
+
+    Raises:
+        ValueError: If they are neither.
+    """
+    if context is None or not dim:
+        return context  # the flow refuses what it does not take
+    found = as_vectors(context, dim)
+    if found.shape not in ((dim,), (1, dim), (num, dim)):
+        wanted = f"one context of length {dim} for all {num} samples, or one for each"
+        raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
+    return jnp.broadcast_to(found, (num, dim))
 
 
 @pytree(arrays=("mean", "scale", "center", "width"))

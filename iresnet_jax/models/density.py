@@ -36,23 +36,22 @@ from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import initial, preprocessing, priors
+from iresnet_jax.models import contexts, initial, preprocessing, priors
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, table_of
-from iresnet_jax.models.contexts import Network, apply_network
+from iresnet_jax.models.contexts import Contexts, Network
 from iresnet_jax.models.contractions import under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.flow import FlowWeights, as_params
 from iresnet_jax.models.history import History
-from iresnet_jax.models.leading_axes import Examples, as_batch, context_vectors
+from iresnet_jax.models.leading_axes import Examples, as_batch
 from iresnet_jax.models.model import Model
 
 Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
 Keys = Key[Array, "..."]
-Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
 
 
 class LogProb(NamedTuple):
@@ -107,10 +106,6 @@ class Density(Model):
     `log_prob`, `terms`, `class_log_probs`, `encode` and `decode` take one example, a batch or any leading axes, which their
     results have too. The axes of contexts broadcast against those of examples, so that one context serves a whole batch. There
     is one key, or there are keys of the result's leading axes. Other methods take batches.
-
-    Example:
-        >>> model.log_prob(x[0]).shape, model.log_prob(x.reshape(2, 8, 3)).shape  # doctest: +SKIP
-        ((), (2, 8))
 
     Attributes:
         spec: All that defines the model but its weights.
@@ -193,7 +188,7 @@ class Density(Model):
         """
         key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
         x, num_levels = preprocessing.examples(x, num_levels)
-        context = None if context is None else preprocessing.contexts(context, len(x))
+        context = None if context is None else contexts.for_examples(context, len(x))
         if transform is None:
             transform = Standardize.fit(x) if num_levels is None else Logit()
         stages = checked(tuple[StageSpec, ...], stages, "stages")
@@ -245,17 +240,12 @@ class Density(Model):
     def given(self, context: Contexts) -> "Density":
         """The density ``x -> p(x | context)`` of a conditional model as a model that takes no contexts.
 
-        It is the same function: the shift of a layer by the context is added to its bias. It can be saved, certified and
-        trained further like any other.
+        It is the same function: the shift of a layer by the context is added to its bias.
 
         Raises:
             ValueError: If the model takes no contexts or not one of this shape, or has branches of one's own.
-
-        Example:
-            >>> posterior = model.given(observation)  # doctest: +SKIP
-            >>> posterior.log_prob(x)  # equals model.log_prob(x, context=observation)  # doctest: +SKIP
         """
-        dim, vector = self.spec.context_dim, context_vectors(context, self.spec.context_dim)
+        dim, vector = self.spec.context_dim, contexts.as_vectors(context, self.spec.context_dim)
         if not dim:
             raise ValueError("the model takes no contexts: there is none that it could be given")
         if vector.shape != (dim,):
@@ -279,8 +269,7 @@ class Density(Model):
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         examples = self._examples(x, context, is_likelihood=True)
-        key = None if key is None else examples.keys(key)
-        return examples.restore(_log_prob(self, examples.x, examples.context, key))
+        return examples.restore(_log_prob(self, examples.x, examples.context, examples.keys(key)))
 
     def terms(self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None) -> LogProb:
         """The log-likelihood with all its terms, by keys of the noise of integer levels and of the estimator's probes."""
@@ -305,9 +294,7 @@ class Density(Model):
     def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
-        Args:
-            x: Data.
-            key: Source of the noise of integer levels; None takes the middle of each level's cell.
+        Arguments are those of `encode`.
 
         Raises:
             ValueError: If the model has one prior for all.
@@ -333,8 +320,7 @@ class Density(Model):
             context: Contexts of a conditional model.
         """
         examples = self._examples(x, context)
-        key = None if key is None else examples.keys(key)
-        return examples.restore(_encode(self, examples.x, examples.context, key))
+        return examples.restore(_encode(self, examples.x, examples.context, examples.keys(key)))
 
     def decode(
         self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
@@ -371,7 +357,7 @@ class Density(Model):
                 ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
         """
         z = self.sample_latents(key, num, temperature=temperature, labels=labels)
-        return self.decode(z, context=self._context_of_samples(num, context))
+        return self.decode(z, context=contexts.of_samples(context, num, self.spec.context_dim))
 
     def sample_and_log_prob(
         self,
@@ -390,28 +376,14 @@ class Density(Model):
         Raises:
             ValueError: If data are integer levels or on a grid, whose samples have probabilities and no densities; otherwise
                 as `sample`.
-
-        Example:
-            >>> x, log_prob, info, _ = model.sample_and_log_prob(jax.random.key(0), 1000)  # doctest: +SKIP
-            >>> log_weights = log_target(x) - log_prob  # doctest: +SKIP
         """
         if self.spec.is_discrete:
             kind = "of integer levels" if self.spec.num_levels is not None else "on a grid"
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
-        return _decode_and_log_prob(self._for_programs(), z, self._context_of_samples(num, context), labels, key_probe)
-
-    def _context_of_samples(self, num: int, context: Contexts | None) -> Contexts | None:
-        """Contexts of samples, one for each."""
-        dim = self.spec.context_dim
-        if context is None or not dim:
-            return context  # the flow refuses what it does not take
-        vectors = context_vectors(context, dim)
-        if vectors.shape not in ((dim,), (1, dim), (num, dim)):
-            wanted = f"one context of length {dim} for all {num} samples, or one for each"
-            raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
-        return jnp.broadcast_to(vectors, (num, dim))
+        context = contexts.of_samples(context, num, self.spec.context_dim)
+        return _decode_and_log_prob(self._for_programs(), z, context, labels, key_probe)
 
     def sample_latents(
         self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
@@ -433,8 +405,7 @@ class Density(Model):
 
     def _examples(self, x: Any, context: Contexts | None = None, *, is_likelihood: bool = False) -> Examples:
         """Data and contexts as one batch, checked."""
-        x, shape = preprocessing.numbers(self.spec, x), self.spec.flow.event_shape
-        batch = as_batch(x, shape, context, self.spec.context_dim)
+        batch = as_batch(preprocessing.numbers(self.spec, x), self.spec.flow.event_shape, context, self.spec.context_dim)
         return batch._replace(x=preprocessing.checked(self.spec, batch.x, is_likelihood=is_likelihood))
 
     def flow(self, context: Contexts | None = None) -> Bijection:
@@ -449,14 +420,14 @@ class Density(Model):
         """
         if context is None:
             return None
-        dim, vectors = self.spec.context_dim, jnp.asarray(context_vectors(context, self.spec.context_dim))
+        vectors = jnp.asarray(contexts.as_vectors(context, self.spec.context_dim))
         vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
         if self.spec.context is None:
             return vectors
-        if vectors.shape[1:] != (dim,):
-            raise ValueError(f"the model takes contexts of length {dim}, got shape {vectors.shape}")
+        if vectors.shape[1:] != (self.spec.context_dim,):
+            raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
         scaled, _ = jax.lax.stop_gradient(self.spec.context).forward_and_logdet(vectors)
-        return apply_network(self.network, scaled) if self.spec.context_hidden else scaled
+        return contexts.apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
@@ -501,10 +472,6 @@ class Density(Model):
 
         Raises:
             ValueError: If the model was not fitted to a data frame.
-
-        Example:
-            >>> samples, info = model.sample(jax.random.key(0), 100)  # doctest: +SKIP
-            >>> model.to_frame(samples)  # doctest: +SKIP
         """
         if self.spec.columns is None:
             raise ValueError("this model was not fitted to a data frame: its samples are arrays")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
 from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.models import contexts
 
 T = TypeVar("T")
 
@@ -30,12 +30,14 @@ class Examples(NamedTuple):
     context: Any
     axes: tuple[int, ...]
 
-    def keys(self, key: Key[Array, "..."] | Any) -> Key[Array, "..."]:
-        """One key as it is, or one key per example as a vector of them.
+    def keys(self, key: Any) -> Any:
+        """One key or None as it is, or one key per example as a vector of them.
 
         Raises:
             ValueError: If it is no key, or keys have other axes than the examples.
         """
+        if key is None:
+            return None
         key = typed_key(key)
         if key.shape not in ((), self.axes):
             raise ValueError(f"there must be one key, or one per example in shape {self.axes}, got keys of shape {key.shape}")
@@ -56,7 +58,7 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
     Args:
         x: An array.
         event_shape: Shape of one example.
-        context: Contexts, see `context_vectors`.
+        context: Contexts, see `contexts.as_vectors`.
         context_dim: Length of a context.
 
     Raises:
@@ -67,7 +69,7 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
     if x.shape != (*axes, *event_shape):
         return Examples(x, context, x.shape[:1])
     if context is not None and context_dim:
-        context = context_vectors(context, context_dim)
+        context = contexts.as_vectors(context, context_dim)
         if context.shape[-1:] == (context_dim,):
             try:
                 axes = np.broadcast_shapes(axes, context.shape[:-1])
@@ -78,21 +80,6 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
                 ) from None
             context = _flat(context, axes, (context_dim,))
     return Examples(_flat(x, axes, event_shape), context, axes)
-
-
-def context_vectors(context: Any, context_dim: int) -> Any:
-    """Contexts as vectors ``(..., context_dim)``: one number, or one per example, is a context of length 1."""
-    context = numbers(context)
-    are_numbers = context_dim == 1 and context.ndim < 2 and context.shape != (1,)
-    return context[..., None] if are_numbers else context
-
-
-def numbers(context: Any) -> Any:
-    """Contexts as an array; integers of NumPy as floats, as JAX would cut them to 32 bits."""
-    if isinstance(context, jax.Array):
-        return context
-    context = np.asarray(context)
-    return context if np.issubdtype(context.dtype, np.floating) else context.astype(float)
 
 
 def _flat(array: Any, axes: tuple[int, ...], own: tuple[int, ...]) -> Any:

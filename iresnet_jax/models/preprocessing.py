@@ -62,20 +62,6 @@ def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
     return x, None
 
 
-def contexts(context: Any, num: int) -> Float[np.ndarray, "n k"]:
-    """Contexts of so many examples that a new model is made for, as vectors.
-
-    Raises:
-        ValueError: If they are not one vector or number for each example.
-    """
-    check_unmasked(context, "context")
-    context = np.asarray(context, float)
-    context = context[:, None] if context.ndim == 1 else context
-    if context.ndim != 2 or len(context) != num:
-        raise ValueError(f"context must be a vector for each of {num} examples, got shape {context.shape}")
-    return context
-
-
 def checked(spec: DensitySpec, x: Any, *, is_likelihood: bool = False) -> Array:
     """The data as an array, if it is what the model takes.
 
