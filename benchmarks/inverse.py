@@ -16,45 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 from _models import blocks, decode, encode, flow_input, load, model_parser, name_of
 from _record import interleave, summarize, write
-from jax import lax
 
-from iresnet_jax.bijections.residual import Solver, inverse
-from iresnet_jax.branches.branch import CallableBranch
+from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.maths import fixed_point
 
-METHODS = {"banach": 0, "anderson": 4, "anderson12": 12}  # steps remembered
 TOLERANCE = 1e-5
-SEEN = []  # x and g(x), in the order of their evaluation
+MOST_EVALS = 3000
+METHODS = {"banach": 0, "anderson": 4, "anderson12": 12}  # steps remembered
 
 
-def distances(x, y):
-    return np.linalg.norm((np.asarray(x) - np.asarray(y)).reshape(len(x), -1), axis=1)
+def needed_evals(branch, x, memory):
+    """Evaluations of the branch until the Banach step from the best iterate is within the tolerance, for each example."""
+    y = x + branch(x)
+    equation = fixed_point.Equation.of(branch, y, lipschitz_bound=branch.lipschitz_bound, atol=TOLERANCE / 10)
+    start = (y - branch.at_zero()).reshape(equation.y.shape) if memory else None
+    state, exact = fixed_point.init(equation, start, memory=memory), x.reshape(equation.y.shape)
 
+    @jax.jit
+    def step(state):
+        state = fixed_point.step(equation, state)
+        return state, fixed_point.example_norm(state.best.image - exact) <= TOLERANCE
 
-@functools.partial(jax.jit, static_argnums=2)
-def watched_inverse(branch, y, solver):
-    def watched(x):
-        value = branch(x)
-        # As bits: a callback runs in a thread of its own, where float64 is not switched on.
-        bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
-        jax.debug.callback(lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
-        return value
-
-    return inverse(CallableBranch(watched, branch.lipschitz_bound, at_zero=branch.at_zero), y, solver)
-
-
-def evaluations(branch, y, x_true, memory):
-    """Evaluations of each example until the Banach step from the least residual, which would be returned, is near enough."""
-    SEEN.clear()
-    x, _ = watched_inverse(branch, y, Solver(atol=TOLERANCE / 10, max_evals=3000, memory=memory))
-    jax.block_until_ready(x)
-    jax.effects_barrier()
-    if not np.all(distances(x, x_true) <= TOLERANCE):
-        raise RuntimeError(f"not within {TOLERANCE} after {len(SEEN)} evaluations: is it a contraction?")
-    residuals = np.stack([distances(y, x + g) for x, g in SEEN])
-    errors = np.stack([distances(y - g, x_true) for _, g in SEEN])
-    is_best = residuals <= np.minimum.accumulate(residuals)
-    best = np.maximum.accumulate(np.where(is_best, np.arange(len(SEEN))[:, None], 0))
-    return (np.take_along_axis(errors, best, axis=0) <= TOLERANCE).argmax(axis=0) + 1
+    needed = np.zeros(len(x), int)
+    for num_evals in range(1, MOST_EVALS):
+        state, is_within = step(state)
+        needed = np.where((needed == 0) & np.asarray(is_within), num_evals, needed)
+        if np.all(needed):
+            return needed
+    raise RuntimeError(f"no preimage within {TOLERANCE} after {MOST_EVALS} evaluations: is the branch a contraction?")
 
 
 def count(model, x):
@@ -64,9 +53,7 @@ def count(model, x):
         weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), model.weights)
         for block in blocks(model.with_(weights=weights), np.asarray(x, np.float64)):
             row = {"block": block.name, "lipschitz_bound": float(block.branch.lipschitz_bound)}
-            image, needed = block.x + block.branch(block.x), {}
-            for method, memory in METHODS.items():
-                needed[method] = evaluations(block.branch, image, block.x, memory)
+            needed = {method: needed_evals(block.branch, block.x, memory) for method, memory in METHODS.items()}
             for method, values in needed.items():
                 row |= {f"{method}_mean": float(values.mean()), f"{method}_max": int(values.max())}
             row["ratio"] = row["banach_mean"] / row["anderson_mean"]
@@ -92,8 +79,6 @@ def main():
     options = model_parser(__doc__)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test examples")
     arguments = options.parse_args()
-    # On one core JAX has one thread for programs and copies: a program would wait there for what its own callback is given.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     run = load(arguments.workdir)
     model, x = run.model, flow_input(run, arguments.num or (16 if arguments.quick else 128))
     results = {"blocks": count(model, x), "whole": time_whole(model, encode(model, x), turns=5 if arguments.quick else 30)}
