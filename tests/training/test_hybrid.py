@@ -248,7 +248,8 @@ def test_samples_of_a_class_from_the_command_line(trained, workdir, capsys):
     size = trained.config.evaluation.batch_size
     expected = samples.draw(trained.model, NUM, size, labels=[7] * NUM)[0]
     np.testing.assert_array_equal(np.load(workdir / "samples.npy"), expected)
-    assert (samples.draw(trained.model, NUM, size, labels=[1] * NUM)[0] != expected).any(axis=(1, 2, 3)).mean() > 0.9
+    of_another = samples.draw(trained.model, NUM, size, labels=[6] * NUM)[0]
+    assert (of_another != expected).any(axis=(1, 2, 3)).all()  # by three levels of an image or more
     capsys.readouterr()
     assert main(["sample", "--workdir", str(workdir), "--label", "10"]) == 2
     assert "labels must be classes from 0 to 9, got 10" in capsys.readouterr().err
