@@ -75,10 +75,6 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> I
     The remainder of an epoch is dropped; as every epoch has its own order, no example is left out for good. Another release of
     NumPy may permute differently.
 
-    Example::
-
-        data.examples["train"][batch_indices(seed=0, step=1000, batch_size=128, num_examples=1257)]
-
     Args:
         seed: Seed of the run, at least 0.
         step: Training step, counted from 0 over all epochs.

@@ -52,10 +52,6 @@ def decoded(name: str, folder: Path, files: Iterable[Path], contents: Callable[[
         folder: Folder of the files.
         files: Files that hold the images: others of their names, sizes and times of change are decoded anew.
         contents: Function that finds out what the files hold.
-
-    Raises:
-        ValueError: If the data are not images of one size with labels in range, in a training and a test split.
-        OSError: If the arrays cannot be written.
     """
     state = hashlib.sha256(os.fsencode(folder.resolve()))
     for file in sorted(files):

@@ -40,9 +40,6 @@ def split_digits(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray,
 
     Args:
         labels: Class of each example, in the order of the source.
-
-    Returns:
-        Ascending indices of each split; together they hold every index once.
     """
     order = by_digest(len(labels), _SALT)
     dealt = order[np.argsort(labels[order], kind="stable")]
@@ -57,11 +54,7 @@ _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # how the customary
 
 
 def load_idx(folder: Path, name: str) -> DataSet:
-    """The images of MNIST and its relatives: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...`` or ``.gz``.
-
-    Raises:
-        ValueError: If the folder does not hold one file of each, or one is damaged.
-    """
+    """MNIST and its relatives as published: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...``, or ``.gz``."""
     images, labels = (
         {split: read_idx(_find_idx(folder, split, kind, name)) for split in _PREFIXES}
         for kind in ("images-idx3", "labels-idx1")
@@ -77,9 +70,6 @@ def read_idx(path: Path) -> np.ndarray:
 
     It is two zero bytes, a byte for the type (8: unsigned byte), a byte for the number of dimensions, each dimension as a
     big-endian 32-bit integer, and then the bytes (http://yann.lecun.com/exdb/mnist).
-
-    Raises:
-        ValueError: If it is truncated, too long, not an IDX file or not of unsigned bytes.
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
@@ -124,9 +114,6 @@ def load_cifar(folder: Path, name: str) -> DataSet:
 
     A record is the label (CIFAR-100: the coarse and the fine one) and 3 x 32 x 32 bytes, one colour plane after the other
     (https://www.cs.toronto.edu/~kriz/cifar.html).
-
-    Raises:
-        ValueError: If a file is missing or damaged.
     """
     found = {file.name: file for file in folder.rglob("*.bin")}
     is_100 = "train.bin" in found
@@ -160,9 +147,6 @@ def load_folder(folder: Path, name: str) -> DataSet:
 
     There may be ``validation/`` or ``val/``, too. Classes are numbered in the order of their folders' names in ``train/``. Grey
     images get one channel, others three.
-
-    Raises:
-        ValueError: If there are no training and test images, classes do not fit, or a file is no image.
     """
     files = {}
     for split, names in _FOLDERS.items():

@@ -33,9 +33,6 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
     They are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``, ``context_train``, ``x_test`` and so on.
     Labels and contexts may be left out. The names of MedMNIST, ``train_images``, ``train_labels``, ``val_images`` and so on,
     are understood too. Images may lack the axis of channels.
-
-    Raises:
-        ValueError: If the file is damaged, or its arrays do not make up a data set.
     """
     arrays = _read(path, ".npz")
 
@@ -51,11 +48,7 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
 
 
 def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
-    """The data set of one ``.npy`` file, or of a folder with one per split.
-
-    Raises:
-        ValueError: If a file is damaged, or the arrays do not make up a data set.
-    """
+    """The data set of one ``.npy`` file, or of a folder with one per split."""
 
     def read(file: Path) -> Arrays:
         beside = {kind: file.with_name(f"{file.stem}_{kind}.npy") for kind in ("labels", "context")}
@@ -66,11 +59,7 @@ def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
 
 
 def load_csv(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
-    """The data set of one table of numbers separated by commas, or of a folder with one per split.
-
-    Raises:
-        ValueError: If a number is missing or none, or the table does not make up a data set.
-    """
+    """The data set of one table of numbers separated by commas, or of a folder with one per split."""
     headers = []
 
     def read(file: Path) -> Arrays:

@@ -45,10 +45,6 @@ def load(name: str, data_dir: str | None = None) -> DataSet | None:
 
     Returns:
         The data set; None if TFDS has no such data set and none was prepared under that name.
-
-    Raises:
-        ValueError: If it is no image classification data set, cannot be read, or TensorFlow is needed and not installed.
-        RuntimeError: If it cannot be downloaded or prepared.
     """
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         return None

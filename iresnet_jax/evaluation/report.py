@@ -262,12 +262,8 @@ def log_density_on_grid(
     edges = low + (np.arange(side)[:, None] + 0.5) / side * (high - low)
     grid = np.stack(np.meshgrid(*edges.T), axis=-1).astype(np.float32)
     exact = model.continuous.with_(estimator=ExactLogdet())
-    return np.asarray(_log_density(exact, grid)), (*np.stack([low, high]).T.ravel().tolist(),)
-
-
-@jax.jit
-def _log_density(model, grid):
-    return jax.lax.map(model.log_prob, grid)
+    log_density = jax.jit(lambda model, grid: jax.lax.map(model.log_prob, grid))(exact, grid)
+    return np.asarray(log_density), (*np.stack([low, high]).T.ravel().tolist(),)
 
 
 def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
