@@ -12,8 +12,8 @@ same:
     f_im = p_i,    f_ik = f_k (1 - p_i) / (1 - f_m).
 
 Near ``u = 1`` a float has lost ``1 - u``, which the logit needs. So ``u`` is summed up from the cell's lower edge and
-``v = 1 - u`` from its upper one. The floats ``y`` of a cell are an interval in a table: forward stays in it, and the inverse looks
-the level up there, so a round trip returns every level exactly.
+``v = 1 - u`` from its upper one. The floats ``y`` of a cell are an interval in a table: forward stays in it, and the inverse
+looks the level up there, so a round trip returns every level exactly.
 """
 
 import math

@@ -54,7 +54,7 @@ _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # how the customary
 
 
 def load_idx(folder: Path, name: str) -> DataSet:
-    """MNIST and its relatives as published: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...``, or ``.gz``."""
+    """MNIST and its relatives: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...`` or ``.gz``."""
     images, labels = (
         {split: read_idx(_find_idx(folder, split, kind, name)) for split in _PREFIXES}
         for kind in ("images-idx3", "labels-idx1")
