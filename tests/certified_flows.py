@@ -23,7 +23,7 @@ FLOWS = {
     "preactivated": FlowSpec((3,), (StageSpec(2, hidden=(6,), activation="elu", preactivation=True),)),
     "tanh": FlowSpec((2,), (StageSpec(3, hidden=(6,), activation="tanh"),), coeff=0.999),
     "images": FlowSpec(
-        (4, 4, 1),
+        (4, 2, 1),
         (
             StageSpec(1, **CONV, activation="clipswish", squeeze=2, factor_out=True, positional_bias=True),
             StageSpec(1, **CONV, activation="softplus4", padding="CIRCULAR"),

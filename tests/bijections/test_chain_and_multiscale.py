@@ -19,7 +19,7 @@ from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.reshape import flatten_bijection, squeeze_bijection
 from iresnet_jax.bijections.residual import Solver, residual_bijection
-from iresnet_jax.bijections.standardize import Center, Standardize, Whiten
+from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.branches.branch import CallableBranch
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_series import SeriesLogdet
@@ -91,15 +91,11 @@ INTERVALS = (Bounds(-1.0, 3.0), None, Bounds(0.0, 1.0), Bounds(-0.5, 4.5))
 # Shape of an example, and the bijection, or a transform, whose data are uniform on [0, 1). A new bijection is one line here.
 CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "actnorm": ((2, 3, 4), lambda: actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
-    "squeeze": ((4, 6, 1), lambda: squeeze_bijection(2)),
-    "flatten": ((2, 3, 2), lambda: flatten_bijection((2, 3, 2))),
     "chain": ((2, 4, 1), chain_case),
     "scanned blocks": ((3,), lambda: network(network_weights(4))),
     "multi-scale": ((2, 4, 2), multiscale_case),
     "image model": ((4, 2, 2), model_case),
-    "center": ((2, 2, 1), Center),
     "logit .05": ((2, 2, 1), lambda: Logit(0.05)),
-    "logit 1e-6": ((2, 2, 1), lambda: Logit(1e-6)),
     "equalize, entrywise": ((2, 2, 1), lambda: Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6)),
     "standardize": ((4,), lambda: Standardize.fit(DATA)),
     "standardize images": ((2, 2, 4), lambda: Standardize.fit(DATA)),
@@ -179,26 +175,6 @@ def test_logdet_and_lipschitz_constants_against_the_jacobian(name):
     np.testing.assert_allclose(m.inverse_logdet, -m.logdet, atol=PREIMAGE)
     assert np.all(np.linalg.norm(m.jacobian, 2, axis=(1, 2)) <= m.lipschitz * (1 + EXACT))
     assert np.all(1 / np.linalg.norm(m.jacobian, -2, axis=(1, 2)) <= m.inverse_lipschitz * (1 + EXACT))
-
-
-def test_the_logdet_check_rejects_a_forgotten_part():
-    m = measure("chain")
-    actnorm = random_actnorm(np.random.default_rng(1), 4)
-    with pytest.raises(AssertionError):
-        assert_logdet(m.logdet - 2 * np.sum(actnorm.log_scale), m.jacobian)
-    m = measure("logit .05")  # RealNVP's log(1 - 2 alpha) is the term that implementations drop
-    with pytest.raises(AssertionError):
-        assert_logdet(m.logdet - 4 * np.log1p(-0.1), m.jacobian)
-
-
-def test_the_inverse_logdet_belongs_to_the_preimage(x64):
-    bijection = residual(lambda x: 0.9 * jnp.sin(x), 0.9)
-    x = jnp.array([[3.0], [2.0], [0.3]])
-    y = bijection.forward(x)
-    _, logdet, _, _ = jax.jit(bijection.inverse_and_logdet)(y, jax.random.key(0))
-    at_preimage, at_image = (-np.log1p(0.9 * np.cos(point[:, 0])) for point in (x, y))
-    np.testing.assert_allclose(logdet, at_preimage, atol=PREIMAGE)
-    assert np.all(np.abs(at_preimage - at_image) > 0.01)
 
 
 # ---------------------------------------------------------------------------------------------------- layouts

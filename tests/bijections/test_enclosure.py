@@ -1,70 +1,18 @@
 """Enclosures of the preprocessing and of its inverse against numbers of many digits, and which rounded values are certain."""
 
 import decimal
-import functools
 from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain_flow as plain
 import pytest
 
 from iresnet_jax.bijections.bounded import Bounded, Bounds
-from iresnet_jax.bijections.dequantize import Grid, certain_levels, dequantize
-from iresnet_jax.bijections.equalize import Equalize, entry_shares, level_frequencies
+from iresnet_jax.bijections.dequantize import Grid, certain_levels
+from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
-
-SHAPE, LEVELS = (3, 3, 2), 17
-NUMBERS = plain.DECIMAL
-IMAGES = np.random.default_rng(0).integers(0, LEVELS, (40, *SHAPE)) * np.random.default_rng(1).integers(0, 2, (40, *SHAPE))
-FREQUENCIES = level_frequencies(IMAGES, LEVELS)
-VECTORS = np.random.default_rng(2).normal(size=(50, 4)) @ np.random.default_rng(3).normal(size=(4, 4)) + 3.0
-VECTORS = VECTORS.astype(np.float32).astype(np.float64)
-ON_UNIT = {
-    "identity": Identity(),
-    "center": Center(),
-    "logit": Logit(0.05),
-    "logit of little alpha": Logit(1e-6),
-    "equalize": Equalize(FREQUENCIES),
-    "equalize by entry": Equalize(FREQUENCIES, entry_shares(IMAGES, FREQUENCIES), alpha=1e-6),
-    "standardize images": Standardize((0.1, 0.4), (0.3, 1e-4)),
-}
-# Values at both ends of the first interval, and far from 0 in the last.
-INTERVALS = (
-    Bounds(VECTORS[:4, 0].min(), VECTORS[:4, 0].max()),
-    None,
-    Bounds(-50.0, 50.0),
-    Bounds(VECTORS[:, 3].mean() - 1e3, VECTORS[:, 3].max() + 1.0),
-)
-ON_VECTORS = {
-    "standardize": Standardize.fit(VECTORS),
-    "whiten": Whiten.fit(VECTORS),
-    "bounded": Bounded.of(INTERVALS, Standardize.fit(VECTORS)),
-    "bounded and whitened": Bounded.of(INTERVALS, Whiten.fit(VECTORS)),
-}
-
-
-@functools.cache
-def noisy():
-    """Float32 data with noise, and their levels."""
-    return np.array(dequantize(jax.random.key(0), jnp.asarray(IMAGES[:4]), LEVELS)), IMAGES[:4]
-
-
-@pytest.mark.parametrize("name", [*ON_UNIT, *ON_VECTORS])
-def test_values_and_log_determinants_are_those_of_50_digits(name):
-    transform = {**ON_UNIT, **ON_VECTORS}[name]
-    u, levels = noisy() if name in ON_UNIT else (VECTORS[:4], VECTORS[:4])
-    with jax.enable_x64(True):
-        run = jax.jit(lambda u: transform.bijection().forward_and_logdet(u, None)[:2])
-        y, log_det = (np.asarray(part) for part in run(jnp.asarray(u, jnp.float64)))
-    exact = [plain.transform(NUMBERS, transform, NUMBERS.of(one), level) for one, level in zip(u, levels, strict=True)]
-    np.testing.assert_allclose(y, np.array([value for value, _ in exact], float), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(log_det, [float(value) for _, value in exact], rtol=1e-11)
-
-
-# ------------------------------------------------------------------------------------------------- the inverse on balls
 
 EXACT = 1e-14  # relative error of centres: some units of rounding
 BELOW = 1e-60  # rounding of the decimal numbers
@@ -142,6 +90,15 @@ def distance(x, y):
     return float(sum(((a - b) ** 2 for a, b in zip(x, y, strict=True)), Decimal(0)).sqrt())
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_map_leads_back_from_its_exact_inverse(name):
+    y = np.random.default_rng(0).normal(size=(8, 3))
+    x = np.array([exact_inverse(TRANSFORMS[name], list(map(Decimal, one.tolist()))) for one in y], float)
+    with jax.enable_x64(True):
+        found = jax.jit(TRANSFORMS[name].bijection().forward)(jnp.asarray(x))
+    np.testing.assert_allclose(found, y, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("radius", [0.0, 1e-7, 0.3])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_point_of_the_ball_is_enclosed(name, radius):
@@ -169,15 +126,6 @@ def test_every_point_of_the_ball_is_enclosed(name, radius):
                 steepest[i] = max(steepest[i], change / radius if radius else 0)
     if radius == 1e-7:  # the constants are attained; that of a matrix nearly, by no direction that was tried
         assert np.all(found.lipschitz[:8] <= LOOSE.get(name, 1.001) * steepest[:8])
-
-
-def test_a_smaller_constant_is_rejected():
-    """The oracle notices a slope that is 1 % too small."""
-    y = np.zeros((1, 3))
-    found = TRANSFORMS["logit"].enclose_inverse(y, np.full(1, 1e-3))
-    image = exact_inverse(TRANSFORMS["logit"], [Decimal("1e-3"), Decimal(0), Decimal(0)])
-    change = distance(image, exact_inverse(TRANSFORMS["logit"], [Decimal(0)] * 3))
-    assert 0.99 * found.lipschitz[0] * 1e-3 < change <= found.lipschitz[0] * 1e-3
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

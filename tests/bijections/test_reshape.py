@@ -35,13 +35,6 @@ def test_squeeze_follows_its_formula_and_unsqueeze_inverts_it(shape, factor):
     np.testing.assert_array_equal(reshape.unsqueeze(y, factor), x)
 
 
-def test_the_formula_rejects_the_channel_major_order():
-    x = numbered((2, 4, 6, 3))
-    wrong = x.reshape(2, 2, 2, 3, 2, 3).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 12)
-    with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(wrong, squeeze_oracle(x, 2))
-
-
 def test_padding_residual_is_the_distance_to_the_nearest_padded_array():
     y = np.random.default_rng(0).normal(size=(4, 3, 2, 5)).astype(np.float32)
     y[1, ..., 3:] = 0

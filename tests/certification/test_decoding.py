@@ -107,14 +107,6 @@ def test_a_classifier_bounds_its_images_and_their_padding():
     np.testing.assert_array_equal(np.rint(255 * wanted), images)
 
 
-def test_slopes_that_jump_keep_the_bounds_of_the_blocks():
-    spec = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="relu"),)))
-    _, info = certify.decode(kept.model(spec), jnp.ones((2, 2)))
-    assert info.certain is None  # continuous data
-    assert not info.certificate.applied.any()
-    assert np.all(info.error_bound < 1e-3)
-
-
 def test_the_certificate_is_of_the_latents_and_contexts_that_were_given():
     """The model rounds them, and what that costs is in the bound."""
     model, z, context, _ = case("a grid and a context")

@@ -26,12 +26,10 @@ def spec_of(*stages, **fields):
 
 CONV = {"hidden": (4,), "kernel_sizes": (3, 3)}
 SPECS = {
-    "elu, preactivated, not padded": spec_of(
-        StageSpec(1, **CONV, activation="elu", preactivation=True, squeeze=2, padding="CIRCULAR"), pad_channels=0
-    ),
-    "squeezed, then dense": spec_of(
-        StageSpec(1, **CONV, activation="clipswish", squeeze=2, positional_bias=True),
+    "elu, then dense, not padded": spec_of(
+        StageSpec(1, **CONV, activation="elu", preactivation=True, squeeze=2, padding="CIRCULAR"),
         StageSpec(1, hidden=(5, 4), activation="lipswish"),
+        pad_channels=0,
     ),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
 }

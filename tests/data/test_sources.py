@@ -2,7 +2,6 @@
 
 import functools
 import gzip
-import hashlib
 import io
 import os
 import struct
@@ -149,7 +148,6 @@ FORMATS = {
     "npz": (write_npz, GREY),
     "cifar": (write_cifar, COLOUR),
     "folder": (write_folder, GREY),
-    "folder, colour": (write_folder, COLOUR),
     "tfds": (write_tfds, GREY),
     "tfds, colour in three files": (functools.partial(write_tfds, shards=3), COLOUR),
 }
@@ -166,11 +164,6 @@ def test_every_format_gives_the_published_images_and_one_fingerprint(tmp_path, f
     of_arrays = data.load(write_npz(tmp_path / "other", train, test))
     assert first.fingerprint == again.fingerprint == of_arrays.fingerprint
     assert (first.name, first.event_shape) == (name, train[0].shape[1:])
-
-
-def test_relative_paths_start_from_the_folder_of_data(tmp_path):
-    write_idx(tmp_path / "mnist", *GREY)
-    assert_holds(data.load("idx:mnist", data_dir=str(tmp_path)), *GREY)
 
 
 def test_cifar100_has_the_fine_label_second(tmp_path):
@@ -215,26 +208,15 @@ def test_idx_header_is_big_endian(tmp_path):
 # Digits -------------------------------------------------------------------------------------------------------------------
 
 
-def test_digits_keep_their_labels_and_lose_no_image():
+def test_digits_keep_their_labels_and_lose_no_image_and_every_split_has_its_share_of_each():
     pixels, classes = load_digits(return_X_y=True)
-    digits = data.load("digits")
+    digits, splits = data.load("digits"), split_digits(classes)
     assert (digits.num_levels, digits.num_classes, digits.event_shape) == (17, 10, (8, 8, 1))
-    assert [len(digits.examples[split]) for split in SPLITS] == [1257, 180, 360]
-    images, labels = (np.concatenate([found[split] for split in SPLITS]) for found in (digits.examples, digits.labels))
-    places = np.concatenate([split_digits(classes)[split] for split in SPLITS])
-    np.testing.assert_array_equal(images.reshape(-1, 64), pixels[places])
-    np.testing.assert_array_equal(labels, classes[places])
-
-
-def test_the_split_of_digits_is_stratified_disjoint_and_pinned():
-    """Reported numbers belong to this very split: if the checksum changes, they are void."""
-    _, classes = load_digits(return_X_y=True)
-    splits = split_digits(classes)
     np.testing.assert_array_equal(np.sort(np.concatenate(list(splits.values()))), np.arange(1797))
     for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+        np.testing.assert_array_equal(digits.examples[split].reshape(-1, 64), pixels[splits[split]])
+        np.testing.assert_array_equal(digits.labels[split], classes[splits[split]])
         assert np.all(np.abs(np.bincount(classes[splits[split]]) - share * np.bincount(classes)) < 2)
-    text = ";".join(",".join(map(str, splits[split])) for split in SPLITS)
-    assert hashlib.sha256(text.encode()).hexdigest() == "09a06fde5fa3dcec27f9c7b1527dd6c48812d3508dc392a3b03ed59dca8a5da9"
 
 
 # TFDS ---------------------------------------------------------------------------------------------------------------------
@@ -354,12 +336,10 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
     ("text", "message"),
     [
         ("a,b\n1,2\n3,\n", "row 2, column b of .* holds ''"),
-        ("1,NA\n3,4\n", "row 1, column 2 of .* holds 'NA'"),
         ("1,2\n3\n", "row 2 of .* has 1 columns"),
         ("a,b\n", "no rows"),
         ("a,label\n1.5,0\n2.5,0.5\n", "whole numbers"),
         ("é,b\n1,2\n", "no table in UTF-8"),
-        ('a,b\n1,"2\n' + 40_000 * "3,4\n", "no table in UTF-8: field larger than"),
         (",a,b\n0,1,2\n1,3,4\n", "column 1 of .* has no name, .* index=False"),
     ],
 )
@@ -395,15 +375,10 @@ def without_labels(folder):
     (folder / "train-labels-idx1-ubyte").unlink()
 
 
-def with_images_for_labels(folder):
-    (folder / "train-labels-idx1-ubyte").write_bytes((folder / "train-images-idx3-ubyte").read_bytes())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (without_labels, r"needs the file train-labels-idx1-ubyte\[.gz\] in .* train split"),
-        (with_images_for_labels, r"labels must be 40 integers .* got uint8 of shape \(40, 28, 28\)"),
         (lambda folder: (folder / "emnist-train-images-idx3-ubyte").touch(), "emnist-train-images-idx3-ubyte and train-images"),
     ],
 )

@@ -38,9 +38,7 @@ def test_a_grid_of_whole_numbers_may_lack_values():
     assert find_grid(x).spacing[1] == 2
 
 
-@pytest.mark.parametrize(
-    ("mean", "std", "digits", "num"), [(170, 10, 1, 5000), (24, 4, 2, 5000), (5000, 900, 1, 100_000), (0, 1, 3, 9000)]
-)
+@pytest.mark.parametrize(("mean", "std", "digits", "num"), [(24, 4, 2, 5000), (5000, 900, 1, 100_000), (0, 1, 3, 9000)])
 def test_decimals_lie_on_their_grid_though_float32_rounds_them(mean, std, digits, num):
     x = np.round(np.random.default_rng(0).normal(mean, std, (num, 1)), digits).astype(np.float32)
     x = np.append(x, [[x.max() + 1000 * 10.0**-digits]] * 2, axis=0).astype(np.float32)  # far from all others, but on the grid
@@ -70,8 +68,6 @@ def test_given_bounds_are_by_name_or_number():
     ("bounds", "message"),
     [
         ({"rset": (0, 1)}, r"columns 0 to 2, by the names 'rent', 'rest', 'income', got 'rset'"),
-        ({3: (0, 1)}, "columns 0 to 2"),
-        ([(0, 1)], "must be a dictionary"),
         ({"rest": 1.0}, "two numbers"),
         ({"rest": (1, 0)}, "the lower one first"),
         ({"rest": (0, float("inf"))}, "finite"),
@@ -130,7 +126,6 @@ def test_booleans_and_categories_keep_to_their_levels_whether_seen_or_not():
             r"column 0 \('rent'\), column 1 \('rest'\),.*drop it",
         ),
         (NORMAL[:, 1], r"column 1 \('rest'\),"),
-        (1e3 - 0.5 * NORMAL[:, 0], r"column 0 \('rent'\),"),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

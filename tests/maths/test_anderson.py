@@ -85,9 +85,9 @@ def rotation(rng, dim):
 def make_cases():
     rng = np.random.default_rng(0)
     cases = {}
-    for dim, lipschitz in ((10, 0.5), (1, 0.9), (10, 0.99)):
+    for dim, lipschitz in ((1, 0.9), (10, 0.99)):
         cases[f"random, {dim}-D, L={lipschitz}"] = random_network(rng, dim, lipschitz)
-    for dim, lipschitz in ((2, 0.99), (6, 0.9), (6, 0.99), (32, 0.95)):
+    for dim, lipschitz in ((2, 0.99), (6, 0.99)):
         cases[f"MaxMin, {dim}-D, L={lipschitz}"] = random_maxmin_network(rng, dim, lipschitz)
     symmetric = rng.normal(size=(16, 16))
     return cases | {
@@ -103,9 +103,6 @@ def make_cases():
 
 
 CASES = make_cases()
-# In all 32 directions the slope is the same, so that there is little to learn from the last few, and luck decides.
-ALIKE = tuple(name for name in CASES if name.startswith("MaxMin, 32-D"))
-
 
 SEEN = []  # x and g(x), in the order of their evaluation
 
@@ -161,7 +158,7 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
     assert np.all(guaranteed_anderson <= guaranteed_banach)
     # Of the true error, which jumps from step to step, one evaluation is luck.
     assert anderson.mean() <= banach.mean()
-    assert np.all(anderson <= (1.1 if name in ALIKE else 1.0) * banach + 1)
+    assert np.all(anderson <= banach + 1)
 
 
 @pytest.mark.parametrize("refine", [False, True])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from iresnet_jax.maths import logdet_krylov as krylov
 from iresnet_jax.maths.logdet_exact import dense_logdet
 from iresnet_jax.maths.logdet_krylov import quadratic_form
 
@@ -55,11 +54,6 @@ def quadratic_form_of_matrix(matrix, v, lipschitz_bound, *, num_steps):
     return quadratic_form(linear(matrix), x, v, num_steps, lipschitz_bound=lipschitz_bound)
 
 
-@functools.partial(jax.jit, static_argnames="num_steps")
-def arnoldi_of_matrix(matrix, v, *, num_steps):
-    return krylov.arnoldi(linear(matrix), v, num_steps)
-
-
 def tanh_network(d, lipschitz, seed=0):
     rng = np.random.default_rng(seed)
     params = {"w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)), "b": jnp.asarray(rng.normal(size=2 * d))}
@@ -78,34 +72,6 @@ def full_basis(x):
 
 
 # --- the pieces -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_arnoldi_gives_an_orthonormal_basis_and_the_map_in_it(x64, kind):
-    d, n = 12, 5
-    matrix = matrices(kind, d, 0.9, 1)
-    v = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, d)))
-    basis, hessenberg = arnoldi_of_matrix(matrix, v, num_steps=n)
-    for p in range(2):
-        for b in range(3):
-            q, h = np.asarray(basis[:, p, b]).T, np.asarray(hessenberg[..., p, b])
-            used = int(np.round(np.sum(q**2)))  # directions that are not 0
-            np.testing.assert_allclose(q[:, :used].T @ q[:, :used], np.eye(used), atol=1e-12)
-            assert not q[:, used:].any()
-            np.testing.assert_allclose(q.T @ matrix @ q, h[:n], atol=1e-12)
-            np.testing.assert_allclose(h, np.triu(h, -1), atol=0)
-            leaves = matrix @ q[:, n - 1] - q @ h[:n, n - 1]
-            np.testing.assert_allclose(np.linalg.norm(leaves), h[n, n - 1], atol=1e-12)
-            assert used == {"low rank": 3, "shrinking": 1}.get(kind, n)
-
-
-def test_hessenberg_systems_against_numpy(x64):
-    rng, size = np.random.default_rng(0), 6
-    batch = [np.eye(size) + np.triu(scaled(rng.normal(size=(size, size)), 0.95), -1) * 0.7 for _ in range(4)]
-    found = jax.jit(krylov.solve_hessenberg)(np.stack(batch, axis=-1))
-    for i, matrix in enumerate(batch):
-        np.testing.assert_allclose(found[:, i], np.linalg.solve(matrix, np.eye(size)[0]), atol=1e-12)
-    np.testing.assert_allclose(krylov.solve_hessenberg(jnp.full((1, 1, 2), 4.0)), np.full((1, 2), 0.25))
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

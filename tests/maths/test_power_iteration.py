@@ -73,7 +73,6 @@ DENSE = {
         **{f"spike of {gap}": spiked(rng, 80, gap) for gap in (0.1, 0.05, 0.03, 0.01, 0.003, 0.002)},
     },
     "8 x 8": lambda rng: {f"spike of {gap}": spiked(rng, 8, gap) for gap in (0.1, 0.03, 0.01, 0.003)},
-    "40 x 7": lambda rng: {f"gaussian {i}": rng.normal(size=(40, 7)) for i in range(4)},
     "1 x 1": lambda rng: {"positive": np.ones((1, 1)), "negative": -np.ones((1, 1))},
 }
 
