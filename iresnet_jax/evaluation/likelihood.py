@@ -34,7 +34,6 @@ class Likelihood:
         stderr: Standard error of ``mean``, from the means of the examples.
         unit: "bits/dim" for images, "nats" for points.
         estimator: Log-determinant that ``mean`` was computed with, in words, "exact log-determinant" where that is affordable.
-        unbiased: Whether ``mean`` has no truncation bias.
         truncation_bound: Bound of the truncation error of the terms that are always computed, mean over examples; 0 if exact.
         num_examples: Test examples.
         num_dequantisations: Noise draws of each example; 0 for points.
@@ -49,7 +48,6 @@ class Likelihood:
     stderr: float
     unit: str
     estimator: str
-    unbiased: bool
     truncation_bound: float
     num_examples: int
     num_dequantisations: int
@@ -131,7 +129,6 @@ def measure(
         stderr=stderr,
         unit=spec.unit,
         estimator=words,
-        unbiased=used.estimator.unbiased,
         truncation_bound=truncation_bound,
         num_examples=num,
         num_dequantisations=num_noise if spec.is_discrete else 0,

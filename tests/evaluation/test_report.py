@@ -28,7 +28,6 @@ LIKELIHOOD = Likelihood(
     stderr=0.00213,
     unit="bits/dim",
     estimator="exact log-determinant",
-    unbiased=True,
     truncation_bound=0.0,
     num_examples=9973,
     num_dequantisations=53,
