@@ -22,8 +22,6 @@ from iresnet_jax.checked_dataclasses import Count, checked
 
 PREFIX = "noise_"  # of the names of the stages of the flow of noise
 
-_ROUNDING = 4e-6  # by which a block of prescribed constants is closer to a multiple of an isometry, per unit of 2 / (1 - c)
-
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -206,14 +204,7 @@ class FlowSpec:
 
         together stretch by ``mu`` to ``nu``. One block has ``c = (nu - mu)/(nu + mu)`` and ``s = (mu + nu)/2``, which is a
         layer of BiLipNet (Wang et al. 2024, sec. 4) with any branch. Constants are taken closer by some roundings, so that the
-        certificate's are within them.
-
-        Args:
-            event_shape: Shape of one example.
-            stages: Stages of the flow, which get no ActNorm; none factors out.
-            mu: Least stretch, ``1 / Lip(F^-1)``.
-            nu: Largest stretch, ``Lip(F)``; larger than ``mu``.
-            context_dim: See `FlowSpec`.
+        certificate's are within them. Stages get no ActNorm; the other arguments are those of `FlowSpec`.
 
         Raises:
             ValueError: If ``0 < mu < nu`` does not hold, or a stage factors out.
@@ -226,7 +217,7 @@ class FlowSpec:
             raise ValueError("mu and nu are constants of the whole flow: no stage may factor_out channels")
         num = sum(stage.num_blocks for stage in stages)
         width = math.log(nu / mu) / (2 * num)
-        width -= _ROUNDING * (1 + math.exp(2 * width))  # 1 / (1 - c) is (1 + exp(2 width)) / 2
+        width -= 4e-6 * (1 + math.exp(2 * width))  # for roundings: 1 / (1 - c) is (1 + exp(2 width)) / 2
         if not width > 0:
             raise ValueError(f"mu and nu must differ by more than roundings, got {mu} and {nu} for {num} blocks")
         coeff = math.tanh(width)
@@ -271,10 +262,7 @@ class FlowSpec:
     def initial_params(self, key: Key[Array, ""], *, sharp: bool = False, last_scale: float = 1.0) -> dict[str, Any]:
         """Random parameters of all stages, as `contractions.constrain` takes them; ActNorm is the identity, noise is uniform.
 
-        Args:
-            key: Source of the weights.
-            sharp: Whether activations start sharper, see `FeedforwardSpec.initial_weights`.
-            last_scale: Initial factor on the last layer of each branch.
+        Arguments are those of `BranchSpec.initial_weights`.
         """
         keys = iter(jax.random.split(key, len(self.all_stages)))
         params = {stage.name: stage.initial_params(next(keys), sharp=sharp, last_scale=last_scale) for stage in self.layout}

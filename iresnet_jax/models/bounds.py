@@ -7,7 +7,6 @@ hand them to programs as arrays of the branches. A program that is handed none p
 import dataclasses
 import functools
 import weakref
-from collections import OrderedDict
 from typing import Any
 
 import jax
@@ -19,8 +18,6 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import Block, FlowWeights, blocks_of, is_traced
-
-_MOST_REMEMBERED = 256  # branches of stages whose bounds are kept
 
 
 def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
@@ -35,11 +32,10 @@ def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
 
 def without_bounds(weights: Any) -> Any:
     """The weights without their bounds; traced ones as they are."""
-    carry = {name for name, block in weights.items() if block.branch.lipschitz_bound is not None}
-    if not carry or is_traced(weights):
+    if is_traced(weights):
         return weights
-    unbounded = {name: dataclasses.replace(weights[name].branch, lipschitz_bound=None, norms=None) for name in carry}
-    return {**weights, **{name: weights[name]._replace(branch=branch) for name, branch in unbounded.items()}}
+    unbounded = functools.partial(dataclasses.replace, lipschitz_bound=None, norms=None)
+    return {name: block._replace(branch=unbounded(block.branch)) for name, block in weights.items()}
 
 
 def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
@@ -52,7 +48,7 @@ def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
     return bounds
 
 
-_remembered: OrderedDict[Any, tuple[list[weakref.ref[Any]], tuple[Any, Norms | None]]] = OrderedDict()
+_remembered: dict[Any, tuple[Any, Norms | None]] = {}  # bounds of branches, by the identity of their arrays
 
 
 def remember(branch: Branch) -> None:
@@ -63,9 +59,9 @@ def remember(branch: Branch) -> None:
     leaves = jax.tree.leaves((branch.weights, branch.gain, branch.lipschitz_bound, branch.norms))
     if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
         key, arrays = _identity(branch)
-        _remembered[key] = [weakref.ref(array) for array in arrays], (branch.lipschitz_bound, branch.norms)
-        if len(_remembered) > _MOST_REMEMBERED:
-            _remembered.popitem(last=False)
+        _remembered[key] = branch.lipschitz_bound, branch.norms
+        for array in arrays:
+            weakref.finalize(array, _remembered.pop, key, None)  # before another array can have its identity
 
 
 def _identity(branch: Branch) -> tuple[Any, list[Any]]:
@@ -75,13 +71,11 @@ def _identity(branch: Branch) -> tuple[Any, list[Any]]:
 
 def _bounded(branch: Branch) -> Branch:
     """The branches of a stage with bounds of their weights."""
-    key, arrays = _identity(branch)
-    references, known = _remembered.get(key, ((), None))
-    if known is not None and all(own() is array for own, array in zip(references, arrays, strict=True)):
-        return dataclasses.replace(branch, lipschitz_bound=known[0], norms=known[1])
-    lipschitz_bound, norms = _bounds(branch.spec, branch.weights, branch.gain)
+    known = _remembered.get(_identity(branch)[0])
+    lipschitz_bound, norms = known or _bounds(branch.spec, branch.weights, branch.gain)
     found = dataclasses.replace(branch, lipschitz_bound=lipschitz_bound, norms=norms)
-    remember(found)
+    if known is None:
+        remember(found)
     return found
 
 

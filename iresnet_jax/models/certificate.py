@@ -80,15 +80,12 @@ class Certificate:
         if failed:
             found = f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
             return f"NOT CERTIFIED: {found}"
+        claimed = [block.name for block in self.blocks if block.word == "user"]
+        words = f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{self._words}"
+            f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{words}"
         )
-
-    @property
-    def _words(self) -> str:
-        claimed = [block.name for block in self.blocks if block.word == "user"]
-        return f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
 
     @property
     def table(self) -> str:
@@ -112,13 +109,9 @@ class Certificate:
 def certificate_of(
     spec: FlowSpec, weights: FlowWeights, preprocessing: BiLipschitz, *, constrained: bool = True
 ) -> Certificate:
-    """The certificate of a flow's weights.
+    """The certificate of a flow's weights behind a map with the constants of its preprocessing.
 
-    Args:
-        spec: Architecture of the flow.
-        weights: Its weights; bounds that they carry do not count.
-        preprocessing: Constants of the map in front of the flow.
-        constrained: Whether the weights are meant to satisfy ``spec.coeff``.
+    Bounds that the weights carry do not count. They are ``constrained`` if they are meant to satisfy ``spec.coeff``.
     """
     weights = with_bounds(spec, weights)
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None

@@ -25,13 +25,9 @@ RTOL = 1e-3  # by which a ratio may be above a claim: rounding, and bounds that 
 def check_claims(
     spec: FlowSpec, weights: FlowWeights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
 ) -> None:
-    """Raises ``ValueError`` if data show that a bound on the user's word is none; does nothing for other branches.
+    """Checks bounds on the user's word on inputs of the flow; there is nothing to check of other branches.
 
-    Args:
-        spec: Architecture of the flow.
-        weights: Its weights, constrained or frozen.
-        x: Inputs of the flow.
-        context: Contexts as the flow takes them, if the model is conditional.
+    Arguments are those of `flow.branch_inputs`.
 
     Raises:
         ValueError: If a branch claims less than is measured, claims no number, or mixes the examples of a batch.

@@ -183,8 +183,7 @@ class Classifier(Model):
             budget: "layer" or "block", see `FlowSpec`.
             num_levels: Grey levels of a pixel.
             pad_channels: Channels of zeros that make the network wider.
-            mean: Mean of pixels in [0, 1], one per channel or one for all; subtracted.
-            std: Divisor of the difference, in the same form.
+            mean, std: See `ClassifierSpec`.
 
         Raises:
             ValueError: If images and stages do not fit together.
@@ -217,9 +216,6 @@ class Classifier(Model):
         """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6); `certify.decode` guarantees their error.
 
         Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
-
-        Args:
-            features: Features of `ClassifierSpec.feature_shape`.
         """
         examples = as_batch(features, self.spec.feature_shape)
         x, info = self.flow().inverse(self.promoted(reshape.flatten(examples.x)))
@@ -250,11 +246,11 @@ class Classifier(Model):
 def training_logits(
     model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None, num_parts: int = 1
 ) -> tuple[Float[Array, "b k"], dict[str, Any]]:
-    """Logits by the statistics of the batch, and those statistics, of the ``head``.
+    """Logits of inputs of the network by the statistics of their batch, and those statistics, of the ``head``.
 
     Args:
         model: The classifier, whose own statistics are not used.
-        x: Inputs of the network, from `Classifier.preprocess`.
+        x: The inputs.
         axis_name: Mapped axis of devices, see `head.batch_statistics`.
         num_parts: Equal parts of the batch whose features are computed one after the other, and again in the backward pass,
             so that no more than the arrays of one are in memory at a time.

@@ -5,7 +5,7 @@ only where one is given or made.
 """
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -145,14 +145,12 @@ def _column(name: Any, series: Any) -> Column:
     if isinstance(dtype, pd.CategoricalDtype):
         return Column(name, "category", "category", _plain(list(dtype.categories), name), bool(dtype.ordered))
     known = series.infer_objects().dtype if check.is_object_dtype(dtype) else dtype
-    kinds: dict[str, Callable[[Any], bool]] = {
-        "boolean": check.is_bool_dtype,
-        "integer": check.is_integer_dtype,
-        "float": check.is_float_dtype,
-    }
-    for kind, is_kind in kinds.items():
-        if is_kind(known):
-            return Column(name, kind, str(dtype))  # pyright: ignore[reportArgumentType]
+    if check.is_bool_dtype(known):
+        return Column(name, "boolean", str(dtype))
+    if check.is_integer_dtype(known):
+        return Column(name, "integer", str(dtype))
+    if check.is_float_dtype(known):
+        return Column(name, "float", str(dtype))
     if not all(isinstance(value, str) for value in series):
         raise ValueError(
             f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one of them, or drop it"

@@ -23,11 +23,6 @@ from iresnet_jax.checked_dataclasses import check_unmasked, pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
 
-WIDTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # of the logarithmic entries, in median absolute deviations from the median
-LINEAR = 1e4  # width of the entries that are linear, in mean absolute deviations
-GAIN = 2e-3  # of the correlation with a normal distribution's quantiles, for which an entry is not linear
-_ROWS = 10_000  # at most, which choose the widths
-
 Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
 Network = Mapping[str, Mapping[str, Array]]
 
@@ -98,7 +93,7 @@ class ContextScale(Standardize):
     def fit(cls, x: Float[np.ndarray, "n k"]) -> "ContextScale":
         """Centres and widths that make every entry as normal as they can, and the scale behind them; constants keep theirs."""
         rows = np.asarray(x, np.float64)
-        some = np.random.default_rng(0).choice(len(rows), min(_ROWS, len(rows)), replace=False)  # they may be sorted
+        some = np.random.default_rng(0).choice(len(rows), min(10_000, len(rows)), replace=False)  # they may be sorted
         center, width = np.array([_likeliest(column) for column in rows[np.sort(some)].T]).T
         squeezed = np.arcsinh((rows - center) / width)
         std = squeezed.std(axis=0)
@@ -124,7 +119,7 @@ class ContextScale(Standardize):
 
 
 def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """Centre and width of an entry: linear, unless another one has a straighter quantile-quantile plot (Filliben 1975).
+    """Centre and width of an entry: linear, unless others have a clearly straighter quantile-quantile plot (Filliben 1975).
 
     Entries of one sign are also tried with zero as their centre.
     """
@@ -141,17 +136,14 @@ def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
     distances = np.abs(column - median)
     if not distances.any():
         return median, 1.0
-    best, deviation = (median, LINEAR * float(distances.mean())), float(np.median(distances)) or float(distances.mean())
-    highest = straightness(*best) + GAIN
+    mean = float(distances.mean())
+    linear, deviation = (median, 1e4 * mean), float(np.median(distances)) or mean
     centers = [0.0, median] if ordered[0] >= 0 or ordered[-1] <= 0 else [median]
-    smallest = float(np.quantile(np.abs(column), 0.01))
-    for center in centers:
-        for width in WIDTHS:
-            if center == 0.0 and width * deviation < smallest / 10:
-                continue  # such a one is a logarithm already
-            if (found := straightness(center, width * deviation)) > highest:
-                best, highest = (center, width * deviation), found
-    return best
+    pairs = [(center, width * deviation) for center in centers for width in (1.0, 0.1, 0.01, 1e-3, 1e-4)]
+    smallest = float(np.quantile(np.abs(column), 0.01)) / 10  # narrower ones around zero are logarithms already
+    curved = [(center, width) for center, width in pairs if center != 0 or width >= smallest]
+    best = max(curved, key=lambda pair: straightness(*pair), default=linear)
+    return best if straightness(*best) > straightness(*linear) + 2e-3 else linear
 
 
 @functools.partial(fast_compile, static_argnums=(1, 2))

@@ -133,12 +133,9 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
 
 
 def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
-    """Weights of parameters that were stored, unchanged.
+    """Weights of parameters that were stored as `flow.as_params` gives them, unchanged.
 
-    Args:
-        spec: The architecture.
-        params: Parameters as `flow.as_params` gives them.
-        constrained: Whether a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
+    If they are ``constrained``, a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
     """
     weights = {}
     for stage in spec.all_stages:
@@ -185,12 +182,7 @@ def _of_stored(branch: BranchSpec, coeff: float, blocks: Tree) -> Branch:
 
 
 def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " k"]) -> dict[str, Block]:
-    """Weights without contexts of a conditional flow given one context; kernels stay, and so do their bounds.
-
-    Args:
-        spec: The conditional flow.
-        weights: Its weights.
-        context: The context as the flow takes it.
+    """Weights without contexts of a conditional flow given one context, as it takes it; kernels stay, and so do their bounds.
 
     Raises:
         ValueError: If a branch does not define `BranchSpec.folded`.

@@ -213,8 +213,7 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        model = cls(spec, {}, **spec.initial_arrays(key_network))
-        model = model if estimator is None else model.with_(estimator=estimator)
+        model = cls(spec, {}, estimator=estimator or ExactLogdet(), **spec.initial_arrays(key_network))
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)

@@ -16,12 +16,7 @@ Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every chann
 
 
 def batch_statistics(x: Float[Array, "b ... c"], *, axis_name: str | None = None) -> dict[str, Float[Array, " c"]]:
-    """Mean and (biased) variance of every channel over the batch and all positions.
-
-    Args:
-        x: A batch.
-        axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
-    """
+    """Mean and (biased) variance of every channel over all positions and the batch, which may be spread over a mapped axis."""
     mean, var = channel_moments(x, axis_name)
     return {"mean": mean, "var": var}
 
@@ -53,15 +48,10 @@ def initial_head(key: Key[Array, ""], num_channels: int, num_classes: int) -> di
 
 
 def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0) -> Float[Array, " b"]:
-    r"""``-sum_k q_k log p_k`` in nats with ``q = (1 - s) onehot + s / K`` (Szegedy et al. 2016, sec. 7).
-
-    Args:
-        logits: ``K`` an example.
-        labels: Classes, in ``[0, K)``.
-        label_smoothing: ``s`` in [0, 1); 0 is the plain cross-entropy.
+    """``-sum_k q_k log p_k`` in nats with ``q = (1 - s) onehot + s / K`` (Szegedy et al. 2016, sec. 7).
 
     Raises:
-        ValueError: If ``label_smoothing`` is out of range.
+        ValueError: If ``label_smoothing``, which is ``s``, is not in [0, 1).
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual")

@@ -1,6 +1,6 @@
 """The record of a training, as it travels with a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,9 +50,8 @@ class History:
         return hash(History)
 
     @classmethod
-    def from_records(cls, records: Iterable[Mapping[str, Any]], step: int) -> "History":
+    def from_records(cls, records: Sequence[Mapping[str, Any]], step: int) -> "History":
         """The history in the records of `runs.metrics.read_metrics`."""
-        records = list(records)
         train, validation = (_columns([r for r in records if r["split"] == split]) for split in ("train", "validation"))
         return cls(train, validation, step)
 

@@ -14,8 +14,6 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contractions import Tree, freeze
 from iresnet_jax.models.flow import Block, FlowWeights
 
-MOST = 1024  # examples of a batch that ActNorm is fitted to
-
 
 def fit_actnorm(
     spec: FlowSpec,
@@ -31,7 +29,7 @@ def fit_actnorm(
         spec: The architecture. Stages without ActNorm keep their fixed scale.
         weights: Constrained weights, whose own ActNorm is not used.
         x: A representative batch.
-        context: Contexts of the batch, if the model is conditional.
+        context: Its contexts, if the model is conditional.
         axis_name: Mapped axis of devices that the batch is spread over, see `actnorm.initialize`.
     """
     fitted, latents = dict(weights), []
@@ -76,5 +74,5 @@ def initial_weights(
 
 
 def some(x: Any) -> Array:
-    """At most `MOST` of the rows of an array, evenly spaced."""
-    return jnp.asarray(x[:: -(-len(x) // MOST)])
+    """At most 1,024 of the rows of an array, evenly spaced: enough to fit ActNorm to."""
+    return jnp.asarray(x[:: -(-len(x) // 1024)])

@@ -55,12 +55,6 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
 
     Arrays that do not end in these shapes are left as they are, for the model to refuse.
 
-    Args:
-        x: An array.
-        event_shape: Shape of one example.
-        context: Contexts, see `contexts.as_vectors`.
-        context_dim: Length of a context.
-
     Raises:
         ValueError: If the leading axes of examples and contexts do not fit together.
     """

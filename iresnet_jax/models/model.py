@@ -100,10 +100,6 @@ class Model:
     def check_branches(self, x: Any, *, context: Any = None) -> None:
         """Checks bounds that are the user's word on data: ratios ``|g(x) - g(y)| / |x - y|`` of every such branch.
 
-        Args:
-            x: Data, as the model takes it.
-            context: Contexts of a conditional density.
-
         Raises:
             ValueError: If a branch stretches the data by more than it claims; the message names the block and both numbers.
         """
@@ -121,8 +117,7 @@ class Model:
             about: JSON data that travel with the model, such as the settings of its training.
 
         Raises:
-            ValueError: If two branches of one's own have the same name, or a number
-                is not finite.
+            ValueError: If two branches of one's own have the same name, or a number is not finite.
         """
         check_names(self.spec.flow)
         path = Path(path)

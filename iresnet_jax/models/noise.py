@@ -65,13 +65,7 @@ def place_and_logdet(
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
     """Levels as points of [0, 1), ``-log q(u | x) - d log(num_levels)``, and its error by that of the log-determinant.
 
-    Args:
-        flow: ``F`` given the features of these examples.
-        x: Levels.
-        key: Source of the noise, one key or one per example.
-        key_probe: Source of the log-determinant's probes, likewise.
-        num_levels: Number of levels.
-        dtype: Type of the numbers.
+    The flow is ``F`` given the features of these examples. Keys, of noise and of probes, are one or one per example.
     """
     start = _logistic(x, key, dtype)
     end, log_det, info = flow.forward_and_logdet(start, key_probe)

@@ -38,9 +38,7 @@ def numbers(spec: DensitySpec, x: Any) -> Any:
 def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
     """Examples that a new model is made for, as it will take them, and the number of integer levels of images that have them.
 
-    Args:
-        x: A batch of examples.
-        num_levels: Levels of images of integers; None are 256, and 2 of booleans.
+    By default these are 256, and 2 of booleans.
 
     Raises:
         ValueError: If they are no batch, hold missing or infinite numbers, or have no levels and ``num_levels`` is given.

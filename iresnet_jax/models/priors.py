@@ -6,7 +6,7 @@ of their samples: 1 samples the prior, and at 0 every sample is a mean.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -34,10 +34,12 @@ class LocationScale:
     Attributes:
         mean: Mean of each entry.
         log_scale: Logarithm of the scale of each entry.
-        unit_std: Standard deviation of the standard member.
+        unit_std, log_density, draw: The standard member's standard deviation, log-density and source of numbers.
     """
 
-    unit_std: ClassVar[float] = 1.0
+    unit_std: ClassVar[float]
+    log_density: ClassVar[Callable[[Array], Array]]
+    draw: ClassVar[Callable[..., Array]]
 
     mean: Any
     log_scale: Any
@@ -61,29 +63,25 @@ class LocationScale:
     def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
         """``sum (log p(t) - log_scale)`` with ``t = (z - mean) / scale``; natural log, exact."""
         t = (z - self.mean[None]) * jnp.exp(-self.log_scale[None])
-        return jnp.sum(self._log_density(t) - self.log_scale[None], axis=1)
+        return jnp.sum(self.log_density(t) - self.log_scale[None], axis=1)
 
     def sample(self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0) -> Float[Array, "n d"]:
         """Draws ``mean + temperature * scale * e``."""
-        drawn = self._draw(key, (*shape, *self.mean.shape), self.mean.dtype)
+        drawn = self.draw(key, (*shape, *self.mean.shape), self.mean.dtype)
         return self.mean[None] + temperature * jnp.exp(self.log_scale[None]) * drawn
-
-    def _log_density(self, t: Array) -> Array:
-        raise NotImplementedError
-
-    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        raise NotImplementedError
 
 
 @pytree(arrays=("mean", "log_scale"))
 class Gaussian(LocationScale):
     """Independent normal entries; ``exp(log_scale)`` are their standard deviations."""
 
-    def _log_density(self, t: Array) -> Array:
-        return -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi)
+    unit_std = 1.0
+    draw = staticmethod(jax.random.normal)
 
-    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        return jax.random.normal(key, shape, dtype)
+    @staticmethod
+    def log_density(t: Array) -> Array:
+        """Log-density of the standard normal distribution."""
+        return -0.5 * jnp.square(t) - 0.5 * math.log(2 * math.pi)
 
 
 @pytree(arrays=("mean", "log_scale"))
@@ -91,12 +89,8 @@ class Logistic(LocationScale):
     """Independent logistic entries, ``log p(t) = log sigmoid(t) + log sigmoid(-t)``: its tails are linear in ``|t|``."""
 
     unit_std = math.pi / math.sqrt(3)
-
-    def _log_density(self, t: Array) -> Array:
-        return log_logistic(t)
-
-    def _draw(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        return jax.random.logistic(key, shape, dtype)
+    log_density = staticmethod(log_logistic)
+    draw = staticmethod(jax.random.logistic)
 
 
 LOCATION_SCALE: dict[str, Any] = {"gaussian": Gaussian, "logistic": Logistic}
