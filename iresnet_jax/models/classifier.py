@@ -179,11 +179,8 @@ class Classifier(Model):
             images: Images of integer levels ``(n, h, w, c)`` as the model will see them, some hundred or more.
             num_classes: Number of classes, at least 2.
             stages: Stages of the network, none of which factors out.
-            coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
-            budget: "layer" or "block", see `FlowSpec`.
-            num_levels: Grey levels of a pixel.
-            pad_channels: Channels of zeros that make the network wider.
-            mean, std: See `ClassifierSpec`.
+            coeff, budget: See `FlowSpec`.
+            num_levels, pad_channels, mean, std: See `ClassifierSpec`.
 
         Raises:
             ValueError: If images and stages do not fit together.

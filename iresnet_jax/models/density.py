@@ -162,8 +162,7 @@ class Density(Model):
             x: Examples as the model will see them, some hundred or more: vectors, or images with channels last. For a model
                 that is trained without data, draws from a rough guess.
             stages: Stages of the flow, from the data to the latents.
-            coeff: Largest operator norm of a layer, or of a block's branch with the budget "block", in (0, 1).
-            budget: "layer" or "block", see `FlowSpec`.
+            coeff, budget: See `FlowSpec`.
             constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
                 `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
