@@ -38,7 +38,6 @@ TRACE = {
     "conv, larger than the image": {"in_shape": (3, 2, 2), "hidden": (4,), "kernel_sizes": (5, 5)},
     "conv, lower than the reach": {"in_shape": (2, 9, 1), "hidden": (3,), "kernel_sizes": (3, 3)},
     "conv, within reach of every pixel": {"in_shape": (4, 3, 3), "hidden": (4,), "kernel_sizes": (3, 3), "activation": "tanh"},
-    "conv, single taps": {"in_shape": (3, 2, 2), "hidden": (3,), "kernel_sizes": (1, 1)},
 }
 LOGDET_ALONE = {
     "three convolutions": {"in_shape": (6, 9, 1), "hidden": (3, 2), "kernel_sizes": (3, 1, 3), "activation": "clipswish"},

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.special
 from scipy import stats
-from sklearn import datasets
 
 from iresnet_jax.data import toys
 
@@ -115,33 +114,6 @@ def samples(name):
         return np.asarray(jax.jit(toys.TOYS[name].sample, static_argnums=1)(jax.random.key(7), NUM_SAMPLES))
 
 
-# Customary generators ---------------------------------------------------------------------------------------------------------
-
-
-def checkerboard(n):
-    rng = np.random.default_rng(0)
-    first = rng.random(n) * 4 - 2
-    second = rng.random(n) - 2 * rng.integers(0, 2, n) + np.floor(first) % 2
-    return 2 * np.stack([first, second], -1)
-
-
-def pinwheel(n):
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(n, 2)) * [0.3, 0.1] + [1, 0]
-    angle = 2 * np.pi / 5 * rng.integers(0, 5, n) + 0.25 * np.exp(features[:, 0])
-    turned = 2 * (features @ [1, 1j]) * np.exp(-1j * angle)
-    return np.stack([turned.real, turned.imag], -1)
-
-
-GENERATORS = {
-    "checkerboard": checkerboard,
-    "pinwheel": pinwheel,
-    "moons": lambda n: datasets.make_moons(n, noise=0.1, random_state=0)[0] * 2 + np.array([-1, -0.2]),
-    "circles": lambda n: datasets.make_circles(n, factor=0.5, noise=0.08, random_state=0)[0] * 3,
-    "swissroll": lambda n: datasets.make_swiss_roll(n, noise=1.0, random_state=0)[0][:, [0, 2]] / 5,
-}
-
-
 def assert_samples_follow(name, x):
     """Chi-square test of a histogram with bins of 0.5 against the integrated density."""
     bins = int(2 * HALF_WIDTH / CELL) // CELLS_PER_BIN
@@ -173,11 +145,6 @@ def test_entropy_is_that_of_the_density(name):
 def test_samples_follow_the_density(name):
     assert samples(name).dtype == np.float32
     assert_samples_follow(name, samples(name))
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_customary_generator_follows_the_density(name):
-    assert_samples_follow(name, GENERATORS[name](NUM_SAMPLES))
 
 
 def test_mistakes_that_look_right_in_a_scatter_plot_are_rejected():

