@@ -1,6 +1,5 @@
 """Certified inverses against Newton's method in decimal numbers of 50 digits, on small flows of every kind."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,9 +9,7 @@ import pytest
 from certified_flows import FLOWS, density, times
 
 from iresnet_jax import certify
-from iresnet_jax.bijections.bijection import isometric_bijection
 from iresnet_jax.certification import norms, prepared
-from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -96,17 +93,6 @@ def test_what_is_no_number_has_an_infinite_bound():
     assert np.isfinite(found.error_bound).tolist() == [True, False]
 
 
-@jax.tree_util.register_static
-class Halve:
-    """A transform of one's own without enclosures."""
-
-    def bijection(self):
-        return isometric_bijection(lambda x: x / 2, lambda y: 2 * y)
-
-    def bilipschitz(self):
-        return model_bounds([])
-
-
 X = np.zeros((2, 2), np.float32)
 lipswish = functools.partial(density, "lipswish")
 
@@ -120,13 +106,6 @@ def huge():
     block = lipswish().weights["stage0"]
     actnorm = block.actnorm._replace(log_scale=block.actnorm.log_scale + np.float32(650))
     return lipswish().with_(weights={"stage0": block._replace(actnorm=actnorm)})
-
-
-def halved():
-    model = lipswish()
-    model = model.with_(spec=dataclasses.replace(model.spec))
-    object.__setattr__(model.spec, "transform", Halve())  # which the type checker of the tests does not know
-    return model
 
 
 CALLS = {
@@ -157,11 +136,6 @@ def test_inside_of_jit_nothing_is_certified(call):
     model = lipswish()
     with pytest.raises(ValueError, match="outside of jit"):
         jax.jit(lambda x: CALLS[call](model, x)[0])(X)
-
-
-def test_a_transform_without_enclosures_is_named():
-    with pytest.raises(ValueError, match="the transform Halve has no method enclose_"):
-        certify.decode(halved(), X)
 
 
 @pytest.mark.parametrize("call", CALLS)

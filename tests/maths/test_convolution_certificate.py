@@ -184,7 +184,6 @@ def test_bounds_compile_and_keep_low_precision_and_bad_weights_visible():
     [
         ({"num_squarings": -1}, "num_squarings"),
         ({"twists": [(0, 2)]}, "twists"),
-        ({"twists": []}, "twists"),
         ({"spatial_shape": (0, 4)}, "spatial_shape"),
         ({"padding": "REFLECT"}, "padding"),
     ],

@@ -161,8 +161,6 @@ def test_one_power_step_follows_a_drifting_kernel():
     for time, sigma in zip(times[::50], sigmas[::50], strict=True):
         true = oracles.operator_norm(oracles.dense_conv_matrix(start + time * drift, 6, 6))
         assert (1 - LAG) * true <= sigma <= (1 + ROUNDING) * true
-    cold, _, _ = norm_of(apply, start + drift, jax.random.normal(jax.random.key(1), (6, 6, 3)), num_steps=1)
-    assert cold < (1 - 2 * LAG) * true
 
 
 @pytest.mark.parametrize("num_steps", [None, 2])
@@ -200,15 +198,11 @@ def test_a_layer_inside_the_ball_is_unchanged_bit_for_bit():
     np.testing.assert_array_equal(gradient, jnp.ones_like(kernel))
 
 
-def converged_norm(apply, kernel, v):
-    return spectral_norm(apply, kernel, v, rtol=1e-6)[0]
-
-
 def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
     rng = np.random.default_rng(0)
     kernel, weights = jnp.asarray(rng.normal(size=(6, 4))), jnp.asarray(rng.normal(size=(6, 4)))
     left, _, right = np.linalg.svd(kernel)
-    sigma, pullback = jax.vjp(jax.jit(lambda k: converged_norm(dense, k, jnp.ones(6))), kernel)
+    sigma, pullback = jax.vjp(jax.jit(lambda k: spectral_norm(dense, k, jnp.ones(6), rtol=1e-6)[0]), kernel)
     np.testing.assert_allclose(pullback(1.0)[0], np.outer(left[:, 0], right[0]), rtol=CONVERGED, atol=CONVERGED)
 
     def normalized(kernel, norm):
@@ -223,9 +217,8 @@ def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
 def test_a_tolerance_that_would_take_minutes_is_refused():
     matrix = jnp.diag(jnp.linspace(0.5, 1, 300))
     arguments = (lambda w, x: x @ w, matrix, jnp.ones(300))
-    for rtol in (1e-6, 1e-9):
-        with pytest.raises(ValueError, match=f"rtol={rtol:g} asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"):
-            spectral_norm(*arguments, rtol=rtol)
+    with pytest.raises(ValueError, match=r"rtol=1e-06 asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"):
+        spectral_norm(*arguments, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
