@@ -40,12 +40,7 @@ def initialize(x: Float[Array, "b ... c"], *, axis_name: str | None = None) -> A
     Args:
         x: A batch; about 1000 examples make the statistics representative.
         axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
-
-    Raises:
-        ValueError: If ``x`` has no channel axis or no entries.
     """
-    if x.ndim < 2 or x.size == 0:
-        raise ValueError(f"x must be a non-empty batch with channels last, got shape {x.shape}: add the missing axes")
     mean, variance = channel_moments(x, axis_name)
     varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
     return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + EPS) / 2, 0))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INK, GREY = "#2a2f36", "#727b87"
 BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"  # distinct to readers with the common colour deficiencies
 OBJECTIVES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
+COLUMNS = 8  # images in a row
 MAX_PAIRS, MAX_RANKS = 5, 12  # entries of a vector whose pairs and whose ranks are drawn
 
 
@@ -177,9 +178,7 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
     return figure
 
 
-def images(
-    values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, columns: int = 8, captions: Sequence[str] = ()
-) -> "Figure":
+def images(values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, captions: Sequence[str] = ()) -> "Figure":
     """Images in reading order, continuous ones from their 1 % to their 99 % quantile."""
     if num_levels is not None:
         pixels = values / (num_levels - 1)
@@ -187,7 +186,7 @@ def images(
         low, high = np.quantile(values[np.isfinite(values)], [0.01, 0.99])
         pixels = (values - low) / max(high - low, 1e-12)
     height = pixels.shape[1] / pixels.shape[2] + (0.3 if captions else 0)
-    figure, grid = panels(len(pixels), columns, height, width=1.0 * columns)
+    figure, grid = panels(len(pixels), COLUMNS, height, width=1.0 * COLUMNS)
     for axes, image in zip(grid, rgb(pixels), strict=True):
         axes.imshow(image, interpolation="nearest")
         axes.set_axis_off()
@@ -196,13 +195,11 @@ def images(
     return figure
 
 
-def reconstructions(
-    originals: Float[np.ndarray, "n ..."], back: Float[np.ndarray, "n ..."], *, num: int = 8
-) -> "Figure | None":
+def reconstructions(originals: Float[np.ndarray, "n ..."], back: Float[np.ndarray, "n ..."]) -> "Figure | None":
     """First originals above their reconstructions and the largest difference of each; None for points and other units."""
     if originals.ndim != 4 or originals.min() < 0 or originals.max() > 1:
         return None
-    originals, back = originals[:num], back[:num]
+    originals, back = originals[:COLUMNS], back[:COLUMNS]
     figure = new_figure(10.0, 2.6 * max(originals.shape[1] / originals.shape[2], 0.5) + 0.4)
     grid: Any = figure.subplots(2, len(originals), squeeze=False)
     for axes, original, inverted, error in zip(grid.T, rgb(originals), rgb(back), np.abs(back - originals), strict=True):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
 CERTIFY_S = 0.5  # roughly, for guaranteed errors of inverses; compiling takes some seconds beside
-SAMPLES_A_CLASS, CLASSES_SHOWN = 8, 10  # samples of each of the first classes
+CLASSES_SHOWN = 10  # the first ones, with a row of samples each
 TITLES = {  # of the fields of `Report` that are sections of the page, in its order
     "likelihood": "Likelihood",
     "calibration": "Calibration",
@@ -277,9 +277,9 @@ def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
         figures["classification"]["First mistakes"] = plots.images(chosen, levels, captions=captions)
     if not isinstance(model, Density):
         return {"classification": result}
-    labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), SAMPLES_A_CLASS).tolist()
+    labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), plots.COLUMNS).tolist()
     values, convergence = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
-    figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels, columns=SAMPLES_A_CLASS)}
+    figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels)}
     return {"classification": result, "samples_by_class": convergence}
 
 
