@@ -91,11 +91,14 @@ class OurSteps(Steps):
         import jax
 
         from iresnet_jax.data.batches import device_batches
-        from iresnet_jax.runs import plan
+        from iresnet_jax.runs import machine, plan
 
         self._jax = jax
         _, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
         self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
+        self.take()
+        self.wait()
+        machine.return_freed_memory()
         self.warm_up(warmup)
 
     def take(self):

@@ -24,7 +24,7 @@ from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs import hosts, run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.machine import device_summary, prepare_backend
+from iresnet_jax.runs.machine import device_summary, prepare_backend, return_freed_memory
 from iresnet_jax.runs.metrics import MetricWriter, Progress
 from iresnet_jax.runs.model_from_config import load_data, model_spec
 from iresnet_jax.runs.objective_from_config import build_objective
@@ -116,6 +116,7 @@ def train(
             for step in trainer.steps(batches):
                 if step == first_step + 1:  # until now there was nothing to save: signals ended the process
                     stack.enter_context(stop)
+                    return_freed_memory()  # of the compiler
                 if parallel.num_processes() > 1 and step % hosts.AGREE_EVERY and not trainer.is_logged:
                     continue
                 is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS

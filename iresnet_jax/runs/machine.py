@@ -51,9 +51,18 @@ def keep_freed_memory() -> None:
     settings = {-1: most, -2: 2**26, -3: most}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     if num_cores() == 1:  # all threads share the first thread's arena, which alone keeps arrays of more than 64 MiB
         settings[-8] = 1  # M_ARENA_MAX
-    if sys.platform.startswith("linux") and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for parameter, value in settings.items():
-            mallopt(parameter, value)
+    for parameter, value in settings.items():
+        _glibc("mallopt", parameter, value)
+
+
+def return_freed_memory() -> None:
+    """Returns what is free now to the system, such as the memory of a compiler that is done."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    if sys.platform.startswith("linux") and (found := getattr(ctypes.CDLL(None), function, None)):
+        found(*arguments)
 
 
 def num_cores() -> int:

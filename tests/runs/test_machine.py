@@ -34,6 +34,7 @@ def test_devices_share_parts_evenly():
 # The functions in a process of their own: where nothing is kept, and where something is.
 PROGRAM = """
 import os
+import pathlib
 import jax, jax.numpy as jnp
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.config import Config
@@ -54,6 +55,13 @@ events = []
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
 print(jax.jit(lambda x: jnp.sin(x) * 3)(2.0), events.count("cache_hits"))
+statm = pathlib.Path("/proc/self/statm")
+pages = lambda: int(statm.read_text().split()[1]) if statm.exists() else 0
+kept = [bytearray(2**16) for _ in range(1000)]
+kept = kept[::2]  # the end of the heap is in use
+before = pages()
+machine.return_freed_memory()
+print(pages() < before or not statm.exists())
 """
 
 
@@ -67,7 +75,7 @@ def said(tmp_path, **variables):
 
 
 def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_path):
-    devices, *nowhere, folder, computed = said(tmp_path)
+    devices, *nowhere, folder, computed, has_returned = said(tmp_path)
     count = machine.num_devices(Config(), machine.num_cores())
     assert devices == f"{count} {count} 0"  # too late, once JAX has started
     assert nowhere == ["None"] * 3
@@ -75,6 +83,7 @@ def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_p
     assert folder.endswith(" None")  # the second call has nothing to do
     result, hits = computed.split()
     assert hits == "0"
-    devices, *_, again, computed = said(tmp_path, JAX_NUM_CPU_DEVICES=str(count))
+    assert has_returned == "True"
+    devices, *_, again, computed, _ = said(tmp_path, JAX_NUM_CPU_DEVICES=str(count))
     assert devices == f"0 {count} 0"  # the user's number of devices holds
     assert (again, computed) == (folder, f"{result} 1")
