@@ -29,6 +29,7 @@ SHORTER = {
     r"\b(num_blocks=|StageSpec\()\d+": r"\g<1>1",
     r"\b(num_(warmup|samples)=)\d+": r"\g<1>32",
     r"\bcv=5\b": "cv=2",
+    r"\(3, 3, 16, 64\)": "(3, 3, 2, 3)",
     r"\b(5000|1500)\b": "256",  # points of the README and of a notebook, which share their programs with those of my_array.npy
     r"\b500(, context=|, 1\))": r"16\1",
     r"hidden=\(32, 32\), kernel_sizes=\(3, 1, 3\)": "hidden=(4,), kernel_sizes=(3, 3)",

@@ -88,26 +88,3 @@ def test_density_of_ridges_integrates_to_one(benchmark):
     stderr = weights.std() / len(x) ** 0.5
     assert stderr < 0.06
     assert abs(weights.mean() - 1) < 5 * stderr
-
-
-def test_inverses_are_tuned_to_the_fastest_precision_and_tolerance_that_reach_the_error(benchmark):
-    class Halving:
-        """A flow whose error is half of its tolerance, in float32 at least .01, from more and more evaluations."""
-
-        def invert(self, num, tolerance, refine):
-            self.tolerance, self.least = tolerance, 0.0 if refine else 0.01
-            return num * (1.5 if refine else 1.0) / tolerance
-
-        def error(self):
-            return {"largest": max(self.tolerance / 2, self.least), "evals": 1 / self.tolerance}
-
-    fastest = benchmark("_peers_trained").fastest_that_reaches
-    settings = [{"tolerance": 10.0**-k, "refine": refine} for refine in (False, True) for k in range(1, 6)]
-    found, tried = fastest(Halving(), settings, 0.03)
-    assert found == {"tolerance": 0.01, "refine": False}
-    assert [each["largest"] for each in tried] == [0.05, 0.01, 0.05, 0.005]
-    found, tried = fastest(Halving(), settings, 0.001, gives_up=lambda found: found["evals"] > 500)
-    assert found == {"tolerance": 0.001, "refine": True}
-    assert [each["refine"] for each in tried] == [False] * 3 + [True] * 3
-    found, _ = fastest(Halving(), settings[:5], 0.001)
-    assert found is None

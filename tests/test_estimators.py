@@ -90,14 +90,6 @@ def test_scikit_learn_checks(estimator, check, monkeypatch):
 # --- what users rely on ---------------------------------------------------------------------------------------------
 
 
-def test_a_few_samples_and_a_time_are_enough():
-    x = correlated(num=60)[1]
-    with pytest.warns(UserWarning, match="hardly trained"):
-        flow = ResidualFlowDensity(minutes=1e-3, architecture=TINY["architecture"], settings=TINY["settings"]).fit(x)
-    assert flow.score(x) > scipy.stats.multivariate_normal([5.0, -2.0, 100.0], 4 * np.eye(3)).logpdf(x).mean()
-    assert flow.model_.history.attempts
-
-
 def correlated(num=400, seed=0):
     """A normal density of three features with correlations of 0.9, and its samples."""
     density = scipy.stats.multivariate_normal([5.0, -2.0, 100.0], 4 * (0.1 * np.eye(3) + 0.9 * np.ones((3, 3))))

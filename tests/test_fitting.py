@@ -63,11 +63,9 @@ def noisy(noise):
 # Runs so far, seconds that are left, and the run that follows, or a part of why there is none.
 NEXT_RUNS = {
     "one that improved to its end is followed by a longer one": (IMPROVING, 170.0, (PLAIN, 4000)),
-    "and by a longer one still": (LONG, 1e5, (PLAIN, 16_000)),
     "which has the rest of the time if that is short": (LONG, 150.0, (PLAIN, 0)),
     "or is not worth its start": (LONG, 25.0, "too little time"),
     "a longer run that was worse ends it": (LONG | {(PLAIN, 16_000): outcome(6.0, 900, 16_000)}, 1e5, "no longer improved"),
-    "a longer run that blew up ends it": (IMPROVING | {(PLAIN, 4000): None}, 170.0, "no longer improved"),
     "time without a limit": (LONG, math.inf, (PLAIN, 16_000)),
     "a limit of time is no aim": (FIRST | {(PLAIN, 1000): outcome(5.0, 700)}, 170.0, "no longer improved"),
     "first runs that were cut short leave the time to the plain one": (
@@ -79,7 +77,6 @@ NEXT_RUNS = {
         *(140.0, noisy(0.1)),
     ),
     "what overfits is tried with noise": (OVERFITTED, 170.0, noisy(0.1)),
-    "and with more noise": (OVERFITTED | {noisy(0.1): outcome(4.0, 100)}, 170.0, noisy(0.3)),
     "until there is none": (
         OVERFITTED | {noisy(0.1): outcome(4.0, 100), noisy(0.3): outcome(3.0, 100)},
         *(170.0, "no longer improved"),
@@ -255,19 +252,16 @@ def test_commands_that_need_data_say_how_to_give_the_array(workdir, capsys):
 def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
     np.save(tmp_path / "same.npy", BANANA)
     np.save(tmp_path / "other.npy", BANANA + 1)
-    np.save(tmp_path / "wide.npy", RNG.normal(size=(400, 3)))
 
-    def evaluate(name, status=0):
-        assert main(["evaluate", "--workdir", workdir, "--data", f"npy:{tmp_path / name}"]) == status
-        out, err = capsys.readouterr()
-        return out if status == 0 else err
+    def evaluate(name):
+        assert main(["evaluate", "--workdir", workdir, "--data", f"npy:{tmp_path / name}"]) == 0
+        return capsys.readouterr().out
 
     same = evaluate("same.npy")
     assert "are among those that validated: the checkpoint was chosen on them." in same
     assert "other data" not in same
     assert " nats (" in same
     assert evaluate("other.npy").startswith("These are other data than the model was trained on")
-    assert "the model takes examples of shape (2,)" in evaluate("wide.npy", status=2)
 
 
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(capfd, monkeypatch):
@@ -317,15 +311,6 @@ def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
         model.log_prob(x[:5])
 
 
-def test_labels_make_a_classifier_of_images_and_integers_are_levels():
-    labels = np.arange(80) % 2
-    images = (RNG.integers(0, 4, (80, 4, 4, 1)) + 8 * labels[:, None, None, None]).astype(np.uint8)
-    stage = (ir.StageSpec(num_blocks=1, hidden=(2,), kernel_sizes=(3, 1), squeeze=2),)
-    classifier = ir.fit(images, labels, **QUICK | {"architecture": stage})
-    assert isinstance(classifier, ir.Classifier)
-    assert classifier.spec.num_levels == 12
-
-
 def data_of(x, **arrays):
     return from_arrays("a", Arrays(np.asarray(x), **arrays), fractions=(0.1, 0.0))
 
@@ -356,10 +341,8 @@ HEAVY = np.random.default_rng(0).standard_t(2, size=(300, 70))
 LENGTHS = np.random.default_rng(0).normal(size=(300, 70)) * np.random.default_rng(1).lognormal(size=(300, 1))
 TABLES = {
     "normal": (RNG.normal(size=(500, 2)), PLAIN_ALONE),
-    "normal and few": (RNG.normal(size=(40, 4)), PLAIN_ALONE),
     "correlations of few": (np.cumsum(RNG.normal(size=(40, 4)), axis=1), [*PLAIN_ALONE, ("mixture", 1)]),
     "modes": (MODES, [*PLAIN_ALONE, ("mixture", 2)]),
-    "many columns": (RNG.normal(size=(100, 70)), PLAIN_ALONE),
     "heavy tails": (HEAVY, [("logistic", 0)]),
     "lengths that differ": (LENGTHS, [("logistic", 0), ("scales", 16)]),
 }

@@ -77,10 +77,6 @@ def test_points_of_slcp_are_normal(tasks):
     mean, found = moments(tasks.TASKS["slcp"].simulate, theta)
     np.testing.assert_allclose(mean, np.tile(theta[:2], 4), atol=0.05)
     np.testing.assert_allclose(found, np.kron(np.eye(4), covariance), atol=0.07)
-    order = tasks._noise()[2]
-    theta, x = tasks.TASKS["slcp_distractors"].draw(3000)
-    own = x[:, np.argsort(order)[:2]]
-    assert np.abs(np.median(own - theta[:, :2], axis=0)).max() < 0.2
 
 
 def test_spikes_follow_the_generalised_linear_model(tasks):

@@ -81,11 +81,6 @@ def test_frames_of_other_packages_are_converted_by_themselves():
         columns_of(Table())
 
 
-def test_a_column_that_is_there_twice_is_none():
-    with pytest.raises(ValueError, match="two columns are called"):
-        numbers_of(pd.concat([FRAME, FRAME[["age"]]], axis=1), COLUMNS)
-
-
 def test_columns_are_found_by_name():
     np.testing.assert_array_equal(numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS))
 
@@ -94,7 +89,6 @@ def test_columns_are_found_by_name():
     ("change", "message"),
     [
         ({"age": ["a", "b", "c"]}, "column 'age' must hold numbers"),
-        ({"children": pd.array([0, None, 2], dtype="Int64")}, "'children' has 1 missing values, the first in row 1"),
         ({"height": [1.0, 2.0, np.nan]}, "'height' has 1 missing values, the first in row 2"),
         ({"city": ["Oslo", "Rome", "Oslo"]}, "'Rome' in row 1 of column 'city' .* these are 'Bern', 'Oslo'"),
         ({"weight": [1, 2, 3]}, "knows no column 'weight'"),
@@ -105,17 +99,10 @@ def test_other_frames_are_refused_by_column(change, message):
         numbers_of(FRAME.assign(**change), COLUMNS)
 
 
-def test_a_missing_column_is_named():
-    with pytest.raises(ValueError, match="no column 'age'"):
-        numbers_of(FRAME.drop(columns="age"), COLUMNS)
-
-
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
         (pd.DataFrame({"when": pd.date_range("2020", periods=3)}), "column 'when' must hold numbers, booleans or text"),
-        (pd.DataFrame({"mix": ["a", 1, 2.5]}), "column 'mix' must hold"),
-        (pd.DataFrame({"text": ["a", None, "b"]}), "column 'text' has 1 missing values"),
         (pd.DataFrame(index=range(3)), "no columns"),
         (pd.DataFrame({pd.Timestamp("2020-01-01"): [1.0]}), "names must be text or numbers"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns are called 'a'"),

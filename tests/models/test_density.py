@@ -103,9 +103,7 @@ def test_each_example_has_the_noise_of_its_key():
         (lambda m: m.log_prob(X + np.uint8(1)), "got levels from . to 8"),
         (lambda m: m.log_prob(X[:, :3]), r"shape \(batch, 4, 4, 1\) .* got an array of shape \(3, 3, 4, 1\)"),
         (lambda m: m.continuous.encode(X), r"takes floats of shape \(batch, 4, 4, 1\), got uint8"),
-        (lambda m: m.class_log_probs(X), "one prior for all"),
         (lambda m: m.sample(jax.random.key(0), 2, labels=jnp.array([0, 1])), "one prior for all"),
-        (lambda m: m.sample(jax.random.key(0), 0), "num must lie in"),
         (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature must lie in"),
     ],
 )
@@ -118,11 +116,8 @@ def test_labels_that_are_none_are_named():
     with_classes = kept.model(dataclasses.replace(IMAGES, num_classes=3))
     with pytest.raises(ValueError, match=r"labels must be 2 integers, .* int32 of shape \(1,\)"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
-    with pytest.raises(ValueError, match=r"labels must be 2 integers, .* float32"):
-        with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0.0, 1.0]))
-    for wrong in (-1, 1000):
-        with pytest.raises(ValueError, match=rf"labels must be classes from 0 to .*, got {wrong}"):
-            with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0, wrong]))
+    with pytest.raises(ValueError, match=r"labels must be classes from 0 to .*, got 1000"):
+        with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0, 1000]))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +126,7 @@ def test_labels_that_are_none_are_named():
         ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, .*, own, got 'cauchy'"),
         ({"prior_family": "mixture"}, "num_components is for the priors mixture, .* got None for the prior mixture"),
         ({"num_components": 2}, "got 2 for the prior logistic"),
-        ({"prior_family": "mixture", "num_components": 0}, "at least 1, .* got 0"),
         ({"prior_family": "mixture", "num_components": 2, "num_classes": 3}, "got mixture with num_classes=3"),
-        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
         ({"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2}, r"a share for each entry of \(4, 4, 1\), got 3"),
     ],

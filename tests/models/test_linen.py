@@ -52,37 +52,6 @@ def constrained(variables):
     return jax.jit(lambda params, spectral: constrain(SPEC, params, spectral, num_steps=1))(**variables)
 
 
-def shapes(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in jax.tree.leaves_with_path(tree)}
-
-
-def test_names_read_like_paths(variables):
-    assert set(variables) == {"params", "spectral"}
-    assert shapes(variables["params"]) == {
-        "stage0/blocks/actnorm/bias": (2, 4),
-        "stage0/blocks/actnorm/log_scale": (2, 4),
-        "stage0/blocks/conv0/kernel": (2, 3, 3, 4, 3),
-        "stage0/blocks/conv0/bias": (2, 3),
-        "stage0/blocks/conv1/kernel": (2, 1, 1, 3, 4),
-        "stage0/blocks/conv1/bias": (2, 4),
-        "stage1/blocks/actnorm/bias": (1, 8),
-        "stage1/blocks/actnorm/log_scale": (1, 8),
-        "stage1/blocks/dense0/kernel": (1, 8, 5),
-        "stage1/blocks/dense0/bias": (1, 5),
-        "stage1/blocks/dense1/kernel": (1, 5, 8),
-        "stage1/blocks/dense1/bias": (1, 8),
-        "stage1/blocks/dense1/beta": (1,),
-        "prior/mean": (16,),
-        "prior/log_scale": (16,),
-    }
-    assert shapes(variables["spectral"]) == {
-        "stage0/blocks/conv0": (2, 2, 2, 4),
-        "stage0/blocks/conv1": (2, 2, 2, 3),
-        "stage1/blocks/dense0": (1, 8),
-        "stage1/blocks/dense1": (1, 5),
-    }
-
-
 def test_blocks_start_different(variables):
     kernels = variables["params"]["stage0"]["blocks"]["conv0"]["kernel"]
     assert not jnp.allclose(kernels[0], kernels[1])

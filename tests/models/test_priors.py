@@ -1,4 +1,4 @@
-"""Priors against SciPy and quadrature."""
+"""Priors against SciPy."""
 
 import dataclasses
 
@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate, special, stats
+from scipy import special, stats
 
 from iresnet_jax.models import priors
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
 from iresnet_jax.models.priors import ClassPriors, Gaussian, Logistic
 
 EXACT = 1e-9  # float64, same maths by another route
-QUADRATURE = 1e-6
 SINGLE = 1e-5  # float32, same maths by another route
 P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
 D = 3
@@ -55,16 +54,6 @@ def test_log_prob_matches_scipy(x64, family):
     prior = drawn(family)
     z = np.concatenate([np.random.default_rng(1).normal(size=(6, D)), np.full((1, D), 100.0), np.full((1, D), -100.0)])
     np.testing.assert_allclose(prior.log_prob(jnp.asarray(z)), by_scipy(prior, z), rtol=EXACT)
-
-
-@pytest.mark.parametrize("family", priors.FAMILIES)
-def test_densities_integrate_to_one(x64, family):
-    prior = drawn(family, num_dims=1, seed=3)
-    density = jax.jit(lambda z: jnp.exp(prior.log_prob(z.reshape(1, 1)))[0])
-    centre = float(np.mean(prior.mean))
-    ends = [(-np.inf, centre), (centre, np.inf)]
-    halves = [integrate.quad(lambda z: float(density(jnp.asarray(z))), *half)[0] for half in ends]
-    assert sum(halves) == pytest.approx(1, abs=QUADRATURE)
 
 
 @pytest.mark.parametrize("family", priors.LOCATION_SCALE)

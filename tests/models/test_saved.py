@@ -46,8 +46,6 @@ def density():
             "model must be of the type DensitySpec or ClassifierSpec, got 'Sofa'",
         ),
         (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
-        (lambda plain: plain | {"prior_family": 3}, "model.prior_family must be a string, got 3"),
-        (lambda plain: plain | {"num_levels": True}, "model.num_levels must be a whole number, got True"),
         (lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}}, r"coeff must lie in \(0, 1\), got 1.5"),
         (
             lambda plain: plain | {"flow": plain["flow"] | {"event_shape": ["4", 4, 1]}},
@@ -61,14 +59,10 @@ def test_plain_data_that_are_no_spec(change, sentence):
         checked(Spec, change(tagged(DENSITY)), "model")
 
 
-def members(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
 def rewritten(path, change):
     """The file with other members."""
-    content = members(path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
     change(content)
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in content.items():
@@ -121,7 +115,7 @@ def test_scales_of_a_flow_with_prescribed_constants_cannot_be_altered(tmp_path):
         assert same.certificate().forward == model.certificate().forward
 
 
-OLD_HEADER, NO_TEXT = (np.frombuffer(text, np.uint8) for text in (b'{"format": 1}', b"\xff\xfe"))
+OLD_HEADER = np.frombuffer(b'{"format": 1}', np.uint8)
 
 
 def huge_header(content):
@@ -131,14 +125,10 @@ def huge_header(content):
     content[KERNEL] = buffer.getvalue()
 
 
-def changed_header(content, change):
-    header = json.loads(np.load(io.BytesIO(content["header.npy"])).tobytes())
-    change(header["spec"]["flow"]["stages"])
-    return np.frombuffer(json.dumps(header).encode(), np.uint8)
-
-
 def with_blocks(content, num):
-    return changed_header(content, lambda stages: stages[0].update(num_blocks=num))
+    header = json.loads(np.load(io.BytesIO(content["header.npy"])).tobytes())
+    header["spec"]["flow"]["stages"][0]["num_blocks"] = num
+    return np.frombuffer(json.dumps(header).encode(), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +147,6 @@ def with_blocks(content, num):
             lambda content: content.update({"header.npy": npy(OLD_HEADER)}),
             "its format is 1, not 2",
         ),
-        (lambda content: content.update({"header.npy": npy(NO_TEXT)}), ""),
-        (lambda content: content.update({"header.npy": npy(np.zeros(4))}), ""),
         (lambda content: content.update({"header.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))}), "recursion"),
         (lambda content: content.update({"header.npy": npy(with_blocks(content, 2**70))}), ""),
     ],

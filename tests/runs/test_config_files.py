@@ -122,11 +122,8 @@ def test_a_cut_down_copy_takes_a_step():
     [
         ("toy_2d", "mons", "moons"),
         ("digits_density", "variatonal", "variational"),
-        ("iresnet_density", "cifar1", "cifar10"),
-        ("residual_flow_density", "cifar1", "cifar10"),
         ("iresnet_classification", "cifar1", "cifar10"),
         ("digits_classification", "vanila", "vanilla"),
-        ("mnist_classification", "muo", "muon"),
     ],
 )
 def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, known):

@@ -8,7 +8,6 @@ import sys
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs as runs
@@ -93,17 +92,6 @@ def happens_before(monkeypatch):
     return arrange
 
 
-def test_a_run_in_float64_is_trained_and_read_in_it(tmp_path, x64):
-    changes = {"training.total_steps": 2, "training.eval_every_steps": 2, "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
-    changes |= {"logdet.kind": "exact", "evaluation.logdet.kind": "exact", "training.blocks": "unroll"}
-    loop.train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path)
-    model = trained_run.load(tmp_path).model
-    assert {leaf.dtype for leaf in jax.tree.leaves((model.weights["stage0"].branch.weights, model.prior))} == {jnp.dtype(float)}
-    assert model.certificate().certified
-    with jax.enable_x64(False), pytest.raises(ValueError, match="trained in float64: set JAX_ENABLE_X64"):
-        trained_run.load(tmp_path)
-
-
 def send(*signals):
     return lambda: [signal.raise_signal(number) for number in signals]
 
@@ -153,8 +141,6 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, uninterrup
     resumed = loop.train(config, tmp_path / "run")._replace(constants={})  # which no checkpoint holds
     assert_ends_like(tmp_path / "run", uninterrupted)
     chex.assert_trees_all_equal(to_named(resumed), arrays_of(uninterrupted))  # what is returned is what is saved
-    with pytest.raises(AssertionError):  # the comparison can fail
-        chex.assert_trees_all_equal(to_named(resumed._replace(params=resumed.ema)), arrays_of(uninterrupted))
 
 
 IMPORT_PROGRAM = """

