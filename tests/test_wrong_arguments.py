@@ -40,20 +40,16 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(key=7), r"jax.random.key\(7\), got 7"),
         (lambda: fit(key=jax.random.split(KEY, (2, 2))), r"got keys of shape \(2, 2\): choose one, or loop over them"),
         (lambda: model().sample(0, 3), "key must be a key"),
-        (lambda: model().sample(jax.random.split(KEY), 3), "a single key"),
     ],
     "minutes and steps": [
         (lambda: fit(minutes=1), "not both"),
         (lambda: fit(steps=None, minutes=0), "minutes must lie in"),
-        (lambda: fit(steps=None, minutes=float("nan")), "minutes must be a number"),
         (lambda: fit(steps=0), "steps must lie in"),
-        (lambda: fit(steps=2.5), "steps must be a whole number"),
         (lambda: fit(workdir="gs://bucket/run", steps=1), "a workdir must be a folder of this machine"),
     ],
     "architecture": [
         (lambda: fit(architecture=ir.StageSpec(num_blocks=1, hidden=(4,))), "architecture must be a tuple"),
         (lambda: fit(architecture=[{"num_blocks": 1, "hiden": (4,)}]), r"architecture\[0\] has no field 'hiden'"),
-        (lambda: fit(architecture=()), "at least one stage"),
     ],
     "settings": [
         (lambda: fit(settings=[1]), "settings must be a dictionary"),
@@ -63,7 +59,6 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "validation": [
         (lambda: fit(validation_fraction=0), "validation_fraction must lie in"),
         (lambda: fit(validation_fraction=0.999), "too few"),
-        (lambda: fit_density(validation_fraction="a"), "validation_fraction must be a number"),
         (lambda: fit(validation=(X, None, None, None)), "got 4 entries"),
         (lambda: fit(validation=[X, LABELS]), "got a list"),
         (lambda: fit(validation=X[:, :1]), "examples of one shape"),
@@ -81,14 +76,12 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(None), "x must be an array of numbers, got a NoneType"),
         (lambda: fit([[1, 2], [3]]), "x must be an array of numbers"),
         (lambda: fit(X[:, 0]), r"x\[:, None\]"),
-        (lambda: fit(X[:, :, None]), r"x\[\.\.\., None\]"),
         (lambda: fit(X[:2]), "too few"),
         (lambda: fit_density(X[:, 0]), "1D array"),
         (lambda: model().log_prob(X[:, :1]), r"takes floats of shape \(batch, 2\)"),
     ],
     "labels": [
         (lambda: fit(X, np.zeros(3, int)), "labels must be 60"),
-        (lambda: fit(X, LABELS / 2), "labels must be 60"),
         (lambda: fit(X, LABELS * 2**32), "4294967296 as the largest"),  # which int32 would make 0
         (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
     ],

@@ -56,12 +56,6 @@ class Infinite(Rotated):
 
 
 @register_dataclass
-class Negative(Rotated):
-    def lipschitz_bound(self):
-        return -self.scale
-
-
-@register_dataclass
 class Mixing(Rotated):
     def __call__(self, x):
         return self.scale * (x - x.mean(axis=0, keepdims=True))
@@ -100,7 +94,6 @@ def test_a_bound_that_is_one_percent_too_low_is_named_with_both_numbers():
     [
         (Kinked, "was measured on the data"),
         (Infinite, "constant inf: .* finite"),
-        (Negative, "constant -.* finite"),
         (Mixing, "computed alone"),
     ],
 )

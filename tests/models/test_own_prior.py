@@ -148,7 +148,6 @@ def with_own(kind):
         (lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5), "has no temperature, got 0.5"),
         (lambda: ir.Density.init(jax.random.key(0), X, stages=FLOW.stages, prior=PRIOR_WITHOUT_METHODS), "got a dict"),
         (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "got own with num_classes=2"),
-        (lambda: priors.standard("own", 2), "no standard member"),
     ],
 )
 def test_what_it_cannot_do_ends_in_one_sentence(call, sentence):
