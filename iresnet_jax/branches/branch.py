@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, block_bounds
 from iresnet_jax.maths.logdet_estimator import Jacobian, Logdet, Trace
 from iresnet_jax.maths.upward_rounding import rounded_up
 
@@ -236,6 +237,10 @@ class BranchSpec(ABC):
     def bound_of_norms(self, bounds: Norms) -> Float[Array, ""]:
         """Upper bound of ``Lip(g)`` that follows from `norm_bounds`."""
         return bounds["branch"]
+
+    def block_bounds(self, lipschitz_bound: float | Float[Array, ""]) -> BiLipschitz:
+        """Bounds of the block ``x + g(x)`` with ``Lip(g) <= lipschitz_bound``, for kinds that know better ones."""
+        return block_bounds(lipschitz_bound)
 
     def of_stored(self, weights: Weights, *, coeff: float) -> Branch:
         """The branch of weights that were stored, as a model uses it.

@@ -81,6 +81,17 @@ class FeedforwardSpec(BranchSpec):
             )
         pads_of(self.padding, (1, 1))  # raises for an unknown one
 
+    def check_slopes(self) -> None:
+        """Raises ``ValueError`` unless slopes of the activation are in [0, 1] and kernels of odd sizes."""
+        if not activations.get(self.activation).monotone:
+            known = ", ".join(name for name, activation in activations.ACTIVATIONS.items() if activation.monotone)
+            raise ValueError(
+                f"{type(self).__name__} takes activations whose slopes lie in [0, 1], and those of {self.activation} do not: "
+                f"choose one of {known}"
+            )
+        if any(size % 2 == 0 for size in self.kernel_sizes or ()):
+            raise ValueError(f"{type(self).__name__} takes kernels of odd sizes, got kernel_sizes={self.kernel_sizes}")
+
     @classmethod
     def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "FeedforwardSpec":
         """The branch that a `StageSpec` describes, for examples of this shape."""

@@ -8,10 +8,11 @@ from typing import Any
 from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.own import Make, OwnSpec
+from iresnet_jax.branches.potential import PotentialSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 
 Kind = type[BranchSpec] | Make
-_kinds: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec}
+_kinds: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec, "potential": PotentialSpec}
 KINDS: Mapping[str, Kind] = MappingProxyType(_kinds)  # `register` adds to it; a name means one kind
 
 

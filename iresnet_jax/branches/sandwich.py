@@ -31,7 +31,6 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import Norms, Weights
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.layers import LayerSpec, Part
-from iresnet_jax.maths import activations
 
 _FLOOR = 1e-12  # of squared norms of rows and columns beside the largest entry, so that a channel of zeros has a balance
 
@@ -49,14 +48,7 @@ class SandwichSpec(FeedforwardSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        if not activations.get(self.activation).monotone:
-            known = ", ".join(name for name, activation in activations.ACTIVATIONS.items() if activation.monotone)
-            raise ValueError(
-                f"sandwich layers take activations whose slopes lie in [0, 1], and those of {self.activation} do not: choose "
-                f"one of {known}"
-            )
-        if any(size % 2 == 0 for size in self.kernel_sizes or ()):
-            raise ValueError(f"sandwich layers take kernels of odd sizes, got kernel_sizes={self.kernel_sizes}")
+        self.check_slopes()
 
     @property
     def _maps(self) -> list[tuple[int, int, bool]]:

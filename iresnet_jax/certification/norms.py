@@ -35,6 +35,7 @@ class StepConstants(NamedTuple):
 
     Attributes:
         branch: Lipschitz constant of the branch.
+        block: Lipschitz constant of ``x + g(x)``.
         curvature: Lipschitz constant of the branch's Jacobian; infinite where a slope jumps.
         largest_scale: Largest scale of the ActNorm.
         least_scale: Least one.
@@ -44,6 +45,7 @@ class StepConstants(NamedTuple):
     """
 
     branch: Float[np.ndarray, " t"]
+    block: Float[np.ndarray, " t"]
     curvature: Float[np.ndarray, " t"]
     largest_scale: Float[np.ndarray, " t"]
     least_scale: Float[np.ndarray, " t"]
@@ -59,7 +61,7 @@ class StepConstants(NamedTuple):
     @property
     def stretch(self) -> Float[np.ndarray, " t"]:
         """Lipschitz constant of the step."""
-        return (1 + self.branch) * self.largest_scale * UP
+        return self.block * self.largest_scale * UP
 
     @property
     def inverse(self) -> Float[np.ndarray, " t"]:
@@ -103,7 +105,8 @@ def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
     curvature = branch_jacobian_bound(norms, slopes) * UP
     own_error = math.sqrt(math.prod(stage.place.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
     slope_factor = 2 * math.prod(norms) * sum(slope is not None for slope in curvatures) * UP
-    return (float(stage.lipschitz[k]), curvature, largest, least, own_error, slope_factor, max(slopes))
+    constants = float(stage.lipschitz[k]), float(stage.stretch[k])
+    return (*constants, curvature, largest, least, own_error, slope_factor, max(slopes))
 
 
 def _curvature(layer: Layer, k: int) -> float | None:

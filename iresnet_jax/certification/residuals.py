@@ -53,6 +53,7 @@ class PreciseStage(NamedTuple):
         scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
         layers: Layers of the branches.
         lipschitz: Bounds of the Lipschitz constants of the branches.
+        stretch: Bounds of the Lipschitz constants of ``x + g(x)``.
     """
 
     place: Place
@@ -60,6 +61,7 @@ class PreciseStage(NamedTuple):
     scale: DoubleDouble
     layers: tuple[Layer, ...]
     lipschitz: Float[np.ndarray, " k"]
+    stretch: Float[np.ndarray, " k"]
 
     @property
     def num_blocks(self) -> int:
@@ -109,6 +111,7 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
                 scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
                 layers=layers,
                 lipschitz=branch.lipschitz_bound,
+                stretch=np.array([branch.spec.block_bounds(bound).forward for bound in branch.lipschitz_bound]),
             )
         )
     return tuple(stages)

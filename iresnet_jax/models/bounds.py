@@ -43,7 +43,9 @@ def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
         block = weights[stage.name]
-        own = model_bounds(jnp.asarray(block.branch.lipschitz_bound), list(jnp.asarray(block.actnorm.log_scale)))
+        own = model_bounds([], list(jnp.asarray(block.actnorm.log_scale)))
+        for lipschitz_bound in jnp.asarray(block.branch.lipschitz_bound):
+            own = own.compose(stage.branch.block_bounds(lipschitz_bound))
         bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds
 
