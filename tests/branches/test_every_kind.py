@@ -82,6 +82,15 @@ CASES = {
         (ir.StageSpec(1, **CONV, activation="tanh", positional_bias=True, kind="sandwich", factor_out=True), DENSE),
         context_dim=CONTEXT_DIM,
     ),
+    "potential": ir.FlowSpec(
+        (4, 4, 1),
+        (
+            ir.StageSpec(1, **CONV, activation="softplus4", positional_bias=True, kind="potential", factor_out=True),
+            ir.StageSpec(1, (9,), activation="tanh", kind="potential"),
+        ),
+        coeff=0.7,  # roulette has an infinite variance for eigenvalues beyond the root of 1/2
+        context_dim=CONTEXT_DIM,
+    ),
     "function": ir.FlowSpec((2, 2, 1), (ir.StageSpec(2, branch=shifted),), context_dim=CONTEXT_DIM),
     "registered": ir.FlowSpec((3,), (ir.StageSpec(2, (4,), kind="wave", actnorm=False),)),
 }
