@@ -51,7 +51,7 @@ class PotentialSpec(FeedforwardSpec):
         return general._replace(forward=jnp.maximum(1, general.forward - 2))
 
     def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
-        """The weights of `FeedforwardSpec.initial_weights` with ``K`` times the root of ``last_scale``, and no kernel behind."""
+        """The weights of `FeedforwardSpec.initial_weights` with ``K`` times the root of ``last_scale``."""
         weights, (first, last) = super().initial_weights(key, sharp=sharp), self.layers
         kernel = weights[first.name]["kernel"] * jnp.sqrt(last_scale)
         behind = {name: value for name, value in weights[last.name].items() if name != "kernel"}
@@ -68,10 +68,9 @@ class PotentialSpec(FeedforwardSpec):
 
     def _of_layers(self, weights: Weights) -> Weights:
         """Weights of the feed-forward branch."""
-        first, last = self.layers
+        last = self.layers[1]
         return {**weights, last.name: {**weights[last.name], "kernel": self._kernels(weights)[1]}}
 
     def _kernels(self, weights: Weights) -> tuple[Array, ...]:
         kernel = weights[self.layers[0].name]["kernel"]
         return kernel, -jnp.swapaxes(jnp.flip(kernel, range(kernel.ndim - 2)), -2, -1)
-

@@ -37,7 +37,8 @@ class StageSpec:
             ``channel_order[i]``. It decides which half leaves as latents. None keeps their order.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
         kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich", of `SandwichSpec`, whose
-            bound of the Lipschitz constant is smaller for the same weights.
+            bound of the Lipschitz constant is smaller for the same weights; "potential", of `PotentialSpec`, whose blocks
+            never stretch.
         branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
             arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
             compiled programs.
