@@ -6,8 +6,8 @@ FOLDER holds train.npy, validation.npy and test.npy, arrays of shape (n, 63); do
 and how it becomes such a folder. Patches differ in contrast by orders of magnitude and in their edges, which a mixture of 32
 normal distributions has from the start.
 
-Test 156.20 +- .14 nats after 102 minutes of two cores, 35,179 steps (benchmarks/results/bsds300). A larger machine gets further
-in the same time.
+Test -156.20 +- .14 nats after 102 minutes of two cores, 35,179 steps (benchmarks/results/bsds300). A larger machine gets
+further in the same time.
 """
 
 from iresnet_jax.runs.config import default_config, estimator_settings

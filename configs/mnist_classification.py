@@ -3,8 +3,7 @@
     python train.py --config=configs/mnist_classification.py --workdir=runs/mnist_classification
 
 Variants after a colon: a number is the coefficient c in place of .9, such as :0.7; :vanilla is the unconstrained twin, and
-:muon is a wider network at c = .9, trained by Muon for
-twelve minutes, whatever the machine.
+:muon is a wider network at c = .9, trained by Muon for twelve minutes, whatever the machine.
 
 At c = .9 49 of 10,000 test images are wrong, .49 %, after 27 minutes on one core (benchmarks/results/mnist_classification), and
 45 of the unconstrained twin; of :muon, 35 after twelve minutes on two cores (benchmarks/results/mnist_classification_muon). The

@@ -21,7 +21,7 @@ if version("jaxlib").startswith("0.10."):  # compiles in half the time; later ve
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Large pages for test processes, where Linux has them; commands that tests start need not start themselves again for them.
+# Large pages for test processes, where Linux has them.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process. Some plugin of
 # pytest may have loaded NumPy before this file, which then has to be told.

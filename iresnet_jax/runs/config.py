@@ -37,7 +37,7 @@ from iresnet_jax.training.trainer import TrainingConfig
 class DataConfig:
     """Data set."""
 
-    name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or a simulator
+    name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or files
     # Shares of the examples of a file without splits; image data sets come with their splits.
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
@@ -114,7 +114,7 @@ class EvaluationConfig:
     num_probe_draws: Count = 4  # probe draws per noise draw
     num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
     num_importance_examples: CountOrNone = 0  # test examples, evenly spaced, that have these draws; 0 for all
-    num_examples: Count = 20_000  # test examples of a toy or simulator; other data use their whole test split
+    num_examples: Count = 20_000  # test examples of a toy; other data use their whole test split
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
     def solver(self) -> Solver:

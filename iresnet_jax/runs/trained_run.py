@@ -70,7 +70,7 @@ class Run:
         return replace(self, config=replace(self.config, data=replace(self.config.data, name=name)))
 
     def test_examples(self) -> np.ndarray:
-        """All test examples, or as many fresh ones of a toy or simulator as the settings ask for."""
+        """All test examples, or as many fresh ones of a toy as the settings ask for."""
         return self.data.held_out("test", self._num_test, self.config.seed)
 
     def test_contexts(self) -> np.ndarray | None:
@@ -119,7 +119,7 @@ class Run:
     def _validated_on_the_test(self) -> bool:
         """Whether training set no test examples aside of these data, as `iresnet_jax.fit` does not.
 
-        Test and validation examples are then the first of one order, see `splits.fraction_masks`.
+        Test and validation examples are then the first of one order, see `dataset.fraction_masks`.
         """
         data = self.config.data
         return not self.data.is_endless and load_data(replace(data, test_fraction=0.0)).fingerprint == self.fingerprint
