@@ -25,7 +25,7 @@ class Worker:
     def __init__(self, cores, module, case, arguments, environment=None):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(MEMORY_SETTINGS)}
         self._name, self._errors = f"{case} of {module}", tempfile.TemporaryFile("w+")
-        read, written = os.pipe()  # a channel of its own: libraries print, and a process may start itself again
+        read, written = os.pipe()  # a channel of its own: libraries print
         self._answers = os.fdopen(read)
         told = {"cores": cores, "module": module, "case": case, "arguments": arguments, "answers": written}
         began = time.perf_counter()

@@ -113,9 +113,7 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
     return BiLipschitz(rounded_up(1 + bound), jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf))
 
 
-def model_bounds(
-    branch_bounds: Sequence[Scalar] | Float[Array, " k"], log_scales: Sequence[Float[Array, " _"]] = ()
-) -> BiLipschitz:
+def model_bounds(blocks: Sequence[BiLipschitz], log_scales: Sequence[Float[Array, " _"]] = ()) -> BiLipschitz:
     r"""Bounds of a chain of residual blocks and ActNorms: ``prod_k (1 + L_k) prod_l max_c exp(s_lc)`` and its inverse's.
 
     The inverse's bound is ``prod_k 1/(1 - L_k) prod_l max_c exp(-s_lc)``. Squeezing is a permutation and padding with zero
@@ -123,18 +121,18 @@ def model_bounds(
     ``first.compose(second.beside_identity())``. Guaranteed, and pessimistic in depth: a chain's factors multiply.
 
     Args:
-        branch_bounds: One bound of ``Lip(g)`` a block.
+        blocks: Bounds of every block, see `block_bounds`.
         log_scales: One vector of natural log scales an ActNorm.
 
     Returns:
         The two bounds, rounded up; infinite where they exceed the dtype's range.
 
     Example:
-        >>> model_bounds([0.5, 0.5], [jnp.zeros(3)])  # forward 2.25, inverse 4
+        >>> model_bounds([block_bounds(0.5)] * 2, [jnp.zeros(3)])  # forward 2.25, inverse 4
     """
     bounds = BiLipschitz(jnp.ones(()), jnp.ones(()))
-    for branch in branch_bounds:
-        bounds = bounds.compose(block_bounds(branch))
+    for block in blocks:
+        bounds = bounds.compose(block)
     for log_scale in log_scales:
         scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
         tiny = jnp.finfo(scale.forward.dtype).tiny

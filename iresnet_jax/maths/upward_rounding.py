@@ -28,11 +28,6 @@ def gamma(num_roundings: int, dtype: Any = np.float64) -> float:
     return nu / (1 - nu) * (1 + 8 * U)
 
 
-def frobenius_bound(matrix: Float[Array, "n m"]) -> Float[Array, ""]:
-    """Bound of the Frobenius norm of a float64 matrix."""
-    return jnp.sqrt(jnp.sum(matrix * matrix)) * UP + 1e-150  # squares below float64's range count as nothing
-
-
 def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
     """A number or array in a float type, no smaller than it was where that type cannot hold it.
 

@@ -43,9 +43,8 @@ def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
         block = weights[stage.name]
-        own = model_bounds([], list(jnp.asarray(block.actnorm.log_scale)))
-        for lipschitz_bound in jnp.asarray(block.branch.lipschitz_bound):
-            own = own.compose(stage.branch.block_bounds(lipschitz_bound))
+        blocks = [stage.branch.block_bounds(lipschitz_bound) for lipschitz_bound in jnp.asarray(block.branch.lipschitz_bound)]
+        own = model_bounds(blocks, list(jnp.asarray(block.actnorm.log_scale)))
         bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds
 

@@ -24,7 +24,7 @@ def test_bounds_do_not_underflow():
     for num in range(2, 8):
         assert 0 < branch_bound([1e-25] * num) < 1e-30
     assert branch_bound([0.0, 1e-25]) == 0
-    bounds = model_bounds([0.0, 0.0], [jnp.full(1, -90.0), jnp.full(1, 90.0)])
+    bounds = model_bounds([block_bounds(0.0)] * 2, [jnp.full(1, -90.0), jnp.full(1, 90.0)])
     assert bounds.forward >= 1
     assert bounds.inverse >= 1
 
@@ -47,7 +47,7 @@ def test_model_bounds_against_the_dense_jacobian(seed, x64):
         for level in rng.uniform(0.2, 0.9, size=2):
             branch = rng.normal(size=(width, width))
             jacobian = (np.eye(width) + level * branch / np.linalg.norm(branch, 2)) @ jacobian
-            levels.append(level)
+            levels.append(block_bounds(level))
         log_scale = rng.normal(size=width)
         return np.exp(log_scale)[:, None] * jacobian, model_bounds(levels, [jnp.asarray(log_scale)])
 
@@ -61,15 +61,15 @@ def test_model_bounds_against_the_dense_jacobian(seed, x64):
 
 def test_model_bounds_of_scalings_are_equalities(x64):
     log_scales = [jnp.array([0.3, 0.3]), jnp.array([-1.0, -1.0])]
-    bounds = model_bounds([0.5, 0.25], log_scales)
+    bounds = model_bounds([block_bounds(0.5), block_bounds(0.25)], log_scales)
     np.testing.assert_allclose(bounds.forward, 1.5 * 1.25 * np.exp(-0.7), rtol=EXACT)
     np.testing.assert_allclose(bounds.inverse, 2 * np.exp(0.7) / 0.75, rtol=EXACT)
-    assert model_bounds([0.5, 1.0]).inverse == jnp.inf
+    assert model_bounds([block_bounds(0.5), block_bounds(1.0)]).inverse == jnp.inf
 
 
 @pytest.mark.parametrize("bound", [0.9, 0.9999, 0.99999])
 def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
-    inverses = (block_bounds(bound).inverse, model_bounds([bound]).inverse)
+    inverses = (block_bounds(bound).inverse, model_bounds([block_bounds(bound)]).inverse)
     for inverse in inverses:
         assert float(inverse) >= 1 / (1 - bound)
     assert float(branch_bound([bound, 1.1])) >= 1.1 * bound
