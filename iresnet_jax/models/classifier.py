@@ -179,8 +179,8 @@ class Classifier(Model):
             images: Images of integer levels ``(n, h, w, c)`` as the model will see them, some hundred or more.
             num_classes: Number of classes, at least 2.
             stages: Stages of the network, none of which factors out.
-            coeff, budget: See `FlowSpec`.
-            num_levels, pad_channels, mean, std: See `ClassifierSpec`.
+            coeff: See `FlowSpec`, also for ``budget``.
+            num_levels: See `ClassifierSpec`, also for ``pad_channels``, ``mean`` and ``std``.
 
         Raises:
             ValueError: If images and stages do not fit together.

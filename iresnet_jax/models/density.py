@@ -162,7 +162,7 @@ class Density(Model):
             x: Examples as the model will see them, some hundred or more: vectors, or images with channels last. For a model
                 that is trained without data, draws from a rough guess.
             stages: Stages of the flow, from the data to the latents.
-            coeff, budget: See `FlowSpec`.
+            coeff: See `FlowSpec`, also for ``budget``.
             constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
                 `FlowSpec.bilipschitz`; None prescribes none.
             sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
