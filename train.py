@@ -33,7 +33,17 @@ def _stop_at_once(number, _):
     os._exit(128 + number)
 
 
+def _use_large_pages():
+    """Starts this command again with glibc's memory in large pages, in which a CPU's steps take up to a third less time."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_new = "glibc.malloc.hugetlb" not in tunables and "IRESNET_JAX_RESTARTED" not in os.environ
+    if is_new and sys.platform == "linux" and sys.gettrace() is None:
+        asked = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": asked, "IRESNET_JAX_RESTARTED": "1"})
+
+
 if __name__ == "__main__":  # before the imports, which take seconds
+    _use_large_pages()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)

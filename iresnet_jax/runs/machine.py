@@ -134,6 +134,9 @@ def cache_programs() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
+    for program in folder.glob("*-cache"):  # without its time, as a killed process leaves it, JAX would write no others
+        if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+            program.unlink(missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_CACHED_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)  # to look for a program takes time, too

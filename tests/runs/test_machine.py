@@ -84,6 +84,9 @@ def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_p
     result, hits = computed.split()
     assert hits == "0"
     assert has_returned == "True"
+    killed = tmp_path / "cache" / "programs" / folder.split("/")[-1].split()[0] / "jit_killed-cache"
+    killed.write_bytes(b"half")
     devices, *_, again, computed, _ = said(tmp_path, JAX_NUM_CPU_DEVICES=str(count))
+    assert not killed.exists()  # nor in JAX's way, which would keep no program beside one without its time
     assert devices == f"0 {count} 0"  # the user's number of devices holds
     assert (again, computed) == (folder, f"{result} 1")
