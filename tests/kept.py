@@ -20,7 +20,6 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze, of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.head import initial_head
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig, LogdetConfig
 from iresnet_jax.training.density import evaluation_keys
@@ -71,11 +70,8 @@ def weights(flow, seed=0):
 def model(spec, seed=0):
     """A frozen model of a spec; one without a constraint has weights beyond it."""
     if isinstance(spec, ClassifierSpec):
-        channels = spec.feature_shape[-1]
-        head = jax.jit(initial_head, static_argnums=(1, 2))(jax.random.key(1), channels, CLASSES)
-        statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
         own = weights(spec.flow, seed) if spec.constrained else of_stored(spec.flow, random_params(spec.flow, seed))
-        return Classifier(spec, own, head, statistics)
+        return Classifier(spec, own, **jax.jit(spec.initial_arrays)(jax.random.key(1)))
     rng = np.random.default_rng(1)
     prior = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), spec.standard_prior())
     network = contexts.initial_network(jax.random.key(1), spec.context_dim, spec.context_hidden)

@@ -1,9 +1,12 @@
 r"""The radius around an image in which a classifier's decision cannot change, from a margin and a Lipschitz constant.
 
-The margin of the predicted class over class ``j`` is ``m = sum_k w_k relu(u_k) + const``, with the normalised features
-``u = alpha (x - mean) + bias`` and ``w`` the difference of two columns of the head over the number of positions. Rectifiers are
-1-Lipschitz, so ``Lip(m) <= |w alpha| Lip(F) / min std`` in pixels, and the class stays the same within ``m / Lip(m)``
-(Tsuzuku et al. 2018, Proposition 1, for each pair of classes).
+The margin of the predicted class over class ``j`` is ``m = w . h + const``, with ``w`` the difference of two columns of the
+head, so the class stays the same within ``m / Lip(m)`` (Tsuzuku et al. 2018, Proposition 1, for each pair of classes). A linear
+head has ``h = F(x)`` and, in pixels, ``Lip(m) <= |w| Lip(F) / min std``. A pooled one has means of ``relu(u)`` over positions
+with ``u = alpha (F(x) - mean) + bias``; rectifiers are 1-Lipschitz, which makes it ``|w alpha|`` in place of ``|w|``.
+
+``Lip(F)`` is the product of the blocks' constants. Only blocks that never stretch, of kind "potential" without ActNorm, keep it
+at 1; of others it is thousands to billions, and radii are as many times smaller than attacks suggest.
 """
 
 import functools
@@ -33,11 +36,13 @@ class CertifiedRadius(NamedTuple):
             perturbed ones may leave.
         predicted: The predicted class.
         margin: Logit of the predicted class less the largest other one.
+        lipschitz: Certified Lipschitz constant, in pixels, of the margin that gives the radius.
     """
 
     radius: Float[np.ndarray, " b"]
     predicted: Int[np.ndarray, " b"]
     margin: Float[np.ndarray, " b"]
+    lipschitz: Float[np.ndarray, " b"]
 
 
 def radius(model: Classifier, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]) -> CertifiedRadius:
@@ -75,28 +80,42 @@ def _radii(flow: PreparedFlow, model: Classifier, inputs: Float[np.ndarray, "b h
     sure = margins - (margin_errors + lipschitz * error[:, None]) * UP
     of_flow = float(bilipschitz(flow.spec, flow.weights).forward) * from_pixels * UP
     radii = np.maximum(np.nan_to_num(sure / (lipschitz * of_flow) / UP, posinf=np.inf), 0)
-    return CertifiedRadius(radii.min(axis=1), predicted, margins.min(axis=1))
+    of_margin = np.take_along_axis(lipschitz, radii.argmin(axis=1)[:, None], axis=1)[:, 0] * of_flow * UP
+    return CertifiedRadius(radii.min(axis=1), predicted, margins.min(axis=1), of_margin)
 
 
 def _margins(model: Classifier, features: Float[np.ndarray, "b d"]) -> tuple[np.ndarray, ...]:
-    """Predicted classes; margins over all other classes, their rounding errors and Lipschitz constants in the features.
+    """Predicted classes; margins over all other classes, their rounding errors and Lipschitz constants in the features."""
+    linear = {name: np.asarray(a, np.float64) for name, a in model.head["linear"].items()}
+    if model.spec.head == "linear":
+        h, h_errors, slopes = features, np.zeros_like(features), 1.0
+        columns = (linear["kernel"] / np.linalg.norm(linear["kernel"], axis=0)).T
+    else:
+        h, h_errors, slopes = _pooled(model, features)
+        columns = linear["kernel"].T
+    num_classes = model.spec.num_classes
+    predicted = np.argmax(np.nan_to_num(h @ columns.T + linear["bias"], nan=-np.inf), axis=1)
+    others = np.array([np.delete(np.arange(num_classes), i) for i in predicted]).reshape(-1, num_classes - 1)
+    own, other = columns[predicted][:, None], columns[others]  # (b, 1, d) and (b, k, d)
+    bias, other_bias = linear["bias"][predicted][:, None], linear["bias"][others]
+    margins = np.sum((own - other) * h[:, None], axis=-1) + (bias - other_bias)
+    both = np.abs(own) + np.abs(other)
+    terms = np.sum(both * np.abs(h)[:, None], axis=-1) + np.abs(bias) + np.abs(other_bias)
+    rounding = gamma(features[0].size + 16)  # of sums, of the mean over positions and of unit columns
+    errors = np.sum(both * h_errors[:, None], axis=-1) + rounding * terms
+    lipschitz = np.linalg.norm((own - other) * slopes, axis=-1) + rounding * np.linalg.norm(both * slopes, axis=-1)
+    return predicted, margins, errors * UP, lipschitz * UP
+
+
+def _pooled(model: Classifier, features: Float[np.ndarray, "b d"]) -> tuple[np.ndarray, ...]:
+    """Means of rectified features over positions, bounds of the errors of their terms, and their Lipschitz constants.
 
     An entry ``u_k`` errs by at most ``8 U (|alpha_k| (|x_k| + |mean|) + |bias|)``.
     """
-    spec = model.spec
-    norm, linear = ({name: np.asarray(a, np.float64) for name, a in model.head[key].items()} for key in ("norm", "linear"))
+    norm = {name: np.asarray(a, np.float64) for name, a in model.head["norm"].items()}
     mean, var = (np.asarray(model.statistics["head"][name], np.float64) for name in ("mean", "var"))
-    x = features.reshape(len(features), -1, spec.feature_shape[-1])  # (b, positions, c)
+    x = features.reshape(len(features), -1, model.spec.feature_shape[-1])  # (b, positions, c)
     alpha = norm["scale"] / np.sqrt(var + BATCH_NORM_EPS)
     u = np.maximum((x - mean) * alpha + norm["bias"], 0)
     u_errors = 8 * U * (np.abs(alpha) * (np.abs(x) + np.abs(mean)) + np.abs(norm["bias"]))
-    logits = u.mean(axis=1) @ linear["kernel"] + linear["bias"]
-    predicted = np.argmax(np.nan_to_num(logits, nan=-np.inf), axis=1)
-    others = np.array([np.delete(np.arange(spec.num_classes), i) for i in predicted]).reshape(-1, spec.num_classes - 1)
-    positions = x.shape[1]
-    w = (linear["kernel"].T[predicted][:, None] - linear["kernel"].T[others]) / positions  # (b, k, c), for every position
-    bias, other_bias = linear["bias"][predicted][:, None], linear["bias"][others]
-    margins = np.sum(w * u.sum(axis=1)[:, None], axis=-1) + (bias - other_bias)
-    terms = np.sum(np.abs(w) * u.sum(axis=1)[:, None], axis=-1) + np.abs(bias) + np.abs(other_bias)
-    errors = np.sum(np.abs(w) * u_errors.sum(axis=1)[:, None], axis=-1) + gamma(u[0].size + 8) * terms
-    return predicted, margins, errors * UP, np.linalg.norm(w * alpha, axis=-1) * math.sqrt(positions) * UP
+    return u.mean(axis=1), u_errors.mean(axis=1), np.abs(alpha) / math.sqrt(x.shape[1])

@@ -31,7 +31,7 @@ from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.flow import FlowWeights
-from iresnet_jax.models.head import apply_head, batch_statistics, by_channel, initial_head
+from iresnet_jax.models.head import HEADS, apply_head, by_channel, initial_head, statistics_of
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import as_batch
 from iresnet_jax.models.model import Model
@@ -52,6 +52,7 @@ class ClassifierSpec:
         mean: Mean of pixels in [0, 1], one per channel or one for all; subtracted.
         std: Divisor of the difference, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of which no inverse is promised.
+        head: "pooled" or "linear", see `iresnet_jax.models.head`.
     """
 
     flow: FlowSpec
@@ -62,8 +63,11 @@ class ClassifierSpec:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     constrained: bool = True
+    head: str = "pooled"
 
     def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
         if self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
         if self.pad_channels < 0:
@@ -98,8 +102,9 @@ class ClassifierSpec:
     def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Fresh arrays of a `Classifier` beside its weights, by its fields: a random head, statistics of normal features."""
         channels = self.feature_shape[-1]
-        statistics = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-        return {"head": initial_head(key, channels, self.num_classes), "statistics": statistics}
+        of_features = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
+        head = initial_head(key, self.feature_shape, self.num_classes, self.head)
+        return {"head": head, "statistics": of_features if "norm" in head else {}}
 
     def bilipschitz(self) -> BiLipschitz:
         """Bounds of the Lipschitz constants of `pad` and of its inverse."""
@@ -137,7 +142,7 @@ class Classifier(Model):
         spec: All that defines the model but its weights.
         weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions` give them.
         head: Parameters of the head, see `head.apply_head`.
-        statistics: Running averages of the BatchNorm in the "head".
+        statistics: Running averages of the BatchNorm in the "head"; empty if it is linear.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
@@ -169,6 +174,7 @@ class Classifier(Model):
         pad_channels: int = 0,
         mean: tuple[float, ...] = (0.5,),
         std: tuple[float, ...] = (0.5,),
+        head: str = "pooled",
     ) -> "Classifier":
         """A classifier with random weights, ActNorm and the head's statistics fitted to images: certified, and ready to train.
 
@@ -180,7 +186,7 @@ class Classifier(Model):
             num_classes: Number of classes, at least 2.
             stages: Stages of the network, none of which factors out.
             coeff: See `FlowSpec`, also for ``budget``.
-            num_levels: See `ClassifierSpec`, also for ``pad_channels``, ``mean`` and ``std``.
+            num_levels: See `ClassifierSpec`, also for ``pad_channels``, ``mean``, ``std`` and ``head``.
 
         Raises:
             ValueError: If images and stages do not fit together.
@@ -193,11 +199,11 @@ class Classifier(Model):
         num_classes, num_levels = checked(Count, num_classes, "num_classes"), checked(Count, num_levels, "num_levels")
         mean, std = (tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in (mean, std))
         flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
-        spec = ClassifierSpec(flow, (height, width, channels), num_classes, num_levels, pad_channels, mean, std)
+        spec = ClassifierSpec(flow, (height, width, channels), num_classes, num_levels, pad_channels, mean, std, head=head)
         key_weights, key_head = jax.random.split(single_key(key))
         model = cls(spec, {}, **spec.initial_arrays(key_head))
         weights, z = initial.initial_weights(flow, key_weights, model.preprocess(initial.some(images)))
-        return model.with_(weights=weights, statistics={"head": batch_statistics(reshape.unflatten(z, spec.feature_shape))})
+        return model.with_(weights=weights, statistics=statistics_of(model.head, reshape.unflatten(z, spec.feature_shape)))
 
     def logits(self, images: Images) -> Float[Array, "... k"]:
         """Logits of images, by running averages."""
@@ -237,18 +243,18 @@ class Classifier(Model):
 
     def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits of an input of the network."""
-        return apply_head(self.head, self.statistics["head"], self.features_of_input(x))
+        return apply_head(self.head, self.statistics, self.features_of_input(x))
 
 
 def training_logits(
     model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None, num_parts: int = 1
 ) -> tuple[Float[Array, "b k"], dict[str, Any]]:
-    """Logits of inputs of the network by the statistics of their batch, and those statistics, of the ``head``.
+    """Logits of inputs of the network by the statistics of their batch, and those statistics.
 
     Args:
         model: The classifier, whose own statistics are not used.
         x: The inputs.
-        axis_name: Mapped axis of devices, see `head.batch_statistics`.
+        axis_name: Mapped axis of devices, see `head.statistics_of`.
         num_parts: Equal parts of the batch whose features are computed one after the other, and again in the backward pass,
             so that no more than the arrays of one are in memory at a time.
     """
@@ -257,5 +263,5 @@ def training_logits(
     else:
         parts = jax.lax.map(jax.checkpoint(model.features_of_input), x.reshape(num_parts, -1, *x.shape[1:]))
         features = parts.reshape(-1, *parts.shape[2:])
-    own = batch_statistics(features, axis_name=axis_name)
-    return apply_head(model.head, own, features), {"head": own}
+    own = statistics_of(model.head, features, axis_name=axis_name)
+    return apply_head(model.head, own, features), own

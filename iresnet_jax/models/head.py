@@ -1,5 +1,10 @@
-"""The head of a classifier: BatchNorm, ReLU, average over all positions, linear; and the loss of its logits."""
+"""The head of a classifier, and the loss of its logits.
 
+"pooled" is BatchNorm, ReLU, average over all positions, linear. "linear" is products of all features with unit vectors: the
+difference of two logits is ``|w_i - w_j|``-Lipschitz in the features, at most by a factor of 2 (Singla et al. 2022).
+"""
+
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.actnorm import channel_moments
 
 BATCH_NORM_EPS = 1e-5
+HEADS = ("pooled", "linear")
 
 Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every channel
 
@@ -21,30 +27,40 @@ def batch_statistics(x: Float[Array, "b ... c"], *, axis_name: str | None = None
     return {"mean": mean, "var": var}
 
 
-def apply_head(params: Any, statistics: Statistics, features: Float[Array, "b ... c"]) -> Float[Array, "b k"]:
+def statistics_of(params: Any, features: Float[Array, "b ... c"], *, axis_name: str | None = None) -> dict[str, Any]:
+    """What `apply_head` needs of a batch beside the parameters: ``{"head": batch_statistics(features)}``, nothing if linear."""
+    return {"head": batch_statistics(features, axis_name=axis_name)} if "norm" in params else {}
+
+
+def apply_head(params: Any, statistics: Mapping[str, Statistics], features: Float[Array, "b ... c"]) -> Float[Array, "b k"]:
     """Logits of features.
 
     BatchNorm is ``scale (x - mean) / sqrt(var + eps) + bias`` by channel (Ioffe and Szegedy 2015).
 
     Args:
-        params: ``{"norm": {"scale", "bias"}, "linear": {"kernel", "bias"}}``.
-        statistics: Statistics of the batch in training, see `batch_statistics`; their running averages after it.
+        params: ``{"norm": {"scale", "bias"}, "linear": {"kernel", "bias"}}``, of a linear head without "norm".
+        statistics: `statistics_of` the batch in training; running averages after it.
         features: Array with channels last.
     """
-    norm, linear = params["norm"], params["linear"]
-    mean, var, scale, bias = (
-        by_channel(a, features) for a in (statistics["mean"], statistics["var"], norm["scale"], norm["bias"])
-    )
+    linear = params["linear"]
+    if "norm" not in params:
+        unit = linear["kernel"] / jnp.linalg.norm(linear["kernel"], axis=0, keepdims=True)
+        return features.reshape(len(features), -1) @ unit + linear["bias"].reshape(1, -1)
+    norm, own = params["norm"], statistics["head"]
+    mean, var, scale, bias = (by_channel(a, features) for a in (own["mean"], own["var"], norm["scale"], norm["bias"]))
     h = jax.nn.relu((features - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias)
     pooled = jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
     return pooled @ linear["kernel"] + linear["bias"].reshape(1, -1)
 
 
-def initial_head(key: Key[Array, ""], num_channels: int, num_classes: int) -> dict[str, dict[str, Array]]:
-    """A head that normalises, with logits of variance about one half."""
-    kernel = jax.random.normal(key, (num_channels, num_classes)) / jnp.sqrt(num_channels)
-    norm = {"scale": jnp.ones(num_channels), "bias": jnp.zeros(num_channels)}
-    return {"norm": norm, "linear": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}
+def initial_head(
+    key: Key[Array, ""], feature_shape: tuple[int, ...], num_classes: int, kind: str = "pooled"
+) -> dict[str, dict[str, Array]]:
+    """A random head, one of `HEADS`; logits of normalised features have a variance of about one half if it is pooled."""
+    num = feature_shape[-1] if kind == "pooled" else math.prod(feature_shape)
+    kernel = jax.random.normal(key, (num, num_classes)) / jnp.sqrt(num)
+    linear = {"linear": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}
+    return linear if kind == "linear" else {"norm": {"scale": jnp.ones(num), "bias": jnp.zeros(num)}, **linear}
 
 
 def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0) -> Float[Array, " b"]:

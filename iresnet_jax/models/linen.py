@@ -14,7 +14,7 @@ from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contractions import constrain, unconstrained
 from iresnet_jax.models.flow import flow_bijection
-from iresnet_jax.models.head import apply_head, batch_statistics, initial_head
+from iresnet_jax.models.head import apply_head, initial_head, statistics_of
 from iresnet_jax.models.initial import fit_actnorm, with_actnorm
 from iresnet_jax.models.priors import Gaussian
 
@@ -70,10 +70,12 @@ class Classifier(nn.Module):
         if self.is_initializing():
             z = _create(self, flow, x, last_scale=self.last_scale, is_constrained=is_constrained)
             features = reshape.unflatten(z, self.spec.feature_shape)
-            head = self.param("head", lambda key: initial_head(key, features.shape[-1], self.spec.num_classes))
-            statistics = self.variable("batch_stats", "head", lambda: batch_statistics(features))
-            return apply_head(head, statistics.value, features)
-        params, statistics = self.variables["params"], self.variables["batch_stats"]
+            head = self.param("head", lambda key: initial_head(key, features.shape[1:], self.spec.num_classes, self.spec.head))
+            statistics = statistics_of(head, features)
+            for name, own in statistics.items():
+                self.variable("batch_stats", name, lambda own=own: own)
+            return apply_head(head, statistics, features)
+        params, statistics = self.variables["params"], self.variables.get("batch_stats", {})
         scale = constrain if is_constrained else unconstrained
         weights = scale(flow, params, self.variables.get("spectral", {})).weights
         return ClassifierModel(self.spec, weights, params["head"], statistics).logits_of_input(x)

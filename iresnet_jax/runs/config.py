@@ -86,6 +86,11 @@ class ClassifierConfig:
     mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one per channel or one for all
     std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
     label_smoothing: Decay = 0.0  # also of objective "hybrid"
+    head: Literal["pooled", "linear"] = "pooled"  # "linear" on all features is for blocks that never stretch, and radii
+    # Radius that training aims at: sqrt(2) times it is subtracted from the true class' logit in the loss of a linear head. In
+    # pixels of [0, 1], as a 2-norm.
+    margin: NotNegative = 0.0
+    temperature: Positive = 1.0  # divisor of the logits in the loss; below 1 fewer images are lost for the sake of others
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,9 @@ _OBJECTIVES = {
     "augmentation.crop_padding": ("classification", "hybrid"),
     "augmentation.flip": ("classification", "hybrid"),
     "augmentation.noise": ("density",),
+    "classifier.head": ("classification",),
+    "classifier.margin": ("classification",),
+    "classifier.temperature": ("classification",),
     "augmentation.transformations": ("density",),
     "model.dequantization": ("density", "hybrid"),
     "model.prior_components": ("density",),
@@ -204,6 +212,9 @@ def _check_combinations(config: Config) -> None:
         f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": len(model.constants) not in (0, 2),
         "config.evaluation.num_importance_examples needs draws: set config.evaluation.num_importance_draws": (
             evaluation.num_importance_examples and not evaluation.num_importance_draws
+        ),
+        "config.classifier.margin is a radius for config.classifier.head = linear: the logits of a pooled head have no scale": (
+            config.classifier.margin and config.classifier.head != "linear"
         ),
         "config.model.stages must have at least one stage, got none": not model.stages,
     }

@@ -91,6 +91,7 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
         mean=settings.mean,
         std=settings.std,
         constrained=config.constraint.norms != "none",
+        head=settings.head,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +70,10 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> tuple[Callable[
 
 
 def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
-    change, smoothing = build_augmentation(config.augmentation, data), config.classifier.label_smoothing
-    loss = classification.make_loss(change, label_smoothing=smoothing, num_parts=config.training.num_parts)
+    change, settings = build_augmentation(config.augmentation, data), config.classifier
+    margin = classification.Margin(math.sqrt(2) * settings.margin / min(spec.std), settings.temperature)
+    smoothing, num_parts = settings.label_smoothing, config.training.num_parts
+    loss = classification.make_loss(change, label_smoothing=smoothing, margin=margin, num_parts=num_parts)
     num = config.training.eval_examples
     return loss, {
         "name": "accuracy",
@@ -80,6 +83,7 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> tupl
             data.held_out_labels("validation", num),
             constraint=config.constraint,
             batch_size=config.evaluation.batch_size,
+            margin=margin,
         ),
         "selection": classification.selection,
         "examples": (data.examples["train"], data.labels["train"]),

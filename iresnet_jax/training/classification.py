@@ -1,8 +1,9 @@
 """The classification objective: the loss of a batch, and the accuracy on held-out images."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, Shaped
@@ -18,8 +19,24 @@ from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResu
 Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "b h w c"]]
 
 
+class Margin(NamedTuple):
+    """The margin that a loss asks for (Tsuzuku et al. 2018; Prach and Lampert 2022).
+
+    Attributes:
+        offset: What is subtracted from the logit of the true class.
+        temperature: Divisor of the logits then.
+    """
+
+    offset: float = 0.0
+    temperature: float = 1.0
+
+    def apply(self, logits: Any, labels: Any) -> Array:
+        """The logits that the loss sees."""
+        return (logits - self.offset * jax.nn.one_hot(labels, logits.shape[1])) / self.temperature
+
+
 def make_loss(
-    augment: Augment | None = None, *, label_smoothing: float = 0.0, num_parts: int = 1
+    augment: Augment | None = None, *, label_smoothing: float = 0.0, margin: Margin = Margin(), num_parts: int = 1
 ) -> Callable[[Classifier, Any, StepKeys], Loss]:
     """The loss ``(model, (images, labels), keys) -> Loss``: the cross-entropy.
 
@@ -28,6 +45,7 @@ def make_loss(
     Args:
         augment: Random change of the images; None classifies them as they are.
         label_smoothing: Smoothing of the labels, see `head.cross_entropy`.
+        margin: Margin by which images are to be classified.
         num_parts: Parts of the batch whose features are computed one after the other. The head's statistics are those of the
             whole batch, so the step itself must not split it.
     """
@@ -36,19 +54,25 @@ def make_loss(
         images, labels = batch
         x = model.preprocess(images if augment is None else augment(keys.examples, images))
         logits, statistics = training_logits(model, x, axis_name=AXIS, num_parts=num_parts)
-        value = jnp.mean(cross_entropy(logits, labels, label_smoothing=label_smoothing))
+        value = jnp.mean(cross_entropy(margin.apply(logits, labels), labels, label_smoothing=label_smoothing))
         return Loss(value, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels)}, statistics)
 
     return loss
 
 
 def selection(held_out: Any) -> float:
-    """The error; it is a multiple of one over the number of examples, so cross-entropies are compared only where errors tie."""
-    return 1 - held_out["accuracy"] + 1e-6 * min(held_out["loss"], 10.0)
+    """The error, that of images without their margin where there is one, and where errors tie the cross-entropy."""
+    return 1 - held_out.get("accuracy_at_margin", held_out["accuracy"]) + 1e-6 * min(held_out["loss"], 10.0)
 
 
 def make_validation(
-    spec: ClassifierSpec, images: np.ndarray, labels: np.ndarray, *, constraint: ConstraintConfig, batch_size: int
+    spec: ClassifierSpec,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    constraint: ConstraintConfig,
+    batch_size: int,
+    margin: Margin = Margin(),
 ) -> Callable[[TrainState], ValidationResult]:
     """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated to their tolerance.
 
@@ -58,31 +82,36 @@ def make_validation(
         labels: Their classes.
         constraint: How blocks are constrained.
         batch_size: Most images at once.
+        margin: Margin of the loss. "accuracy_at_margin" is the share of images that are classified rightly with it.
     """
 
     def validate(state: TrainState) -> ValidationResult:
         template = Classifier(spec, {}, {}, {})
         model = validated_model(template, constraint, state.ema, state.spectral, statistics=state.batch_stats)
-        return ValidationResult(accuracy_and_loss(model, images, labels, batch_size))
+        return ValidationResult(accuracy_and_loss(model, images, labels, batch_size, margin))
 
     return validate
 
 
-def accuracy_and_loss(model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, float]:
-    """Share of images that are classified rightly, and their mean cross-entropy."""
-    outputs = evaluate_images(model, images, labels, batch_size)
+def accuracy_and_loss(
+    model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
+) -> dict[str, float]:
+    """Share of images that are classified rightly, also with a margin, and their mean cross-entropy."""
+    outputs = evaluate_images(model, images, labels, batch_size, margin)
     correct = outputs["logits"].argmax(axis=1) == labels
-    return {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
+    found = {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
+    return found | ({"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.offset else {})
 
 
 def evaluate_images(
-    model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int
+    model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
 ) -> dict[str, np.ndarray]:
-    """Cross-entropies in nats and logits of all images; a density takes the middle of their grey levels, without noise."""
-    return parallel.over_batches(_classify, model, parallel.rows_of(images, labels), len(images), batch_size)
+    """Cross-entropies in nats, logits, and who is right with the margin; a density takes the middle of grey levels."""
+    return parallel.over_batches(_classify, (model, margin), parallel.rows_of(images, labels), len(images), batch_size)
 
 
-def _classify(model: Classifier | Density, batch: tuple[Any, Any]) -> dict[str, Any]:
-    images, labels = batch
+def _classify(own: tuple[Classifier | Density, Margin], batch: tuple[Any, Any]) -> dict[str, Any]:
+    (model, margin), (images, labels) = own, batch
     logits = model.logits(images) if isinstance(model, Classifier) else model.class_log_probs(images)
-    return {"loss": cross_entropy(logits, labels), "logits": logits}
+    less = margin.apply(logits, labels)
+    return {"loss": cross_entropy(less, labels), "logits": logits, "at_margin": jnp.argmax(less, axis=1) == labels}

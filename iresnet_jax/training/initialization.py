@@ -116,7 +116,7 @@ def _fitted(spec: Spec, weights: Any, rows: tuple[Any, ...]) -> tuple[Any, Any, 
     """
     num, num_devices = len(rows[0]), parallel.all_devices()
     own = parallel.own_share(np.resize(np.arange(num), max(num // num_devices, 1) * num_devices))
-    feature_shape = spec.feature_shape if isinstance(spec, ClassifierSpec) else None
+    feature_shape = spec.feature_shape if isinstance(spec, ClassifierSpec) and spec.head == "pooled" else None
     fit = _fitter(spec.flow, feature_shape, num_devices)
     # Rows are chosen on the host: JAX would compile a program for each operation.
     everywhere = fit(weights, parallel.shard(tuple(np.asarray(given)[own] for given in rows)))

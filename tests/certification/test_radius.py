@@ -12,7 +12,6 @@ from iresnet_jax import certify
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.head import initial_head
 
 LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
 NUM_IMAGES, NUM_STARTS, NUM_STEPS = 6, 64, 60
@@ -32,6 +31,11 @@ SPECS = {
         pad_channels=0,
     ),
     "relu": spec_of(StageSpec(2, **CONV, activation="relu")),
+    "potentials": spec_of(
+        StageSpec(2, **CONV, activation="relu", kind="potential", actnorm=False, squeeze=2),
+        StageSpec(2, hidden=(9,), activation="softplus4", kind="potential", actnorm=False),
+        head="linear",
+    ),
 }
 
 
@@ -41,9 +45,10 @@ def model(name):
     spec = SPECS[name]
     frozen = freeze(spec.flow, kept.random_params(spec.flow, seed=3))
     channels, rng = spec.feature_shape[-1], np.random.default_rng(1)
-    statistics = {"head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}}
-    head = initial_head(jax.random.key(4), channels, CLASSES)
-    head["norm"] = {"scale": jnp.linspace(0.5, 1.5, channels), "bias": jnp.linspace(-0.5, 0.5, channels)}
+    head, statistics = spec.initial_arrays(jax.random.key(4)).values()
+    if spec.head == "pooled":
+        statistics = {"head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}}
+        head["norm"] = {"scale": jnp.linspace(0.5, 1.5, channels), "bias": jnp.linspace(-0.5, 0.5, channels)}
     head["linear"]["bias"] = jnp.array([0.05, -0.05, 0.0])  # no ties where all rectifiers are off
     as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
     return Classifier(spec, as_float32(frozen), as_float32(head), as_float32(statistics))
@@ -112,6 +117,16 @@ def test_no_search_breaks_a_certified_radius(name):
     assert np.mean(searched(own, found.predicted, 50 * found.radius + 3) < 0) > 0.5, (
         "a search that finds nothing proves nothing"
     )
+
+
+def test_constants_are_those_of_the_head_for_potentials_alone():
+    own, found = model("potentials"), certified("potentials")
+    kernel = np.asarray(own.head["linear"]["kernel"], np.float64)
+    unit = kernel / np.linalg.norm(kernel, axis=0)
+    distances = np.linalg.norm(unit[:, found.predicted].T[:, :, None] - unit, axis=1) / 0.3  # the divisor of pixels
+    closest = np.abs(distances / found.lipschitz[:, None] - 1).min(axis=1)
+    assert np.all(closest < 1e-5)
+    assert np.all(certified("relu").lipschitz > 7)
 
 
 def test_what_cannot_be_certified_is_refused():

@@ -11,6 +11,7 @@ import numpy as np
 import plain_flow
 import pytest
 
+import iresnet_jax as ir
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.models import contractions
 from iresnet_jax.models import head as heads
@@ -24,6 +25,8 @@ ROUND_TRIP = 1e-4  # float32, a few blocks
 NORM_RTOL = 1e-3  # the tolerance of the norms
 
 STAGE = StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
+POTENTIAL = {"kind": "potential", "actnorm": False, "activation": "relu", "kernel_sizes": (3, 3)}
+DENSE = {"hidden": (9,), "kernel_sizes": None}
 SPEC = ClassifierSpec(
     FlowSpec((4, 4, 3), (STAGE, StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
     image_shape=(4, 4, 2),
@@ -99,6 +102,23 @@ def test_features_and_logits_agree_with_a_plain_network(model):
         assert found.shape == (5, *SPEC.feature_shape) == (5, 2, 2, 12)
         np.testing.assert_allclose(found, expected, atol=EXACT)
         np.testing.assert_allclose(logits_of(model, images), by_hand, atol=EXACT)
+
+
+def test_a_linear_head_on_potentials_never_stretches_and_is_saved(tmp_path):
+    images, (stage, dense) = images_of(64), (dataclasses.replace(STAGE, **POTENTIAL), StageSpec(1, **POTENTIAL | DENSE))
+    own = Classifier.init(
+        jax.random.key(0), images, 3, stages=[stage, dense], num_levels=17, pad_channels=1, std=(0.5,), head="linear"
+    )
+    assert not own.statistics
+    kernel, bias = (np.asarray(own.head["linear"][name], np.float64) for name in ("kernel", "bias"))
+    by_hand = np.asarray(features_of(own, images)).reshape(64, -1) @ (kernel / np.linalg.norm(kernel, axis=0)) + bias
+    np.testing.assert_allclose(logits_of(own, images), by_hand, atol=SINGLE)
+    assert own.certificate().forward == pytest.approx(2, rel=1e-5)  # that of 1 / std
+    again = ir.load(own.save(tmp_path / "model.npz"))
+    np.testing.assert_array_equal(logits_of(again, images), logits_of(own, images))
+    back = reconstruct(again, features_of(again, images))
+    assert back.info.converged.all()
+    np.testing.assert_allclose(back.images * 16, images, atol=16 * ROUND_TRIP)
 
 
 def test_modules_apply_what_the_model_computes(variables, model):
@@ -220,6 +240,7 @@ def test_images_that_are_none_are_refused(model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"head": "mean"}, "head must be one of pooled, linear, got 'mean'"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1: labels must be of several classes"),
         ({"pad_channels": -1}, "pad_channels must not be negative"),
         ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),

@@ -104,7 +104,7 @@ def test_test_error_by_hand(trained):
         scaled = (images / 16 - 0.5) / 0.5
         x = jnp.concatenate([scaled, jnp.zeros_like(scaled)], axis=-1)
         features = model.features_of_input(x)
-        return apply_head(model.head, model.statistics["head"], features)
+        return apply_head(model.head, model.statistics, features)
 
     logits = logits_by_steps(model, images)
     wrong = np.flatnonzero(np.argmax(logits, axis=1) != labels)
