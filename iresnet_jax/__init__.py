@@ -9,9 +9,9 @@ Importing this needs JAX and jaxtyping alone; names and collections of Flax are 
 import importlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded, Bounds
 from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
@@ -148,7 +148,7 @@ def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = N
     """
     from iresnet_jax.models import saved  # late: reading files is not part of the mathematics
 
-    if Path(path, "config.json").exists():
+    if (path_of(path) / "config.json").exists():
         from iresnet_jax.runs import trained_run
 
         if branches is not None or prior is not None:

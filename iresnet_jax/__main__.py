@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from iresnet_jax.atomic_files import local_folder
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.runs import machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
 from iresnet_jax.runs.signals import end_at_signals
@@ -124,7 +124,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.flags and arguments.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(arguments.flags)}")
     if "workdir" in arguments:
-        arguments.workdir = local_folder(arguments.workdir)
+        arguments.workdir = path_of(arguments.workdir)
 
     from iresnet_jax import commands  # slow to import: --help and mistakes are answered without it
     from iresnet_jax.runs import trained_run

@@ -1,27 +1,41 @@
-"""Folders of runs, files that are written whole, and work that one process at a time does.
+"""Paths of files that users name, files that are written whole, and work that one process at a time does.
 
-The code of runs reads and writes by the methods of paths alone: another kind of storage is the business of this file.
+The code of runs reads and writes by the methods of paths alone: what differs between a disk and a bucket is the business of
+this file and of `object_storage`.
 """
 
 import contextlib
 import os
-import re
 import secrets
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from iresnet_jax import object_storage
+from iresnet_jax.object_storage import ObjectPath
 
-def local_folder(name: str | os.PathLike[str]) -> Path:
-    """The path of a folder, where ``~`` is the user's home.
+PUBLISH_S = 10.0  # between two uploads of files that grow
+
+
+def path_of(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
+    """The path of a file or folder that a user names: on this machine, where ``~`` is the user's home, or in a bucket.
+
+    Args:
+        name: A path, or an address such as ``gs://bucket/run``.
+        folder: Folder in which a relative path starts.
 
     Raises:
-        ValueError: If it is no path, or an address, such as ``gs://bucket/run``.
+        ValueError: If it is neither, or the package that reaches such addresses is not installed.
     """
     if not isinstance(name, str | os.PathLike):
-        raise ValueError(f"workdir must be the path of a folder, got {name!r}")
-    if re.match(r"\w[\w+.-]*://", os.fspath(name)):
-        raise ValueError(f"a workdir must be a folder of this machine, got {name}: train in a local one, then copy it")
-    return Path(name).expanduser()
+        raise ValueError(f"a path must be a string such as 'runs/digits', got {name!r}")
+    for text in (os.fspath(name), os.path.join(folder, name)):
+        if object_storage.is_address(text):
+            path = ObjectPath(text)
+            path.check_storage()
+            return path
+    return Path(Path(folder).expanduser(), Path(name).expanduser())
 
 
 @contextlib.contextmanager
@@ -34,11 +48,17 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written; the message says where and why.
     """
-    incoming = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.incoming")
+    folder = Path(tempfile.gettempdir()) if isinstance(path, ObjectPath) else path.parent
+    incoming = folder / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.incoming"
     try:
         yield incoming
-        incoming.replace(path)
+        if isinstance(path, ObjectPath):
+            path.upload(incoming)
+        else:
+            incoming.replace(path)
     except OSError as error:
+        if isinstance(path, ObjectPath):
+            raise  # its sentence says what to do
         reason = error.strerror or str(error)
         message = f"{path} cannot be written ({reason}): choose a folder that exists, can be written to and has space left"
         raise OSError(message) from error
@@ -48,25 +68,58 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, timeout_s: float = -1) -> Iterator[None]:
+def growing(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
+    """Yields a local folder of files that are appended to, and a function ``publish(*, now=False)`` that shows them to all.
+
+    On a disk this is the folder itself, and there is nothing to do. To a bucket, all files go whole, every `PUBLISH_S`.
+    """
+    if not isinstance(folder, ObjectPath):
+        yield folder, lambda **_: None
+        return
+    with tempfile.TemporaryDirectory() as name:
+        here, published_at, sizes = Path(name), -PUBLISH_S, dict[Path, int]()
+
+        def publish(*, now: bool = False) -> None:
+            nonlocal published_at
+            if not now and time.monotonic() - published_at < PUBLISH_S:
+                return
+            for file in sorted(path for path in here.rglob("*") if path.is_file()):
+                if sizes.get(file) != (size := file.stat().st_size):
+                    (folder / file.relative_to(here)).upload(file)
+                    sizes[file] = size
+            published_at = time.monotonic()
+
+        yield here, publish
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, timeout_s: float = -1) -> Iterator[Callable[[], None]]:
     """Lets one process at a time into the ``with``, by a lock file ``.NAME.lock`` beside ``path``.
 
     A process that dies lets go of the lock. Where the file system cannot lock, or the folder is not writable, all may enter.
+    In a bucket the file is a claim, which `object_storage.claimed` explains.
 
     Args:
         path: File or folder that the work is about; it need not exist.
         timeout_s: Seconds to wait for another process; negative waits for ever.
+
+    Yields:
+        A function that raises ``OSError`` once another process has taken the lock, which happens in a bucket alone.
 
     Raises:
         TimeoutError: If another process holds the lock for longer.
     """
     from filelock import FileLock, Timeout  # this module is imported where only the pure functions are installed
 
+    lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:
+        if isinstance(lock, ObjectPath):
+            yield stack.enter_context(object_storage.claimed(lock))
+            return
         try:
-            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout_s))
+            stack.enter_context(FileLock(lock, timeout=timeout_s))
         except Timeout:
             raise
         except (OSError, NotImplementedError):
             pass
-        yield
+        yield lambda: None

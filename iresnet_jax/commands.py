@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import math
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax import conversion
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import calibration, classification, likelihood, round_trips, samples
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
@@ -141,8 +141,9 @@ def convert(arguments: argparse.Namespace) -> bool:
         model = model.freeze()
         certificate, excess = model.certificate(), f"{excess}; now they are within it"
     objective = "density" if isinstance(model, Density) else "classification"
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    run = Run(Path(arguments.output).parent, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
+    folder = path_of(arguments.output).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
     path = save(run, arguments.output)
     _say(excess, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
     return certificate.certified

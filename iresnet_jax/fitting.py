@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 
-from iresnet_jax.atomic_files import local_folder
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
 from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.batches import device_batches
@@ -117,7 +117,7 @@ def fit(
     objective = checked(Literal["density", "classification", "hybrid"] | None, objective, "objective")
     validation_fraction = checked(Annotated[float, Range("(0, 1)")], validation_fraction, "validation_fraction")
     given = {"data.validation_fraction": validation_fraction, **_given_settings(settings, architecture)}
-    folder = None if workdir is None else local_folder(workdir)
+    folder = None if workdir is None else path_of(workdir)
     seed = 0 if key is None else int(jax.random.bits(single_key(key), dtype="uint32"))
     data = data_of(
         x,

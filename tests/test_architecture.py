@@ -20,7 +20,7 @@ FOLDERS = (
     *("data", "runs", "evaluation"),
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
-FOR_EVERYONE = ("atomic_files", "checked_dataclasses")
+FOR_EVERYONE = ("atomic_files", "checked_dataclasses", "object_storage")
 EDGES = (
     *("__init__", "__main__", "adapters", "commands", "conversion", "conversion_stages", "energy_evaluation"),
     *("energy_fitting", "estimators", "fit_settings", "fitting", "loss_training", "losses"),

@@ -175,7 +175,7 @@ MISTAKES = [
     ("sample", "points", ["--nun", "3"], "--nun"),
     ("reconstruct", "points", ["--num", "0"], "at least 1, got 0"),
     ("evaluate", "nowhere", [], "there is no workdir"),
-    ("evaluate", None, ["--workdir=s3://bucket/run"], "a workdir must be a folder of this machine, got s3://bucket/run"),
+    ("evaluate", None, ["--workdir=nosuch://bucket/run"], "nosuch:// is no storage that fsspec knows"),
     ("report", "", [], "has no config.json"),
     # what a model does not have
     ("sample", "classifier", ["--label", "1"], "holds no density"),

@@ -45,7 +45,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(minutes=1), "not both"),
         (lambda: fit(steps=None, minutes=0), "minutes must lie in"),
         (lambda: fit(steps=0), "steps must lie in"),
-        (lambda: fit(workdir="gs://bucket/run", steps=1), "a workdir must be a folder of this machine"),
+        (lambda: fit(workdir="nosuch://bucket/run", steps=1), "nosuch:// is no storage that fsspec knows"),
     ],
     "architecture": [
         (lambda: fit(architecture=ir.StageSpec(num_blocks=1, hidden=(4,))), "architecture must be a tuple"),
@@ -69,7 +69,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(objective="regression"), "objective must be one of"),
         (lambda: fit(objective="classification"), "objective classification needs labels"),
         (lambda: fit(X, LABELS, context=X, objective="classification"), "classification takes no contexts"),
-        (lambda: fit(workdir=3), "workdir must be the path"),
+        (lambda: fit(workdir=3), "a path must be a string"),
     ],
     "examples": [
         (lambda: jax.jit(fit)(X), "outside of jax.jit"),
@@ -102,6 +102,9 @@ def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"gs:// needs a package .*: pip install 'iresnet_jax\[gcs\]'$"):
+        ir.load("gs://bucket/model.npz")
     monkeypatch.setitem(sys.modules, "iresnet_jax.energy_fitting", None)
     with pytest.raises(ModuleNotFoundError, match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[energies\]'$"):
         ir.fit_energy  # noqa: B018

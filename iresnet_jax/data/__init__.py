@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data import images, sources, tfds
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.toys import TOYS, Toy
@@ -60,11 +61,10 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
     if name == "digits":
         return images.load_digits()
     kind, colon, path = name.partition(":")
-    place = Path(data_dir or "", Path(path).expanduser()).expanduser()
     if colon and kind in _ARRAYS:
-        return _ARRAYS[kind](place, name, fractions)
+        return _ARRAYS[kind](path_of(path, data_dir or ""), name, fractions)
     if colon and kind in _IMAGES:
-        return _IMAGES[kind](place, name)
+        return _IMAGES[kind](Path(data_dir or "", Path(path).expanduser()).expanduser(), name)
     if (found := tfds.load(name, data_dir)) is None:
         raise ValueError(
             f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} and others of TFDS, "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from iresnet_jax.atomic_files import replacing
+from iresnet_jax.atomic_files import path_of, replacing
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.checked_dataclasses import tagged
 from iresnet_jax.models import bounds
@@ -120,7 +120,7 @@ class Model:
             ValueError: If two branches of one's own have the same name, or a number is not finite.
         """
         check_names(self.spec.flow)
-        path = Path(path)
+        path = path_of(path)
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give a file, such as {path / FILE_NAME}")
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}

@@ -5,13 +5,13 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.checked_dataclasses import checked
 from iresnet_jax.models import priors
@@ -95,7 +95,7 @@ def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dic
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The file of a model and its header; whatever is wrong in it, until the context ends, is a ``ValueError``."""
-    path = Path(path)
+    path = path_of(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no model {path}: train.py and model.save write one")

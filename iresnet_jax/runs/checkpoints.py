@@ -109,6 +109,8 @@ class Checkpoints:
                 with self.path(step).open("rb") as file, np.load(file) as archive:
                     named = {name: archive[name] for name in archive.files}
                 metric = float(named.pop(_METRIC))
+            except ConnectionError:  # to a bucket
+                raise
             except Exception as error:  # Damage shows as whatever zipfile or NumPy trips over.
                 damage.append(f"The checkpoint {self.path(step)} is damaged ({_reason(error)})")
                 continue

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from iresnet_jax.atomic_files import local_folder
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.runs.signals import Stopped
 
@@ -94,7 +94,7 @@ def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--process_id", type=int)
     given = parser.parse_args([argument for argument in arguments if argument not in overrides])
     file, _, variant = given.config.partition(":")
-    given.workdir = local_folder(given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant))))
+    given.workdir = path_of(given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant))))
     given.config = read_config(given.config, overrides)
     return given
 

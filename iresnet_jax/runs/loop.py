@@ -16,12 +16,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from iresnet_jax.atomic_files import local_folder
+import jax
+import numpy as np
+
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs import hosts, run_folder
+from iresnet_jax.runs.background import Background
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.machine import device_summary, prepare_backend, return_freed_memory
@@ -63,7 +67,7 @@ def train(
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     # 1. Data and folder. All processes of a run have one config and one data set; the first one writes.
-    workdir, settings = local_folder(workdir), config.training
+    workdir, settings = path_of(workdir), config.training
     prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     if data is None and dataset.examples and "test" not in dataset.examples:
@@ -75,7 +79,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # 2. Model and objective. From here on the folder is this run's alone.
-        objective = _claim(workdir, config, dataset, stack)
+        objective, check_claim = _claim(workdir, config, dataset, stack)
 
         # 3. Newest checkpoint, or the first state.
         began = time.monotonic()  # a limit on time counts what every start does anew
@@ -83,17 +87,22 @@ def train(
 
         # 4. Every n steps: log, validate and save.
         saved_at, stop = time.monotonic(), StopRequests()
+        background, checkpoints = stack.enter_context(Background()), Checkpoints(workdir)
 
         def log(split: str, metrics: Mapping[str, float]) -> None:
             if writer is not None:
-                writer.write(trainer.records[-1])
+                background(writer.write, trainer.records[-1])
             if split == "train":
                 progress.update(trainer.step, trainer.horizon, {objective.name: metrics[objective.name]})
 
         def save(loss: float | None = None) -> None:
             nonlocal saved_at
-            if hosts.is_first():
-                Checkpoints(workdir).save(trainer.step, trainer.state._replace(constants={}), metric=loss)
+            if writer is not None:
+                background.wait()  # for the one before: memory holds one copy of the state
+                state = jax.tree.map(np.array, jax.device_get(trainer.state._replace(constants={})))
+                background(check_claim)
+                background(writer.publish, now=True)  # first, so that a checkpoint has the measurements that led to it
+                background(checkpoints.save, trainer.step, state, metric=loss)
             saved_at = time.monotonic()
 
         trainer = Trainer(
@@ -125,10 +134,12 @@ def train(
                     trainer.check()
                     save()
                 if wish > SAVE:
+                    hosts.from_first(background.wait)
                     received, there = signal.Signals(wish), f"after step {step} of {trainer.horizon}"
                     raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
         except BlowUpError as error:
             raise BlowUpError(f"{error}, in another workdir; the old workdir keeps its checkpoints") from error
+        hosts.from_first(background.wait)
         return trainer.state
 
 
@@ -139,19 +150,25 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
         raise ValueError(f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {size}")
 
 
-def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> Objective:
-    """Process 0 claims the folder, until the stack ends, and makes the model; the others receive it."""
+def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> tuple[Objective, Callable[[], None]]:
+    """Process 0 claims the folder, until the stack ends, and makes the model, which the others receive.
+
+    Returns:
+        The objective, and in process 0 a function that raises ``OSError`` once the folder is another's.
+    """
     made: list[Objective] = []
+    checks: list[Callable[[], None]] = []
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
         spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
         made.append(build_objective(config, data, spec))  # which raises before anything is written
-        stack.enter_context(run_folder.claimed(workdir, config, spec, data))
+        checks.append(stack.enter_context(run_folder.claimed(workdir, config, spec, data)))
         return tagged(spec) if parallel.num_processes() > 1 else None
 
     plain = hosts.from_first(claim)
-    return made[0] if made else build_objective(config, data, checked(Spec, plain, "model"))
+    objective = made[0] if made else build_objective(config, data, checked(Spec, plain, "model"))
+    return objective, next(iter(checks), lambda: None)
 
 
 def _newest(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from iresnet_jax.atomic_files import replacing
+from iresnet_jax.atomic_files import growing, replacing
 
 FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")
@@ -20,7 +20,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
 
     A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is flushed at once: a killed
-    process loses at most the line that it was writing. Non-finite values are written as Python's ``NaN`` and ``Infinity``.
+    process loses at most the line that it was writing, or in a bucket those of some seconds. Non-finite values are written as
+    Python's ``NaN`` and ``Infinity``.
 
     Args:
         workdir: Folder of the run.
@@ -28,6 +29,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
     Attributes:
         kept: Measurements that led to this state.
+        publish: Function that shows all lines to the readers of a bucket, see `atomic_files.growing`.
 
     Raises:
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
@@ -35,8 +37,10 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
     def __init__(self, workdir: Path, step: int = 0):
         self._workdir, self._step = workdir, step
-        path = workdir / FILENAME
         self.kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+        self._stack = contextlib.ExitStack()
+        self._folder, self.publish = self._stack.enter_context(growing(workdir))
+        path = self._folder / FILENAME
         with replacing(path) as incoming:
             incoming.write_text("".join(json.dumps(record) + "\n" for record in self.kept), encoding="utf-8")
         self._lines, self._events = path.open("a", encoding="utf-8"), None
@@ -51,16 +55,18 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
             self._lines.write(json.dumps(dict(record)) + "\n")
             self._lines.flush()
             self._write_event(record)
+            self.publish()
         except OSError as error:
             reason = error.strerror or error
             message = f"{self._workdir} cannot be written to ({reason}): free disk space, then give the command again"
             raise OSError(message) from error
 
     def __exit__(self, *exc_info: object) -> None:
-        for file in (self._lines, self._events):
-            with contextlib.suppress(OSError):  # of a full disk, which `write` has told of
-                if file is not None:
-                    file.close()
+        with self._stack:
+            for file in (self._lines, self._events):
+                with contextlib.suppress(OSError):  # of a full disk, which `write` has told of
+                    if file is not None:
+                        file.close()
 
     def _write_event(self, record: Mapping[str, Any]) -> None:
         # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread that a full disk ends, and
@@ -70,7 +76,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._events is None:
-            folder = self._workdir / "tensorboard"
+            folder = self._folder / "tensorboard"
             folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(folder / "events"))
             # TensorBoard discards older events of these steps.

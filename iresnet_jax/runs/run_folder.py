@@ -83,8 +83,11 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterator[None]:
+def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterator[Callable[[], None]]:
     """Within ``with``, no other process trains in the folder, which holds settings and model; the lock dies with its process.
+
+    Yields:
+        A function that raises ``OSError`` once another process has taken the folder, see `atomic_files.locked`.
 
     Raises:
         ValueError: If another process trains there.
@@ -92,7 +95,7 @@ def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterato
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(workdir / "training", timeout_s=0.0))
+            check = stack.enter_context(locked(workdir / "training", timeout_s=0.0))
         except TimeoutError:
             message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
             raise ValueError(message) from None
@@ -102,7 +105,7 @@ def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterato
             for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
                 with replacing(workdir / name) as incoming:
                     incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
-        yield
+        yield check
 
 
 def has_run(workdir: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.atomic_files import local_folder
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
@@ -142,7 +142,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
         >>> run = load("runs/digits_density")  # doctest: +SKIP
         >>> samples, info = run.model.sample(jax.random.key(0), 64)  # doctest: +SKIP
     """
-    folder = local_folder(folder)
+    folder = path_of(folder)
     if _is_model_alone(folder):
         model, about = saved.read(folder / FILE_NAME)
         config, fingerprint, step = _parsed(folder / FILE_NAME, about)
@@ -166,7 +166,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
     """Reads the settings of a folder that `load` takes, of which it raises the errors; no device starts."""
-    folder = local_folder(folder)
+    folder = path_of(folder)
     if not _is_model_alone(folder):
         return run_folder.read_config(folder)
     path = folder / FILE_NAME

@@ -84,8 +84,8 @@ def test_mistakes_are_answered_in_one_sentence(config_files, answer, name, overr
 
 
 def test_mistakes_in_other_flags_are_answered_in_one_sentence(config_files, answer, tmp_path):
-    remote = "a workdir must be a folder of this machine, got gs://bucket/run"
-    for flag, fragment in (("--worcdir=x", "worcdir"), ("extra", "extra"), ("--workdir=gs://bucket/run", remote)):
+    remote = "nosuch:// is no storage that fsspec knows"
+    for flag, fragment in (("--worcdir=x", "worcdir"), ("extra", "extra"), ("--workdir=nosuch://bucket/run", remote)):
         assert fragment in answer(f"--config={config_files['toy']}", flag)
     assert "there is no config file configs/nowhere.py" in answer("--config", "configs/nowhere.py")
     assert "the config file has no variants" in answer(f"--config={config_files['toy']}:0.7")

@@ -1,0 +1,235 @@
+"""Addresses of objects in buckets, such as ``gs://bucket/run/model.npz``, as paths; fsspec knows how each storage is reached.
+
+One put of an object is whole or absent for every reader, and takes the place of what was there before. Nothing else is relied
+on: there are no folders, renames, appends or locks.
+"""
+
+import contextlib
+import fnmatch
+import functools
+import io
+import logging
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BEAT_S = 5.0  # between two signs of life of the process that holds a claim
+PATIENCE_BEATS = 4  # after which a process without a sign of life is taken for dead
+RETRY_S = 600.0  # for which an upload is tried again while the storage cannot be reached
+_PAUSE_S = 3.0  # between two tries
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+
+_logger = logging.getLogger(__name__)
+
+
+def is_address(name: str) -> bool:
+    """Whether this is an address with a scheme, and no path of this machine."""
+    return re.match(r"\w[\w+.-]*://", name) is not None
+
+
+@functools.cache
+def _storage(scheme: str) -> Any:
+    """The file system of fsspec that a scheme stands for, one for all threads; lists of objects are always asked for anew.
+
+    Raises:
+        ValueError: If fsspec does not know the scheme, or the package that it needs is not installed.
+    """
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError as error:
+        advice = f"pip install 'iresnet_jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else "pip install it"
+        raise ValueError(f"{scheme}:// needs a package that is not installed ({error}): {advice}") from None
+    except ValueError as error:
+        raise ValueError(f"{scheme}:// is no storage that fsspec knows ({error}): give a path, gs://... or s3://...") from None
+
+
+class ObjectPath(type(Path())):
+    """The address of an object, or of all objects below it, which stand for a folder.
+
+    Names are joined and taken apart as by `pathlib`. Of what touches files, the methods below are all there are. Objects are
+    read and written whole.
+
+    Raises:
+        PermissionError: In all methods that reach the storage: if it refuses the credentials, or there are none.
+        ConnectionError: If it cannot be reached, or fails.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().replace(":/", "://", 1)  # of which pathlib keeps one slash
+
+    def check_storage(self) -> None:
+        """Raises ``ValueError`` if nothing on this machine can reach such addresses."""
+        _ = self._fs
+
+    @property
+    def _fs(self) -> Any:
+        return _storage(self.parts[0].removesuffix(":"))
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[Any]:
+        """Yields the file system, whose errors become one of the three that callers tell apart."""
+        try:
+            yield self._fs
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:  # each storage has errors of its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {reason}".lower():
+                message = f"{self} is refused ({reason}): check the credentials and what they permit"
+                raise PermissionError(message) from error
+            message = f"{self} cannot be reached ({reason}): check the connection and the address of the storage"
+            raise ConnectionError(message) from error
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Any]:
+        """As `_reached`, where a thing that is missing can only be the bucket."""
+        try:
+            with self._reached() as storage:
+                yield storage
+        except FileNotFoundError as error:
+            message = f"{self} cannot be written, there is no such bucket ({error}): make it, or correct its name"
+            raise OSError(message) from error
+
+    def _info(self) -> dict[str, Any]:
+        with self._reached() as storage, contextlib.suppress(FileNotFoundError):
+            return storage.info(str(self))
+        return {"type": None}
+
+    def exists(self, **_: Any) -> bool:
+        """Whether there is such an object, or are any below the address."""
+        return self._info()["type"] is not None
+
+    def is_dir(self, **_: Any) -> bool:
+        """Whether there are objects below the address."""
+        return self._info()["type"] == "directory"
+
+    def is_file(self, **_: Any) -> bool:
+        """Whether there is such an object."""
+        return self._info()["type"] == "file"
+
+    def stat(self, **_: Any) -> os.stat_result:
+        """The size of an object."""
+        with self._reached() as storage:
+            return os.stat_result((stat.S_IFREG, 0, 0, 0, 0, 0, storage.info(str(self))["size"], 0, 0, 0))
+
+    def glob(self, pattern: str, **_: Any) -> "Iterator[ObjectPath]":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Objects one level below the address, of which the name fits a pattern."""
+        names: list[str] = []
+        with self._reached() as storage, contextlib.suppress(FileNotFoundError):
+            names += [found.rstrip("/").rpartition("/")[2] for found in storage.ls(str(self), detail=False)]
+        return (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
+
+    def resolve(self, strict: bool = False) -> "ObjectPath":  # noqa: FBT001, FBT002 (the signature of pathlib)
+        """The address, which is absolute."""
+        return self
+
+    def mkdir(self, *_: Any, **__: Any) -> None:
+        """Does nothing: the first object makes the folder, and buckets are made by their owner."""
+
+    def read_bytes(self) -> bytes:
+        """The content of an object, from one request."""
+        with self._reached() as storage:
+            return storage.cat_file(str(self))
+
+    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, errors: Any = None, newline: Any = None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The content of an object as a file to read."""
+        if mode not in ("r", "rb"):
+            raise ValueError(f"{self} is opened for reading only, got the mode {mode!r}: use atomic_files.replacing")
+        content = io.BytesIO(self.read_bytes())
+        return content if mode == "rb" else io.TextIOWrapper(content, encoding or "utf-8", errors, newline)
+
+    def unlink(self, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 (the signature of pathlib)
+        """Deletes an object."""
+        with self._reached() as storage, contextlib.suppress(FileNotFoundError):
+            storage.rm_file(str(self))
+
+    def upload(self, file: Path) -> None:
+        """Puts the content of a local file, and tries again for `RETRY_S` while the storage cannot be reached."""
+        began = time.monotonic()
+        while True:
+            try:
+                with self._written() as storage:
+                    return storage.put_file(str(file), str(self))
+            except ConnectionError as error:
+                if time.monotonic() - began > RETRY_S:
+                    raise
+                _logger.warning("%s; trying again", error)
+                time.sleep(_PAUSE_S)
+
+
+@contextlib.contextmanager
+def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
+    """Within ``with``, this process holds a claim: an object that it makes if there is none, and changes as a sign of life.
+
+    The claim of a process that died is taken over after `PATIENCE_BEATS` without a sign, by whoever asks. A process that lives
+    and could not reach the storage for so long may lose its claim without knowing at once.
+
+    Yields:
+        A function that raises ``OSError`` once another process has taken the claim.
+
+    Raises:
+        TimeoutError: If another process holds the claim and lives.
+    """
+    owner, ended, lost = secrets.token_hex(8), threading.Event(), threading.Event()
+
+    def put(beat: int, mode: str) -> None:
+        with path._written() as storage:
+            storage.pipe_file(str(path), f"{owner} {beat}\n".encode(), mode=mode)
+
+    def held() -> bool:
+        return path.read_bytes().startswith(owner.encode())
+
+    def keep() -> None:
+        beat = 0
+        while not ended.wait(BEAT_S):
+            try:
+                if not held():
+                    return lost.set()
+                put(beat := beat + 1, "overwrite")
+            except FileNotFoundError:  # somebody took the claim, and has given it back
+                return lost.set()
+            except OSError as error:
+                _logger.warning("%s", error)
+        return None
+
+    def check() -> None:
+        if lost.is_set():
+            raise OSError(f"another process has taken over {path}: it trains there now, and this one has stopped")
+
+    _wait_for_the_dead(path)
+    try:
+        put(0, "create")
+    except FileExistsError:
+        raise TimeoutError(f"another process holds {path}") from None
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield check
+    finally:
+        ended.set()
+        keeper.join()
+        with contextlib.suppress(OSError):
+            if held():
+                path.unlink()
+
+
+def _wait_for_the_dead(path: ObjectPath) -> None:
+    """Removes a claim that shows no sign of life for `PATIENCE_BEATS`; of one that does, raises ``TimeoutError``."""
+    if not path.exists():
+        return
+    _logger.info("%s is there: waiting to see whether its process lives", path)
+    with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+        before = path.read_bytes()
+        for _ in range(PATIENCE_BEATS):
+            time.sleep(BEAT_S)
+            if path.read_bytes() != before:
+                raise TimeoutError(f"another process holds {path}")
+        path.unlink()
