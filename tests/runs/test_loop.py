@@ -217,7 +217,7 @@ def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
 
 
 def test_a_folder_that_is_removed_ends_training(config, tmp_path):
-    with pytest.raises(OSError, match=f"could not be written to {tmp_path / 'run'}/checkpoints .No such file"):
+    with pytest.raises(OSError, match=f"{tmp_path / 'run'}.* .No such file"):
         loop.train(config, tmp_path / "run", say=lambda line: shutil.rmtree(tmp_path / "run", ignore_errors=True))
 
 
