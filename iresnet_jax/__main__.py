@@ -1,6 +1,7 @@
 """Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``convert``."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,14 @@ def count(text: str, least: int = 1) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"it must be at least {least}, got {number}")
     return number
+
+
+def radii(text: str) -> tuple[float, ...]:
+    """Radii, for argparse."""
+    found = tuple(float(number) for number in text.split(","))
+    if not all(0 < number < math.inf for number in found):
+        raise argparse.ArgumentTypeError(f"they must be positive, got {text}")
+    return found
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -49,6 +58,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "K",
         "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
     },
+    "radii": {
+        "type": radii,
+        "metavar": "NUMBERS",
+        "help": "radii at which accuracy is verified and attacked, as .3,1.58: 2-norms of pixels on [0, 1], of a classifier",
+    },
     "output": {
         "metavar": "PATH",
         "help": "where to write (%(default)s)",
@@ -71,8 +85,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "evaluate": Command(
-        "Test likelihood, and test error of a model with classes.",
-        "workdir data importance",
+        "Test likelihood, test error of a model with classes, and robustness of a classifier.",
+        "workdir data importance radii",
     ),
     "sample": Command(
         "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them.",
@@ -91,7 +105,7 @@ COMMANDS = {
         "status 1 if these refuse it.",
         "workdir data num=500 samples",
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data importance"),
+    "report": Command("All results, to report.json and report.html.", "workdir data importance radii"),
     "convert": Command(
         "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
         "FILE architecture scale output=model.npz",

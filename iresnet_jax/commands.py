@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +17,12 @@ from jaxtyping import Float
 from iresnet_jax import conversion
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data.arrays import FITTED_ARRAY
-from iresnet_jax.evaluation import calibration, classification, likelihood, round_trips, samples
+from iresnet_jax.evaluation import calibration, classification, likelihood, robustness, round_trips, samples
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
 from iresnet_jax.evaluation.report import write
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.contexts import as_vectors
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan as plans
@@ -33,14 +35,17 @@ CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of
 
 def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     """Measures a model on the test examples."""
-    run = _with_importance(run, arguments).with_data_checked()
+    run = _with_settings(run, arguments).with_data_checked()
     model, settings, seed, examples = run.model, run.config.evaluation, run.config.seed, run.test_examples()
     lines = []
     if isinstance(model, Density):
         floor, contexts = run.data.entropy, run.test_contexts()
         lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor))
     if run.model.spec.num_classes is not None:
-        lines.append(classification.evaluate(model, examples, run.data.labels["test"], settings.batch_size))
+        labels = run.data.labels["test"]
+        lines.append(classification.evaluate(model, examples, labels, settings.batch_size))
+        if isinstance(model, Classifier) and settings.radii:
+            lines.append(robustness.measure(model, examples, labels, settings, seed)[0])
     _say(*run.notes, *lines)
     return True
 
@@ -118,17 +123,18 @@ def calibrate(run: Run, arguments: argparse.Namespace) -> bool:
 
 def report(run: Run, arguments: argparse.Namespace) -> bool:
     """Writes all results."""
-    _say(write(_with_importance(run, arguments)), f"report: {run.folder / 'report.html'}")
+    _say(write(_with_settings(run, arguments)), f"report: {run.folder / 'report.html'}")
     return True
 
 
-def _with_importance(run: Run, arguments: argparse.Namespace) -> Run:
-    """The run, whose evaluation has the importance-weighted bound if it is asked for."""
-    if arguments.importance is None:
-        return run
-    if not isinstance(run.model, Density) or not run.model.spec.is_discrete:
+def _with_settings(run: Run, arguments: argparse.Namespace) -> Run:
+    """The run, whose evaluation has the importance-weighted bound and the robustness that are asked for."""
+    changes: dict[str, Any] = {"num_importance_draws": arguments.importance, "radii": arguments.radii}
+    if arguments.importance is not None and not (isinstance(run.model, Density) and run.model.spec.is_discrete):
         raise ValueError("--importance is for densities of integer levels or of data on a grid: leave it out")
-    evaluation = dataclasses.replace(run.config.evaluation, num_importance_draws=arguments.importance)
+    if arguments.radii is not None and not isinstance(run.model, Classifier):
+        raise ValueError("--radii are for classifiers: leave them out")
+    evaluation = dataclasses.replace(run.config.evaluation, **{k: v for k, v in changes.items() if v is not None})
     return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Num
 
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation.calibration import Calibration
+from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.models.certificate import Certificate
 
 if TYPE_CHECKING:
@@ -175,6 +176,19 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
             axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", size=8, color=ink)
     label(axes, "taken for", "class", "")
     axes.grid(visible=False)
+    return figure
+
+
+def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Figure":
+    """Verified accuracy by radius, of certified radii that are 0 for images classified wrongly, and accuracy under attack."""
+    figure = new_figure(5.6, 3.6)
+    axes = figure.add_subplot()
+    axes.plot(np.sort(radii)[::-1], np.arange(1, len(radii) + 1) / len(radii), color=BLUE, label="verified")
+    left = np.array([(own.fraction, *own.interval) for own in found.attacked]).T
+    axes.errorbar(found.radii, left[0], np.abs(left[1:] - left[0]), fmt="o", markersize=3, color=ORANGE, label="under attack")
+    axes.set(xlim=(0, 1.1 * max(found.radii)), ylim=(0, 1))
+    label(axes, "radius (2-norm of pixels in [0, 1])", "accuracy", "")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -21,10 +21,11 @@ from jaxtyping import Float
 
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.evaluation import calibration, classification, likelihood, plots, round_trips, samples
+from iresnet_jax.evaluation import calibration, classification, likelihood, plots, robustness, round_trips, samples
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.classification import Classification
 from iresnet_jax.evaluation.likelihood import Likelihood
+from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.evaluation.round_trips import Inversion
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
@@ -44,6 +45,7 @@ TITLES = {  # of the fields of `Report` that are sections of the page, in its or
     "likelihood": "Likelihood",
     "calibration": "Calibration",
     "classification": "Classes",
+    "robustness": "Robustness",
     "samples": "Samples",
     "samples_by_class": "Samples by class",
     "inverse": "Inverse",
@@ -111,6 +113,7 @@ class Report:
     likelihood: Likelihood | None = None
     calibration: Calibration | None = None
     classification: Classification | None = None
+    robustness: Robustness | None = None
     samples: SampleConvergence | None = None
     samples_by_class: SampleConvergence | None = None
     inverse: Inversion | None = None
@@ -121,7 +124,8 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        for part in (self.likelihood, self.calibration, self.classification, self.samples, self.inverse):
+        parts = (self.likelihood, self.calibration, self.classification, self.robustness, self.samples, self.inverse)
+        for part in parts:
             found += part.warnings() if part else ()
         if self.samples_by_class:
             found += self.samples_by_class.warnings("samples by class")
@@ -130,7 +134,7 @@ class Report:
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
         calibration = self.calibration and self.calibration.headline
-        headlines = [self.likelihood, calibration, self.classification, self.inverse, verdict]
+        headlines = [self.likelihood, calibration, self.classification, self.robustness, self.inverse, verdict]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 
@@ -267,7 +271,7 @@ def log_density_on_grid(
 
 
 def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
-    """Test error of a model with classes and, of a density, samples of each class."""
+    """Test error of a model with classes; robustness of a classifier, and of a density samples of each class."""
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
     result = classification.evaluate(model, images, run.data.labels["test"], size)
     figures["classification"] = {"Classes and what they were taken for": plots.confusion_matrix(np.array(result.confusion))}
@@ -276,7 +280,13 @@ def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
         captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
         figures["classification"]["First mistakes"] = plots.images(chosen, levels, captions=captions)
     if not isinstance(model, Density):
-        return {"classification": result}
+        results: Results = {"classification": result}
+        if run.config.evaluation.radii:
+            labels = run.data.labels["test"]
+            found, radii = robustness.measure(model, images, labels, run.config.evaluation, run.config.seed)
+            results["robustness"] = found
+            figures["robustness"] = {"Accuracy by radius": plots.robustness_curves(found, radii)}
+        return results
     labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), plots.COLUMNS).tolist()
     values, convergence = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
     figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels)}

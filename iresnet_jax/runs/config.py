@@ -120,6 +120,10 @@ class EvaluationConfig:
     num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
     num_importance_examples: CountOrNone = 0  # test examples, evenly spaced, that have these draws; 0 for all
     num_examples: Count = 20_000  # test examples of a toy; other data use their whole test split
+    # Radii at which the accuracy of a classifier is verified and attacked: 2-norms of pixels on [0, 1]. None by default.
+    radii: tuple[Positive, ...] = ()
+    attack_steps: Count = 50  # of projected gradient descent
+    attack_starts: Count = 1  # random ones of each image
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
     def solver(self) -> Solver:

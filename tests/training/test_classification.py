@@ -123,15 +123,17 @@ def test_test_error_by_hand(trained):
 @pytest.mark.usefixtures("undrawn")
 def test_commands_after_training(workdir, capsys):
     command = ("--workdir", str(workdir))
-    assert main(["report", *command]) == 0
+    assert main(["report", *command, "--radii", ".002,1e-3"]) == 0
     assert "inverse: inverted; 360 of 360 test examples converged" in capsys.readouterr().out
     report = json.loads((workdir / "report.json").read_text())
     assert report["classification"]["num_examples"] == report["inverse"]["num_examples"] == 360
     assert report["inverse"]["max_abs_error"] < 1e-4
     assert report["lipschitz"]["certified"]
-    assert report["warnings"] == []
+    assert report["robustness"]["radii"] == [0.001, 0.002]
+    [small] = report["warnings"]  # such a network is none with radii that mean something
+    assert "Radii are small because the certified Lipschitz constant of margins is" in small
     page = (workdir / "report.html").read_text()
-    assert page.count("data:image/") >= 5  # curves, confusion, reconstructions, histogram, constants
+    assert page.count("data:image/") >= 6  # curves, confusion, robustness, reconstructions, histogram, constants
     assert "somebody" in page
     assert main(["sample", *command]) == 2
     assert "holds no density, so there are no samples" in capsys.readouterr().err

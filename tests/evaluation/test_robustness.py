@@ -1,0 +1,57 @@
+"""Verified and attacked accuracy of a network of potentials on digits, and attacks on its own radii."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import iresnet_jax as ir
+from iresnet_jax import certify, data
+from iresnet_jax.evaluation import robustness
+from iresnet_jax.runs.config import EvaluationConfig
+
+ATTACK = (200, 10)  # steps, starts
+RADII = (0.9, 0.3)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def model(digits):
+    stage = ir.StageSpec(2, (32,), activation="relu", kind="potential", actnorm=False)
+    settings = {"classifier.mean": (0.0,), "classifier.std": (1.0,), "classifier.head": "linear", "classifier.margin": 0.5}
+    settings |= {"classifier.temperature": 0.25, "optimizer.learning_rate": 1e-2, "model.coeff": 0.95}
+    train = digits.examples["train"], digits.labels["train"]
+    return ir.fit(*train, steps=300, architecture=[stage], settings=settings, progress=False)
+
+
+@pytest.fixture(scope="module")
+def measured(model, digits):
+    settings = dataclasses.replace(EvaluationConfig(), radii=RADII)
+    return robustness.measure(model, digits.examples["test"], digits.labels["test"], settings, 0)
+
+
+def test_training_with_a_margin_verifies_and_attacks_find_the_rest(measured):
+    found, radii = measured
+    assert found.clean.fraction > 0.9
+    assert found.radii == (0.3, 0.9)
+    for size, proven, left in zip(found.radii, found.verified, found.attacked, strict=True):
+        assert proven.fraction == np.mean(radii >= size)
+        assert proven.interval[0] < proven.fraction <= left.fraction <= found.clean.fraction
+    assert found.verified[0].fraction > 0.7
+    assert found.attacked[1].fraction < found.verified[0].fraction
+    assert found.median_radius == np.median(radii)
+    assert found.num_broken == 0
+    assert found.lipschitz < 2
+    assert not found.warnings()
+
+
+def test_no_attack_breaks_a_radius_and_larger_ones_break(model, digits):
+    images = digits.examples["test"]
+    found = certify.radius(model, images)
+    attack = {"attack": ATTACK, "seed": 0, "batch_size": len(images)}
+    assert np.all(robustness.least_margins(model, images, found.predicted, 0.999 * found.radius, **attack) > 0)
+    assert np.mean(robustness.least_margins(model, images, found.predicted, 1.5 * found.radius, **attack) > 0) < 0.3
