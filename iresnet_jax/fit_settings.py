@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.mixtures import ScaleMixture, expectation_maximisation
+from iresnet_jax.models.mixtures import GaussianMixture, ScaleMixture, expectation_maximisation
 from iresnet_jax.models.priors import LOCATION_SCALE
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
@@ -22,12 +22,11 @@ from iresnet_jax.training.initialization import preprocess
 from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
-WHITENED_DIMS = 256  # at most: a matrix of the square of that many numbers belongs to the model
-# Examples for each entry of a covariance from which on vectors are whitened: fewer estimate it badly. A table of 30 columns
-# and 400 rows is 4 nats likelier without (benchmarks/tabular.py).
-PER_COVARIANCE = 4
+WHITENED_DIMS = 1000  # at most: a matrix of the square of that many numbers belongs to the model
+PER_COVARIANCE = 4  # examples for each entry of a covariance, below which the network is small
 EXACT_DIMS = 32  # at most: no probes; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
 MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
+KERNEL_NUMBERS = 500_000  # at most in those matrices of a kernel density, which has a component for each example
 PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
 NUM_SCALES = 16  # of the prior of scales
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
@@ -90,18 +89,18 @@ def choose_settings(
 
 def _for_vectors(data: DataSet) -> dict[str, Any]:
     """Common settings of all candidates; `Candidate.settings` replaces those that differ."""
-    num, dims = len(data.examples["train"]), data.event_shape[0]
-    is_exact, is_whitened = dims <= EXACT_DIMS, dims <= WHITENED_DIMS and num >= PER_COVARIANCE * dims**2
+    dims = data.event_shape[0]
+    is_exact = dims <= EXACT_DIMS
     return {
         "model.stages": _dense_stages("large"),
         "model.coeff": 0.97,
+        "model.last_scale": 0.01,  # little more than the identity: the whitening and the prior alone may be the best
         "model.context_hidden": (128, 128, 32) if data.contexts else (),  # by the validation of posteriors of simulators
-        "preprocessing.transform": "whiten" if is_whitened else "standardize",
+        "preprocessing.transform": "whiten" if dims <= WHITENED_DIMS else "standardize",
         "logdet.kind": "exact" if is_exact else "krylov",
         "logdet.num_terms": min(6, dims),
         **({"evaluation.logdet.kind": "exact"} if dims <= WHITENED_DIMS else {}),
-        "hybrid.weight": 0.1,  # of the log-likelihood beside the cross-entropy
-        "hybrid.fitted_priors": True,  # from the covariance within classes
+        "hybrid.weight": 0.1 / dims,  # of the log-likelihood beside the cross-entropy, which counts
         "training.batch_size": 128 if is_exact else 256,
         "training.blocks": "scan",
     }
@@ -152,6 +151,7 @@ class Candidate:
         components: Components of the priors "mixture" and "scales", 0 of others.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
         decay: Weight decay of a conditional density; None leaves it to the settings.
+        is_trained: Whether it is trained. A kernel density is not, under which each of its examples would become a spike.
     """
 
     size: str
@@ -159,8 +159,11 @@ class Candidate:
     components: int = 0
     noise: float | None = None
     decay: float | None = None
+    is_trained: bool = True
 
     def __str__(self) -> str:
+        if not self.is_trained:
+            return "kernel density"
         parts = ["network as given" if self.size == "given" else f"{self.size} network"]
         if self.prior is not None:
             is_mixture = self.prior == "mixture"
@@ -172,8 +175,6 @@ class Candidate:
     def settings(self) -> dict[str, Any]:
         """The settings that make a config one of this candidate."""
         chosen: dict[str, Any] = {
-            # A flow in front of a mixture starts as little more than the identity: the mixture alone may be the best.
-            "model.last_scale": 0.01 if self.prior == "mixture" else 0.1,
             "model.sharp": self.size != "small",
             "optimizer.learning_rate": SIZES[self.size][-1],
         }
@@ -201,8 +202,8 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
     """Rows of the table of models that validation chooses from, the plain one first; images have none.
 
     The other one of a conditional density has less weight decay, unless that is given. Those of a density without contexts have
-    other priors: a mixture, with as many components as the Bayesian information criterion wants, and scales, if vectors differ
-    by far in length. A flow behind scales starts ahead and learns slowly, so training decides.
+    other priors: a mixture, with as many components as the Bayesian information criterion wants, a kernel density, if examples
+    are few and likelier under it, and scales, if vectors differ by far in length. Training and validation decide.
 
     Args:
         config: Settings of all candidates.
@@ -225,62 +226,73 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
     if not is_density or "model.prior" in given:
         yield plain
         return
-    rows = data.examples["train"]
+    train, held_out = (_latents(config, data, split) for split in ("train", "validation"))
+    prior, log_prob = likelier_prior(train)
+    yield dataclasses.replace(plain, prior=prior)
+    if has_scales(train, held_out, prior):
+        yield dataclasses.replace(plain, prior="scales", components=NUM_SCALES)
+    if dims <= MIXTURE_DIMS:
+        components, of_mixture = likeliest_components(train[:: -(-len(train) // MIXTURE_EXAMPLES)], config.seed)
+        if of_mixture > log_prob:
+            log_prob = of_mixture
+            yield dataclasses.replace(plain, prior="mixture", components=components)
+    if len(train) == num and num * dims**2 <= KERNEL_NUMBERS and GaussianMixture.kernels(train)[1] > log_prob:
+        yield dataclasses.replace(plain, prior="mixture", components=num, noise=None, is_trained=False)
+
+
+def _latents(config: Config, data: DataSet, split: str) -> Float[np.ndarray, "n d"]:
+    """Preprocessed examples, which latents are before training."""
+    rows = data.examples[split]
     x = np.asarray(rows[some_rows(len(rows), PRIOR_EXAMPLES)])
     z = preprocess(Density(density_spec(config, data), {}, {}), x, jax.random.key(config.seed))
-    z = np.asarray(z, np.float64)
-    prior, has_scales = likelier_prior(z)
-    yield dataclasses.replace(plain, prior=prior)
-    if dims <= MIXTURE_DIMS and (components := likeliest_components(z[:: -(-len(z) // MIXTURE_EXAMPLES)], config.seed)):
-        yield dataclasses.replace(plain, prior="mixture", components=components)
-    if has_scales:
-        yield dataclasses.replace(plain, prior="scales", components=NUM_SCALES)
+    return np.asarray(z, np.float64)
 
 
-def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, bool]:
-    """The prior under which preprocessed examples are likelier, before any training of the flow; "logistic" has heavy tails.
-
-    Also whether a prior of scales, for vectors whose lengths differ by far, is likelier still. It is fitted to half of the
-    examples and has to be clearly likelier on the others: it would fit any lengths a little better.
-    """
+def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, float]:
+    """The prior under which latents are likelier, and their mean log-density; "logistic" has heavy tails."""
     mean, std = np.zeros(z.shape[1]), np.ones(z.shape[1])
-    priors: dict[str, Any] = {name: family.of_moments(mean, std) for name, family in LOCATION_SCALE.items()}
-    priors["scales"] = ScaleMixture.fit(z[::2], NUM_SCALES)
-    log_probs = {name: np.asarray(values, np.float64) for name, values in _log_probs(priors, z.astype(np.float32)).items()}
-    kind = max(LOCATION_SCALE, key=lambda name: log_probs[name].sum())
-    gains = (log_probs["scales"] - log_probs[kind])[1::2]
-    is_clear = len(gains) > 1 and gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains))  # nats, standard errors
-    return kind, bool(is_clear)
+    found = {name: float(np.mean(_log_prob(family.of_moments(mean, std), z))) for name, family in LOCATION_SCALE.items()}
+    return max(found.items(), key=lambda item: item[1])
 
 
-@fast_compile
-def _log_probs(priors: Mapping[str, Any], z: Float[Array, "n d"]) -> dict[str, Array]:
-    return {name: prior.log_prob(z) for name, prior in priors.items()}
+def has_scales(z: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], prior: str) -> bool:
+    """Whether a prior of scales, for vectors whose lengths differ by far, is clearly likelier on held-out latents."""
+    plain = LOCATION_SCALE[prior].of_moments(np.zeros(z.shape[1]), np.ones(z.shape[1]))
+    gains = _log_prob(ScaleMixture.fit(z, NUM_SCALES), held_out) - _log_prob(plain, held_out)
+    # In nats and standard errors.
+    return len(gains) > 1 and bool(gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
-def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> int:
-    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978).
+def _log_prob(prior: Any, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+    return np.asarray(_log_prob_of(prior, z.astype(np.float32)), np.float64)
 
-    It is 0 for vectors that are as well described by one of mean 0 and variance 1, such as whitened ones.
+
+_log_prob_of = fast_compile(lambda prior, z: prior.log_prob(z))
+
+
+def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, float]:
+    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978), and its mean.
+
+    Numbers double until the criterion is worse twice, with 5 examples a row of means and covariances, and are refined from
+    there to a sixteenth. The mean is in nats, a log-density less what the parameters cost.
     """
-    best, lowest, risen = 1, math.inf, 0
-    for num in (
-        1,
-        2,
-        3,
-        4,
-        6,
-        8,
-        12,
-        16,
-        24,
-    ):  # until the criterion rises twice, with 5 examples a row of means and covariances
-        if num > max(len(z) // (5 * (z.shape[1] + 1)), 1) or risen == 2:
-            break
-        try:
-            bic = float(expectation_maximisation(z, num, n_init=2, random_state=seed).bic(z))
-        except ValueError:  # a component has collapsed
-            bic = math.inf
-        best, lowest, risen = (num, bic, 0) if bic < lowest else (best, lowest, risen + 1)
-    standard = float(np.sum(np.square(z))) + z.size * math.log(2 * math.pi)  # it has no parameters
-    return 0 if best == 1 and standard <= lowest else best
+    most, found = len(z) // (5 * (z.shape[1] + 1)), {}
+
+    def attempt(num):
+        if 1 <= num <= most and num not in found:
+            try:
+                found[num] = -float(expectation_maximisation(z, num, random_state=seed).bic(z)) / (2 * len(z))
+            except ValueError:  # a component has collapsed
+                found[num] = -math.inf
+        return max(found, key=found.__getitem__, default=0)
+
+    num = 1
+    while num <= max(4 * attempt(num), 4):
+        num *= 2
+    step = attempt(0) // 2
+    while step > attempt(0) // 16:
+        best = attempt(0)
+        attempt(best - step)
+        step = step if attempt(best + step) != best else step // 2
+    best = attempt(0)
+    return best, found.get(best, -math.inf)

@@ -235,8 +235,10 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
         while upcoming:
             # 1. Train the next one.
             candidate, num_steps = upcoming.pop(0)
-            say(f"{candidate}: {f'up to {num_steps} steps' if num_steps else 'until time is over'}")
+            length = f"up to {num_steps} steps" if num_steps else "until time is over"
+            say(f"{candidate}: {length if candidate.is_trained else 'only validated'}")
             left_s = max(limit_s - (time.monotonic() - began), 1.0)
+            seconds_of_steps = FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf
             try:
                 runs[candidate, num_steps] = _train(
                     with_settings(config, {**candidate.settings, **given}),
@@ -245,7 +247,7 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
                     say,
                     stop,
                     what=str(candidate),
-                    seconds_of_steps=FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf,
+                    seconds_of_steps=seconds_of_steps if candidate.is_trained else 0.0,
                 )
             except BlowUpError as error:
                 if not upcoming and not any(runs.values()):
@@ -284,7 +286,7 @@ def next_run(runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER) 
     """
     if (plain, 0) not in runs and any(run is not None and run.is_cut_short for run in runs.values()):
         return plain, 0
-    candidate, leader = _leader(runs)
+    candidate, leader = _leader(runs, trained=True)
     best = leader.attempt
     if best.best_step > IMPROVING * best.num_steps:
         if left_s < WORTHWHILE * best.seconds:
@@ -300,8 +302,10 @@ def next_run(runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER) 
     return "validation no longer improved"
 
 
-def _leader(runs: Runs) -> tuple[Candidate, Run]:
-    finished = ((candidate, run) for (candidate, _), run in runs.items() if run is not None)
+def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
+    """The best candidate, or the best one that is trained if there is any."""
+    finished = [(candidate, run) for (candidate, _), run in runs.items() if run is not None]
+    finished = [each for each in finished if trained and each[0].is_trained] or finished
     return min(finished, key=lambda item: item[1].attempt.loss)
 
 
@@ -324,7 +328,7 @@ def _train(
         say: Takes a line of progress.
         stop: Notes a signal.
         what: Name of the candidate.
-        seconds_of_steps: Longest time of updates, whatever compiling takes.
+        seconds_of_steps: Longest time of updates, whatever compiling takes; 0 only validates the start.
 
     Raises:
         BlowUpError: If training blows up before it is better than its start.
@@ -344,7 +348,8 @@ def _train(
     trainer.validate()  # the start may be the best: a mixture is fitted before training
     assert best is not None
     try:
-        for _ in trainer.steps(device_batches(objective.examples, seed=config.seed, batch_size=training.batch_size)):
+        batches = device_batches(objective.examples, seed=config.seed, batch_size=training.batch_size)
+        for _ in trainer.steps(batches) if seconds_of_steps else ():
             if stop.received:
                 say(f"stopped by {stop.received.name} after step {trainer.step} of {trainer.horizon}: the best model so far")
                 break

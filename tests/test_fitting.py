@@ -26,7 +26,8 @@ from iresnet_jax.runs.signals import Stopped
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
-QUICK = {"steps": 12, "architecture": TINY, "progress": False}
+EAGER = {"optimizer.learning_rate": 0.1, "model.last_scale": 0.1, "training.patience": 0}  # that of 12 steps
+QUICK = {"steps": 12, "architecture": TINY, "progress": False, "settings": EAGER}
 BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
 BANANA[:, 1] += BANANA[:, 0] ** 2
 
@@ -211,7 +212,7 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
     data = from_arrays(FITTED_ARRAY, Arrays(BANANA), fractions=(0.1, 0.0))
     state = train(config, tmp_path / "run", data=data)
     assert int(state.step) == int(state.horizon) == 12
-    of_numpy = {"steps": np.int64(12), "settings": {"optimizer.clip_norm": np.float32(config.optimizer.clip_norm)}}
+    of_numpy = {"steps": np.int64(12), "settings": EAGER | {"optimizer.clip_norm": np.float32(config.optimizer.clip_norm)}}
     again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK | of_numpy)  # nothing is left to do
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -266,7 +267,7 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
 
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(capfd, monkeypatch):
     with_batches(monkeypatch, interrupting(0, 6))
-    options = QUICK | {"steps": 10_000, "progress": True, "settings": {"training.eval_every_steps": 4}}
+    options = QUICK | {"steps": 10_000, "progress": True, "settings": EAGER | {"training.eval_every_steps": 4}}
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     model = ir.fit(BANANA, **options)
     assert model.history.step in (0, 4)
@@ -316,8 +317,8 @@ def data_of(x, **arrays):
 
 
 def test_settings_follow_the_array():
-    few, many, wide = (data_of(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (400, 300)))
-    assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == ["standardize", "whiten", "standardize"]
+    few, many, wide = (data_of(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (40, 1001)))
+    assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == ["whiten", "whiten", "standardize"]
     assert [choose_settings(x).logdet.kind for x in (few, many, wide)] == ["exact", "exact", "krylov"]
     labels, images = np.arange(50) % 2, RNG.integers(0, 256, (50, 16, 16, 3))
     classes = data_of(images, labels=labels)
@@ -339,10 +340,17 @@ def test_a_warm_up_has_a_twentieth_of_the_steps_also_of_those_that_time_allows()
 PLAIN_ALONE = [("gaussian", 0)]
 HEAVY = np.random.default_rng(0).standard_t(2, size=(300, 70))
 LENGTHS = np.random.default_rng(0).normal(size=(300, 70)) * np.random.default_rng(1).lognormal(size=(300, 1))
+PARABOLA = np.random.default_rng(0).uniform(-2, 2, (200, 1)) ** [1, 2] + 0.02 * np.random.default_rng(1).normal(size=(200, 2))
+CLUSTERS = [*PLAIN_ALONE, ("mixture", 36), ("mixture", 2700)]  # as many as examples are a kernel density
 TABLES = {
     "normal": (RNG.normal(size=(500, 2)), PLAIN_ALONE),
-    "correlations of few": (np.cumsum(RNG.normal(size=(40, 4)), axis=1), [*PLAIN_ALONE, ("mixture", 1)]),
+    "correlations of few": (np.cumsum(RNG.normal(size=(40, 4)), axis=1), PLAIN_ALONE),
     "modes": (MODES, [*PLAIN_ALONE, ("mixture", 2)]),
+    "clusters on a square": (
+        RNG.integers(0, 6, (3000, 2)) + 0.05 * RNG.normal(size=(3000, 2)),
+        CLUSTERS,
+    ),
+    "few on a line": (PARABOLA, [*PLAIN_ALONE, ("mixture", 7), ("mixture", 180)]),
     "heavy tails": (HEAVY, [("logistic", 0)]),
     "lengths that differ": (LENGTHS, [("logistic", 0), ("scales", 16)]),
 }
@@ -383,8 +391,8 @@ def test_arguments_are_no_settings(name):
 
 
 def test_a_key_decides_and_so_does_a_seed_among_the_settings():
-    options = [{"key": jax.random.key(1)}, {"key": jax.random.key(1)}, {"settings": {"seed": 2}}]
-    first, again, other = (ir.fit(BANANA, **own, **QUICK).log_prob(BANANA[:50]) for own in options)
+    options = [{"key": jax.random.key(1)}, {"key": jax.random.key(1)}, {"settings": EAGER | {"seed": 2}}]
+    first, again, other = (ir.fit(BANANA, **QUICK | own).log_prob(BANANA[:50]) for own in options)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
 

@@ -57,12 +57,14 @@ class GaussianMixture(Mixture):
 
     @classmethod
     def fit(cls, z: ArrayLike, num_components: int) -> "GaussianMixture":
-        """A mixture that latents are likely under, see `expectation_maximisation`.
+        """A mixture that latents are likely under, see `expectation_maximisation`; `kernels` if each is a component.
 
         Raises:
             ValueError: If there are fewer latents than components.
         """
         z = np.asarray(z, np.float64)
+        if len(z) == num_components > 1:
+            return cls.kernels(z)[0]
         if len(z) < num_components:
             raise ValueError(f"a prior of {num_components} components needs as many examples, got {len(z)}: take fewer")
         mean, std = z.mean(axis=0), z.std(axis=0)
@@ -74,6 +76,34 @@ class GaussianMixture(Mixture):
         log_diagonal = np.log(np.diagonal(factors, axis1=1, axis2=2))
         parts = mean + std * found.means_, log_diagonal, np.tril(factors, -1), np.log(found.weights_)
         return cls(*map(floats, parts))
+
+    @classmethod
+    def kernels(cls, z: Float[np.ndarray, "n d"]) -> tuple["GaussianMixture", float]:
+        """A kernel density estimate: a spherical component for each latent, with its mean log-density left one out.
+
+        Bandwidths are ``h r^a``, with the distance r from a latent to its ``sqrt(n)``-th neighbour. The bandwidth h and the
+        exponent a, which is 0 for equal bandwidths, are those under which latents are likeliest without their own component.
+        """
+        from scipy.spatial import cKDTree
+        from scipy.special import logsumexp
+
+        num, num_dims = z.shape
+        radius = cKDTree(z).query(z, math.isqrt(num - 1) + 1)[0][:, -1]
+        log_radius = np.log(np.maximum(radius, 1e-3 * np.median(radius) + 1e-12))
+        some = np.unique(np.linspace(0, num - 1, 500).astype(int))
+        squares = np.square(z).sum(axis=1)
+        distances = np.maximum(squares[some, None] + squares - 2 * z[some] @ z.T, 0)
+        distances[np.arange(len(some)), some] = np.inf
+        found = []
+        for exponent in (0.0, 0.5, 1.0):
+            for bandwidth in np.geomspace(0.03, 3, 20):
+                log_std = math.log(bandwidth) + exponent * log_radius + (1 - exponent) * log_radius.mean()
+                terms = -0.5 * distances * np.exp(-2 * log_std) - num_dims * log_std
+                found.append((logsumexp(terms, axis=1).mean() - math.log(num - 1), log_std))
+        log_prob, log_std = max(found, key=lambda case: case[0])
+        log_diagonal, lower = np.repeat(-log_std[:, None], num_dims, axis=1), np.zeros((num, num_dims, num_dims))
+        mixture = cls(*map(floats, (z, log_diagonal, lower, np.zeros(num))))
+        return mixture, float(log_prob) - 0.5 * num_dims * math.log(2 * math.pi)
 
     def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
         """Log-density; natural log, exact."""

@@ -122,16 +122,15 @@ class ClassPriors:
 
     @classmethod
     def fit(cls, family: str, z: ArrayLike, labels: Int[np.ndarray, " n"], num_classes: int) -> "ClassPriors":
-        """The moments of the latents of each class.
+        """The means of the latents of each class; the variance is 1, which that within classes is behind `Whiten`.
 
-        All classes share the variance within classes, as in linear discriminant analysis: one for each, of few examples, makes
-        posteriors overconfident. A class without examples has the mean of all. Frequencies count one more example a class.
+        That is linear discriminant analysis. A class without examples has the mean of all. Frequencies count one more example
+        a class.
         """
         z = np.asarray(z, np.float64)
         counts = np.bincount(labels, minlength=num_classes)
         mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
-        within = np.maximum(np.square(z - mean[labels]).mean(axis=0), SMALLEST_VARIANCE)
-        by_class = LOCATION_SCALE[family].of_moments(mean, np.tile(np.sqrt(within), (num_classes, 1)))
+        by_class = LOCATION_SCALE[family].of_moments(mean, np.ones_like(mean))
         return cls(by_class, floats(np.log((counts + 1) / (counts.sum() + num_classes))))
 
     def log_prob_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:

@@ -140,7 +140,6 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
         constraint=config.constraint,
         last_scale=config.model.last_scale,
         sharp=config.model.sharp,
-        fitted_priors=config.hybrid.fitted_priors,
     )
 
 

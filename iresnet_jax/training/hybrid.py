@@ -34,8 +34,6 @@ class HybridConfig:
     weight: NotNegative = 1.0  # lambda after the ramp
     initial_weight: NotNegative = 1.0  # lambda at step 0, if there is a ramp
     ramp_steps: CountOrNone = 0  # steps of the linear ramp between them; 0 for no ramp
-    # Whether priors start from the moments of their classes' latents, as in linear discriminant analysis, instead of equal.
-    fitted_priors: bool = False
 
     def weight_of_step(self) -> Callable[[Any], Any]:
         """``step -> lambda``: from ``initial_weight`` in a straight line to ``weight``, then constant."""

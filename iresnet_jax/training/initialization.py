@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.standardize import Whiten
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.initial import fit_actnorm, with_actnorm
-from iresnet_jax.models.priors import MIXTURES, ClassPriors
+from iresnet_jax.models.priors import LOCATION_SCALE, MIXTURES, ClassPriors
 from iresnet_jax.models.saved import MODELS, Spec
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validation_constraint
@@ -52,11 +53,12 @@ def initial_variables(
     constraint: ConstraintConfig,
     last_scale: float = 1.0,
     sharp: bool = False,
-    fitted_priors: bool = False,
 ) -> Any:
     """Fresh variables: random weights, norms iterated, ActNorm fitted to training data by all devices together.
 
-    A prior with components is fitted to latents.
+    A prior with components is fitted to latents. Behind whitening, ActNorm is the identity and the prior has variance 1, as a
+    fit to the same examples would undo the shrinkage of the covariance: the density starts as a normal one, and one with
+    classes as linear discriminant analysis.
 
     Args:
         spec: The model.
@@ -66,11 +68,10 @@ def initial_variables(
         constraint: How blocks are constrained.
         last_scale: Initial factor on the last layer of each branch.
         sharp: Whether the Swish family starts sharper in a density the wider its layers are.
-        fitted_priors: Whether priors of classes start from the moments of their class' latents instead of equal.
     """
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(np.uint32(seed)), 2**31), 3)
     key_flow, key_arrays = jax.random.split(key_init)
-    x, context, labels = jax.tree.map(np.asarray, examples_of(key_data, actnorm_examples))
+    x, context, _ = jax.tree.map(np.asarray, examples_of(key_data, actnorm_examples))
     arrays = spec.initial_arrays(key_arrays)
     model = MODELS[type(spec)](spec, {}, **arrays)
     if isinstance(model, Classifier):
@@ -78,18 +79,24 @@ def initial_variables(
     else:
         rows = (preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
     params, spectral, weights = _fresh(spec.flow, constraint, key_flow, sharp, last_scale)
-    weights, statistics, z = _fitted(spec, weights, rows)
+    is_vectors, transform = len(spec.flow.event_shape) == 1, getattr(spec, "transform", None)
+    is_white, z, statistics = isinstance(getattr(transform, "then", transform), Whiten), None, {}
+    if not is_white:
+        weights, statistics, z = _fitted(spec, weights, rows)
     check_claims(spec.flow, weights, *rows)
     if isinstance(model, Classifier):
         arrays["statistics"] = statistics
-    elif model.spec.num_components is not None:
-        if len(model.spec.flow.event_shape) == 1:
-            x, context, _ = examples_of(key_data, PRIOR_EXAMPLES)
+    elif is_white or model.spec.num_components is not None:
+        family, num_components, num_classes = model.spec.prior_family, model.spec.num_components, model.spec.num_classes
+        if is_vectors:
+            x, context, labels = examples_of(key_data, PRIOR_EXAMPLES)
             z = model.with_(weights=weights).encode(x, key_noise, context=context)
-        arrays["prior"] = MIXTURES[model.spec.prior_family].fit(np.asarray(z), model.spec.num_components)
-    elif fitted_priors and model.spec.num_classes is not None:
-        labels = np.resize(np.asarray(labels), len(z))
-        arrays["prior"] = ClassPriors.fit(model.spec.prior_family, np.asarray(z), labels, model.spec.num_classes)
+        if num_components is not None:
+            arrays["prior"] = MIXTURES[family].fit(np.asarray(z), num_components)
+        elif num_classes is not None:
+            arrays["prior"] = ClassPriors.fit(family, np.asarray(z), np.asarray(labels), num_classes)
+        else:
+            arrays["prior"] = LOCATION_SCALE[family].of_moments(np.zeros(spec.flow.num_dims), np.ones(spec.flow.num_dims))
     statistics = arrays.pop("statistics", {})
     return {"params": {**with_actnorm(params, weights), **arrays}, "spectral": spectral, "batch_stats": statistics}
 

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from sklearn.covariance import LedoitWolf
 
-from iresnet_jax.bijections.standardize import Standardize, Whiten, shrunk_correlation
+from iresnet_jax.bijections.standardize import Standardize, Whiten, shrunk_covariance
 
 EXACT = 1e-10  # float64, same maths by another route
 SINGLE = 1e-5  # float32
@@ -34,18 +35,21 @@ def test_images_have_one_scale_a_channel(x64):
     np.testing.assert_allclose(Standardize.fit(images).scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT)
 
 
-def test_few_examples_shrink_to_a_factor_that_exists():
-    few = RNG.normal(size=(6, 20))
-    transform = Whiten.fit(few)
-    values = np.linalg.svd(np.asarray(transform.factor), compute_uv=False)
-    assert values[-1] > 0.1  # the plain covariance has rank 5
-    standard = (few - few.mean(axis=0)) / few.std(axis=0)
-    plain = standard.T @ standard / 6
-    off = ~np.eye(20, dtype=bool)
-    assert np.abs(shrunk_correlation(standard)[off]).sum() < 0.5 * np.abs(plain[off]).sum()  # independent entries
+def test_few_examples_are_whitened_better_than_by_linear_shrinkage():
+    """Low-rank normal data with noise: new examples are likelier, also with fewer examples than entries."""
+    factor = RNG.normal(size=(5, 50))
+    truth = factor.T @ factor + 0.25 * np.eye(50)
+    for num in (30, 200):
+        x = RNG.multivariate_normal(np.zeros(50), truth, size=num) * np.geomspace(1e-3, 1e3, 50)
+        own = np.asarray(Whiten.fit(x).factor, np.float64) / np.geomspace(1e-3, 1e3, 50)[:, None]
+        divergences = [
+            np.trace(np.linalg.solve(found, truth)) + np.linalg.slogdet(found)[1]
+            for found in (own @ own.T, LedoitWolf().fit(x / np.geomspace(1e-3, 1e3, 50)).covariance_)
+        ]
+        assert divergences[0] < divergences[1] - 1
     many = RNG.normal(size=(20_000, 3)) @ np.array([[1, 0.9, 0], [0, 0.5, 0], [0, 0, 1]])
     many = (many - many.mean(axis=0)) / many.std(axis=0)
-    np.testing.assert_allclose(shrunk_correlation(many), np.corrcoef(many.T), atol=5e-3)
+    np.testing.assert_allclose(shrunk_covariance(many), np.corrcoef(many.T), atol=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ STAGES = (
 )
 CASES = {
     "toy": (runs.TOY_CONFIG, {}),
-    "hybrid": (runs.HYBRID_CONFIG, {"hybrid.fitted_priors": True, "model.stages": STAGES}),
+    "hybrid": (runs.HYBRID_CONFIG, {"model.stages": STAGES}),
     "classifier": (runs.CLASSIFIER_CONFIG, {}),
 }
 
