@@ -84,11 +84,11 @@ class GaussianMixture(Mixture):
         Bandwidths are ``h r^a``, with the distance r from a latent to its ``sqrt(n)``-th neighbour. The bandwidth h and the
         exponent a, which is 0 for equal bandwidths, are those under which latents are likeliest without their own component.
         """
-        from scipy.spatial import cKDTree
+        from scipy.spatial import KDTree
         from scipy.special import logsumexp
 
         num, num_dims = z.shape
-        radius = cKDTree(z).query(z, math.isqrt(num - 1) + 1)[0][:, -1]
+        radius = KDTree(z).query(z, math.isqrt(num - 1) + 1)[0][:, -1]
         log_radius = np.log(np.maximum(radius, 1e-3 * np.median(radius) + 1e-12))
         some = np.unique(np.linspace(0, num - 1, 500).astype(int))
         squares = np.square(z).sum(axis=1)
