@@ -52,6 +52,14 @@ CASES = {
 }
 
 
+def test_a_density_of_potentials_integrates_to_1_on_a_grid():
+    stage, x = StageSpec(6, (8,), activation="softplus4", kind="potential"), RNG.normal(size=(200, 2)).astype(np.float32)
+    model = ir.Density.init(jax.random.key(0), x, stages=[stage], coeff=0.95)
+    edges = np.linspace(-80, 80, 801, dtype=np.float32)  # it shrinks what is far from the data
+    values = jax.jit(ir.Density.log_prob)(model, np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2))
+    assert np.exp(np.asarray(values, np.float64)).sum() * (160 / 800) ** 2 == pytest.approx(1, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_density_of_random_weights_integrates_to_1(name):
     transform, prior = CASES[name]

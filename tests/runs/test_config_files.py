@@ -50,6 +50,7 @@ CONFIGS = [
     *((f"{name}_classification", variant) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
     ("mnist_classification", "muon"),
     ("cifar10_classification", None),
+    *(("mnist_robust", variant) for variant in (None, "0.3", "fashion_mnist", "cifar10")),
     *(("iresnet_classification", name) for name in ("mnist", "cifar10", "cifar100", "cifar10_released")),
 ]
 PUBLISHED = {("iresnet_density", "cifar10"): 25.03e6, ("iresnet_classification", "cifar10_released"): 4.91e6}  # parameters
