@@ -12,6 +12,7 @@ import warnings
 import pytest
 import tiny_runs as runs
 
+from iresnet_jax import object_storage
 from iresnet_jax.runs import checkpoints, hosts, signals
 from iresnet_jax.runs.command_line import explain_failures
 from iresnet_jax.runs.loop import train
@@ -103,6 +104,21 @@ def status_of_one_killed_in_a_save(name, workdir, call):
         process.start()
     process.join()
     return process.exitcode
+
+
+def start_training(environment, beat_s, name, workdir):
+    """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables and this time between signs of life."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
+        process = FORKSERVER.Process(target=_train, args=(environment, beat_s, name, workdir), daemon=True)
+        process.start()
+    return process
+
+
+def _train(environment, beat_s, name, workdir):
+    os.environ.update(environment)
+    object_storage.BEAT_S = beat_s
+    train(runs.config_of(runs.CONFIGS[name]), workdir)
 
 
 def _die_in_a_save(name, workdir, call):

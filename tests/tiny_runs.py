@@ -114,12 +114,12 @@ def trained(tmp_path_factory, name):
 
 def newest(workdir):
     """The step of a run's newest checkpoint."""
-    return max(int(path.stem) for path in (Path(workdir) / "checkpoints").glob("*.npz"))
+    return max(int(path.stem) for path in (workdir / "checkpoints").glob("*.npz"))
 
 
 def arrays_of(workdir, step=None):
     """The arrays of a checkpoint by name, by default of the newest one."""
-    with np.load(Checkpoints(workdir).path(newest(workdir) if step is None else step)) as archive:
+    with Checkpoints(workdir).path(newest(workdir) if step is None else step).open("rb") as file, np.load(file) as archive:
         return {name: archive[name] for name in archive.files if name != "(metric)"}
 
 
@@ -127,6 +127,13 @@ def measurements(workdir):
     """What a run wrote down, without times."""
     kept = [{k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"} for record in read_metrics(workdir)]
     return [record for record in kept if record["split"] != "timing"]
+
+
+def assert_ends_like(workdir, reference):
+    """The same bits in the last state, and the same measurements."""
+    ours, theirs = arrays_of(workdir), arrays_of(reference)
+    assert {name: array.tobytes() for name, array in ours.items()} == {name: array.tobytes() for name, array in theirs.items()}
+    assert measurements(workdir) == measurements(reference)
 
 
 def fixtures_of(name):

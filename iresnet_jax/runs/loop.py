@@ -91,6 +91,7 @@ def train(
 
         def log(split: str, metrics: Mapping[str, float]) -> None:
             if writer is not None:
+                background(check_claim)
                 background(writer.write, trainer.records[-1])
             if split == "train":
                 progress.update(trainer.step, trainer.horizon, {objective.name: metrics[objective.name]})
@@ -100,7 +101,6 @@ def train(
             if writer is not None:
                 background.wait()  # for the one before: memory holds one copy of the state
                 state = jax.tree.map(np.array, jax.device_get(trainer.state._replace(constants={})))
-                background(check_claim)
                 background(writer.publish, now=True)  # first, so that a checkpoint has the measurements that led to it
                 background(checkpoints.save, trainer.step, state, metric=loss)
             saved_at = time.monotonic()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 from one_of_several import status_of_one_killed_in_a_save
-from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS, arrays_of, measurements, newest
+from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS, arrays_of, assert_ends_like, measurements, newest
 
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.runs import loop, run_folder, trained_run
@@ -31,13 +31,6 @@ def config():
 def uninterrupted(tmp_path_factory):
     """The workdir of the run that was never stopped."""
     return runs.trained(tmp_path_factory, "toy")
-
-
-def assert_ends_like(workdir, reference):
-    """The same bits in the last state, and the same measurements."""
-    ours, theirs = arrays_of(workdir), arrays_of(reference)
-    assert {name: array.tobytes() for name, array in ours.items()} == {name: array.tobytes() for name, array in theirs.items()}
-    assert measurements(workdir) == measurements(reference)
 
 
 # --- one run --------------------------------------------------------------------------------------------------------
