@@ -84,7 +84,7 @@ class Certificate:
         words = f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
         return (
             f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {said_up(self.forward, 3)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{words}"
+            f"Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{words}"
         )
 
     @property

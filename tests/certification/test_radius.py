@@ -129,6 +129,16 @@ def test_constants_are_those_of_the_head_for_potentials_alone():
     assert np.all(certified("relu").lipschitz > 7)
 
 
+def test_rounding_of_logits_only_shrinks_radii():
+    own = model("potentials")
+    pairs = ([0, 0, -(2**30)], [2**30, 2**30, 0])  # the same decisions; in float32 the logits of the second are all equal
+    near, far = ({"linear": {**own.head["linear"], "bias": np.float32(bias)}} for bias in pairs)
+    plain, shifted = (certify.radius(own.with_(head=head), images()) for head in (near, far))
+    np.testing.assert_array_equal(plain.predicted, shifted.predicted)
+    assert np.all(shifted.radius <= plain.radius)
+    assert np.all(shifted.radius > plain.radius - 1e-4)
+
+
 def test_what_cannot_be_certified_is_refused():
     own = model("relu")
     with pytest.raises(ValueError, match="the model takes images"):
