@@ -249,7 +249,7 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
         priors: list[Any] = [Marginals.fit(z, PER_MARGINAL)]
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
             priors.append(_likeliest_mixture(z[:5000], held_out_z))
-        starts += [(float(jnp.mean(prior.log_prob(held_out_z)) + log_dets[0]), transform, prior) for prior in priors]
+        starts += [(float(_mean_log_prob(prior, held_out_z) + log_dets[0]), transform, prior) for prior in priors]
     _, transform, prior = max(starts, key=lambda start: start[0])
     model = Density.init(
         key,
@@ -268,12 +268,17 @@ def _likeliest_mixture(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"
     best, highest, fallen = None, -math.inf, 0
     for num in (count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)):
         mixture = GaussianMixture.fit(z, num)
-        value = float(jnp.mean(mixture.log_prob(held_out)))
+        value = float(_mean_log_prob(mixture, held_out))
         best, highest, fallen = (mixture, value, 0) if value > highest else (best, highest, fallen + 1)
         if fallen == 2:
             break
     assert best is not None
     return best
+
+
+@jax.jit
+def _mean_log_prob(prior: Any, z: Float[Array, "m d"]) -> Float[Array, ""]:
+    return jnp.mean(prior.log_prob(z))
 
 
 def _divergence(model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]) -> float:

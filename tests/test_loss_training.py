@@ -118,14 +118,13 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
 def test_everything_in_float64(tmp_path):
     with jax.enable_x64(True):
         x = X.astype(float)
-        trained = ir.train(ir.Density.init(jax.random.key(0), x, stages=STAGES), nll, x, validation=x[:8], **PLAIN)
+        first = ir.Density.init(jax.random.key(0), x, stages=STAGES).with_(unroll=True)
+        trained = ir.train(first, nll, x, **PLAIN)
         own = jax.tree.leaves((trained.weights["stage0"].branch.weights, trained.prior))
         assert {leaf.dtype for leaf in own} == {np.dtype(float)}
         loaded = ir.load(trained.save(tmp_path / "model.npz"))
         expected = np.asarray(trained.log_prob(x))
         np.testing.assert_array_equal(loaded.log_prob(x), expected)
-        back, info = ir.certify.decode(loaded, loaded.encode(x[:2]))
-        assert np.linalg.norm(back - x[:2], axis=1).max() <= info.error_bound.max() + 1e-13
     with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
         rounded = ir.load(tmp_path / "model.npz")
     assert rounded.certificate().certified

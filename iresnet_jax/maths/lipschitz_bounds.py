@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -41,6 +42,7 @@ class BiLipschitz(NamedTuple):
         return BiLipschitz(jnp.maximum(self.forward, 1), jnp.maximum(self.inverse, 1))
 
 
+@jax.jit
 def product_bound(a: Scalar, b: Scalar) -> Shaped[Array, ""]:
     """A bound of the product, 0 only if a factor is: small numbers underflow."""
     product = rounded_up(a * b, num_roundings=1)
@@ -108,7 +110,11 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
     Raises:
         ValueError: If a concrete ``L`` is negative or NaN.
     """
-    bound = lipschitz_at_least(lipschitz_bound)
+    return _of_block(lipschitz_at_least(lipschitz_bound))
+
+
+@jax.jit
+def _of_block(bound: Shaped[Array, ""]) -> BiLipschitz:
     gap = jnp.where(bound < 1, 1 - bound, 1)
     return BiLipschitz(rounded_up(1 + bound), jnp.where(bound < 1, rounded_up(1 / gap), jnp.inf))
 

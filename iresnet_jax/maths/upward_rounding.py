@@ -72,10 +72,12 @@ def lipschitz_at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
     Raises:
         ValueError: If a concrete bound is negative or NaN.
     """
-    if not isinstance(value, Tracer) and not np.all(np.asarray(value) >= 0):
-        raise ValueError(f"a Lipschitz bound must be at least 0, got {value}: pass inf if none is known")
     bound = at_least(value, dtype)
-    return jnp.where(bound >= 0, bound, jnp.inf)
+    if isinstance(value, Tracer):
+        return jnp.where(bound >= 0, bound, jnp.inf)
+    if not np.all(np.asarray(value) >= 0):
+        raise ValueError(f"a Lipschitz bound must be at least 0, got {value}: pass inf if none is known")
+    return bound
 
 
 def as_floats(batch: Any, name: str) -> Float[Array, "b ..."]:

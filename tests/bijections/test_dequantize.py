@@ -19,6 +19,8 @@ from iresnet_jax.bijections.dequantize import (
 )
 from iresnet_jax.models.priors import Logistic
 
+# Compiled: one operation at a time, each is a program of its own.
+spread, levels_of = jax.jit(dequantize, static_argnums=2), jax.jit(quantize, static_argnums=1)
 P_VALUE = 1e-3  # fixed seeds: a correct sampler passes or fails once and for all
 
 
@@ -30,17 +32,16 @@ def test_every_edge_of_every_cell_returns_its_level(x64, num_levels, dtype):
     levels = np.arange(num_levels)
     assert largest[-1] < 1
     np.testing.assert_array_equal(smallest[1:], np.nextafter(largest[:-1], np.ones((), dtype)))  # no gap, no overlap
-    for function in (quantize, jax.jit(quantize, static_argnums=1)):
-        np.testing.assert_array_equal(function(jnp.asarray(smallest), num_levels), levels)
-        np.testing.assert_array_equal(function(jnp.asarray(largest), num_levels), levels)
+    for edges in (smallest, largest):
+        np.testing.assert_array_equal(levels_of(edges, num_levels), levels)
 
 
 def test_noise_is_uniform_and_the_highest_level_stays_below_one_in_float32():
     x, key = jnp.full((64, 2**14), 255, jnp.uint8), jax.random.key(0)
-    y = dequantize(key, x)
+    y = spread(key, x)
     assert y.dtype == jnp.float32
     assert y.max() < 1
-    np.testing.assert_array_equal(quantize(y), x)
+    np.testing.assert_array_equal(levels_of(y), x)
     naive = (x.astype(jnp.float32) + jax.random.uniform(key, x.shape)) / 256
     assert naive.max() == 1  # on these very numbers, so the test can fail
     assert stats.kstest(256 * np.asarray(y[0], np.float64) - 255, "uniform").pvalue > P_VALUE
@@ -49,13 +50,10 @@ def test_noise_is_uniform_and_the_highest_level_stays_below_one_in_float32():
 def test_a_key_for_each_example_makes_its_noise_independent_of_the_batch():
     keys = jax.random.split(jax.random.key(0), 4)
     x = jnp.asarray(np.random.default_rng(0).integers(256, size=(4, 3, 2)), jnp.uint8)
-    y = dequantize(keys, x)
-    np.testing.assert_array_equal(dequantize(keys[2:], x[2:]), y[2:])
-    np.testing.assert_array_equal(dequantize(keys[1], x[1][None])[0].shape, x.shape[1:])
+    y = spread(keys, x)
+    np.testing.assert_array_equal(spread(keys[2:], x[2:]), y[2:])
     noise = 256 * np.asarray(y) - np.asarray(x)
     assert len(np.unique(noise)) == noise.size
-    jitted = jax.jit(dequantize, static_argnums=2)(keys, x, 256)
-    np.testing.assert_array_equal(jitted, y)
 
 
 def test_levels_out_of_range_become_nan_and_samples_out_of_range_are_clipped():
@@ -68,9 +66,9 @@ def test_levels_out_of_range_become_nan_and_samples_out_of_range_are_clipped():
 def test_its_log_determinant_is_the_volume_of_the_cells():
     x = jnp.asarray(np.random.default_rng(0).integers(17, size=(3, 2, 2, 1)), jnp.uint8)
     bijection = dequantize_bijection(17)
-    u, logdet, _ = bijection.forward_and_logdet(x, jax.random.key(0))
+    u, logdet, _ = jax.jit(bijection.forward_and_logdet)(x, jax.random.key(0))
     np.testing.assert_allclose(logdet, -4 * np.log(17), rtol=1e-6)
-    back, inverse_logdet, *_ = bijection.inverse_and_logdet(u, jax.random.key(0))
+    back, inverse_logdet, *_ = jax.jit(bijection.inverse_and_logdet)(u, jax.random.key(0))
     np.testing.assert_array_equal(back, x)
     np.testing.assert_array_equal(inverse_logdet, -logdet)
 
@@ -79,12 +77,13 @@ def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
     """Logistic density on [0, 1) x num_levels, whose cells have a closed-form probability."""
     num_levels, scale = 8, 0.07
     prior = Logistic(jnp.asarray([0.45]), jnp.log(jnp.asarray([scale])))
+    log_prob = jax.jit(prior.log_prob)
     edges = stats.logistic(0.45, scale).cdf(np.arange(num_levels + 1) / num_levels)
     probabilities = np.diff(edges)
     for level in range(num_levels):
         x = jnp.full((4000, 1), level, jnp.uint8)
-        y = dequantize(jax.random.key(level), x, num_levels).astype(jnp.float64)
-        bits = -np.asarray(prior.log_prob(y)) / np.log(2) + np.log2(num_levels)
+        y = spread(jax.random.key(level), x, num_levels).astype(jnp.float64)
+        bits = -np.asarray(log_prob(y)) / np.log(2) + np.log2(num_levels)
         # Jensen's gap in closed form, by quadrature over the cell.
         density = stats.logistic(0.45, scale).logpdf
         low, high = level / num_levels, (level + 1) / num_levels
@@ -123,10 +122,10 @@ def test_caller_mistakes(call, match):
 def test_every_8_bit_level_has_its_centre_and_no_other_number_has_one():
     levels = jnp.arange(256, dtype=jnp.uint8)
     for num_levels, known in ((256, 256), (17, 17)):
-        centers = cell_centers(levels, num_levels)
+        centers = np.asarray(jax.jit(cell_centers, static_argnums=1)(levels, num_levels))
         np.testing.assert_allclose(centers[:known], (np.arange(known) + 0.5) / num_levels, rtol=1e-6)
         assert np.isnan(centers[known:]).all()
-        np.testing.assert_array_equal(quantize(centers[:known], num_levels), levels[:known])
+        np.testing.assert_array_equal(levels_of(centers[:known], num_levels), levels[:known])
     assert np.isnan(cell_centers(jnp.array([-1, 256]))).all()
 
 
@@ -137,14 +136,14 @@ def test_values_on_a_grid_are_spread_over_their_cells_and_come_back():
     k = np.random.default_rng(0).integers(0, 40, (500, 2))
     x = np.stack([20 + k[:, 0], np.linspace(-3, 3, 500), -1 + 0.05 * k[:, 1]], axis=1).astype(np.float32)
     bijection = GRID.bijection()
-    u, logdet, _ = bijection.forward_and_logdet(jnp.asarray(x), jax.random.key(0))
+    u, logdet, _ = jax.jit(bijection.forward_and_logdet)(x, jax.random.key(0))
     np.testing.assert_allclose(logdet, np.log(0.05), rtol=1e-6)
     noise = (np.asarray(u, np.float64) - x) / [1, 1, 0.05]
     assert np.abs(noise).max() <= 0.5 + 1e-4
     assert np.all(noise[:, 1] == 0)
     for column in (0, 2):
         assert stats.kstest(noise[:, column] + 0.5, "uniform").pvalue > 1e-3
-    back, logdet_inverse, _, info = bijection.inverse_and_logdet(u, jax.random.key(0))
+    back, logdet_inverse, _, info = jax.jit(bijection.inverse_and_logdet)(u, jax.random.key(0))
     np.testing.assert_allclose(back, x, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(logdet_inverse, -logdet)
     assert np.all(info.error_bound == 0)

@@ -97,19 +97,17 @@ def test_elu_is_accurate_near_zero_and_so_are_two_derivatives(x64):
     x = np.concatenate([-np.logspace(-30, 1.5, 200), np.logspace(-30, 1.5, 20)])
     exp = np.where(x > 0, 1, np.exp(x))
     derivatives = (np.where(x > 0, x, np.expm1(x)), exp, np.where(x > 0, 0, exp))
-    slope = jax.vmap(jax.grad(activations.elu))
-    for function, expected in zip(
-        (activations.elu, slope, jax.vmap(jax.grad(jax.grad(activations.elu)))), derivatives, strict=True
-    ):
-        np.testing.assert_allclose(function(jnp.asarray(x)), expected, rtol=1e-14, atol=4e-16)
+    slope, second = jax.grad(activations.elu), jax.grad(jax.grad(activations.elu))
+    for function, expected in zip((activations.elu, slope, second), derivatives, strict=True):
+        np.testing.assert_allclose(jax.jit(jax.vmap(function))(x), expected, rtol=1e-14, atol=4e-16)
     single = np.float32(x)
-    np.testing.assert_allclose(activations.elu(jnp.asarray(single)), np.where(x > 0, single, np.expm1(single)), rtol=5e-7)
+    np.testing.assert_allclose(jax.jit(activations.elu)(single), np.where(x > 0, single, np.expm1(single)), rtol=5e-7)
 
 
 def test_maxmin_sorts_neighbours_and_splits_ties():
     x = jnp.array([[1.0, 3.0, 5.0, 2.0], [-1.0, -1.0, 0.0, 4.0]])
-    np.testing.assert_array_equal(activations.maxmin(x), [[3.0, 1.0, 5.0, 2.0], [-1.0, -1.0, 4.0, 0.0]])
-    jacobian = jax.jacfwd(activations.maxmin)(jnp.array([2.0, 2.0]))
+    np.testing.assert_array_equal(jax.jit(activations.maxmin)(x), [[3.0, 1.0, 5.0, 2.0], [-1.0, -1.0, 4.0, 0.0]])
+    jacobian = jax.jit(jax.jacfwd(activations.maxmin))(jnp.array([2.0, 2.0]))
     np.testing.assert_array_equal(jacobian, [[0.5, 0.5], [0.5, 0.5]])
 
 
@@ -135,16 +133,17 @@ def test_two_derivatives_are_finite_and_saturate_quietly(x64, dtype):
 @pytest.mark.parametrize("name", ["lipswish", "clipswish"])
 def test_beta_is_trainable_and_may_differ_by_channel(x64, name):
     activation = ACTIVATIONS[name]
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)))
-    beta = jnp.asarray([-1.0, 0.0, 0.5, 3.0])
-    y = jax.jit(activation.apply)(x, beta)
+    apply = jax.jit(activation.apply)
+    x = np.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 4)))
+    beta = np.asarray([-1.0, 0.0, 0.5, 3.0])
+    y = np.asarray(apply(x, beta))
     assert y.shape == (2, 3, 3, 4 * activation.channel_factor)
     for channel in range(4):
-        alone = activation.apply(x[..., channel : channel + 1], beta[channel])
+        alone = apply(x[..., channel : channel + 1], beta[channel])
         np.testing.assert_allclose(y[..., channel::4], alone, rtol=0, atol=CLOSED_FORM)
-    gradient = jax.jit(jax.grad(lambda b: jnp.sum(activation.apply(x, b) ** 2)))(beta)
+    gradient = jax.jit(jax.grad(lambda b: jnp.sum(apply(x, b) ** 2)))(beta)
     assert np.all(np.asarray(gradient) != 0)
-    np.testing.assert_array_equal(activation.apply(x), activation.apply(x, activation.initial_beta))
+    np.testing.assert_array_equal(apply(x), apply(x, activation.initial_beta))
 
 
 def test_caller_mistakes():

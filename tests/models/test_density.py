@@ -20,13 +20,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 
 SINGLE = 1e-4  # float32: sums of a few hundred terms by another route
 LEVELS = 8
-FLOW = FlowSpec(
-    (4, 4, 1),
-    (
-        StageSpec(1, hidden=(4,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
-        StageSpec(1, hidden=(6,), activation="clipswish"),
-    ),
-)
+FLOW = FlowSpec((4, 4, 1), (StageSpec(1, hidden=(6,), activation="clipswish"),))
 IMAGES = DensitySpec(FLOW, "logistic", Equalize((0.3, *(0.1,) * 7), alpha=1e-3), LEVELS)
 PLANE = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),)))
 
