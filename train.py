@@ -5,7 +5,8 @@
 Flags:
     --config          file with the settings; configs/digits_density.py by default
     --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into a stage
-    --workdir         folder of the run: config, metrics, checkpoints, model, report; runs/<config file>_<variant> by default
+    --workdir         folder of the run: config, metrics, checkpoints, model, report; runs/<config file>_<variant> by default;
+                      gs://bucket/run and s3://bucket/run, too
     --debug           show the traceback of a failure
 
 Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there to the
