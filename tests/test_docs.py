@@ -188,17 +188,18 @@ def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
         check_command(shlex.split(line))
 
 
-@pytest.mark.parametrize("jax_extras", ["k8s", "cuda13,k8s", "tpu,k8s"])
-def test_the_image_is_made_by_commands_that_work(tmp_path, jax_extras):
+def test_the_image_is_made_by_commands_that_work(tmp_path):
     """Runs the instructions of the Dockerfile; pip, which would take minutes, is only asked for what there is."""
     pip, asked = tmp_path / "pip", tmp_path / "asked"
     pip.write_text('#!/bin/sh\nprintf "%s\\n" pip "$@" > "$ASKED"\n')
     pip.chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.path.dirname(sys.executable), os.environ["PATH"]])
-    environment = {**runs.environment(), "PATH": path, "ASKED": str(asked), "JAX": jax_extras}
-    for line in re.findall(r"^RUN (.*)$", (ROOT / "docs/Dockerfile").read_text(), re.MULTILINE):
-        subprocess.run(["sh", "-c", line], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
-    check_command(asked.read_text().splitlines())
+    environment = {**runs.environment(), "PATH": path, "ASKED": str(asked)}
+    lines = re.findall(r"^RUN (.*)$", (ROOT / "docs/Dockerfile").read_text(), re.MULTILINE)
+    for jax_extras in ("k8s", "cuda13,k8s", "tpu,k8s"):
+        for line in lines if jax_extras == "k8s" else lines[:1]:
+            subprocess.run(["sh", "-c", line], cwd=ROOT, env={**environment, "JAX": jax_extras}, check=True, timeout=60)
+        check_command(asked.read_text().splitlines())
 
 
 # --- numbers and links ----------------------------------------------------------------------------------------------
