@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
-from iresnet_jax.bijections.dequantize import Grid
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver, residual_bijection
@@ -53,6 +53,7 @@ __all__ = [
     "Branch",
     "BranchSpec",
     "CallableBranch",
+    "Cells",
     "Center",
     "Classifier",
     "ClassifierSpec",
@@ -63,7 +64,6 @@ __all__ = [
     "FeedforwardSpec",
     "FixedPointInfo",
     "FlowSpec",
-    "Grid",
     "Identity",
     "KrylovLogdet",
     "LogdetInfo",

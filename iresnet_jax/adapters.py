@@ -1,8 +1,8 @@
 """Densities of continuous data as distributions of NumPyro.
 
 Other samplers, such as BlackJAX's, take ``model.log_prob`` itself. ``model.continuous`` is the density of a model of integer
-levels or of values on a grid. Values are unknown when a function is compiled, so one outside of the ranges of a bounded density
-is not refused: its log-density is minus infinity.
+levels or of values that own cells. Values are unknown when a function is compiled, so one outside of the ranges of a bounded
+density is not refused: its log-density is minus infinity.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.bijections.bounded import Bounded
+from iresnet_jax.bijections.bounded import Bounded, Bounds
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.models.contexts import Contexts, as_vectors
 from iresnet_jax.models.density import Density
@@ -42,8 +42,8 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
     """
     if not isinstance(model, Density):
         raise ValueError(f"a distribution can be made of a Density, got a {type(model).__name__}")
-    if model.spec.num_levels is not None or model.spec.grid is not None:
-        kind = "integer levels" if model.spec.num_levels is not None else "values on a grid"
+    if model.spec.num_levels is not None or model.spec.cells is not None:
+        kind = "integer levels" if model.spec.num_levels is not None else "values with cells"
         raise ValueError(f"this is a model of {kind}, which have probabilities and no density: give model.continuous")
     dim, vectors = model.spec.context_dim, None
     if context is not None:
@@ -79,7 +79,8 @@ def _numpyro_class() -> Any:
             if not isinstance(transform, Bounded):
                 return constraints.independent(constraints.real, self.event_dim)
             entries = [
-                constraints.real if ends is None else constraints.interval(ends.low, ends.high) for ends in transform.intervals
+                constraints.interval(ends.low, ends.high) if isinstance(ends, Bounds) else constraints.real
+                for ends in transform.ends
             ]
             return constraints.independent(constraints.cat(entries, dim=-1), 1)
 

@@ -131,7 +131,7 @@ def _with_settings(run: Run, arguments: argparse.Namespace) -> Run:
     """The run, whose evaluation has the importance-weighted bound and the robustness that are asked for."""
     changes: dict[str, Any] = {"num_importance_draws": arguments.importance, "radii": arguments.radii}
     if arguments.importance is not None and not (isinstance(run.model, Density) and run.model.spec.is_discrete):
-        raise ValueError("--importance is for densities of integer levels or of data on a grid: leave it out")
+        raise ValueError("--importance is for densities of integer levels or of data with cells: leave it out")
     if arguments.radii is not None and not isinstance(run.model, Classifier):
         raise ValueError("--radii are for classifiers: leave them out")
     evaluation = dataclasses.replace(run.config.evaluation, **{k: v for k, v in changes.items() if v is not None})

@@ -71,10 +71,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
 
     `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the samples alone.
 
-    Features with at most one value for every 2 samples, all on a regular grid, such as counts, are dequantised: `score_samples`
-    is then a lower bound of the log-probability of their values. They keep to the range of the training samples, and features
-    with bounds to theirs: no sample leaves it, and `score_samples` is minus infinity outside.
-    A constant feature, or one that is a linear combination of others, has no density: `fit` refuses it by name.
+    Features of whole or rounded numbers are dequantised in cells, see `iresnet_jax.bijections.cells`: `score_samples` is then a
+    lower bound of their log-probability by their unit, finite for all values. Features with bounds keep to them: no sample
+    leaves them, and `score_samples` is minus infinity outside.
 
     Args:
         steps: Updates to train for.
@@ -82,7 +81,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed.
-        bounds: Ends ``(low, high)`` of features by name or number, such as the range that counts may have in samples to score.
+        bounds: Ends ``(low, high)`` of features by name or number, which no sample leaves.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 
@@ -100,7 +99,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """Trains on samples ``X``; ``y`` is ignored.
 
         Raises:
-            ValueError: If there are fewer than 3 samples, or a feature has no density; it says which.
+            ValueError: If there are fewer than 3 samples, or a value is out of its bounds; it says which.
         """
         del y
         check_unmasked(X, "X")
@@ -116,12 +115,10 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-likelihood of every sample in nats, ``model_.log_prob``.
 
-        It is minus infinity where a feature has a value out of its range, or between the values of its grid, and where values
-        are so far from those of the training that single precision overflows.
+        It is minus infinity where a feature has a value out of its bounds, and where values are so far from those of
+        the training that single precision overflows.
         """
-        x, grid = self._checked(X), self.model_.spec.grid
-        log_prob = np.nan_to_num(_in_batches(_log_prob, self.model_, x), nan=-np.inf, neginf=-np.inf)
-        return log_prob if grid is None else np.where(grid.off(x).any(axis=1), -np.inf, log_prob)
+        return np.nan_to_num(_in_batches(_log_prob, self.model_, self._checked(X)), nan=-np.inf, neginf=-np.inf)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of the samples in nats, as that of `sklearn.mixture.GaussianMixture`; ``y`` is ignored."""
@@ -152,7 +149,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
     likelihood of the samples: ``model_.log_prob`` is low for samples that are like none of the classes. Constant features are
-    ignored, and repeated values are spread over the gaps between them in training. Parameters are those of
+    ignored. Parameters are those of
     `ResidualFlowDensity`.
 
     Attributes:
@@ -185,7 +182,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         self.varying_features_ = np.flatnonzero(x.max(axis=0) > x.min(axis=0))
         if not len(self.varying_features_):
             raise ValueError("all features are constant, so they tell nothing of the classes")
-        self._train(_spread(x[:, self.varying_features_]), labels.astype(np.int32))
+        self._train(x[:, self.varying_features_], labels.astype(np.int32))
         return self
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
@@ -201,16 +198,6 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         """The most likely class of every sample."""
         best = self.predict_log_proba(X).argmax(axis=1)  # raises unless fitted
         return self.classes_[best]
-
-
-def _spread(x: np.ndarray) -> np.ndarray:
-    """The data with noise as wide as the median gap in columns that repeat values, whose density would be infinite."""
-    spread, noise = np.array(x), np.random.default_rng(0).uniform(-0.5, 0.5, x.shape)
-    for column, values in enumerate(x.T):
-        distinct = np.unique(values)
-        if len(values) >= 2 * len(distinct):
-            spread[:, column] += noise[:, column] * np.median(np.diff(distinct))
-    return spread
 
 
 @jax.jit

@@ -67,10 +67,10 @@ def fit(
 
     Settings are chosen from the shape, the number and the kind of the examples. The loop is that of ``train.py``: a tenth of
     the examples validate, the parameters are averaged, training ends early once validation no longer improves, and the model is
-    the best one on validation, certified. Floats are continuous; integer images are levels; integers, booleans and categories
-    among the columns of vectors, and floats on a grid, are dequantised within the range that was seen. Models of vectors are
-    the best of several candidates, see `best_of`. A warning tells of a time limit that was too short to train the model.
-    Needs ``pip install 'iresnet_jax[train]'``.
+    the best one on validation, certified. Integer images are levels. Among the columns of vectors, whole numbers, rounded ones,
+    booleans and categories are dequantised in cells, see `iresnet_jax.bijections.cells`; others are continuous. Models of
+    vectors are the best of several candidates, see `best_of`. A warning tells of a time limit that was too short to train the
+    model. Needs ``pip install 'iresnet_jax[train]'``.
 
     In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a second one raises
     ``KeyboardInterrupt``. In a script the first one does. SIGTERM ends the process as without training. With ``workdir``, both
@@ -91,7 +91,7 @@ def fit(
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. At most 4096 of them count.
         bounds: Ends ``(low, high)`` of columns by name or number, for a density of vectors: samples stay between them. Other
-            continuous columns are unbounded. Discrete columns keep to the range that was seen, or to a wider one given here.
+            columns are unbounded, but for booleans and categories.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
         workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
             model is trained in memory.
@@ -101,7 +101,7 @@ def fit(
         The model, with what training saw in its ``history``: the curves of the best run, all attempts, and why they ended.
 
     Raises:
-        ValueError: If arrays or settings do not fit together, or an entry of ``x`` has no density; the message names it.
+        ValueError: If arrays or settings do not fit together, or a value is missing or out of its bounds; the message names it.
         RuntimeError: If training blows up, that of every candidate.
 
     Example:

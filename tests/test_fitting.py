@@ -296,14 +296,14 @@ def test_a_signal_ends_a_fit_on_disk_and_its_process(tmp_path, monkeypatch):
 
 
 def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
-    """Of an entry within bounds, a free one and one on a grid."""
+    """Of an entry within bounds, a free one and one with cells."""
     rng = np.random.default_rng(1)
     context = rng.normal(size=(400, 1)).astype(np.float32)
     x = np.clip(context + 0.1 * rng.normal(size=(400, 3)), -3.9, 3.9).astype(np.float32)
     x[:, 2] = np.round(x[:, 2] * 16) / 16
     model = ir.fit(x, context=context, bounds={0: (-4, 4)}, key=jax.random.key(1), **QUICK | {"steps": 60})
     assert model.spec.context_hidden
-    assert model.spec.grid is not None
+    assert model.spec.cells is not None
     log_prob = jax.jit(ir.Density.log_prob)
     assert log_prob(model, x[:50], context=context[:50]).mean() > log_prob(model, x[:50], context=-context[:50]).mean()
     widest, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 200, context=np.full((200, 1), 5.0))

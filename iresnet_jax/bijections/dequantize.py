@@ -3,7 +3,7 @@ r"""Integers as points of [0, 1): level ``k`` of ``n`` fills the cell ``[k / n, 
 Uniform noise makes a density of the continuous points a lower bound of the levels' log-likelihood (Theis et al. 2016,
 sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`` by Jensen's inequality.
 
-`Grid` does the same for entries of vectors that lie on a grid of any spacing, such as ages in years or rounded measurements.
+`Cells` of `iresnet_jax.bijections.cells` does the same for entries of vectors, such as ages in years.
 """
 
 import math
@@ -19,11 +19,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
 from iresnet_jax.bijections.enclosure import Enclosure
-from iresnet_jax.bijections.standardize import set_floats
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.keys import typed_key
-
-OFF_GRID = 0.02  # of the spacing: values closer to one of the grid are that one, rounded
 
 
 def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +45,7 @@ def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: i
         x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
         num_levels: Number of values an entry can take, 2 to 256.
     """
-    return into_cells(_uniform(check_keys(key, len(x)), x.shape, jnp.float32), x, num_levels)
+    return into_cells(uniform(check_keys(key, len(x)), x.shape, jnp.float32), x, num_levels)
 
 
 def check_keys(key: Any, num: int) -> Key[Array, "..."]:
@@ -70,7 +66,7 @@ def into_cells(noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_lev
     return jnp.where(level == index, y, jnp.nan)
 
 
-def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Numbers in [0, 1), from one key or from one per example."""
     if key.ndim == 0:
         return jax.random.uniform(key, shape, dtype)
@@ -124,29 +120,30 @@ def dequantize_bijection(num_levels: int) -> Bijection:
     Forward with a log-determinant adds noise: ``log|det| = -D log num_levels`` from the unit cubes of the levels to [0, 1).
     Forward without one takes the middle of each cell. Both have the one inverse `quantize`.
     """
-    return _bijection_in_distribution(
-        forward=lambda x: cell_centers(x, num_levels),
+    return bijection_in_distribution(
+        middle=lambda x: cell_centers(x, num_levels),
         noisy=lambda x, key: dequantize(key, x, num_levels),
         rounded=lambda u: quantize(u, num_levels),
-        log_volume=lambda u: jnp.full(len(u), -math.prod(u.shape[1:]) * math.log(num_levels), u.dtype),
+        log_ratio=lambda x: jnp.full(len(x), -math.prod(x.shape[1:]) * math.log(num_levels)),
     )
 
 
-def _bijection_in_distribution(forward: Callable, noisy: Callable, rounded: Callable, log_volume: Callable) -> Bijection:
-    """From values to cells around them by ``noisy(x, key)``, with a log-determinant that depends on the shape alone."""
+def bijection_in_distribution(middle: Callable, noisy: Callable, rounded: Callable, log_ratio: Callable) -> Bijection:
+    """From values to the middle of cells or, with a log-determinant ``log_ratio(x)``, to a point ``noisy(x, key)`` of them."""
 
     def forward_and_logdet(x, key):
         u = noisy(x, key)
-        return u, log_volume(u), no_logdet_error(u)
+        return u, log_ratio(x).astype(u.dtype), no_logdet_error(u)
 
     def inverse_and_logdet(u, key):
         del key
-        return rounded(u), -log_volume(u), no_logdet_error(u), no_inverse_error(u)
+        x = rounded(u)
+        return x, -log_ratio(x).astype(u.dtype), no_logdet_error(u), no_inverse_error(u)
 
     def inverse(u):
         return rounded(u), no_inverse_error(u)
 
-    return Bijection(forward, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+    return Bijection(middle, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 
 
 def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int) -> Bool[np.ndarray, "b ..."]:
@@ -154,70 +151,3 @@ def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_le
     ends = np.nextafter(num_levels * enclosure.low, -np.inf), np.nextafter(num_levels * enclosure.high, np.inf)
     low, high = (np.clip(np.floor(end), 0, num_levels - 1) for end in ends)
     return (low == high) & (low == np.asarray(x, np.float64))
-
-
-@pytree(arrays=("offset", "spacing"))
-class Grid:
-    """Entries of vectors that lie on grids ``offset + k spacing``, beside entries that are continuous.
-
-    Attributes:
-        offset: One number an entry.
-        spacing: Distance of neighbouring values; 0 for a continuous entry.
-    """
-
-    offset: Any
-    spacing: Any
-
-    def __post_init__(self):
-        set_floats(self, "offset", "spacing")
-        if self.offset.shape != self.spacing.shape or self.offset.ndim != 1 or not len(self.offset):
-            raise ValueError(f"offset and spacing need one number an entry, got {self.offset.shape} and {self.spacing.shape}")
-        if not (np.all(np.isfinite(self.offset)) and np.all(np.isfinite(self.spacing)) and np.all(self.spacing >= 0)):
-            raise ValueError(f"offset must be finite and spacing at least 0, got {self.offset} and {self.spacing}")
-
-    def bijection(self) -> Bijection:
-        r"""From values on the grid to the cells around them, a bijection in distribution.
-
-        Forward with a log-determinant adds uniform noise of the width of a cell: ``log|det| = sum log spacing`` over entries on
-        a grid, so a density of the result bounds the log-probability of their values from below. Forward without one leaves
-        values in the middle of their cells. The inverse rounds to the grid.
-        """
-
-        def parts(x):
-            return (values.astype(x.dtype)[None] for values in (self.offset, self.spacing))
-
-        def noisy(x, key):
-            _, width = parts(x)
-            return x + (_uniform(key, x.shape, x.dtype) - 0.5) * width
-
-        def rounded(u):
-            start, width = parts(u)
-            step = jnp.where(width > 0, width, 1)
-            return jnp.where(width > 0, start + step * jnp.round((u - start) / step), u)
-
-        def log_volume(u):
-            _, width = parts(u)
-            return jnp.full(len(u), jnp.sum(jnp.log(jnp.where(width > 0, width, 1))))
-
-        return _bijection_in_distribution(lambda x: x, noisy, rounded, log_volume)
-
-    def off(self, x: Float[np.ndarray, "b d"]) -> Bool[np.ndarray, "b d"]:
-        """Which values lie between those of their grids, by more than `OFF_GRID` of the spacing; False for continuous ones."""
-        spacing, offset = (np.asarray(values, np.float64) for values in (self.spacing, self.offset))
-        places = (np.asarray(x, np.float64) - offset) / np.where(spacing > 0, spacing, 1)
-        rounding = 2.0**-22 * np.abs(places)  # of the spacing and of the values in single precision
-        return (spacing > 0) & ~(np.abs(places - np.round(places)) <= OFF_GRID + rounding)
-
-    def certain(self, x: Float[np.ndarray, "b ... d"], enclosure: Enclosure) -> Bool[np.ndarray, "b ... d"]:
-        """Whether the values ``x`` are those on the grid next to every point of the enclosure; False at continuous entries."""
-        spacing, offset = (np.asarray(values, np.float64) for values in (self.spacing, self.offset))
-        step = np.where(spacing > 0, spacing, 1)
-
-        def nearest(values, direction):
-            margin = 2.0**-48 * (np.abs(values) + np.abs(offset)) / step  # more than what the few operations round
-            return np.floor((values - offset) / step + 0.5 + direction * margin)
-
-        with np.errstate(all="ignore"):
-            low, high = nearest(enclosure.low, -1), nearest(enclosure.high, 1)
-            own = np.rint((np.asarray(x, np.float64) - offset) / step)
-            return (spacing > 0) & (low == high) & (low == own)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.bijections.dequantize import Grid, certain_levels
+from iresnet_jax.bijections.cells import Cells
+from iresnet_jax.bijections.dequantize import certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
@@ -33,9 +34,8 @@ class CertifiedInfo(NamedTuple):
             data, before levels are rounded: [0, 1) for integer levels, and the scale of [0, 1] for images of a
             classifier.
         converged: Whether the iteration met its tolerance in all blocks.
-        certain: Entries whose level, or value on a grid, is guaranteed to be that of the exact inverse; pixels of a classifier
-            whose nearest level is. None for continuous data, and False at continuous entries beside those
-            on a grid.
+        certain: Entries whose level, or value with a cell, is guaranteed to be that of the exact inverse; pixels of a
+            classifier whose nearest level is. None for continuous data, and False at continuous entries beside others.
         certificate: The guarantee in the units of the flow's input.
     """
 
@@ -133,7 +133,7 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
         channels, steps = spec.image_shape[-1], spec.num_levels - 1.0
         mean, std = (values * (channels // len(values)) for values in (spec.mean, spec.std))
         enclosure = enclosing(Standardize(mean, std))(x[..., :channels], certificate.error_bound)
-        levels = Grid((0.0,) * channels, (1 / steps,) * channels)
+        levels = Cells.of([(0.0, 1 / steps)] * channels)
         certain = levels.certain(np.rint(data * steps) / steps, enclosure)
     else:
         spec = model.spec
@@ -141,7 +141,7 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
         if spec.num_levels is not None:
             certain = certain_levels(data, enclosure, spec.num_levels)
         else:
-            certain = None if spec.grid is None else spec.grid.certain(data, enclosure)
+            certain = None if spec.cells is None else spec.cells.certain(data, enclosure)
     bound = enclosure.distance_bound(u, certificate.error_bound)
     info = decoded.info
     return CertifiedInfo(info.num_evals, info.residual, bound, info.converged, certain, certificate)

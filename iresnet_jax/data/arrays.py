@@ -78,9 +78,11 @@ def from_arrays(
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
         given = arrays if isinstance(arrays, Arrays) else arrays["train"]
-        is_whole = is_table and np.asarray(given.x).dtype.kind in "biu"
         names = [column.name for column in columns] if columns is not None else column_names
-        table = describe(seen, names, columns=columns, is_whole=is_whole, bounds=bounds, is_density=is_table)
+        of_columns = [column.num_levels for column in columns] if columns is not None else []
+        if np.asarray(given.x).dtype == bool:
+            of_columns = [2] * train.x.shape[1]
+        table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)
     else:
         check_channels(train.x)
     constant = [] if train.context is None else np.flatnonzero(np.ptp(train.context, axis=0) == 0).tolist()
@@ -91,10 +93,10 @@ def from_arrays(
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
         num_classes=num_classes,
-        grid=table.grid,
+        cells=table.cells,
     )
     notes = [*table.notes, *(f"entry {entry} of the context is constant and tells nothing: leave it out" for entry in constant)]
-    return dataclasses.replace(data, bounds=table.intervals, columns=columns, notes=tuple(notes))
+    return dataclasses.replace(data, ends=table.ends, columns=columns, notes=tuple(notes))
 
 
 def _by_split(

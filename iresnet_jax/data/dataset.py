@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PRNGKeyArray, Shaped
 
-from iresnet_jax.bijections.bounded import Bounds
-from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.bounded import Asinh, Bounds
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Column
@@ -42,8 +42,8 @@ class DataSet:
         examples: Arrays by split; empty for endless data. They may be read-only views of files: index them batch by batch.
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
-        grid: Entries of vectors that lie on a grid; None if all are continuous, or levels.
-        bounds: Interval of each entry of vectors, None for an entry that may be any number; None without any.
+        cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
+        ends: Interval of each entry of vectors on the line, or the map of its heavy tails; None of an entry without, or of all.
         columns: Columns of the data frame that the entries are; None for arrays.
         notes: Sentences on what the entries were taken for.
         generator: Toy that examples of endless data are drawn from; None for arrays.
@@ -57,8 +57,8 @@ class DataSet:
     examples: Splits = field(default_factory=dict)
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
-    grid: Grid | None = None
-    bounds: tuple[Bounds | None, ...] | None = None
+    cells: Cells | None = None
+    ends: tuple[Bounds | Asinh | None, ...] | None = None
     columns: tuple[Column, ...] | None = None
     notes: tuple[str, ...] = ()
     generator: Toy | None = None
@@ -73,7 +73,7 @@ class DataSet:
         num_levels: int | None,
         num_classes: int | None,
         contexts: Splits | None = None,
-        grid: Grid | None = None,
+        cells: Cells | None = None,
         fingerprint: str | None = None,
     ) -> "DataSet":
         """Makes a data set of arrays by split; the fingerprint is computed from all their bytes unless it is known."""
@@ -84,7 +84,7 @@ class DataSet:
             described = {key: _content(array) for key, array in arrays.items()}
             fingerprint = _hash({"num_levels": num_levels, "num_classes": num_classes, "arrays": described})
         event_shape = examples["train"].shape[1:]
-        return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, grid)
+        return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, cells)
 
     @classmethod
     def endless(cls, generator: Toy) -> "DataSet":

@@ -11,6 +11,7 @@ parameters, and its likelihood shows it.
 import functools
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -152,12 +153,9 @@ def calibrate(
 
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
-    """Vectors with the number of a value on a grid in place of the value, which precisions round in ways of their own."""
-    grid, x = model.spec.grid, np.asarray(x, np.float64)
-    if grid is None:
-        return x
-    spacing = np.asarray(grid.spacing)
-    return np.where(spacing > 0, np.rint((x - np.asarray(grid.offset)) / np.where(spacing > 0, spacing, 1)), x)
+    """Vectors with the number of a value that owns a cell in its place, which precisions round in ways of their own."""
+    cells, x = model.spec.cells, jnp.asarray(x)
+    return np.asarray(x if cells is None else cells.places(x)[0], np.float64)
 
 
 def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator) -> RankTest:

@@ -204,7 +204,7 @@ def importance_bound(
     spec, num = model.spec, settings.num_importance_examples
     if not spec.is_discrete:
         raise ValueError(
-            "an importance-weighted bound is one of data of integer levels or on a grid, and these are continuous: leave it "
+            "an importance-weighted bound is one of data of integer levels or with cells, and these are continuous: leave it "
             "out, their likelihood is the number itself"
         )
     if 0 < num < len(examples):

@@ -255,7 +255,7 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
 def log_density_on_grid(
     model: Density, points: Float[np.ndarray, "n 2"], side: int = 128
 ) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
-    """Exact log-density of a model of the plane on a grid around points, of dequantised data if they lie on a grid.
+    """Exact log-density of a model of the plane on a grid around points, of dequantised data if they own cells.
 
     Returns:
         Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).

@@ -40,7 +40,7 @@ class Guarantee:
         max_data_bound: Largest of the bounds in the units of continuous data, or of images on the scale of [0, 1].
         max_error: Largest measured distance of these inverses from the exact ones of the same latents, in the units of the
             flow's input; None if it is not known.
-        fraction_certain: Fraction of the discrete entries whose level, or value on a grid, is guaranteed; None without such.
+        fraction_certain: Fraction of the discrete entries whose level, or value with a cell, is guaranteed; None without such.
         reason: Why the theorem did not apply, or nothing was certified; empty if it applied to all.
     """
 
@@ -262,8 +262,8 @@ def bound_inverses(
         return Guarantee(reason=f"an example would take about {minutes:.0f} min, see certify.inverse")
     first = jax.tree.map(lambda values: values[:num], decoded)
     info = certified(model, first, context=None if contexts is None else contexts[: len(first.latents)])
-    grid = model.spec.grid if isinstance(model, Density) else None
-    is_discrete = slice(None) if grid is None else np.asarray(grid.spacing) > 0
+    cells = model.spec.cells if isinstance(model, Density) else None
+    is_discrete = slice(None) if cells is None else np.asarray(cells.have_cells)
     own, reason = info.certificate, ""
     errors = np.linalg.norm((np.asarray(first.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1)
     if not np.all(own.applied):

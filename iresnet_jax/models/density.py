@@ -230,8 +230,8 @@ class Density(Model):
 
     @property
     def continuous(self) -> "Density":
-        """The density of the dequantised data: of points of [0, 1) instead of integer levels, of cells instead of a grid."""
-        spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, grid=None)
+        """The density of the dequantised data: of points of [0, 1) instead of integer levels, of the line instead of cells."""
+        spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, cells=None)
         own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
         return self.with_(spec=spec, weights=own, noise_network={})
 
@@ -266,12 +266,12 @@ class Density(Model):
                 others. Their errors then add up in means: evaluations pass keys.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
-        examples = self._examples(x, context, is_likelihood=True)
+        examples = self._examples(x, context)
         return examples.restore(_log_prob(self, examples.x, examples.context, examples.keys(key)))
 
     def terms(self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None) -> LogProb:
         """The log-likelihood with all its terms, by keys of the noise of integer levels and of the estimator's probes."""
-        examples = self._examples(x, context, is_likelihood=True)
+        examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
         return examples.restore(_terms(self._for_programs(), examples.x, examples.context, *keys))
 
@@ -372,11 +372,11 @@ class Density(Model):
         `sample`.
 
         Raises:
-            ValueError: If data are integer levels or on a grid, whose samples have probabilities and no densities; otherwise
+            ValueError: If data are integer levels or have cells, whose samples have probabilities and no densities; otherwise
                 as `sample`.
         """
         if self.spec.is_discrete:
-            kind = "of integer levels" if self.spec.num_levels is not None else "on a grid"
+            kind = "of integer levels" if self.spec.num_levels is not None else "with cells"
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
@@ -401,10 +401,10 @@ class Density(Model):
 
     # --------------------------------------------------------------------------------------------------- its parts
 
-    def _examples(self, x: Any, context: Contexts | None = None, *, is_likelihood: bool = False) -> Examples:
+    def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
         """Data and contexts as one batch, checked."""
         batch = as_batch(preprocessing.numbers(self.spec, x), self.spec.flow.event_shape, context, self.spec.context_dim)
-        return batch._replace(x=preprocessing.checked(self.spec, batch.x, is_likelihood=is_likelihood))
+        return batch._replace(x=preprocessing.checked(self.spec, batch.x))
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
@@ -22,7 +22,7 @@ from iresnet_jax.models.contexts import ContextScale, initial_network
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
 
-@pytree(arrays=("transform", "grid", "context"))
+@pytree(arrays=("transform", "cells", "context"))
 class DensitySpec:
     """All that defines a density but its weights.
 
@@ -30,10 +30,10 @@ class DensitySpec:
         flow: Architecture of the flow.
         prior_family: Family of the prior, one of `priors.FAMILIES`; "own" if it is a prior of one's own.
         transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
-            continuous data, `Bounded` in front of them where entries keep to their ranges, `Identity` of either.
+            continuous data, `Bounded` in front of them where entries have hard ends or heavy tails, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
-        grid: Entries of vectors that lie on a grid; None if all are continuous.
+        cells: Entries of vectors whose values own cells; None if all are continuous.
         columns: Columns of the data frame that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of a prior of `priors.MIXTURES`, which has no classes; None for other priors.
@@ -48,17 +48,15 @@ class DensitySpec:
     transform: Transform = field(default_factory=Identity)
     num_levels: int | None = None
     num_classes: int | None = None
-    grid: Grid | None = None
+    cells: Cells | None = None
     columns: tuple[Column, ...] | None = None
     context: Standardize | ContextScale | None = None
     num_components: int | None = None
     context_hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.grid is not None and (self.num_levels is not None or self.flow.event_shape != (len(self.grid.spacing),)):
-            raise ValueError(
-                f"a grid is one of vectors, with a spacing for each entry, got {self.grid} for {self.flow.event_shape}"
-            )
+        if self.cells is not None and (self.num_levels is not None or self.flow.event_shape != (self.cells.num_entries,)):
+            raise ValueError(f"cells are those of vectors: there are {self.cells.num_entries} for {self.flow.event_shape}")
         if self.flow.noise is not None and self.num_levels is None:
             raise ValueError("variational dequantisation is for data of integer levels: leave the noise uniform")
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
@@ -101,8 +99,8 @@ class DensitySpec:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether data, or some of their entries, are integer levels or on a grid, and get noise."""
-        return self.num_levels is not None or self.grid is not None
+        """Whether data, or some of their entries, are integer levels or own cells, and get noise."""
+        return self.num_levels is not None or self.cells is not None
 
     @property
     def bound(self) -> str:

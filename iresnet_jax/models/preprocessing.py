@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.dequantize import Grid, check_levels, dequantize_bijection
+from iresnet_jax.bijections.cells import Cells
+from iresnet_jax.bijections.dequantize import check_levels, dequantize_bijection
 from iresnet_jax.bijections.standardize import Identity
 from iresnet_jax.checked_dataclasses import check_unmasked
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Frame, numbers_of
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -60,10 +62,8 @@ def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
     return x, None
 
 
-def checked(spec: DensitySpec, x: Any, *, is_likelihood: bool = False) -> Array:
+def checked(spec: DensitySpec, x: Any) -> Array:
     """The data as an array, if it is what the model takes.
-
-    Classes and latents of values between those of a grid are defined where no range bounds them; their likelihood is none.
 
     Raises:
         ValueError: If data have another shape or type; where they are known, also if a value is out of range.
@@ -78,44 +78,37 @@ def checked(spec: DensitySpec, x: Any, *, is_likelihood: bool = False) -> Array:
     elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
         wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
         raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
-    if isinstance(spec.transform, Bounded) or (is_likelihood and spec.grid is not None):
+    if isinstance(spec.transform, Bounded):
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *jax.tree.leaves(spec))):
             check_ranges(spec, x)
     return x if isinstance(x, jax.Array) else jnp.asarray(x)  # which takes longer than all checks
 
 
 def check_ranges(spec: DensitySpec, x: Any) -> None:
-    """Checks vectors whose entries keep to ranges or to a grid; other data pass.
-
-    Raises:
-        ValueError: If a value is out of its range, or between the values of its grid; the message names the first one.
-    """
-    transform = spec.transform
-    if spec.grid is None and not isinstance(transform, Bounded):
+    """Raises ``ValueError`` if an entry of vectors is out of its bounds; the message names the first one."""
+    if not isinstance(spec.transform, Bounded):
         return
-    x = np.asarray(x)
-    x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)  # ends of ranges are no integers
-    grid = spec.grid or Grid(np.zeros(x.shape[1]), np.zeros(x.shape[1]))
-    off, outside = grid.off(x), np.zeros(x.shape, bool)
-    if isinstance(transform, Bounded):
-        with np.errstate(over="ignore"):  # in the precision of the ends that data have shown
-            outside = transform.outside(x.astype(jnp.result_type(float)))
-    for row, column in np.argwhere(off | outside)[:1].tolist():
-        offset, step = (float(values[column]) for values in (grid.offset, grid.spacing))
+    with np.errstate(over="ignore"):  # in the precision of the ends
+        u = np.asarray(_in_cells(spec.cells, np.asarray(x).astype(jnp.result_type(float))))
+    for row, column in np.argwhere(spec.transform.outside(u))[:1].tolist():
+        low, high = rounded(spec, jnp.stack([spec.transform.low, spec.transform.high]))[:, column].tolist()
         name = "" if spec.columns is None else f" ({spec.columns[column].name!r})"
-        if isinstance(transform, Bounded) and outside[row, column]:
-            low, high = float(transform.low[column]) + step / 2, float(transform.high[column]) - step / 2
-            allowed = f"is not within the range {low:g} to {high:g} of the model"
-        else:
-            allowed = f"is between values of its grid, {offset:g} and steps of {step:g}"
-        raise ValueError(f"{x[row, column]:g} in row {row}, column {column}{name}, {allowed}: its density is 0")
+        raise ValueError(
+            f"{x[row, column]:g} in row {row}, column {column}{name}, is not within the range {low:g} to {high:g} of the "
+            "model: its density is 0"
+        )
+
+
+@fast_compile
+def _in_cells(cells: Cells | None, x: Array) -> Array:
+    return x if cells is None else cells.bijection().forward(x)
 
 
 def cells(spec: DensitySpec) -> Bijection:
-    """From levels to points of [0, 1), or from a grid to its cells; the identity of continuous data."""
+    """From levels to points of [0, 1), or from values to points of their cells; the identity of continuous data."""
     if spec.num_levels is not None:
         return dequantize_bijection(spec.num_levels)
-    return jax.lax.stop_gradient(spec.grid or Identity()).bijection()
+    return jax.lax.stop_gradient(spec.cells or Identity()).bijection()
 
 
 def transform(spec: DensitySpec) -> Bijection:
@@ -124,8 +117,7 @@ def transform(spec: DensitySpec) -> Bijection:
 
 
 def rounded(spec: DensitySpec, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
-    """Levels, or values on a grid, of continuous data; continuous data of a model without either as they are."""
-    x = cells(spec).inverse(u)[0]
-    if spec.grid is None or not isinstance(spec.transform, Bounded):
-        return x
-    return spec.transform.clip(x, spec.grid.spacing.astype(x.dtype)[None] / 2)
+    """Levels, or values that own cells, of continuous data; continuous data of a model without either as they are."""
+    if spec.cells is not None and isinstance(spec.transform, Bounded):
+        u = spec.transform.clip(u, spec.cells.margins(u.dtype))
+    return cells(spec).inverse(u)[0]

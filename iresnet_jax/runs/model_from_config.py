@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.bijections.bounded import Bounded
@@ -55,7 +57,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         transform=build_transform(config.preprocessing, data, by_class=is_hybrid),
         num_levels=data.num_levels,
         num_classes=data.num_classes if is_hybrid else None,
-        grid=data.grid,
+        cells=data.cells,
         columns=data.columns,
         # Contexts of a network are squeezed.
         context=(ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"]) if data.contexts else None,
@@ -123,7 +125,7 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
         line, labels = data_on_the_line(data), data.labels["train"] if by_class else None
         then = Standardize.fit(line) if kind == "standardize" else Whiten.fit(line, labels)
     if kind in ("none", "standardize", "whiten"):
-        return then if data.bounds is None else Bounded.of(data.bounds, then)
+        return then if data.ends is None else Bounded.of(data.ends, then)
     if data.num_levels is None:
         raise ValueError(
             f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "
@@ -138,13 +140,9 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:
-    """Training examples as standardize and whiten see them.
-
-    Entries within bounds are mapped onto the real line, those on a grid with noise in their cells, always the same.
-    """
+    """Training examples as standardize and whiten see them: on the line, with noise in their cells that is always the same."""
     examples = np.asarray(data.examples["train"])
-    if data.bounds is None:
-        return examples
-    spacing = np.zeros(examples.shape[1]) if data.grid is None else np.asarray(data.grid.spacing)
-    noise = spacing * (np.random.default_rng(0).random(examples.shape) - 0.5)
-    return Bounded.of(data.bounds).to_line(examples + noise, np)[0]
+    if data.cells is not None:
+        spread = jax.jit(data.cells.bijection().forward_and_logdet)
+        examples = np.asarray(spread(jnp.asarray(examples), jax.random.key(0))[0])
+    return examples if data.ends is None else Bounded.of(data.ends).to_line(examples.astype(np.float64), np)[0]

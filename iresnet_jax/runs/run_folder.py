@@ -76,8 +76,8 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
             f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
         )
     transform = getattr(spec, "transform", None)
-    ours = None if data.bounds is None else Bounded.of(data.bounds).intervals  # in single precision
-    if ours != (transform.intervals if isinstance(transform, Bounded) else None):
+    ours = None if data.ends is None else Bounded.of(data.ends).ends  # in single precision
+    if ours != (transform.ends if isinstance(transform, Bounded) else None):
         raise ValueError(f"{workdir} holds a fit with other bounds of columns: give the same, or choose another workdir")
     return spec
 

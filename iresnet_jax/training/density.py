@@ -17,6 +17,7 @@ from iresnet_jax.bijections.standardize import Identity, Standardize, Whiten
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.platforms import fast_compile
+from iresnet_jax.models import preprocessing
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.training import parallel
@@ -57,7 +58,7 @@ def make_loss(
             x, context = transform(key_draw, x)
         if noise:
             drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
-            x = _moved(model, x, noise * noise_scales(model.spec)[None] * drawn)
+            x = _moved(model, x, noise * noise_scales(model.spec)[None] * drawn, key_probe)
         model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
@@ -67,20 +68,19 @@ def make_loss(
     return loss
 
 
-def _moved(model: Density, x: Any, noise: Any) -> Array:
-    """Examples with noise; entries within bounds get theirs on the real line, so that they stay inside."""
-    transform = model.spec.transform
+def _moved(model: Density, x: Any, noise: Any, key: Key[Array, " b"]) -> Array:
+    """Examples with noise on the real line, so that entries stay within bounds, and values that own cells are some again."""
+    transform, u = model.spec.transform, model.dequantize(x, key)
     if not isinstance(transform, Bounded):
-        return x + noise
-    line, _ = transform.to_line(x)
-    moved, _ = transform.from_line(line + noise)
-    return jnp.where(noise == 0, x, moved)  # values on a grid stay where they are
+        return preprocessing.rounded(model.spec, u + noise)
+    line, _ = transform.to_line(u)
+    return preprocessing.rounded(model.spec, transform.from_line(line + noise)[0])
 
 
 def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
-    """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing, 0 for entries on a grid.
+    """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing.
 
-    Those of entries within bounds are in the units of the real line, see `Bounded.to_line`.
+    Those of entries within bounds or with heavy tails are in the units of the real line, see `Bounded.to_line`.
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
     flow from enclosing each one by itself.
@@ -98,8 +98,7 @@ def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
             f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
     scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales()
-    on_grid = np.zeros(spec.flow.event_shape, bool) if spec.grid is None else spec.grid.spacing > 0
-    return jnp.where(on_grid, 0, jnp.asarray(scales, jnp.float32))
+    return jnp.asarray(scales, jnp.float32)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, isometric_bijection, no_inverse_error
-from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
 from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
@@ -101,6 +101,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "standardize images": ((2, 2, 4), lambda: Standardize.fit(DATA)),
     "whiten": ((4,), lambda: Whiten.fit(DATA)),
     "bounded": ((4,), lambda: Bounded.of(INTERVALS)),
+    "heavy tails": ((4,), lambda: Bounded.of((Asinh(0.3, 0.01), None, Bounds(0.0, 1.0), Asinh(-2.0, 5.0)))),
     "bounded, whitened": ((4,), lambda: Bounded.of(INTERVALS, Whiten.fit(DATA))),
 }
 

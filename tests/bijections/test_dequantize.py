@@ -9,7 +9,6 @@ import pytest
 from scipy import integrate, stats
 
 from iresnet_jax.bijections.dequantize import (
-    Grid,
     cell_centers,
     cells,
     check_levels,
@@ -127,38 +126,3 @@ def test_every_8_bit_level_has_its_centre_and_no_other_number_has_one():
         assert np.isnan(centers[known:]).all()
         np.testing.assert_array_equal(levels_of(centers[:known], num_levels), levels[:known])
     assert np.isnan(cell_centers(jnp.array([-1, 256]))).all()
-
-
-GRID = Grid(offset=(20.0, 0.0, -1.0), spacing=(1.0, 0.0, 0.05))
-
-
-def test_values_on_a_grid_are_spread_over_their_cells_and_come_back():
-    k = np.random.default_rng(0).integers(0, 40, (500, 2))
-    x = np.stack([20 + k[:, 0], np.linspace(-3, 3, 500), -1 + 0.05 * k[:, 1]], axis=1).astype(np.float32)
-    bijection = GRID.bijection()
-    u, logdet, _ = jax.jit(bijection.forward_and_logdet)(x, jax.random.key(0))
-    np.testing.assert_allclose(logdet, np.log(0.05), rtol=1e-6)
-    noise = (np.asarray(u, np.float64) - x) / [1, 1, 0.05]
-    assert np.abs(noise).max() <= 0.5 + 1e-4
-    assert np.all(noise[:, 1] == 0)
-    for column in (0, 2):
-        assert stats.kstest(noise[:, column] + 0.5, "uniform").pvalue > 1e-3
-    back, logdet_inverse, _, info = jax.jit(bijection.inverse_and_logdet)(u, jax.random.key(0))
-    np.testing.assert_allclose(back, x, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(logdet_inverse, -logdet)
-    assert np.all(info.error_bound == 0)
-    np.testing.assert_array_equal(bijection.forward(jnp.asarray(x)), x)
-
-
-def test_a_density_on_a_grid_bounds_the_probabilities_of_its_values():
-    """Uniform on [0, 3) in cells of width 1/2: every value has probability 1/6, which the bound attains."""
-    grid = Grid((0.25,), (0.5,))
-    u, logdet, _ = grid.bijection().forward_and_logdet(jnp.asarray([[0.25], [2.75]]), jax.random.key(0))
-    inside = (u[:, 0] >= 0) & (u[:, 0] < 3)
-    np.testing.assert_allclose(jnp.where(inside, -np.log(3), -np.inf) + logdet, np.log(1 / 6), rtol=1e-6)
-
-
-@pytest.mark.parametrize("wrong", [((0.0,), (1.0, 2.0)), ((0.0,), (-1.0,))])
-def test_grids_that_are_none_are_refused(wrong):
-    with pytest.raises(ValueError, match="offset"):
-        Grid(*wrong)

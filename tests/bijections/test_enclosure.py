@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.bounded import Bounded, Bounds
-from iresnet_jax.bijections.dequantize import Grid, certain_levels
+from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
+from iresnet_jax.bijections.cells import Cells
+from iresnet_jax.bijections.dequantize import certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
@@ -30,12 +31,13 @@ TRANSFORMS = {
         (Bounds(0.0, 1e-3), Bounds(-0.5, 9.5), None),
         Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
     ),
+    "heavy tails": Bounded.of((Asinh(5.0, 0.1), None, Bounds(0.0, 1.0)), Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7))),
     "equalize": Equalize(FEW, alpha=0.05),
     "equalize by entry": Equalize(FEW, (0.5, 0.99, 0.02), alpha=1e-3),
 }
 # By how much a constant may exceed what is attained in the directions that are tried: none is that of a matrix, and the largest
 # slopes of two maps may be those of two entries.
-LOOSE = {"whiten": 1.4, "bounded": np.inf, "bounded and whitened": np.inf}
+LOOSE = {"whiten": 1.4, "bounded": np.inf, "bounded and whitened": np.inf, "heavy tails": np.inf}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def exact_inverse(transform, y):
     """``t^-1`` of one vector of decimal numbers."""
     if isinstance(transform, Bounded):
         line = exact_inverse(transform.then, y)
-        return [v if bounds is None else within(bounds, v) for v, bounds in zip(line, transform.intervals, strict=True)]
+        return [v if ends is None else within(ends, v) for v, ends in zip(line, transform.ends, strict=True)]
     if isinstance(transform, Standardize):
         return [v * Decimal(float(s)) + Decimal(float(m)) for v, s, m in zip(y, transform.scale, transform.mean, strict=True)]
     if isinstance(transform, Whiten):
@@ -63,7 +65,9 @@ def exact_inverse(transform, y):
 
 
 def within(bounds, v):
-    """The logistic function between the ends of an interval, and beyond it the hyperbola of a tail."""
+    """The logistic function between ends, and beyond it the hyperbola of a tail; the inverse of asinh for heavy tails."""
+    if isinstance(bounds, Asinh):
+        return Decimal(bounds.center) + Decimal(bounds.scale) * (v.exp() - (-v).exp()) / 2
     low, high = Decimal(bounds.low), Decimal(bounds.high)
     width = high - low
     for sign, end in ((-1, low), (1, high)):
@@ -153,10 +157,10 @@ def test_levels_are_certain_where_no_edge_is_near():
     assert not certain_levels(levels, at_edge, 4)[0, 1]  # without any error the edge itself is within the rounding
 
 
-def test_values_on_a_grid_are_certain_where_the_middle_between_two_is_far():
-    grid = Grid((10.0, 0.0, 0.0), (0.5, 0.0, 2.0))
+def test_values_are_certain_where_the_ends_of_their_cells_are_far():
+    cells = Cells.of([(10.0, 10.5), (), (0.0, 2.0)])
     x = np.array([[10.6, 0.3, 2.9], [10.74, 0.3, 2.9995]])
     found = Identity().enclose_inverse(x, np.full(2, 1e-3))
     rounded = np.array([[10.5, 0.3, 2.0], [10.5, 0.3, 2.0]])
-    np.testing.assert_array_equal(grid.certain(rounded, found), [[True, False, True], [True, False, False]])
-    assert not grid.certain(rounded + 0.5, found)[0, 0]
+    np.testing.assert_array_equal(cells.certain(rounded, found), [[True, False, True], [True, False, False]])
+    assert not cells.certain(rounded + 0.5, found)[0, 0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax import certify
-from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
@@ -24,10 +24,10 @@ DENSITIES = {
     "images": DensitySpec(
         FlowSpec((4, 4, 1), (StageSpec(1, hidden=(6,)),)), transform=Equalize((0.1, 0.2, 0.6, 0.1), alpha=0.05), num_levels=4
     ),
-    "a grid and a context": DensitySpec(
+    "cells and a context": DensitySpec(
         FlowSpec((2,), (StageSpec(2, hidden=(8,)),), context_dim=3),
         transform=Standardize((3.0, 0.0), (2.0, 0.1)),
-        grid=Grid((0.0, 0.0), (0.5, 0.0)),
+        cells=Cells.of([(0.0, 0.5), ()]),
     ),
 }
 
@@ -70,7 +70,7 @@ def test_bounds_hold_in_the_units_of_the_data_and_certain_levels_are_those_of_fl
     assert np.all(found.error_bound <= 20 * error + 1e-6)
     assert np.all(found.error_bound < info.error_bound)
     rounded = levels_of(model, exact)
-    if name == "a grid and a context":
+    if name == "cells and a context":
         np.testing.assert_array_equal(found.certain, [[True, False]] * 3)
         np.testing.assert_array_equal(rounded[:, 0], x[:, 0])
     else:
@@ -109,7 +109,7 @@ def test_a_classifier_bounds_its_images_and_their_padding():
 
 def test_the_certificate_is_of_the_latents_and_contexts_that_were_given():
     """The model rounds them, and what that costs is in the bound."""
-    model, z, context, _ = case("a grid and a context")
+    model, z, context, _ = case("cells and a context")
     beside = np.float64(z) * (1 + 2e-8)  # rounded to the same numbers
     np.testing.assert_array_equal(np.float32(beside), z)
     _, given = certify.decode(model, beside, context=context)

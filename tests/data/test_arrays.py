@@ -1,4 +1,4 @@
-"""Arrays in memory as data sets: kinds, splits, grids, and what has no density."""
+"""Arrays in memory as data sets: kinds, splits, cells, and what has no density."""
 
 import ml_dtypes
 import numpy as np
@@ -7,7 +7,6 @@ import pytest
 from iresnet_jax import data
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import fraction_masks
-from iresnet_jax.data.tables import find_grid
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(200, 3))
@@ -21,7 +20,7 @@ def made(x, **options):
 def test_vectors_of_floats_are_continuous_and_split_by_fraction():
     found = made(VECTORS, fractions=(0.1, 0.2))
     assert {split: len(rows) for split, rows in found.examples.items()} == {"train": 140, "validation": 20, "test": 40}
-    assert (found.event_shape, found.num_levels, found.num_classes, found.grid, found.context_dim) == ((3,), *[None] * 3, 0)
+    assert (found.event_shape, found.num_levels, found.num_classes, found.cells, found.context_dim) == ((3,), *[None] * 3, 0)
     together = np.concatenate(list(found.examples.values()))
     np.testing.assert_array_equal(np.sort(together, axis=0), np.sort(VECTORS.astype(np.float32), axis=0))
 
@@ -63,32 +62,19 @@ def test_labels_become_contexts():
         data.conditioned_on_labels(made(VECTORS))
 
 
-def test_entries_of_few_values_lie_on_a_grid():
-    x = np.stack([RNG.normal(size=600), RNG.integers(20, 60, 600), 0.05 * RNG.integers(0, 9, 600) - 1], axis=1)
-    grid = find_grid(x.astype(np.float32))
-    np.testing.assert_allclose(grid.spacing, [0, 1, 0.05], rtol=1e-4)
-    np.testing.assert_allclose(grid.offset, [0, 20, -1], rtol=1e-4)
-    assert find_grid(VECTORS) is None
-
-
 def beside(column):
     return Arrays(np.stack([VECTORS[:, 0], column], axis=1))
 
 
-WHOLE = beside(RNG.integers(0, 9, 200))
-
-
-def test_a_grid_is_that_of_all_rows_of_one_array():
+def test_cells_are_those_of_all_rows_of_one_array():
     even = 2.0 * RNG.integers(0, 9, 200)
     even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3  # alone, in a row that is held out
-    assert made(beside(even).x, fractions=(0.1, 0.1)).grid.spacing[1] == 1
+    assert made(beside(even).x, fractions=(0.1, 0.1)).cells.gaps[1] == 1
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (beside(np.full(200, 3.0)), "column 1 \\('age'\\) apart: drop it if it is constant"),
-        (beside(np.sqrt(RNG.integers(1, 9, 200))), "no regular grid .* to column 1"),
         (beside(1e6 + RNG.normal(size=200)), "column 1 .* subtract its mean"),
         (beside(1e-42 * RNG.normal(size=200)), "column 1 .* divide by its standard deviation"),
         (beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))), "too large for .* row 3, column 1"),
@@ -113,10 +99,6 @@ def test_a_grid_is_that_of_all_rows_of_one_array():
         ({"train": Arrays(VECTORS, np.zeros(200, int)), "test": Arrays(VECTORS)}, "or none of them"),
         ({"train": Arrays(VECTORS, context=VECTORS), "test": Arrays(VECTORS, context=VECTORS[:, 0])}, "contexts of one length"),
         ({"train": Arrays(IMAGES), "test": Arrays(IMAGES / 16)}, "of one type, got float32 and uint8"),
-        (
-            {"train": WHOLE, "test": Arrays(WHOLE.x + np.array([0, 0.5]))},
-            "row 0 of the split test is not on the grid",
-        ),
     ],
 )
 def test_what_has_no_density_or_does_not_fit_together_is_refused(arrays, message):

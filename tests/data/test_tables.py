@@ -1,15 +1,15 @@
-"""Columns of tables: grids of whole numbers, intervals, and what has no density, each by name."""
+"""Columns of tables: their cells and atoms, the ends that the user gives, and the tails that are heavy."""
 
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.bounded import Bounds
-from iresnet_jax.data.tables import check_density, describe, ends_given, find_grid
-from iresnet_jax.models.columns import Column
+from iresnet_jax.bijections.bounded import Asinh, Bounds
+from iresnet_jax.data.tables import atoms_of, describe, ends_given, tails_of, values_of
 
 RNG = np.random.default_rng(0)
 NAMES = ["rent", "rest", "income"]
 NORMAL = RNG.normal(size=(1500, 3))
+EPS = float(np.finfo(np.float32).eps)
 
 
 def described(x, *names, **options):
@@ -20,48 +20,84 @@ def beside(column, num=1500):
     return np.stack([NORMAL[:num, 0], column, NORMAL[:num, 1]], axis=1).astype(np.float32)
 
 
-# --- grids and intervals ---
+def values(column):
+    return values_of(np.asarray(column, np.float32).astype(np.float64), EPS)
 
 
-def test_whole_numbers_lie_on_a_grid_by_their_type_and_keep_to_what_was_seen():
-    ages = RNG.integers(18, 91, 100)
-    x = beside(ages, 100)
-    assert find_grid(x) is None  # hardly two examples for a value
-    few = described(np.stack([ages, 2 * RNG.integers(0, 2, 100)], axis=1).astype(np.float32), is_whole=True)
-    assert few.grid.spacing.tolist() == [1.0, 2.0]
-    assert few.intervals == (Bounds(ages.min() - 0.5, ages.max() + 0.5), Bounds(-1.0, 3.0))
-    assert "18 to 90 in steps of 1" in few.notes[0]
+# --- cells ---
 
 
-def test_a_grid_of_whole_numbers_may_lack_values():
-    x = beside(RNG.choice([0, 4, 10, 14], 1500))
-    assert find_grid(x).spacing[1] == 2
-
-
-@pytest.mark.parametrize(("mean", "std", "digits", "num"), [(24, 4, 2, 5000), (5000, 900, 1, 100_000), (0, 1, 3, 9000)])
+@pytest.mark.parametrize(
+    ("mean", "std", "digits", "num"),
+    [(24, 4, 2, 50), (5000, 900, 1, 100_000), (0, 1, 3, 9000), (7, 9, 0, 9)],
+)
 def test_decimals_lie_on_their_grid_though_float32_rounds_them(mean, std, digits, num):
-    x = np.round(np.random.default_rng(0).normal(mean, std, (num, 1)), digits).astype(np.float32)
-    x = np.append(x, [[x.max() + 1000 * 10.0**-digits]] * 2, axis=0).astype(np.float32)  # far from all others, but on the grid
-    table = described(x)
-    assert table.grid.spacing[0] == pytest.approx(10.0**-digits, rel=1e-6)
-    assert not table.grid.off(x).any()
+    x = np.round(np.random.default_rng(0).normal(mean, std, num), digits)
+    first, second = values(np.append(x, x.max() + 10.0**-digits))
+    assert second - first == pytest.approx(10.0**-digits, rel=1e-6)
 
 
-def test_so_they_do_where_each_is_taken():
-    percentages = np.tile(np.arange(10_001), 2)[:, None].astype(np.float32) / np.float32(100)
-    grid = find_grid(percentages)
-    assert grid.spacing[0] == pytest.approx(0.01, rel=1e-7)
-    assert not grid.off(percentages).any()
+def test_a_grid_may_lack_values_and_numbers_of_more_digits_have_none():
+    assert np.ptp(values(RNG.choice([0, 4, 10, 14], 1500))) == 2
+    assert np.ptp(values(np.tile(np.arange(10_001), 2) / 100)) == pytest.approx(0.01)
+    assert np.ptp(values(1e6 * RNG.integers(1, 9, 50))) == 1e6
+    assert values(NORMAL[:, 0]) == values(RNG.random(5)) == values(1e-9 * RNG.random(200)) == ()
 
 
-def test_given_bounds_are_by_name_or_number():
+def test_few_values_off_any_grid_own_the_numbers_half_way_to_their_neighbours():
+    roots = np.sqrt(RNG.integers(1, 9, 1500))
+    np.testing.assert_allclose(values(roots), np.sqrt(np.arange(1, 9)), rtol=1e-6)
+    assert values(np.sqrt(np.arange(1500))) == ()
+
+
+def test_a_constant_column_has_a_cell_of_width_1():
+    assert values(np.full(9, 0.125)) == (0.125, 1.125)
+    assert described(np.full((9, 1), 3.0, np.float32)).cells is not None
+
+
+def test_levels_of_booleans_and_categories_are_their_ends_whether_seen_or_not():
+    x = np.stack([RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50), RNG.integers(0, 2, 50)], axis=1).astype(np.float32)
+    found = described(x, levels=(2, 3, None))
+    assert found.cells.gaps.tolist() == [[1.0], [1.0], [1.0]]
+    assert found.ends == (Bounds(-0.5, 1.5), Bounds(-0.5, 2.5), None)
+
+
+# --- atoms ---
+
+
+def test_a_value_that_many_rows_have_is_an_atom_of_a_continuous_column_and_of_a_rounded_one():
+    amounts = np.where(RNG.random(1500) < 0.6, 0, RNG.exponential(10, 1500))
+    for x, known in ((amounts, ()), (np.round(amounts, 1), (0.0, 0.1))):
+        [(atom, width)] = atoms_of(x, known).items()
+        assert atom == 0
+        assert 20 < width < 60  # as dense as the others, whose range of some 30 holds .4
+    clipped = np.clip(NORMAL[:, 0], -1.5, 1.5)
+    assert set(atoms_of(clipped, ())) == {-1.5, 1.5}
+    assert atoms_of(np.full(50, 3.0), (3.0, 4.0)) == {}
+
+
+def test_values_of_counts_and_rare_ties_are_no_atoms():
+    for counts in (RNG.poisson(1, 1500), RNG.poisson(20, 1500), RNG.integers(0, 2, 1500)):
+        assert atoms_of(counts.astype(float), (0.0, 1.0)) == {}
+    x = np.array(NORMAL[:, 0])
+    x[:5] = x[0]
+    assert atoms_of(x, ()) == {}
+
+
+# --- ends and tails ---
+
+
+def test_ends_are_those_that_are_given_by_name_or_number_with_all_of_their_cells():
     share = RNG.random(1500)
     table = described(beside(share), NAMES, bounds={"rest": (0, 2), 2: (-9.0, 9.0)})
-    assert table.intervals == (None, Bounds(0.0, 2.0), Bounds(-9.0, 9.0))
-    assert described(beside(share), NAMES).intervals is None
+    assert table.ends == (None, Bounds(0.0, 2.0), Bounds(-9.0, 9.0))
+    assert described(beside(share), NAMES).ends is None
+    assert described(beside(RNG.integers(0, 3, 1500)), NAMES).ends is None  # what was seen is no end
     assert ends_given({1: (0, 2)}, [1, 0], 2) == {0: (0.0, 2.0)}  # columns of a data frame may be called by numbers
-    wider = described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)})
-    assert wider.intervals[1] == Bounds(-0.5, 4.5)
+    assert described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)}).ends[1] == Bounds(-0.5, 4.5)
+    share[:300], share[300:400] = 0, 1
+    with_atoms = described(beside(share), NAMES, bounds={"rest": (0, 1)})
+    assert with_atoms.ends[1].high == pytest.approx(1 + np.sum(with_atoms.cells.widths[1]))
 
 
 @pytest.mark.parametrize(
@@ -71,105 +107,29 @@ def test_given_bounds_are_by_name_or_number():
         ({"rest": 1.0}, "two numbers"),
         ({"rest": (1, 0)}, "the lower one first"),
         ({"rest": (0, float("inf"))}, "finite"),
-        ({"rest": (0, 1e12)}, r"bounds 0 and 1e\+12 of column 1 \('rest'\) are so far apart"),
         ({"rest": (0.0, 0.5)}, r"in row \d+ of column 1 \('rest'\) is outside of its bounds 0 and 0.5"),
     ],
 )
 def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
+    x = beside(np.linspace(0, 1, 1500))
     with pytest.raises(ValueError, match=message):
-        described(beside(np.linspace(0, 1, 1500)), NAMES, bounds=bounds)
-    with pytest.raises(ValueError, match="so far apart"):
-        described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 1e9)})
-    with pytest.raises(ValueError, match="values of its grid"):
-        described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (-0.3, 4.0)})
+        described(x, NAMES, bounds=bounds)
+    with pytest.raises(ValueError, match=r"2 in row 0 of the split validation of column 1"):
+        describe({"train": x, "validation": np.full((1, 3), 2.0, np.float32)}, NAMES, bounds={"rest": (0, 1)})
 
 
-def test_a_value_that_repeats_at_an_end_of_its_bounds_is_refused():
-    x = RNG.beta(2, 2, (1500, 2))
-    x[3:18, 1] = 0.0
-    with pytest.raises(ValueError, match=r"column 1 repeats at the end 0 of its bounds, in 15 rows such as row 3: .* widen"):
-        described(x, bounds={1: (0, 1)})
-    x[4:18, 1] = 0.5 + np.arange(14) / 100
-    assert described(x, bounds={1: (0, 1)}).intervals == (None, Bounds(0.0, 1.0))
+def test_heavy_tails_are_found_and_light_ones_are_left():
+    for heavy in (RNG.standard_cauchy(1500), RNG.standard_t(2, 1500), RNG.lognormal(3, 1.5, 1500)):
+        assert isinstance(tails_of(heavy), Asinh)
+    one_outlier = np.append(NORMAL[:, 0], 1e12)
+    assert isinstance(tails_of(one_outlier), Asinh)
+    for light in (NORMAL[:, 0], RNG.logistic(size=1500), RNG.random(1500), RNG.laplace(size=1500), RNG.exponential(size=1500)):
+        assert tails_of(light) is None
+    assert tails_of(np.concatenate([NORMAL[:, 0], 9 + NORMAL[:, 1]])) is None
 
 
-def test_rows_to_validate_with_belong_to_the_range_and_lie_on_the_grid():
-    x, held_out = beside(RNG.integers(0, 3, 1500)), beside(np.array([2, 5]), 2)
-    assert describe({"train": x, "validation": held_out}, NAMES).intervals[1] == Bounds(-0.5, 5.5)
-    with pytest.raises(ValueError, match=r"2.5 in row 0 of the split validation is not on the grid of column 1 \('rest'\)"):
-        describe({"train": x, "validation": held_out + np.float32(0.5)}, NAMES)
-    with pytest.raises(ValueError, match=r"5 in row 1 of the split validation of column 1"):
-        describe({"train": x, "validation": held_out}, NAMES, bounds={1: (0, 4)})
-    same = RNG.random((300, 2)).astype(np.float32)
-    assert describe({"train": same, "validation": same}).grid is None
-
-
-def test_booleans_and_categories_keep_to_their_levels_whether_seen_or_not():
-    columns = Column("flag", "boolean", "bool"), Column("size", "category", "category", ("S", "M", "L"))
-    x = np.stack([RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50)], axis=1).astype(np.float32)
-    found = described(x, columns=columns)
-    assert found.grid.spacing.tolist() == [1.0, 1.0]
-    assert found.intervals == (Bounds(-0.5, 1.5), Bounds(-0.5, 2.5))
-    names = Column("name", "category", "str", tuple(map(str, range(400))))
-    with pytest.raises(ValueError, match=r"2 rows each .* join some categories of column 0 \('name'\), or drop it"):
-        described(np.arange(400.0)[:, None], ["name"], columns=[names])
-
-
-# --- what has no density ---
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        (
-            NORMAL[:, :2] @ [1.0, 1.0],
-            r"column 0 \('rent'\), column 1 \('rest'\),.*drop it",
-        ),
-        (NORMAL[:, 1], r"column 1 \('rest'\),"),
-    ],
-)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_dependent_columns_are_refused_by_name(columns, message, dtype):
-    x = np.stack([NORMAL[:, 0], NORMAL[:, 1], columns], axis=1).astype(dtype)
-    with pytest.raises(ValueError, match=r"column 2 \('income'\) is a linear combination of " + message):
-        check_density(x, NAMES)
-    noise = 1e-3 * np.random.default_rng(0).normal(size=(1500, 3))
-    check_density((x + noise).astype(dtype), NAMES)
-
-
-def test_columns_that_agree_in_most_rows_are_independent():
-    x = np.tile(NORMAL, (4, 1))
-    x[::3, 2] = x[::3, 0]
-    x[:5000, 2] = x[:5000, 0]
-    check_density(x, NAMES)
-
-
-def test_a_sum_with_a_whole_number_is_refused_and_whole_numbers_may_depend_on_each_other():
-    counts = RNG.integers(0, 9, 1500)
-    x = np.stack([counts, NORMAL[:, 0], NORMAL[:, 0] + counts], axis=1).astype(np.float32)
-    with pytest.raises(ValueError, match="column 2 is a linear combination of column 0, column 1,"):
-        check_density(x, (), find_grid(x))
-    x = np.stack([counts, counts, 9 - counts], axis=1).astype(np.float32)
-    check_density(x, (), find_grid(x))
-
-
-def test_three_different_values_are_no_repeated_ones():
-    check_density(np.array([[0.1, 2.0], [0.7, 1.0], [-1.2, 5.0]], np.float32))
-
-
-def test_one_value_that_many_rows_have_is_refused_or_said():
-    spiked = np.where(np.arange(1500) % 5 < 2, 0, NORMAL[:, 2])
-    with pytest.raises(ValueError, match=r"40% of column 1 \('rest'\) are 0"):
-        check_density(beside(spiked), NAMES)
-    rare = np.where(np.arange(1500) % 10 == 0, 0, NORMAL[:, 2])
-    [note] = described(beside(rare), NAMES).notes
-    assert "though 10% of its values are 0" in note
-
-
-def test_a_value_beside_which_single_precision_loses_all_others_is_refused_by_row_and_column():
-    x = beside(NORMAL[:, 2])
-    x[17, 1] = 1e5
-    assert check_density(x, NAMES) == []
-    x[17, 1] = 1e12
-    with pytest.raises(ValueError, match=r"1e\+12 in row 17 of column 1 \('rest'\).* drop the row"):
-        check_density(x, NAMES)
+def test_numbers_that_single_precision_cannot_tell_apart_are_refused_by_name_and_all_others_described():
+    with pytest.raises(ValueError, match=r"column 1 \('rest'\) apart: subtract its mean"):
+        described(beside(1.6e9 + 1000 * NORMAL[:, 2]), NAMES)
+    notes = described(beside(np.where(NORMAL[:, 2] < 0, 0, 1e3 ** NORMAL[:, 2])), NAMES).notes
+    assert notes == ("with atoms: column 1 ('rest')", "with heavy tails: column 1 ('rest')")

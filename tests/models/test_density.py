@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iresnet_jax.bijections.bounded import Bounded, Bounds
-from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Standardize
@@ -136,14 +136,13 @@ def test_values_out_of_their_range_are_refused():
         model.log_prob(POINTS + 10)
 
 
-def test_values_between_those_of_a_grid_have_no_likelihood():
-    model = kept.model(dataclasses.replace(PLANE, grid=Grid((0.0, 0.0), (1.0, 0.0))))
+def test_values_between_those_of_a_grid_count_as_the_nearest():
+    model = kept.model(dataclasses.replace(PLANE, cells=Cells.of([(0.0, 1.0), ()])))
     between = POINTS.copy()
-    between[:, 0] = [0, 1, 1.5]
-    for likelihood in (model.log_prob, lambda x: model.terms(x, jax.random.key(0), jax.random.key(0))):
-        with pytest.raises(ValueError, match=r"1\.5 in row 2, column 0, is between values of its grid"):
-            likelihood(between)
-    assert model.encode(between).shape == (3, 2)  # as classes of new rows have to be found
+    between[:, 0] = [0.2, 0.8, -1.3]
+    np.testing.assert_array_equal(
+        model.log_prob(between), model.log_prob(np.stack([between[:, 0].round(), between[:, 1]], axis=1))
+    )
 
 
 def test_a_flow_in_float64_inverts_latents_in_float32(x64):

@@ -14,7 +14,7 @@ import pytest
 from oracles import dense_conv_matrix, operator_norm
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.models.classifier import ClassifierSpec
@@ -39,7 +39,7 @@ SPECS = {
         dataclasses.replace(PLANE, context_dim=2), context=ir.Standardize((0.1,) * 3, (2.0,) * 3), context_hidden=(4, 2)
     ),
     "prescribed constants": DensitySpec(ir.FlowSpec.bilipschitz((2,), [STAGE], mu=0.2, nu=5.0)),
-    "grid": DensitySpec(PLANE, grid=Grid((0.0, 0.0), (1.0, 0.0))),
+    "grid": DensitySpec(PLANE, cells=Cells.of([(0.0, 1.0), ()])),
     "levels": DensitySpec(
         ir.FlowSpec(SHAPE, (dataclasses.replace(CONV, factor_out=True), DENSE)),
         "logistic",

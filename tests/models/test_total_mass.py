@@ -1,13 +1,13 @@
-"""Densities of entries within bounds and on grids integrate to 1, whatever the weights."""
+"""Numbers that a density gives sum and integrate to 1, whatever its bounds, cells, atoms, tails and weights."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.bounded import Bounded, Bounds
-from iresnet_jax.bijections.dequantize import Grid
+from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
+from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
@@ -15,81 +15,132 @@ from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import model_of
 
 TOLERANCE = 1e-3
-RNG = np.random.default_rng(0)
-
-
-def nodes(low, high):
-    """Numbers of single precision that resolve both ends of an interval, and its middle."""
-    distances = (high - low) * np.concatenate([np.geomspace(1e-12, 0.01, 1500), np.linspace(0.01, 0.5, 1500)])
-    return np.unique(np.concatenate([[low], low + distances, high - distances, [high]]).astype(np.float32))
-
-
-def mass(model, low, high, others=None):
-    """Total mass of a density of one bounded entry, or of one with a second entry that is integrated over such nodes."""
-    x, inner = nodes(low, high), np.zeros((1, 0)) if others is None else others[:, None]
-    rows = np.concatenate([np.repeat(x, len(inner))[:, None], np.tile(inner, (len(x), 1))], axis=1).astype(np.float32)
-    values = np.exp(np.asarray(jax.jit(ir.Density.log_prob)(model, rows), np.float64)).reshape(len(x), len(inner))
-    of_x = values[:, 0] if others is None else np.trapezoid(values, others, axis=1)
-    return np.trapezoid(of_x, x.astype(np.float64))
-
-
-def density(transform, prior="gaussian", grid=None, seed=0):
-    """A density with random weights that reach far from the identity."""
-    num = len(transform.intervals)
-    flow = FlowSpec((num,), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9)
-    spec = DensitySpec(flow, prior, transform, grid=grid, num_components=3 if prior in MIXTURES else None)
-    key = jax.random.key(seed)
-    params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
-    params = jax.tree.map(lambda leaf: leaf + 0.5 * RNG.normal(size=leaf.shape).astype(leaf.dtype), params)
-    return model_of(spec, {"params": params, "prior": spec.standard_prior()}).freeze()
-
-
+NUM_SAMPLES, NUM_NOISE = 20_000, 32
+FREE = ((),)
+LEVELS = ((0.0, 1.0),)
+# Cells, ends and preprocessing of one or two entries, and the prior.
 CASES = {
-    "unit interval": (Bounded.of((Bounds(0.0, 1.0),)), "gaussian"),
-    "logistic, wide on the line": (Bounded.of((Bounds(-1.0, 3.0),), Standardize((0.5,), (2.5,))), "logistic"),
-    "far from zero": (Bounded.of((Bounds(100.0, 102.0),), Standardize((-1.0,), (1.5,))), "gaussian"),
-    "mixture": (Bounded.of((Bounds(-3.0, 0.0),), Standardize((0.0,), (2.0,))), "mixture"),
+    "unit interval": (None, (Bounds(0.0, 1.0),), None, "gaussian"),
+    "logistic, wide on the line": (None, (Bounds(-1.0, 3.0),), Standardize((0.5,), (2.5,)), "logistic"),
+    "far from zero": (None, (Bounds(100.0, 102.0),), Standardize((-1.0,), (1.5,)), "gaussian"),
+    "mixture": (None, (Bounds(-3.0, 0.0),), Standardize((0.0,), (2.0,)), "mixture"),
+    "levels": (Cells.of(LEVELS), (Bounds(-0.5, 4.5),), None, "gaussian"),
+    "counts": (Cells.of([(0.0, 2.0)]), (None,), Standardize((9.0,), (3.0,)), "logistic"),
+    "decimals with heavy tails": (Cells.of([(0.0, 0.5)]), (Asinh(3.0, 1.0),), Standardize((0.0,), (0.4,)), "gaussian"),
+    "values off a grid": (Cells.of([(-2.0, -1.7, 0.0, 0.1, 3.0, 4.0)]), (None,), Standardize((1.0,), (2.0,)), "gaussian"),
+    "atoms at both ends": (
+        Cells.of(FREE, [{0.0: 0.5, 1.0: 0.25}]),
+        (Bounds(0.0, 1.75),),
+        Standardize((0.0,), (1.5,)),
+        "gaussian",
+    ),
+    "an atom and heavy tails": (Cells.of(FREE, [{0.0: 3.0}]), (Asinh(1.0, 1.0),), Standardize((0.0,), (0.5,)), "logistic"),
+    "a rounded amount and a free entry": (
+        Cells.of([(0.0, 0.5), ()], [{0.0: 4.0}, {}]),
+        (None, None),
+        Whiten((4.0, 1.0), ((3.0, 0.0), (0.4, 1.0))),
+        "gaussian",
+    ),
+    "an atom beside levels": (
+        Cells.of([(), (0.0, 1.0)], [{1.0: 2.0}, {}]),
+        (None, Bounds(-0.5, 2.5)),
+        Standardize((2.0, 0.0), (2.0, 1.5)),
+        "gaussian",
+    ),
 }
 
 
+def density(name):
+    """A density of random weights that reach far from the identity."""
+    cells, ends, then, prior = CASES[name]
+    rng, key = np.random.default_rng(len(name)), jax.random.key(0)
+    flow = FlowSpec((len(ends),), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9)
+    transform = Bounded.of(ends, then) if any(ends) else then
+    spec = DensitySpec(flow, prior, transform, cells=cells, num_components=3 if prior in MIXTURES else None)
+    params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
+    params = jax.tree.map(lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
+    return model_of(spec, {"params": params, "prior": spec.standard_prior()}).freeze()
+
+
+def trained():
+    """A density that `fit` made of zero-inflated amounts and shares of which some are 0 or 1."""
+    rng = np.random.default_rng(0)
+    amounts = np.where(rng.random(600) < 0.4, 0.0, rng.exponential(3, 600).round(1))
+    shares = np.clip(rng.normal(0.5, 0.4, 600), 0, 1)
+    settings = {"training.batch_size": 64, "training.blocks": "unroll", "training.eval_every_steps": 50}
+    stages = (StageSpec(num_blocks=2, hidden=(16,), activation="clipswish"),)
+    x = np.stack([amounts, shares], axis=1)
+    return ir.fit(x, bounds={1: (0, 1)}, steps=50, architecture=stages, settings=settings, progress=False)
+
+
+def support(cells, ends, line, num):
+    """Values of one entry, and the size of what each stands for: a cell's width, 1 of an atom, a step of an integral.
+
+    Steps resolve the line of the transform's own, where all densities are smooth.
+    """
+    t = np.linspace(line.min() - np.ptp(line) / 2, line.max() + np.ptp(line) / 2, num + 1)[:, None]
+    edges = t if ends is None else Bounded.of((ends,)).from_line(t, np)[0]
+    if cells is None:
+        return (edges[1:, 0] + edges[:-1, 0]) / 2, np.diff(edges[:, 0])
+    if cells.gaps[0, 0] > 0:
+        dense = np.arange(edges[0, 0], edges[-1, 0], float(cells.margins(np.float32)[0, 0]))
+        x = np.unique(np.asarray(cells.nearest(jnp.asarray(dense, jnp.float32)[:, None])))
+        return x, np.asarray(cells.places(jnp.asarray(x)[:, None])[3])[:, 0]
+    atoms = np.asarray(cells.atoms[cells.widths > 0])[:, None]
+    start, width = (np.asarray(place)[:, 0] for place in cells.places(jnp.asarray(atoms))[1:3])
+    edges = np.unique(np.concatenate([edges[:, 0], start, start + width]))
+    middles, steps = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    x = np.asarray(cells.nearest(jnp.asarray(middles, jnp.float32)[:, None]))[:, 0]
+    is_free = ~np.isin(x, atoms)
+    return np.concatenate([x[is_free], atoms[:, 0]]), np.concatenate([steps[is_free], np.ones(len(atoms))])
+
+
+def numbers(model):
+    """Rows of values, the number that the density gives each, averaged over noise, and the size of what it stands for."""
+    transform, cells = model.spec.transform, model.spec.cells
+    samples = np.asarray(model.continuous.sample(jax.random.key(1), NUM_SAMPLES)[0], np.float64)
+    is_mapped = isinstance(transform, Bounded)
+    line, ends = (transform.to_line(samples, np)[0], transform.ends) if is_mapped else (samples, [None] * samples.shape[1])
+    found = []
+    for entry in range(samples.shape[1]):
+        own = None if cells is None else jax.tree.map(lambda table, entry=entry: table[entry : entry + 1], cells)
+        found.append(support(own, ends[entry], line[:, entry], 4000 if samples.shape[1] == 1 else 200))
+    x, sizes = (
+        np.stack([of.ravel() for of in np.meshgrid(*parts, indexing="ij")], axis=1) for parts in zip(*found, strict=True)
+    )
+    x = jnp.asarray(x, jnp.float32)
+    log_prob = jax.jit(ir.Density.log_prob)
+    if cells is None:
+        return x, np.exp(np.asarray(log_prob(model, x), np.float64)), sizes.prod(axis=1)
+    _, start, width, _ = cells.places(x)
+    _, log_ratio, _ = model.dequantize_and_logdet(x, jax.random.key(0), jax.random.key(0))
+    middles = (np.arange(NUM_NOISE) + 0.5) / NUM_NOISE
+    orders = [np.random.default_rng(entry).permutation(middles) for entry in range(x.shape[1])]  # a Latin square
+    points = [start + width * jnp.asarray(noise, jnp.float32)[None] for noise in zip(*orders, strict=True)]
+    on_line = np.mean([np.exp(np.asarray(log_prob(model.continuous, u), np.float64)) for u in points], axis=0)
+    return x, on_line * np.exp(np.asarray(log_ratio, np.float64)), sizes.prod(axis=1)
+
+
+@pytest.mark.parametrize("name", [*CASES, "trained"])
+def test_all_numbers_add_up_to_1_and_samples_have_the_shares_that_they_say(name):
+    model = trained() if name == "trained" else density(name)
+    x, values, sizes = numbers(model)
+    assert np.sum(values * sizes) == pytest.approx(1, abs=TOLERANCE)
+    samples = np.asarray(model.sample(jax.random.key(0), NUM_SAMPLES)[0])
+    for entry, places in enumerate(np.quantile(samples, [0.1, 0.5, 0.9], axis=0).T):  # atoms and values are their own quantiles
+        for place in places:
+            for is_there in (np.equal, np.less) if x.shape[1] == 1 else (np.equal,):  # nodes of two entries are far apart
+                share = np.sum(np.where(is_there(x[:, entry], place), values * sizes, 0))
+                error = np.sqrt(max(share * (1 - share), 1 / NUM_SAMPLES) / NUM_SAMPLES)
+                assert abs(np.mean(is_there(samples[:, entry], place)) - share) < 3 * error + TOLERANCE
+
+
 def test_a_density_of_potentials_integrates_to_1_on_a_grid():
-    stage, x = StageSpec(6, (8,), activation="softplus4", kind="potential"), RNG.normal(size=(200, 2)).astype(np.float32)
+    stage, x = (
+        StageSpec(6, (8,), activation="softplus4", kind="potential"),
+        np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32),
+    )
     model = ir.Density.init(jax.random.key(0), x, stages=[stage], coeff=0.95)
     edges = np.linspace(-80, 80, 801, dtype=np.float32)  # it shrinks what is far from the data
     values = jax.jit(ir.Density.log_prob)(model, np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2))
     assert np.exp(np.asarray(values, np.float64)).sum() * (160 / 800) ** 2 == pytest.approx(1, abs=TOLERANCE)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_density_of_random_weights_integrates_to_1(name):
-    transform, prior = CASES[name]
-    ends = transform.intervals[0]
-    assert mass(density(transform, prior), ends.low, ends.high) == pytest.approx(1, abs=TOLERANCE)
-
-
-def test_a_bounded_entry_beside_a_free_one_integrates_to_1():
-    transform = Bounded.of((Bounds(0.0, 2.0), None), Whiten((0.0, 1.0), ((1.5, 0.0), (0.4, 1.0))))
-    assert mass(density(transform), 0.0, 2.0, np.linspace(-12, 14, 150)) == pytest.approx(1, abs=TOLERANCE)
-
-
-def test_the_cells_of_a_grid_hold_all_mass():
-    transform, grid = Bounded.of((Bounds(-0.5, 4.5),)), Grid((0.0,), (1.0,))
-    model = density(transform, grid=grid)
-    assert mass(model.continuous, -0.5, 4.5) == pytest.approx(1, abs=TOLERANCE)
-
-
-def test_samples_are_inside_and_as_frequent_as_the_density_says():
-    """With preprocessing that is fitted to data, one at each end."""
-    bounds = (Bounds(0.0, 1.0),)
-    x = np.concatenate([[[0.0], [1.0]], np.random.default_rng(0).beta(2, 2, (1498, 1))])
-    on_line, _ = Bounded.of(bounds).to_line(x, np)
-    model = density(Bounded.of(bounds, Standardize.fit(on_line)))
-    x = nodes(0.0, 1.0)
-    values = np.exp(np.asarray(jax.jit(ir.Density.log_prob)(model, x[:, None]), np.float64))
-    shares = integrate.cumulative_trapezoid(values, x.astype(np.float64), initial=0)
-    assert shares[-1] == pytest.approx(1, abs=TOLERANCE)
-    samples = np.asarray(model.sample(jax.random.key(0), 20_000)[0])[:, 0]
-    assert 0 < samples.min()
-    assert samples.max() < 1
-    places = np.linspace(0.05, 0.95, 19)
-    np.testing.assert_allclose([np.mean(samples < place) for place in places], np.interp(places, x, shares), atol=0.02)
