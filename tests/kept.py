@@ -29,11 +29,10 @@ STAGES = (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3)),)
 POINTS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)))
 GIVEN = dataclasses.replace(POINTS, flow=dataclasses.replace(POINTS.flow, context_dim=3))
 CONTEXTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-IMAGES = DensitySpec(FlowSpec(SHAPE, STAGES), transform=Logit(0.05), num_levels=LEVELS)
+IMAGES = DensitySpec(FlowSpec(SHAPE, (StageSpec(2, hidden=(3,)),)), transform=Logit(0.05), num_levels=LEVELS)
 HYBRID = dataclasses.replace(IMAGES, num_classes=CLASSES)
-TEN_DIGITS = DensitySpec(
-    FlowSpec((8, 8, 1), (StageSpec(1, hidden=(2,), kernel_sizes=(3, 3)),)), transform=Logit(0.05), num_levels=17, num_classes=10
-)
+DIGITS = FlowSpec((8, 8, 1), (StageSpec(1, hidden=(2,)),))
+TEN_DIGITS = DensitySpec(DIGITS, transform=Logit(0.05), num_levels=17, num_classes=10)
 CLASSIFIER = ClassifierSpec(FlowSpec((4, 4, 2), STAGES), SHAPE, CLASSES, LEVELS, pad_channels=1)
 SETTINGS = EvaluationConfig(
     logdet=LogdetConfig(kind="roulette", num_exact_terms=8), batch_size=32, num_dequantisations=2, num_probe_draws=2

@@ -16,7 +16,6 @@ from iresnet_jax.data import load, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import saved
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import loop, plan
 from iresnet_jax.runs.config import parse
@@ -158,17 +157,11 @@ def test_kept_models_are_those_of_their_configs(name):
     assert first_difference(to_plain(get_config(name, None)), to_plain(parse(about["config"])), "config") is None
 
 
-@pytest.mark.parametrize("name", ["digits_density", "mnist_classification"])
-def test_kept_models_can_be_inverted(name):
-    kept, about = read_kept(name)
+def test_a_kept_model_can_be_inverted():
+    kept, _ = read_kept("digits_density")
     assert kept.certificate().certified
     levels = kept.spec.num_levels
-    images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES[about["config"]["data"]["name"]]), np.uint8)
-    if isinstance(kept, Classifier):
-        back = jax.jit(lambda model, images: model.reconstruct(model.features(images)))(kept, images)
-        assert bool(back.info.converged.all())
-        np.testing.assert_allclose(back.images, images / (levels - 1), atol=1e-4)
-        return
+    images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES["digits"]), np.uint8)
     # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back with errors of 1.3e-4.
     with jax.enable_x64(True):
         exact = kept.continuous.with_(solver=Solver(atol=1e-10))
