@@ -44,13 +44,25 @@ def apply_head(params: Any, statistics: Mapping[str, Statistics], features: Floa
     """
     linear = params["linear"]
     if "norm" not in params:
-        unit = linear["kernel"] / jnp.linalg.norm(linear["kernel"], axis=0, keepdims=True)
-        return features.reshape(len(features), -1) @ unit + linear["bias"].reshape(1, -1)
+        return features.reshape(len(features), -1) @ _unit_columns(params) + linear["bias"].reshape(1, -1)
     norm, own = params["norm"], statistics["head"]
     mean, var, scale, bias = (by_channel(a, features) for a in (own["mean"], own["var"], norm["scale"], norm["bias"]))
     h = jax.nn.relu((features - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias)
     pooled = jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
     return pooled @ linear["kernel"] + linear["bias"].reshape(1, -1)
+
+
+def _unit_columns(params: Any) -> Float[Array, "d k"]:
+    kernel = params["linear"]["kernel"]
+    return kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
+
+
+def distances(params: Any) -> Float[Array, "k k"]:
+    """``|w_i - w_j|`` of a linear head: Lipschitz constants of differences of logits in the features."""
+    unit = _unit_columns(params)
+    same = jnp.eye(unit.shape[1], dtype=bool)
+    squares = jnp.where(same, 1, jnp.maximum(2 - 2 * unit.T @ unit, jnp.finfo(unit.dtype).eps))  # a root of 0 has no slope
+    return jnp.where(same, 0, jnp.sqrt(squares))
 
 
 def initial_head(

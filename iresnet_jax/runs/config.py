@@ -87,8 +87,8 @@ class ClassifierConfig:
     std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
     label_smoothing: Decay = 0.0  # also of objective "hybrid"
     head: Literal["pooled", "linear"] = "pooled"  # "linear" on all features is for blocks that never stretch, and radii
-    # Radius that training aims at: sqrt(2) times it is subtracted from the true class' logit in the loss of a linear head. In
-    # pixels of [0, 1], as a 2-norm.
+    # Radius that training aims at, a 2-norm of pixels on [0, 1]: the loss of a linear head raises logits of wrong classes by
+    # what they can gain on the true one within it.
     margin: NotNegative = 0.0
     temperature: Positive = 1.0  # divisor of the logits in the loss; below 1 fewer images are lost for the sake of others
 
@@ -189,6 +189,7 @@ _OBJECTIVES = {
     "classifier.head": ("classification",),
     "classifier.margin": ("classification",),
     "classifier.temperature": ("classification",),
+    "evaluation.radii": ("classification",),
     "augmentation.transformations": ("density",),
     "model.dequantization": ("density", "hybrid"),
     "model.prior_components": ("density",),

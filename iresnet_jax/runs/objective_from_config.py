@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +70,7 @@ def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> tuple[Callable[
 
 def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> tuple[Callable[..., Any], dict[str, Any]]:
     change, settings = build_augmentation(config.augmentation, data), config.classifier
-    margin = classification.Margin(math.sqrt(2) * settings.margin / min(spec.std), settings.temperature)
+    margin = classification.Margin(settings.margin, settings.temperature)
     smoothing, num_parts = settings.label_smoothing, config.training.num_parts
     loss = classification.make_loss(change, label_smoothing=smoothing, margin=margin, num_parts=num_parts)
     num = config.training.eval_examples

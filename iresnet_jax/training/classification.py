@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.models.head import cross_entropy, distances
 from iresnet_jax.training import parallel
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.parallel import AXIS
@@ -20,19 +19,22 @@ Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "
 
 
 class Margin(NamedTuple):
-    """The margin that a loss asks for (Tsuzuku et al. 2018; Prach and Lampert 2022).
+    """The margin that a loss asks for (Lipschitz-margin training, Tsuzuku et al. 2018).
 
     Attributes:
-        offset: What is subtracted from the logit of the true class.
+        radius: Distance in pixels of [0, 1], for a linear head. Differences of logits grow by at most ``|w_i - w_j|`` times it,
+            over the divisor of pixels, if features never stretch: by that the loss raises the logits of wrong classes.
         temperature: Divisor of the logits then.
     """
 
-    offset: float = 0.0
+    radius: float = 0.0
     temperature: float = 1.0
 
-    def apply(self, logits: Any, labels: Any) -> Array:
-        """The logits that the loss sees."""
-        return (logits - self.offset * jax.nn.one_hot(labels, logits.shape[1])) / self.temperature
+    def apply(self, model: Any, logits: Float[Array, "b k"], labels: Any) -> Float[Array, "b k"]:
+        """The logits that the loss of a model sees."""
+        if getattr(model.spec, "head", None) == "linear":
+            logits += self.radius / min(model.spec.std) * distances(model.head)[labels]
+        return logits / self.temperature
 
 
 def make_loss(
@@ -54,7 +56,7 @@ def make_loss(
         images, labels = batch
         x = model.preprocess(images if augment is None else augment(keys.examples, images))
         logits, statistics = training_logits(model, x, axis_name=AXIS, num_parts=num_parts)
-        value = jnp.mean(cross_entropy(margin.apply(logits, labels), labels, label_smoothing=label_smoothing))
+        value = jnp.mean(cross_entropy(margin.apply(model, logits, labels), labels, label_smoothing=label_smoothing))
         return Loss(value, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels)}, statistics)
 
     return loss
@@ -100,7 +102,7 @@ def accuracy_and_loss(
     outputs = evaluate_images(model, images, labels, batch_size, margin)
     correct = outputs["logits"].argmax(axis=1) == labels
     found = {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
-    return found | ({"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.offset else {})
+    return found | ({"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.radius else {})
 
 
 def evaluate_images(
@@ -113,5 +115,5 @@ def evaluate_images(
 def _classify(own: tuple[Classifier | Density, Margin], batch: tuple[Any, Any]) -> dict[str, Any]:
     (model, margin), (images, labels) = own, batch
     logits = model.logits(images) if isinstance(model, Classifier) else model.class_log_probs(images)
-    less = margin.apply(logits, labels)
+    less = margin.apply(model, logits, labels)
     return {"loss": cross_entropy(less, labels), "logits": logits, "at_margin": jnp.argmax(less, axis=1) == labels}

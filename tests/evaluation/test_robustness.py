@@ -9,6 +9,7 @@ import iresnet_jax as ir
 from iresnet_jax import certify, data
 from iresnet_jax.evaluation import robustness
 from iresnet_jax.runs.config import EvaluationConfig
+from iresnet_jax.training import classification
 
 ATTACK = (200, 10)  # steps, starts
 RADII = (0.9, 0.3)
@@ -47,6 +48,14 @@ def test_training_with_a_margin_verifies_and_attacks_find_the_rest(measured):
     assert found.num_broken == 0
     assert found.lipschitz < 2
     assert not found.warnings()
+
+
+def test_the_margin_of_the_loss_is_what_radii_verify(model, digits, measured):
+    images, labels = digits.examples["test"], digits.labels["test"]
+    for size, proven in zip(sorted(RADII), measured[0].verified, strict=True):
+        seen = classification.accuracy_and_loss(model, images, labels, 256, classification.Margin(size))
+        assert seen["accuracy"] == measured[0].clean.fraction
+        assert seen["accuracy_at_margin"] == pytest.approx(proven.fraction, abs=2 / len(labels))  # which bounds rounding
 
 
 def test_no_attack_breaks_a_radius_and_larger_ones_break(model, digits):
