@@ -32,7 +32,8 @@ SHORTER = {
     r"\(3, 3, 16, 64\)": "(3, 3, 2, 3)",
     r"\b(5000|1500)\b": "256",  # points of the README and of a notebook, which share their programs with those of my_array.npy
     r"\b500(, context=|, 1\))": r"16\1",
-    r"hidden=\(32, 32\), kernel_sizes=\(3, 1, 3\)": "hidden=(4,), kernel_sizes=(3, 3)",
+    r"hidden=\(32(, 32)?,?\), kernel_sizes=\(3, (1, )?3\)": "hidden=(4,), kernel_sizes=(1, 1)",
+    r"mcmc\.run\(.*\)": "",  # which compiles for long, in test_adapters.py
     r'            ir\.StageSpec\(num_blocks=\d+, hidden=\(64,\), activation="clipswish"\),\n': "",
     r'\(32,\), activation="clipswish"': '(64,), activation="clipswish"',  # a flow whose programs the page has compiled
     r"key\(0\), 3\)": "key(0), 1)",  # of the models that disagree where data are few
