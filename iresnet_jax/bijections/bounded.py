@@ -61,15 +61,10 @@ class Bounds:
     def __post_init__(self):
         if not (np.all(np.isfinite([self.low, self.high])) and self.low < self.high):
             raise ValueError(f"bounds must be finite and the lower end below the upper one, got {self.low} and {self.high}")
-        if not self.resolution < (self.high - self.low) / 8:
+        if not 2.0**-18 * max(abs(self.low), abs(self.high)) < self.high - self.low:  # 32 units in the last place
             raise ValueError(
                 f"single precision cannot tell values apart within the bounds {self.low} and {self.high}: subtract the mean"
             )
-
-    @property
-    def resolution(self) -> float:
-        """Distance that single precision resolves at the larger end: 4 units in the last place."""
-        return 2.0**-21 * max(abs(self.low), abs(self.high))
 
 
 @dataclass(frozen=True)

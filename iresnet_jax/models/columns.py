@@ -38,11 +38,6 @@ class Column:
             object.__setattr__(self, "name", tuple(self.name))
 
     @property
-    def is_discrete(self) -> bool:
-        """Whether values are whole numbers: all but floats."""
-        return self.kind != "float"
-
-    @property
     def num_levels(self) -> int | None:
         """Number of values of a boolean or of categories, ``0`` to ``num_levels - 1``; None of other numbers."""
         return 2 if self.kind == "boolean" else len(self.categories) if self.categories is not None else None
