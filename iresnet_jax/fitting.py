@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
@@ -40,6 +41,7 @@ OVERFITTED = 0.5  # share below which a milder candidate is
 # Factors on the updates of a run whose validation still improved at its end. For conditional densities of 10,000 examples,
 # 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER, LONGER_GIVEN_CONTEXTS = 4, 2
+CLEAR = 2.0  # standard errors by which a trained model must be better than its start
 FEW_UPDATES = 500  # below which a run that time has ended is hardly trained
 STEEP = 0.05  # fall of the validation loss over the last tenth of a run above which it is not trained enough
 
@@ -338,10 +340,13 @@ def _train(
     spec = model_spec(config, data)
     objective = build_objective(config, data, spec)
     best: Best | None = None
+    at_start: np.ndarray | None = None
 
     def keep(loss: float | None) -> None:
-        nonlocal best
-        if loss is not None and (best is None or loss < best.loss):
+        nonlocal best, at_start
+        if best is None and loss is not None:
+            best, at_start = Best.of(trainer.state, loss), trainer.losses
+        elif loss is not None and loss < best.loss and is_clearly_better(trainer.losses, at_start):
             best = Best.of(trainer.state, loss)
 
     trainer = Trainer(objective, training, seconds_of_steps=seconds_of_steps, validated=keep, say=say)
@@ -368,6 +373,17 @@ def _train(
 
     is_cut_short = ended == "time was over" and seconds > 0.9 * seconds_of_steps
     return Run(Attempt(what, kept.loss, kept.step, trainer.step, seconds), is_cut_short, model)
+
+
+def is_clearly_better(losses: np.ndarray | None, at_start: np.ndarray | None) -> bool:
+    """Whether examples lose less than at the start of training by `CLEAR` standard errors, or no single losses are known.
+
+    The best of many validations by few examples is often the one that has learnt the others by heart.
+    """
+    if losses is None or at_start is None or len(losses) < 2:
+        return True
+    gains = at_start - losses
+    return bool(gains.mean() > CLEAR * gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

@@ -208,8 +208,8 @@ def test_whitening_within_classes():
     residuals, classes = correlated(400)[1], np.arange(400) % 2
     shifted = residuals + 10 * np.outer(classes, [1, -1, 0])
     residuals -= np.stack([residuals[classes == label].mean(axis=0) for label in (0, 1)])[classes]
-    for known, is_white in ((classes, True), (None, False)):
-        whitened = np.linalg.solve(np.asarray(Whiten.fit(shifted, known).factor), residuals.T)
+    for given, is_white in ((residuals, True), (None, False)):
+        whitened = np.linalg.solve(np.asarray(Whiten.fit(shifted, given).factor), residuals.T)
         # Up to the shrinkage of correlations.
         assert np.allclose(np.cov(whitened, bias=True), np.eye(3), atol=0.05) == is_white
 

@@ -12,13 +12,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
+from sklearn.datasets import load_wine
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import iresnet_jax as ir
 from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
 from iresnet_jax.fit_settings import Candidate, candidates, choose_settings
-from iresnet_jax.fitting import Run, hardly_trained, next_run
+from iresnet_jax.fitting import Run, hardly_trained, is_clearly_better, next_run
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import loop, run_folder
 from iresnet_jax.runs.loop import train
@@ -183,6 +190,42 @@ def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_
     assert float(model.log_prob(test).mean()) > -entropy - 0.15
     samples, _ = model.sample(jax.random.key(0), 2000)
     assert np.mean((samples.mean(axis=1) > 3) & (samples.mean(axis=1) < 5)) < 0.01
+
+
+ONE_STEP = {"steps": 1, "architecture": TINY, "progress": False}
+
+
+def test_training_starts_at_a_normal_density_that_is_better_than_linear_shrinkage():
+    x = np.random.default_rng(0).normal(size=(1200, 5)) @ RNG.normal(size=(5, 40)) + 0.5 * RNG.normal(size=(1200, 40))
+    shrunk = LedoitWolf().fit(x[:200])
+    model = ir.fit(x[:200].astype(np.float32), **ONE_STEP)
+    normal = multivariate_normal(shrunk.location_, shrunk.covariance_)
+    assert float(model.log_prob(x[200:].astype(np.float32)).mean()) > normal.logpdf(x[200:]).mean() + 1
+
+
+def test_a_conditional_density_starts_at_a_linear_mean():
+    context = RNG.normal(size=(1200, 50))  # more entries than the network on contexts has outputs
+    noise = RNG.multivariate_normal([0, 0], [[1, 0.9], [0.9, 1]], size=1200)
+    x = (context @ RNG.normal(size=(50, 2)) + 0.1 * noise).astype(np.float32)
+    model = ir.fit(x[:1000], context=context[:1000], **ONE_STEP)
+    truth = multivariate_normal([0, 0], 0.01 * np.array([[1, 0.9], [0.9, 1]])).logpdf(0.1 * noise[1000:]).mean()
+    assert float(model.log_prob(x[1000:], context=context[1000:].astype(np.float32)).mean()) > truth - 0.2
+
+
+def test_classes_start_at_a_linear_classifier():
+    x, y = load_wine(return_X_y=True)
+    train, test = np.arange(0, 178, 2), np.arange(1, 178, 2)
+    model = ir.fit(x[train].astype(np.float32), y[train].astype(np.int32), **ONE_STEP)
+    linear = make_pipeline(StandardScaler(), LogisticRegression()).fit(x[train], y[train])
+    log_probs = np.asarray(model.class_log_probs(x[test].astype(np.float32)))
+    assert -log_probs[np.arange(89), y[test]].mean() < log_loss(y[test], linear.predict_proba(x[test])) + 0.05
+
+
+def test_a_start_is_left_only_for_what_is_clearly_better():
+    gains = np.array([0.1, 0.3, 0.2, 0.2])
+    assert is_clearly_better(-gains, np.zeros(4))
+    assert not is_clearly_better(-gains * [-2, 1, 1, 1], np.zeros(4))  # better by .12 +- .12
+    assert is_clearly_better(None, None)
 
 
 def test_noise_widens_the_density_by_its_variance():

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, affine, on_balls
@@ -165,21 +165,18 @@ class Whiten(ClosedForm):
         object.__setattr__(self, "inverse", floats(np.linalg.inv(matrix)))
 
     @classmethod
-    def fit(cls, x: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"] | None = None) -> "Whiten":
-        """Mean and Cholesky factor of the covariance of data whose entries all vary; with labels, the one within classes.
+    def fit(cls, x: Float[np.ndarray, "n d"], residuals: Float[np.ndarray, "n d"] | None = None) -> "Whiten":
+        """Mean and Cholesky factor of the covariance of data whose entries all vary, or of residuals in their place.
 
-        A prior for each class, with independent entries, then begins as the normal density of linear discriminant analysis.
+        With residuals from the means of classes, a prior for each class begins as linear discriminant analysis; with those of a
+        regression on contexts, a conditional density begins as a normal one.
 
         Entries are scaled to variance 1 first. Their covariance is the one of `shrunk_covariance`, so the factor exists for
         fewer examples than entries and for entries that repeat one another.
         """
         rows = np.asarray(x, np.float64)
         mean, total = rows.mean(axis=0), rows.std(axis=0)
-        centred = rows - mean
-        if labels is not None:
-            centred = np.array(centred)
-            for label in np.unique(labels):
-                centred[labels == label] -= centred[labels == label].mean(axis=0)
+        centred = rows - mean if residuals is None else np.asarray(residuals, np.float64)
         scale = np.maximum(centred.std(axis=0), SMALLEST_WITHIN * total)
         return cls(mean, scale[:, None] * np.linalg.cholesky(shrunk_covariance(centred / scale)))
 
@@ -189,7 +186,7 @@ class Whiten(ClosedForm):
         return len(self.mean)
 
     def entry_scales(self) -> Float[Array, " d"]:
-        """Standard deviation of each entry, of data within classes if labels were given."""
+        """Standard deviation of each entry, or of its residuals if they were given."""
         return jnp.sqrt(jnp.sum(self.factor**2, axis=1))
 
     def forward_and_logdet(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:

@@ -170,3 +170,20 @@ def apply_network(weights: Network, c: Float[Array, "b k"]) -> Float[Array, "b f
         layer = weights[f"dense{i}"]
         h = (jax.nn.gelu(h) if i else h) @ layer["kernel"] + layer["bias"][None]
     return h + c @ weights["skip"]["kernel"]
+
+
+def linear_regression(c: Float[np.ndarray, "n k"], y: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
+    """Coefficients of the regression of centred data on scaled contexts, with the ridge of the best leave-one-out error."""
+    from sklearn.linear_model import RidgeCV
+
+    found = RidgeCV(np.geomspace(1e-3, 1e4, 15)).fit(c, y)
+    return found.coef_.reshape(y.shape[1], -1).T
+
+
+def with_linear_mean(network: Network, coefficients: Float[np.ndarray, "k d"]) -> Network:
+    """Weights of a network whose first outputs are the conditional means of such a regression, before it is trained."""
+    last = f"dense{len(network) - 2}"
+    skip = np.array(network["skip"]["kernel"])
+    skip[:, : coefficients.shape[1]] = coefficients[:, : skip.shape[1]]
+    silent = {**network[last], "kernel": jnp.zeros_like(network[last]["kernel"])}
+    return {**network, last: silent, "skip": {"kernel": jnp.asarray(skip)}}

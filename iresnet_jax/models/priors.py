@@ -22,6 +22,7 @@ from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
 
+NUM_FOLDS = 5  # of the cross-validation of classifiers
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
 L = TypeVar("L", bound="LocationScale")
@@ -122,16 +123,24 @@ class ClassPriors:
 
     @classmethod
     def fit(cls, family: str, z: ArrayLike, labels: Int[np.ndarray, " n"], num_classes: int) -> "ClassPriors":
-        """The means of the latents of each class; the variance is 1, which that within classes is behind `Whiten`.
+        """Priors of classes whose variance is 1, as it is within classes behind `Whiten`.
 
-        That is linear discriminant analysis. A class without examples has the mean of all. Frequencies count one more example
-        a class.
+        The means are those of the latents of each class, as in linear discriminant analysis. If its classes are less likely by
+        cross-validation than those of logistic regression, whose weights are means up to a shift of all of them, they are the
+        ones nearest to the mean of all latents that leave ``p(y)`` near the frequencies of classes. A class without examples
+        has the mean of all latents. Frequencies count one more example a class.
         """
         z = np.asarray(z, np.float64)
         counts = np.bincount(labels, minlength=num_classes)
         mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
-        by_class = LOCATION_SCALE[family].of_moments(mean, np.ones_like(mean))
-        return cls(by_class, floats(np.log((counts + 1) / (counts.sum() + num_classes))))
+        logits = np.log((counts + 1) / (counts.sum() + num_classes))
+        if family == "gaussian" and counts.min() >= NUM_FOLDS and (found := _better_logits(z, labels)) is not None:
+            weights, bias = found
+            mean = weights - weights.mean(axis=0) + z.mean(axis=0)
+            shift = logits - bias - 0.5 * np.square(mean).sum(axis=1)
+            mean = mean + np.linalg.lstsq(mean - mean[0], shift - shift[0], rcond=0.1)[0]
+            logits = bias + 0.5 * np.square(mean).sum(axis=1)
+        return cls(LOCATION_SCALE[family].of_moments(mean, np.ones_like(mean)), floats(logits))
 
     def log_prob_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
         """``log p(y) + log p(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the log-density."""
@@ -167,6 +176,28 @@ class ClassPriors:
         one = jax.vmap(lambda prior, key: prior.sample(key, (1,), temperature)[0])
         known = (labels >= 0) & (labels < len(self.logits))
         return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan)
+
+
+def _better_logits(z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> tuple[Any, Any] | None:
+    """Weights ``(k, d)`` and biases ``(k,)`` of logistic regression if it is better than linear discriminant analysis."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+    from threadpoolctl import threadpool_limits
+
+    z, labels = z[:5000], labels[:5000]
+    regression, analysis = LogisticRegression(max_iter=1000), LinearDiscriminantAnalysis()
+    with threadpool_limits(1):
+        scores = [
+            cross_val_score(each, z, labels, scoring="neg_log_loss", cv=NUM_FOLDS).mean() for each in (regression, analysis)
+        ]
+        if scores[0] < scores[1]:
+            return None
+        regression.fit(z, labels)
+    if len(regression.intercept_) > 1:
+        return regression.coef_, regression.intercept_
+    weights, bias = (np.concatenate([np.zeros_like(part), part]) for part in (regression.coef_, regression.intercept_))
+    return weights, bias  # two classes have one logit
 
 
 @pytree(arrays=("weights",))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.equalize import Equalize
@@ -14,7 +15,7 @@ from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.contexts import ContextScale
+from iresnet_jax.models.contexts import ContextScale, linear_regression
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig
@@ -51,16 +52,17 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         )
     context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
     flow = build_flow_spec(config.model, data.event_shape, context_dim)
+    # Contexts of a network are squeezed.
+    context = (ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"]) if data.contexts else None
     return DensitySpec(
         flow=replace(flow, noise=config.model.noise if config.model.dequantization == "variational" else None),
         prior_family=config.model.prior,
-        transform=build_transform(config.preprocessing, data, by_class=is_hybrid),
+        transform=build_transform(config.preprocessing, data, context=context, by_class=is_hybrid),
         num_levels=data.num_levels,
         num_classes=data.num_classes if is_hybrid else None,
         cells=data.cells,
         columns=data.columns,
-        # Contexts of a network are squeezed.
-        context=(ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"]) if data.contexts else None,
+        context=context,
         num_components=config.model.prior_components or None,
         context_hidden=hidden,
     )
@@ -105,12 +107,15 @@ def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context
     return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
 
 
-def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: bool = False) -> Transform:
+def build_transform(
+    settings: PreprocessingConfig, data: DataSet, *, context: Standardize | None = None, by_class: bool = False
+) -> Transform:
     """The preprocessing of a data set; "equalize" counts the levels of its training images.
 
     Args:
         settings: The kind of preprocessing.
         data: The data.
+        context: Scale of contexts; "whiten" is by the covariance of residuals of a regression on them.
         by_class: Whether "whiten" is by the covariance within classes.
 
     Raises:
@@ -122,8 +127,12 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
             raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
         if kind == "whiten" and len(data.event_shape) != 1:
             raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
-        line, labels = data_on_the_line(data), data.labels["train"] if by_class else None
-        then = Standardize.fit(line) if kind == "standardize" else Whiten.fit(line, labels)
+        line = data_on_the_line(data)
+        then = (
+            Standardize.fit(line)
+            if kind == "standardize"
+            else Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
+        )
     if kind in ("none", "standardize", "whiten"):
         return then if data.ends is None else Bounded.of(data.ends, then)
     if data.num_levels is None:
@@ -137,6 +146,22 @@ def build_transform(settings: PreprocessingConfig, data: DataSet, *, by_class: b
         return Logit(settings.alpha)
     images = data.examples["train"]
     return Equalize.fit(images, data.num_levels, entrywise=settings.entrywise, alpha=settings.alpha)
+
+
+def _residuals(
+    line: np.ndarray, data: DataSet, context: Standardize | None, *, by_class: bool
+) -> Float[np.ndarray, "n d"] | None:
+    """Examples less the mean of their class, or less what a linear regression on contexts says; None without either."""
+    centred = line - line.mean(axis=0, dtype=np.float64)
+    if by_class:
+        labels = data.labels["train"]
+        for label in np.unique(labels):
+            centred[labels == label] -= centred[labels == label].mean(axis=0)
+        return centred
+    if context is None:
+        return None
+    scaled = np.asarray(context.forward_and_logdet(jnp.asarray(data.contexts["train"], float))[0])
+    return centred - scaled @ linear_regression(scaled, centred)
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:

@@ -63,8 +63,7 @@ def _density(config: Config, data: DataSet, spec: DensitySpec) -> tuple[Callable
 def _hybrid(config: Config, data: DataSet, spec: DensitySpec) -> tuple[Callable[..., Any], dict[str, Any]]:
     change = build_augmentation(config.augmentation, data)
     loss = hybrid.make_loss(config.hybrid, label_smoothing=config.classifier.label_smoothing, augment=change)
-    weight = float(config.hybrid.weight_of_step()(config.training.schedule_steps))
-    selection = lambda held_out: held_out["cross_entropy"] + weight * held_out[spec.metric]  # noqa: E731
+    selection = lambda held_out: held_out["cross_entropy"]  # noqa: E731
     return loss, {"name": "accuracy", "selection": selection, "examples": (data.examples["train"], data.labels["train"])}
 
 
@@ -120,6 +119,7 @@ def _validation(config: Config, spec: DensitySpec, data: DataSet) -> density.Val
         batch_size=config.evaluation.batch_size,
         seed=seed,
         given=identity_context(config),
+        label_smoothing=config.classifier.label_smoothing,
     )
 
 

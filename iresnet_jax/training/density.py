@@ -20,8 +20,9 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import preprocessing
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.classification import accuracy_and_loss
+from iresnet_jax.training.classification import evaluate_images
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
@@ -122,6 +123,7 @@ class Validation:
         batch_size: Most examples at once.
         seed: Seed of the run.
         given: Context that the model is given, after which it takes none; None leaves it as it is.
+        label_smoothing: Smoothing of the labels in the cross-entropy, as in training.
     """
 
     spec: DensitySpec
@@ -135,6 +137,7 @@ class Validation:
     batch_size: int
     seed: int
     given: np.ndarray | None = None
+    label_smoothing: float = 0.0
 
     def __call__(self, state: TrainState) -> ValidationResult:
         """The mean of every term, and the terms of the log-determinant that training goes on with."""
@@ -149,12 +152,15 @@ class Validation:
         """Result of `__call__`, under the `model` of a training state."""
         outputs = self._outputs(model)
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
+        losses = outputs[model.spec.metric]
         if self.labels is not None:
-            classified = accuracy_and_loss(model, self.examples, self.labels, self.batch_size)
-            means |= {"accuracy": classified["accuracy"], "cross_entropy": classified["loss"]}
+            logits = evaluate_images(model, self.examples, self.labels, self.batch_size)["logits"]
+            entropy = cross_entropy(jnp.asarray(logits), jnp.asarray(self.labels), label_smoothing=self.label_smoothing)
+            means |= {"accuracy": float(np.mean(logits.argmax(axis=1) == self.labels)), "cross_entropy": float(entropy.mean())}
+            losses = np.asarray(entropy)
         num_terms = int(state.num_terms)
         if self.logdet.build().unbiased:
-            return ValidationResult(means, num_terms)
+            return ValidationResult(means, num_terms, losses)
         bias, is_exploited = self._bias(model, num_terms)
         if bias < -ALARMING_BIAS:
             _logger.warning(WARNING, model.spec.metric, -bias, num_terms)
@@ -164,7 +170,7 @@ class Validation:
                 _, is_exploited = self._bias(model, num_terms)
             if num_terms > int(state.num_terms):
                 _logger.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
-        return ValidationResult({**means, "training_bias": bias, "num_terms": num_terms}, num_terms)
+        return ValidationResult({**means, "training_bias": bias, "num_terms": num_terms}, num_terms, losses)
 
     def _bias(self, model: Density, num_terms: int) -> tuple[float, bool]:
         """Objective by so many terms less the one by many, and whether it is lower by more than is tolerated."""

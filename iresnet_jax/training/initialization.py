@@ -5,15 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.standardize import Whiten
+from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.contexts import linear_regression, with_linear_mean
 from iresnet_jax.models.head import batch_statistics
 from iresnet_jax.models.initial import fit_actnorm, with_actnorm
 from iresnet_jax.models.priors import LOCATION_SCALE, MIXTURES, ClassPriors
@@ -87,6 +90,12 @@ def initial_variables(
     if isinstance(model, Classifier):
         arrays["statistics"] = statistics
     elif is_white or model.spec.num_components is not None:
+        if model.network and is_white:
+            x, context, _ = jax.tree.map(np.asarray, examples_of(key_data, PRIOR_EXAMPLES))
+            scaled, _ = model.spec.context.forward_and_logdet(jnp.asarray(context))
+            coefficients = linear_regression(np.asarray(scaled), np.asarray(preprocess(model, x, key_noise)))
+            arrays["network"] = with_linear_mean(model.network, coefficients)
+            params = _less_first_features(spec.flow, params)
         family, num_components, num_classes = model.spec.prior_family, model.spec.num_components, model.spec.num_classes
         if is_vectors:
             x, context, labels = examples_of(key_data, PRIOR_EXAMPLES)
@@ -99,6 +108,19 @@ def initial_variables(
             arrays["prior"] = LOCATION_SCALE[family].of_moments(np.zeros(spec.flow.num_dims), np.ones(spec.flow.num_dims))
     statistics = arrays.pop("statistics", {})
     return {"params": {**with_actnorm(params, weights), **arrays}, "spectral": spectral, "batch_stats": statistics}
+
+
+def _less_first_features(spec: FlowSpec, params: Any) -> Any:
+    """Parameters whose first block subtracts the first features of contexts from the entries, if its layers take contexts."""
+    stage = spec.layout[0]
+    if type(stage.branch) is not FeedforwardSpec:
+        return params
+    name = stage.branch.layers[-1].name
+    kernel = params[stage.name]["blocks"][name]["context"]
+    kernel = kernel.at[0].set(-jnp.eye(*kernel.shape[1:], dtype=kernel.dtype))
+    blocks = params[stage.name]["blocks"]
+    blocks = {**blocks, name: {**blocks[name], "context": kernel}}
+    return {**params, stage.name: {**params[stage.name], "blocks": blocks}}
 
 
 @functools.partial(fast_compile, static_argnums=(0, 1, 3, 4))

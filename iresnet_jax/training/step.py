@@ -220,10 +220,12 @@ class ValidationResult(NamedTuple):
     Attributes:
         metrics: Means over the held-out examples, for the log.
         num_terms: Terms of the log-determinant that training goes on with; 0 if the estimator has no such setting.
+        losses: The loss of each example whose mean chooses a state; None if only the mean is known.
     """
 
     metrics: dict[str, float]
     num_terms: int = 0
+    losses: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

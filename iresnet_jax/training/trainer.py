@@ -109,6 +109,7 @@ class Trainer:
         step: Number of finished updates.
         horizon: Updates in the whole run, as far as is known.
         records: Measurements so far, as `History.from_records` takes them.
+        losses: Loss of each held-out example at the last validation; None if it is not known.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Trainer:
             state = objective.initial_state()._replace(horizon=np.int32(settings.schedule_steps))
         self.state, self.step, self.horizon = state, int(state.step), int(state.horizon)
         self.records: list[dict[str, Any]] = []
+        self.losses: np.ndarray | None = None
         self._compiled_step = parallel.parallelize(objective.step_with(int(state.num_terms)))
         self._validate = None if objective.make_validation is None else objective.make_validation()
         self._first_step, self._losses = self.step, list(losses)
@@ -198,6 +200,7 @@ class Trainer:
                 shown = f"{name} {self.records[-1][name]:.4f}"
             else:
                 found = self._validate(self.state)
+                self.losses = found.losses
                 check_finite(found.metrics, self.step, self.step)
                 self._record("validation", found.metrics)
                 if found.num_terms != int(self.state.num_terms):

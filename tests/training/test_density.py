@@ -37,7 +37,7 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
     missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
     with caplog.at_level("WARNING"):
-        means, _ = validation.measure(current, model)
+        means, *_ = validation.measure(current, model)
     np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)  # of 32,000 probes
     assert missed.mean() < -ALARMING_BIAS
     assert f"reads nll lower by {-means['training_bias']:.3f}" in caplog.text
@@ -58,7 +58,7 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
         return validation.measure(ended, model).metrics
 
     with caplog.at_level("INFO"):
-        means, num_terms = validation.measure(current, model)
+        means, num_terms, _ = validation.measure(current, model)
     assert means["num_terms"] == num_terms
     tried = [1, 2, 3, 5, 8, 12, 18, 27]
     assert num_terms in tried[1:]
