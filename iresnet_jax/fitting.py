@@ -344,9 +344,11 @@ def _train(
 
     def keep(loss: float | None) -> None:
         nonlocal best, at_start
-        if best is None and loss is not None:
+        if loss is None:
+            return
+        if best is None:
             best, at_start = Best.of(trainer.state, loss), trainer.losses
-        elif loss is not None and loss < best.loss and is_clearly_better(trainer.losses, at_start):
+        elif loss < best.loss and is_clearly_better(trainer.losses, at_start):
             best = Best.of(trainer.state, loss)
 
     trainer = Trainer(objective, training, seconds_of_steps=seconds_of_steps, validated=keep, say=say)

@@ -196,7 +196,7 @@ ONE_STEP = {"steps": 1, "architecture": TINY, "progress": False}
 
 
 def test_training_starts_at_a_normal_density_that_is_better_than_linear_shrinkage():
-    x = np.random.default_rng(0).normal(size=(1200, 5)) @ RNG.normal(size=(5, 40)) + 0.5 * RNG.normal(size=(1200, 40))
+    x = RNG.normal(size=(1200, 10)) @ RNG.normal(size=(10, 60)) + 0.5 * RNG.normal(size=(1200, 60))
     shrunk = LedoitWolf().fit(x[:200])
     model = ir.fit(x[:200].astype(np.float32), **ONE_STEP)
     normal = multivariate_normal(shrunk.location_, shrunk.covariance_)

@@ -177,7 +177,7 @@ def linear_regression(c: Float[np.ndarray, "n k"], y: Float[np.ndarray, "n d"]) 
     from sklearn.linear_model import RidgeCV
 
     found = RidgeCV(np.geomspace(1e-3, 1e4, 15)).fit(c, y)
-    return found.coef_.reshape(y.shape[1], -1).T
+    return np.asarray(found.coef_).reshape(y.shape[1], -1).T
 
 
 def with_linear_mean(network: Network, coefficients: Float[np.ndarray, "k d"]) -> Network:

@@ -194,10 +194,10 @@ def _better_logits(z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -
         if scores[0] < scores[1]:
             return None
         regression.fit(z, labels)
-    if len(regression.intercept_) > 1:
-        return regression.coef_, regression.intercept_
-    weights, bias = (np.concatenate([np.zeros_like(part), part]) for part in (regression.coef_, regression.intercept_))
-    return weights, bias  # two classes have one logit
+    weights, bias = np.asarray(regression.coef_), np.asarray(regression.intercept_)
+    if len(bias) == 1:  # two classes have one logit
+        weights, bias = (np.concatenate([np.zeros_like(part), part]) for part in (weights, bias))
+    return weights, bias
 
 
 @pytree(arrays=("weights",))
