@@ -6,6 +6,7 @@ this file and of `object_storage`.
 
 import contextlib
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -31,9 +32,9 @@ def path_of(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"a path must be a string such as 'runs/digits', got {name!r}")
     for text in (os.fspath(name), os.path.join(folder, name)):
-        if object_storage.is_address(text):
+        if re.match(r"\w[\w+.-]*://", text):
             path = ObjectPath(text)
-            path.check_storage()
+            _ = path.storage  # raises if there is none
             return path
     return Path(Path(folder).expanduser(), Path(name).expanduser())
 

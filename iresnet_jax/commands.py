@@ -151,7 +151,7 @@ def convert(arguments: argparse.Namespace) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
     path = save(run, arguments.output)
-    _say(excess, certificate.verdict, f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)")
+    _say(excess, certificate.verdict, f"written: {path} ({len(path.read_bytes()) / 1e6:.2g} MB)")
     return certificate.certified
 
 

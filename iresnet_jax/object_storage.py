@@ -9,10 +9,7 @@ import fnmatch
 import functools
 import io
 import logging
-import os
-import re
 import secrets
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +23,6 @@ _PAUSE_S = 3.0  # between two tries
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 
 _logger = logging.getLogger(__name__)
-
-
-def is_address(name: str) -> bool:
-    """Whether this is an address with a scheme, and no path of this machine."""
-    return re.match(r"\w[\w+.-]*://", name) is not None
 
 
 @functools.cache
@@ -65,19 +57,16 @@ class ObjectPath(type(Path())):
     def __str__(self) -> str:
         return super().__str__().replace(":/", "://", 1)  # of which pathlib keeps one slash
 
-    def check_storage(self) -> None:
-        """Raises ``ValueError`` if nothing on this machine can reach such addresses."""
-        _ = self._fs
-
     @property
-    def _fs(self) -> Any:
+    def storage(self) -> Any:
+        """The file system of fsspec that holds the object; ``ValueError`` if there is none on this machine."""
         return _storage(self.parts[0].removesuffix(":"))
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[Any]:
         """Yields the file system, whose errors become one of the three that callers tell apart."""
         try:
-            yield self._fs
+            yield self.storage
         except (FileNotFoundError, FileExistsError):
             raise
         except Exception as error:  # each storage has errors of its own
@@ -115,21 +104,12 @@ class ObjectPath(type(Path())):
         """Whether there is such an object."""
         return self._info()["type"] == "file"
 
-    def stat(self, **_: Any) -> os.stat_result:
-        """The size of an object."""
-        with self._reached() as storage:
-            return os.stat_result((stat.S_IFREG, 0, 0, 0, 0, 0, storage.info(str(self))["size"], 0, 0, 0))
-
     def glob(self, pattern: str, **_: Any) -> "Iterator[ObjectPath]":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Objects one level below the address, of which the name fits a pattern."""
         names: list[str] = []
         with self._reached() as storage, contextlib.suppress(FileNotFoundError):
             names += [found.rstrip("/").rpartition("/")[2] for found in storage.ls(str(self), detail=False)]
         return (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
-
-    def resolve(self, strict: bool = False) -> "ObjectPath":  # noqa: FBT001, FBT002 (the signature of pathlib)
-        """The address, which is absolute."""
-        return self
 
     def mkdir(self, *_: Any, **__: Any) -> None:
         """Does nothing: the first object makes the folder, and buckets are made by their owner."""
@@ -189,16 +169,16 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
 
     def keep() -> None:
         beat = 0
-        while not ended.wait(BEAT_S):
+        while not lost.is_set() and not ended.wait(BEAT_S):
             try:
-                if not held():
-                    return lost.set()
-                put(beat := beat + 1, "overwrite")
+                if held():
+                    put(beat := beat + 1, "overwrite")
+                else:
+                    lost.set()
             except FileNotFoundError:  # somebody took the claim, and has given it back
-                return lost.set()
+                lost.set()
             except OSError as error:
                 _logger.warning("%s", error)
-        return None
 
     def check() -> None:
         if lost.is_set():

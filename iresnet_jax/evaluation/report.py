@@ -223,7 +223,7 @@ def write(run: Run) -> Report:
     results |= _inverse(run, examples, figures)
     times = TrainingTimes.from_metrics(records, run.step)
     report = Report(times, describe_environment(), to_plain(run.config), notes=run.notes, **results)
-    html = render(report, figures, title=run.folder.resolve().name, references=dict(run.config.references.values))
+    html = render(report, figures, title=run.folder.absolute().name, references=dict(run.config.references.values))
     content = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
     for name, text in {"report.json": content, "report.html": html}.items():
         with replacing(run.folder / name) as incoming:

@@ -13,12 +13,6 @@ class Background(contextlib.AbstractContextManager["Background"]):
 
     After a call that fails, those that wait are dropped, and its error is raised by the next one that is asked for, or at the
     end. An error of the ``with`` itself comes first, and Ctrl-C waits for nothing.
-
-    Example:
-        >>> with Background() as background:
-        ...     background(print, "written beside training")
-        ...     background.wait()
-        written beside training
     """
 
     def __init__(self):
