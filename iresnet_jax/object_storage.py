@@ -47,11 +47,8 @@ class ObjectPath(type(Path())):
     """The address of an object, or of all objects below it, which stand for a folder.
 
     Names are joined and taken apart as by `pathlib`. Of what touches files, the methods below are all there are. Objects are
-    read and written whole.
-
-    Raises:
-        PermissionError: In all methods that reach the storage: if it refuses the credentials, or there are none.
-        ConnectionError: If it cannot be reached, or fails.
+    read and written whole. Methods raise ``PermissionError`` if the storage refuses the credentials, or there are none, and
+    ``ConnectionError`` if it fails or cannot be reached.
     """
 
     def __str__(self) -> str:

@@ -53,6 +53,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         self._folder = workdir / "checkpoints"
+        self._metrics: dict[int, float] = {}  # that are known: to look one up reads a checkpoint
 
     def path(self, step: int) -> Path:
         """Returns the file of a step, whether it exists or not."""
@@ -71,7 +72,8 @@ class Checkpoints:
         Raises:
             OSError: If the disk is full or not writable; the checkpoints already there are kept.
         """
-        named = to_named(state) | {_METRIC: np.array(math.nan if metric is None else float(metric))}
+        value = math.nan if metric is None else float(metric)
+        named = to_named(state) | {_METRIC: np.array(value)}
         try:
             self._folder.mkdir(exist_ok=True)
             for leftover in self._folder.glob("*.incoming"):  # of killed processes
@@ -84,7 +86,9 @@ class Checkpoints:
                 "free disk space or check permissions and resume; the checkpoints written before are kept"
             ) from error
         past = [other for other in self._steps() if other <= step]
-        best = sorted((other for other in past if math.isfinite(self._metric(other))), key=self._metric)
+        known = {**self._metrics, step: value}
+        self._metrics = {other: known[other] if other in known else self._metric(other) for other in past}
+        best = sorted((other for other in past if math.isfinite(self._metrics[other])), key=self._metrics.__getitem__)
         for other in {*self._steps()} - {*past[:KEPT], *best[:1]}:
             with contextlib.suppress(OSError):
                 self.path(other).unlink()

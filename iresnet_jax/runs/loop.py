@@ -151,13 +151,11 @@ def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
 
 
 def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> tuple[Objective, Callable[[], None]]:
-    """Process 0 claims the folder, until the stack ends, and makes the model, which the others receive.
+    """Process 0 claims the folder, until the stack ends, and makes the model; the others receive it.
 
-    Returns:
-        The objective, and in process 0 a function that raises ``OSError`` once the folder is another's.
+    The function that comes with it raises ``OSError`` once another process has taken the folder.
     """
-    made: list[Objective] = []
-    checks: list[Callable[[], None]] = []
+    made, checks = list[Objective](), list[Callable[[], None]]()
 
     def claim():
         run_folder.check_belongs_to(workdir, config)

@@ -86,8 +86,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
 def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterator[Callable[[], None]]:
     """Within ``with``, no other process trains in the folder, which holds settings and model; the lock dies with its process.
 
-    Yields:
-        A function that raises ``OSError`` once another process has taken the folder, see `atomic_files.locked`.
+    Yields what `atomic_files.locked` does.
 
     Raises:
         ValueError: If another process trains there.
