@@ -20,11 +20,9 @@ PUBLISH_S = 10.0  # between two uploads of files that grow
 
 
 def path_of(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
-    """The path of a file or folder that a user names: on this machine, where ``~`` is the user's home, or in a bucket.
+    """The path that a user names: on this machine, where ``~`` is the user's home, or in a bucket, as ``gs://bucket/run``.
 
-    Args:
-        name: A path, or an address such as ``gs://bucket/run``.
-        folder: Folder in which a relative path starts.
+    A relative path starts in ``folder``.
 
     Raises:
         ValueError: If it is neither, or the package that reaches such addresses is not installed.

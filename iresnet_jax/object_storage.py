@@ -27,15 +27,11 @@ _logger = logging.getLogger(__name__)
 
 @functools.cache
 def _storage(scheme: str) -> Any:
-    """The file system of fsspec that a scheme stands for, one for all threads; lists of objects are always asked for anew.
-
-    Raises:
-        ValueError: If fsspec does not know the scheme, or the package that it needs is not installed.
-    """
+    """The file system of fsspec that a scheme stands for, one for all threads; ``ValueError`` if there is none."""
     try:
         import fsspec
 
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, use_listings_cache=False)  # others write there, too
     except ImportError as error:
         advice = f"pip install 'iresnet_jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else "pip install it"
         raise ValueError(f"{scheme}:// needs a package that is not installed ({error}): {advice}") from None
@@ -200,11 +196,9 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
 
 def _wait_for_the_dead(path: ObjectPath) -> None:
     """Removes a claim that shows no sign of life for `PATIENCE_BEATS`; of one that does, raises ``TimeoutError``."""
-    if not path.exists():
-        return
-    _logger.info("%s is there: waiting to see whether its process lives", path)
-    with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+    with contextlib.suppress(FileNotFoundError):  # nobody's, or given back meanwhile
         before = path.read_bytes()
+        _logger.info("%s is there: waiting to see whether its process lives", path)
         for _ in range(PATIENCE_BEATS):
             time.sleep(BEAT_S)
             if path.read_bytes() != before:
