@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax.checked_dataclasses import to_plain
+from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
@@ -61,7 +62,7 @@ def choose_settings(
     if objective != "density" and data.num_classes is None:
         raise ValueError(f"the objective {objective} needs labels: give the class of each example")
     num, devices = len(data.examples["train"]), jax.local_device_count()
-    chosen = _for_vectors(data) if is_vectors else _for_images(data)
+    chosen = _for_vectors(data) if is_vectors else _for_images(data, objective)
     return with_settings(
         Config(),
         {
@@ -108,21 +109,42 @@ def _for_vectors(data: DataSet) -> dict[str, Any]:
     }
 
 
-def _for_images(data: DataSet) -> dict[str, Any]:
-    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer."""
+def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
+    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer.
+
+    Densities of integer levels have the settings of the kept configs of digits and MNIST.
+    """
     height, width, _ = data.event_shape
+    is_density = objective == "density" and data.num_levels is not None
+    is_few, is_small = len(data.examples["train"]) < 10_000, math.prod(data.event_shape) <= 1024
+    block = {"num_blocks": 8 if is_density else 6, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}
     stages, side = [], min(height, width)
     while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
         side, height, width = side // 2, height // 2, width // 2
-        stages.append({"num_blocks": 6, "hidden": (48,), "kernel_sizes": (3, 3), "squeeze": 2, "activation": "clipswish"})
+        stages.append({**block, "squeeze": 2, "positional_bias": is_density})
+    if is_density and is_small:
+        stages.append({"num_blocks": 4, "hidden": (64,), "activation": "clipswish"})
+    of_density: dict[str, Any] = {
+        "model.prior": "logistic",
+        "model.sharp": True,
+        "preprocessing.transform": "equalize",
+        "preprocessing.entrywise": is_small,
+        "preprocessing.alpha": 1e-6,
+        "optimizer.weight_decay": 0.05,
+    }
+    if is_few and not data.contexts:  # which a flow learns by heart, if they are not changed
+        of_density |= {
+            "augmentation.transformations": tuple(TRANSFORMATIONS) if height == width else ("mirror", "left", "right")
+        }
     return {
-        "model.stages": stages or [{"num_blocks": 8, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}],
+        "model.stages": stages or [{**block, "num_blocks": 8}],
         "model.coeff": 0.95,
         "preprocessing.transform": "standardize" if data.num_levels is None else "logit",
         "logdet.kind": "krylov",
         "logdet.num_terms": 6,
-        "optimizer.learning_rate": 1e-2,
+        "optimizer.learning_rate": 3e-2 if is_density and is_few else 1e-2,
         "training.batch_size": 64,
+        **(of_density if is_density else {}),
     }
 
 

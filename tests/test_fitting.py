@@ -366,6 +366,8 @@ def test_settings_follow_the_array():
     labels, images = np.arange(50) % 2, RNG.integers(0, 256, (50, 16, 16, 3))
     classes = data_of(images, labels=labels)
     assert [stage.squeeze for stage in choose_settings(classes).model.stages] == [2, 2]
+    density = choose_settings(classes, objective="density")
+    assert (density.preprocessing.transform, density.model.prior) == ("equalize", "logistic")
     assert choose_settings(classes).training.batch_size <= 45
     assert choose_settings(classes).objective == "classification"
     assert choose_settings(classes, objective="hybrid").objective == "hybrid"
