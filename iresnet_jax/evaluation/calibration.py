@@ -154,8 +154,8 @@ def calibrate(
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
     """Vectors with the number of a value that owns a cell in its place, which precisions round in ways of their own."""
-    cells, x = model.spec.cells, jnp.asarray(x)
-    return np.asarray(x if cells is None else cells.places(x)[0], np.float64)
+    cells = model.spec.cells
+    return np.asarray(x if cells is None else cells.places(jnp.asarray(x))[0], np.float64)
 
 
 def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator) -> RankTest:
