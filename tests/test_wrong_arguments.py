@@ -63,7 +63,6 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(validation=[X, LABELS]), "got a list"),
         (lambda: fit(validation=X[:, :1]), "examples of one shape"),
         (lambda: fit(validation=(X, LABELS)), "need labels"),
-        (lambda: fit(WHOLE, validation=WHOLE[:9] + 0.5), "not on the grid"),
     ],
     "objective and workdir": [
         (lambda: fit(objective="regression"), "objective must be one of"),
