@@ -380,12 +380,12 @@ def _train(
 def is_clearly_better(losses: np.ndarray | None, at_start: np.ndarray | None) -> bool:
     """Whether examples lose less than at the start of training by `CLEAR` standard errors, or no single losses are known.
 
-    The best of many validations by few examples is often the one that has learnt the others by heart.
+    The best of many validations by few examples is often the one that has learnt the others by heart. One example tells nothing.
     """
-    if losses is None or at_start is None or len(losses) < 2:
+    if losses is None or at_start is None:
         return True
     gains = at_start - losses
-    return bool(gains.mean() > CLEAR * gains.std(ddof=1) / math.sqrt(len(gains)))
+    return len(gains) > 1 and bool(gains.mean() > CLEAR * gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:

@@ -225,6 +225,7 @@ def test_a_start_is_left_only_for_what_is_clearly_better():
     gains = np.array([0.1, 0.3, 0.2, 0.2])
     assert is_clearly_better(-gains, np.zeros(4))
     assert not is_clearly_better(-gains * [-2, 1, 1, 1], np.zeros(4))  # better by .12 +- .12
+    assert not is_clearly_better(-gains[:1], np.zeros(1))
     assert is_clearly_better(None, None)
 
 
