@@ -41,7 +41,7 @@ OVERFITTED = 0.5  # share below which a milder candidate is
 # Factors on the updates of a run whose validation still improved at its end. For conditional densities of 10,000 examples,
 # 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER, LONGER_GIVEN_CONTEXTS = 4, 2
-CLEAR = 2.0  # standard errors by which a trained model must be better than its start
+CLEAR = 2.0  # standard errors by which a model must be better than its start, or than the likeliest candidate
 FEW_UPDATES = 500  # below which a run that time has ended is hardly trained
 STEEP = 0.05  # fall of the validation loss over the last tenth of a run above which it is not trained enough
 
@@ -203,11 +203,13 @@ class Run(NamedTuple):
         attempt: How it went.
         is_cut_short: Whether a limit on the time of its updates ended it, so that it says little.
         model: ``() ->`` its best model, certified, with its history.
+        losses: Losses of that model on the held-out examples; None if they are not known.
     """
 
     attempt: Attempt
     is_cut_short: bool
     model: Callable[[], Any]
+    losses: np.ndarray | None = None
 
 
 # By candidate and most updates, 0 for as many as there is time for; None for a run that blew up.
@@ -268,7 +270,7 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
             elif not upcoming:
                 following = next_run(runs, table[0], left_s, longer)
                 ended, upcoming = (following, []) if isinstance(following, str) else ("", [following])
-    best = _leader(runs)[1]
+    best = chosen_run(runs, table[0] if table[-1].prior is None else table[-1])
     attempts = tuple(run.attempt for run in runs.values() if run is not None)
     among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
     say(f"{best.attempt.what}: validation {best.attempt.loss:.4f} at step {best.attempt.best_step}{among}; {ended}")
@@ -302,6 +304,19 @@ def next_run(runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER) 
             if (milder, STEPS_IN_ROUND) not in runs:
                 return milder, STEPS_IN_ROUND
     return "validation no longer improved"
+
+
+def chosen_run(runs: Runs, likeliest: Candidate) -> Run:
+    """The run with the least validation loss, if it is clearly better than those of one candidate, else the best of these.
+
+    Args:
+        runs: All runs, of which one has a model.
+        likeliest: The candidate that a criterion on all examples to train on prefers: few held-out ones tell less.
+    """
+    best = _leader(runs)[1]
+    of_likeliest = [run for (candidate, _), run in runs.items() if candidate == likeliest and run is not None]
+    expected = min(of_likeliest, key=lambda run: run.attempt.loss, default=best)
+    return best if is_clearly_better(best.losses, expected.losses) else expected
 
 
 def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
@@ -341,15 +356,16 @@ def _train(
     objective = build_objective(config, data, spec)
     best: Best | None = None
     at_start: np.ndarray | None = None
+    losses: np.ndarray | None = None
 
     def keep(loss: float | None) -> None:
-        nonlocal best, at_start
+        nonlocal best, at_start, losses
         if loss is None:
             return
         if best is None:
-            best, at_start = Best.of(trainer.state, loss), trainer.losses
+            best, at_start, losses = Best.of(trainer.state, loss), trainer.losses, trainer.losses
         elif loss < best.loss and is_clearly_better(trainer.losses, at_start):
-            best = Best.of(trainer.state, loss)
+            best, losses = Best.of(trainer.state, loss), trainer.losses
 
     trainer = Trainer(objective, training, seconds_of_steps=seconds_of_steps, validated=keep, say=say)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
@@ -374,17 +390,17 @@ def _train(
         return certified.with_(history=dataclasses.replace(history, ended=ended))
 
     is_cut_short = ended == "time was over" and seconds > 0.9 * seconds_of_steps
-    return Run(Attempt(what, kept.loss, kept.step, trainer.step, seconds), is_cut_short, model)
+    return Run(Attempt(what, kept.loss, kept.step, trainer.step, seconds), is_cut_short, model, losses)
 
 
-def is_clearly_better(losses: np.ndarray | None, at_start: np.ndarray | None) -> bool:
-    """Whether examples lose less than at the start of training by `CLEAR` standard errors, or no single losses are known.
+def is_clearly_better(losses: np.ndarray | None, others: np.ndarray | None) -> bool:
+    """Whether examples lose less than with another model by `CLEAR` standard errors, or no single losses are known.
 
-    The best of many validations by few examples is often the one that has learnt the others by heart. One example tells nothing.
+    The best of many validations by few examples is often that which has learnt the others by heart. One example tells nothing.
     """
-    if losses is None or at_start is None:
+    if losses is None or others is None:
         return True
-    gains = at_start - losses
+    gains = others - losses
     return len(gains) > 1 and bool(gains.mean() > CLEAR * gains.std(ddof=1) / math.sqrt(len(gains)))
 
 

@@ -70,7 +70,7 @@ class GaussianMixture(Mixture):
         mean, std = z.mean(axis=0), z.std(axis=0)
         std = np.where(std > 0, std, 1)
         # Few steps are enough, as training goes on from them. A component's variance is at least a millionth of all latents'.
-        settings = {"reg_covar": 1e-6, "max_iter": 30, "n_init": 3, "random_state": 0}
+        settings = {"reg_covar": 1e-6, "max_iter": 30, "random_state": 0}
         found = expectation_maximisation((z - mean) / std, num_components, **settings)
         factors = np.linalg.inv(np.linalg.cholesky(found.covariances_ * np.outer(std, std)))
         log_diagonal = np.log(np.diagonal(factors, axis1=1, axis2=2))
@@ -135,14 +135,15 @@ class GaussianMixture(Mixture):
 
 
 def expectation_maximisation(z: ArrayLike, num_components: int, **settings: Any) -> Any:
-    """scikit-learn's `GaussianMixture` of vectors, with its own settings."""
+    """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the more starts."""
     from sklearn import mixture  # late: a second, which only mixtures need
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
-        return mixture.GaussianMixture(num_components, **settings).fit(z)
+        num_starts = min(max(10_000 // np.shape(z)[0], 2), 30)
+        return mixture.GaussianMixture(num_components, n_init=num_starts, **settings).fit(z)
 
 
 @pytree(arrays=("mean", "log_std", "log_scales", "logits"))
