@@ -18,7 +18,7 @@ def get_config(variant="1.58"):
     config = default_config()
     config.objective = "classification"
     config.data.name = "mnist" if variant in RADII else variant
-    config.model.stages = ({"num_blocks": 6, "hidden": (512,), "activation": "relu", "kind": "potential", "actnorm": False},)
+    config.model.stages = ({"num_blocks": 12, "hidden": (512,), "activation": "relu", "kind": "potential", "actnorm": False},)
     config.model.coeff = 0.95  # 1 - mu
     margin = float(variant) if variant in RADII else 36 / 255
     config.classifier.update({"mean": (0.0,), "std": (1.0,), "head": "linear", "margin": margin, "temperature": 0.25})
