@@ -161,5 +161,5 @@ def meaning(field: ast.AnnAssign, lines: list[str]) -> str:
     while lines[number].lstrip().startswith("#"):
         above.insert(0, lines[number].lstrip().removeprefix("#").strip())
         number -= 1
-    beside = re.findall(r"  # (.*)$", "\n".join(lines[field.lineno - 1 : field.end_lineno]), re.MULTILINE)
+    beside = re.findall(r"  # (?!noqa)(.*)$", "\n".join(lines[field.lineno - 1 : field.end_lineno]), re.MULTILINE)
     return " ".join([*above, *beside])

@@ -38,9 +38,8 @@ class DataConfig:
     """Data set."""
 
     name: str = "digits"  # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or files
-    # Shares of the examples of a file without splits; image data sets come with their splits.
-    validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
-    test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
+    validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1  # share of the examples of data without splits
+    test_fraction: Annotated[float, Range("[0, 1)")] = 0.1  # likewise
     condition_on_labels: bool = False  # the class, as a vector of 0 and 1, is the context of a density p(x | class)
 
 
@@ -48,7 +47,7 @@ class DataConfig:
 class ModelConfig:
     """The residual flow."""
 
-    stages: tuple[StageSpec, ...] = (StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),)
+    stages: tuple[StageSpec, ...] = (StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),)  # from data to latents
     coeff: Annotated[float, Range("(0, 1)")] = 0.9  # largest operator norm c
     budget: Literal["layer", "block"] = "layer"  # what c limits: the norm of each layer, or their product in each block
     # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <= |F(x) - F(y)| / |x - y| <= nu by
@@ -75,7 +74,7 @@ class PreprocessingConfig:
     # For both: "none".
     transform: Literal["center", "logit", "equalize", "standardize", "whiten", "none"] = "center"
     entrywise: bool = False  # "equalize" with each pixel's own frequency of the most common grey level
-    alpha: Annotated[float, Range("(0, 0.5)")] = 0.05
+    alpha: Annotated[float, Range("(0, 0.5)")] = 0.05  # least distance of a logit's argument from 0 and 1
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,9 @@ class AugmentationConfig:
 class EvaluationConfig:
     """Measurements after training."""
 
+    # Log-determinant of test likelihoods beyond 256 dimensions; up to there it is exact.
     logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
-    batch_size: Count = 256
+    batch_size: Count = 256  # most examples at once
     num_dequantisations: Count = 4  # noise draws per image
     num_probe_draws: Count = 4  # probe draws per noise draw
     num_importance_draws: CountOrNone = 0  # noise draws of the importance-weighted bound of discrete data; 0 for none
@@ -122,8 +122,8 @@ class EvaluationConfig:
     num_examples: Count = 20_000  # test examples of a toy; other data use their whole test split
     # Radii at which the accuracy of a classifier is verified and attacked: 2-norms of pixels on [0, 1]. None by default.
     radii: tuple[Positive, ...] = ()
-    attack_steps: Count = 50  # of projected gradient descent
-    attack_starts: Count = 1  # random ones of each image
+    attack_steps: Count = 50  # steps of projected gradient descent
+    attack_starts: Count = 1  # random starts of the attack on each image
     inverse_atol: Positive = 1e-6  # largest Euclidean error of each block's inverse, for every example
 
     def solver(self) -> Solver:

@@ -24,7 +24,7 @@ class OptimizerConfig:
     # "muon" is steepest descent in the operator norm; .95 is its usual momentum.
     name: Literal["adam", "adamw", "adamax", "muon", "sgd"] = "adam"
     learning_rate: Positive = 1e-3  # peak of the schedule
-    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    schedule: Literal["constant", "cosine", "step"] = "cosine"  # of the learning rate after the warm-up; "cosine" ends at 0
     warmup_steps: CountOrNone = 100  # steps of the linear warm-up from 0 to the peak
     boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
     decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary

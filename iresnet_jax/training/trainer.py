@@ -36,7 +36,7 @@ class TrainingConfig:
     num_parts: Count = 1  # parts of each device's share, computed one after the other to save memory
     ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
-    log_every_steps: Count = 50
+    log_every_steps: Count = 50  # steps whose means are a line of the log
     eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
     eval_examples: Count = 2048  # largest number of validation examples
     # If validation shows that training exploits the truncation of its log-determinant, logdet.num_terms is raised, up to this.
