@@ -1,5 +1,6 @@
 """Settings that `fit` chooses from the shape, the number and the kind of examples, and those among which validation chooses."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -298,16 +299,19 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, f
     """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978), and its mean.
 
     Numbers double until the criterion is worse twice, with 5 examples a row of means and covariances, and are refined from
-    there to a sixteenth. The mean is in nats, a log-density less what the parameters cost.
+    there to a sixteenth. A component with too few examples for a covariance has collapsed: no other mixture looks as likely.
+    The mean is in nats, a log-density less what the parameters cost.
     """
-    most, found = len(z) // (5 * (z.shape[1] + 1)), {}
+    num_rows = z.shape[1] + 1  # of means and covariances
+    most, found = len(z) // (5 * num_rows), {}
 
     def attempt(num):
         if 1 <= num <= most and num not in found:
-            try:
-                found[num] = -float(expectation_maximisation(z, num, random_state=seed).bic(z)) / (2 * len(z))
-            except ValueError:  # a component has collapsed
-                found[num] = -math.inf
+            found[num] = -math.inf
+            with contextlib.suppress(ValueError):  # of a collapse
+                mixture = expectation_maximisation(z, num, random_state=seed)
+                if min(mixture.weights_) * len(z) > num_rows:
+                    found[num] = -float(mixture.bic(z)) / (2 * len(z))
         return max(found, key=found.__getitem__, default=0)
 
     num = 1

@@ -41,7 +41,7 @@ OVERFITTED = 0.5  # share below which a milder candidate is
 # Factors on the updates of a run whose validation still improved at its end. For conditional densities of 10,000 examples,
 # 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER, LONGER_GIVEN_CONTEXTS = 4, 2
-CLEAR = 2.0  # standard errors by which a model must be better than its start, or than the likeliest candidate
+CLEAR = 1.0  # standard errors by which a model must be better than its start or the likeliest candidate (Breiman et al. 1984)
 FEW_UPDATES = 500  # below which a run that time has ended is hardly trained
 STEEP = 0.05  # fall of the validation loss over the last tenth of a run above which it is not trained enough
 
@@ -320,8 +320,8 @@ def chosen_run(runs: Runs, likeliest: Candidate) -> Run:
 
 
 def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
-    """The best candidate, or the best one that is trained if there is any."""
-    finished = [(candidate, run) for (candidate, _), run in runs.items() if run is not None]
+    """The best candidate, or the best one that is trained if there is any; of equal ones the last, which is milder."""
+    finished = [(candidate, run) for (candidate, _), run in reversed(runs.items()) if run is not None]
     finished = [each for each in finished if trained and each[0].is_trained] or finished
     return min(finished, key=lambda item: item[1].attempt.loss)
 

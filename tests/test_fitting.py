@@ -24,7 +24,7 @@ import iresnet_jax as ir
 from iresnet_jax import fitting
 from iresnet_jax.__main__ import main
 from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
-from iresnet_jax.fit_settings import Candidate, candidates, choose_settings
+from iresnet_jax.fit_settings import Candidate, candidates, choose_settings, likeliest_components
 from iresnet_jax.fitting import Run, chosen_run, hardly_trained, is_clearly_better, next_run
 from iresnet_jax.models.history import Attempt, History
 from iresnet_jax.runs import loop, run_folder
@@ -224,14 +224,22 @@ def test_classes_start_at_a_linear_classifier():
 def test_a_start_is_left_only_for_what_is_clearly_better():
     gains = np.array([0.1, 0.3, 0.2, 0.2])
     assert is_clearly_better(-gains, np.zeros(4))
-    assert not is_clearly_better(-gains * [-2, 1, 1, 1], np.zeros(4))  # better by .12 +- .12
+    assert not is_clearly_better(-gains * [-4, 1, 1, 1], np.zeros(4))  # better by .08 +- .16
     assert not is_clearly_better(-gains[:1], np.zeros(1))
     assert is_clearly_better(None, None)
 
 
+def test_no_component_of_a_mixture_is_a_spike_on_a_few_examples():
+    z = np.random.default_rng(0).normal(size=(200, 6))
+    assert likeliest_components(z, 0)[0] == 1
+    z[:6] = z[0] + 1e-4 * z[:6]  # nothing is as likely as a component of these
+    assert likeliest_components(z, 0)[0] == 1
+    assert likeliest_components(np.concatenate([z, z + 9]), 0)[0] == 2
+
+
 def test_few_held_out_examples_do_not_overrule_the_criterion_on_all_others():
     likeliest = outcome(3.0, 0)._replace(losses=np.array([2.0, 4.0, 3.0]))
-    luckier, better = (outcome(1.0, 9)._replace(losses=np.array(losses)) for losses in ([0.5, 4.5, -2.0], [0.5, 2.0, 0.5]))
+    luckier, better = (outcome(1.0, 9)._replace(losses=np.array(losses)) for losses in ([2.5, 5.5, -2.0], [0.5, 2.0, 0.5]))
     assert chosen_run({(MIXTURE, 1000): likeliest, (PLAIN, 1000): luckier}, MIXTURE) is likeliest
     assert chosen_run({(MIXTURE, 1000): likeliest, (PLAIN, 1000): better}, MIXTURE) is better
     assert chosen_run({(MIXTURE, 1000): None, (PLAIN, 1000): luckier}, MIXTURE) is luckier
