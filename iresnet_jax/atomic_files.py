@@ -9,14 +9,11 @@ import os
 import re
 import secrets
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from iresnet_jax import object_storage
 from iresnet_jax.object_storage import ObjectPath
-
-PUBLISH_S = 10.0  # between two uploads of files that grow
 
 
 def path_of(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
@@ -33,6 +30,8 @@ def path_of(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -
         if re.match(r"\w[\w+.-]*://", text):
             path = ObjectPath(text)
             _ = path.storage  # raises if there is none
+            if str(path) != text.removesuffix("/"):
+                raise ValueError(f"{text} has an empty name in it: give a path, or an address such as gs://bucket/run")
             return path
     return Path(Path(folder).expanduser(), Path(name).expanduser())
 
@@ -67,28 +66,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def growing(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
-    """Yields a local folder of files that are appended to, and a function ``publish(*, now=False)`` that shows them to all.
+def growing(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yields a local folder of files that are appended to, and a function that shows what is in them to all.
 
-    On a disk this is the folder itself, and there is nothing to do. To a bucket, all files go whole, every `PUBLISH_S`.
+    On a disk this is the folder itself, and all see it at once. In a bucket the function puts every file whole, so it is to
+    be called as rarely as larger files are written.
     """
     if not isinstance(folder, ObjectPath):
-        yield folder, lambda **_: None
+        yield folder, lambda: None
         return
-    with tempfile.TemporaryDirectory() as name:
-        here, published_at, sizes = Path(name), -PUBLISH_S, dict[Path, int]()
+    with tempfile.TemporaryDirectory() as here:
 
-        def publish(*, now: bool = False) -> None:
-            nonlocal published_at
-            if not now and time.monotonic() - published_at < PUBLISH_S:
-                return
-            for file in sorted(path for path in here.rglob("*") if path.is_file()):
-                if sizes.get(file) != (size := file.stat().st_size):
-                    (folder / file.relative_to(here)).upload(file)
-                    sizes[file] = size
-            published_at = time.monotonic()
+        def publish() -> None:
+            for file in filter(Path.is_file, Path(here).rglob("*")):
+                (folder / file.relative_to(here)).upload(file)
 
-        yield here, publish
+        yield Path(here), publish
 
 
 @contextlib.contextmanager

@@ -56,12 +56,17 @@ class ObjectPath(type(Path())):
         return _storage(self.parts[0].removesuffix(":"))
 
     @contextlib.contextmanager
-    def _reached(self) -> Iterator[Any]:
-        """Yields the file system, whose errors become one of the three that callers tell apart."""
+    def _reached(self, *, writing: bool = False) -> Iterator[Any]:
+        """Yields the file system, whose errors become those that the class names."""
         try:
             yield self.storage
-        except (FileNotFoundError, FileExistsError):
+        except FileExistsError:
             raise
+        except FileNotFoundError as error:
+            if not writing:
+                raise
+            message = f"{self} cannot be written, there is no such bucket ({error}): make it, or correct its name"
+            raise OSError(message) from error
         except Exception as error:  # each storage has errors of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {reason}".lower():
@@ -69,16 +74,6 @@ class ObjectPath(type(Path())):
                 raise PermissionError(message) from error
             message = f"{self} cannot be reached ({reason}): check the connection and the address of the storage"
             raise ConnectionError(message) from error
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[Any]:
-        """As `_reached`, where a thing that is missing can only be the bucket."""
-        try:
-            with self._reached() as storage:
-                yield storage
-        except FileNotFoundError as error:
-            message = f"{self} cannot be written, there is no such bucket ({error}): make it, or correct its name"
-            raise OSError(message) from error
 
     def _info(self) -> dict[str, Any]:
         with self._reached() as storage, contextlib.suppress(FileNotFoundError):
@@ -107,16 +102,13 @@ class ObjectPath(type(Path())):
     def mkdir(self, *_: Any, **__: Any) -> None:
         """Does nothing: the first object makes the folder, and buckets are made by their owner."""
 
-    def read_bytes(self) -> bytes:
-        """The content of an object, from one request."""
-        with self._reached() as storage:
-            return storage.cat_file(str(self))
-
     def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, errors: Any = None, newline: Any = None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """The content of an object as a file to read."""
         if mode not in ("r", "rb"):
             raise ValueError(f"{self} is opened for reading only, got the mode {mode!r}: use atomic_files.replacing")
-        content = io.BytesIO(self.read_bytes())
+        with self._reached() as storage:
+            # From the first byte on, by one request: by several, drivers could put together an old object and its successor.
+            content = io.BytesIO(storage.cat_file(str(self), start=0))
         return content if mode == "rb" else io.TextIOWrapper(content, encoding or "utf-8", errors, newline)
 
     def unlink(self, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 (the signature of pathlib)
@@ -129,7 +121,7 @@ class ObjectPath(type(Path())):
         began = time.monotonic()
         while True:
             try:
-                with self._written() as storage:
+                with self._reached(writing=True) as storage:
                     return storage.put_file(str(file), str(self))
             except ConnectionError as error:
                 if time.monotonic() - began > RETRY_S:
@@ -153,19 +145,18 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
     """
     owner, ended, lost = secrets.token_hex(8), threading.Event(), threading.Event()
 
-    def put(beat: int, mode: str) -> None:
-        with path._written() as storage:
-            storage.pipe_file(str(path), f"{owner} {beat}\n".encode(), mode=mode)
+    def put(mode: str) -> None:
+        with path._reached(writing=True) as storage:
+            storage.pipe_file(str(path), f"{owner} {time.time()}\n".encode(), mode=mode)
 
     def held() -> bool:
         return path.read_bytes().startswith(owner.encode())
 
     def keep() -> None:
-        beat = 0
         while not lost.is_set() and not ended.wait(BEAT_S):
             try:
                 if held():
-                    put(beat := beat + 1, "overwrite")
+                    put("overwrite")
                 else:
                     lost.set()
             except FileNotFoundError:  # somebody took the claim, and has given it back
@@ -179,7 +170,7 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
 
     _wait_for_the_dead(path)
     try:
-        put(0, "create")
+        put("create")
     except FileExistsError:
         raise TimeoutError(f"another process holds {path}") from None
     keeper = threading.Thread(target=keep, daemon=True)

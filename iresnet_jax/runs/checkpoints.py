@@ -83,7 +83,7 @@ class Checkpoints:
         except OSError as error:
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}): "
-                "free disk space or check permissions and resume; the checkpoints written before are kept"
+                "free space, check permissions or the connection, and resume; the checkpoints written before are kept"
             ) from error
         past = [other for other in self._steps() if other <= step]
         known = {**self._metrics, step: value}
@@ -140,10 +140,8 @@ class Checkpoints:
 
 def _reason(error: Exception) -> str:
     """Shortens an error to a phrase: the system's own words where it has some."""
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    cause = error.__cause__ or error
+    return getattr(cause, "strerror", None) or " ".join(str(cause).split())[:160] or type(cause).__name__
 
 
 def to_named(tree: Any) -> dict[str, np.ndarray]:

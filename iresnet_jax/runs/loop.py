@@ -101,7 +101,8 @@ def train(
             if writer is not None:
                 background.wait()  # for the one before: memory holds one copy of the state
                 state = jax.tree.map(np.array, jax.device_get(trainer.state._replace(constants={})))
-                background(writer.publish, now=True)  # first, so that a checkpoint has the measurements that led to it
+                background(check_claim)
+                background(writer.publish)  # first, so that a checkpoint has the measurements that led to it
                 background(checkpoints.save, trainer.step, state, metric=loss)
             saved_at = time.monotonic()
 
@@ -138,6 +139,8 @@ def train(
                     received, there = signal.Signals(wish), f"after step {step} of {trainer.horizon}"
                     raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
         except BlowUpError as error:
+            if writer is not None:
+                background(writer.publish)  # measurements before it tell what went wrong
             raise BlowUpError(f"{error}, in another workdir; the old workdir keeps its checkpoints") from error
         hosts.from_first(background.wait)
         return trainer.state

@@ -20,8 +20,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
 
     A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is flushed at once: a killed
-    process loses at most the line that it was writing, or in a bucket those of some seconds. Non-finite values are written as
-    Python's ``NaN`` and ``Infinity``.
+    process loses at most the line that it was writing. A bucket has the lines until the last `publish`. Non-finite values are
+    written as Python's ``NaN`` and ``Infinity``.
 
     Args:
         workdir: Folder of the run.
@@ -29,7 +29,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
     Attributes:
         kept: Measurements that led to this state.
-        publish: Function that shows all lines to the readers of a bucket, see `atomic_files.growing`.
+        publish: Function that puts all lines in a bucket; on a disk it does nothing, see `atomic_files.growing`.
 
     Raises:
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
@@ -55,7 +55,6 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
             self._lines.write(json.dumps(dict(record)) + "\n")
             self._lines.flush()
             self._write_event(record)
-            self.publish()
         except OSError as error:
             reason = error.strerror or error
             message = f"{self._workdir} cannot be written to ({reason}): free disk space, then give the command again"

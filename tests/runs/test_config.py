@@ -1,6 +1,7 @@
 """Mistakes in a config file or on the command line are answered in one sentence, before anything is written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,8 +132,10 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(confi
 
 def test_the_real_command_line_of_a_mistake(config_files, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={config_files['toy']}", f"--workdir={tmp_path / 'run'}"]
-    environment = {**runs.environment(), "JAX_PLATFORMS": "cuda"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # A thread that has not ended, as those of transports may, is waited for where Python ends in an orderly way.
+    (tmp_path / "sitecustomize.py").write_text("from threading import Event, Thread\nThread(target=Event().wait).start()")
+    environment = {**runs.environment(), "JAX_PLATFORMS": "cuda", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert "error: JAX was told to use 'cuda' and finds no such device" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

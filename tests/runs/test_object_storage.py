@@ -178,25 +178,26 @@ def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(config, ser
     assert {"report.html", "report.json", "samples.npy", "samples.png"} <= {path.name for path in workdir.glob("*")}
 
 
-@pytest.mark.parametrize("name", ["config.json", "checkpoints/4.npz"])
-def test_a_run_that_is_killed_in_an_upload_resumes_to_the_same_bits(config, server, workdir, on_disk, name):
-    def kill():
-        process.kill()
-        return True
+def test_a_run_that_is_killed_in_uploads_resumes_to_the_same_bits(config, server, workdir, on_disk):
+    def die_in_upload(name):
+        server.at = when_put(name, lambda: process.kill() or True)
+        process = start_training(server.environment, BEAT_S, "toy", str(workdir))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
-    server.at = when_put(name, kill)
-    process = start_training(server.environment, BEAT_S, "toy", str(workdir))
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    die_in_upload("config.json")
+    die_in_upload("checkpoints/4.npz")
     loop.train(config, workdir)
     runs.assert_ends_like(workdir, on_disk)
 
 
 def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_in_it(config, server, workdir, on_disk, caplog):
-    validated, waited, sentence = threading.Event(), [], f"{workdir}/checkpoints/2.npz cannot be reached"
-    leaving = when_put("checkpoints/2.npz", lambda: waited.append(validated.wait(60)) or True)
+    went_on, waited, sentence = threading.Event(), [], f"{workdir}/checkpoints/2.npz cannot be reached"
+    leaving = when_put(
+        "checkpoints/2.npz", lambda: waited.append(went_on.wait(10)) or True
+    )  # the driver tries again after 15 s
     server.at = lambda *request: leaving(*request) or (bool(waited) and sentence not in caplog.text)
-    loop.train(config, workdir, say=lambda line: validated.set() if "step 4 " in line else None)
+    loop.train(config, workdir, say=lambda line: went_on.set() if "step 2 " in line else None)
     assert waited == [True]
     assert sentence in caplog.text
     runs.assert_ends_like(workdir, on_disk)
