@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.equalize import Equalize
@@ -49,7 +49,6 @@ __all__ = [
     "Bijection",
     "Block",
     "Bounded",
-    "Bounds",
     "Branch",
     "BranchSpec",
     "CallableBranch",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.models.contexts import Contexts, as_vectors
 from iresnet_jax.models.density import Density
@@ -78,10 +78,14 @@ def _numpyro_class() -> Any:
             transform = self.model.spec.transform
             if not isinstance(transform, Bounded):
                 return constraints.independent(constraints.real, self.event_dim)
-            entries = [
-                constraints.interval(ends.low, ends.high) if isinstance(ends, Bounds) else constraints.real
-                for ends in transform.ends
-            ]
+            entries = []
+            for low, high in zip(transform.low.tolist(), transform.high.tolist(), strict=True):
+                if math.isfinite(high - low):
+                    entries.append(constraints.interval(low, high))
+                elif math.isfinite(low):
+                    entries.append(constraints.greater_than(low))
+                else:
+                    entries.append(constraints.less_than(high) if math.isfinite(high) else constraints.real)
             return constraints.independent(constraints.cat(entries, dim=-1), 1)
 
         def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:

@@ -81,7 +81,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed.
-        bounds: Ends ``(low, high)`` of features by name or number, which no sample leaves.
+        bounds: Ends ``(low, high)`` of features by name or number, None where there is no end, which no sample leaves.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 

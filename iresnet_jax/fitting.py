@@ -92,8 +92,8 @@ def fit(
         validation_fraction: Share of the examples that validates.
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with labels or contexts
             ``(x, labels, context)``. At most 4096 of them count.
-        bounds: Ends ``(low, high)`` of columns by name or number, for a density of vectors: samples stay between them. Other
-            columns are unbounded, but for booleans and categories.
+        bounds: Ends ``(low, high)`` of columns by name or number, None where there is no end, for a density of vectors: samples
+            stay between them. Other columns are unbounded, but for booleans and categories.
         settings: Other settings of a config file by their names, such as ``{"optimizer.learning_rate": 1e-3}``.
         workdir: Folder for checkpoints and metrics, from which the same call resumes after an interruption; by default the
             model is trained in memory.

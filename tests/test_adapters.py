@@ -17,7 +17,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import Gaussian
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
-BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded.of((ir.Bounds(0.0, 1.0), None)))
+BOUNDED = dataclasses.replace(kept.GIVEN, transform=ir.Bounded((0.0, -np.inf), (1.0, np.inf)))
 KEY = jax.random.key(0)
 
 
@@ -59,6 +59,9 @@ def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance
     np.testing.assert_array_equal(prior.support(jnp.array([[0.5, 9.0], [1.5, 0.0]])), [True, False])
     with pytest.warns(UserWarning, match="Out-of-support"):
         assert prior.log_prob(jnp.array([1.5, 0.0])) == -jnp.inf
+    one_end = dataclasses.replace(kept.GIVEN, transform=ir.Bounded((0.0, -np.inf), (np.inf, 2.0)))
+    support = ir.adapters.to_numpyro(kept.model(one_end), context=context).support
+    np.testing.assert_array_equal(support(jnp.array([[9.0, -9.0], [-0.1, 0.0], [1.0, 2.1]])), [True, False, False])
 
     def posterior():
         x = numpyro.sample("x", prior)

@@ -1,31 +1,21 @@
-r"""Entries on the real line: intervals by a logit, so that all that the inverse gives lies inside, heavy tails by asinh.
+r"""Entries on the real line: those between two ends by a logit, beyond one end by a logarithm, with heavy tails by asinh.
 
-    y = log((x - low) / (high - x)),    dy/dx = (high - low) / ((x - low) (high - x)),
+    log((x - low) / (high - x)),    log((x - low) / scale),    -log((high - x) / scale),    asinh((x - center) / scale)
 
-computed from the distances to the ends, which are exact near them. It maps the open interval onto the whole line, so a density
-of the line is one of the interval and no mass is lost or made. A transform of continuous data follows, `Standardize` or
-`Whiten`, fitted to the mapped values.
+Each map takes all that an entry may be to the whole line, so no mass is lost or made. A flow whose Lipschitz constants are
+bounded keeps the tail of its prior (Jaini et al. 2020): behind asinh, logistic tails ``exp(-|y| / s)`` are the powers
+``|x|^(-1/s)`` of x, and normal tails those of a log-normal distribution.
 
 **Near an end** other than 0, floats are equally spaced: the logit of the last one is 17, and a wide density of the line would
-have its tail between that and the end. Within 64 floats of an end, at distances ``d`` below ``e = 2^-18 |end|``, the map is
+have its tail between that and the end. Within 64 floats, at distances ``d`` below ``e = 2^-18 |end|``, the map goes on with its
+slope as a multiple of ``e / d - 1``, which reaches farther than any tail.
 
-    y = +- (log((w - e) / e) + (e / d - 1) w / (w - e)),    |dy/dx| = e w / ((w - e) d^2),    w = high - low,
-
-which continues the logit with its slope and reaches farther than any tail.
-
-**At an end** ``y`` is infinite. A value exactly there counts as the one at a distance of `END` times the width, where single
-precision tells values apart: a density that is large there is large on many floats, and not on the end alone.
-
-**Outside** of an interval the density is 0: the log-determinant is minus infinity.
-
-**Heavy tails** are those of entries without ends: a flow whose Lipschitz constants are bounded keeps the tail of its
-prior (Jaini et al. 2020). With ``y = asinh((x - center) / scale)``, logistic tails ``exp(-|y| / s)`` are the powers
-``|x|^(-1/s)`` of x, and normal tails those of a log-normal distribution.
+**At an end** ``y`` is infinite. A value exactly there counts as the one at a distance of `END` times the width, or the scale,
+where single precision tells values apart: a density that is large there is large on many floats, and not on the end alone.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,101 +24,52 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, on_balls
-from iresnet_jax.bijections.logit import UNIT_ERROR
-from iresnet_jax.bijections.standardize import ROUNDING, Identity, Standardize, Whiten, set_floats
+from iresnet_jax.bijections.standardize import ROUNDING, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
-from iresnet_jax.maths.double_double import DoubleDouble, log, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.maths.precise_activations import sigmoid
+from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U
 
 TAIL = 2.0**-18  # share of an end up to which distances from it belong to the tail
-END = 2.0**-12  # distance from an end that a value exactly there counts as, as a share of the width
+END = 2.0**-12  # distance from an end that a value exactly there counts as, as a share of the width or of the scale
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """An interval that an entry does not leave.
-
-    Attributes:
-        low: Lower end.
-        high: Upper end.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self):
-        if not (np.all(np.isfinite([self.low, self.high])) and self.low < self.high):
-            raise ValueError(f"bounds must be finite and the lower end below the upper one, got {self.low} and {self.high}")
-        if not 2.0**-18 * max(abs(self.low), abs(self.high)) < self.high - self.low:  # 32 units in the last place
-            raise ValueError(
-                f"single precision cannot tell values apart within the bounds {self.low} and {self.high}: subtract the mean"
-            )
-
-
-@dataclass(frozen=True)
-class Asinh:
-    """The map ``asinh((x - center) / scale)`` of an entry with heavy tails."""
-
-    center: float
-    scale: float
-
-
-@pytree(arrays=("low", "high", "then", "center", "scale"))
+@pytree(arrays=("low", "high", "center", "scale", "then"))
 class Bounded(ClosedForm):
-    """The logit of entries within their intervals, asinh of those with heavy tails, and a transform of continuous data behind.
+    """Maps of entries to the line, and a transform of continuous data behind them.
 
     Attributes:
-        low: Lower ends of the entries of a vector, 0 where there is none.
-        high: Upper ends, 1 where there is none.
-        is_bounded: Which entries have bounds; the others may be any number.
+        low: Lower end of each entry of a vector; minus infinity where there is none.
+        high: Upper end; infinity where there is none.
+        center: Center of heavy tails.
+        scale: Scale of heavy tails; 0 leaves an entry without ends as it is. Of one end, the distance that is mapped to 0.
         then: Transform of the mapped vectors.
-        center: Centers of entries with heavy tails.
-        scale: Their scales, 0 where there are no heavy tails; None without any.
     """
 
     low: Any
     high: Any
-    is_bounded: tuple[bool, ...]
+    center: Any = 0.0
+    scale: Any = 0.0
     then: Identity | Standardize | Whiten = field(default_factory=Identity)
-    center: Any = None
-    scale: Any = None
 
     def __post_init__(self):
-        num = len(self.is_bounded)
-        for name in ("center", "scale"):
-            object.__setattr__(self, name, np.zeros(num) if getattr(self, name) is None else getattr(self, name))
-        set_floats(self, "low", "high", "center", "scale")
-        if not (any(self.is_bounded) or np.any(np.asarray(self.scale) > 0)):
-            raise ValueError("no entry has bounds or heavy tails: use the transform of continuous data alone")
-        if not self.low.shape == self.high.shape == (num,):
-            raise ValueError(f"there must be two ends for each of {num} entries, got {self.low.shape} and {self.high.shape}")
-        if not isinstance(self.then, Identity) and self.then.num_entries != num:
-            raise ValueError(f"there are bounds for {num} entries and a transform of {self.then.num_entries}")
-
-    @classmethod
-    def of(cls, ends: Sequence[Bounds | Asinh | None], then: Identity | Standardize | Whiten | None = None) -> "Bounded":
-        """The transform of entries with these intervals or maps of heavy tails; None is an entry without."""
-        is_bounded = tuple(isinstance(each, Bounds) for each in ends)
-        low, high = np.array([(each.low, each.high) if isinstance(each, Bounds) else (0.0, 1.0) for each in ends]).T
-        center, scale = np.array([(each.center, each.scale) if isinstance(each, Asinh) else (0.0, 0.0) for each in ends]).T
-        return cls(low, high, is_bounded, then or Identity(), center, scale)
+        names = "low", "high", "center", "scale"
+        rows = np.broadcast_arrays(*(np.asarray(getattr(self, name), np.float64) for name in names))
+        for name, row in zip(names, rows, strict=True):
+            object.__setattr__(self, name, floats(row))
+        for low, high, _, scale in zip(*(row.tolist() for row in rows), strict=True):
+            largest = max(abs(end) for end in (low, high, 0.0) if math.isfinite(end))
+            if not low < high:
+                raise ValueError(f"the lower end must be below the upper one, got {low} and {high}")
+            if not 2.0**-16 * largest < (high - low if scale == 0 or math.isfinite(high - low) else scale):  # 128 floats
+                raise ValueError(f"single precision cannot tell values between {low} and {high} apart: subtract their mean")
+        if not isinstance(self.then, Identity) and self.then.num_entries != self.num_entries:
+            raise ValueError(f"there are bounds for {self.num_entries} entries and a transform of {self.then.num_entries}")
 
     @property
     def num_entries(self) -> int:
         """Length of examples."""
-        return len(self.is_bounded)
-
-    @property
-    def ends(self) -> tuple[Bounds | Asinh | None, ...]:
-        """What `of` makes the transform of."""
-        numbers = (np.asarray(values).tolist() for values in (self.low, self.high, self.center, self.scale))
-        rows = zip(self.is_bounded, *numbers, strict=True)
-        return tuple(
-            Bounds(low, high) if bounded else Asinh(center, scale) if scale else None
-            for bounded, low, high, center, scale in rows
-        )
+        return len(self.low)
 
     def forward_and_logdet(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """The mapped vectors; outside of an interval the log-determinant is minus infinity."""
@@ -143,132 +84,90 @@ class Bounded(ClosedForm):
         return x, log_det + jnp.sum(log_slopes, axis=1)
 
     def bilipschitz(self) -> BiLipschitz:
-        """Constants of both maps: logit and sinh are steep without bound, their inverses steepest in the middle."""
-        is_heavy, is_bounded = self.scale > 0, jnp.array(self.is_bounded)
-        steepest = jnp.where(is_bounded, jnp.inf, jnp.where(is_heavy, 1 / jnp.where(is_heavy, self.scale, 1), 1))
-        widest = jnp.where(is_heavy, jnp.inf, jnp.where(is_bounded, (self.high - self.low) / 4, 1))
+        """Constants of both maps: steep without bound near ends and in tails; the logit is flattest in the middle."""
+        _, _, _, scale, bounded, is_both = self._rows(self.low, jnp)
+        steepest = jnp.where(bounded, jnp.inf, 1 / jnp.where(scale > 0, scale, 1))
+        widest = jnp.where(is_both, scale / 4, jnp.where(scale > 0, jnp.inf, 1))
         own = BiLipschitz((1 + ROUNDING) * jnp.max(steepest), (1 + ROUNDING) * jnp.max(widest))
         return own.compose(self.then.bilipschitz())
 
     def to_line(self, x: Any, xp: Any = jnp) -> tuple[Any, Any]:
-        """Vectors ``(b, d)`` on the real line, and ``log dy/dx`` of every entry: minus infinity out of its interval.
+        """Vectors on the real line, and ``log dy/dx`` of every entry: minus infinity out of its interval.
 
-        Args:
-            x: The vectors.
-            xp: ``jax.numpy`` or ``numpy``, which computes in float64 what no program compiles.
+        NumPy as ``xp`` computes in float64 what no program compiles.
         """
-        low, high, bounded = self._ends(x, xp)
-        rounding = 2 * xp.finfo(x.dtype).eps * xp.maximum(xp.abs(low), xp.abs(high))  # of noise in the last cell
-        is_within = (x >= low - rounding) & (x <= high + rounding)
-        smallest, end = xp.finfo(x.dtype).tiny, END * (high - low)
-        inside = xp.where(x - low < smallest, low + end, xp.where(high - x < smallest, high - end, x))
-        below, above = xp.log(inside - low), xp.log(high - inside)
-        line, log_slopes = below - above, xp.log(high - low) - below - above
-        for sign, end, gap in ((-1, low, inside - low), (1, high, high - inside)):
-            first, stretch, e = _tail(end, high - low, xp)
-            line = xp.where(gap < e, sign * (first + (e / gap - 1) * stretch), line)
-            log_slopes = xp.where(gap < e, xp.log(xp.where(e > 0, e, 1) * stretch) - 2 * xp.log(gap), log_slopes)
-        center, scale, heavy = self._tails(x, xp)
-        in_tails = xp.arcsinh((x - center) / scale)
-        free, free_slopes = xp.where(heavy, in_tails, x), xp.where(heavy, -_log_cosh(in_tails, xp) - xp.log(scale), 0)
-        return xp.where(bounded, line, free), xp.where(bounded, xp.where(is_within, log_slopes, -xp.inf), free_slopes)
+        low, high, center, scale, bounded, is_both = self._rows(x, xp)
+        unit, is_low = xp.where(scale > 0, scale, 1), x - low < high - x
+        end = xp.where(bounded, xp.where(is_low, low, high), 0)
+        gap = xp.where(bounded, xp.where(is_low, x - low, high - x), unit)
+        is_outside = gap < -2 * xp.finfo(x.dtype).eps * (xp.abs(end) + unit)  # by more than noise in the last cell is rounded
+        gap = xp.where(gap < xp.finfo(x.dtype).tiny, END * unit, gap)
+        rest = unit - is_both * gap
+        y, log_slopes = xp.log(gap) - xp.log(rest), xp.log(unit) - xp.log(gap) - xp.log(rest)
+        e, start, stretch = _tail(end, unit, is_both, xp)
+        y = xp.where(gap < e, start - stretch * (e / gap - 1), y)
+        log_slopes = xp.where(gap < e, xp.log(stretch * e) - 2 * xp.log(gap), log_slopes)
+        y, log_slopes = xp.where(is_low, y, -y), xp.where(is_outside, -xp.inf, log_slopes)
+        t = xp.arcsinh((x - center) / unit)
+        free_slopes = xp.where(scale > 0, math.log(2) - xp.logaddexp(t, -t) - xp.log(unit), 0)  # cosh overflows
+        return xp.where(bounded, y, xp.where(scale > 0, t, x)), xp.where(bounded, log_slopes, free_slopes)
 
     def from_line(self, y: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """Vectors between the ends of their intervals, and ``log dx/dy`` of every entry; the inverse of `to_line`."""
-        low, high, bounded = self._ends(y, xp)
-        decay, width = xp.exp(-xp.abs(y)), high - low
-        x = xp.where(y < 0, low + width * decay / (1 + decay), high - width * decay / (1 + decay))
-        log_slopes = xp.log(width) - xp.abs(y) - 2 * xp.log1p(decay)
-        for sign, end in ((-1, low), (1, high)):
-            first, stretch, e = _tail(end, width, xp)
-            further = xp.maximum(sign * y - first, 0) / stretch
-            x = xp.where(further > 0, end - sign * e / (1 + further), x)
-            of_tail = xp.log(xp.where(e > 0, e, 1) / stretch) - 2 * xp.log1p(further)
-            log_slopes = xp.where(further > 0, of_tail, log_slopes)
-        smallest = xp.finfo(y.dtype).tiny
-        first = xp.maximum(xp.nextafter(low, high), low + smallest)
-        x = xp.clip(x, first, xp.minimum(xp.nextafter(high, low), high - smallest))
-        center, scale, heavy = self._tails(y, xp)
-        in_tails = xp.where(heavy, y, 0)  # sinh of others may overflow
-        free, free_slopes = center + scale * xp.sinh(in_tails), xp.log(scale) + _log_cosh(in_tails, xp)
-        free, free_slopes = xp.where(heavy, free, y), xp.where(heavy, free_slopes, 0)
+        low, high, center, scale, bounded, is_both = self._rows(y, xp)
+        unit, is_low = xp.where(scale > 0, scale, 1), xp.isfinite(low) & ((y < 0) | ~is_both)
+        end, t = xp.where(bounded, xp.where(is_low, low, high), 0), xp.where(bounded, xp.where(is_low, y, -y), 0)
+        ratio = xp.exp(t)
+        odds = xp.where(is_both, ratio, 0)
+        gap, log_slopes = unit * ratio / (1 + odds), xp.log(unit) + t - 2 * xp.log1p(odds)
+        e, start, stretch = _tail(end, unit, is_both, xp)
+        further = xp.maximum(start - t, 0) / stretch
+        gap = xp.where(further > 0, e / (1 + further), gap)
+        log_slopes = xp.where(further > 0, xp.log(e / stretch) - 2 * xp.log1p(further), log_slopes)
+        tiny = xp.finfo(y.dtype).tiny
+        first, last = xp.maximum(xp.nextafter(low, high), low + tiny), xp.minimum(xp.nextafter(high, low), high - tiny)
+        x = xp.clip(xp.where(is_low, low + gap, high - gap), first, last)
+        t = xp.where(bounded | (scale == 0), 0, y)  # sinh of others may overflow
+        free = xp.where(scale > 0, center + unit * xp.sinh(t), y)
+        free_slopes = xp.where(scale > 0, xp.log(unit) + xp.logaddexp(t, -t) - math.log(2), 0)
         return xp.where(bounded, x, free), xp.where(bounded, log_slopes, free_slopes)
 
     def clip(self, x: Any, margin: Any) -> Any:
-        """Vectors whose entries with a positive margin, those that own cells, stay so far from their ends.
+        """Vectors whose entries with a finite margin, those that own cells, stay so far from their ends.
 
         A point between two cells may be rounded to either, and beyond the last one there is none.
         """
-        low, high, bounded = self._ends(x, jnp)
-        return jnp.where(bounded & (margin > 0), jnp.clip(x, low + margin, high - margin), x)
-
-    def outside(self, x: np.ndarray) -> np.ndarray:
-        """Which entries of vectors are out of their intervals, read in the type of the vectors."""
-        low, high, bounded = self._ends(x, np)
-        return bounded & ~((x >= low) & (x <= high))
+        low, high, *_ = self._rows(x, jnp)
+        return jnp.where(margin < jnp.inf, jnp.clip(x, low + margin, high - margin), x)
 
     @on_balls
     def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
-        """The logistic function of the intervals on the real line in which the transform behind encloses every entry."""
+        """The intervals of which the transform behind encloses entries; slopes are largest at an end of one, or next to 0."""
         line = self.then.enclose_inverse(y, radius)
-        low, high, bounded = self._ends(line.center, np)
-        width, one = DoubleDouble.of(high) - DoubleDouble.of(low), DoubleDouble.of(1.0)
-
-        def value(t):
-            x = DoubleDouble.of(low) + width * sigmoid(DoubleDouble.of(t))
-            for sign, end in ((-1.0, low), (1.0, high)):
-                e = DoubleDouble.of(TAIL * np.abs(end))
-                rest, known = width - e, e.high > 0
-                first = log(rest * where(known, e, one).reciprocal())
-                further = (DoubleDouble.of(sign * t) - first) * rest * width.reciprocal()
-                in_tail = known & (further.high > 0)  # or next to it: both continue to there
-                beyond = e * (one + where(in_tail, further, one)).reciprocal()
-                x = where(in_tail, DoubleDouble.of(end) - beyond.times(sign), x)
-            return x.high, (U * np.abs(x.high) + width.high * UNIT_ERROR) * UP
-
-        center, errors = value(line.center)
-        (least, least_errors), (most, most_errors) = value(line.low), value(line.high)
-        nearest = np.maximum(np.maximum(line.low, -line.high), 0)  # the point nearest to 0, where the map is steepest
-        begins = np.minimum(*(_tail(end, high - low, np)[0] for end in (low, high))) - 1e-9
-        nearest = np.minimum(nearest, begins)  # in a tail the slope is at most the one where it begins
-        s = sigmoid(DoubleDouble.of(nearest))
-        slopes = np.where(bounded, width.high * ((s * (DoubleDouble.of(1.0) - s)).high + UNIT_ERROR) * UP, 1)
-        shift, scale, heavy = self._tails(line.center, np)
-        farthest = np.where(heavy, np.maximum(np.abs(line.low), np.abs(line.high)), 0)
-        slopes = np.where(heavy, scale * np.cosh(farthest) * UP, slopes)
-
-        def free(t):  # and the rounding of sinh, of products and of sums, also of t itself
-            x = shift + scale * np.sinh(np.where(heavy, t, 0))
-            return np.where(heavy, x, t), np.where(heavy, 8 * U * (np.abs(x) + np.abs(shift)), 0)
-
-        (of_free, free_errors), (below, below_errors), (above, above_errors) = map(free, (line.center, line.low, line.high))
-        steepest, errors = slopes.max(axis=1) * UP, np.where(bounded, errors, free_errors)
+        low, high, center, scale, bounded, _ = self._rows(y, np)
+        points = np.concatenate([line.center, line.low, line.high, np.clip(0, line.low, line.high)])
+        x, log_slopes = (found.reshape(4, *y.shape) for found in self.from_line(points, np))
+        offset = np.where(bounded, np.minimum(x - low, high - x), np.abs(x - center))
+        errors = np.where(bounded | (scale > 0), 16 * U * (np.abs(x) + offset) + 1e-300, 0)  # NumPy's functions round less
+        steepest = np.exp(log_slopes.max(axis=(0, 2))) * (1 + 2.0**-40)
         return Enclosure(
-            low=np.where(bounded, np.maximum(np.nextafter(least - least_errors, -np.inf), low), below - below_errors),
-            high=np.where(bounded, np.minimum(np.nextafter(most + most_errors, np.inf), high), above + above_errors),
-            center=np.where(bounded, center, of_free),
-            error=(np.linalg.norm(errors, axis=1) * UP + steepest * line.error) * UP,
+            low=np.maximum(x[1] - errors[1], low),
+            high=np.minimum(x[2] + errors[2], high),
+            center=x[0],
+            error=(np.linalg.norm(errors[0], axis=1) + steepest * line.error) * UP,
             lipschitz=steepest * line.lipschitz * UP,
         )
 
-    def _ends(self, x: Any, xp: Any) -> tuple[Any, Any, Any]:
-        """Ends of all entries in the type of ``x``, as rows, and which entries have some."""
-        low, high = (xp.asarray(ends)[None].astype(x.dtype) for ends in (self.low, self.high))
-        return low, high, xp.asarray([self.is_bounded])
-
-    def _tails(self, x: Any, xp: Any) -> tuple[Any, Any, Any]:
-        """Centers and scales of heavy tails in the type of ``x``, as rows, 1 of other entries, and which entries have some."""
-        center, scale = (xp.asarray(values)[None].astype(x.dtype) for values in (self.center, self.scale))
-        return center, xp.where(scale > 0, scale, 1), scale > 0
+    def _rows(self, x: Any, xp: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """Ends, centers, and scales or widths in the type of ``x``, which entries have an end, and which have two; as rows."""
+        numbers = self.low, self.high, self.center, self.scale
+        low, high, center, scale = (xp.asarray(values)[None].astype(x.dtype) for values in numbers)
+        width, bounded = high - low, xp.isfinite(low) | xp.isfinite(high)
+        return low, high, center, xp.where(xp.isfinite(width), width, scale), bounded, xp.isfinite(width)
 
 
-def _log_cosh(y: Any, xp: Any) -> Any:
-    """``log cosh y``, which does not overflow."""
-    return xp.abs(y) + xp.log1p(xp.exp(-2 * xp.abs(y))) - math.log(2)
-
-
-def _tail(end: Any, width: Any, xp: Any) -> tuple[Any, Any, Any]:
-    """Where the tail next to an end begins on the line, without its sign, ``w / (w - e)`` and ``e``; none at the end 0."""
-    e = TAIL * xp.abs(end)
-    first = xp.where(e > 0, xp.log((width - e) / xp.where(e > 0, e, 1)), xp.inf)
-    return first, width / (width - e), e
+def _tail(end: Any, unit: Any, is_both: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """The distance ``e`` from an end at which its tail begins, the place on the line there, and ``dy/dx`` there times ``e``."""
+    e = xp.maximum(TAIL * xp.abs(end), xp.finfo(end.dtype).tiny)
+    rest = unit - is_both * e
+    return e, xp.log(e) - xp.log(rest), unit / rest

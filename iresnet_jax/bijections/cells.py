@@ -7,16 +7,14 @@ and counts as its value. A point of the cell, at random, takes its place on the 
 **Atoms** are values that many rows have. The cell of one is wider on the line than among the numbers, of a continuous column by
 all of its width, and what lies above moves up: a monotone map, which leaves room for the mass of one value.
 
-**Unit.** With ``w`` the width of a cell among the numbers, the number of a value is its mass divided by w, and an atom's of a
-continuous column its mass alone:
+**Unit.** The number of a whole value, or of an atom of a continuous column, is its mass, that of another value its mass divided
+by the width of its cell among the numbers, a density per unit. With this unit ``w``, which is 1 for a mass,
 
     log p(x) >= E_u[log p_line(u)] + log(width on the line / w)
-
-This is a density per unit; of whole numbers, whose cells have width 1, it is the probability.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +33,7 @@ class Cells:
     """Entries of vectors whose values own cells, and atoms, beside entries that are continuous.
 
     Attributes:
-        knots: Rising values of each entry ``(d, m)``, all but the last one, which repeats where there are no more.
+        knots: Rising values of each entry ``(d, m)``, all but the last one; any numbers where there are no more.
         gaps: Distance from each knot to the next value; 0 where there are no more, and for a continuous entry.
         atoms: Atoms of each entry ``(d, k)``; any number where there are no more.
         widths: Width by which the cell of each atom is wider on the line than among the numbers; 0 where there are no more.
@@ -59,67 +57,63 @@ class Cells:
         for known in values:
             if len(known) == 1 or not (np.all(np.isfinite(known)) and np.all(np.diff(known) > 0)):
                 raise ValueError(f"values that own cells must be two or more rising numbers, or none, got {known}")
-        tables = [np.asarray(known if len(known) else (0.0, 0.0), np.float64) for known in values]
-        found = [atoms[entry] if atoms else {} for entry in range(len(values))]
-        knots, gaps = [table[:-1] for table in tables], [np.diff(table) for table in tables]
-        widths = [list(each.values()) for each in found]
-        return cls(_table(knots, "edge"), _table(gaps), _table([list(each) for each in found]), _table(widths))
+        rows = [known if len(known) else (0.0, 0.0) for known in values]
+        longest = max(map(len, rows))
+        table = np.stack([np.pad(np.asarray(row, np.float64), (0, longest - len(row)), "edge") for row in rows])
+        found = [list(each.items()) for each in atoms or [{}] * len(values)]
+        most = max(map(len, found))
+        padded = np.array([each + [(0.0, 0.0)] * (most - len(each)) for each in found]).reshape(len(values), most, 2)
+        return cls(table[:, :-1], np.diff(table), padded[..., 0], padded[..., 1])
 
     @property
     def num_entries(self) -> int:
         """Length of examples."""
         return len(self.knots)
 
-    @property
-    def have_cells(self) -> Bool[Array, " d"]:
-        """Which entries have cells everywhere, and not at atoms alone."""
-        return self.gaps[:, 0] > 0
-
     def margins(self, dtype: Any) -> Float[Array, "1 d"]:
-        """A quarter of the least gap, by which points of the middle of a cell are farther from its ends; 0 of other entries."""
-        gaps = self.gaps.astype(dtype)
-        return jnp.where(self.have_cells, jnp.min(jnp.where(gaps > 0, gaps, jnp.inf), axis=1) / 4, 0)[None]
+        """A quarter of the least gap, by which the middle of a cell is farther from its ends; infinite without cells."""
+        return jnp.min(jnp.where(self.gaps > 0, self.gaps, jnp.inf), axis=1)[None].astype(dtype) / 4
 
     def bijection(self) -> Bijection:
         """From numbers to points of their cells on the line, a bijection in distribution; without noise, to their middles."""
 
-        def middle(x):
+        def place(x, noise):
             _, start, width, _ = self.places(x)
-            return start + width / 2
-
-        def noisy(x, key):
-            _, start, width, _ = self.places(x)
-            return start + width * uniform(key, x.shape, x.dtype)
+            return start + width * noise
 
         def log_ratio(x):
-            _, _, width, among_numbers = self.places(x)
-            ratio = width / jnp.where(among_numbers > 0, among_numbers, 1)
-            return jnp.sum(jnp.log(jnp.where(width > 0, ratio, 1)), axis=1)
+            _, _, width, unit = self.places(x)
+            return jnp.sum(jnp.log(jnp.where(width > 0, width / unit, 1)), axis=1)
 
-        return bijection_in_distribution(middle, noisy, self.nearest, log_ratio)
+        return bijection_in_distribution(
+            middle=lambda x: place(x, 0.5),
+            noisy=lambda x, key: place(x, uniform(key, x.shape, x.dtype)),
+            rounded=self.nearest,
+            log_ratio=log_ratio,
+        )
 
     def places(self, x: Float[Array, "b d"]) -> tuple[Array, Array, Array, Array]:
-        """Number of the value that each entry counts as, start and width of its cell on the line, its width among the numbers.
+        """Number of the value that each entry counts as, start and width of its cell on the line, and its unit.
 
         A continuous entry is a number of its own, with a cell of width 0.
         """
-        number, _, low, high = self._values(x)
-        start, width = low, high - low
-        atoms, widths = (table.astype(x.dtype).T for table in (self.atoms, self.widths))
-        for atom, wider in zip(self._values(atoms)[0][:, None], widths[:, None], strict=True):
-            start += wider * (atom < number)
-            width += wider * (atom == number)
-        return number, start, width, high - low
+        number, value, below, above = self._values(x)
+        atoms, wider = (table.T.astype(x.dtype) for table in (self.atoms, self.widths))
+        of_atoms = self._values(atoms)[0][None]
+        start = value - below + jnp.sum(wider[None] * (of_atoms < number[:, None]), axis=1)
+        width = below + above + jnp.sum(wider[None] * (of_atoms == number[:, None]), axis=1)
+        is_whole = jnp.all((self.knots == jnp.rint(self.knots)) & (self.gaps == jnp.rint(self.gaps)), axis=1)
+        return number, start, width, jnp.where(is_whole[None], 1, below + above)
 
     def nearest(self, u: Float[Array, "b d"]) -> Float[Array, "b d"]:
         """The value in whose cell each point of the line lies; other numbers of continuous entries as they are."""
-        atoms, widths = (table.astype(u.dtype).T for table in (self.atoms, self.widths))
-        _, starts, own, _ = self.places(atoms)
-        found = list(zip(atoms[:, None], widths[:, None], starts[:, None], (starts + own)[:, None], strict=True))
-        x = self._values(u - sum((wider * (u >= end) for _, wider, _, end in found), jnp.zeros_like(u)))[1]
-        for atom, wider, start, end in found:
-            x = jnp.where((wider > 0) & (u >= start) & (u < end), atom, x)
-        return x
+        atoms, wider = (table.T.astype(u.dtype) for table in (self.atoms, self.widths))
+        _, start, width, _ = self.places(atoms)
+        u = u[:, None]
+        is_above, is_atom = u >= (start + width)[None], (wider > 0)[None] & (u >= start[None])
+        x = self._values(u[:, 0] - jnp.sum(wider[None] * is_above, axis=1))[1]
+        atom = jnp.max(jnp.where(is_atom & ~is_above, atoms[None], -jnp.inf), axis=1, initial=-jnp.inf)
+        return jnp.where(atom > -jnp.inf, atom, x)
 
     def certain(self, x: Float[np.ndarray, "b ... d"], enclosure: Enclosure) -> Bool[np.ndarray, "b ... d"]:
         """Whether every point of the enclosure lies in the cell of ``x``; False of continuous entries."""
@@ -130,31 +124,18 @@ class Cells:
         return (width > 0) & (enclosure.low > start + margin) & (enclosure.high < start + width - margin)
 
     def _values(self, x: Array) -> tuple[Array, Array, Array, Array]:
-        """Number of the value next to each entry, the value, and the ends of its cell among the numbers."""
-        knots, gaps = (table.astype(x.dtype).T for table in (self.knots, self.gaps))
+        """Number of the value next to each entry, the value, and half the gaps below and above it; without cells 0."""
+        knots, gaps = (table.T.astype(x.dtype) for table in (self.knots, self.gaps))
         last = jnp.maximum(jnp.sum(gaps > 0, axis=0)[None] - 1, 0)
 
         def at(number):
             knot = jnp.clip(number, 0, last).astype(int)
-            return knot, jnp.take_along_axis(knots, knot, axis=0), jnp.take_along_axis(gaps, knot, axis=0)
+            return knot, *(jnp.take_along_axis(table, knot, axis=0) for table in (knots, gaps))
 
-        def value(number):
-            knot, known, gap = at(number)
-            return known + (number - knot) * gap
-
-        below = jax.vmap(lambda table, of_x: jnp.searchsorted(table, of_x, side="right"), 1, 1)(knots, x)
-        knot, known, gap = at(below - 1)
-        has_cell = gap > 0
-        number = knot + jnp.floor((x - known) / jnp.where(has_cell, gap, 1) + 0.5)
-        own = value(number)
-        low, high = (value(number - 1) + own) / 2, (own + value(number + 1)) / 2
+        count = jax.vmap(lambda table, of_x: jnp.searchsorted(table, of_x, side="right"), 1, 1)(knots, x)
+        knot, known, gap = at(count - 1)
+        number = knot + jnp.floor((x - known) / jnp.where(gap > 0, gap, 1) + 0.5)
+        knot, known, gap = at(number)
         exact = x.astype(self.atoms.dtype).astype(x.dtype)  # as atoms are
-        found = (number, exact), (own, x), (low, x), (high, x)
-        number, own, low, high = (jnp.where(has_cell, of_cell, of_x) for of_cell, of_x in found)
-        return number, own, low, high
-
-
-def _table(rows: Sequence[Any], fill: Literal["constant", "edge"] = "constant") -> Float[np.ndarray, "d m"]:
-    """Rows of different lengths as one table, the shorter ones filled with 0 or with their last number."""
-    longest = max(map(len, rows), default=0)
-    return np.stack([np.pad(np.asarray(row, np.float64), (0, longest - len(row)), fill) for row in rows])
+        value = jnp.where(gap > 0, known + (number - knot) * gap, x)
+        return jnp.where(gap > 0, number, exact), value, at(number - 1)[2] / 2, gap / 2

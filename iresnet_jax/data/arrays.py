@@ -79,7 +79,7 @@ def from_arrays(
     elif train.x.ndim == 2:
         given = arrays if isinstance(arrays, Arrays) else arrays["train"]
         names = [column.name for column in columns] if columns is not None else column_names
-        of_columns = [column.num_levels for column in columns] if columns is not None else []
+        of_columns = [len(column.categories or ()) for column in columns] if columns is not None else []
         if np.asarray(given.x).dtype == bool:
             of_columns = [2] * train.x.shape[1]
         table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PRNGKeyArray, Shaped
 
-from iresnet_jax.bijections.bounded import Asinh, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.maths.platforms import fast_compile
@@ -43,7 +43,7 @@ class DataSet:
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
         cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
-        ends: Interval of each entry of vectors on the line, or the map of its heavy tails; None of an entry without, or of all.
+        ends: Map of entries to the line, if some have ends or heavy tails.
         columns: Columns of the data frame that the entries are; None for arrays.
         notes: Sentences on what the entries were taken for.
         generator: Toy that examples of endless data are drawn from; None for arrays.
@@ -58,7 +58,7 @@ class DataSet:
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
     cells: Cells | None = None
-    ends: tuple[Bounds | Asinh | None, ...] | None = None
+    ends: Bounded | None = None
     columns: tuple[Column, ...] | None = None
     notes: tuple[str, ...] = ()
     generator: Toy | None = None

@@ -1,13 +1,8 @@
-r"""Columns of vectors: which values own cells, which are atoms, and what ends or tails columns have.
+"""Columns of vectors: which values own cells, which are atoms, and what ends or tails columns have.
 
-**Cells.** Columns of decimals, whole numbers among them, lie on a regular grid, see `values_of`; so do levels of booleans and
-categories. Other values of a column that takes few of them are a knot each.
-
-**Atoms** are values that many rows have and for which the line has no room: those of continuous columns, and of columns with
-cells those that are far more frequent than others, such as zeros among amounts, see `atoms_of`.
-
-**Ends** are those that the user gives, and the levels of booleans and categories. Other columns have none, and a map of their
-tails where these are heavy, see `tails_of`.
+Columns of decimals, whole numbers among them, lie on a regular grid of cells, see `values_of`, and so do levels of booleans
+and categories. Ends are those that the user gives, and those of levels; other columns have a map of their tails where these are
+heavy, see `tails_of`.
 """
 
 import math
@@ -20,35 +15,22 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
-from iresnet_jax.models.columns import NAMED, listed
+from iresnet_jax.models.columns import listed
 
-REPEATS = 1.5  # rows for each distinct value of a column from which it takes few values
-MOST_KNOTS = 1024  # values of a column off any grid that own cells: more are as good as continuous
 FINEST_GRID = 2.0**-17  # of the largest number: the least spacing of a grid, of 64 floats or more
-FEWEST_ROWS, LEAST_SHARE = 10, 0.005  # that an atom has
-MOST_ATOMS = 8  # of a column
-CROWDED = 8.0  # times the mean density of the others, in which the cell of an atom would be
-WIDEST = 100.0  # an atom in the lengths of what the others take
-UNRESOLVED = 1e-5  # standard deviation relative to the mean below which float32 cannot tell values apart
 FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
-HEAVIER = 0.05  # nats a row by which a column must be likelier with a map of its tails
 
 Rows = Float[np.ndarray, "_ d"]
+Numbers = Float[np.ndarray, " n"]
 
 
 class Table(NamedTuple):
-    """Columns of vectors as they were found.
-
-    Attributes:
-        cells: Columns whose values own cells, and atoms; None if there are none.
-        ends: Intervals of columns on the line, or maps of their heavy tails, None of a column without; None without any.
-        notes: Sentences on them.
-    """
+    """What columns were found to be: their cells, the map of their ends and tails to the line, and sentences on them."""
 
     cells: Cells | None
-    ends: tuple[Bounds | Asinh | None, ...] | None = None
+    ends: Bounded | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -56,7 +38,7 @@ def describe(
     splits: Mapping[str, Rows],
     names: Sequence[Any] = (),
     *,
-    levels: Sequence[int | None] = (),
+    levels: Sequence[int] = (),
     bounds: Any = None,
     is_density: bool = True,
 ) -> Table:
@@ -64,51 +46,49 @@ def describe(
 
     Args:
         splits: Rows by split, those to train with first.
-        names: Names of the columns, by which bounds and messages speak of them; none of an array.
-        levels: Number of levels of each column, None of numbers; none without booleans and categories.
-        bounds: Dictionary of ends ``(low, high)`` of columns by name or number.
+        names: Names of the columns, by which bounds and messages speak of them; by default their numbers.
+        levels: Number of levels of each column, 0 of numbers; none without booleans and categories.
+        bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None where there is no end.
         is_density: Whether a density is to be fitted; otherwise columns have cells and atoms alone.
 
     Raises:
         ValueError: If single precision cannot tell values apart, or a value is out of its bounds; the message names it.
     """
-    x, names = next(iter(splits.values())), list(names)
+    x = next(iter(splits.values()))
+    names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
     values, atoms = [], []
-    for column, numbers in enumerate(np.asarray(x, np.float64).T):
-        if 0 < np.ptp(numbers) and numbers.std() < max(UNRESOLVED * abs(numbers.mean()), FAINT):
+    for numbers, name, num_levels in zip(np.asarray(x, np.float64).T, names, levels, strict=True):
+        if 0 < np.ptp(numbers) and numbers.std() < max(1e-5 * abs(numbers.mean()), FAINT):
             raise ValueError(
-                f"single precision cannot tell the values of {_named(column, names)} apart: subtract its mean, and divide "
-                "by its standard deviation"
+                f"single precision cannot tell the values of column {name!r} apart: subtract its mean, and divide by its "
+                "standard deviation"
             )
-        is_level = bool(levels) and levels[column] is not None
-        values.append((0.0, 1.0) if is_level else values_of(numbers, float(np.finfo(x.dtype).eps)))
-        atoms.append({} if is_level else atoms_of(numbers, values[-1]))
+        values.append((0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps)))
+        atoms.append({} if num_levels else atoms_of(numbers, values[-1]))
     cells = Cells.of(values, atoms) if any(map(len, values)) or any(atoms) else None
     if not is_density:
         return Table(cells)
-    given = ends_given({} if bounds is None else bounds, names, x.shape[1])
-    ends = {**{column: (0.0, num - 1.0) for column, num in enumerate(levels) if num is not None}, **given}
-    line = x
-    if cells is not None:
-        line = np.asarray(jax.jit(cells.bijection().forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0])
-    found = [_on_line(cells, i, ends[i]) if i in ends else tails_of(of_line) for i, of_line in enumerate(line.T)]
-    for column, (low, high) in ends.items():
-        _check_inside(splits, column, names, low, high)
-    return Table(cells, tuple(found) if any(found) else None, tuple(_notes(values, atoms, found, names)))
+    low, high = ends_given({} if bounds is None else bounds, names, levels)
+    for split, rows in splits.items():
+        outside = (rows < low.astype(rows.dtype)) | (rows > high.astype(rows.dtype))
+        for row, column in np.argwhere(outside)[:1].tolist():
+            raise ValueError(
+                f"{rows[row, column]:g} in row {row} of the split {split}, column {names[column]!r}, is outside of its bounds "
+                f"{low[column]:g} and {high[column]:g}: correct the value or the bounds"
+            )
+    ends = _on_line(x, cells, low, high)
+    heavy = np.isinf(low) & np.isinf(high) & (np.asarray(ends.scale) > 0)
+    kinds = {"cells": map(len, values), "atoms": atoms, "hard ends": np.isfinite(low) | np.isfinite(high), "heavy tails": heavy}
+    chosen = {kind: [name for name, has in zip(names, having, strict=True) if has] for kind, having in kinds.items()}
+    notes = tuple(f"columns with {kind}: {listed(those)}" for kind, those in chosen.items() if those)
+    return Table(cells, ends if chosen["hard ends"] or chosen["heavy tails"] else None, notes)
 
 
-# ------------------------------------------------------------------------------------------------------ cells and atoms
-
-
-def values_of(numbers: Float[np.ndarray, " n"], eps: float) -> Sequence[float]:
+def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     """Values of a column that own cells: two of a regular grid, those that were seen off a grid, none of others.
 
-    A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the rounding of floats, and the greatest
-    common divisor of their differences is the spacing. A constant column has a cell of width 1.
-
-    Args:
-        numbers: The column.
-        eps: Relative rounding of its floats.
+    A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the relative rounding ``eps`` of floats,
+    and the greatest common divisor of their differences is the spacing. A constant column has a cell of width 1.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     largest = np.abs(distinct).max()
@@ -120,77 +100,77 @@ def values_of(numbers: Float[np.ndarray, " n"], eps: float) -> Sequence[float]:
     if np.all(np.abs(multiples - whole) <= np.minimum(eps * np.abs(multiples), 2.0**-6)) and np.abs(whole).max() < 2**53:
         spacing = float(np.gcd.reduce(np.diff(whole).astype(np.int64))) / 10.0**digits
         return distinct[0], distinct[0] + spacing
-    is_rare = counts < max(FEWEST_ROWS, LEAST_SHARE * len(numbers))  # others may be atoms of a continuous column
-    are_few = REPEATS * is_rare.sum() <= counts[is_rare].sum() or 2 * is_rare.sum() <= len(distinct)
-    return distinct.tolist() if are_few and len(distinct) <= MOST_KNOTS else ()
+    rare = counts[~_is_often(counts)]  # others may be atoms of a continuous column
+    are_few = 1.5 * len(rare) <= rare.sum() or 2 * len(rare) <= len(distinct)
+    return distinct.tolist() if are_few and len(distinct) <= 1024 else ()  # more are as good as continuous
 
 
-def atoms_of(numbers: Float[np.ndarray, " n"], values: Sequence[float]) -> dict[float, float]:
-    """Atoms of a column, and the width by which the line makes room for each: as dense as the other numbers are on average."""
+def atoms_of(numbers: Numbers, values: Sequence[float]) -> dict[float, float]:
+    """Atoms of a column, at most 8, and the width of line for each: as dense as the other numbers are on average.
+
+    An atom has 10 rows and .5 % of them, and in the cell of a value its density would be more than 8 times that of the others.
+    """
     distinct, counts = np.unique(numbers, return_counts=True)
     spacing = np.min(np.diff(values)) if len(values) else 0.0
-    shares = counts / len(numbers)
 
-    def wanted(chosen):  # widths of these and of no others
+    def widths(chosen):  # of these atoms and of no others
         others = np.repeat(np.delete(distinct, chosen), np.delete(counts, chosen))
-        if not len(others):
-            return np.zeros(len(chosen))
         length = (np.quantile(others, 0.95) - np.quantile(others, 0.05)) / 0.9 + spacing
-        return length * np.minimum(shares[chosen] * len(numbers) / len(others), WIDEST)
+        return length * np.minimum(counts[chosen] / len(others), 100)
 
     chosen: list[int] = []
-    for place in np.argsort(-counts, kind="stable")[:MOST_ATOMS].tolist():
-        is_often = counts[place] >= max(FEWEST_ROWS, LEAST_SHARE * len(numbers))
-        if not is_often or wanted([*chosen, place])[-1] <= CROWDED * spacing:
+    for place in np.argsort(-counts, kind="stable")[: min(8, len(distinct) - 1)].tolist():
+        if not _is_often(counts)[place] or widths([*chosen, place])[-1] <= 8 * spacing:
             break
         chosen.append(place)
-    return dict(zip(distinct[chosen].tolist(), wanted(chosen).tolist(), strict=True))
+    return dict(zip(distinct[chosen].tolist(), widths(chosen).tolist(), strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------- ends and tails
+def _is_often(counts: np.ndarray) -> np.ndarray:
+    return counts >= max(10, 0.005 * counts.sum())
 
 
-def ends_given(bounds: Any, names: Sequence[Any], num: int) -> dict[int, tuple[float, float]]:
-    """Ends ``(low, high)`` by the number of the column, of bounds by name or number.
-
-    Raises:
-        ValueError: If there is no such column, or its ends are not two numbers in order.
-    """
+def ends_given(bounds: Any, names: Sequence[Any], levels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper ends of columns, infinite where there are none, of levels and of bounds by name or number."""
     if not isinstance(bounds, Mapping):
         raise ValueError(f'bounds must be a dictionary such as {{"share": (0, 1)}}, got {bounds!r}')
-    found = {}
+    found = np.array([(0, num - 1) if num else (-np.inf, np.inf) for num in levels], float)
     for name, ends in bounds.items():
         column = names.index(name) if name in names else name
-        if isinstance(column, bool) or not isinstance(column, int | np.integer) or not 0 <= column < num:
-            known = f"the names {listed(names)}" if names else "numbers"
-            raise ValueError(f"bounds are for columns 0 to {num - 1}, by {known}, got {name!r}")
+        if column not in range(len(names)):
+            raise ValueError(f"bounds are for the columns {listed(names)}, by name or number, got {name!r}")
         try:
-            low, high = map(float, ends)
+            low, high = (float(none if end is None else end) for end, none in zip(ends, (-np.inf, np.inf), strict=True))
         except (TypeError, ValueError):
-            raise ValueError(f"bounds of column {name!r} must be two numbers (low, high), got {ends!r}") from None
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"bounds of column {name!r} must be finite, the lower one first, got {low:g} and {high:g}")
-        found[int(column)] = (low, high)
-    return found
+            low = high = math.nan
+        if not low < high:
+            raise ValueError(f"bounds of column {name!r} must be two rising numbers, or None in place of one, got {ends!r}")
+        found[int(column)] = low, high
+    return found[:, 0], found[:, 1]
 
 
-def _on_line(cells: Cells | None, column: int, ends: tuple[float, float]) -> Bounds:
-    """The interval on the line that holds the ends, with all of their cells."""
-    if cells is None:
-        return Bounds(*ends)
-    with jax.enable_x64():
-        _, start, width, _ = cells.places(jnp.broadcast_to(jnp.asarray(ends)[:, None], (2, cells.num_entries)))
-    return Bounds(float(start[0, column]), float(start[1, column] + width[1, column]))
+def _on_line(x: Rows, cells: Cells | None, low: np.ndarray, high: np.ndarray) -> Bounded:
+    """The map of ends, with all of their cells, and of heavy tails; it takes the median distance from a single end to 0."""
+    line = x
+    if cells is not None:
+        line = np.asarray(jax.jit(cells.bijection().forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0])
+        with jax.enable_x64():
+            _, start, width, _ = map(np.asarray, cells.places(jnp.asarray([low, high])))
+        low, high = start[0], start[1] + width[1]
+    center, scale = np.array([tails_of(column) for column in line.T]).T
+    distance = np.median(np.minimum(line - low, high - line), axis=0)
+    is_bounded = np.isfinite(distance)
+    return Bounded(low, high, np.where(is_bounded, 0, center), np.where(is_bounded, distance, scale))
 
 
-def tails_of(numbers: Float[np.ndarray, " n"]) -> Asinh | None:
-    """The map of the tails of a column about its median; None where a normal or a logistic distribution has such tails."""
+def tails_of(numbers: Numbers) -> tuple[float, float]:
+    """Center and scale of the heavy tails of a column; the scale is 0 if asinh makes it less than .05 nats a row likelier."""
     numbers = np.asarray(numbers, np.float64)
     low, center, high = np.quantile(numbers, (0.25, 0.5, 0.75)).tolist()
-    if not low < high:
-        return None
-    found = Asinh(center, (high - low) / 2)
-    mapped, log_slopes = Bounded.of((found,)).to_line(numbers[:, None], np)
+    scale = (high - low) / 2
+    if scale == 0:
+        return center, 0.0
+    mapped, log_slopes = Bounded(-np.inf, np.inf, [center], [scale]).to_line(numbers[:, None], np)
 
     def log_likelihood(values):  # by moments
         z = (values - values.mean()) / values.std()
@@ -198,42 +178,4 @@ def tails_of(numbers: Float[np.ndarray, " n"]) -> Asinh | None:
         return max(float(each.mean()) for each in logpdfs) - math.log(values.std())
 
     gain = log_likelihood(mapped[:, 0]) + log_slopes.mean() - log_likelihood(numbers)
-    return found if gain > HEAVIER + 3 / math.sqrt(len(numbers)) else None
-
-
-def _check_inside(splits: Mapping[str, Rows], column: int, names: Sequence[Any], low: float, high: float) -> None:
-    """Raises ``ValueError`` if a value is out of its bounds."""
-    for split, rows in splits.items():
-        values = rows[:, column]
-        out = (values < values.dtype.type(low)) | (values > values.dtype.type(high))
-        if out.any():
-            row = int(out.argmax())
-            where = f"row {row}" if split == "train" else f"row {row} of the split {split}"
-            raise ValueError(
-                f"{values[row]:g} in {where} of {_named(column, names)} is outside of its bounds {low:g} and {high:g}: correct "
-                "the value or the bounds"
-            )
-
-
-# ------------------------------------------------------------------------------------------------------------- sentences
-
-
-def _notes(values: Sequence[Any], atoms: Sequence[Any], ends: Sequence[Any], names: Sequence[Any]) -> list[str]:
-    """Sentences on what columns were taken for, each about the columns of one kind."""
-    kinds = {
-        "with cells": [column for column, known in enumerate(values) if len(known)],
-        "with atoms": [column for column, found in enumerate(atoms) if found],
-        "between hard ends": [column for column, found in enumerate(ends) if isinstance(found, Bounds)],
-        "with heavy tails": [column for column, found in enumerate(ends) if isinstance(found, Asinh)],
-    }
-    return [f"{kind}: {_listed(columns, names)}" for kind, columns in kinds.items() if columns]
-
-
-def _listed(columns: Sequence[int], names: Sequence[Any]) -> str:
-    """Columns in a sentence, the first of many."""
-    more = f" and {len(columns) - NAMED} more" if len(columns) > NAMED else ""
-    return ", ".join(_named(column, names) for column in columns[:NAMED]) + more
-
-
-def _named(column: int, names: Sequence[Any]) -> str:
-    return f"column {column}" + (f" ({names[column]!r})" if len(names) else "")
+    return center, scale if gain > 0.05 + 3 / math.sqrt(len(numbers)) else 0.0

@@ -263,7 +263,7 @@ def bound_inverses(
     first = jax.tree.map(lambda values: values[:num], decoded)
     info = certified(model, first, context=None if contexts is None else contexts[: len(first.latents)])
     cells = model.spec.cells if isinstance(model, Density) else None
-    is_discrete = slice(None) if cells is None else np.asarray(cells.have_cells)
+    is_discrete = slice(None) if cells is None else np.asarray(cells.gaps[:, 0] > 0)
     own, reason = info.certificate, ""
     errors = np.linalg.norm((np.asarray(first.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1)
     if not np.all(own.applied):

@@ -90,7 +90,8 @@ def check_ranges(spec: DensitySpec, x: Any) -> None:
         return
     with np.errstate(over="ignore"):  # in the precision of the ends
         u = np.asarray(_in_cells(spec.cells, np.asarray(x).astype(jnp.result_type(float))))
-    for row, column in np.argwhere(spec.transform.outside(u))[:1].tolist():
+        _, log_slopes = spec.transform.to_line(u, np)
+    for row, column in np.argwhere(np.isneginf(log_slopes))[:1].tolist():
         low, high = rounded(spec, jnp.stack([spec.transform.low, spec.transform.high]))[:, column].tolist()
         name = "" if spec.columns is None else f" ({spec.columns[column].name!r})"
         raise ValueError(

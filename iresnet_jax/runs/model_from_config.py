@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
@@ -134,7 +133,7 @@ def build_transform(
             else Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
         )
     if kind in ("none", "standardize", "whiten"):
-        return then if data.ends is None else Bounded.of(data.ends, then)
+        return then if data.ends is None else replace(data.ends, then=then)
     if data.num_levels is None:
         raise ValueError(
             f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "
@@ -170,4 +169,4 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
     if data.cells is not None:
         spread = jax.jit(data.cells.bijection().forward_and_logdet)
         examples = np.asarray(spread(jnp.asarray(examples), jax.random.key(0))[0])
-    return examples if data.ends is None else Bounded.of(data.ends).to_line(examples.astype(np.float64), np)[0]
+    return examples if data.ends is None else data.ends.to_line(examples.astype(np.float64), np)[0]

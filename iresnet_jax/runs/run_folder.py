@@ -13,6 +13,7 @@ from typing import Any
 
 from iresnet_jax.atomic_files import locked, replacing
 from iresnet_jax.bijections.bounded import Bounded
+from iresnet_jax.bijections.standardize import Identity
 from iresnet_jax.checked_dataclasses import checked, first_difference, tagged, to_plain
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec
@@ -76,8 +77,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
             f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
         )
     transform = getattr(spec, "transform", None)
-    ours = None if data.ends is None else Bounded.of(data.ends).ends  # in single precision
-    if ours != (transform.ends if isinstance(transform, Bounded) else None):
+    if data.ends != (dataclasses.replace(transform, then=Identity()) if isinstance(transform, Bounded) else None):
         raise ValueError(f"{workdir} holds a fit with other bounds of columns: give the same, or choose another workdir")
     return spec
 

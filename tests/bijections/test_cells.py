@@ -25,8 +25,8 @@ def test_values_are_spread_over_their_cells_and_come_back():
     for row, column in np.argwhere(width[::500] > 0):
         assert stats.kstest(noise[row, :, column], "uniform").pvalue > 1e-3
     assert np.all(noise.transpose(0, 2, 1)[width[::500] == 0] == 0)
-    # An atom of a continuous entry has a mass, and one of a grid a mass by the spacing.
-    expected = [np.log(2) + np.log(3.05 / 0.05), np.log(0.5), 0, 0]
+    # An atom of a continuous entry and a whole number have a mass, and an atom of another grid a mass by the spacing.
+    expected = [2 * np.log(2) + np.log(3.05 / 0.05), np.log(0.5), np.log(2), 0]
     np.testing.assert_allclose(np.asarray(log_ratio)[::500], expected, rtol=SINGLE, atol=SINGLE)
     back, of_inverse, _, info = jax.jit(bijection.inverse_and_logdet)(u, jax.random.key(0))
     np.testing.assert_allclose(back, x, rtol=1e-6, atol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
 from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, isometric_bijection, no_inverse_error
-from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
@@ -87,7 +87,7 @@ def model_case():
 
 FREQUENCIES = (0.15, 0.5, 0.1, 0.25)
 DATA = np.random.default_rng(6).normal(size=(50, 4)) @ np.random.default_rng(7).normal(size=(4, 4)) * [1, 4, 0.5, 2]
-INTERVALS = (Bounds(-1.0, 3.0), None, Bounds(0.0, 1.0), Bounds(-0.5, 4.5))
+INTERVALS = (-1.0, -np.inf, 0.0, -0.5), (3.0, np.inf, 1.0, 4.5)
 # Shape of an example, and the bijection, or a transform, whose data are uniform on [0, 1). A new bijection is one line here.
 CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "actnorm": ((2, 3, 4), lambda: actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
@@ -100,9 +100,13 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "standardize": ((4,), lambda: Standardize.fit(DATA)),
     "standardize images": ((2, 2, 4), lambda: Standardize.fit(DATA)),
     "whiten": ((4,), lambda: Whiten.fit(DATA)),
-    "bounded": ((4,), lambda: Bounded.of(INTERVALS)),
-    "heavy tails": ((4,), lambda: Bounded.of((Asinh(0.3, 0.01), None, Bounds(0.0, 1.0), Asinh(-2.0, 5.0)))),
-    "bounded, whitened": ((4,), lambda: Bounded.of(INTERVALS, Whiten.fit(DATA))),
+    "bounded": ((4,), lambda: Bounded(*INTERVALS)),
+    "one end": ((4,), lambda: Bounded((-9.0, 0.0, -np.inf, -np.inf), (np.inf, np.inf, 9.0, np.inf), 0.0, (0.1, 0.0, 3.0, 2.0))),
+    "heavy tails": (
+        (4,),
+        lambda: Bounded((-np.inf, -np.inf, 0.0, -np.inf), (np.inf, np.inf, 1.0, np.inf), (0.3, 0, 0, -2), (0.01, 0, 0, 5)),
+    ),
+    "bounded, whitened": ((4,), lambda: Bounded(*INTERVALS, then=Whiten.fit(DATA))),
 }
 
 

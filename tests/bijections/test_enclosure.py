@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.dequantize import certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
@@ -26,18 +26,24 @@ TRANSFORMS = {
     "logit, small alpha": Logit(1e-6),
     "standardize": Standardize((1.0, -2.0, 1e3), (0.1, 3.0, 7.0)),
     "whiten": Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
-    "bounded": Bounded.of((Bounds(-1.0, 3.0), None, Bounds(1e3, 1e3 + 0.5)), Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7))),
-    "bounded and whitened": Bounded.of(
-        (Bounds(0.0, 1e-3), Bounds(-0.5, 9.5), None),
-        Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
+    "bounded": Bounded((-1.0, -np.inf, 1e3), (3.0, np.inf, 1e3 + 0.5), then=Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7))),
+    "bounded and whitened": Bounded(
+        (0.0, -0.5, -np.inf),
+        (1e-3, 9.5, np.inf),
+        then=Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
     ),
-    "heavy tails": Bounded.of((Asinh(5.0, 0.1), None, Bounds(0.0, 1.0)), Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7))),
+    "one end": Bounded(
+        (-2.0, -np.inf, 0.0), (np.inf, 1e3, np.inf), 0.0, (3.0, 0.5, 0.0), Standardize((0.2, -2.0, 0.0), (0.9, 0.5, 0.7))
+    ),
+    "heavy tails": Bounded(
+        (-np.inf, -np.inf, 0.0), (np.inf, np.inf, 1.0), (5.0, 0, 0), (0.1, 0, 0), Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7))
+    ),
     "equalize": Equalize(FEW, alpha=0.05),
     "equalize by entry": Equalize(FEW, (0.5, 0.99, 0.02), alpha=1e-3),
 }
 # By how much a constant may exceed what is attained in the directions that are tried: none is that of a matrix, and the largest
 # slopes of two maps may be those of two entries.
-LOOSE = {"whiten": 1.4, "bounded": np.inf, "bounded and whitened": np.inf, "heavy tails": np.inf}
+LOOSE = {"whiten": 1.4, "bounded": np.inf, "bounded and whitened": np.inf, "one end": np.inf, "heavy tails": np.inf}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +56,8 @@ def exact_inverse(transform, y):
     """``t^-1`` of one vector of decimal numbers."""
     if isinstance(transform, Bounded):
         line = exact_inverse(transform.then, y)
-        return [v if ends is None else within(ends, v) for v, ends in zip(line, transform.ends, strict=True)]
+        rows = zip(*(of.tolist() for of in (transform.low, transform.high, transform.center, transform.scale)), strict=True)
+        return [within(*row, v) for v, row in zip(line, rows, strict=True)]
     if isinstance(transform, Standardize):
         return [v * Decimal(float(s)) + Decimal(float(m)) for v, s, m in zip(y, transform.scale, transform.mean, strict=True)]
     if isinstance(transform, Whiten):
@@ -64,18 +71,21 @@ def exact_inverse(transform, y):
     return u if isinstance(transform, Logit) else [quantile(transform, i, v) for i, v in enumerate(u)]
 
 
-def within(bounds, v):
-    """The logistic function between ends, and beyond it the hyperbola of a tail; the inverse of asinh for heavy tails."""
-    if isinstance(bounds, Asinh):
-        return Decimal(bounds.center) + Decimal(bounds.scale) * (v.exp() - (-v).exp()) / 2
-    low, high = Decimal(bounds.low), Decimal(bounds.high)
-    width = high - low
-    for sign, end in ((-1, low), (1, high)):
-        e = abs(end) / 2**18
-        further = e and (sign * v - ((width - e) / e).ln()) * (width - e) / width
+def within(low, high, center, scale, v):
+    """The logistic function between ends, the exponential function from one on, and beyond both the hyperbola of a tail."""
+    ends, is_both = [end for end in (low, high) if np.isfinite(end)], np.isfinite(high - low)
+    if not ends:
+        return Decimal(center) + Decimal(scale) * (v.exp() - (-v).exp()) / 2 if scale else v
+    unit = Decimal(high) - Decimal(low) if is_both else Decimal(scale or 1)
+    for end in ends:
+        sign, e = 1 if end == high else -1, abs(Decimal(end)) / 2**18
+        rest = unit - e * int(is_both)
+        further = e and (sign * v - (rest / e).ln()) * rest / unit
         if further > 0:
-            return end - sign * e / (1 + further)
-    return low + width / (1 + (-v).exp())
+            return Decimal(end) - sign * e / (1 + further)
+    if is_both:
+        return Decimal(low) + unit / (1 + (-v).exp())
+    return Decimal(low) + unit * v.exp() if ends == [low] else Decimal(high) - unit * (-v).exp()
 
 
 def quantile(transform, entry, u):

@@ -75,8 +75,8 @@ def test_cells_are_those_of_all_rows_of_one_array():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (beside(1e6 + RNG.normal(size=200)), "column 1 .* subtract its mean"),
-        (beside(1e-42 * RNG.normal(size=200)), "column 1 .* divide by its standard deviation"),
+        (beside(1e6 + RNG.normal(size=200)), "column 'age' apart: subtract its mean"),
+        (beside(1e-42 * RNG.normal(size=200)), "column 'age' .* divide by its standard deviation"),
         (beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))), "too large for .* row 3, column 1"),
         (Arrays(1e-42 * RNG.random((40, 4, 4, 1))), "so small to 0: scale channel 0"),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),

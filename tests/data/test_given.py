@@ -11,7 +11,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.__main__ import main
-from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.data.arrays import data_of
 
@@ -51,7 +51,7 @@ def of_table(tmp_path_factory):
     said, workdir = io.StringIO(), tmp_path_factory.mktemp("fitted") / "run"
     options = {"progress": True, "workdir": workdir, "settings": {**QUICK["settings"], "augmentation.noise": 1.0}}
     with contextlib.redirect_stderr(said):
-        model = ir.fit(table(), bounds={"share": (0, 1)}, **QUICK | options)
+        model = ir.fit(table(), bounds={"share": (0, 1), "age": (18, None)}, **QUICK | options)
     return model, workdir, said.getvalue()
 
 
@@ -63,10 +63,11 @@ def test_no_sample_of_a_table_leaves_its_support(of_table):
     for column, values in ((0, range(2)), (3, range(3))):
         assert set(np.unique(x[:, column])) == set(values)
     assert np.all(x[:, 1] == np.rint(x[:, 1]))
+    assert x[:, 1].min() == 18
     assert x[:, 2].min() > 0
     assert x[:, 2].max() < 1
-    assert "with cells: column 0 ('flag'), column 1 ('age'), column 3 ('colour')" in said
-    assert "between hard ends: column 0 ('flag'), column 2 ('share'), column 3 ('colour')" in said
+    assert "columns with cells: 'flag', 'age', 'colour'" in said
+    assert "columns with hard ends: 'flag', 'age', 'share', 'colour'" in said
 
 
 def test_a_model_takes_and_gives_the_table_that_it_was_fitted_to(of_table, tmp_path):
@@ -103,7 +104,7 @@ def test_log_prob_takes_integers_and_contexts_of_every_kind():
     x, context = RNG.integers(0, 5, (300, 2)), RNG.normal(size=300)
     flow = ir.FlowSpec((2,), QUICK["architecture"], context_dim=1)
     model = kept.model(
-        ir.DensitySpec(flow, transform=Bounded.of((Bounds(-0.5, 4.5),) * 2), cells=Cells.of([(0.0, 1.0)] * 2)),
+        ir.DensitySpec(flow, transform=Bounded((-0.5, -0.5), 4.5), cells=Cells.of([(0.0, 1.0)] * 2)),
     )
     found = model.log_prob(x[:5], context=context[:5])
     np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None]))
@@ -116,7 +117,8 @@ def test_log_prob_takes_integers_and_contexts_of_every_kind():
 def test_booleans_and_integers_of_an_array_are_discrete():
     data = data_of(np.stack([RNG.integers(0, 100, 150), RNG.integers(0, 2, 150)], axis=1))
     assert data.cells.gaps.tolist() == [[1.0], [1.0]]
-    assert data_of(RNG.random((300, 2)) < 0.5).ends == (Bounds(-0.5, 1.5),) * 2
+    ends = data_of(RNG.random((300, 2)) < 0.5).ends
+    assert (ends.low.tolist(), ends.high.tolist()) == ([-0.5, -0.5], [1.5, 1.5])
 
 
 def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(of_table, tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_a_frame_becomes_numbers_and_comes_back_in_its_types():
     pd.testing.assert_frame_equal(back, FRAME)
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "UInt32", "uint64", "int64", "object"])
+@pytest.mark.parametrize("dtype", ["uint16", "UInt32", "uint64", "int64"])
 def test_integers_stay_within_their_type(dtype):
     """A continuous density of many integers goes on beyond the ends of a type."""
     [column] = columns_of(pd.DataFrame({"count": pd.Series([1, 2]).astype(dtype)}))
@@ -60,10 +60,10 @@ def test_names_come_back_as_they_were(names):
     pd.testing.assert_frame_equal(table_of(numbers_of(frame, columns), columns), frame)
 
 
-def test_sparse_columns_come_back_dense():
-    frame = pd.DataFrame({"rare": pd.arrays.SparseArray([0, 0, 3, 0], fill_value=0), "size": [1.0, 2.0, 3.0, 4.0]})
+def test_sparse_columns_come_back_dense_and_numbers_among_objects_as_numbers():
+    frame = pd.DataFrame({"rare": pd.arrays.SparseArray([0, 0, 3, 0], fill_value=0), "size": np.array([1, 2, 3, 4], object)})
     columns = columns_of(frame)
-    pd.testing.assert_frame_equal(table_of(numbers_of(frame, columns), columns), frame.astype({"rare": "int64"}))
+    pd.testing.assert_frame_equal(table_of(numbers_of(frame, columns), columns), frame.astype("int64"))
 
 
 def test_frames_of_other_packages_are_converted_by_themselves():
@@ -91,7 +91,7 @@ def test_columns_are_found_by_name():
         ({"age": ["a", "b", "c"]}, "column 'age' must hold numbers"),
         ({"height": [1.0, 2.0, np.nan]}, "'height' has 1 missing values, the first in row 2"),
         ({"city": ["Oslo", "Rome", "Oslo"]}, "'Rome' in row 1 of column 'city' .* these are 'Bern', 'Oslo'"),
-        ({"weight": [1, 2, 3]}, "knows no column 'weight'"),
+        ({"weight": [1, 2, 3]}, "the model has no column 'weight'"),
     ],
 )
 def test_other_frames_are_refused_by_column(change, message):

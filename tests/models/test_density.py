@@ -8,7 +8,7 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.bounded import Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.residual import Solver
@@ -64,7 +64,7 @@ def test_other_weights_and_other_numbers_of_data_share_a_program():
         return density.encode(x)
 
     for mean, low in ((0.5, -9.0), (-0.5, -8.0)):
-        transform = Bounded.of((Bounds(low, 9.0), None), Standardize((mean, 0.0), (2.0, 1.0)))
+        transform = Bounded((low, -np.inf), (9.0, np.inf), then=Standardize((mean, 0.0), (2.0, 1.0)))
         other = density.with_(spec=dataclasses.replace(PLANE, transform=transform))
         encode(other.with_(weights=jax.tree.map(lambda a, mean=mean: mean * a, density.weights)), POINTS)
     assert len(traces) == 1
@@ -131,7 +131,7 @@ def test_specs_that_contradict_themselves(change, sentence):
 
 
 def test_values_out_of_their_range_are_refused():
-    model = kept.model(dataclasses.replace(PLANE, transform=Bounded.of((Bounds(-9.0, 9.0), None))))
+    model = kept.model(dataclasses.replace(PLANE, transform=Bounded((-9.0, -np.inf), (9.0, np.inf))))
     with pytest.raises(ValueError, match="not within the range -9 to 9"):
         model.log_prob(POINTS + 10)
 

@@ -33,7 +33,7 @@ SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
 PADDED = ClassifierSpec(ir.FlowSpec((4, 4, 2), (CONV,)), SHAPE, 3, LEVELS, pad_channels=1)
 SPECS = {
     "vectors": DensitySpec(PLANE, transform=SCALED),
-    "bounds": DensitySpec(PLANE, "logistic", ir.Bounded.of((ir.Bounds(-9.0, 9.0), None), SCALED)),
+    "bounds": DensitySpec(PLANE, "logistic", ir.Bounded((-9.0, -np.inf), (9.0, np.inf), then=SCALED)),
     "mixture": DensitySpec(PLANE, "mixture", num_components=2),
     "contexts": DensitySpec(
         dataclasses.replace(PLANE, context_dim=2), context=ir.Standardize((0.1,) * 3, (2.0,) * 3), context_hidden=(4, 2)

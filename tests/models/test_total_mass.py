@@ -1,12 +1,14 @@
 """Numbers that a density gives sum and integrate to 1, whatever its bounds, cells, atoms, tails and weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.bounded import Asinh, Bounded, Bounds
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -18,36 +20,45 @@ TOLERANCE = 1e-3
 NUM_SAMPLES, NUM_NOISE = 20_000, 32
 FREE = ((),)
 LEVELS = ((0.0, 1.0),)
+LINE = (-np.inf, np.inf)
 # Cells, ends and preprocessing of one or two entries, and the prior.
 CASES = {
-    "unit interval": (None, (Bounds(0.0, 1.0),), None, "gaussian"),
-    "logistic, wide on the line": (None, (Bounds(-1.0, 3.0),), Standardize((0.5,), (2.5,)), "logistic"),
-    "far from zero": (None, (Bounds(100.0, 102.0),), Standardize((-1.0,), (1.5,)), "gaussian"),
-    "mixture": (None, (Bounds(-3.0, 0.0),), Standardize((0.0,), (2.0,)), "mixture"),
-    "levels": (Cells.of(LEVELS), (Bounds(-0.5, 4.5),), None, "gaussian"),
-    "counts": (Cells.of([(0.0, 2.0)]), (None,), Standardize((9.0,), (3.0,)), "logistic"),
-    "decimals with heavy tails": (Cells.of([(0.0, 0.5)]), (Asinh(3.0, 1.0),), Standardize((0.0,), (0.4,)), "gaussian"),
-    "values off a grid": (Cells.of([(-2.0, -1.7, 0.0, 0.1, 3.0, 4.0)]), (None,), Standardize((1.0,), (2.0,)), "gaussian"),
+    "unit interval": (None, ((0.0, 1.0),), None, "gaussian"),
+    "logistic, wide on the line": (None, ((-1.0, 3.0),), Standardize((0.5,), (2.5,)), "logistic"),
+    "far from zero": (None, ((100.0, 102.0),), Standardize((-1.0,), (1.5,)), "gaussian"),
+    "one end": (None, ((0.0, np.inf, 0.0, 2.0),), Standardize((0.0,), (0.7,)), "logistic"),
+    "one end far from zero": (None, ((-np.inf, -100.0, 0.0, 2.0),), Standardize((0.5,), (1.5,)), "gaussian"),
+    "counts from 0 on": (Cells.of([(0.0, 5.0)]), ((-2.5, np.inf, 0.0, 20.0),), Standardize((0.0,), (0.5,)), "gaussian"),
+    "mixture": (None, ((-3.0, 0.0),), Standardize((0.0,), (2.0,)), "mixture"),
+    "levels": (Cells.of(LEVELS), ((-0.5, 4.5),), None, "gaussian"),
+    "counts": (Cells.of([(0.0, 2.0)]), (LINE,), Standardize((9.0,), (3.0,)), "logistic"),
+    "decimals with heavy tails": (Cells.of([(0.0, 0.5)]), ((*LINE, 3.0, 1.0),), Standardize((0.0,), (0.4,)), "gaussian"),
+    "values off a grid": (Cells.of([(-2.0, -1.7, 0.0, 0.1, 3.0, 4.0)]), (LINE,), Standardize((1.0,), (2.0,)), "gaussian"),
     "atoms at both ends": (
         Cells.of(FREE, [{0.0: 0.5, 1.0: 0.25}]),
-        (Bounds(0.0, 1.75),),
+        ((0.0, 1.75),),
         Standardize((0.0,), (1.5,)),
         "gaussian",
     ),
-    "an atom and heavy tails": (Cells.of(FREE, [{0.0: 3.0}]), (Asinh(1.0, 1.0),), Standardize((0.0,), (0.5,)), "logistic"),
+    "an atom and heavy tails": (Cells.of(FREE, [{0.0: 3.0}]), ((*LINE, 1.0, 1.0),), Standardize((0.0,), (0.5,)), "logistic"),
     "a rounded amount and a free entry": (
         Cells.of([(0.0, 0.5), ()], [{0.0: 4.0}, {}]),
-        (None, None),
+        (LINE, LINE),
         Whiten((4.0, 1.0), ((3.0, 0.0), (0.4, 1.0))),
         "gaussian",
     ),
     "an atom beside levels": (
         Cells.of([(), (0.0, 1.0)], [{1.0: 2.0}, {}]),
-        (None, Bounds(-0.5, 2.5)),
+        (LINE, (-0.5, 2.5)),
         Standardize((2.0, 0.0), (2.0, 1.5)),
         "gaussian",
     ),
 }
+
+
+def mapped(ends):
+    """The map of entries with these ends to the line, and with these centers and scales of heavy tails."""
+    return Bounded(*np.array([(*row, 0.0, 0.0)[:4] for row in ends]).T)
 
 
 def density(name):
@@ -55,7 +66,7 @@ def density(name):
     cells, ends, then, prior = CASES[name]
     rng, key = np.random.default_rng(len(name)), jax.random.key(0)
     flow = FlowSpec((len(ends),), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9)
-    transform = Bounded.of(ends, then) if any(ends) else then
+    transform = mapped(ends) if then is None else dataclasses.replace(mapped(ends), then=then)
     spec = DensitySpec(flow, prior, transform, cells=cells, num_components=3 if prior in MIXTURES else None)
     params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
     params = jax.tree.map(lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
@@ -79,7 +90,7 @@ def support(cells, ends, line, num):
     Steps resolve the line of the transform's own, where all densities are smooth.
     """
     t = np.linspace(line.min() - np.ptp(line) / 2, line.max() + np.ptp(line) / 2, num + 1)[:, None]
-    edges = t if ends is None else Bounded.of((ends,)).from_line(t, np)[0]
+    edges = ends.from_line(t, np)[0]
     if cells is None:
         return (edges[1:, 0] + edges[:-1, 0]) / 2, np.diff(edges[:, 0])
     if cells.gaps[0, 0] > 0:
@@ -99,12 +110,11 @@ def numbers(model):
     """Rows of values, the number that the density gives each, averaged over noise, and the size of what it stands for."""
     transform, cells = model.spec.transform, model.spec.cells
     samples = np.asarray(model.continuous.sample(jax.random.key(1), NUM_SAMPLES)[0], np.float64)
-    is_mapped = isinstance(transform, Bounded)
-    line, ends = (transform.to_line(samples, np)[0], transform.ends) if is_mapped else (samples, [None] * samples.shape[1])
-    found = []
+    line, found = transform.to_line(samples, np)[0], []
+    rows = np.stack([transform.low, transform.high, transform.center, transform.scale], axis=1)
     for entry in range(samples.shape[1]):
         own = None if cells is None else jax.tree.map(lambda table, entry=entry: table[entry : entry + 1], cells)
-        found.append(support(own, ends[entry], line[:, entry], 4000 if samples.shape[1] == 1 else 200))
+        found.append(support(own, mapped(rows[[entry]]), line[:, entry], 4000 if samples.shape[1] == 1 else 200))
     x, sizes = (
         np.stack([of.ravel() for of in np.meshgrid(*parts, indexing="ij")], axis=1) for parts in zip(*found, strict=True)
     )
