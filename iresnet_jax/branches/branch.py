@@ -190,6 +190,10 @@ class BranchSpec(ABC):
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
         """Upper bound of ``Lip(g)`` of weights as they are, for every context."""
 
+    def less_context(self, weights: Weights) -> Weights:
+        """Weights with which the branch subtracts the first entries of its context; the same weights of a kind that cannot."""
+        return weights
+
     # ------------------------------------------------------------------------------------------------- the budget
 
     def initial_iterates(self, key: Array) -> Weights:

@@ -160,6 +160,12 @@ class FeedforwardSpec(BranchSpec):
                 weights[layer.name]["context"] = scale * jax.random.normal(key_context, (self.context_dim, cout))
         return weights
 
+    def less_context(self, weights: Weights) -> Weights:
+        """The last layer subtracts the first entries of the context."""
+        name = self.layers[-1].name
+        kernel = weights[name]["context"]
+        return {**weights, name: {**weights[name], "context": -jnp.eye(*kernel.shape, dtype=kernel.dtype)}}
+
     def apply(
         self,
         weights: Weights,

@@ -11,7 +11,6 @@ from jaxtyping import Array, Key
 
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.standardize import Whiten
-from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
@@ -111,15 +110,11 @@ def initial_variables(
 
 
 def _less_first_features(spec: FlowSpec, params: Any) -> Any:
-    """Parameters whose first block subtracts the first features of contexts from the entries, if its layers take contexts."""
+    """Parameters whose first block subtracts the first features of contexts from the entries, if its branch knows how."""
     stage = spec.layout[0]
-    if type(stage.branch) is not FeedforwardSpec:
-        return params
-    name = stage.branch.layers[-1].name
-    kernel = params[stage.name]["blocks"][name]["context"]
-    kernel = kernel.at[0].set(-jnp.eye(*kernel.shape[1:], dtype=kernel.dtype))
     blocks = params[stage.name]["blocks"]
-    blocks = {**blocks, name: {**blocks[name], "context": kernel}}
+    first = stage.branch.less_context(jax.tree.map(lambda leaf: leaf[0], blocks))
+    blocks = jax.tree.map(lambda leaf, own: leaf.at[0].set(own), blocks, first)
     return {**params, stage.name: {**params[stage.name], "blocks": blocks}}
 
 

@@ -233,3 +233,13 @@ def test_certificates_of_inverses_say_which_kinds_they_cannot_follow():
 def test_a_branch_of_a_function_cannot_be_folded():
     with pytest.raises(ValueError, match="or define folded"):
         model("function").given(np.zeros(CONTEXT_DIM, np.float32))
+
+
+@pytest.mark.parametrize("kind", ["feedforward", "sandwich", "potential"])
+def test_a_branch_of_layers_subtracts_the_first_entries_of_its_context(kind):
+    spec = kinds.get(kind)((3,), context_dim=5, hidden=(4,), activation="tanh")
+    weights, name = spec.initial_weights(jax.random.key(0)), spec.layers[-1].name
+    without = {**weights, name: {**weights[name], "context": jnp.zeros((5, 3))}}
+    x, context = (jax.random.normal(jax.random.key(i), (7, size)) for i, size in ((1, 3), (2, 5)))
+    shift = spec.apply(spec.less_context(weights), x, context) - spec.apply(without, x, context)
+    np.testing.assert_allclose(shift, -context[:, :3], rtol=1e-5, atol=1e-5)
