@@ -321,7 +321,7 @@ def chosen_run(runs: Runs, likeliest: Candidate) -> Run:
 
 def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
     """The best candidate, or the best one that is trained if there is any; of equal ones the last, which is milder."""
-    finished = [(candidate, run) for (candidate, _), run in reversed(runs.items()) if run is not None]
+    finished = [(candidate, run) for (candidate, _), run in reversed(list(runs.items())) if run is not None]
     finished = [each for each in finished if trained and each[0].is_trained] or finished
     return min(finished, key=lambda item: item[1].attempt.loss)
 
