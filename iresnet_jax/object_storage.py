@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import io
 import logging
+import re
 import secrets
 import threading
 import time
@@ -31,6 +32,7 @@ def _storage(scheme: str) -> Any:
     try:
         import fsspec
 
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it raises
         return fsspec.filesystem(scheme, use_listings_cache=False)  # others write there, too
     except ImportError as error:
         advice = f"pip install 'iresnet_jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else "pip install it"
@@ -64,12 +66,12 @@ class ObjectPath(type(Path())):
             raise
         except FileNotFoundError as error:
             if not writing:
-                raise
+                raise FileNotFoundError(f"there is no {self}") from error
             message = f"{self} cannot be written, there is no such bucket ({error}): make it, or correct its name"
             raise OSError(message) from error
         except Exception as error:  # each storage has errors of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {reason}".lower():
+            if re.search("credential|forbidden|permission", f"{type(error).__name__} {reason}", re.IGNORECASE):
                 message = f"{self} is refused ({reason}): check the credentials and what they permit"
                 raise PermissionError(message) from error
             message = f"{self} cannot be reached ({reason}): check the connection and the address of the storage"

@@ -25,7 +25,9 @@ from iresnet_jax.atomic_files import locked, path_of, replacing
 from iresnet_jax.data import load
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.checkpoints import Checkpoints
+from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.signals import Stopped
+from iresnet_jax.training.trainer import BlowUpError
 
 BEAT_S = 0.1  # the claim of a killed process is taken over after 0.4 s
 
@@ -41,11 +43,12 @@ class Server:
     Attributes:
         at: Function of the method and the address of a request that is called before it is answered; a true result cuts the
             connection after half of the body.
+        put: Addresses of objects that were put.
         environment: Variables by which a process finds the server.
     """
 
     def __init__(self):
-        self.at = lambda method, address: False
+        self.at, self.put = lambda method, address: False, []
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=QuietHandler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -54,6 +57,8 @@ class Server:
         self.environment = {**keys, "AWS_ENDPOINT_URL": self.address, "AWS_MAX_ATTEMPTS": "1"}
 
     def _answer(self, environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT":
+            self.put.append(environ["PATH_INFO"])
         if self.at(environ["REQUEST_METHOD"], environ["PATH_INFO"]):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
@@ -86,6 +91,7 @@ def running():
 
 @pytest.fixture
 def server(running):
+    running.put.clear()
     yield running
     running.at = lambda method, address: False
     running.permit_requests(np.inf)
@@ -137,8 +143,14 @@ def test_objects_are_read_and_written_as_files(address):
     assert len(path.read_bytes()) == 6
     path.unlink()
     assert not path.exists()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=f"there is no {path}"):
         path.open("rb")
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///run", "file:///tmp/run", "s3://bucket//run"])
+def test_an_address_with_an_empty_name_is_refused(address):
+    with pytest.raises(ValueError, match=f"{address} has an empty name in it"):
+        path_of(address)
 
 
 def test_models_and_arrays_travel_through_a_bucket(workdir, on_disk, tmp_path):
@@ -165,16 +177,17 @@ def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(config, ser
     assert not list(workdir.glob(".*"))  # the claim was given back
     loop.train(config, str(workdir))
     runs.assert_ends_like(workdir, on_disk)
-    assert len(list((workdir / "tensorboard").glob("events*"))) >= 1
+    num_saves = sum("/checkpoints/" in address for address in server.put)
+    for log in ("metrics.jsonl", "tensorboard/events"):  # whole each time, so no more often than checkpoints, which are larger
+        assert sum(f"/{log}" in address for address in server.put) == num_saves
 
     runs.shorten_reports(monkeypatch)
-    capsys.readouterr()
-    for command in ("evaluate", "sample", "report"):
-        said = []
-        for folder in (str(workdir), str(on_disk)):
-            assert main([command, "--workdir", folder]) == 0
-            said.append(capsys.readouterr().out.replace(folder, "RUN"))
-        assert said[0] == said[1]
+    said = []
+    for command, folder in (("sample", workdir), ("report", workdir), ("evaluate", workdir), ("evaluate", on_disk)):
+        capsys.readouterr()
+        assert main([command, "--workdir", str(folder)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[-1] == said[-2]
     assert {"report.html", "report.json", "samples.npy", "samples.png"} <= {path.name for path in workdir.glob("*")}
 
 
@@ -201,6 +214,15 @@ def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_
     assert waited == [True]
     assert sentence in caplog.text
     runs.assert_ends_like(workdir, on_disk)
+
+
+def test_a_run_that_blows_up_leaves_the_measurements_before(workdir):
+    cheap = {"model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},), "logdet.kind": "exact"}
+    config = runs.config_of(runs.TOY_CONFIG, **cheap, **{"optimizer.learning_rate": 1e30, "training.eval_every_steps": 20})
+    with pytest.raises(BlowUpError):
+        loop.train(config, workdir)
+    assert {record["step"] for record in read_metrics(workdir)} >= {1}
+    assert not (workdir / "checkpoints").exists()
 
 
 def test_a_damaged_checkpoint_is_stepped_over(server, workdir):
