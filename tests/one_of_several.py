@@ -57,7 +57,7 @@ class OneOfSeveral:
         return self._stderr.read_text().splitlines() if self._stderr.exists() else []
 
 
-def start(num_processes, trainings, folder, *, other=None):
+def start(num_processes, trainings, folder, *, other=None, environment=None):
     """Starts all processes of a run.
 
     Args:
@@ -65,6 +65,7 @@ def start(num_processes, trainings, folder, *, other=None):
         trainings: What they train one after the other: names in `tiny_runs.CONFIGS`, workdirs and changes of settings.
         folder: Where to keep what they print.
         other: What process 1 trains instead of the first.
+        environment: Variables that they all have beside those of this process.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -72,13 +73,14 @@ def start(num_processes, trainings, folder, *, other=None):
     started = []
     for process in range(num_processes):
         own = [other, *trainings[1:]] if process == 1 and other else trainings
-        arguments = address, num_processes, process, own
+        arguments = environment or {}, address, num_processes, process, own
         started.append(OneOfSeveral(folder / f"process{process}", *arguments))
     return started
 
 
-def work(stderr, address, num_processes, process, trainings):
+def work(stderr, environment, address, num_processes, process, trainings):
     """Trains as one of several processes."""
+    os.environ.update(environment)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     os.environ["XLA_FLAGS"] = " ".join([*others, "--xla_force_host_platform_device_count=1"])

@@ -15,7 +15,7 @@ import pytest
 import s3fs
 import tiny_runs as runs
 from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-from one_of_several import start_training
+from one_of_several import start, start_training
 from werkzeug.serving import make_server
 
 import iresnet_jax as ir
@@ -183,9 +183,14 @@ def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(config, ser
 
     runs.shorten_reports(monkeypatch)
     said = []
-    for command, folder in (("sample", workdir), ("report", workdir), ("evaluate", workdir), ("evaluate", on_disk)):
+    for command, folder in (
+        ("sample --num=4 --certify=0", workdir),
+        ("report", workdir),
+        ("evaluate", workdir),
+        ("evaluate", on_disk),
+    ):
         capsys.readouterr()
-        assert main([command, "--workdir", str(folder)]) == 0
+        assert main([*command.split(), f"--workdir={folder}"]) == 0
         said.append(capsys.readouterr().out)
     assert said[-1] == said[-2]
     assert {"report.html", "report.json", "samples.npy", "samples.png"} <= {path.name for path in workdir.glob("*")}
@@ -216,9 +221,19 @@ def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_
     runs.assert_ends_like(workdir, on_disk)
 
 
+CHEAP = {"model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},), "logdet.kind": "exact"}
+
+
+def test_two_processes_of_one_run_write_one_folder(server, workdir, tmp_path):
+    processes = start(2, [["toy", str(workdir), CHEAP]], tmp_path, environment=server.environment)
+    assert [process.wait(240) for process in processes] == [0, 0]
+    assert runs.newest(workdir) == runs.TOTAL_STEPS
+    assert [address.rpartition("/")[2] for address in server.put].count("config.json") == 1
+    assert not list(workdir.glob(".*"))
+
+
 def test_a_run_that_blows_up_leaves_the_measurements_before(workdir):
-    cheap = {"model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},), "logdet.kind": "exact"}
-    config = runs.config_of(runs.TOY_CONFIG, **cheap, **{"optimizer.learning_rate": 1e30, "training.eval_every_steps": 20})
+    config = runs.config_of(runs.TOY_CONFIG, **CHEAP, **{"optimizer.learning_rate": 1e30, "training.eval_every_steps": 20})
     with pytest.raises(BlowUpError):
         loop.train(config, workdir)
     assert {record["step"] for record in read_metrics(workdir)} >= {1}
