@@ -258,7 +258,7 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
         yield dataclasses.replace(plain, prior="scales", components=NUM_SCALES)
     if dims <= MIXTURE_DIMS:
         components, of_mixture = likeliest_components(train[:: -(-len(train) // MIXTURE_EXAMPLES)], config.seed)
-        if of_mixture > log_prob:
+        if components > 1 and of_mixture > log_prob:
             log_prob = of_mixture
             yield dataclasses.replace(plain, prior="mixture", components=components)
     if len(train) == num and num * dims**2 <= KERNEL_NUMBERS and GaussianMixture.kernels(train)[1] > log_prob:
@@ -299,10 +299,10 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, f
     """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978), and its mean.
 
     Numbers double until the criterion is worse twice, with 5 examples a row of means and covariances, and are refined from
-    there to a sixteenth. A component with too few examples for a covariance has collapsed: no other mixture looks as likely.
-    The mean is in nats, a log-density less what the parameters cost.
+    there to a sixteenth. A component with too few examples for a covariance counts as nothing. The mean is in nats, a
+    log-density less what parameters cost beside those of one normal distribution, which whitening has as well.
     """
-    num_rows = z.shape[1] + 1  # of means and covariances
+    num_rows, of_one = z.shape[1] + 1, z.shape[1] * (z.shape[1] + 3) / 2  # of means and covariances; their parameters
     most, found = len(z) // (5 * num_rows), {}
 
     def attempt(num):
@@ -311,7 +311,7 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, f
             with contextlib.suppress(ValueError):  # of a collapse
                 mixture = expectation_maximisation(z, num, random_state=seed)
                 if min(mixture.weights_) * len(z) > num_rows:
-                    found[num] = -float(mixture.bic(z)) / (2 * len(z))
+                    found[num] = (of_one * math.log(len(z)) - float(mixture.bic(z))) / (2 * len(z))
         return max(found, key=found.__getitem__, default=0)
 
     num = 1

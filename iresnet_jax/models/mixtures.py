@@ -1,5 +1,6 @@
 """Mixtures of normal distributions, as priors of latents: of vectors, of one vector's sizes, and of every entry by itself."""
 
+import contextlib
 import math
 import warnings
 from typing import Any, ClassVar
@@ -134,16 +135,29 @@ class GaussianMixture(Mixture):
         return jnp.tril(self.lower, -1) + jax.vmap(jnp.diag)(jnp.exp(self.log_diagonal))
 
 
-def expectation_maximisation(z: ArrayLike, num_components: int, **settings: Any) -> Any:
-    """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the more starts."""
+def expectation_maximisation(z: ArrayLike, num_components: int, *, random_state: int, **settings: Any) -> Any:
+    """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the more starts.
+
+    It is the likeliest one of all starts whose components have more vectors than a mean and a covariance have rows, if there is
+    any: nothing is as likely as a component that has collapsed onto a few vectors, and other vectors are all but impossible.
+
+    Raises:
+        ValueError: If a covariance is singular in spite of ``reg_covar`` at every start.
+    """
     from sklearn import mixture  # late: a second, which only mixtures need
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
+    num, num_dims = np.shape(z)
+    found: list[Any] = []
     # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
-        num_starts = min(max(10_000 // np.shape(z)[0], 2), 30)
-        return mixture.GaussianMixture(num_components, n_init=num_starts, **settings).fit(z)
+        for start in range(min(max(10_000 // num, 2), 30)):
+            with contextlib.suppress(ValueError):
+                found.append(mixture.GaussianMixture(num_components, random_state=random_state + start, **settings).fit(z))
+    if not found:
+        raise ValueError(f"{num_components} components of {num} vectors have singular covariances: take fewer")
+    return max(found, key=lambda each: (min(each.weights_) * num > num_dims + 1, each.lower_bound_))
 
 
 @pytree(arrays=("mean", "log_std", "log_scales", "logits"))
