@@ -412,7 +412,7 @@ TABLES = {
         RNG.integers(0, 6, (3000, 2)) + 0.05 * RNG.normal(size=(3000, 2)),
         CLUSTERS,
     ),
-    "few on a line": (PARABOLA, [*PLAIN_ALONE, ("mixture", 9)]),
+    "few on a line": (PARABOLA, [*PLAIN_ALONE, ("mixture", 8)]),
     "heavy tails": (HEAVY, [("logistic", 0)]),
     "lengths that differ": (LENGTHS, [("logistic", 0), ("scales", 16)]),
 }

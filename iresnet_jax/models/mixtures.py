@@ -148,13 +148,13 @@ def expectation_maximisation(z: ArrayLike, num_components: int, *, random_state:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    num, num_dims = np.shape(z)
-    found: list[Any] = []
+    (num, num_dims), found = np.shape(z), []
+    settings["random_state"] = np.random.RandomState(random_state)  # another start whenever it is used
     # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
-        for start in range(min(max(10_000 // num, 2), 30)):
+        for _ in range(min(max(10_000 // num, 2), 30)):
             with contextlib.suppress(ValueError):
-                found.append(mixture.GaussianMixture(num_components, random_state=random_state + start, **settings).fit(z))
+                found.append(mixture.GaussianMixture(num_components, **settings).fit(z))
     if not found:
         raise ValueError(f"{num_components} components of {num} vectors have singular covariances: take fewer")
     return max(found, key=lambda each: (min(each.weights_) * num > num_dims + 1, each.lower_bound_))
