@@ -22,7 +22,8 @@ def get_config(variant="1.58"):
     config.model.coeff = 0.95  # 1 - mu
     margin = float(variant) if variant in RADII else 36 / 255
     config.classifier.update({"mean": (0.0,), "std": (1.0,), "head": "linear", "margin": margin, "temperature": 0.25})
-    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.999, "clip_norm": 0.0})
+    config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
+    config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 100, "b2": 0.999, "clip_norm": 0.0})
     epoch = TRAIN_EXAMPLES // BATCH_SIZE
     config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": epoch})
     config.training.update({"ema_decay": 0.995, "eval_examples": 5000, "log_every_steps": 50})
