@@ -12,8 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from iresnet_jax import object_storage
 from iresnet_jax.object_storage import ObjectPath
 
@@ -103,6 +101,8 @@ def locked(path: Path, *, timeout_s: float = -1) -> Iterator[Callable[[], None]]
     Raises:
         TimeoutError: If another process holds the lock for longer.
     """
+    from filelock import FileLock, Timeout  # late: it imports asyncio
+
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:
         if isinstance(lock, ObjectPath):

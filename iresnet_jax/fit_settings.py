@@ -16,7 +16,7 @@ from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.mixtures import GaussianMixture, ScaleMixture, expectation_maximisation
+from iresnet_jax.models.mixtures import GaussianMixture, ScaleMixture, expectation_maximisation, no_component_collapsed
 from iresnet_jax.models.priors import LOCATION_SCALE
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
@@ -299,18 +299,18 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, f
     """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978), and its mean.
 
     Numbers double until the criterion is worse twice, with 5 examples a row of means and covariances, and are refined from
-    there to a sixteenth. A component with too few examples for a covariance counts as nothing. The mean is in nats, a
+    there to a sixteenth. A mixture with a collapsed component counts as nothing. The mean is in nats, a
     log-density less what parameters cost beside those of one normal distribution, which whitening has as well.
     """
-    num_rows, of_one = z.shape[1] + 1, z.shape[1] * (z.shape[1] + 3) / 2  # of means and covariances; their parameters
-    most, found = len(z) // (5 * num_rows), {}
+    of_one = z.shape[1] * (z.shape[1] + 3) / 2  # parameters of a mean and a covariance
+    most, found = len(z) // (5 * (z.shape[1] + 1)), {}
 
     def attempt(num):
         if 1 <= num <= most and num not in found:
             found[num] = -math.inf
             with contextlib.suppress(ValueError):  # of a collapse
                 mixture = expectation_maximisation(z, num, random_state=seed)
-                if min(mixture.weights_) * len(z) > num_rows:
+                if no_component_collapsed(mixture, len(z)):
                     found[num] = (of_one * math.log(len(z)) - float(mixture.bic(z))) / (2 * len(z))
         return max(found, key=found.__getitem__, default=0)
 

@@ -138,8 +138,7 @@ class GaussianMixture(Mixture):
 def expectation_maximisation(z: ArrayLike, num_components: int, *, random_state: int, **settings: Any) -> Any:
     """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the more starts.
 
-    It is the likeliest one of all starts whose components have more vectors than a mean and a covariance have rows, if there is
-    any: nothing is as likely as a component that has collapsed onto a few vectors, and other vectors are all but impossible.
+    It is the likeliest one of all starts of which `no_component_collapsed`, if there is any.
 
     Raises:
         ValueError: If a covariance is singular in spite of ``reg_covar`` at every start.
@@ -148,7 +147,7 @@ def expectation_maximisation(z: ArrayLike, num_components: int, *, random_state:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    (num, num_dims), found = np.shape(z), []
+    num, found = np.shape(z)[0], []
     settings["random_state"] = np.random.RandomState(random_state)  # another start whenever it is used
     # On one thread: matrices are small, and threads that wait for each other took ten times as long on two busy cores.
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning), threadpool_limits(1):
@@ -157,7 +156,15 @@ def expectation_maximisation(z: ArrayLike, num_components: int, *, random_state:
                 found.append(mixture.GaussianMixture(num_components, **settings).fit(z))
     if not found:
         raise ValueError(f"{num_components} components of {num} vectors have singular covariances: take fewer")
-    return max(found, key=lambda each: (min(each.weights_) * num > num_dims + 1, each.lower_bound_))
+    return max(found, key=lambda each: (no_component_collapsed(each, num), each.lower_bound_))
+
+
+def no_component_collapsed(mixture: Any, num: int) -> bool:
+    """Whether each component has more of ``num`` vectors than its mean and covariance have rows.
+
+    Nothing is as likely as a component that has collapsed onto a few vectors, and other vectors are all but impossible then.
+    """
+    return bool(min(mixture.weights_) * num > mixture.means_.shape[1] + 1)
 
 
 @pytree(arrays=("mean", "log_std", "log_scales", "logits"))
