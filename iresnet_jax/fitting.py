@@ -220,8 +220,8 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
     """The best model of several candidates by successive halving, with all attempts in its history.
 
     The first round gives `STEPS_IN_ROUND` updates to each candidate, all of them at most a fifth of the time. Then the best one
-    goes on alone, as `next_run` says: for longer from its start, as a learning rate has to fall to the end of a run, or with
-    more noise. Each run validates its start, too, which counts like any other state.
+    that learned goes on alone, as `next_run` says: for longer from its start, as a learning rate has to fall to the end of a
+    run, or with more noise. Each run validates its start, too, which counts like any other state.
 
     Args:
         table: The candidates; the first one is the plain one.
@@ -290,16 +290,19 @@ def next_run(runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER) 
     """
     if (plain, 0) not in runs and any(run is not None and run.is_cut_short for run in runs.values()):
         return plain, 0
-    candidate, leader = _leader(runs, trained=True)
-    best = leader.attempt
-    if best.best_step > IMPROVING * best.num_steps:
-        if left_s < WORTHWHILE * best.seconds:
+    candidate, best = _leader(runs, trained=True)
+    # Where training made the best start only worse, another one that still improves may overtake it.
+    that_learned = {key: run for key, run in runs.items() if run is not None and run.attempt.best_step}
+    learner, learned = (candidate, best) if best.attempt.best_step else _leader(that_learned or runs)
+    _, _, best_step, num_steps, seconds = learned.attempt
+    if best_step > IMPROVING * num_steps:
+        if left_s < WORTHWHILE * seconds:
             return "too little time was left for a longer run"
-        is_last = left_s < longer * (1 + WORTHWHILE) * best.seconds
-        more = 0 if is_last else longer * best.num_steps
-        if (candidate, more) not in runs:
-            return candidate, more
-    if best.best_step < OVERFITTED * best.num_steps:
+        is_last = left_s < longer * (1 + WORTHWHILE) * seconds
+        more = 0 if is_last else longer * num_steps
+        if (learner, more) not in runs:
+            return learner, more
+    if best.attempt.best_step < OVERFITTED * best.attempt.num_steps:
         for milder in candidate.milder():
             if (milder, STEPS_IN_ROUND) not in runs:
                 return milder, STEPS_IN_ROUND

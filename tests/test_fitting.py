@@ -81,7 +81,15 @@ NEXT_RUNS = {
         *(140.0, (PLAIN, 0)),
     ),
     "what ended early by itself was not cut short": (
+        {(MIXTURE, 1000): outcome(2.0, 0, 300), (PLAIN, 1000): outcome(5.0, 700)},
+        *(140.0, noisy(0.1)),
+    ),
+    "a start that training made worse leaves it to what still improves": (
         {(MIXTURE, 1000): outcome(2.0, 0, 300), (PLAIN, 1000): outcome(5.0, 1000)},
+        *(140.0, (PLAIN, 4000)),
+    ),
+    "until that no longer improves": (
+        {(MIXTURE, 1000): outcome(2.0, 0, 300), (PLAIN, 4000): outcome(5.0, 2000, 4000)},
         *(140.0, noisy(0.1)),
     ),
     "what overfits is tried with noise": (OVERFITTED, 170.0, noisy(0.1)),
