@@ -1,0 +1,103 @@
+"""What an inverse costs a provably robust classifier: its twin takes the full step of a convex potential, which has no inverse.
+
+    python benchmarks/robust_twin.py --workdir DIR [--quick]
+
+DIR holds a run of ``configs/mnist_robust.py`` with blocks ``x + g(x)``, ``g(x) = -K^T phi(K x)`` and ``|K|^2 <= L < 1``.
+The twin has ``x + (2 / L) g(x)``, the longest step that never stretches (Meunier et al. 2022). It is trained by the settings of
+the run: data, loss, optimizer, batches, updates, average of parameters. Both are verified on all test images at the radius that
+training aimed at.
+"""
+
+import jax
+import numpy as np
+import optax
+from _models import load_kind, model_parser, name_of
+from _record import write
+
+import iresnet_jax as ir
+from iresnet_jax.evaluation.robustness import Accuracy
+from iresnet_jax.models.flow import blocks_of
+from iresnet_jax.models.head import apply_head, cross_entropy, distances
+from iresnet_jax.training.classification import Margin
+from iresnet_jax.training.optimizers import make_optimizer, make_schedule
+
+
+def twin_logits(model, images):
+    """Logits of the network whose steps are ``2 / L`` times as long."""
+    (stage,), step = model.spec.flow.layout, 2 / model.spec.flow.coeff
+    x = model.preprocess(images)
+    for reshape in stage.reshapes:
+        x = reshape.forward(x)
+    blocks = blocks_of(model.spec.flow, model.weights)[stage.name]
+    x, _ = jax.lax.scan(lambda x, block: (x + step * block.branch(x), None), x, blocks)
+    return apply_head(model.head, {}, x)
+
+
+def trained_twin(run, num_steps):
+    """The twin, trained as the run was."""
+    config, spec, images = run.config, run.model.spec, run.data.examples["train"]
+    margin = Margin(config.classifier.margin, config.classifier.temperature)
+
+    def loss(model, batch, key):
+        images, labels = batch
+        return cross_entropy(margin.apply(model, twin_logits(model, images), labels), labels).mean()
+
+    schedule = make_schedule(config.optimizer, num_steps)
+    model = ir.Classifier.init(
+        jax.random.key(config.seed),
+        images[: config.training.actnorm_examples],
+        spec.num_classes,
+        stages=config.model.stages,
+        coeff=config.model.coeff,
+        mean=spec.mean,
+        std=spec.std,
+        head=spec.head,
+    )
+    return ir.train(
+        model,
+        loss,
+        (images, run.data.labels["train"]),
+        key=config.seed,
+        steps=num_steps,
+        batch_size=config.training.batch_size,
+        optimizer=optax.chain(make_optimizer(config.optimizer), optax.scale_by_schedule(schedule)),
+        ema_decay=config.training.ema_decay,
+    )
+
+
+def twin_radii(model, images, labels):
+    """Radii of the twin in float32, 0 where it is wrong."""
+
+    @jax.jit
+    def radii(model, images, labels):
+        logits, is_own = twin_logits(model, images), jax.nn.one_hot(labels, model.spec.num_classes) > 0
+        margins = jax.numpy.take_along_axis(logits, labels[:, None], 1) - logits
+        sizes = min(model.spec.std) * margins / jax.numpy.where(is_own, 1, distances(model.head)[labels])
+        return jax.numpy.where(is_own, jax.numpy.inf, sizes).min(axis=1)
+
+    parts = [slice(i, i + 1000) for i in range(0, len(images), 1000)]
+    return np.maximum(np.concatenate([radii(model, images[part], labels[part]) for part in parts]), 0)
+
+
+def accuracies(radii, radius):
+    """Shares of images that are right, and verified at a radius."""
+    clean, verified = Accuracy.of(radii > 0), Accuracy.of(radii >= radius)
+    return {"clean": str(clean), "verified": str(verified), "median_radius": float(np.median(radii))}
+
+
+def main():
+    options = model_parser(__doc__)
+    arguments = options.parse_args()
+    run, model = load_kind(arguments.workdir, ir.Classifier)
+    radius, num_steps = run.config.classifier.margin, 50 if arguments.quick else run.config.training.total_steps
+    images, labels = run.test_examples(), np.asarray(run.data.labels["test"])
+    found = ir.certify.radius(model, images)
+    own = np.where(found.predicted == labels, found.radius, 0)
+    twins = twin_radii(trained_twin(run, num_steps), images, labels)
+    lost = 100 * float((twins >= radius).mean() - (own >= radius).mean())
+    results = {"invertible": accuracies(own, radius), "twin": accuracies(twins, radius), "points_lost": lost}
+    write(f"robust_twin_{name_of(run)}", arguments, {"radius": radius, "steps": num_steps}, results)
+
+
+if __name__ == "__main__":
+    main()
