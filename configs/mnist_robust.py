@@ -2,8 +2,9 @@
 
     python train.py --config=configs/mnist_robust.py --workdir=runs/mnist_robust
 
-Every block is a gradient step of a convex potential with eigenvalues in [mu, 1], mu = .05, so ``Lip(F) <= 1`` at any depth.
-Test 96.2 % right, 61.1 % verified at 1.58 after 27 minutes of one core (benchmarks/results/mnist_robust).
+Every block is a gradient step of a convex potential with eigenvalues in [mu, 1], mu = .545, so ``Lip(F) <= 1`` at any depth and
+``Lip(F^-1) <= mu^-16 = 1.7e4``: rounding in single precision, magnified by that, stays below what a grey level can show.
+Test 95.2 % right, 57.0 % verified at 1.58 after 44 minutes of one core (benchmarks/results/mnist_robust).
 
 Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 1] that training aims at; :fashion_mnist and
 :cifar10 aim at 36/255 on those data. `report` has the accuracy that is verified and the one under attack at `evaluation.radii`.
@@ -11,23 +12,28 @@ Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 
 
 from iresnet_jax.runs.config import check_name, default_config
 
-RADII = {"1.58": (0.3, 0.5, 1.0, 1.58, 2.0), "0.3": (0.1, 0.3, 0.5, 1.0, 1.58)}  # of reports
-TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 55_000, 12, 256
+SMALL = 36 / 255  # the usual radius of colour images
+VARIANTS = {  # data, radius of training, epochs, radii of reports
+    "1.58": ("mnist", 1.58, 16, (0.3, 0.5, 1.0, 1.58, 2.0)),
+    "0.3": ("mnist", 0.3, 8, (0.1, 0.3, 0.5, 1.0, 1.58)),
+    "fashion_mnist": ("fashion_mnist", SMALL, 8, (SMALL, 2 * SMALL, 3 * SMALL)),
+    "cifar10": ("cifar10", SMALL, 4, (SMALL, 2 * SMALL, 3 * SMALL)),
+}
+EPOCH, BATCH_SIZE = 214, 256  # updates
 
 
 def get_config(variant="1.58"):
-    check_name(variant, (*RADII, "fashion_mnist", "cifar10"))
+    check_name(variant, VARIANTS)
+    data, margin, num_epochs, radii = VARIANTS[variant]
     config = default_config()
     config.objective = "classification"
-    config.data.name = "mnist" if variant in RADII else variant
-    config.model.stages = ({"num_blocks": 12, "hidden": (512,), "activation": "relu", "kind": "potential", "actnorm": False},)
-    config.model.coeff = 0.95  # 1 - mu
-    margin = float(variant) if variant in RADII else 36 / 255
+    config.data.name = data
+    config.model.stages = ({"num_blocks": 16, "hidden": (512,), "activation": "relu", "kind": "potential", "actnorm": False},)
+    config.model.coeff = 0.455  # 1 - mu
     config.classifier.update({"mean": (0.0,), "std": (1.0,), "head": "linear", "margin": margin, "temperature": 0.25})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 100, "b2": 0.999, "clip_norm": 0.0})
-    epoch = TRAIN_EXAMPLES // BATCH_SIZE
-    config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": epoch})
+    config.training.update({"total_steps": num_epochs * EPOCH, "batch_size": BATCH_SIZE, "eval_every_steps": EPOCH})
     config.training.update({"ema_decay": 0.995, "eval_examples": 5000, "log_every_steps": 50})
-    config.evaluation.radii = RADII.get(variant, (36 / 255, 72 / 255, 108 / 255))
+    config.evaluation.radii = radii
     return config
