@@ -91,7 +91,7 @@ def twin_radii(model, images, labels):
 def accuracies(radii, radius):
     """Shares of images that are right, and verified at a radius."""
     clean, verified = Accuracy.of(radii > 0), Accuracy.of(radii >= radius)
-    return {"clean": str(clean), "verified": str(verified), "median_radius": float(np.median(radii))}
+    return {"clean": asdict(clean), "verified": asdict(verified), "median_radius": float(np.median(radii))}
 
 
 def main():
