@@ -14,6 +14,7 @@ batches, updates, average of parameters. It has no inverse.
 from dataclasses import asdict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from _models import load_kind, model_parser
@@ -34,9 +35,7 @@ NUM_CERTIFIED = 8  # inverses
 def twin_logits(model, images):
     """Logits of the network whose steps are ``2 / L`` times as long."""
     (stage,), step = model.spec.flow.layout, 2 / model.spec.flow.coeff
-    x = model.preprocess(images)
-    for reshape in stage.reshapes:
-        x = reshape.forward(x)
+    x = ir.chain(stage.reshapes).forward(model.preprocess(images))
     blocks = blocks_of(model.spec.flow, model.weights)[stage.name]
     x, _ = jax.lax.scan(lambda x, block: (x + step * block.branch(x), None), x, blocks)
     return apply_head(model.head, {}, x)
@@ -80,9 +79,9 @@ def twin_radii(model, images, labels):
     @jax.jit
     def radii(model, images, labels):
         logits, is_own = twin_logits(model, images), jax.nn.one_hot(labels, model.spec.num_classes) > 0
-        margins = jax.numpy.take_along_axis(logits, labels[:, None], 1) - logits
-        sizes = min(model.spec.std) * margins / jax.numpy.where(is_own, 1, distances(model.head)[labels])
-        return jax.numpy.where(is_own, jax.numpy.inf, sizes).min(axis=1)
+        margins = jnp.take_along_axis(logits, labels[:, None], 1) - logits
+        sizes = min(model.spec.std) * margins / jnp.where(is_own, 1, distances(model.head)[labels])
+        return jnp.where(is_own, jnp.inf, sizes).min(axis=1)
 
     parts = [slice(i, i + 1000) for i in range(0, len(images), 1000)]
     return np.maximum(np.concatenate([radii(model, images[part], labels[part]) for part in parts]), 0)

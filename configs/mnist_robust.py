@@ -12,14 +12,15 @@ Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 
 
 from iresnet_jax.runs.config import check_name, default_config
 
-SMALL = 36 / 255  # the usual radius of colour images
+COMMON = 36 / 255  # radius of most published comparisons on colour images
 VARIANTS = {  # data, radius of training, epochs, radii of reports
     "1.58": ("mnist", 1.58, 16, (0.3, 0.5, 1.0, 1.58, 2.0)),
     "0.3": ("mnist", 0.3, 8, (0.1, 0.3, 0.5, 1.0, 1.58)),
-    "fashion_mnist": ("fashion_mnist", SMALL, 8, (SMALL, 2 * SMALL, 3 * SMALL)),
-    "cifar10": ("cifar10", SMALL, 4, (SMALL, 2 * SMALL, 3 * SMALL)),
+    "fashion_mnist": ("fashion_mnist", COMMON, 8, (COMMON, 2 * COMMON, 3 * COMMON)),
+    "cifar10": ("cifar10", COMMON, 4, (COMMON, 2 * COMMON, 3 * COMMON)),
 }
-EPOCH, BATCH_SIZE = 214, 256  # updates
+BATCH_SIZE = 256
+EPOCH = 55_000 // BATCH_SIZE  # updates, of MNIST's images for training also on other data
 
 
 def get_config(variant="1.58"):
