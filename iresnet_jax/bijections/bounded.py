@@ -87,7 +87,7 @@ class Bounded(ClosedForm):
         """Constants of both maps: steep without bound near ends and in tails; the logit is flattest in the middle."""
         _, _, _, scale, bounded, is_both = self._rows(self.low, jnp)
         steepest = jnp.where(bounded, jnp.inf, 1 / jnp.where(scale > 0, scale, 1))
-        widest = jnp.where(is_both, scale / 4, jnp.where(scale > 0, jnp.inf, 1))
+        widest = jnp.where(is_both, scale / 4, jnp.where(bounded | (scale > 0), jnp.inf, 1))
         own = BiLipschitz((1 + ROUNDING) * jnp.max(steepest), (1 + ROUNDING) * jnp.max(widest))
         return own.compose(self.then.bilipschitz())
 

@@ -132,8 +132,9 @@ def certified(model: Density | Classifier, decoded: Decoded, *, context: Context
         spec = model.spec
         channels, steps = spec.image_shape[-1], spec.num_levels - 1.0
         mean, std = (values * (channels // len(values)) for values in (spec.mean, spec.std))
-        enclosure = enclosing(Standardize(mean, std))(x[..., :channels], certificate.error_bound)
-        levels = Cells.of([(0.0, 1 / steps)] * channels)
+        with jax.enable_x64():  # the numbers of `spec` as they are
+            standardize, levels = Standardize(mean, std), Cells.of([(0.0, 1 / steps)] * channels)
+        enclosure = enclosing(standardize)(x[..., :channels], certificate.error_bound)
         certain = levels.certain(np.rint(data * steps) / steps, enclosure)
     else:
         spec = model.spec

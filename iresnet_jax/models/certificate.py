@@ -83,8 +83,8 @@ class Certificate:
         claimed = [block.name for block in self.blocks if block.word == "user"]
         words = f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
         return (
-            f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {self.max_block:.5f}; whole model: "
-            f"Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{words}"
+            f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {said_up(self.max_block, 5)}; "
+            f"whole model: Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{words}"
         )
 
     @property
@@ -99,7 +99,7 @@ class Certificate:
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
             word = "" if row.word == "certified" else f"  {row.word}'s word"
-            lines.append(f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  {row.bound:15.5f}{word}")
+            lines.append(f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  {said_up(row.bound, 5):>15}{word}")
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ def test_the_constant_of_the_inverse_is_attained_in_the_middle(x64):
     flattest = jax.jit(jax.grad(lambda x: alone.to_line(x[None, None])[0][0, 0]))(1.0)
     assert np.isinf(forward)
     assert 0.99 * inverse < 1 / flattest <= inverse
+    assert np.isinf(Bounded([0.0], [np.inf]).bilipschitz().inverse)  # the exponential function
 
 
 def test_values_at_the_ends_have_a_density_and_values_outside_have_none():

@@ -1,5 +1,6 @@
 """The certificate of a model against singular values of its layers, and what it says where there is none."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -33,6 +34,14 @@ def test_weights_beyond_their_budget_are_not_certified():
     assert not certificate.certified
     assert certificate.inverse == np.inf
     assert jax.jit(Density.freeze)(doubled).certificate().certified
+
+
+def test_bounds_are_said_rounded_up():
+    certificate = kept.model(kept.POINTS).certificate()
+    said = [float(line.split()[3]) for line in certificate.table.splitlines()[1:5]]
+    assert np.all(said >= np.array([row.bound for row in (*certificate.blocks[0].layers, certificate.blocks[0])]))
+    changed = dataclasses.replace(certificate.blocks[0], bound=0.969994)
+    assert "Lip(g) <= 0.97;" in dataclasses.replace(certificate, blocks=(changed,)).verdict
 
 
 def of_programs(model):
