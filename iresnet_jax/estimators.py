@@ -149,8 +149,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
     likelihood of the samples: ``model_.log_prob`` is low for samples that are like none of the classes. Constant features are
-    ignored. Parameters are those of
-    `ResidualFlowDensity`.
+    ignored. Parameters are those of `ResidualFlowDensity`, and ``bounds`` must be None.
 
     Attributes:
         classes_: Labels of the classes, sorted.
@@ -186,9 +185,16 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         return self
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Log-probability of every class of ``classes_``, one row per sample."""
+        """Log-probability of every class of ``classes_``, one row per sample.
+
+        Raises:
+            ValueError: If a sample is so far from those of the training that single precision overflows.
+        """
         x = self._checked(X)[:, self.varying_features_]
-        return scipy.special.log_softmax(_in_batches(_class_log_probs, self.model_, x), axis=1)  # sums are 1 in float64
+        found = _in_batches(_class_log_probs, self.model_, x)
+        if len(rows := np.flatnonzero(np.isnan(found).any(axis=1))):
+            raise ValueError(f"sample {rows[0]} is so far from those of the training that its classes have no probabilities")
+        return scipy.special.log_softmax(found, axis=1)  # sums are 1 in float64
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of every class of ``classes_``, one row per sample."""

@@ -202,6 +202,8 @@ def test_a_classifier_separates_two_blobs(classifier, blobs):
     np.testing.assert_allclose(proba.sum(axis=1), 1, rtol=SAME)
     assert np.mean(proba[np.arange(len(x)), (y == "spam").astype(int)]) > 0.95
     np.testing.assert_allclose(np.exp(classifier.model_.class_log_probs(x.astype(np.float32))), proba, atol=ROUNDED)
+    with pytest.raises(ValueError, match="sample 1 is so far from"):
+        classifier.predict(np.stack([x[0], np.full(x.shape[1], 1e30)]))
 
 
 def test_whitening_within_classes():

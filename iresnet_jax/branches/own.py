@@ -107,6 +107,8 @@ class Structure:
                 raise ValueError(
                     f"its leaf {name} is {leaf.dtype}, which cannot be trained: make it an array of NumPy, a constant"
                 )
+            if name in weights:
+                raise ValueError(f"two of its leaves are called {name}: a key of a dictionary must not contain a dot")
             names.append(name if is_weight else None)
             constants.append(None if is_weight else leaf)
             if is_weight:

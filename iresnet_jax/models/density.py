@@ -215,6 +215,8 @@ class Density(Model):
         model = cls(spec, {}, estimator=estimator or ExactLogdet(), **spec.initial_arrays(key_network))
         context = None if context is None else initial.some(context)
         given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
+        if not np.all(np.isfinite(given[0])):
+            raise ValueError(f"examples are out of the range of their transform, {type(spec.transform).__name__}")
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)
         check_claims(spec.flow, weights, *given)
         if isinstance(prior, str):
@@ -289,7 +291,7 @@ class Density(Model):
             )
         return found.astype(z.dtype)
 
-    def class_log_probs(self, x: Data, key: Keys | None = None) -> Float[Array, "... k"]:
+    def class_log_probs(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "... k"]:
         """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
 
         Arguments are those of `encode`.
@@ -297,7 +299,7 @@ class Density(Model):
         Raises:
             ValueError: If the model has one prior for all.
         """
-        prior, z = self._class_priors, self.encode(x, key)
+        prior, z = self._class_priors, self.encode(x, key, context=context)
         by_class = prior.log_prob_by_class(z.reshape(-1, z.shape[-1]))
         return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], -1)
 
@@ -326,7 +328,7 @@ class Density(Model):
         """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
 
         Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels, before they are rounded down. It is
-        the product of the blocks' bounds, which says little about a deep flow.
+        the product of the blocks' bounds, without the rounding of the preprocessing, and says little about a deep flow.
         """
         examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
         return examples.restore(_decode(self._for_programs(), examples.x, examples.context))

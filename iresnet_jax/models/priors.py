@@ -23,6 +23,7 @@ from iresnet_jax.maths.platforms import floats
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
 
 NUM_FOLDS = 5  # of the cross-validation of classifiers
+NUM_REGRESSED = 5000  # latents that logistic regression is fitted to
 SMALLEST_VARIANCE = 1e-4  # of latents within classes, whose whole variance is about 1 or more
 
 L = TypeVar("L", bound="LocationScale")
@@ -134,7 +135,9 @@ class ClassPriors:
         counts = np.bincount(labels, minlength=num_classes)
         mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
         logits = np.log((counts + 1) / (counts.sum() + num_classes))
-        if family == "gaussian" and counts.min() >= NUM_FOLDS and (found := _better_logits(z, labels)) is not None:
+        some = slice(0, NUM_REGRESSED)
+        has_all = family == "gaussian" and np.bincount(labels[some], minlength=num_classes).min() >= NUM_FOLDS
+        if has_all and (found := _better_logits(z[some], labels[some])) is not None:
             weights, bias = found
             mean = weights - weights.mean(axis=0) + z.mean(axis=0)
             shift = logits - bias - 0.5 * np.square(mean).sum(axis=1)
@@ -185,7 +188,6 @@ def _better_logits(z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -
     from sklearn.model_selection import cross_val_score
     from threadpoolctl import threadpool_limits
 
-    z, labels = z[:5000], labels[:5000]
     regression, analysis = LogisticRegression(max_iter=1000), LinearDiscriminantAnalysis()
     with threadpool_limits(1):
         scores = [

@@ -177,6 +177,7 @@ def odd_one(**methods):
 WRONG = {
     "no array": (lambda key: GRAPH, "nothing to train"),
     "an integer": (lambda key: dataclasses.replace(masked(key), bias=jnp.arange(DIMS)), "leaf bias is int32"),
+    "one name twice": (lambda key: {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}}, "two of its leaves are called a.b"),
     "the name of ActNorm": (lambda key: {"actnorm": jnp.zeros(2)}, "must not be called 'actnorm'"),
     "no call": (lambda key: {"weight": jnp.zeros(2)}, "cannot be called on a batch of shape"),
     "another shape": (odd_one(__call__=lambda self, x: x[:, :2]), r"floats of the shape of its batch \(2, 3\)"),

@@ -11,6 +11,7 @@ import pytest
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Standardize
 from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
@@ -134,6 +135,18 @@ def test_values_out_of_their_range_are_refused():
     model = kept.model(dataclasses.replace(PLANE, transform=Bounded((-9.0, -np.inf), (9.0, np.inf))))
     with pytest.raises(ValueError, match="not within the range -9 to 9"):
         model.log_prob(POINTS + 10)
+
+
+def test_examples_out_of_the_range_of_a_transform_give_no_model():
+    with pytest.raises(ValueError, match="out of the range of their transform, Logit"):
+        Density.init(jax.random.key(0), POINTS, stages=PLANE.flow.stages, transform=Logit(0.05))
+
+
+def test_classes_of_a_conditional_model_take_contexts():
+    model = kept.model(dataclasses.replace(kept.GIVEN, num_classes=2))
+    z = model.encode(POINTS[:3], context=kept.CONTEXTS[:3])
+    by_class = jax.nn.log_softmax(model.prior.log_prob_by_class(z))
+    np.testing.assert_allclose(model.class_log_probs(POINTS[:3], context=kept.CONTEXTS[:3]), by_class, rtol=SINGLE)
 
 
 def test_values_between_those_of_a_grid_count_as_the_nearest():

@@ -146,3 +146,10 @@ def test_priors_of_classes_have_the_means_of_their_latents(family):
     np.testing.assert_allclose(of_class.std(axis=0), 1, rtol=0.08)
     shapes = jax.tree.map(jnp.shape, priors.standard(family, 2, num_classes=3))
     assert shapes == jax.tree.map(jnp.shape, fitted)
+
+
+def test_a_class_that_is_missing_where_regression_looks_has_its_mean():
+    labels = np.zeros(priors.NUM_REGRESSED + 6, int)
+    labels[::2], labels[-6:] = 1, 2
+    z = np.random.default_rng(0).normal(size=(len(labels), 2)) + labels[:, None]
+    np.testing.assert_allclose(ClassPriors.fit("gaussian", z, labels, 3).by_class.mean[2], z[-6:].mean(axis=0), rtol=1e-5)
