@@ -30,6 +30,7 @@ POINTS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)))
 GIVEN = dataclasses.replace(POINTS, flow=dataclasses.replace(POINTS.flow, context_dim=3))
 CONTEXTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 IMAGES = DensitySpec(FlowSpec(SHAPE, (StageSpec(2, hidden=(3,)),)), transform=Logit(0.05), num_levels=LEVELS)
+CLASSES_OF_POINTS = dataclasses.replace(POINTS, num_classes=CLASSES)
 HYBRID = dataclasses.replace(IMAGES, num_classes=CLASSES)
 DIGITS = FlowSpec((8, 8, 1), (StageSpec(1, hidden=(2,)),))
 TEN_DIGITS = DensitySpec(DIGITS, transform=Logit(0.05), num_levels=17, num_classes=10)
@@ -127,6 +128,7 @@ def dense_bits(model, examples, seed, noise_draw):
 
 
 OBJECTIVES = {POINTS: "density", GIVEN: "density", IMAGES: "density", HYBRID: "hybrid", CLASSIFIER: "classification"}
+OBJECTIVES |= {CLASSES_OF_POINTS: "hybrid"}
 CONFIG = """
 from iresnet_jax.runs.config import default_config
 

@@ -74,7 +74,7 @@ def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
     assert [line.partition(":")[0] for line in lines] == ["test", "test error"]
     assert "bits/dim" in lines[0]
     assert "exact log-determinant" in lines[0]
-    assert "of 25 images" in lines[1]
+    assert "of 25 examples" in lines[1]
     assert said(capsys, "evaluate", folders["classifier"]).startswith("test error: ")
     assert " nats (" in said(capsys, "evaluate", folders["points"])
 
@@ -103,6 +103,13 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
     assert np.any(np.load(folder / "samples.npy") != levels)
     assert "converged for 3 of 3" in said(capsys, "sample", copied["points"], "--certify", "0", "--num", "3")
     assert np.load(copied["points"] / "samples.npy").dtype == np.float32
+
+
+def test_a_hybrid_of_vectors_has_a_report(tmp_path, capsys):
+    labels = np.arange(60) % kept.CLASSES
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(60, 2)) + labels[:, None], y=labels)
+    folder = kept.folder(tmp_path / "run", kept.CLASSES_OF_POINTS, f"npz:{tmp_path / 'data.npz'}")
+    assert "of 6 examples" in said(capsys, "report", folder)
 
 
 def test_numbers_of_a_file_are_contexts_of_length_1(tmp_path):

@@ -8,7 +8,7 @@ from jaxtyping import Int, Num
 
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.training.classification import evaluate_images
+from iresnet_jax.training.classification import classify
 
 CONFIDENCE = 0.95  # probability that the interval of an error covers the true one
 NUM_MISTAKES = 32  # listed and shown
@@ -48,7 +48,7 @@ class Classification:
     def __str__(self) -> str:
         low, high = self.interval
         line = (
-            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} images; "
+            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} examples; "
             f"{100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
         )
         return "\n".join([line, *self.warnings()])
@@ -59,10 +59,10 @@ class Classification:
 
 
 def evaluate(
-    model: Density | Classifier, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], batch_size: int
+    model: Density | Classifier, examples: Num[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"], batch_size: int
 ) -> Classification:
-    """Top-1 error of a classifier, or of a density with classes, on images of integer levels."""
-    outputs = evaluate_images(model, images, labels, batch_size)
+    """Top-1 error of a classifier of images of integer levels, or of a density with classes on its data."""
+    outputs = classify(model, examples, labels, batch_size)
     return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
 
 

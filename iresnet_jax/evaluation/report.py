@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -31,6 +32,7 @@ from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.preprocessing import cells
 from iresnet_jax.runs.machine import device_summary, num_cores
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
@@ -260,7 +262,8 @@ def log_density_on_grid(
     Returns:
         Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).
     """
-    low, high = np.asarray(points, np.float64).min(axis=0), np.asarray(points, np.float64).max(axis=0)
+    points = np.asarray(cells(model.spec).forward(jnp.asarray(points)), np.float64)
+    low, high = points.min(axis=0), points.max(axis=0)
     margin = np.maximum(0.05 * (high - low), 1e-6)
     low, high = low - margin, high + margin
     edges = low + (np.arange(side)[:, None] + 0.5) / side * (high - low)
@@ -270,26 +273,28 @@ def log_density_on_grid(
     return np.asarray(log_density), (*np.stack([low, high]).T.ravel().tolist(),)
 
 
-def _classes(run: Run, images: np.ndarray, figures: Figures) -> Results:
+def _classes(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     """Test error of a model with classes; robustness of a classifier, and of a density samples of each class."""
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
-    result = classification.evaluate(model, images, run.data.labels["test"], size)
+    is_image = examples.ndim == 4
+    result = classification.evaluate(model, examples, run.data.labels["test"], size)
     figures["classification"] = {"Classes and what they were taken for": plots.confusion_matrix(np.array(result.confusion))}
-    if result.mistakes:
-        chosen = images[[mistake.index for mistake in result.mistakes]]
+    if result.mistakes and is_image:
+        chosen = examples[[mistake.index for mistake in result.mistakes]]
         captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
         figures["classification"]["First mistakes"] = plots.images(chosen, levels, captions=captions)
     if not isinstance(model, Density):
         results: Results = {"classification": result}
         if run.config.evaluation.radii:
             labels = run.data.labels["test"]
-            found, radii = robustness.measure(model, images, labels, run.config.evaluation, run.config.seed)
+            found, radii = robustness.measure(model, examples, labels, run.config.evaluation, run.config.seed)
             results["robustness"] = found
             figures["robustness"] = {"Accuracy by radius": plots.robustness_curves(found, radii)}
         return results
     labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), plots.COLUMNS).tolist()
     values, convergence = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
-    figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels)}
+    if is_image:
+        figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels)}
     return {"classification": result, "samples_by_class": convergence}
 
 

@@ -70,9 +70,10 @@ def train(
     workdir, settings = path_of(workdir), config.training
     prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
-    if data is None and dataset.examples and "test" not in dataset.examples:
+    if data is None and dataset.examples and len(dataset.examples.get("test", ())) < 2:
         raise ValueError(
-            f"{dataset.name} has no test examples, which the report is on: add them, or set aside some with data.test_fraction"
+            f"{dataset.name} has not the two test examples that a report needs: add a split called test or, where there are no "
+            "splits, set data.test_fraction"
         )
     check_batch_size(settings, dataset)
     hosts.agree_on("run", {"config": to_plain(config), "data": {"name": dataset.name, "fingerprint": dataset.fingerprint}})

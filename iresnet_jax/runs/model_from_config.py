@@ -49,6 +49,10 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
             "config.augmentation.transformations are for images of grey levels without contexts, which "
             f"{data.name} has not: leave them out"
         )
+    if config.evaluation.num_importance_draws and data.num_levels is None and data.cells is None:
+        raise ValueError(
+            f"config.evaluation.num_importance_draws is for discrete data, and {data.name} is continuous: make it 0"
+        )
     context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
     flow = build_flow_spec(config.model, data.event_shape, context_dim)
     # Contexts of a network are squeezed.

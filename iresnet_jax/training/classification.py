@@ -99,21 +99,21 @@ def accuracy_and_loss(
     model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
 ) -> dict[str, float]:
     """Share of images that are classified rightly, also with a margin, and their mean cross-entropy."""
-    outputs = evaluate_images(model, images, labels, batch_size, margin)
+    outputs = classify(model, images, labels, batch_size, margin)
     correct = outputs["logits"].argmax(axis=1) == labels
     found = {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
     return found | ({"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.radius else {})
 
 
-def evaluate_images(
-    model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
+def classify(
+    model: Classifier | Density, x: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
 ) -> dict[str, np.ndarray]:
     """Cross-entropies in nats, logits, and who is right with the margin; a density takes the middle of grey levels."""
-    return parallel.over_batches(_classify, (model, margin), parallel.rows_of(images, labels), len(images), batch_size)
+    return parallel.over_batches(_classify, (model, margin), parallel.rows_of(x, labels), len(x), batch_size)
 
 
 def _classify(own: tuple[Classifier | Density, Margin], batch: tuple[Any, Any]) -> dict[str, Any]:
-    (model, margin), (images, labels) = own, batch
-    logits = model.logits(images) if isinstance(model, Classifier) else model.class_log_probs(images)
+    (model, margin), (x, labels) = own, batch
+    logits = model.logits(x) if isinstance(model, Classifier) else model.class_log_probs(x)
     less = margin.apply(model, logits, labels)
     return {"loss": cross_entropy(less, labels), "logits": logits, "at_margin": jnp.argmax(less, axis=1) == labels}

@@ -22,7 +22,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.classification import evaluate_images
+from iresnet_jax.training.classification import classify
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
@@ -154,7 +154,7 @@ class Validation:
         means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
         losses = outputs[model.spec.metric]
         if self.labels is not None:
-            logits = evaluate_images(model, self.examples, self.labels, self.batch_size)["logits"]
+            logits = classify(model, self.examples, self.labels, self.batch_size)["logits"]
             entropy = cross_entropy(jnp.asarray(logits), jnp.asarray(self.labels), label_smoothing=self.label_smoothing)
             means |= {"accuracy": float(np.mean(logits.argmax(axis=1) == self.labels)), "cross_entropy": float(entropy.mean())}
             losses = np.asarray(entropy)

@@ -74,6 +74,7 @@ MISTAKES = [
     ("hybrid", "model.prior=mixture model.prior_components=2", "prior_components is for density: leave it at 0 for hybrid"),
     ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
     ("hybrid", "data.name=moons", "a hybrid needs labels"),
+    ("toy", "evaluation.num_importance_draws=5", "is for discrete data, and moons is continuous: make it 0"),
     ("toy", "evaluation.num_importance_examples=5", "needs draws: set config.evaluation.num_importance_draws"),
 ]
 

@@ -68,6 +68,6 @@ def test_a_model_without_a_config_was_left_by_a_start_that_failed(tmp_path):
 def test_data_without_test_examples_are_refused_before_training(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 2)))
     config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/x.npy", "data.test_fraction": 0.0})
-    with pytest.raises(ValueError, match=r"has no test examples.* data.test_fraction"):
+    with pytest.raises(ValueError, match=r"has not the two test examples .* data.test_fraction"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
