@@ -154,7 +154,7 @@ def fit(
 
 
 def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
-    """Settings that the user has chosen, by their names.
+    """Settings that the user has chosen, by their names; those of a group one by one.
 
     Raises:
         ValueError: If they are no dictionary or no architecture, or hold what `fit` has arguments for.
@@ -162,7 +162,10 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
         raise ValueError(f'settings must be a dictionary such as {{"optimizer.learning_rate": 1e-3}}, got {settings!r}')
-    for name in settings:
+    fields: dict[str, Any] = {}
+    for name, value in settings.items():
+        fields |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    for name in fields:
         if name.startswith("data.") or name in ("training.total_steps", "training.minutes"):
             raise ValueError(f"{name} is no setting of fit: use its arguments for the data, minutes=... and steps=...")
     stages = checked(tuple[StageSpec, ...] | None, architecture, "architecture")
@@ -173,7 +176,7 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
                 f"iresnet_jax.branches and give StageSpec(kind={stage.branch_name!r}) in place of branch=..."
             )
     of_stages = {} if stages is None else {"model.stages": [dataclasses.asdict(stage) for stage in stages]}
-    return {**of_stages, **settings}
+    return {**of_stages, **fields}
 
 
 def hardly_trained(history: History) -> str:

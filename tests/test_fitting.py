@@ -458,6 +458,9 @@ def test_candidates_leave_alone_what_is_given():
 def test_arguments_are_no_settings(name):
     with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
         ir.fit(BANANA, settings={name: 0.3})
+    group, field = name.split(".")
+    with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
+        ir.fit(BANANA, settings={group: {field: 0.3}})
 
 
 def test_a_key_decides_and_so_does_a_seed_among_the_settings():

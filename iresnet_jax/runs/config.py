@@ -229,7 +229,9 @@ def _check_combinations(config: Config) -> None:
 
 
 def with_field(plain: dict[str, Any], name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The plain data of a config with another value of one field; whether the field exists, and may have it, `parse` says.
+    """The plain data of a config with another value of one field, or of some fields of a group, given as a dictionary.
+
+    Whether the fields exist, and may have these values, `parse` says.
 
     Args:
         plain: Plain data.
@@ -242,7 +244,8 @@ def with_field(plain: dict[str, Any], name: str, change: Callable[[Any], Any]) -
 
     def changed(value: Any, keys: list[str], path: str) -> Any:
         if not keys:
-            return change(value)
+            new = change(value)
+            return value | new if isinstance(value, dict) and isinstance(new, dict) else new
         key, *rest = keys
         if isinstance(value, dict):
             return value | {key: changed(value.get(key, {} if rest else ()), rest, f"{path}.{key}")}
