@@ -21,6 +21,7 @@ from iresnet_jax.maths.upward_rounding import UP, U
 
 ROUNDING = 4e-6  # relative error of constants computed in float32, with a margin
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
+NUM_FOLDS = 5  # of the cross-validation of eigenvalues
 SMALLEST_EIGENVALUE = 1e-6  # least variance of standardised data in any direction: single precision inverts the factor
 _TINY = 1e-300  # more than what products lose by underflow
 
@@ -229,7 +230,7 @@ def _norm_bound(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
     return jnp.minimum(bound, frobenius) * (1 + len(matrix) * jnp.finfo(matrix.dtype).eps)  # the error of the sums
 
 
-def shrunk_covariance(z: Float[np.ndarray, "n d"], num_folds: int = 5) -> Float[np.ndarray, "d d"]:
+def shrunk_covariance(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
     """Covariance of centred data with cross-validated eigenvalues (Bartz 2016).
 
     Directions are those of the sample covariance. Its eigenvalues are too far apart, the more so the fewer examples there are;
@@ -239,8 +240,8 @@ def shrunk_covariance(z: Float[np.ndarray, "n d"], num_folds: int = 5) -> Float[
     from scipy.optimize import isotonic_regression
 
     total, variances = z.T @ z, np.zeros(z.shape[1])
-    for fold in range(num_folds):
-        held_out = z[fold::num_folds]
+    for fold in range(NUM_FOLDS):
+        held_out = z[fold::NUM_FOLDS]
         directions = np.linalg.eigh(total - held_out.T @ held_out).eigenvectors
         variances += np.square(held_out @ directions).sum(axis=0) / len(z)
     directions = np.linalg.eigh(total).eigenvectors

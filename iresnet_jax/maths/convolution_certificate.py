@@ -177,8 +177,7 @@ def _reaching_taps(kernel, axis, size):
     # Output i reads pixel i + t - low, so tap t meets the image only if low - (size - 1) <= t <= low + size - 1.
     first, stop = max(0, low - size + 1), min(taps, low + size)
     low = low - first
-    reach = size + (stop - first) - 1 - low  # one past the last pixel read
-    return lax.slice_in_dim(kernel, first, stop, axis=axis), max(reach, min(size, reach) + low)
+    return lax.slice_in_dim(kernel, first, stop, axis=axis), size + max(low, stop - first - 1 - low)
 
 
 def _phases(taps, periods, twist):
