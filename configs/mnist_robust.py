@@ -3,7 +3,8 @@
     python train.py --config=configs/mnist_robust.py --workdir=runs/mnist_robust
 
 Every block is a gradient step of a convex potential with eigenvalues in [mu, 1], mu = .545, so ``Lip(F) <= 1`` at any depth and
-``Lip(F^-1) <= mu^-16 = 1.7e4``: rounding in single precision, magnified by that, stays below what a grey level can show.
+``Lip(F^-1) <= mu^-16 = 1.7e4``: rounding in single precision, magnified by that, stays below what a grey level can show. On
+CIFAR-10 rounding is far from the bound, and mu = .45 leaves the steps longer.
 Test 95.2 % right, 57.0 % verified at 1.58 after 44 minutes of one core (benchmarks/results/mnist_robust).
 
 Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 1] that training aims at; :fashion_mnist and
@@ -13,11 +14,11 @@ Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 
 from iresnet_jax.runs.config import check_name, default_config
 
 COMMON = 36 / 255  # radius of most published comparisons on colour images
-VARIANTS = {  # data, radius of training, epochs, radii of reports
-    "1.58": ("mnist", 1.58, 16, (0.3, 0.5, 1.0, 1.58, 2.0)),
-    "0.3": ("mnist", 0.3, 8, (0.1, 0.3, 0.5, 1.0, 1.58)),
-    "fashion_mnist": ("fashion_mnist", COMMON, 8, (COMMON, 2 * COMMON, 3 * COMMON)),
-    "cifar10": ("cifar10", COMMON, 4, (COMMON, 2 * COMMON, 3 * COMMON)),
+VARIANTS = {  # data, radius of training, 1 - mu, epochs, radii of reports
+    "1.58": ("mnist", 1.58, 0.455, 16, (0.3, 0.5, 1.0, 1.58, 2.0)),
+    "0.3": ("mnist", 0.3, 0.455, 8, (0.1, 0.3, 0.5, 1.0, 1.58)),
+    "fashion_mnist": ("fashion_mnist", COMMON, 0.455, 8, (COMMON, 2 * COMMON, 3 * COMMON)),
+    "cifar10": ("cifar10", COMMON, 0.55, 4, (COMMON, 2 * COMMON, 3 * COMMON)),
 }
 BATCH_SIZE = 256
 EPOCH = 55_000 // BATCH_SIZE  # updates, of MNIST's images for training also on other data
@@ -25,12 +26,12 @@ EPOCH = 55_000 // BATCH_SIZE  # updates, of MNIST's images for training also on 
 
 def get_config(variant="1.58"):
     check_name(variant, VARIANTS)
-    data, margin, num_epochs, radii = VARIANTS[variant]
+    data, margin, step, num_epochs, radii = VARIANTS[variant]
     config = default_config()
     config.objective = "classification"
     config.data.name = data
     config.model.stages = ({"num_blocks": 16, "hidden": (512,), "activation": "relu", "kind": "potential", "actnorm": False},)
-    config.model.coeff = 0.455  # 1 - mu
+    config.model.coeff = step
     config.classifier.update({"mean": (0.0,), "std": (1.0,), "head": "linear", "margin": margin, "temperature": 0.25})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 100, "b2": 0.999, "clip_norm": 0.0})
