@@ -9,8 +9,8 @@ Flags:
                       gs://bucket/run and s3://bucket/run, too
     --debug           show the traceback of a failure
 
-Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there to the
-same result.
+Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there, a run of
+so many steps to the same result.
 
 A run on many hosts is the same command on each of them, see docs/clusters.md. TPU pods, SLURM, Open MPI and Kubernetes are
 detected; otherwise every process needs

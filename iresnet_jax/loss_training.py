@@ -172,7 +172,7 @@ def train(
         kept = best or Best.of(trainer.state, math.inf)
         trained = free.with_(params=jax.device_put(kept.ema)).certified()
         history = History.from_records(trainer.records, kept.step)
-        return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else trainer.ended))
+        return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else ""))
 
 
 def _make_validation(

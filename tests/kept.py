@@ -127,8 +127,11 @@ def dense_bits(model, examples, seed, noise_draw):
         return -log_p / (z.shape[1] * np.log(2)) + np.log2(LEVELS)
 
 
-OBJECTIVES = {POINTS: "density", GIVEN: "density", IMAGES: "density", HYBRID: "hybrid", CLASSIFIER: "classification"}
-OBJECTIVES |= {CLASSES_OF_POINTS: "hybrid"}
+OBJECTIVES = {
+    **dict.fromkeys((POINTS, GIVEN, IMAGES), "density"),
+    **dict.fromkeys((HYBRID, CLASSES_OF_POINTS), "hybrid"),
+    CLASSIFIER: "classification",
+}
 CONFIG = """
 from iresnet_jax.runs.config import default_config
 

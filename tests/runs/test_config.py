@@ -150,6 +150,8 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
     arguments.append("--config.model.stages[0].actnorm=false")  # which the file does not mention
     assert not parse_train_flags(["train.py", *arguments]).config.model.stages[0].actnorm
     assert flags.workdir == Path("runs/toy")
+    group = parse_train_flags(["train.py", *arguments, "--config.training={'total_steps': 30}"]).config.training
+    assert (group.total_steps, group.batch_size) == (30, 16)  # which the file has set
     monkeypatch.chdir(ROOT)
     flags = parse_train_flags(["train.py", "--debug"])
     assert (flags.workdir, flags.debug) == (Path("runs/digits_density"), True)
