@@ -30,7 +30,7 @@ from _steps import WARMUP, prepare_jax
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan
-from iresnet_jax.runs.config import default_config, estimator_settings, parse
+from iresnet_jax.runs.config import default_config, parse
 from iresnet_jax.runs.model_from_config import density_spec
 
 NAIVE = "naive"
@@ -46,7 +46,7 @@ def colour_config(width, num_blocks=4):
     block = {"num_blocks": num_blocks, "hidden": (width, width), "kernel_sizes": (3, 1, 3), "activation": "elu", "squeeze": 2}
     config.model.stages = (block, block, block)
     config.constraint.num_steps = 5
-    config.logdet = estimator_settings(kind="series", num_terms=5, num_probes=1)
+    config.logdet.update({"kind": "series", "num_terms": 5, "num_probes": 1})
     config.training.update({"batch_size": 32, "actnorm_examples": 256})
     return parse(config)
 

@@ -6,7 +6,7 @@ JPEG copies of its images, whose bits/dim compare with no published ones: test 3
 cores, 2722 steps (benchmarks/results/cifar10_density). Validation was at 3.412, 3.156 and 3.099 after 1000, 2000 and all.
 """
 
-from iresnet_jax.runs.config import default_config, estimator_settings
+from iresnet_jax.runs.config import default_config
 
 
 def get_config():
@@ -20,10 +20,10 @@ def get_config():
     )
     config.model.update({"coeff": 0.95, "prior": "logistic", "sharp": True})
     config.preprocessing.update({"transform": "equalize", "alpha": 1e-6})
-    config.logdet = estimator_settings(kind="krylov", num_terms=6)
+    config.logdet.update({"kind": "krylov", "num_terms": 6})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
     config.optimizer.update({"learning_rate": 0.02, "warmup_steps": 200})
     config.training.update({"minutes": 32.0, "batch_size": 32, "eval_every_steps": 1000, "eval_examples": 512})
-    config.evaluation.logdet = estimator_settings(kind="roulette", num_exact_terms=10)  # half the time of 20, and unbiased
+    config.evaluation.logdet.update({"kind": "roulette", "num_exact_terms": 10})  # half the time of 20, and unbiased
     config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 2})  # 10,000 images: neither contributes much
     return config

@@ -8,7 +8,7 @@ has 25.03 million parameters. Made for accelerators: 200 epochs of 48 blocks wit
 step of 128 images takes 5.1 GB on each of four TPU v5e chips, or 1.3 GB on each of 32.
 """
 
-from iresnet_jax.runs.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config
 
 REPORTED = {"mnist": 1.06, "cifar10": 3.45}
 TRAIN_EXAMPLES = {"mnist": 55_000, "cifar10": 45_000}  # without those held out for validation
@@ -29,7 +29,7 @@ def get_config(data="cifar10"):
         config.model.stages += ({**block, "num_blocks": 16, "preactivation": True, "squeeze": 2},)
     config.model.coeff = 0.9
     config.constraint.num_steps = 5
-    config.logdet = estimator_settings(kind="series", num_terms=5, num_probes=1)
+    config.logdet.update({"kind": "series", "num_terms": 5, "num_probes": 1})
     epoch = TRAIN_EXAMPLES[data] // BATCH_SIZE
     config.optimizer.update({"name": "adamax", "learning_rate": 3e-3, "schedule": "constant", "warmup_steps": epoch})
     config.training.update({"total_steps": EPOCHS * epoch, "batch_size": BATCH_SIZE, "eval_every_steps": 5 * epoch})

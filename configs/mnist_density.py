@@ -10,7 +10,7 @@ With :variational behind it the noise of dequantisation is trained, too, for 90 
 the bound of 64 weighted draws (benchmarks/results/mnist_density_variational).
 """
 
-from iresnet_jax.runs.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config
 
 
 def get_config(noise="uniform"):
@@ -27,7 +27,7 @@ def get_config(noise="uniform"):
     config.model.prior = "logistic"
     config.preprocessing.update({"transform": "equalize", "entrywise": True, "alpha": 1e-6})
     # Blocks contract as much as they may: at c = .97 training exploited what series of 8 terms cut off (docs/measured.md).
-    config.logdet = estimator_settings(kind="krylov", num_terms=6)
+    config.logdet.update({"kind": "krylov", "num_terms": 6})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 200})
     config.training.update({"total_steps": 15_000, "batch_size": 32, "eval_every_steps": 1000, "eval_examples": 1024})

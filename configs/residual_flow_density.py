@@ -7,7 +7,7 @@ channels, of which 28 x 28 images have room for two, and four dense blocks at th
 (docs/clusters.md) a step of 64 images of CIFAR-10 takes 7.0 GB on each of four TPU v5e chips.
 """
 
-from iresnet_jax.runs.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config
 
 REPORTED = {"mnist": 0.970, "cifar10": 3.28, "downsampled_imagenet/32x32": 4.01}
 WIDTH, DENSE_WIDTH = 512, 128
@@ -27,7 +27,7 @@ def get_config(data="mnist"):
     config.model.coeff = 0.98
     config.constraint.num_steps = 5
     config.preprocessing.update({"transform": "logit", "alpha": 1e-6 if data == "mnist" else 0.05})
-    config.logdet = estimator_settings(kind="roulette", distribution="poisson", parameter=2.0, num_exact_terms=2)
+    config.logdet.update({"kind": "roulette", "distribution": "poisson", "parameter": 2.0, "num_exact_terms": 2})
     config.optimizer.update(
         {
             "name": "adam",

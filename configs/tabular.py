@@ -7,7 +7,7 @@ test.csv). Columns that begin with ``context`` are what the density is condition
 by itself.
 """
 
-from iresnet_jax.runs.config import default_config, estimator_settings
+from iresnet_jax.runs.config import default_config
 
 
 def get_config():
@@ -16,8 +16,8 @@ def get_config():
     config.model.stages = ({"num_blocks": 10, "hidden": (128,), "activation": "clipswish"},)
     config.model.coeff = 0.97
     config.preprocessing.transform = "whiten"
-    config.logdet = estimator_settings(kind="krylov", num_terms=6)
+    config.logdet.update({"kind": "krylov", "num_terms": 6})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "learning_rate": 1e-2, "warmup_steps": 200})
     config.training.update({"total_steps": 4000, "batch_size": 256, "eval_every_steps": 200, "patience": 6, "blocks": "scan"})
-    config.evaluation.logdet = estimator_settings(kind="krylov", num_terms=8)
+    config.evaluation.logdet.update({"kind": "krylov", "num_terms": 8})
     return config

@@ -9,7 +9,7 @@ core, and are within .035 of the entropy of every toy.
 """
 
 from iresnet_jax.data.toys import TOYS
-from iresnet_jax.runs.config import check_name, default_config, estimator_settings
+from iresnet_jax.runs.config import check_name, default_config
 
 REPORTED = {"moons": 2.60, "circles": 3.44, "checkerboard": 3.81}
 
@@ -29,7 +29,7 @@ def get_config(toy="moons"):
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "learning_rate": 1e-2})
     config.training.update({"minutes": 8.0, "batch_size": 500, "log_every_steps": 100, "eval_examples": 10_000})
     config.training.blocks = "scan"
-    config.evaluation.logdet = estimator_settings(kind="exact")
+    config.evaluation.logdet.update({"kind": "exact"})
     config.evaluation.batch_size = 2000
     config.evaluation.num_dequantisations = 1
     config.evaluation.num_probe_draws = 1

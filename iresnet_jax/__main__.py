@@ -15,8 +15,8 @@ from iresnet_jax.runs.signals import end_at_signals
 def count(text: str, least: int = 1) -> int:
     """A number of examples, for argparse."""
     number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"it must be at least {least}, got {number}")
+    if not least <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"it must be at least {least} and below 2^31, got {number}")
     return number
 
 

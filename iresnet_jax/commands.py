@@ -82,7 +82,7 @@ def read_contexts(text: str, context_dim: int) -> Float[np.ndarray, "n k"]:
         if not np.all(np.isfinite(found)):
             raise ValueError("not all are finite")
         return np.atleast_2d(as_vectors(found.astype(np.float32), context_dim))
-    except (MemoryError, OSError, ValueError) as error:
+    except (MemoryError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
 
 

@@ -113,9 +113,11 @@ def evaluate_energy(
     weights = weigh(log_weights)
     is_useful, verdict = weights.pareto_k <= weights.threshold, _verdict(weights, num)
     if samples is not None:
+        if not len(samples := np.asarray(samples)):
+            raise ValueError("samples of the target are empty: leave them out")
         values = np.asarray(log_density_of(log_density, samples), np.float64)
         check_finite(values, "samples of the target")
-        parts = np.array_split(np.asarray(samples), -(-len(values) // size))
+        parts = np.array_split(samples, -(-len(values) // size))
         of_target = values - np.concatenate([np.asarray(_log_prob(model, part, key)) for part in parts])
         upper, lost = float(of_target.mean()), float(np.mean(of_target > log_weights.max()))
         # Where the model does not see a share s of the target, log Z is too small by -log(1 - s), which is at least s.

@@ -421,8 +421,8 @@ def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any
     ended = ""
     try:
         state = train(config, folder, data=data, say=say)
-        if config.training.minutes and int(state.step) >= int(state.horizon):
-            ended = "time was over"
+        if config.training.minutes:
+            ended = "time was over" if int(state.step) >= int(state.horizon) else "validation no longer improved"
     except Stopped as error:
         if error.received == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it

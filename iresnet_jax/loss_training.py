@@ -47,7 +47,10 @@ BATCH_SIZE = 128
 LEARNING_RATE = 5e-3  # of the default optimizer
 STEPS = 1000  # updates, if neither these nor minutes are given
 VALIDATED_AT_ONCE = 1024  # examples
-RESERVED = {"loss", "grad_norm", "learning_rate", "max_sigma", "max_lipschitz", "step", "split", "wall_time_s"}  # of the log
+RESERVED = {  # of the log
+    *("loss", "grad_norm", "learning_rate", "max_sigma", "max_lipschitz", "step", "split"),
+    *("wall_time_s", "seconds_per_step", "compile_seconds"),
+}
 
 
 def train(
@@ -255,8 +258,14 @@ def _checked_rows(x: Any, name: str) -> Any:
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) != 1 or not shapes[0][0]:
         raise ValueError(f"arrays of {name} must have one row an example, and equally many rows, got shapes {shapes}")
     for leaf in jax.tree.leaves(x):
-        if np.issubdtype(leaf.dtype, np.floating) and not np.all(np.isfinite(leaf)):
-            row = int(np.argwhere(~np.isfinite(leaf))[0][0])
+        if leaf.dtype.kind not in "biuf":
+            continue
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        with np.errstate(over="ignore"):
+            cast = leaf.astype(dtype, copy=False)
+        for row in np.argwhere(~np.isfinite(cast) if leaf.dtype.kind == "f" else cast != leaf)[:1, 0].tolist():
+            if np.all(np.isfinite(leaf[row])):
+                raise ValueError(f"{name} holds numbers that are too large for {dtype}, the first in row {row}: scale them")
             raise ValueError(f"{name} holds NaN or infinite numbers, the first in row {row}: leave such rows out")
     return x
 

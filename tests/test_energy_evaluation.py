@@ -73,6 +73,11 @@ def test_an_energy_that_is_infinite_is_counted():
         ir.evaluate_energy(with_scale(1.6), lambda x: jnp.where(x[:, 0] > 0, target(x), jnp.nan), KEY, 1000)
 
 
+def test_no_samples_of_the_target_are_refused():
+    with pytest.raises(ValueError, match="samples of the target are empty: leave them out"):
+        ir.evaluate_energy(with_scale(1.6), target, KEY, 1000, samples=np.zeros((0, 2)))
+
+
 def test_a_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(1000, 3\)"):
         ir.evaluate_energy(with_scale(1.6), lambda x: x, KEY, 1000)

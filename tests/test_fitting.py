@@ -327,10 +327,31 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
         return capsys.readouterr().out
 
     same = evaluate("same.npy")
-    assert "are among those that validated: the checkpoint was chosen on them." in same
+    assert "Training has seen the test examples" in same
+    assert ": the checkpoint was chosen on them. Give --data of others." in same
     assert "other data" not in same
     assert " nats (" in same
     assert evaluate("other.npy").startswith("These are other data than the model was trained on")
+    more = ["--workdir", str(tmp_path / "few"), "--data", f"npy:{tmp_path / 'same.npy'}"]
+    ir.fit(BANANA, workdir=tmp_path / "few", validation_fraction=0.02, **QUICK)
+    assert main(["evaluate", *more]) == 0
+    assert "Training has seen the test examples" in (said := capsys.readouterr().out)
+    assert ": many of them were trained on." in said
+
+
+def test_a_fit_on_disk_says_that_validation_ended_it(tmp_path):
+    early = {"optimizer.learning_rate": 1.0, "training.eval_every_steps": 1, "training.patience": 1}
+    model = ir.fit(BANANA, workdir=tmp_path, **QUICK | {"steps": None, "minutes": 5, "settings": early})
+    assert model.history.ended == "validation no longer improved"
+
+
+def test_a_folder_of_other_columns_is_not_gone_on_with(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(BANANA, columns=["a", "b"]).assign(city=["x", "y"] * 200)
+    ir.fit(frame, workdir=tmp_path, **QUICK)
+    for other in (frame.rename(columns={"a": "b", "b": "a"}), frame.replace({"city": {"x": "u"}})):
+        with pytest.raises(ValueError, match="a fit with other columns or categories: give the same"):
+            ir.fit(other, workdir=tmp_path, **QUICK)
 
 
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(capfd, monkeypatch):

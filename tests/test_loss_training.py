@@ -198,6 +198,10 @@ WRONG_LOSSES = {
         lambda model, batch, key: (nll(model, batch, key), {"loss": jnp.float32(0)}),
         *(ValueError, "cannot be called 'loss'"),
     ),
+    "a time that the log has": (
+        lambda model, batch, key: (nll(model, batch, key), {"seconds_per_step": jnp.float32(0)}),
+        *(ValueError, "cannot be called 'seconds_per_step'"),
+    ),
     "one that ignores the model": (lambda model, batch, key: jnp.square(batch).mean(), ValueError, "depend on the model"),
     "NaN": (lambda model, batch, key: nll(model, batch, key) * jnp.nan, RuntimeError, "loss.* non-finite"),
 }
@@ -214,6 +218,14 @@ WRONG = {
     "no rows": (lambda: ir.train(start(), nll, X[:0], **QUICK), "one row an example"),
     "NaN in the data": (lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
     "NaN in the validation": (lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
+    "integers beyond 32 bits": (
+        lambda: ir.train(start(), nll, (10**12 * (X > 0)).astype(np.int64), **QUICK),
+        "too large for int32",
+    ),
+    "floats beyond 32 bits": (
+        lambda: ir.train(start(), nll, 1e300 * X.astype(np.float64), **QUICK),
+        "too large for float32.* row 0",
+    ),
     "no steps": (lambda: ir.train(start(), nll, X, **QUICK | {"steps": 0}), "steps"),
     "a seed as key": (lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
     "a model without weights": (lambda: ir.train(start().with_(weights={}), nll, X, **QUICK), "no weights"),

@@ -85,7 +85,9 @@ def test_whatever_needs_data_says_that_they_are_others(tmp_path, capsys):
     folder = kept.folder(tmp_path / "run", kept.CLASSIFIER, name)
     assert "other data" not in said(capsys, "evaluate", folder)
     kept.write_data(path, seed=5)
-    assert said(capsys, "evaluate", folder).startswith(f"These are other data than the model was trained on: {name} has")
+    assert said(capsys, "evaluate", folder).startswith(
+        f"These are other data than the model was trained on, or other parts of them: {name} has"
+    )
     assert "other data" not in said(capsys, "certify", folder)
 
 
@@ -180,7 +182,8 @@ MISTAKES = [
     # of the command line
     ("evalute", None, [], "invalid choice: 'evalute'"),
     ("sample", "points", ["--nun", "3"], "--nun"),
-    ("reconstruct", "points", ["--num", "0"], "at least 1, got 0"),
+    ("reconstruct", "points", ["--num", "0"], "at least 1 and below 2^31, got 0"),
+    ("sample", "points", ["--num", "3000000000"], "below 2^31, got 3000000000"),
     ("evaluate", "nowhere", [], "there is no workdir"),
     ("evaluate", None, ["--workdir=nosuch://bucket/run"], "nosuch:// is no storage that fsspec knows"),
     ("report", "", [], "has no config.json"),
@@ -193,6 +196,7 @@ MISTAKES = [
     ("sample", "points", ["--context", "x.npy"], "--context takes numbers such as 1.0,2.0 or a .npy file, got 'x.npy'"),
     ("sample", "given", ["--certify", "0"], "takes a context of shape (batch, 3), got none"),
     ("sample", "hybrid", ["--label", "3"], "labels must be classes from 0 to 2, got 3"),
+    ("sample", "hybrid", ["--label", "3000000000"], "labels must be classes from 0 to 2, got 3000000000"),
 ]
 
 

@@ -74,7 +74,7 @@ def actnorm_bijection(params: ActNormParams) -> Bijection:
 
     def rounding(x):  # of y exp(-log_scale), which is as large as x + bias, and of the difference
         size = 4 * example_norm(x + _per_channel(params.bias, x)) + example_norm(x)
-        return no_inverse_error(x)._replace(error_bound=jnp.finfo(x.dtype).eps * size)
+        return no_inverse_error(x)._replace(error_bound=jax.lax.stop_gradient(jnp.finfo(x.dtype).eps * size))
 
     return exact_bijection(
         lambda x: forward_and_logdet(params, x),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.maths.fixed_point import FixedPointInfo
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.maths.upward_rounding import at_least
@@ -90,7 +91,7 @@ def from_walks(
     """A bijection from its two ways, each with a key or, where no log-determinant is wanted, without."""
 
     def forward_and_logdet(x, key):
-        end = onward(Onward.start(x), key)
+        end = onward(Onward.start(x), typed_key(key))
         return end.y, end.logdet, end.info
 
     def inverse(y):
@@ -98,7 +99,7 @@ def from_walks(
         return end.x, end.info
 
     def inverse_and_logdet(y, key):
-        end = back(Back.start(y), key)
+        end = back(Back.start(y), typed_key(key))
         return end.x, end.logdet, end.logdet_info, end.info
 
     return Bijection(

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Num
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.dequantize import quantize
@@ -39,6 +39,7 @@ from iresnet_jax.bijections.logit import (
     precise_unit,
     steepest_unit,
     sum_event,
+    unit_to_line,
 )
 from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.standardize import ROUNDING, set_floats
@@ -46,7 +47,7 @@ from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import floats
-from iresnet_jax.maths.upward_rounding import UP, U
+from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
 WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
 
@@ -98,19 +99,20 @@ class Equalize(ClosedForm):
         least, largest = (self.num_levels * extreme(widths) for extreme in (jnp.min, jnp.max))
         return logit_bounds(self.alpha).compose(BiLipschitz((1 + ROUNDING) * largest, (1 + ROUNDING) / least))
 
-    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def forward_and_logdet(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
+        x = as_floats(x, "x")
         entries = self._flatten(x)
         k = quantize(entries, self.num_levels).astype(jnp.int32)
         lower, upper, below, above, slopes = self._of_levels(k, x.dtype)
         u, v = below + slopes * (entries - lower), above + slopes * (upper - entries)
-        log_s, log_one_minus_s = (jnp.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (u, v))
-        y = _within_cells(log_s - log_one_minus_s, self.edges.astype(x.dtype), k)
-        logdet = sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s + jnp.log(slopes))
-        return y.reshape(x.shape), logdet
+        y, log_slopes = unit_to_line(u, v, self.alpha)
+        y = _within_cells(y, self.edges.astype(x.dtype), k)
+        return y.reshape(x.shape), sum_event(log_slopes + jnp.log(slopes))
 
-    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def inverse_and_logdet(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
+        y = as_floats(y, "y")
         entries, edges = self._flatten(y), self.edges.astype(y.dtype)
         if len(edges) == 1:
             k = jnp.searchsorted(edges[0, 1:-1], entries, side="right")

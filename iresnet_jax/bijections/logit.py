@@ -40,9 +40,8 @@ class Logit(ClosedForm):
 
         ``1 - s`` is computed from ``1 - x``, which keeps its digits for ``x`` near 1.
         """
-        log_s = jnp.log(self.alpha + (1 - 2 * self.alpha) * x)
-        log_one_minus_s = jnp.log(self.alpha + (1 - 2 * self.alpha) * (1 - x))
-        return log_s - log_one_minus_s, sum_event(math.log1p(-2 * self.alpha) - log_s - log_one_minus_s)
+        y, log_slopes = unit_to_line(x, 1 - x, self.alpha)
+        return y, sum_event(log_slopes)
 
     def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         r"""``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``; logits beyond ``+-log((1 - alpha) / alpha)`` leave [0, 1] slightly.
@@ -61,6 +60,14 @@ class Logit(ClosedForm):
             return u.high, U * np.abs(u.high) + UNIT_ERROR / (1 - 2 * self.alpha)
 
         return increasing(value, steepest_unit(y, radius, self.alpha), y, radius)
+
+
+def unit_to_line(u: Array, v: Array, alpha: float) -> tuple[Array, Array]:
+    """The logit ``y`` of ``u``, given ``v = 1 - u``, and ``log dy/du``: minus infinity where ``s`` is out of (0, 1)."""
+    s, rest = (alpha + (1 - 2 * alpha) * part for part in (u, v))
+    outside = (s <= 0) | (rest <= 0)
+    log_s, log_rest = (jnp.log(jnp.where(outside, 0.5, part)) for part in (s, rest))
+    return log_s - log_rest, jnp.where(outside, -jnp.inf, math.log1p(-2 * alpha) - log_s - log_rest)
 
 
 def precise_unit(y: DoubleDouble, alpha: float) -> DoubleDouble:

@@ -45,7 +45,7 @@ def squeeze_bijection(factor: int) -> Bijection:
 
 def order_bijection(order: Sequence[int]) -> Bijection:
     """Channels in another order: channel ``i`` of the result is channel ``order[i]`` of the input."""
-    there, back = np.array(order), np.argsort(order)
+    there, back = (np.asarray(each, np.int32) for each in (order, np.argsort(order)))  # in both precisions the same type
     return isometric_bijection(lambda x: x[..., there], lambda y: y[..., back])
 
 

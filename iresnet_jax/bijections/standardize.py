@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, affine, on_balls
@@ -17,7 +17,7 @@ from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.convolution_certificate import dense_norm_bound
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import floats
-from iresnet_jax.maths.upward_rounding import UP, U
+from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
 ROUNDING = 4e-6  # relative error of constants computed in float32, with a margin
 SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
@@ -105,13 +105,15 @@ class Standardize(ClosedForm):
         """Standard deviation of each entry."""
         return self.scale
 
-    def forward_and_logdet(self, x: Float[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+    def forward_and_logdet(self, x: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(scale)``, once for each pixel of an image."""
+        x = as_floats(x, "x")
         mean, scale = self._like(x)
         return (x - mean) / scale, self._log_det(x)
 
-    def inverse_and_logdet(self, y: Float[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+    def inverse_and_logdet(self, y: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``x``, and ``sum log(scale)``, once for each pixel."""
+        y = as_floats(y, "y")
         mean, scale = self._like(y)
         return y * scale + mean, -self._log_det(y)
 
@@ -190,8 +192,9 @@ class Whiten(ClosedForm):
         """Standard deviation of each entry, or of its residuals if they were given."""
         return jnp.sqrt(jnp.sum(self.factor**2, axis=1))
 
-    def forward_and_logdet(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def forward_and_logdet(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(diagonal of factor)``."""
+        x = as_floats(x, "x")
         factor, inverse = (matrix.astype(x.dtype).T for matrix in (self.factor, self.inverse))
         centred = x - self.mean.astype(x.dtype)[None]
         y = centred @ inverse
@@ -199,8 +202,9 @@ class Whiten(ClosedForm):
             y = y + (centred - y @ factor) @ inverse
         return y, self._log_det(x)
 
-    def inverse_and_logdet(self, y: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def inverse_and_logdet(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``x``, and ``sum log(diagonal of factor)``."""
+        y = as_floats(y, "y")
         return y @ self.factor.astype(y.dtype).T + self.mean.astype(y.dtype)[None], -self._log_det(y)
 
     def _log_det(self, x: Array) -> Float[Array, " b"]:

@@ -117,7 +117,8 @@ class Structure:
 
     def join(self, weights: Weights) -> Any:
         """The pytree with these weights."""
-        named = zip(self.names, self.constants, strict=True)
+        constants = [constant.copy() if isinstance(constant, np.ndarray) else constant for constant in self.constants]
+        named = zip(self.names, constants, strict=True)  # copies: JAX would give an array it has seen in single precision again
         return jax.tree.unflatten(self.treedef, [constant if name is None else weights[name] for name, constant in named])
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from iresnet_jax.checked_dataclasses import check_unmasked
 from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
-from iresnet_jax.data.tables import FAINT, Table, describe
+from iresnet_jax.data.tables import Table, describe
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
+from iresnet_jax.models.preprocessing import check_told_apart
 
 FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
 
@@ -110,6 +111,8 @@ def _by_split(
     if "train" not in arrays:
         raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
     parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
+    if len(parts["train"].x) < 2:
+        raise ValueError(f"{name} has one training example: a model is trained on 2 or more")
     shapes = {part.x.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
         raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
@@ -133,8 +136,7 @@ def check_channels(images: np.ndarray) -> None:
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) < 2:
             raise ValueError(f"channel {channel} of the images is constant, so there is no density: drop it")
-        if distinct.astype(np.float64).std() < FAINT:
-            raise ValueError(f"single precision rounds differences so small to 0: scale channel {channel} of the images")
+        check_told_apart(values[:, None], images.dtype, lambda _, channel=channel: f"channel {channel} of the images")
         if len(values) >= 1000 and len(distinct) <= 256:
             raise ValueError(
                 f"channel {channel} of the images has {len(distinct)} different values: give images of integer levels as "
@@ -202,7 +204,7 @@ def _num_classes(labels: np.ndarray, published: int | None) -> int:
 
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
     if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
-        raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text and categories as numbers first")
+        raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text, categories and booleans as numbers first")
     with np.errstate(over="ignore"):
         floats = np.asarray(array, np.dtype(jnp.result_type(float)))
     if len(wrong := np.argwhere(~np.isfinite(floats))):

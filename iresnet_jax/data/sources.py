@@ -44,7 +44,11 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
     splits = {split: part(*keys) for split, names in _KEYS.items() for keys in names if keys[0] in arrays}
     if "x" not in arrays and not splits:
         raise ValueError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: the array x is needed, or x_train and x_test")
-    return from_arrays(name, part("x", "y") if "x" in arrays else splits, fractions=fractions)
+    if "x" in arrays and splits:
+        raise ValueError(
+            f"{path} holds x, which is to be split, beside {' and '.join(splits)}: call it x_train, or leave it out"
+        )
+    return from_arrays(name, splits or part("x", "y"), fractions=fractions)
 
 
 def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
@@ -106,7 +110,14 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
             lines = [line for line in csv.reader(file) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no table in UTF-8: {error}") from None
+    if len(lines) > 1 and len(lines[0]) > 1 and lines[0] == [str(i) for i in range(len(lines[0]))]:
+        raise ValueError(
+            f"the first line of {path} numbers the columns, as the header that pandas writes for an array: write "
+            "it with header=False, or name the columns; a row of data with these numbers can stand further down"
+        )
     header = [column.strip() for column in lines[0]] if lines and None in map(_number, lines[0]) else []
+    if len(set(header)) < len(header):
+        raise ValueError(f"two columns of {path} have the same name, of {header}: rename one of them")
     if "" in header:
         raise ValueError(
             f"column {header.index('') + 1} of {path} has no name, as the row numbers that pandas writes: write the table with "

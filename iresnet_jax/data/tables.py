@@ -18,9 +18,9 @@ from jaxtyping import Float
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.models.columns import listed
+from iresnet_jax.models.preprocessing import check_told_apart
 
 FINEST_GRID = 2.0**-17  # of the largest number: the least spacing of a grid, of 64 floats or more
-FAINT = 1e-31  # standard deviation below which the digits of differences underflow in float32
 
 Rows = Float[np.ndarray, "_ d"]
 Numbers = Float[np.ndarray, " n"]
@@ -56,13 +56,9 @@ def describe(
     """
     x = next(iter(splits.values()))
     names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
+    check_told_apart(x, x.dtype, lambda column: f"column {names[column]!r}")
     values, atoms = [], []
-    for numbers, name, num_levels in zip(np.asarray(x, np.float64).T, names, levels, strict=True):
-        if 0 < np.ptp(numbers) and numbers.std() < max(1e-5 * abs(numbers.mean()), FAINT):
-            raise ValueError(
-                f"single precision cannot tell the values of column {name!r} apart: subtract its mean, and divide by its "
-                "standard deviation"
-            )
+    for numbers, num_levels in zip(np.asarray(x, np.float64).T, levels, strict=True):
         values.append((0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps)))
         atoms.append({} if num_levels else atoms_of(numbers, values[-1]))
     cells = Cells.of(values, atoms) if any(map(len, values)) or any(atoms) else None
@@ -77,8 +73,15 @@ def describe(
                 f"{low[column]:g} and {high[column]:g}: correct the value or the bounds"
             )
     ends = _on_line(x, cells, low, high)
+    is_bounded = np.isfinite(low) | np.isfinite(high)
+    is_faint = x.std(axis=0) < 128 * np.finfo(x.dtype).eps * np.asarray(ends.scale)
+    for column in np.flatnonzero(is_bounded & is_faint & (np.ptp(x, axis=0) > 0)).tolist():
+        raise ValueError(
+            f"{x.dtype} cannot tell the values of column {names[column]!r} apart beside its bounds {low[column]:g} and "
+            f"{high[column]:g}: give closer ones, or None in place of one"
+        )
     heavy = np.isinf(low) & np.isinf(high) & (np.asarray(ends.scale) > 0)
-    kinds = {"cells": map(len, values), "atoms": atoms, "hard ends": np.isfinite(low) | np.isfinite(high), "heavy tails": heavy}
+    kinds = {"cells": map(len, values), "atoms": atoms, "hard ends": is_bounded, "heavy tails": heavy}
     chosen = {kind: [name for name, has in zip(names, having, strict=True) if has] for kind, having in kinds.items()}
     notes = tuple(f"columns with {kind}: {listed(those)}" for kind, those in chosen.items() if those)
     return Table(cells, ends if chosen["hard ends"] or chosen["heavy tails"] else None, notes)
@@ -88,7 +91,8 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     """Values of a column that own cells: two of a regular grid, those that were seen off a grid, none of others.
 
     A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the relative rounding ``eps`` of floats,
-    and the greatest common divisor of their differences is the spacing. A constant column has a cell of width 1.
+    and the greatest common divisor of their differences is the spacing; whole numbers that floats have rounded to multiples of
+    more than 1 have none. The cell of a constant has a width of 1, or of the constant if that is larger.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     largest = np.abs(distinct).max()
@@ -99,6 +103,8 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     whole = np.rint(multiples)
     if np.all(np.abs(multiples - whole) <= np.minimum(eps * np.abs(multiples), 2.0**-6)) and np.abs(whole).max() < 2**53:
         spacing = float(np.gcd.reduce(np.diff(whole).astype(np.int64))) / 10.0**digits
+        if 1 < spacing <= eps * largest:
+            return ()
         return distinct[0], distinct[0] + spacing
     rare = counts[~_is_often(counts)]  # others may be atoms of a continuous column
     are_few = 1.5 * len(rare) <= rare.sum() or 2 * len(rare) <= len(distinct)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
@@ -72,7 +71,7 @@ def draw(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 4294967296), as JAX would cut off further bits, got {seed}")
-    of_classes = None if labels is None else jnp.asarray(labels)
+    of_classes = None if labels is None else np.asarray(labels)
     latents = np.asarray(model.sample_latents(jax.random.key(seed), num, temperature=temperature, labels=of_classes))
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
     decoded = parallel.over_batches(_decode, model.with_bounds(), parallel.rows_of(latents, taken), num, batch_size)

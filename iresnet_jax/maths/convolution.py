@@ -85,7 +85,7 @@ def conv(
         return convolve(x, kernel, pads=pads)
     if pads != ((0, 0), (0, 0)):
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    return (_conv_by_patches if implementation == "patches" else _conv_by_taps)(x, kernel)
+    return _conv_by_patches(x, kernel) if implementation == "patches" else _conv_by_taps(x, kernel)
 
 
 def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
@@ -117,14 +117,6 @@ def _conv_by_patches(x, kernel):
 def _product(x, matrix):
     """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @ matrix`` more slowly."""
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
-
-
-def _conv_by_taps(x, kernel):
-    *kernel_size, cin, _ = kernel.shape
-    products = _product(x, kernel.reshape(-1, *kernel.shape[2:]).transpose(1, 0, 2).reshape(cin, -1))
-    taps = zip(np.ndindex(*kernel_size), jnp.split(products, math.prod(kernel_size), axis=-1), strict=True)
-    views = [_window(product, tap, kernel_size) for tap, product in taps]
-    return sum(views[1:], views[0])
 
 
 def _convolve(x, kernel, *, pads):
@@ -177,7 +169,7 @@ def _compute(x, kernel, *, pads):
         if _narrows(y.shape[1:3], pads, x.shape[0], y.shape[3]):
             return _gradient_of_narrowing_kernel(x, kernel, pads, y.shape[1:3])
     elif _narrows(kernel.shape[:2], pads, *kernel.shape[2:]):
-        return _narrowing(x, kernel, pads)
+        return _conv_by_taps(x, kernel, pads)
     return _convolve(x, kernel, pads=pads)
 
 
@@ -186,7 +178,7 @@ def _narrows(taps, pads, cin, cout):
     return inside and math.prod(taps) <= _MOST_TAPS and cout <= _THIN and cout < cin
 
 
-def _narrowing(x, kernel, pads):
+def _conv_by_taps(x, kernel, pads=((0, 0), (0, 0))):
     """One matrix product for all taps, then shifted sums of the few output channels."""
     *taps, cin, cout = kernel.shape
     products = jnp.pad(_product(x, kernel.transpose(2, 0, 1, 3).reshape(cin, -1)), ((0, 0), *pads, (0, 0)))

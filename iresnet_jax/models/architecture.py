@@ -185,7 +185,13 @@ class FlowSpec:
             raise ValueError("scale takes the place of ActNorm's: set actnorm of every stage to False, or scale to 1")
         if self.noise is not None and not (self.noise.hidden and self.noise.network):
             raise ValueError(f"the flow of noise needs hidden layers and a network, got {self.noise}")
+        if self.noise is not None and len(self.event_shape) not in (1, 3):
+            raise ValueError(f"a flow of noise is for vectors and images with channels, got {self.event_shape}: add an axis")
         self.all_stages  # noqa: B018 (checks every shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: a pickle has no functions, which cached layouts hold."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def bilipschitz(

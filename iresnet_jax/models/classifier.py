@@ -81,8 +81,10 @@ class ClassifierSpec:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise ValueError(f"{name} must have 1 or {channels} entries for {channels} channels, got {tuple(values)}")
-        if not min(self.std) > 0:
-            raise ValueError(f"std must be positive, got {tuple(self.std)}")
+        if self.num_levels < 2:
+            raise ValueError(f"num_levels must be at least 2, got {self.num_levels}: 256 for bytes")
+        if not (np.all(np.isfinite((*self.mean, *self.std))) and min(self.std) > 0):
+            raise ValueError(f"mean must be finite and std positive and finite, got {tuple(self.mean)} and {tuple(self.std)}")
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -131,7 +133,7 @@ class Reconstruction(NamedTuple):
     data_fields=["weights", "head", "statistics"],
     meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classifier(Model):
     """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
 
-from iresnet_jax.bijections.bijection import Bijection, add_logdet_info
+from iresnet_jax.bijections.bijection import Bijection, add_logdet_info, fold_in
 from iresnet_jax.bijections.chain import Rematerialize, chain
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.residual import Solver
@@ -50,8 +50,11 @@ from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch
 from iresnet_jax.models.model import Model
 
+OF_NOISE = 2**16  # folded into the key of probes for the flow of noise; stages of the other flow fold in their numbers
+
 Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
 Keys = Key[Array, "..."]
+Labels = Shaped[Array, " m"] | Shaped[np.ndarray, " m"]
 
 
 class LogProb(NamedTuple):
@@ -195,7 +198,8 @@ class Density(Model):
         num_components = None if num_components is None else checked(Count, num_components, "num_components")
         family = prior
         if not isinstance(prior, str):
-            family, num_components = priors.family_of(prior), getattr(prior, "num_components", None)
+            family = priors.family_of(prior)
+            num_components = prior.num_components if family in priors.MIXTURES else None
         context_dim = 0 if context is None else context.shape[1]
         taken = context_hidden[-1] if context_hidden else context_dim
         if constants is None:
@@ -214,9 +218,11 @@ class Density(Model):
         )
         model = cls(spec, {}, estimator=estimator or ExactLogdet(), **spec.initial_arrays(key_network))
         context = None if context is None else initial.some(context)
-        given = model.preprocess(initial.some(x), key_noise), model.scale_context(context)
-        if not np.all(np.isfinite(given[0])):
+        u = model.dequantize(initial.some(x), key_noise)
+        y, log_det, _ = preprocessing.transform(spec).forward_and_logdet(u, key_noise)
+        if not (np.all(np.isfinite(y)) and np.all(np.isfinite(log_det))):
             raise ValueError(f"examples are out of the range of their transform, {type(spec.transform).__name__}")
+        given = y, model.scale_context(context)
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)
         check_claims(spec.flow, weights, *given)
         if isinstance(prior, str):
@@ -301,7 +307,7 @@ class Density(Model):
         """
         prior, z = self._class_priors, self.encode(x, key, context=context)
         by_class = prior.log_prob_by_class(z.reshape(-1, z.shape[-1]))
-        return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], -1)
+        return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], by_class.shape[1])
 
     @property
     def _class_priors(self) -> priors.ClassPriors:
@@ -340,7 +346,7 @@ class Density(Model):
         *,
         temperature: float = 1.0,
         context: Contexts | None = None,
-        labels: Shaped[Array, " m"] | None = None,
+        labels: Labels | None = None,
     ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
         """Samples: latents from the prior through the inverse, and how that ended, see `decode`.
 
@@ -365,7 +371,7 @@ class Density(Model):
         num: int,
         *,
         context: Contexts | None = None,
-        labels: Shaped[Array, " m"] | None = None,
+        labels: Labels | None = None,
     ) -> Samples:
         """The samples that `sample` draws from the same key, and their log-densities, by one pass through the inverse.
 
@@ -386,7 +392,7 @@ class Density(Model):
         return _decode_and_log_prob(self._for_programs(), z, context, labels, key_probe)
 
     def sample_latents(
-        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Shaped[Array, " m"] | None = None
+        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Labels | None = None
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), single_key(key)
@@ -446,6 +452,7 @@ class Density(Model):
         x, levels = preprocessing.checked(self.spec, x), self.spec.num_levels
         if self.spec.flow.noise is not None and self.weights and levels is not None:  # noise of first weights is uniform
             dtype = jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
+            key_probe = fold_in(typed_key(key_probe), OF_NOISE)
             return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, levels, dtype)
         u, log_det, info = preprocessing.cells(self.spec).forward_and_logdet(x, key_noise)
         return self.promoted(u), log_det, info

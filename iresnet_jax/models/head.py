@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from iresnet_jax.bijections.actnorm import channel_moments
+from iresnet_jax.bijections.reshape import flatten
 
 BATCH_NORM_EPS = 1e-5
 HEADS = ("pooled", "linear")
@@ -44,7 +45,7 @@ def apply_head(params: Any, statistics: Mapping[str, Statistics], features: Floa
     """
     linear = params["linear"]
     if "norm" not in params:
-        return features.reshape(len(features), -1) @ _unit_columns(params) + linear["bias"].reshape(1, -1)
+        return flatten(features) @ _unit_columns(params) + linear["bias"].reshape(1, -1)
     norm, own = params["norm"], statistics["head"]
     mean, var, scale, bias = (by_channel(a, features) for a in (own["mean"], own["var"], norm["scale"], norm["bias"]))
     h = jax.nn.relu((features - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias)

@@ -6,13 +6,14 @@
 come from the data and are no parameters: their gradients are 0.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, Shaped
 
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
@@ -59,7 +60,20 @@ def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
     if not np.all(np.isfinite(x)):
         row = int(np.argwhere(~np.isfinite(x))[0][0])
         raise ValueError(f"x holds NaN or infinite numbers, the first in row {row}: leave such rows out")
+    check_told_apart(x.reshape(-1, x.shape[-1]), jnp.result_type(float), "entry {} of x".format)
     return x, None
+
+
+def check_told_apart(rows: Shaped[np.ndarray, "n d"], dtype: Any, name_of: Callable[[int], str]) -> None:
+    """Raises ``ValueError`` if a column varies by less than 128 roundings of its mean in this type; the message names it."""
+    rows, info = np.asarray(rows, np.float64), jnp.finfo(dtype)
+    std, mean = rows.std(axis=0), rows.mean(axis=0)
+    is_faint = std < np.maximum(128 * float(info.eps) * np.abs(mean), float(info.tiny) / float(info.eps))
+    for column in np.flatnonzero(is_faint & (np.ptp(rows, axis=0) > 0)).tolist():
+        raise ValueError(
+            f"{info.dtype} cannot tell the values of {name_of(column)} apart: subtract its mean, and divide by its standard "
+            "deviation"
+        )
 
 
 def checked(spec: DensitySpec, x: Any) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from numpy.typing import ArrayLike
 
 from iresnet_jax.bijections.logit import log_logistic
@@ -151,22 +151,27 @@ class ClassPriors:
         return of_classes + jax.nn.log_softmax(self.logits)[None]
 
     def log_prob(self, z: Float[Array, "b d"], labels: Int[Array, " b"] | None = None) -> Float[Array, " b"]:
-        """``log p(z)``, or ``log p(z | y)`` with labels ``y``."""
+        """``log p(z)``, or ``log p(z | y)`` with labels ``y``, NaN for a label that is no class."""
         by_class = self.log_prob_by_class(z)
         if labels is None:
             return jax.nn.logsumexp(by_class, axis=1)
         of_classes = by_class - jax.nn.log_softmax(self.logits)[None]
-        return jnp.take_along_axis(of_classes, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+        labels = self.checked_labels(labels, len(z))
+        own = jnp.take_along_axis(of_classes, labels[:, None], axis=1)[:, 0]
+        return jnp.where(self._exist(labels), own, jnp.nan)
+
+    def _exist(self, labels: Int[Array, " n"]) -> Bool[Array, " n"]:
+        return (labels >= 0) & (labels < len(self.logits))
 
     def checked_labels(self, labels: Any, num: int) -> Array:
         """Classes of so many samples, if they are that; under ``jit`` their range is not known."""
-        labels = jnp.asarray(labels)
+        labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
         if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
         known, last = [] if isinstance(labels, jax.core.Tracer) else labels.tolist(), len(self.logits) - 1
         if wrong := [label for label in known if not 0 <= label <= last]:
             raise ValueError(f"labels must be classes from 0 to {last}, got {wrong[0]}")
-        return labels
+        return jnp.asarray(labels)
 
     def sample(
         self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0, labels: Int[Array, " n"] | None = None
@@ -177,8 +182,7 @@ class ClassPriors:
         labels = drawn if labels is None else jnp.asarray(labels)
         chosen = jax.tree.map(lambda stacked: stacked[labels], self.by_class)
         one = jax.vmap(lambda prior, key: prior.sample(key, (1,), temperature)[0])
-        known = (labels >= 0) & (labels < len(self.logits))
-        return jnp.where(known[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan)
+        return jnp.where(self._exist(labels)[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan)
 
 
 def _better_logits(z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> tuple[Any, Any] | None:

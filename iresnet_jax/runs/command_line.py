@@ -61,7 +61,7 @@ def one_sentence(error: Exception) -> str:
     """Message of an exception on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "RESOURCE_EXHAUSTED" in text:
-        advice = "lower training.batch_size or evaluation.batch_size, or raise training.num_parts"
+        advice = "lower training.batch_size or evaluation.batch_size or --num, or raise training.num_parts"
         text = f"the device is out of memory: {advice} ({text})"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ... (--debug shows all)"
 

@@ -165,11 +165,6 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
     return config
 
 
-def estimator_settings(**overrides: Any) -> dict[str, Any]:
-    """The fields of a `LogdetConfig` for a config file."""
-    return {**dataclasses.asdict(LogdetConfig()), **overrides}
-
-
 def parse(settings: Any) -> Config:
     """The settings of a config file, or of JSON data in the same form, checked; missing fields keep their default.
 

@@ -66,7 +66,7 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     """The model that the run in this folder began with; None of a folder without a run.
 
     Raises:
-        ValueError: If the run began with other data, or with entries that keep to other ranges.
+        ValueError: If the run began with other data, or with columns of other names or ranges.
     """
     if not has_run(workdir):
         return None
@@ -79,6 +79,8 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     transform = getattr(spec, "transform", None)
     if data.ends != (dataclasses.replace(transform, then=Identity()) if isinstance(transform, Bounded) else None):
         raise ValueError(f"{workdir} holds a fit with other bounds of columns: give the same, or choose another workdir")
+    if data.columns != getattr(spec, "columns", None):
+        raise ValueError(f"{workdir} holds a fit with other columns or categories: give the same, or choose another workdir")
     return spec
 
 

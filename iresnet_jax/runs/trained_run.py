@@ -104,11 +104,13 @@ class Run:
         if not self.fingerprint:
             return self._with_note(f"The model says nothing of its training data; these are {found.name}.")
         note = (
-            f"These are other data than the model was trained on: {found.name} has the fingerprint "
+            f"These are other data than the model was trained on, or other parts of them: {found.name} has the fingerprint "
             f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
         )
         if self._validated_on_the_test():
-            note = f"The test examples of {found.name} are among those that validated: the checkpoint was chosen on them."
+            fractions = self.config.data.validation_fraction, self.config.data.test_fraction
+            use = "the checkpoint was chosen on them" if fractions[1] <= fractions[0] else "many of them were trained on"
+            note = f"Training has seen the test examples of {found.name}: {use}. Give --data of others."
         return self._with_note(note)
 
     def _with_note(self, note: str) -> "Run":

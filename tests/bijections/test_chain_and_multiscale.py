@@ -334,6 +334,16 @@ def test_latents_are_the_parts_in_the_order_in_which_they_leave():
     np.testing.assert_array_equal(bijection.inverse(expected)[0], x)
 
 
+def test_a_log_determinant_has_a_key_of_either_kind():
+    """Without one, a chain would leave log-determinants out and say 0."""
+    bijection, x = chain([residual(lambda x: 0.5 * jnp.sin(x), 0.5, SeriesLogdet(2))]), jnp.ones((BATCH, 2))
+    legacy = jax.random.PRNGKey(3)
+    for of_key in (bijection.forward_and_logdet, bijection.inverse_and_logdet):
+        with pytest.raises(ValueError, match="key must be a key"):
+            of_key(x, None)
+        np.testing.assert_array_equal(of_key(x, legacy)[1], of_key(x, jax.random.wrap_key_data(legacy))[1])
+
+
 def test_float32_data_stay_float32_in_a_float64_session():
     weights = jax.tree.map(lambda a: a.astype(jnp.float32), network_weights(2))
     with jax.enable_x64(True):
@@ -353,3 +363,5 @@ def test_mistakes_are_named():
     for call in (lambda: bijection.inverse(latents), lambda: bijection.inverse_and_logdet(latents, key)):
         with pytest.raises(ValueError, match=r"inverse takes latents of shape \(16,\)"):
             call()
+    with pytest.raises(ValueError, match="half of its channels has 3: squeeze"):
+        multiscale([Stage(squeeze_bijection(1), factor_out=True)], (2, 2, 3))

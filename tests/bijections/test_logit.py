@@ -1,5 +1,6 @@
 """Maps of the unit interval: Lipschitz constants, and both ends in float32."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,17 @@ def test_logit_is_accurate_and_finite_at_both_ends_in_float32():
     back, logdet = Logit(alpha).inverse_and_logdet(far)
     np.testing.assert_allclose(back, [[0.0, 1.0]], atol=2 * alpha)
     np.testing.assert_allclose(logdet, -200, rtol=SINGLE)
+
+
+@pytest.mark.parametrize("transform", [Logit(0.05), Equalize((0.5, 0.5), alpha=0.05)])
+def test_beyond_the_interval_there_is_no_density(transform):
+    x = jnp.array([-0.2, 0.0, 1.0, 1.03, 1.06, jnp.nan])
+    y, logdet = transform.forward_and_logdet(x[:, None])
+    assert np.isfinite(y[:-1]).all()
+    np.testing.assert_array_equal(np.isneginf(logdet), [True, False, False, False, True, False])
+    assert np.isnan(y[-1, 0])
+    slopes = jax.grad(lambda x: transform.forward_and_logdet(x[:, None])[1].sum())(x[:-1])
+    assert np.isfinite(slopes).all()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.covariance import LedoitWolf
 
+from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.standardize import Standardize, Whiten, shrunk_covariance
 
 EXACT = 1e-10  # float64, same maths by another route
@@ -28,6 +29,17 @@ def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_corre
         np.testing.assert_allclose(y.var(axis=0), 1, atol=2e-2)  # correlations shrink by about 1/5000
         off = np.corrcoef(y.T)[~np.eye(4, dtype=bool)]
         assert (np.abs(off).max() < 2e-2) == (name == "whiten")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [Standardize((2.5, 0.0), (0.5, 1.5)), Whiten((2.5, 0.0), ((0.5, 0.0), (0.3, 1.0))), Equalize((0.5, 0.5), alpha=0.05)],
+)
+def test_integers_count_as_floats(transform):
+    x = jnp.array([[0, 1], [1, 0]])
+    for of_batch in (transform.forward_and_logdet, transform.inverse_and_logdet):
+        for found, expected in zip(of_batch(x), of_batch(x.astype(jnp.float32)), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_images_have_one_scale_a_channel(x64):

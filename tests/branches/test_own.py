@@ -58,6 +58,32 @@ def test_its_constants_are_no_weights():
     np.testing.assert_array_equal(branch.spec.module(jax.tree.map(lambda a: a[0], branch.weights)).graph, GRAPH)
 
 
+def test_constants_of_any_type_are_refined_in_double_precision():
+    """After a program in single precision has seen them."""
+
+    def make(key):
+        return Masked(*jax.random.normal(key, (2, DIMS, DIMS)), np.array([2, 0, 1]), np.array([0.5, 0.25, 1.0]))
+
+    @dataclasses.dataclass(frozen=True)
+    class Moved:
+        inner: Masked
+
+        def __call__(self, x):
+            return jnp.tanh((x * self.inner.graph[None])[:, self.inner.bias] @ self.inner.there)
+
+        def lipschitz_bound(self):
+            return jnp.linalg.norm(self.inner.there)
+
+    register_dataclass(Moved, data_fields=["inner"], meta_fields=[])
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=lambda key: Moved(make(key))),), coeff=COEFF)
+    model = model_of(flow)
+    z = model.encode(X)
+    with jax.enable_x64():
+        back, info = model.with_(solver=ir.Solver(atol=1e-12, refine=True)).decode(z)
+    assert info.converged.all()
+    np.testing.assert_allclose(back, X, atol=1e-5)
+
+
 def test_a_file_knows_it_by_name(tmp_path):
     model = model_of(FLOW)
     path = model.save(tmp_path / "model.npz")

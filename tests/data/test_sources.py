@@ -339,6 +339,8 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
         ("a,b\n", "no rows"),
         ("a,label\n1.5,0\n2.5,0.5\n", "whole numbers"),
         ("é,b\n1,2\n", "no table in UTF-8"),
+        ("0,1\n0.5,2\n1,3\n", "first line of .* numbers the columns, .* header=False"),
+        ("a,label,label\n1,0,1\n2,1,0\n", "two columns of .* have the same name"),
         (",a,b\n0,1,2\n1,3,4\n", "column 1 of .* has no name, .* index=False"),
     ],
 )
@@ -430,6 +432,7 @@ IMAGES = np.zeros((20, 4, 4), np.uint8)
     ("arrays", "message"),
     [
         ({"images": IMAGES, "labels": IMAGES}, "a.npz holds images, labels: the array x is needed, or x_train and x_test"),
+        ({"x": IMAGES, "x_test": IMAGES}, "a.npz holds x, which is to be split, beside test: call it x_train, or leave it out"),
         ({"x_train": np.array([{"code": 1}])}, "Object arrays cannot be loaded"),  # a pickle, which could run anything
     ],
 )

@@ -50,6 +50,14 @@ def test_a_grid_may_lack_values_and_numbers_of_more_digits_have_none():
     assert values(NORMAL[:, 0]) == values(RNG.random(5)) == values(1e-9 * RNG.random(200)) == ()
 
 
+def test_numbers_that_floats_have_rounded_have_no_grid_of_what_is_left():
+    """Seconds since 1970: their floats are multiples of 128, and a cell of 128 whole numbers would have the unit of one."""
+    seconds = 1_700_000_000 + RNG.integers(0, 10**6, 1500)
+    assert set(np.diff(np.unique(np.float32(seconds))) % 128) == {0}
+    assert values(seconds) == ()
+    assert np.ptp(values(2**24 - 1 - RNG.integers(0, 10**6, 50_000))) == 1  # floats have these
+
+
 def test_few_values_off_any_grid_own_the_numbers_half_way_to_their_neighbours():
     roots = np.sqrt(RNG.integers(1, 9, 1500))
     np.testing.assert_allclose(values(roots), np.sqrt(np.arange(1, 9)), rtol=1e-6)
@@ -125,6 +133,8 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
         ({"rest": (1, 0)}, "two rising numbers"),
         ({"rest": (0, float("nan"))}, "two rising numbers"),
         ({"rest": (0.0, 0.5)}, r"in row \d+ of the split train, column 'rest', is outside of its bounds 0 and 0.5"),
+        ({"rest": (-1e9, 1e9)}, "float32 cannot tell the values of column 'rest' apart beside its bounds -1e.09 and 1e.09"),
+        ({"rest": (-1e30, 1e30)}, "apart beside its bounds .*: give closer ones"),
         ({"rest": (0.7, None)}, r"column 'rest', is outside of its bounds 0.7 and inf"),
     ],
 )
@@ -149,5 +159,6 @@ def test_heavy_tails_are_found_and_light_ones_are_left():
 def test_numbers_that_single_precision_cannot_tell_apart_are_refused_by_name_and_all_others_described():
     with pytest.raises(ValueError, match="column 'rest' apart: subtract its mean"):
         described(beside(1.6e9 + 1000 * NORMAL[:, 2]), NAMES)
+    assert describe({"train": 1.6e9 + 1000 * NORMAL}, NAMES).ends is None  # double precision can
     notes = described(beside(np.where(NORMAL[:, 2] < 0, 0, 1e3 ** NORMAL[:, 2])), NAMES).notes
     assert notes == ("columns with atoms: 'rest'", "columns with heavy tails: 'rest'")

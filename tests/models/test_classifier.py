@@ -245,7 +245,9 @@ def test_images_that_are_none_are_refused(model):
         ({"pad_channels": -1}, "pad_channels must not be negative"),
         ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),
         ({"mean": (0.0, 0.0, 0.0)}, "mean must have 1 or 2 entries for 2 channels"),
-        ({"std": (0.0,)}, "std must be positive"),
+        ({"std": (0.0,)}, "std positive and finite, got .* and .0.0,."),
+        ({"mean": (float("nan"),)}, "mean must be finite"),
+        ({"num_levels": 1}, "num_levels must be at least 2, got 1: 256 for bytes"),
         ({"flow": FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
     ],
 )
@@ -257,4 +259,6 @@ def test_mistakes_are_answered_before_anything_runs(change, sentence):
 def test_no_images_have_no_features_and_no_reconstructions():
     own = kept.model(kept.CLASSIFIER)
     run = jax.jit(lambda model, images: model.reconstruct(model.features(images)))
-    assert run(own, kept.images(1)[0][:0]).images.shape == (0, *kept.SHAPE)
+    none = kept.images(1)[0][:0]
+    assert run(own, none).images.shape == (0, *kept.SHAPE)
+    assert kept.model(dataclasses.replace(kept.CLASSIFIER, head="linear")).logits(none).shape == (0, kept.CLASSES)

@@ -1,6 +1,7 @@
 """The density as a value: keys, estimators, shared programs, ranges and mistakes; test_every_model.py has the rest."""
 
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,13 @@ def test_labels_that_are_none_are_named():
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
     with pytest.raises(ValueError, match=r"labels must be classes from 0 to .*, got 1000"):
         with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0, 1000]))
+    with pytest.raises(ValueError, match="from 0 to 2, got 3000000000"):
+        with_classes.prior.checked_labels([3_000_000_000], 1)
+    z = jnp.zeros((2, 16))
+    with pytest.raises(ValueError, match="from 0 to 2, got -1"):
+        with_classes.log_prior(z, jnp.array([0, -1]))
+    unknown = jax.jit(Density.log_prior)(with_classes, z, jnp.array([0, -1]))
+    np.testing.assert_array_equal(np.isnan(unknown), [False, True])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,26 @@ def test_values_out_of_their_range_are_refused():
 def test_examples_out_of_the_range_of_a_transform_give_no_model():
     with pytest.raises(ValueError, match="out of the range of their transform, Logit"):
         Density.init(jax.random.key(0), POINTS, stages=PLANE.flow.stages, transform=Logit(0.05))
+
+
+def test_examples_that_single_precision_cannot_tell_apart_give_no_model():
+    far = POINTS + np.array([0.0, 1e8])
+    with pytest.raises(ValueError, match="float32 cannot tell the values of entry 1 of x apart: subtract its mean"):
+        Density.init(jax.random.key(0), far, stages=PLANE.flow.stages)
+
+
+def test_no_examples_have_no_classes():
+    model = kept.model(dataclasses.replace(PLANE, num_classes=2))
+    assert model.class_log_probs(POINTS[:0]).shape == (0, 2)
+
+
+def test_models_can_be_pickled():
+    squeezed = FlowSpec((4, 4, 1), (StageSpec(1, hidden=(6,), kernel_sizes=(3, 3), squeeze=2),))
+    density, classifier = kept.model(dataclasses.replace(IMAGES, flow=squeezed)), kept.model(kept.CLASSIFIER)
+    other_density, other_classifier = pickle.loads(pickle.dumps((density, classifier)))
+    np.testing.assert_array_equal(encode(other_density, X), encode(density, X))
+    np.testing.assert_array_equal(other_classifier.logits(X), classifier.logits(X))
+    assert len({classifier, other_classifier}) == 2  # by identity, as densities are
 
 
 def test_classes_of_a_conditional_model_take_contexts():

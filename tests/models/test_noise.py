@@ -133,3 +133,26 @@ def test_noise_of_what_has_no_levels_is_refused():
         DensitySpec(VECTORS.flow)
     with pytest.raises(ValueError, match="is uniform"):
         with_uniform_noise(kept.model(VECTORS)).noise_flow(np.zeros((1, 2), np.uint8))
+
+
+def test_images_without_channels_have_no_flow_of_noise():
+    with pytest.raises(ValueError, match=r"vectors and images with channels, got \(4, 4\): add an axis"):
+        FlowSpec((4, 4), (StageSpec(1, hidden=(6,)),), noise=NOISE)
+
+
+def test_probes_of_the_noise_are_others_than_those_of_the_data():
+    """Both flows are made equal: with the same probes, their log-determinants would err together."""
+    flow = FlowSpec((3, 3, 1), (StageSpec(2, (6,), (3, 3), activation="clipswish"),), noise=NOISE)
+    model = kept.model(dataclasses.replace(IMAGES, flow=flow)).with_(
+        estimator=ir.SeriesLogdet(2, num_probes=1, exact_trace=False)
+    )
+    own, blocks = model.weights["stage0"], model.weights["noise_stage0"]
+    weights = {name: layer | own.branch.weights[name] for name, layer in blocks.branch.weights.items()}
+    equal = blocks._replace(branch=dataclasses.replace(blocks.branch, weights=weights), actnorm=own.actnorm)
+    model = model.with_(weights=model.weights | {"noise_stage0": equal})
+    x = np.full((2000, 3, 3, 1), 1, np.uint8)
+    keys = jax.random.split(jax.random.key(0), len(x))
+    fixed = jnp.broadcast_to(jax.random.key(1), len(x))
+    found = terms(model, x, fixed, keys)
+    correlation = np.corrcoef(found.log_det, found.log_det_transform)[0, 1]
+    assert abs(correlation) < 0.1  # 4.5 standard deviations; with the same probes it is near 1
