@@ -4,7 +4,6 @@ Integer images are levels, floats are continuous. Columns of vectors are describ
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.core
@@ -44,7 +43,6 @@ def from_arrays(
     arrays: Arrays | dict[str, Arrays],
     *,
     fractions: tuple[float, float] = (0.1, 0.1),
-    column_names: Sequence[Any] = (),
     columns: tuple[Column, ...] | None = None,
     bounds: Any = None,
     is_table: bool = False,
@@ -59,8 +57,7 @@ def from_arrays(
         arrays: All examples, or those of each split, "train" among them; "validation" is carved from it if it is missing.
         fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
             The choice depends on the number of examples alone, see `fraction_masks`.
-        column_names: Names of the entries of vectors, for messages; by default those of ``columns``, or numbers.
-        columns: Columns of the data frame that vectors are from.
+        columns: Columns of the data frame or table that vectors are from.
         bounds: Ends of columns of a table, see `tables.describe`.
         is_table: Whether the density of vectors is to be fitted whose entries keep to their ranges, see `tables`.
         num_classes: Classes where their publisher says how many there are; by default those of the labels, without gaps.
@@ -79,8 +76,8 @@ def from_arrays(
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
         given = arrays if isinstance(arrays, Arrays) else arrays["train"]
-        names = [column.name for column in columns] if columns is not None else column_names
-        of_columns = [len(column.categories or ()) for column in columns] if columns is not None else []
+        names = [column.name for column in columns or ()]
+        of_columns = [len(column.categories or ()) for column in columns or ()]
         if np.asarray(given.x).dtype == bool:
             of_columns = [2] * train.x.shape[1]
         table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)

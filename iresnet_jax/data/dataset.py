@@ -44,7 +44,7 @@ class DataSet:
         contexts: Context vectors by split, on which a density of the examples may depend; empty without.
         cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
         ends: Map of entries to the line, if some have ends or heavy tails.
-        columns: Columns of the data frame that the entries are; None for arrays.
+        columns: Columns of the data frame or table that the entries are; None for arrays.
         notes: Sentences on what the entries were taken for.
         generator: Toy that examples of endless data are drawn from; None for arrays.
     """

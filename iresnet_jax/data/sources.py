@@ -17,6 +17,7 @@ import numpy as np
 
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import SPLITS, DataSet
+from iresnet_jax.models.columns import Column
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 # Names that the examples and labels of a split may have: those of Keras and of MedMNIST.
@@ -83,7 +84,8 @@ def load_csv(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
 
     arrays = _by_split(path, ".csv", read)
     named = [column for column in headers[0] if column != "label" and not column.startswith("context")] if headers else []
-    return from_arrays(name, arrays, fractions=fractions, column_names=named)
+    columns = tuple(Column(column, "float64") for column in named) or None
+    return from_arrays(name, arrays, fractions=fractions, columns=columns)
 
 
 def _by_split(path: Path, ending: str, read: Callable[[Path], Arrays]) -> Arrays | dict[str, Arrays]:

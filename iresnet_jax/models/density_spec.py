@@ -34,7 +34,7 @@ class DensitySpec:
         num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
         cells: Entries of vectors whose values own cells; None if all are continuous.
-        columns: Columns of the data frame that the entries of vectors are; None for arrays.
+        columns: Columns of the data frame or table that the entries of vectors are; None for arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
         num_components: Components of a prior of `priors.MIXTURES`, which has no classes; None for other priors.
         context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see

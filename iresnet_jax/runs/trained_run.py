@@ -19,6 +19,7 @@ from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import preprocessing, saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.columns import listed
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import run_folder
@@ -85,11 +86,14 @@ class Run:
         """The same run, with a note if its data have changed since training.
 
         Raises:
-            ValueError: If the model cannot take them: their shape, levels or classes are others, or values are out of range.
+            ValueError: If the model cannot take them: shape, levels, classes or columns are others, or values are out of range.
         """
-        if self.data.fingerprint == self.fingerprint:
-            return self
         spec, found = self.model.spec, self.data
+        names, given = ([column.name for column in getattr(each, "columns", None) or ()] for each in (spec, found))
+        if names and given and names != given:
+            raise ValueError(f"the model takes columns {listed(names)}, in this order, and {found.name} has {listed(given)}")
+        if found.fingerprint == self.fingerprint:
+            return self
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
         wanted = (tuple(shape), spec.num_levels, spec.num_classes)
         if wanted != (found.event_shape, found.num_levels, found.num_classes if spec.num_classes is not None else None):

@@ -7,6 +7,7 @@ import pytest
 from iresnet_jax import data
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import fraction_masks
+from iresnet_jax.models.columns import Column
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(200, 3))
@@ -66,6 +67,12 @@ def beside(column):
     return Arrays(np.stack([VECTORS[:, 0], column], axis=1))
 
 
+def named(arrays):
+    """Columns for the entries of vectors."""
+    names = ("height", "age", "weight")[: arrays.x.shape[1]] if arrays.x.ndim == 2 else ()
+    return tuple(Column(name, "float64") for name in names) or None
+
+
 def test_cells_are_those_of_all_rows_of_one_array():
     even = 2.0 * RNG.integers(0, 9, 200)
     even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3  # alone, in a row that is held out
@@ -107,4 +114,4 @@ def test_cells_are_those_of_all_rows_of_one_array():
 )
 def test_what_has_no_density_or_does_not_fit_together_is_refused(arrays, message):
     with pytest.raises(ValueError, match=message):
-        from_arrays("mine", arrays, column_names=["height", "age", "weight"])
+        from_arrays("mine", arrays, columns=named(arrays) if isinstance(arrays, Arrays) else None)

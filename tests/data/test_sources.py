@@ -328,6 +328,7 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
     rows = [[*x, label, 0.5 * x[0]] for x, label in zip(X.tolist(), [0, 1] * 30, strict=True)]
     found = data.load(csv(tmp_path / "a.csv", rows, "height,7,label,context_age"))
     assert (found.event_shape, found.num_classes, found.context_dim) == ((2,), 2, 1)
+    assert [column.name for column in found.columns] == ["height", "7"]
     np.testing.assert_allclose(found.contexts["train"][:, 0], 0.5 * found.examples["train"][:, 0], rtol=1e-6)
 
 

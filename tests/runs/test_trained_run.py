@@ -1,5 +1,6 @@
 """A run after training: which parameters count, what they need to be read, and what is said of damage and of other data."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -120,6 +121,19 @@ def of_images(tmp_path):
     """The folder of a hybrid's ``model.npz``, and the file of its data."""
     path = tmp_path / "images.npz"
     return kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path)), path
+
+
+def test_columns_in_another_order_are_refused(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(40, 2))
+    for name, header in (("ours", "a,b"), ("other", "b,a")):
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header=header, comments="")
+    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"csv:{tmp_path}/ours.csv"})
+    loaded = data.load(config.data.name)
+    of_columns = kept.model(dataclasses.replace(kept.POINTS, columns=model_spec(config, loaded).columns))
+    ours = run.Run(tmp_path, of_columns, config, loaded.fingerprint, step=7)
+    assert ours.with_data_checked() is ours
+    with pytest.raises(ValueError, match=r"takes columns 'a', 'b', in this order, and .*other.csv has 'b', 'a'"):
+        ours.with_data(f"csv:{tmp_path}/other.csv").with_data_checked()
 
 
 def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
