@@ -30,7 +30,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.models.saved import model_of
+from iresnet_jax.runs.command_line import Parser
 
 
 def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: str) -> Density | Classifier:
@@ -95,11 +96,6 @@ class Script(NamedTuple):
     ignored: str
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}")
-
-
 def parse(command: str) -> tuple[Script, argparse.Namespace]:
     """The script of a command and its options that are read; names may be shortened, as in the script.
 
@@ -114,7 +110,7 @@ def parse(command: str) -> tuple[Script, argparse.Namespace]:
             f"options; got {command!r}"
         )
     name = Path(words[place]).name
-    script, parser = SCRIPTS[name], _Parser(prog=name, add_help=False)
+    script, parser = SCRIPTS[name], Parser(prog=name, add_help=False)
     for option, default in {**script.read, **script.refused}.items():
         flags = (f"-{option}", f"--{option}")
         if isinstance(default, tuple):

@@ -14,9 +14,9 @@ from jaxtyping import Array
 
 from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, check_unmasked, checked
 from iresnet_jax.data.batches import device_batches
+from iresnet_jax.maths import platforms
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.models import flow
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import History
 from iresnet_jax.models.model import Model
@@ -213,7 +213,7 @@ def _training_step(free: Unconstrained, loss: LossFunction, rule: UpdateRule, *,
 
     template, spec = free.template, free.template.spec
     # Blocks of vectors are scanned on CPUs, too, which compiles sooner.
-    unroll = template.unroll or (len(spec.flow.event_shape) == 3 and flow.unroll_by_default())
+    unroll = template.unroll or (len(spec.flow.event_shape) == 3 and platforms.platform() == "cpu")
     model = template.with_(unroll=unroll)
     if not unroll and isinstance(getattr(model, "estimator", None), ExactLogdet) and model.rematerialize == "nothing":
         model = model.with_(rematerialize="elementwise")

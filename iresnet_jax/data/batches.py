@@ -31,23 +31,19 @@ def device_batches(examples: Any, *, seed: int, batch_size: int, first_step: int
         examples: Array, or pytree of arrays such as images and labels, with the examples along their first axis; None gives
             placeholders of the right number, for steps that draw their own examples.
         seed: Seed of the run, at least 0.
-        batch_size: Examples in a batch over all processes and devices.
+        batch_size: Examples in a batch over all processes and devices, a multiple of their number.
         first_step: Training step of the first batch.
 
     Returns:
         Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``, in the types that JAX has.
 
     Raises:
-        ValueError: If the arrays differ in length, or a batch cannot be split evenly or exceeds the number of examples.
+        ValueError: If a batch exceeds the number of examples.
     """
     if examples is None:
         return itertools.repeat(parallel.shard(parallel.own_share(np.zeros(batch_size, np.float32))))
-    lengths = {len(leaf) for leaf in jax.tree.leaves(examples)}
-    if len(lengths) != 1:
-        raise ValueError(f"all arrays must have the same number of examples along their first axis, got {sorted(lengths)}")
-    num_examples, num_devices = lengths.pop(), jax.local_device_count()
+    num_examples, num_devices = len(jax.tree.leaves(examples)[0]), jax.local_device_count()
     batch_indices(seed, first_step, batch_size, num_examples)  # mistakes raise at the call, not at the first batch
-    parallel.check_divisible(batch_size, parallel.num_processes() * num_devices)
 
     def batch(step: int) -> Any:
         rows = parallel.own_share(batch_indices(seed, step, batch_size, num_examples))

@@ -6,7 +6,6 @@ A result is a dataclass beside the computation that fills it, and its ``str`` is
 import datetime
 import importlib.metadata
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -150,7 +149,8 @@ class Report:
         for name, known in (("lipschitz", self.lipschitz), ("noise_lipschitz", self.noise_lipschitz)):
             if known:
                 facts[name] |= {"certified": known.certified, "max_block": known.max_block}
-        return _strict({**facts, "warnings": self.warnings()})
+        facts |= {"warnings": self.warnings()}
+        return json.loads(json.dumps(facts), parse_constant=lambda _: None)  # None for numbers that JSON does not have
 
     @property
     def headline(self) -> str:
@@ -158,15 +158,6 @@ class Report:
         if self.likelihood:
             return f"{self.likelihood.mean:.4f} ± {self.likelihood.stderr:.4f} {self.likelihood.unit}"
         return f"{100 * self.classification.error:.2f} % error" if self.classification else ""
-
-
-def _strict(value: Any) -> Any:
-    """The same data with None for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: _strict(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_environment() -> dict[str, Any]:

@@ -55,16 +55,6 @@ class RowBlocks(NamedTuple):
         """The Frobenius norm, to some units of rounding."""
         return float(np.sqrt(sum(np.vdot(block, block) for block in self.blocks.values())))
 
-    def dense(self) -> Float[Array, "n m"]:
-        """The matrix."""
-        rows, columns = ({place[axis]: block.shape[axis] for place, block in self.blocks.items()} for axis in (0, 1))
-        return np.block(
-            [
-                [self.blocks.get((i, j), np.zeros((rows[i], columns[j]))) for j in range(max(columns) + 1)]
-                for i in range(self.num_rows)
-            ]
-        )
-
 
 def layer_blocks(kernel: Float[Array, "..."], in_shape: Sequence[int], padding: Padding) -> RowBlocks:
     """The matrix of a linear layer, with entries of images in the order ``(h, w, c)``.

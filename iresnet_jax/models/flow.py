@@ -18,7 +18,6 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize, Stage, chain, in_precision, multiscale, repeat
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
-from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.architecture import FlowSpec
@@ -77,7 +76,7 @@ def flow_bijection(
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         context: Context of every example that the bijection will see, if the model is conditional, or of every pixel.
-        unroll: Whether blocks are unrolled instead of scanned; see `unroll_by_default`.
+        unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes, see `repeat`.
     """
     weights = blocks_of(spec, weights)
@@ -116,8 +115,3 @@ def branch_inputs(
         if stage.spec.factor_out:
             x, _ = reshape.split_channels(x)
     return inputs
-
-
-def unroll_by_default() -> bool:
-    """Whether it is better to unroll blocks: on CPUs, where a training step is then up to 1.7 times as fast."""
-    return platforms.platform() == "cpu"

@@ -11,7 +11,7 @@ import numpy as np
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.models import flow
+from iresnet_jax.maths import platforms
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
@@ -91,7 +91,8 @@ def _classification(config: Config, data: DataSet, spec: ClassifierSpec) -> tupl
 def _training_step(config: Config, spec: Spec, loss: Callable[..., Any]) -> TrainingStep:
     """The training step of a loss, with the model as training runs it."""
     training, num_parts, blocks = config.training, config.training.num_parts, config.training.blocks
-    unroll = flow.unroll_by_default() if blocks == "auto" else blocks == "unroll"
+    # A step of unrolled blocks is up to 1.7 times as fast on CPUs.
+    unroll = platforms.platform() == "cpu" if blocks == "auto" else blocks == "unroll"
     # A scan writes all that it keeps into stacks, which takes longer than to recompute what is elementwise.
     how: Rematerialize = "elementwise" if config.logdet.kind == "exact" and not unroll else "nothing"
     how = "blocks" if training.rematerialize else how

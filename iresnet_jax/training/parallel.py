@@ -10,13 +10,13 @@ others (`hosts.ending_together`) goes on with its own devices.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from iresnet_jax.maths import platforms
 
@@ -114,21 +114,9 @@ def shard(batch: Any, *, num_devices: int | None = None) -> Any:
     Args:
         batch: Pytree of arrays whose first axis counts the same ``n`` examples.
         num_devices: Devices to use, from the first; all local ones by default.
-
-    Raises:
-        ValueError: If the arrays differ in length, or ``n`` is not a positive multiple of ``num_devices``.
     """
     num_devices = jax.local_device_count() if num_devices is None else num_devices
-    leaves = jax.tree.leaves(batch)
-    sizes = {np.shape(leaf)[:1] for leaf in leaves}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            "all arrays of a batch must have the same number of examples along their first axis, "
-            f"got the shapes {[np.shape(leaf) for leaf in leaves]}"
-        )
-    [(size,)] = sizes
-    check_divisible(size, num_devices)
-    return jax.tree.map(lambda leaf: leaf.reshape((num_devices, size // num_devices, *leaf.shape[1:])), batch)
+    return jax.tree.map(lambda leaf: leaf.reshape((num_devices, len(leaf) // num_devices, *leaf.shape[1:])), batch)
 
 
 def over_batches(
@@ -150,17 +138,23 @@ def over_batches(
 
     Returns:
         The outputs of all examples in order, on the host.
+
+    Raises:
+        ValueError: If there are none.
     """
+    if not num_examples:
+        raise ValueError("there are no examples to evaluate: check that the split is not empty")
     num_devices, is_shared = all_devices(), num_processes() > 1
-    num_batches = max(-(-num_examples // batch_size), 1)
+    num_batches = -(-num_examples // batch_size)
     size = -(-num_examples // (num_batches * num_devices)) * num_devices
     mapped, state, parts = _mapped_eval(evaluate, _devices(), is_shared), on_local_devices(state), []
-    for places, mask in eval_batches(num_examples, size):
+    for first in range(0, num_examples, size):
+        places = np.minimum(np.arange(first, first + size), num_examples - 1)  # the last batch is filled up
         outputs = jax.device_get(mapped(state, shard(batch_of(own_share(places)))))
         if not is_shared:
             outputs = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
-        parts.append(jax.tree.map(lambda values, mask=mask: values[mask], outputs))
-    return jax.tree.map(lambda *values: np.concatenate(values), *parts)
+        parts.append(outputs)
+    return jax.tree.map(lambda *values: np.concatenate(values)[:num_examples], *parts)
 
 
 def rows_of(*arrays: Any) -> Callable[[np.ndarray], tuple[Any, ...]]:
@@ -177,23 +171,6 @@ def _mapped_eval(fn, devices, is_shared):
         return jax.lax.all_gather(fn(state, batch), AXIS, tiled=True)
 
     return jax.pmap(gathered, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
-
-
-def eval_batches(num_examples: int, batch_size: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
-    """The places of every example once, in order, in batches of one size, which compile once, and whether each counts.
-
-    The last batch is filled up with place 0, which its mask leaves out: ``sum(mask * values) / num_examples`` is a mean.
-
-    Raises:
-        ValueError: If there is no example, or none in a batch.
-    """
-    if num_examples < 1 or batch_size < 1:
-        raise ValueError(
-            f"num_examples and batch_size must be at least 1, got {num_examples} and {batch_size}: "
-            "check that the split is not empty"
-        )
-    batches = np.arange(-(-num_examples // batch_size) * batch_size).reshape(-1, batch_size)
-    return ((np.where(places < num_examples, places, 0), places < num_examples) for places in batches)
 
 
 def example_keys(key: PRNGKeyArray, local_batch_size: int) -> Shaped[Array, "b ..."]:
@@ -227,12 +204,3 @@ def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
 def _replicated(num_devices: int) -> jax.sharding.NamedSharding:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), (AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
-def check_divisible(size: int, num_devices: int) -> None:
-    """Raises a ValueError unless the size of a batch is a positive multiple of the number of devices."""
-    if size < 1 or size % num_devices:
-        raise ValueError(
-            f"a batch of {size} examples cannot be split evenly over {num_devices} devices: use a positive multiple of "
-            f"{num_devices}, such as {max(-(-size // num_devices), 1) * num_devices}, or pad or drop the last batch"
-        )

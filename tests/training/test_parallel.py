@@ -7,8 +7,6 @@ import pytest
 
 from iresnet_jax.training.parallel import (
     AXIS,
-    check_divisible,
-    eval_batches,
     example_keys,
     over_batches,
     parallelize,
@@ -125,16 +123,6 @@ def test_shares_are_contiguous():
     np.testing.assert_array_equal(shares["x"][1], batch["x"][2:])
 
 
-def test_batches_that_cannot_be_shared_out_say_what_would_do():
-    with pytest.raises(ValueError, match=r"batch of 5 examples .* over 2 devices: .* such as 6, or pad or drop"):
-        shard(np.zeros((5, 2)))
-    with pytest.raises(ValueError, match=r"same number of examples .* \[\(4,\), \(2, 3\)\]"):
-        shard([np.zeros(4), np.zeros((2, 3))])
-    with pytest.raises(ValueError, match="batch of 0 examples"):
-        check_divisible(0, 2)
-    check_divisible(64, 2)
-
-
-def test_evaluation_refuses_an_empty_split_at_the_call():
-    with pytest.raises(ValueError, match="got 0 and 8"):
-        eval_batches(0, 8)
+def test_evaluation_refuses_an_empty_split():
+    with pytest.raises(ValueError, match="no examples to evaluate"):
+        over_batches(lambda state, batch: batch, 0, lambda places: places, 0, 8)
