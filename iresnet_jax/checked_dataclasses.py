@@ -212,3 +212,20 @@ def check_unmasked(given: Any, name: str) -> None:
     """Raises ``ValueError`` for masked values, which NumPy and scikit-learn would uncover."""
     if np.ma.is_masked(given):
         raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")
+
+
+def finite_numbers(given: np.ndarray, name: str, dtype: Any) -> np.ndarray:
+    """Numbers in a type.
+
+    Raises:
+        ValueError: If one is NaN, infinite or too large for it; the message names the first.
+    """
+    with np.errstate(over="ignore"):
+        numbers = given.astype(dtype, copy=False)
+    are_whole = given.dtype.kind in "biu" and numbers.dtype.kind in "biu"
+    for index in np.argwhere(numbers != given if are_whole else ~np.isfinite(numbers))[:1].tolist():
+        place = f"the first in row {index[0]}" + (f", column {index[-1]}" if len(index) > 1 else "")
+        if np.isfinite(given[tuple(index)]):
+            raise ValueError(f"{name} holds numbers that are too large for {numbers.dtype}, {place}: scale them")
+        raise ValueError(f"{name} holds NaN or infinite numbers, {place}: fill them in, or leave such rows out")
+    return numbers

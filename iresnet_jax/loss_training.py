@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, check_unmasked, checked
+from iresnet_jax.checked_dataclasses import Count, CountOrNone, Decay, Positive, check_unmasked, checked, finite_numbers
 from iresnet_jax.data.batches import device_batches
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.keys import single_key
@@ -258,15 +258,8 @@ def _checked_rows(x: Any, name: str) -> Any:
     if not shapes or () in shapes or len({shape[0] for shape in shapes}) != 1 or not shapes[0][0]:
         raise ValueError(f"arrays of {name} must have one row an example, and equally many rows, got shapes {shapes}")
     for leaf in jax.tree.leaves(x):
-        if leaf.dtype.kind not in "biuf":
-            continue
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        with np.errstate(over="ignore"):
-            cast = leaf.astype(dtype, copy=False)
-        for row in np.argwhere(~np.isfinite(cast) if leaf.dtype.kind == "f" else cast != leaf)[:1, 0].tolist():
-            if np.all(np.isfinite(leaf[row])):
-                raise ValueError(f"{name} holds numbers that are too large for {dtype}, the first in row {row}: scale them")
-            raise ValueError(f"{name} holds NaN or infinite numbers, the first in row {row}: leave such rows out")
+        if leaf.dtype.kind in "biuf":
+            finite_numbers(leaf, name, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return x
 
 

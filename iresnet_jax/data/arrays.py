@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.checked_dataclasses import check_unmasked
+from iresnet_jax.checked_dataclasses import check_unmasked, finite_numbers
 from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.tables import Table, describe
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
@@ -202,15 +202,7 @@ def _num_classes(labels: np.ndarray, published: int | None) -> int:
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
     if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
         raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text, categories and booleans as numbers first")
-    with np.errstate(over="ignore"):
-        floats = np.asarray(array, np.dtype(jnp.result_type(float)))
-    if len(wrong := np.argwhere(~np.isfinite(floats))):
-        place = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "column"), wrong[0][[0, -1]], strict=True))
-        problem, remedy = "missing or infinite", "fill them in or drop their rows"
-        if np.isfinite(array[tuple(wrong[0])]):
-            problem, remedy = "too large for single precision", "divide their columns by their standard deviations"
-        raise ValueError(f"{len(wrong)} of the numbers of {what} are {problem}, the first in {place}: {remedy}")
-    return floats
+    return finite_numbers(array, what, jnp.result_type(float))
 
 
 def data_of(

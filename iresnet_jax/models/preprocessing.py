@@ -20,7 +20,7 @@ from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.dequantize import check_levels, dequantize_bijection
 from iresnet_jax.bijections.standardize import Identity
-from iresnet_jax.checked_dataclasses import check_unmasked
+from iresnet_jax.checked_dataclasses import check_unmasked, finite_numbers
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Frame, numbers_of
 from iresnet_jax.models.density_spec import DensitySpec
@@ -56,10 +56,7 @@ def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
         return x, num_levels or 256
     if num_levels is not None:
         raise ValueError(f"num_levels is for images of integer levels, got {x.dtype} of shape {x.shape}: leave it out")
-    x = x if np.issubdtype(x.dtype, np.floating) else x.astype(float)
-    if not np.all(np.isfinite(x)):
-        row = int(np.argwhere(~np.isfinite(x))[0][0])
-        raise ValueError(f"x holds NaN or infinite numbers, the first in row {row}: leave such rows out")
+    x = finite_numbers(x, "x", x.dtype if np.issubdtype(x.dtype, np.floating) else float)
     check_told_apart(x.reshape(-1, x.shape[-1]), jnp.result_type(float), "entry {} of x".format)
     return x, None
 
