@@ -74,7 +74,7 @@ def describe(
             )
     ends = _on_line(x, cells, low, high)
     is_bounded = np.isfinite(low) | np.isfinite(high)
-    is_faint = x.std(axis=0) < 128 * np.finfo(x.dtype).eps * np.asarray(ends.scale)
+    is_faint = np.std(x, axis=0, dtype=np.float64) < 128 * np.finfo(x.dtype).eps * np.asarray(ends.scale)
     for column in np.flatnonzero(is_bounded & is_faint & (np.ptp(x, axis=0) > 0)).tolist():
         raise ValueError(
             f"{x.dtype} cannot tell the values of column {names[column]!r} apart beside its bounds {low[column]:g} and "

@@ -159,6 +159,7 @@ def test_heavy_tails_are_found_and_light_ones_are_left():
 def test_numbers_that_single_precision_cannot_tell_apart_are_refused_by_name_and_all_others_described():
     with pytest.raises(ValueError, match="column 'rest' apart: subtract its mean"):
         described(beside(1.6e9 + 1000 * NORMAL[:, 2]), NAMES)
+    assert described(1e30 * beside(NORMAL[:, 2]), NAMES).cells is None  # whose squares overflow
     assert describe({"train": 1.6e9 + 1000 * NORMAL}, NAMES).ends is None  # double precision can
     notes = described(beside(np.where(NORMAL[:, 2] < 0, 0, 1e3 ** NORMAL[:, 2])), NAMES).notes
     assert notes == ("columns with atoms: 'rest'", "columns with heavy tails: 'rest'")
