@@ -172,6 +172,8 @@ def train(
                 break
         if stop.received:
             say(f"stopped by {stop.received.name} after step {trainer.step}: the best model so far")
+        if best is None:
+            trainer.check()
         kept = best or Best.of(trainer.state, math.inf)
         trained = free.with_(params=jax.device_put(kept.ema)).certified()
         history = History.from_records(trainer.records, kept.step)

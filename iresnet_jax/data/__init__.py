@@ -34,7 +34,13 @@ _IMAGES = {"idx": images.load_idx, "cifar": images.load_cifar, "folder": images.
 _ARRAYS = {"npz": sources.load_npz, "npy": sources.load_npy, "csv": sources.load_csv}
 
 
-def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, float] = (0.1, 0.1)) -> DataSet:
+def load(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    fractions: tuple[float, float] = (0.1, 0.1),
+    num_classes: int | None = None,
+) -> DataSet:
     """Loads a data set or toy by its name.
 
     Example::
@@ -50,6 +56,7 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
         data_dir: Folder that holds the prepared data sets of TFDS (by default ``$TFDS_DATA_DIR``, else
             ``~/tensorflow_datasets``), and from which relative paths after ``idx:`` and so on start (by default ``.``).
         fractions: Shares for validation and for the test of arrays in a file that has not split them.
+        num_classes: Classes that arrays in a file may have; by default those of their labels, without gaps.
 
     Raises:
         ValueError: If no data set has this name, or its files do not make up a data set.
@@ -62,7 +69,7 @@ def load(name: str, data_dir: str | None = None, *, fractions: tuple[float, floa
         return images.load_digits()
     kind, colon, path = name.partition(":")
     if colon and kind in _ARRAYS:
-        return _ARRAYS[kind](path_of(path, data_dir or ""), name, fractions)
+        return _ARRAYS[kind](path_of(path, data_dir or ""), name, fractions, num_classes)
     if colon and kind in _IMAGES:
         return _IMAGES[kind](Path(data_dir or "", Path(path).expanduser()).expanduser(), name)
     if (found := tfds.load(name, data_dir)) is None:

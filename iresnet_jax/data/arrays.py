@@ -68,22 +68,25 @@ def from_arrays(
     parts, seen = _by_split(name, arrays, fractions)
     train = parts["train"]
     labels = {split: part.labels for split, part in parts.items() if part.labels is not None}
-    if labels:
-        num_classes = _num_classes(np.concatenate(list(labels.values())), num_classes)
-    levels, table = None, Table(None)
+    num_classes = _num_classes(np.concatenate(list(labels.values())), num_classes) if labels else None
+    levels, table, given = None, Table(None), arrays if isinstance(arrays, Arrays) else arrays["train"]
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values())
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
-        given = arrays if isinstance(arrays, Arrays) else arrays["train"]
-        names = [column.name for column in columns or ()]
+        names = [column.name for column in columns or ()] or list(range(train.x.shape[1]))
+        check_told_apart(np.asarray(given.x), train.x.dtype, lambda column: f"column {names[column]!r}")
         of_columns = [len(column.categories or ()) for column in columns or ()]
         if np.asarray(given.x).dtype == bool:
             of_columns = [2] * train.x.shape[1]
         table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)
     else:
         check_channels(train.x)
-    constant = [] if train.context is None else np.flatnonzero(np.ptp(train.context, axis=0) == 0).tolist()
+    constant = []
+    if train.context is not None:
+        rows = np.asarray(given.context).reshape(-1, train.context.shape[1])
+        check_told_apart(rows, train.context.dtype, "entry {} of the context".format)
+        constant = np.flatnonzero(np.ptp(rows, axis=0) == 0).tolist()
     data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
@@ -187,8 +190,8 @@ def _num_classes(labels: np.ndarray, published: int | None) -> int:
     """
     present = np.unique(labels)
     if published is not None and present[-1] >= published:
-        raise ValueError(f"labels must lie in 0 to {published - 1}, got {present[-1]}: the file is damaged, fetch it again")
-    if len(present) < 2:
+        raise ValueError(f"labels must lie in 0 to {published - 1}, got {present[-1]}: correct them, or fetch the file again")
+    if len(present) < 2 and (published or 0) < 2:
         raise ValueError(f"labels must be of 2 classes or more, and all are {present[0]}: leave them out")
     if published is None and len(present) <= present[-1]:
         lacking = np.setdiff1d(np.arange(len(present)), present)[0]

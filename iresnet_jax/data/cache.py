@@ -71,7 +71,7 @@ def decoded(name: str, folder: Path, files: Iterable[Path], contents: Callable[[
         ) from error
     try:
         return _mapped(name, place, **json.loads((place / _RECORD).read_text()))
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{place} is damaged, delete it to have the images decoded again: {error}") from None
 
 

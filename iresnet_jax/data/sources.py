@@ -28,7 +28,7 @@ _KEYS = {
 }
 
 
-def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
+def load_npz(path: Path, name: str, fractions: tuple[float, float], num_classes: int | None) -> DataSet:
     """The data set of the arrays of an ``.npz`` file.
 
     They are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``, ``context_train``, ``x_test`` and so on.
@@ -39,20 +39,24 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
 
     def part(x: str, y: str) -> Arrays:
         ending = x.removeprefix("x") if x.startswith("x") else f"_{x.removesuffix('_images')}"
-        examples = arrays[x][..., None] if arrays[x].ndim == 3 else arrays[x]
-        return Arrays(examples, arrays.get(y), arrays.get(f"context{ending}"))
+        examples = arrays.pop(x)
+        examples = examples[..., None] if examples.ndim == 3 else examples
+        return Arrays(examples, arrays.pop(y, None), arrays.pop(f"context{ending}", None))
 
-    splits = {split: part(*keys) for split, names in _KEYS.items() for keys in names if keys[0] in arrays}
+    present = {split: [keys for keys in names if keys[0] in arrays] for split, names in _KEYS.items()}
+    splits = {split: part(*keys[0]) for split, keys in present.items() if keys}
     if "x" not in arrays and not splits:
         raise ValueError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: the array x is needed, or x_train and x_test")
-    if "x" in arrays and splits:
+    read = splits or part("x", "y")
+    if arrays:
         raise ValueError(
-            f"{path} holds x, which is to be split, beside {' and '.join(splits)}: call it x_train, or leave it out"
+            f"{path} holds {', '.join(sorted(arrays))}, which nothing reads beside {' and '.join(splits) or 'x'}: leave it "
+            "out, or call it x, y and context, or x_train, y_train, context_train, x_validation, x_test and so on"
         )
-    return from_arrays(name, splits or part("x", "y"), fractions=fractions)
+    return from_arrays(name, read, fractions=fractions, num_classes=num_classes)
 
 
-def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
+def load_npy(path: Path, name: str, fractions: tuple[float, float], num_classes: int | None) -> DataSet:
     """The data set of one ``.npy`` file, or of a folder with one per split."""
 
     def read(file: Path) -> Arrays:
@@ -60,10 +64,10 @@ def load_npy(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
         others = {kind: _read(other, ".npy") for kind, other in beside.items() if other.is_file()}
         return Arrays(_read(file, ".npy"), **others)
 
-    return from_arrays(name, _by_split(path, ".npy", read), fractions=fractions)
+    return from_arrays(name, _by_split(path, ".npy", read), fractions=fractions, num_classes=num_classes)
 
 
-def load_csv(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
+def load_csv(path: Path, name: str, fractions: tuple[float, float], num_classes: int | None) -> DataSet:
     """The data set of one table of numbers separated by commas, or of a folder with one per split."""
     headers = []
 
@@ -85,7 +89,7 @@ def load_csv(path: Path, name: str, fractions: tuple[float, float]) -> DataSet:
     arrays = _by_split(path, ".csv", read)
     named = [column for column in headers[0] if column != "label" and not column.startswith("context")] if headers else []
     columns = tuple(Column(column, "float64") for column in named) or None
-    return from_arrays(name, arrays, fractions=fractions, columns=columns)
+    return from_arrays(name, arrays, fractions=fractions, columns=columns, num_classes=num_classes)
 
 
 def _by_split(path: Path, ending: str, read: Callable[[Path], Arrays]) -> Arrays | dict[str, Arrays]:
@@ -125,6 +129,8 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
             f"column {header.index('') + 1} of {path} has no name, as the row numbers that pandas writes: write the table with "
             "index=False, or name the column"
         )
+    if typo := next((cell for cell in header if (_number(cell) or 0) % 1), None):
+        raise ValueError(f"the first line of {path} holds {typo} beside other text: correct it, or name all columns in words")
     rows = lines[1:] if header else lines
     if not rows:
         raise ValueError(f"{path} has no rows: it needs a row of numbers an example")

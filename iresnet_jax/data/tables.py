@@ -18,7 +18,6 @@ from jaxtyping import Float
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.models.columns import listed
-from iresnet_jax.models.preprocessing import check_told_apart
 
 FINEST_GRID = 2.0**-17  # of the largest number: the least spacing of a grid, of 64 floats or more
 
@@ -56,7 +55,6 @@ def describe(
     """
     x = next(iter(splits.values()))
     names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
-    check_told_apart(x, x.dtype, lambda column: f"column {names[column]!r}")
     values, atoms = [], []
     for numbers, num_levels in zip(np.asarray(x, np.float64).T, levels, strict=True):
         values.append((0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps)))
@@ -103,7 +101,7 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     whole = np.rint(multiples)
     if np.all(np.abs(multiples - whole) <= np.minimum(eps * np.abs(multiples), 2.0**-6)) and np.abs(whole).max() < 2**53:
         spacing = float(np.gcd.reduce(np.diff(whole).astype(np.int64))) / 10.0**digits
-        if 1 < spacing <= eps * largest:
+        if spacing <= eps * largest:
             return ()
         return distinct[0], distinct[0] + spacing
     rare = counts[~_is_often(counts)]  # others may be atoms of a continuous column

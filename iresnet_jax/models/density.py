@@ -190,7 +190,9 @@ class Density(Model):
         """
         key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
         x, num_levels = preprocessing.examples(x, num_levels)
-        context = None if context is None else contexts.for_examples(context, len(x))
+        if context is not None:
+            context = contexts.for_examples(context, len(x))
+            preprocessing.check_told_apart(context, jnp.result_type(float), "entry {} of context".format)
         if transform is None:
             transform = Standardize.fit(x) if num_levels is None else Logit()
         stages = checked(tuple[StageSpec, ...], stages, "stages")

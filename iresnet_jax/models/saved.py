@@ -109,6 +109,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
             yield archive, header
     except _RefusedError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from None
+    except (ConnectionError, PermissionError):  # of a bucket, which says nothing of the file
+        raise
     except Exception as error:  # there is no list of what a damaged file makes others raise
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} is damaged or was written by another version ({reason}): save the model again") from error

@@ -76,8 +76,9 @@ class Checkpoints:
         named = to_named(state) | {_METRIC: np.array(value)}
         try:
             self._folder.mkdir(exist_ok=True)
-            for leftover in self._folder.glob("*.incoming"):  # of killed processes
-                leftover.unlink()
+            with contextlib.suppress(ConnectionError):  # to a bucket, which has none
+                for leftover in self._folder.glob("*.incoming"):  # of killed processes
+                    leftover.unlink()
             with replacing(self.path(step)) as incoming, incoming.open("xb") as file:
                 np.savez(file, **named)  # pyright: ignore[reportArgumentType]: of names that no state has
         except OSError as error:
@@ -85,11 +86,18 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}): "
                 "free space, check permissions or the connection, and resume; the checkpoints written before are kept"
             ) from error
-        past = [other for other in self._steps() if other <= step]
-        known = {**self._metrics, step: value}
+        self._metrics[step] = value
+        with contextlib.suppress(OSError):  # what cannot be read or deleted now is so after the next one
+            self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Deletes all checkpoints but the newest up to this step and the best."""
+        steps = self._steps()
+        past = [other for other in steps if other <= step]
+        known = self._metrics
         self._metrics = {other: known[other] if other in known else self._metric(other) for other in past}
         best = sorted((other for other in past if math.isfinite(self._metrics[other])), key=self._metrics.__getitem__)
-        for other in {*self._steps()} - {*past[:KEPT], *best[:1]}:
+        for other in {*steps} - {*past[:KEPT], *best[:1]}:
             with contextlib.suppress(OSError):
                 self.path(other).unlink()
 
@@ -113,7 +121,9 @@ class Checkpoints:
                 with self.path(step).open("rb") as file, np.load(file) as archive:
                     named = {name: archive[name] for name in archive.files}
                 metric = float(named.pop(_METRIC))
-            except ConnectionError:  # to a bucket
+            except FileNotFoundError:  # deleted by its training just now, for a later one
+                continue
+            except (ConnectionError, PermissionError):  # of a bucket, which says nothing of its objects
                 raise
             except Exception as error:  # Damage shows as whatever zipfile or NumPy trips over.
                 damage.append(f"The checkpoint {self.path(step)} is damaged ({_reason(error)})")
@@ -129,10 +139,18 @@ class Checkpoints:
         return sorted((int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdecimal()), reverse=True)
 
     def _metric(self, step: int) -> float:
-        """Reads a metric; infinity if there is none, and minus infinity of a damaged file, so that restoring it can say so."""
+        """Reads a metric; infinity if there is none, and minus infinity of a damaged file, so that restoring it can say so.
+
+        Raises:
+            OSError: If a bucket cannot be reached, or refuses.
+        """
         try:
             with self.path(step).open("rb") as file, np.load(file) as archive:
                 metric = float(archive[_METRIC])
+        except FileNotFoundError:
+            return math.inf
+        except (ConnectionError, PermissionError):
+            raise
         except Exception:  # as above
             return -math.inf
         return math.inf if math.isnan(metric) else metric

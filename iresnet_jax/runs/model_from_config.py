@@ -20,9 +20,10 @@ from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig
 
 
-def load_data(settings: DataConfig) -> DataSet:
-    """The data that a config names."""
-    data = load(settings.name, fractions=(settings.validation_fraction, settings.test_fraction))
+def load_data(settings: DataConfig, num_classes: int | None = None) -> DataSet:
+    """The data that a config names, for a model of so many classes if there is one already."""
+    fractions = settings.validation_fraction, settings.test_fraction
+    data = load(settings.name, fractions=fractions, num_classes=num_classes)
     return conditioned_on_labels(data) if settings.condition_on_labels else data
 
 

@@ -100,7 +100,9 @@ def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterato
         except TimeoutError:
             message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
             raise ValueError(message) from None
-        if not has_run(workdir):
+        if has_run(workdir):
+            check_belongs_to(workdir, config)  # it may have begun since the last look
+        else:
             model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
             # The model first: a folder with a config is one of a run, and a model alone was left by a start that failed.
             for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):

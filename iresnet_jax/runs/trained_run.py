@@ -21,6 +21,7 @@ from iresnet_jax.models import preprocessing, saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.columns import listed
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs.checkpoints import Checkpoints
@@ -64,7 +65,7 @@ class Run:
                 f"{self.folder} does not hold the array that its model was fitted to: save the array with numpy.save and add "
                 "--data npy:FILE"
             )
-        return load_data(self.config.data)
+        return load_data(self.config.data, self._num_classes)
 
     def with_data(self, name: str) -> "Run":
         """The same run on other data, by a name that `iresnet_jax.data.load` knows."""
@@ -77,6 +78,13 @@ class Run:
     def test_contexts(self) -> np.ndarray | None:
         """The contexts of `test_examples`; None of a model without."""
         return self.data.held_out_contexts("test", self._num_test)
+
+    @property
+    def _num_classes(self) -> int | None:
+        spec = self.model.spec
+        if isinstance(spec, DensitySpec) and self.config.data.condition_on_labels:
+            return spec.context_dim
+        return spec.num_classes
 
     @property
     def _num_test(self) -> int | None:
@@ -95,9 +103,9 @@ class Run:
         if found.fingerprint == self.fingerprint:
             return self
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
-        wanted = (tuple(shape), spec.num_levels, spec.num_classes)
-        if wanted != (found.event_shape, found.num_levels, found.num_classes if spec.num_classes is not None else None):
-            taken = f"{wanted[0]}, {wanted[1]} levels and {wanted[2]} classes"
+        fits = tuple(shape) == found.event_shape and _may_be(found.num_levels, spec.num_levels)
+        if not fits or (spec.num_classes is not None and not _may_be(found.num_classes, spec.num_classes)):
+            taken = f"{tuple(shape)}, {spec.num_levels} levels and {spec.num_classes} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
         if isinstance(self.model, Density) and "test" in found.examples:
@@ -109,7 +117,7 @@ class Run:
             return self._with_note(f"The model says nothing of its training data; these are {found.name}.")
         note = (
             f"These are other data than the model was trained on, or other parts of them: {found.name} has the fingerprint "
-            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then."
+            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then. Give examples that training has not seen."
         )
         if self._validated_on_the_test():
             fractions = self.config.data.validation_fraction, self.config.data.test_fraction
@@ -127,8 +135,13 @@ class Run:
 
         Test and validation examples are then the first of one order, see `dataset.fraction_masks`.
         """
-        data = self.config.data
-        return not self.data.is_endless and load_data(replace(data, test_fraction=0.0)).fingerprint == self.fingerprint
+        undivided = replace(self.config.data, test_fraction=0.0)
+        return not self.data.is_endless and load_data(undivided, self._num_classes).fingerprint == self.fingerprint
+
+
+def _may_be(shown: int | None, taken: int | None) -> bool:
+    """Whether data that show so many levels or classes can be some of those that a model takes."""
+    return shown == taken or (shown is not None and taken is not None and shown < taken)
 
 
 def load(folder: str | os.PathLike[str]) -> Run:

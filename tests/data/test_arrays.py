@@ -83,6 +83,8 @@ def test_cells_are_those_of_all_rows_of_one_array():
     ("arrays", "message"),
     [
         (beside(1e6 + RNG.normal(size=200)), "column 'age' apart: subtract its mean"),
+        (beside(1.7e9 + 5 * RNG.normal(size=200)), "column 'age' apart: subtract its mean"),  # of which one float is left
+        (Arrays(VECTORS, None, 1.7e9 + 5 * RNG.normal(size=200)), "entry 0 of the context apart: subtract its mean"),
         (beside(1e-42 * RNG.normal(size=200)), "column 'age' .* divide by its standard deviation"),
         (beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))), "too large for .* row 3, column 1"),
         (Arrays(1e-42 * RNG.random((40, 4, 4, 1))), "float32 cannot tell the values of channel 0 of the images apart"),

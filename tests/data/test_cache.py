@@ -101,6 +101,9 @@ def test_a_damaged_cache_is_named(load, home):
     (made / "test.npy").write_bytes((made / "test.npy").read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{made} is damaged, delete it"):
         load()
+    (made / "test.npy").unlink()  # as by what cleans up old files
+    with pytest.raises(ValueError, match=rf"{made} is damaged, delete it"):
+        load()
 
 
 def test_writers_that_start_at_once_agree(load):

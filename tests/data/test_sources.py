@@ -340,6 +340,7 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
         ("a,b\n", "no rows"),
         ("a,label\n1.5,0\n2.5,0.5\n", "whole numbers"),
         ("é,b\n1,2\n", "no table in UTF-8"),
+        ("0.5,1.5O\n0.5,2\n1,3\n", "first line of .* holds 0.5 beside other text: correct it"),
         ("0,1\n0.5,2\n1,3\n", "first line of .* numbers the columns, .* header=False"),
         ("a,label,label\n1,0,1\n2,1,0\n", "two columns of .* have the same name"),
         (",a,b\n0,1,2\n1,3,4\n", "column 1 of .* has no name, .* index=False"),
@@ -396,7 +397,7 @@ def test_missing_ambiguous_and_mixed_up_idx_files_are_named(tmp_path, change, me
     [
         (lambda files: {name.removesuffix(".bin"): content for name, content in files.items()}, "lacks data_batch_1.bin"),
         (lambda files: files | {"data_batch_3.bin": files["data_batch_3.bin"][:-1]}, "122919 bytes, not a multiple of 3073"),
-        (lambda files: files | {"test_batch.bin": b"\12" + files["test_batch.bin"][1:]}, "0 to 9, got 10: the file is damaged"),
+        (lambda files: files | {"test_batch.bin": b"\12" + files["test_batch.bin"][1:]}, "0 to 9, got 10: correct them"),
         (lambda files: files | {"train.bin": bytes(3074)}, "both CIFAR-10 and CIFAR-100"),
     ],
 )
@@ -433,7 +434,9 @@ IMAGES = np.zeros((20, 4, 4), np.uint8)
     ("arrays", "message"),
     [
         ({"images": IMAGES, "labels": IMAGES}, "a.npz holds images, labels: the array x is needed, or x_train and x_test"),
-        ({"x": IMAGES, "x_test": IMAGES}, "a.npz holds x, which is to be split, beside test: call it x_train, or leave it out"),
+        ({"x": IMAGES, "x_test": IMAGES}, "a.npz holds x, which nothing reads beside test: leave it out, or call it x, y and"),
+        ({"x_train": IMAGES, "contexts_train": IMAGES}, "holds contexts_train, which nothing reads beside train"),
+        ({"x_train": IMAGES, "x_val": IMAGES, "x_validation": IMAGES}, "holds x_val, which nothing reads beside train and v"),
         ({"x_train": np.array([{"code": 1}])}, "Object arrays cannot be loaded"),  # a pickle, which could run anything
     ],
 )

@@ -11,8 +11,10 @@ import jax
 import kept
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import iresnet_jax as ir
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -177,6 +179,18 @@ def test_files_that_are_no_models(density, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model\.npz is damaged"):
             ir.load(path)
+
+
+def test_a_bucket_that_cannot_be_reached_is_no_damage(density, monkeypatch):
+    path = path_of("memory://bucket/model.npz")
+    density.save(path)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("503 at the moment")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    with pytest.raises(ConnectionError, match=r"model\.npz cannot be reached \(503 at the moment\)"):
+        ir.load(path)
 
 
 def test_numbers_of_numpy_in_a_spec_are_those_of_python():

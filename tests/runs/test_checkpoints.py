@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from iresnet_jax.atomic_files import path_of
 from iresnet_jax.runs.checkpoints import Checkpoints, from_named, to_named
 
 
@@ -207,6 +209,42 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     with pytest.raises(RuntimeError, match=r"10.npz is damaged \(.*\), and no other can be read") as error:
         checkpoints.restore(big_state(0))
     assert "\n" not in str(error.value)
+
+
+def test_a_bucket_that_fails_for_a_moment_costs_no_checkpoint(monkeypatch):
+    folder, left = path_of("memory://bucket/run"), [-1]  # requests before one fails
+
+    def failing(method):
+        def request(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("503 at the moment")
+            return method(*args, **kwargs)
+
+        return request
+
+    for name in ("cat_file", "ls"):
+        monkeypatch.setattr(MemoryFileSystem, name, failing(getattr(MemoryFileSystem, name)))
+    for step, metric in ((10, 1.0), (20, 3.0), (30, 2.5)):
+        Checkpoints(folder).save(step, big_state(step), metric=metric)
+    for left[0] in (1, 2, 5):  # the listing, a metric and the whole state
+        with pytest.raises(ConnectionError, match="503 at the moment"):
+            Checkpoints(folder).restore(big_state(0), best=True)
+    for left[0] in (1, 2, 3, 4):  # both listings, metrics
+        Checkpoints(folder).save(step := 10 * left[0] + 30, big_state(step), metric=3.0)
+        assert Checkpoints(folder).restore(big_state(0), best=True).step == 10
+    Checkpoints(folder).save(80, big_state(80), metric=3.0)
+    assert sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.npz")) == [10, 70, 80]
+
+
+def test_a_checkpoint_that_its_training_deletes_is_not_called_damaged(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, big_state(step), metric=1.0)
+    monkeypatch.setattr(Checkpoints, "_steps", lambda self: [30, 20, 10])
+    for best in (False, True):
+        restored = checkpoints.restore(big_state(0), best=best)
+        assert (restored.step, restored.notes) == (20, ())
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):

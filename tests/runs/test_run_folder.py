@@ -55,6 +55,12 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
     assert read_model(workdir) == before
 
 
+def test_a_run_that_another_process_began_meanwhile_is_not_gone_on_with(tmp_path):
+    begin(tmp_path, runs.config_of(runs.TOY_CONFIG))
+    with pytest.raises(ValueError, match="holds a run with another config: .*seed"):
+        begin(tmp_path, runs.config_of(runs.TOY_CONFIG, seed=7))
+
+
 def test_a_model_without_a_config_was_left_by_a_start_that_failed(tmp_path):
     config = runs.config_of(runs.TOY_CONFIG)
     data = begin(tmp_path, config)

@@ -156,7 +156,7 @@ def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
 OTHERS = {  # changes of images `x_...` and labels `y_...`
     "(3, 4, 1), 256 and 3": lambda name, array: array[:, :3] if name[0] == "x" else array,
     "(4, 4, 1), 256 and None": lambda name, array: array if name[0] == "x" else None,
-    "(4, 4, 1), 256 and 5": lambda name, array: array if name[0] == "x" else np.arange(len(array)) % 5,
+    "(4, 4, 1), None and 3": lambda name, array: array.astype(np.float32) if name[0] == "x" else array,
 }
 
 
@@ -168,6 +168,18 @@ def test_data_that_the_model_cannot_take_are_refused(of_images, found):
     with pytest.raises(ValueError, match=r"takes examples of shape \(4, 4, 1\), 256 levels and 3 classes, and npz:") as raised:
         run.load(folder).with_data_checked()
     assert f"has {found} now" in str(raised.value)
+
+
+def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classes(of_images):
+    folder, path = of_images
+    arrays = dict(np.load(path))
+    dark = {name: array % 100 if name[0] == "x" else array // 2 * 2 for name, array in arrays.items()}  # no class 1
+    np.savez(path, **dark)
+    taken = run.load(folder).with_data_checked()
+    np.testing.assert_array_equal(taken.test_examples(), dark["x_test"])
+    np.savez(path, **(dark | {"y_test": np.arange(25) % 5}))
+    with pytest.raises(ValueError, match="labels must lie in 0 to 2, got 4: correct them"):
+        run.load(folder).with_data_checked()
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
