@@ -20,7 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, on_balls
@@ -28,7 +28,7 @@ from iresnet_jax.bijections.standardize import ROUNDING, Identity, Standardize, 
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import floats
-from iresnet_jax.maths.upward_rounding import UP, U
+from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
 TAIL = 2.0**-18  # share of an end up to which distances from it belong to the tail
 END = 2.0**-12  # distance from an end that a value exactly there counts as, as a share of the width or of the scale
@@ -71,15 +71,15 @@ class Bounded(ClosedForm):
         """Length of examples."""
         return len(self.low)
 
-    def forward_and_logdet(self, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def forward_and_logdet(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """The mapped vectors; outside of an interval the log-determinant is minus infinity."""
-        line, log_slopes = self.to_line(x)
+        line, log_slopes = self.to_line(as_floats(x, "x"))
         y, log_det = self.then.forward_and_logdet(line)
         return y, log_det + jnp.sum(log_slopes, axis=1)
 
-    def inverse_and_logdet(self, y: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def inverse_and_logdet(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """Vectors within their intervals."""
-        line, log_det = self.then.inverse_and_logdet(y)
+        line, log_det = self.then.inverse_and_logdet(as_floats(y, "y"))
         x, log_slopes = self.from_line(line)
         return x, log_det + jnp.sum(log_slopes, axis=1)
 
@@ -105,8 +105,9 @@ class Bounded(ClosedForm):
         rest = unit - is_both * gap
         y, log_slopes = xp.log(gap) - xp.log(rest), xp.log(unit) - xp.log(gap) - xp.log(rest)
         e, start, stretch = _tail(end, unit, is_both, xp)
-        y = xp.where(gap < e, start - stretch * (e / gap - 1), y)
-        log_slopes = xp.where(gap < e, xp.log(stretch * e) - 2 * xp.log(gap), log_slopes)
+        near = xp.where(gap < e, gap, 1)  # the gradient of 1 / gap may overflow where the quotient is not taken
+        y = xp.where(gap < e, start - stretch * (e / near - 1), y)
+        log_slopes = xp.where(gap < e, xp.log(stretch * e) - 2 * xp.log(near), log_slopes)
         y, log_slopes = xp.where(is_low, y, -y), xp.where(is_outside, -xp.inf, log_slopes)
         t = xp.arcsinh((x - center) / unit)
         free_slopes = xp.where(scale > 0, math.log(2) - xp.logaddexp(t, -t) - xp.log(unit), 0)  # cosh overflows

@@ -79,7 +79,8 @@ class Cells:
 
         def place(x, noise):
             _, start, width, _ = self.places(x)
-            return start + width * noise
+            within = jnp.minimum(start + width * noise, jnp.nextafter(start + width, start))  # the sum is rounded
+            return jnp.where(width > 0, within, start)
 
         def log_ratio(x):
             _, _, width, unit = self.places(x)

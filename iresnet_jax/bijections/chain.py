@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from iresnet_jax.bijections.bijection import Bijection, from_walks, keys_of_links
 from iresnet_jax.bijections.reshape import flatten, split_channels, unflatten
@@ -134,15 +134,17 @@ def _rematerialized(make: Callable[[Any], Bijection], weights: Any, policy: Call
     )
 
 
-def in_precision(bijection: Bijection, dtype: Any) -> Bijection:
-    """The same bijection with inverses in this precision at least: that of its weights, or the one that a part refines in."""
+def in_precision(bijection: Bijection, dtype: Any, inverse_dtype: Any) -> Bijection:
+    """The same bijection in these precisions at least: that of its weights, and for inverses the one that a part refines in."""
 
-    def wide(y: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        return y.astype(jnp.promote_types(y.dtype, dtype))
+    def wide(x: Num[Array, "b ..."], dtype: Any) -> Float[Array, "b ..."]:
+        return x.astype(jnp.promote_types(x.dtype, dtype))
 
     return bijection._replace(
-        inverse=lambda y: bijection.inverse(wide(y)),
-        inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(wide(y), key),
+        forward=lambda x: bijection.forward(wide(x, dtype)),
+        forward_and_logdet=lambda x, key: bijection.forward_and_logdet(wide(x, dtype), key),
+        inverse=lambda y: bijection.inverse(wide(y, inverse_dtype)),
+        inverse_and_logdet=lambda y, key: bijection.inverse_and_logdet(wide(y, inverse_dtype), key),
     )
 
 

@@ -31,12 +31,14 @@ class _Shift(ClosedForm):
 
     shift = 0.0
 
-    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def forward_and_logdet(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The shifted data, and 0."""
+        x = as_floats(x, "x")
         return x - self.shift, jnp.zeros(len(x), x.dtype)
 
-    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def inverse_and_logdet(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The data, and 0."""
+        y = as_floats(y, "y")
         return y + self.shift, jnp.zeros(len(y), y.dtype)
 
     def bilipschitz(self) -> BiLipschitz:
@@ -118,6 +120,8 @@ class Standardize(ClosedForm):
         return y * scale + mean, -self._log_det(y)
 
     def _like(self, x: Array) -> tuple[Array, Array]:
+        if x.shape[-1] != self.num_entries:
+            raise ValueError(f"there is a mean and a scale for {self.num_entries} entries, got an array of shape {x.shape}")
         mean, scale = (value.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
         return mean, scale
 

@@ -20,7 +20,7 @@ from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import preprocessing
 from iresnet_jax.models.classifier import Classifier
-from iresnet_jax.models.contexts import Contexts, numbers
+from iresnet_jax.models.contexts import Contexts
 from iresnet_jax.models.density import Density
 
 
@@ -80,7 +80,7 @@ def decode(
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
         z: Latents, such as `Density.sample_latents` draws; features of a classifier.
-        context: Contexts of a conditional density.
+        context: Contexts of a conditional density, one for all or one for each.
 
     Raises:
         ValueError: Under ``jit``, or for a model that cannot be certified, see `certify.inverse`.
@@ -89,8 +89,8 @@ def decode(
         >>> x, info = certify.decode(model, z)  # doctest: +SKIP
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
     """
-    model = check(model, z, context=context)
-    decoded = _decoded(model, jnp.asarray(z), None if context is None else numbers(context))
+    model, context = check(model, z, context=context)
+    decoded = _decoded(model, jnp.asarray(z), context)
     with jax.enable_x64():  # the model may round latents, and the certificate is of those that were given
         latents = np.asarray(vectors_of(model, np.asarray(z)))
     return decoded.data, certified(model, decoded._replace(latents=latents), context=context)

@@ -81,7 +81,7 @@ def inverse(
         model: A model with certified bounds, as `freeze` and `load` give it.
         y: Latents or features.
         x: Inputs of the flow, as the inverse gave them.
-        context: Contexts of a conditional density.
+        context: Contexts of a conditional density, one for all or one for each.
 
     Raises:
         ValueError: If the model has no certified bounds or a block is no contraction, if shapes do not fit, or under ``jit``.

@@ -10,7 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from iresnet_jax.branches.branch import check_context
 from iresnet_jax.certification.norms import StepConstants, constants_of
@@ -18,7 +18,7 @@ from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.steps import Places, places_of
 from iresnet_jax.maths.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contexts import Contexts, numbers
+from iresnet_jax.models.contexts import Contexts, of_samples
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.model import M, Model
@@ -67,13 +67,15 @@ class PreparedFlow:
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
 
 
-def check(model: M, *given: Any, context: Contexts | None = None, contraction: bool = True) -> M:
-    """The model with guaranteed bounds.
+def check(
+    model: M, *given: Any, context: Contexts | None = None, contraction: bool = True
+) -> tuple[M, Num[Array, "b k"] | Num[np.ndarray, "b k"] | None]:
+    """The model with guaranteed bounds, and a context for each example.
 
     Args:
         model: The model.
         given: Batches that are given, which must be arrays of the host, not traced ones.
-        context: Contexts of a conditional density, one for each example of the batches.
+        context: Contexts of a conditional density, one for all examples of the batches or one for each.
         contraction: Whether every block must be certified to be a contraction.
 
     Raises:
@@ -85,7 +87,9 @@ def check(model: M, *given: Any, context: Contexts | None = None, contraction: b
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are those of a batch of examples, got a scalar")
     if given:
-        check_context(getattr(model.spec, "context_dim", 0), len(given[0]), context)
+        dim = getattr(model.spec, "context_dim", 0)
+        context = of_samples(context, len(given[0]), dim)
+        check_context(dim, len(given[0]), context)
     for stage in model.spec.flow.layout:
         scale, branch = model.weights[stage.name]
         if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):
@@ -100,7 +104,7 @@ def check(model: M, *given: Any, context: Contexts | None = None, contraction: b
             )
     if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
         raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
-    return model
+    return model, context
 
 
 @contextlib.contextmanager
@@ -114,14 +118,13 @@ def prepared(
     Args:
         model: The model.
         given: Batches that are given.
-        context: Contexts of a conditional density.
+        context: Contexts of a conditional density, one for all or one for each.
         contraction: Whether every block must be certified to be a contraction.
 
     Raises:
         ValueError: For the reasons of `check`.
     """
-    context = None if context is None else numbers(context)
-    model = check(model, *given, context=context, contraction=contraction)
+    model, context = check(model, *given, context=context, contraction=contraction)
     is_double = np.float64 in (getattr(context, "dtype", None), jnp.result_type(float))
     with jax.enable_x64(is_double):
         scaled = model.scale_context(context) if isinstance(model, Density) else None

@@ -68,7 +68,7 @@ def of_samples(context: Contexts | None, num: int, dim: int) -> Contexts | None:
     if found.shape not in ((dim,), (1, dim), (num, dim)):
         wanted = f"one context of length {dim} for all {num} samples, or one for each"
         raise ValueError(f"there must be {wanted}, got contexts of shape {np.shape(context)}")
-    return jnp.broadcast_to(found, (num, dim))
+    return (jnp if isinstance(found, jax.Array) else np).broadcast_to(found, (num, dim))
 
 
 @pytree(arrays=("mean", "scale", "center", "width"))

@@ -91,7 +91,8 @@ def flow_bijection(
 
     batch_size = 1 if context is None else len(context)
     whole = multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
-    return in_precision(whole, jnp.float64 if solver.refine else jnp.result_type(*jax.tree.leaves(as_params(weights))))
+    dtype = jnp.result_type(*jax.tree.leaves(as_params(weights)))
+    return in_precision(whole, dtype, jnp.float64 if solver.refine else dtype)
 
 
 def branch_inputs(

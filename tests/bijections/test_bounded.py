@@ -35,6 +35,13 @@ def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
     assert np.isneginf(log_det[3:]).all()
 
 
+def test_slopes_next_to_an_end_at_zero_have_gradients():
+    transform, distances = Bounded([0.0], [np.inf]), jnp.array([1e-3, 1e-18, 1e-20, 1e-30], jnp.float32)
+    for i in range(2):  # the point, and the logarithm of its slope
+        grad = jax.vmap(jax.grad(lambda x, i=i: transform.to_line(x[None, None])[i][0, 0]))(distances)
+        np.testing.assert_allclose(grad, (1 - 2 * i) / distances, rtol=SINGLE)
+
+
 def test_no_latent_leaves_its_interval_and_single_precision_comes_back():
     transform, cells = TRANSFORM, Cells.of([(), (), (), (0.0, 1.0)])
     y = jnp.asarray(100 * RNG.standard_cauchy(size=(20_000, 4)), jnp.float32)

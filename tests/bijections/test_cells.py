@@ -36,6 +36,13 @@ def test_values_are_spread_over_their_cells_and_come_back():
     np.testing.assert_allclose(bijection.inverse(bijection.forward(jnp.asarray(SEEN)))[0], SEEN, rtol=1e-6, atol=1e-6)
 
 
+def test_noise_that_is_rounded_stays_in_its_cell():
+    x = jnp.repeat(jnp.array([2024.0, 1e5, 4e6, 2**23 - 1.0]), 50_000)[:, None]
+    bijection = Cells.of([(0.0, 1.0)]).bijection()
+    u, _, _ = bijection.forward_and_logdet(x, jax.random.key(0))
+    np.testing.assert_array_equal(bijection.inverse(u)[0], x)
+
+
 def test_other_numbers_count_as_the_value_whose_cell_they_lie_in():
     x = jnp.array([[20.4, 0.123, 2.4, 1e-3, 0.07], [-3.6, 5.0, 2.6, -1e-3, 9.01]], jnp.float32)
     back, _ = CELLS.bijection().inverse(CELLS.bijection().forward(x))

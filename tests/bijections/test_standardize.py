@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.covariance import LedoitWolf
 
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.standardize import Standardize, Whiten, shrunk_covariance
+from iresnet_jax.bijections.standardize import Center, Standardize, Whiten, shrunk_covariance
 
 EXACT = 1e-10  # float64, same maths by another route
 SINGLE = 1e-5  # float32
@@ -33,7 +34,10 @@ def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_corre
 
 @pytest.mark.parametrize(
     "transform",
-    [Standardize((2.5, 0.0), (0.5, 1.5)), Whiten((2.5, 0.0), ((0.5, 0.0), (0.3, 1.0))), Equalize((0.5, 0.5), alpha=0.05)],
+    [
+        *(Center(), Standardize((2.5, 0.0), (0.5, 1.5)), Whiten((2.5, 0.0), ((0.5, 0.0), (0.3, 1.0)))),
+        *(Equalize((0.5, 0.5), alpha=0.05), Bounded((-1.0, -2.0), (2.0, np.inf), scale=1.0)),
+    ],
 )
 def test_integers_count_as_floats(transform):
     x = jnp.array([[0, 1], [1, 0]])
@@ -69,6 +73,7 @@ def test_few_examples_are_whitened_better_than_by_linear_shrinkage():
     [
         (lambda: Standardize((0.0,), (0.0,)), "scale positive"),
         (lambda: Standardize((0.0,), (1.0, 1.0)), "one number an entry"),
+        (lambda: Standardize((0.0,), (2.0,)).forward_and_logdet(jnp.ones((2, 3))), r"for 1 entries, got .* \(2, 3\)"),
         (lambda: Whiten((0.0, 0.0), ((1.0, 0.0),)), "square"),
         (lambda: Whiten((0.0, 0.0), ((1.0, 0.5), (0.0, 1.0))), "lower triangular"),
         (lambda: Whiten((float("nan"),), ((1.0,),)), "finite"),

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import kept
@@ -115,6 +116,8 @@ def test_the_certificate_is_of_the_latents_and_contexts_that_were_given():
     _, given = certify.decode(model, beside, context=context)
     _, rounded = certify.decode(model, z, context=context)
     _, under = certify.decode(model, z, context=np.float64(context) * (1 + 2e-8))
+    one, each = (certify.decode(model, z, context=given) for given in (context[0], np.tile(context[:1], (len(z), 1))))
+    chex.assert_trees_all_equal(one, each)
     exact = rounded.certificate.refined  # to the last bits of float64
     for other in (given, under):
         assert np.abs(other.certificate.refined - exact).max() > 1e-10

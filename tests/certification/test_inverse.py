@@ -119,7 +119,7 @@ WRONG = {
     "one axis": (lipswish, X[0], None, "got.* \\(2,\\)"),
     "a context that is not taken": (lipswish, X, np.zeros((2, 3), np.float32), "takes no context"),
     "no contexts": (conditional, X, None, "got none"),
-    "too few contexts": (conditional, X, np.zeros((1, 3), np.float32), "for a batch of 2"),
+    "other contexts": (conditional, X, np.zeros((3, 3), np.float32), "one context of length 3 for all 2 samples"),
 }
 
 

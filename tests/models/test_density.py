@@ -154,6 +154,8 @@ def test_examples_that_single_precision_cannot_tell_apart_give_no_model():
     far = POINTS + np.array([0.0, 1e8])
     with pytest.raises(ValueError, match="float32 cannot tell the values of entry 1 of x apart: subtract its mean"):
         Density.init(jax.random.key(0), far, stages=PLANE.flow.stages)
+    with pytest.raises(ValueError, match="float32 cannot tell the values of entry 1 of context apart: subtract its mean"):
+        Density.init(jax.random.key(0), POINTS, stages=PLANE.flow.stages, context=far)
 
 
 def test_no_examples_have_no_classes():
@@ -192,3 +194,11 @@ def test_a_flow_in_float64_inverts_latents_in_float32(x64):
     assert x.dtype == jnp.float64
     assert info.converged.all()
     np.testing.assert_allclose(model.flow().forward(x), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_a_flow_takes_numbers_of_lower_precision(dtype):
+    flow, x = kept.model(PLANE).flow(), jnp.asarray(4 * POINTS).astype(dtype)
+    found, expected = (flow.forward_and_logdet(given, jax.random.key(0))[:2] for given in (x, x.astype(jnp.float32)))
+    for a, b in zip((*found, flow.forward(x)), (*expected, expected[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
