@@ -208,7 +208,6 @@ def test_the_image_is_made_by_commands_that_work(tmp_path):
 README_ROWS = {
     "MNIST density, 28 x 28": "mnist_density_variational",
     "MNIST classes": "mnist_classification_muon",
-    "CIFAR-10 classes, JPEG copies": "cifar10_classification",
     "CIFAR-10 density, JPEG copies": "cifar10_density",
     "digits, density and classes": "digits_hybrid",
     "BSDS300 patches, density": "bsds300",
