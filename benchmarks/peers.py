@@ -9,7 +9,7 @@
 
 In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
 The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands. Ours is the step of train.py with all that it sets up.
-README.md has the rest, and how trained flows are measured is in _peers_trained.py.
+How trained flows are measured is in _peers_trained.py.
 """
 
 import argparse

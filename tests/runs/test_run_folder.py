@@ -57,7 +57,7 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
 
 def test_a_run_that_another_process_began_meanwhile_is_not_gone_on_with(tmp_path):
     begin(tmp_path, runs.config_of(runs.TOY_CONFIG))
-    with pytest.raises(ValueError, match="holds a run with another config: .*seed"):
+    with pytest.raises(ValueError, match=r"holds a run with another config: .*seed"):
         begin(tmp_path, runs.config_of(runs.TOY_CONFIG, seed=7))
 
 
