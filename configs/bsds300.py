@@ -3,8 +3,8 @@
     python train.py --config=configs/bsds300.py --config.data.name=npy:FOLDER --workdir=runs/bsds300
 
 FOLDER holds train.npy, validation.npy and test.npy, arrays of shape (n, 63); docs/own-data.md says where the published file is.
-Patches differ in contrast by orders of magnitude and in their edges, which a mixture of 32
-normal distributions has from the start.
+Patches differ in contrast by orders of magnitude and in their edges, which a mixture of 32 normal distributions has from the
+start.
 
 Test -156.20 +- .14 nats after 102 minutes of two cores, 35,179 steps (benchmarks/results/bsds300). A larger machine gets
 further in the same time.

@@ -69,7 +69,8 @@ def from_arrays(
     train = parts["train"]
     labels = {split: part.labels for split, part in parts.items() if part.labels is not None}
     num_classes = _num_classes(np.concatenate(list(labels.values())), num_classes) if labels else None
-    levels, table, given = None, Table(None), arrays if isinstance(arrays, Arrays) else arrays["train"]
+    levels, table = None, Table(None)
+    given = arrays if isinstance(arrays, Arrays) else arrays["train"]  # in the precision of whoever gave them
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values())
         levels = 256 if largest > 127 else max(largest + 1, 2)
@@ -86,7 +87,7 @@ def from_arrays(
     if train.context is not None:
         rows = np.asarray(given.context).reshape(-1, train.context.shape[1])
         check_told_apart(rows, train.context.dtype, "entry {} of the context".format)
-        constant = np.flatnonzero(np.ptp(rows, axis=0) == 0).tolist()
+        constant = np.flatnonzero(np.ptp(train.context, axis=0) == 0).tolist()
     data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},

@@ -51,7 +51,7 @@ def describe(
         is_density: Whether a density is to be fitted; otherwise columns have cells and atoms alone.
 
     Raises:
-        ValueError: If single precision cannot tell values apart, or a value is out of its bounds; the message names it.
+        ValueError: If a value is out of its bounds, or single precision cannot tell values apart beside them; it says which.
     """
     x = next(iter(splits.values()))
     names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
@@ -89,8 +89,9 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     """Values of a column that own cells: two of a regular grid, those that were seen off a grid, none of others.
 
     A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the relative rounding ``eps`` of floats,
-    and the greatest common divisor of their differences is the spacing; whole numbers that floats have rounded to multiples of
-    more than 1 have none. The cell of a constant has a width of 1, or of the constant if that is larger.
+    and the greatest common divisor of their differences is the spacing; numbers whose spacing is that of floats of their size,
+    between which there is no room for noise, have none. The cell of a constant has a width of 1, or of the constant if that is
+    larger.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     largest = np.abs(distinct).max()

@@ -94,8 +94,7 @@ class Checkpoints:
         """Deletes all checkpoints but the newest up to this step and the best."""
         steps = self._steps()
         past = [other for other in steps if other <= step]
-        known = self._metrics
-        self._metrics = {other: known[other] if other in known else self._metric(other) for other in past}
+        self._metrics = {other: self._metrics[other] if other in self._metrics else self._metric(other) for other in past}
         best = sorted((other for other in past if math.isfinite(self._metrics[other])), key=self._metrics.__getitem__)
         for other in {*steps} - {*past[:KEPT], *best[:1]}:
             with contextlib.suppress(OSError):
