@@ -16,7 +16,7 @@ from iresnet_jax.runs.config import default_config
 def get_config():
     config = default_config()
     config.data.name = "npy:bsds300"
-    config.model.update({"coeff": 0.97, "prior": "mixture", "prior_components": 32, "last_scale": 0.01, "sharp": True})
+    config.model.update({"coeff": 0.97, "prior": "mixture", "prior_components": 32, "last_scale": 0.01, "sharpness": 1.0})
     config.model.stages = ({"num_blocks": 20, "hidden": (256,), "activation": "clipswish"},)
     config.preprocessing.transform = "whiten"
     config.logdet.update({"kind": "krylov", "num_terms": 6})

@@ -27,7 +27,7 @@ def get_config(noise="uniform"):
         },
         {"num_blocks": 4, "hidden": (64,), "activation": "clipswish"},
     )
-    config.model.update({"coeff": 0.9, "budget": "block", "prior": "logistic", "sharp": True})
+    config.model.update({"coeff": 0.9, "budget": "block", "prior": "logistic", "sharpness": 1.0})
     # Validation was at 1.854 bits/dim, with transform = logit at 1.885, before images were transformed.
     config.preprocessing.update({"transform": "equalize", "alpha": 1e-6, "entrywise": True})
     # The noise of estimated traces seems to regularise: of the logit validation was at 1.885, and at 1.911 with exact_trace.

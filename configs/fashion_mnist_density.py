@@ -19,7 +19,7 @@ def get_config():
         {**convolutional, "num_blocks": 6, "hidden": (64,)},
         {"num_blocks": 6, "hidden": (64,), "activation": "clipswish"},
     )
-    config.model.update({"coeff": 0.95, "prior": "logistic", "sharp": True})
+    config.model.update({"coeff": 0.95, "prior": "logistic", "sharpness": 1.0})
     config.preprocessing.update({"transform": "equalize", "alpha": 1e-6})
     config.logdet.update({"kind": "krylov", "num_terms": 6})
     config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})

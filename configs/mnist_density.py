@@ -33,7 +33,7 @@ def get_config(noise="uniform"):
     config.training.update({"total_steps": 15_000, "batch_size": 32, "eval_every_steps": 1000, "eval_examples": 1024})
     config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 2})  # 10,000 images: neither contributes much
     if noise == "variational":
-        config.model.update({"dequantization": noise, "sharp": True})
+        config.model.update({"dequantization": noise, "sharpness": 1.0})
         config.optimizer.learning_rate = 2e-2
         config.training.update({"minutes": 90.0, "total_steps": 0, "eval_every_steps": 2000, "eval_examples": 512})
         config.evaluation.update({"num_importance_draws": 64, "num_importance_examples": 128})

@@ -62,7 +62,7 @@ def trajectories(*, num_blocks: int = 20, steps: int = 4000) -> Figure:
     key_weights, key_noise, key_training = jax.random.split(jax.random.key(0), 3)
     halfway, end = jnp.stack([x**3, x]) + 0.5 * jax.random.normal(key_noise, (2, *x.shape))
     stage = ir.StageSpec(num_blocks, (16, 16), actnorm=False)
-    start = ir.Density.init(key_weights, np.asarray(x), stages=[stage], transform=ir.Identity(), last_scale=0.3, sharp=False)
+    start = ir.Density.init(key_weights, np.asarray(x), stages=[stage], transform=ir.Identity(), last_scale=0.3, sharpness=0.0)
 
     def error(branch: Branch) -> Array:
         path = path_through(branch, x)

@@ -127,7 +127,7 @@ def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
         stages.append({"num_blocks": 4, "hidden": (64,), "activation": "clipswish"})
     of_density: dict[str, Any] = {
         "model.prior": "logistic",
-        "model.sharp": True,
+        "model.sharpness": 1.0,
         "preprocessing.transform": "equalize",
         "preprocessing.entrywise": is_small,
         "preprocessing.alpha": 1e-6,
@@ -200,7 +200,7 @@ class Candidate:
     def settings(self) -> dict[str, Any]:
         """The settings that make a config one of this candidate."""
         chosen: dict[str, Any] = {
-            "model.sharp": self.size != "small",
+            "model.sharpness": 0.0 if self.size == "small" else 1.0,
             "optimizer.learning_rate": SIZES[self.size][-1],
         }
         if self.size != "given":

@@ -177,8 +177,8 @@ class BranchSpec(ABC):
         return cls(in_shape, context_dim=context_dim)
 
     @abstractmethod
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
-        """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharp`` asks for sharper activations."""
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
+        """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharpness`` asks for sharper activations."""
 
     @abstractmethod
     def apply(

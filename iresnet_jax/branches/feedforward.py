@@ -128,31 +128,35 @@ class FeedforwardSpec(BranchSpec):
         """Width of every layer, the place of its kernel size, and whether it has an activation in front."""
         return [(width, i, self.preactivation or i > 0) for i, width in enumerate((*self.hidden, self.in_shape[-1]))]
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
-        r"""Random kernels with variance ``1 / fan_in``, zero biases.
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
+        r"""Random kernels with variance ``1 / fan_in``, and biases of zero unless activations are sharp.
+
+        A random layer from ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and
+        Pastur 1967). Divided by it, outputs are so small that an activation of constant sharpness is nearly linear on them.
 
         Args:
             key: Source of randomness.
             last_scale: Factor on the last layer; small values start the block near the identity.
-            sharp: Whether to sharpen activations by the factor by which the constraint shrinks their inputs. A random layer
-                from ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and Pastur
-                1967); divided by it, outputs are so small that an activation of constant sharpness is nearly linear on them.
+            sharpness: Sharpness ``s`` of activations of the Swish family, in units of one over the size of their inputs; 0
+                leaves it to the activation. Above 1 they bend within a part ``1 / s`` of their inputs, and random biases
+                spread over the rest where each of them does.
         """
         activation = activations.get(self.activation)
+        sizes = [1 / (1 + math.sqrt(layer.kernel_shape[-1] / math.prod(layer.kernel_shape[:-1]))) for layer in self.layers]
         weights: dict[str, dict[str, Array]] = {}
         for i, (layer, layer_key) in enumerate(zip(self.layers, jax.random.split(key, len(self.layers)), strict=True)):
             *fan_in, cout = layer.kernel_shape
-            scale = (last_scale if i == len(self.layers) - 1 else 1.0) / math.sqrt(math.prod(fan_in))
-            weights[layer.name] = {
-                "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
-                "bias": jnp.zeros((*layer.in_shape[:-1], cout) if self.positional_bias else (cout,)),
-            }
+            is_last = i == len(self.layers) - 1
+            scale = (last_scale if is_last else 1.0) / math.sqrt(math.prod(fan_in))
+            bias_shape = (*layer.in_shape[:-1], cout) if self.positional_bias else (cout,)
+            bias = jnp.zeros(bias_shape)
+            if sharpness > 1 and not is_last:
+                bias = sizes[i] * (1 - 1 / sharpness) * jax.random.normal(jax.random.fold_in(layer_key, 2), bias_shape)
+            weights[layer.name] = {"kernel": scale * jax.random.normal(layer_key, layer.kernel_shape), "bias": bias}
             if layer.activation is not None and activation.initial_beta is not None:
                 beta = activation.initial_beta
-                if sharp and i > 0:
-                    *before, width = self.layers[i - 1].kernel_shape
-                    sharpness = math.log1p(math.exp(beta)) * (1 + math.sqrt(width / math.prod(before)))
-                    beta = math.log(math.expm1(sharpness))  # of which the activation takes the softplus
+                if sharpness and i > 0:
+                    beta = _inverse_softplus(math.log1p(math.exp(beta)) * sharpness / sizes[i - 1])
                 weights[layer.name]["beta"] = jnp.full((), beta, jnp.result_type(float))
             if self.context_dim:
                 key_context = jax.random.fold_in(layer_key, 1)
@@ -366,6 +370,10 @@ class FeedforwardSpec(BranchSpec):
         hidden = first.apply(weights[first.name], x, context)
         d0 = _slope(first, weights[first.name], x) if first.activation is not None else jnp.ones_like(x[:1])
         return d0, _slope(second, weights[second.name], hidden)
+
+
+def _inverse_softplus(y: float) -> float:
+    return y + math.log(-math.expm1(-y))
 
 
 def _slope(layer: LayerSpec, parameters: Mapping[str, Array], h: Array) -> Array:

@@ -29,7 +29,7 @@ class OwnSpec(BranchSpec):
     """The architecture of a branch that a function of the user makes.
 
     The branch is brought into the budget by a factor on its output. It starts as ``make`` makes it: ``last_scale`` and
-    ``sharp``, which are about layers, have no part in it.
+    ``sharpness``, which are about layers, have no part in it.
 
     Attributes:
         make: ``key -> module``. Specs with the same function are equal, and share compiled programs.
@@ -40,9 +40,9 @@ class OwnSpec(BranchSpec):
     def __post_init__(self):
         _try(self)
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
         """Floating-point arrays of a new module, by their path in it, such as ``layers.0.weight``."""
-        del last_scale, sharp
+        del last_scale, sharpness
         _structure(self.make)  # raises if there are no weights
         return Structure.of(self.make(key))[1]
 

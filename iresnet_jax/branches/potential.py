@@ -50,9 +50,9 @@ class PotentialSpec(FeedforwardSpec):
         general = block_bounds(lipschitz_bound)
         return general._replace(forward=jnp.maximum(1, general.forward - 2))
 
-    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharpness: float = 0.0) -> Weights:
         """The weights of `FeedforwardSpec.initial_weights` with ``K`` times the root of ``last_scale``."""
-        weights, (first, last) = super().initial_weights(key, sharp=sharp), self.layers
+        weights, (first, last) = super().initial_weights(key, sharpness=sharpness), self.layers
         kernel = weights[first.name]["kernel"] * jnp.sqrt(last_scale)
         behind = {name: value for name, value in weights[last.name].items() if name != "kernel"}
         return {first.name: {**weights[first.name], "kernel": kernel}, last.name: behind}

@@ -68,9 +68,9 @@ class SandwichSpec(FeedforwardSpec):
             parts.append(Part(f"sandwich{i}", (there.name, back.name), operator))
         return tuple(parts)
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharp: bool = False) -> Weights:
+    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
         """The weights of `FeedforwardSpec.initial_weights`, and ``psi`` of zeros."""
-        weights = dict(super().initial_weights(key, last_scale=last_scale, sharp=sharp))
+        weights = dict(super().initial_weights(key, last_scale=last_scale, sharpness=sharpness))
         for layer in self.layers[::2]:
             weights[layer.name] = {**weights[layer.name], "psi": jnp.zeros(layer.kernel_shape[-1])}
         return weights

@@ -124,9 +124,9 @@ class PlacedStage(NamedTuple):
         *space, channels = self.branch.in_shape
         return (*space, channels // 2 if self.spec.factor_out else channels)
 
-    def initial_params(self, key: Key[Array, ""], *, sharp: bool = False, last_scale: float = 1.0) -> dict[str, Any]:
+    def initial_params(self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0) -> dict[str, Any]:
         """Random weights of all blocks, stacked, see `BranchSpec.initial_weights`, and an ActNorm that is the identity."""
-        initial = functools.partial(self.branch.initial_weights, sharp=sharp, last_scale=last_scale)
+        initial = functools.partial(self.branch.initial_weights, sharpness=sharpness, last_scale=last_scale)
         zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
         weights = jax.vmap(initial)(jax.random.split(key, self.spec.num_blocks))
         return {"blocks": {**weights, "actnorm": {"bias": zeros, "log_scale": zeros}}}
@@ -266,13 +266,15 @@ class FlowSpec:
         of_noise = () if self.noise_flow is None else self.noise_flow.layout
         return (*self.layout, *(stage._replace(name=PREFIX + stage.name) for stage in of_noise))
 
-    def initial_params(self, key: Key[Array, ""], *, sharp: bool = False, last_scale: float = 1.0) -> dict[str, Any]:
+    def initial_params(self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0) -> dict[str, Any]:
         """Random parameters of all stages, as `contractions.constrain` takes them; ActNorm is the identity, noise is uniform.
 
         Arguments are those of `BranchSpec.initial_weights`.
         """
         keys = iter(jax.random.split(key, len(self.all_stages)))
-        params = {stage.name: stage.initial_params(next(keys), sharp=sharp, last_scale=last_scale) for stage in self.layout}
+        params = {
+            stage.name: stage.initial_params(next(keys), sharpness=sharpness, last_scale=last_scale) for stage in self.layout
+        }
         of_noise = self.all_stages[len(self.layout) :]
         return params | {stage.name: stage.initial_params(next(keys), last_scale=0.0) for stage in of_noise}
 

@@ -146,7 +146,7 @@ class Density(Model):
         coeff: float = 0.97,
         budget: str = "layer",
         constants: tuple[float, float] | None = None,
-        sharp: bool = True,
+        sharpness: float = 1.0,
         last_scale: float = 1.0,
         prior: Any = "gaussian",
         num_components: int | None = None,
@@ -168,7 +168,8 @@ class Density(Model):
             coeff: See `FlowSpec`, also for ``budget``.
             constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
                 `FlowSpec.bilipschitz`; None prescribes none.
-            sharp: Whether activations of the Swish family start sharper in wider layers, which learn sooner.
+            sharpness: How sharp activations of the Swish family start, see `FeedforwardSpec.initial_weights`: sharper ones
+                learn sooner what is narrow.
             last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
             prior: A prior, see `iresnet_jax.models.priors`, or the name of a family: "gaussian" and "logistic" start standard;
                 "mixture", "scales" and "marginals" have components, and are fitted to the examples.
@@ -225,7 +226,7 @@ class Density(Model):
         if not (np.all(np.isfinite(y)) and np.all(np.isfinite(log_det))):
             raise ValueError(f"examples are out of the range of their transform, {type(spec.transform).__name__}")
         given = y, model.scale_context(context)
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharp, last_scale)
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharpness, last_scale)
         check_claims(spec.flow, weights, *given)
         if isinstance(prior, str):
             is_mixture = family in priors.MIXTURES

@@ -61,7 +61,7 @@ def initial_weights(
     key: Key[Array, ""],
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
-    sharp: bool = False,  # noqa: FBT001, FBT002 (arguments of a compiled program stand in their order)
+    sharpness: float = 0.0,
     last_scale: float = 1.0,
 ) -> tuple[dict[str, Block], Float[Array, "b d"]]:
     """Fresh weights as `contractions.freeze` gives them, and the latents of the batch that ActNorm is fitted to.
@@ -69,7 +69,7 @@ def initial_weights(
     Arguments are those of `FlowSpec.initial_params` and of `fit_actnorm`.
     """
     key_params, _ = jax.random.split(key)  # as in training, which draws power iterates from the second one
-    params = spec.initial_params(key_params, sharp=sharp, last_scale=last_scale)
+    params = spec.initial_params(key_params, sharpness=sharpness, last_scale=last_scale)
     return fit_actnorm(spec, freeze(spec, params), x, context)
 
 

@@ -30,19 +30,19 @@ class ResidualFlow(nn.Module):
     Attributes:
         spec: The architecture.
         last_scale: Initial factor on a branch's last layer.
-        sharp: Whether activations start sharper, see `FlowSpec.initial_params`.
+        sharpness: How sharp activations start, see `FlowSpec.initial_params`.
     """
 
     spec: FlowSpec
     last_scale: float = 1.0
-    sharp: bool = False
+    sharpness: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
         """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
         if self.is_initializing():
             self.param("prior", lambda key: Gaussian.standard(self.spec.num_dims))
-            return _create(self, self.spec, x, context, last_scale=self.last_scale, sharp=self.sharp)
+            return _create(self, self.spec, x, context, last_scale=self.last_scale, sharpness=self.sharpness)
         weights = constrain(self.spec, self.variables["params"], self.variables.get("spectral", {})).weights
         return flow_bijection(self.spec, weights, context=context).forward(x)
 

@@ -59,7 +59,9 @@ class ModelConfig:
     prior_components: CountOrNone = 0  # of the families with components, 16 are many scales; 0 for other priors
     context_hidden: tuple[Count, ...] = ()  # widths of a network on the contexts of a density; none leaves them as they are
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
-    sharp: bool = False  # whether activations of the Swish family start sharper in wider layers of a density
+    # Initial sharpness of activations of the Swish family in a density, in units of one over the size of their inputs; above 1
+    # they also bend in different places. 0 leaves it to the activation.
+    sharpness: NotNegative = 0.0
     # Noise of integer levels: "uniform", or "variational", made given the image by a flow that is trained with the model.
     dequantization: Literal["uniform", "variational"] = "uniform"
     noise: NoiseSpec = field(default_factory=NoiseSpec)  # flow of the noise "variational"
@@ -188,7 +190,7 @@ _OBJECTIVES = {
     "augmentation.transformations": ("density",),
     "model.dequantization": ("density", "hybrid"),
     "model.prior_components": ("density",),
-    "model.sharp": ("density", "hybrid"),
+    "model.sharpness": ("density", "hybrid"),
 }
 
 
@@ -208,6 +210,9 @@ def _check_combinations(config: Config) -> None:
         ),
         f"preprocessing.entrywise is for transform equalize, got {transform!r}": (
             config.preprocessing.entrywise and transform != "equalize"
+        ),
+        f"config.optimizer.boundaries are for schedule step, got {config.optimizer.schedule!r}: leave them out": (
+            config.optimizer.boundaries and config.optimizer.schedule != "step"
         ),
         f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": len(model.constants) not in (0, 2),
         "config.evaluation.num_importance_examples needs draws: set config.evaluation.num_importance_draws": (

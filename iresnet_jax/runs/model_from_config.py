@@ -43,7 +43,9 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         raise ValueError(f"a hybrid needs labels, and {data.name} has none: choose another data.name")
     if is_hybrid and data.context_dim:
         raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
-    hidden = config.model.context_hidden if data.context_dim else ()
+    hidden = config.model.context_hidden
+    if hidden and not data.context_dim:
+        raise ValueError(f"config.model.context_hidden is a network on contexts, and {data.name} has none: leave it out")
     transformations = config.augmentation.transformations
     if transformations and (data.num_levels is None or len(data.event_shape) != 3 or data.context_dim):
         raise ValueError(

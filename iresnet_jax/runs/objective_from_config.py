@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths import platforms
+from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
@@ -19,7 +20,7 @@ from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import AugmentationConfig, Config
 from iresnet_jax.runs.model_from_config import identity_context, model_spec
 from iresnet_jax.training import classification, density, hybrid, initialization
-from iresnet_jax.training.constraint import training_constraint
+from iresnet_jax.training.constraint import Unconstrained, training_constraint
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.step import Objective, TrainingStep, UpdateRule
 
@@ -28,7 +29,7 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
     """The objective that ``config.objective`` names, for a model that is by default the one of the settings and the data.
 
     Raises:
-        ValueError: If settings do not fit the data.
+        ValueError: If settings do not fit the data, or ``training.initial_model`` does not fit either.
     """
     spec = model_spec(config, data) if spec is None else spec
     if isinstance(spec, ClassifierSpec):
@@ -36,9 +37,10 @@ def build_objective(config: Config, data: DataSet, spec: Spec | None = None) -> 
     else:
         loss, about = (_hybrid if config.objective == "hybrid" else _density)(config, data, spec)
         about |= {"make_validation": lambda: _validation(config, spec, data), "logdet": config.logdet}
+    found = _of_model(config.training.initial_model, spec) if config.training.initial_model else {}
     return Objective(
         training_step=_training_step(config, spec, loss),
-        initial_variables=lambda: initial_variables(config, spec, data),
+        initial_variables=lambda: _updated(initial_variables(config, spec, data), found),
         seed=config.seed,
         **about,
     )
@@ -139,8 +141,31 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
         actnorm_examples=config.training.actnorm_examples,
         constraint=config.constraint,
         last_scale=config.model.last_scale,
-        sharp=config.model.sharp,
+        sharpness=config.model.sharpness,
     )
+
+
+def _of_model(path: str, spec: Spec) -> dict[str, Any]:
+    """The variables of a saved model, whatever its budget and dequantisation, for a model of these stages."""
+    model, _ = saved.read(path)
+    flow = dataclasses.replace(model.spec.flow, coeff=spec.flow.coeff, budget=spec.flow.budget, noise=spec.flow.noise)
+    free, wanted = Unconstrained.of(model), initialization.abstract_variables(spec)
+    learned = {name: own for name, own in free.params.items() if jax.tree.leaves(own)}
+    found = {"params": learned, "spectral": free.iterates, "batch_stats": getattr(model, "statistics", {})}
+    if flow != spec.flow or _shapes(_updated(wanted, found)) != _shapes(wanted):
+        raise ValueError(
+            f"config.training.initial_model: {path} has other stages or another prior than config.model and the data ask for"
+        )
+    return found
+
+
+def _updated(variables: Any, found: Mapping[str, Any]) -> Any:
+    """Variables with what was found in their place."""
+    return {name: {**own, **found.get(name, {})} for name, own in variables.items()}
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def build_augmentation(settings: AugmentationConfig, data: DataSet) -> classification.Augment | None:

@@ -54,7 +54,7 @@ def initial_variables(
     actnorm_examples: int,
     constraint: ConstraintConfig,
     last_scale: float = 1.0,
-    sharp: bool = False,
+    sharpness: float = 0.0,
 ) -> Any:
     """Fresh variables: random weights, norms iterated, ActNorm fitted to training data by all devices together.
 
@@ -69,7 +69,7 @@ def initial_variables(
         actnorm_examples: Examples that ActNorm is fitted to.
         constraint: How blocks are constrained.
         last_scale: Initial factor on the last layer of each branch.
-        sharp: Whether the Swish family starts sharper in a density the wider its layers are.
+        sharpness: See `FeedforwardSpec.initial_weights`.
     """
     key_init, key_noise, key_data = jax.random.split(jax.random.fold_in(jax.random.key(np.uint32(seed)), 2**31), 3)
     key_flow, key_arrays = jax.random.split(key_init)
@@ -80,7 +80,7 @@ def initial_variables(
         rows: tuple[Any, ...] = (preprocess(model, x),)
     else:
         rows = (preprocess(model, x, key_noise), *([] if context is None else [model.scale_context(context)]))
-    params, spectral, weights = _fresh(spec.flow, constraint, key_flow, sharp, last_scale)
+    params, spectral, weights = _fresh(spec.flow, constraint, key_flow, sharpness, last_scale)
     is_vectors, transform = len(spec.flow.event_shape) == 1, getattr(spec, "transform", None)
     is_white, z, statistics = isinstance(getattr(transform, "then", transform), Whiten), None, {}
     if not is_white:
@@ -123,12 +123,12 @@ def _fresh(
     spec: FlowSpec,
     constraint: ConstraintConfig,
     key: Key[Array, ""],
-    sharp: bool,  # noqa: FBT001 (arguments of a compiled program stand in their order)
+    sharpness: float,
     last_scale: float,
 ) -> tuple[Any, Any, Any]:
     """Random parameters of a flow, power iterates and constrained weights; models that differ in priors share a program."""
     key_params, key_iterates = jax.random.split(key)
-    params = spec.initial_params(key_params, sharp=sharp, last_scale=last_scale)
+    params = spec.initial_params(key_params, sharpness=sharpness, last_scale=last_scale)
     weights, spectral, _ = validation_constraint(constraint, spec)(params, spec.initial_iterates(key_iterates))
     return params, spectral, weights
 

@@ -36,6 +36,7 @@ class TrainingConfig:
     num_parts: Count = 1  # parts of each device's share, computed one after the other to save memory
     ema_decay: Decay = 0.999  # moving average of the parameters, which evaluation uses; 0 evaluates the parameters themselves
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
+    initial_model: str = ""  # file or folder of a saved model with these stages, whose weights training starts from
     log_every_steps: Count = 50  # steps whose means are a line of the log
     eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
     eval_examples: Count = 2048  # largest number of validation examples

@@ -49,7 +49,7 @@ class WaveSpec(ir.BranchSpec):
     def of_stage(cls, stage, in_shape, context_dim):
         return cls(in_shape, width=stage.hidden[0])
 
-    def initial_weights(self, key, *, last_scale=1.0, sharp=False):
+    def initial_weights(self, key, *, last_scale=1.0, sharpness=0.0):
         there, back = jax.random.normal(key, (2, self.in_shape[0], self.width))
         return {"there": there, "back": last_scale * back.T, "bias": jnp.zeros(self.width)}
 

@@ -172,7 +172,7 @@ def test_certified_training_holds_at_every_step():
 def test_sharp_activations_see_what_others_see_of_unconstrained_layers():
     """`sharpness * input` of a wide constrained layer is as large as for a layer of norm about 1 without a wide side."""
     spec = FeedforwardSpec((6,), hidden=(512,), activation="clipswish", preactivation=True)
-    plain, sharp = (spec.initial_weights(jax.random.key(0), sharp=sharp) for sharp in (False, True))
+    plain, sharp = (spec.initial_weights(jax.random.key(0), sharpness=sharpness) for sharpness in (0.0, 1.0))
     first, second = (layer.name for layer in spec.layers)
     np.testing.assert_array_equal(plain[first]["kernel"], sharp[first]["kernel"])
     assert float(plain[first]["beta"]) == float(sharp[first]["beta"])  # in front of any layer
@@ -180,6 +180,20 @@ def test_sharp_activations_see_what_others_see_of_unconstrained_layers():
     shrunk = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)  # an output's size over the layer's norm
     ratio = np.log1p(np.exp(float(sharp[second]["beta"]))) / np.log1p(np.exp(float(plain[second]["beta"])))
     np.testing.assert_allclose(ratio * shrunk, np.linalg.norm(kernel, axis=0).mean(), rtol=0.1)
+
+
+def test_activations_that_are_sharper_still_bend_in_different_places():
+    """A third as wide as their inputs at a sharpness of 3, and over two thirds of where these lie."""
+    spec = FeedforwardSpec((6,), hidden=(512,), activation="clipswish")
+    plain, sharp = (spec.initial_weights(jax.random.key(0), sharpness=sharpness) for sharpness in (1.0, 3.0))
+    np.testing.assert_array_equal(plain["dense0"]["kernel"], sharp["dense0"]["kernel"])
+    assert not np.any(plain["dense0"]["bias"])
+    assert not np.any(sharp["dense1"]["bias"])  # of the output
+    softplus = [np.log1p(np.exp(float(weights["dense1"]["beta"]))) for weights in (plain, sharp)]
+    np.testing.assert_allclose(softplus[1], 3 * softplus[0], rtol=1e-5)
+    kernel = np.asarray(plain["dense0"]["kernel"], np.float64)
+    inputs = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)  # standard deviation for data of variance 1
+    np.testing.assert_allclose(np.std(sharp["dense0"]["bias"]), 2 / 3 * inputs, rtol=0.1)
 
 
 def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone():

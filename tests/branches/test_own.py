@@ -116,7 +116,7 @@ def test_models_with_one_function_share_their_programs():
 class ScaledSpec(ir.BranchSpec):
     """``g(x) = scale * sin(x)``."""
 
-    def initial_weights(self, key, *, last_scale=1.0, sharp=False):
+    def initial_weights(self, key, *, last_scale=1.0, sharpness=0.0):
         return {"scale": jnp.full((), 0.5 * last_scale)}
 
     def apply(self, weights, x, context):

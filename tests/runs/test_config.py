@@ -61,6 +61,8 @@ MISTAKES = [
     ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
+    ("toy", "optimizer.boundaries=(0.5,)", "optimizer.boundaries are for schedule step, got 'cosine'"),
+    ("toy", "model.context_hidden=(4,)", "model.context_hidden is a network on contexts, and moons has none"),
     ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
     ("toy", "augmentation.noise=0.1", "noise is for continuous vectors"),
     (
@@ -69,6 +71,7 @@ MISTAKES = [
         "flip is for classification and hybrid: leave it at False for density",
     ),
     ("toy", "constraint.norms=none", "a density needs blocks that are contractions"),
+    ("toy", "training.initial_model=nowhere", "there is no model nowhere: train.py and model.save write one"),
     ("classifier", "data.name=moons", "classification needs labelled images"),
     ("toy", "model.prior=mixture", "prior_components is for the priors mixture, scales, marginals, which need it"),
     ("hybrid", "model.prior=mixture model.prior_components=2", "prior_components is for density: leave it at 0 for hybrid"),

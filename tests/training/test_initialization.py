@@ -11,7 +11,8 @@ from iresnet_jax.data import load
 from iresnet_jax.models import contractions
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs.model_from_config import model_spec
-from iresnet_jax.runs.objective_from_config import initial_variables
+from iresnet_jax.runs.objective_from_config import build_objective
+from iresnet_jax.training.constraint import Unconstrained, certified_model
 
 RTOL, ATOL = 1e-4, 1e-5  # float32 means over the same numbers, summed in another order, and what blocks make of that
 STAGES = (
@@ -27,9 +28,9 @@ CASES = {
 
 def variables_of(name, **changes):
     source, own = CASES[name]
-    config = runs.config_of(source, **own, **changes)
+    config = runs.config_of(source, **own | changes)
     data = load(config.data.name)
-    return jax.device_get(initial_variables(config, model_spec(config, data), data))
+    return jax.device_get(build_objective(config, data).initial_variables())
 
 
 @pytest.mark.parametrize("name", ["hybrid", "classifier"])
@@ -58,3 +59,23 @@ def test_a_prior_with_components_is_the_one_that_latents_have():
     model = ir.Density(model_spec(config, data), contractions.freeze(model_spec(config, data).flow, variables["params"]), {})
     z = model.encode(data.held_out("test", 256))  # of modes that no single normal distribution has
     assert np.mean(variables["params"]["prior"].log_prob(z)) > np.mean(Gaussian.fit(z).log_prob(z)) + 0.1
+
+
+@pytest.mark.parametrize("name", ["hybrid", "classifier"])
+def test_training_goes_on_from_a_saved_model(name, tmp_path):
+    """All of it, whatever the new budget, dequantisation and seed; what the model has not starts fresh."""
+    source, own = CASES[name]
+    config = runs.config_of(source, **own, **{"model.dequantization": "uniform"})
+    data = load(config.data.name)
+    variables = build_objective(config, data).initial_variables()
+    saved = certified_model(model_spec(config, data), variables["params"], variables["batch_stats"])
+    saved.save(tmp_path / "model.npz")
+    changes = {"seed": 1, "model.coeff": 0.95, "training.initial_model": str(tmp_path / "model.npz")}
+    found, fresh = variables_of(name, **changes), variables_of(name, seed=1)
+    learned = {part: own for part, own in Unconstrained.of(saved).params.items() if jax.tree.leaves(own)}
+    assert len(fresh["params"]) > len(learned) or name == "classifier"  # of the noise
+    chex.assert_trees_all_equal(found["params"], fresh["params"] | learned)
+    chex.assert_trees_all_equal(found["batch_stats"], saved.statistics if name == "classifier" else {})
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, fresh)
+    with pytest.raises(ValueError, match=f"initial_model: {tmp_path}.* has other stages or another prior than config.model"):
+        variables_of(name, **changes, **{"model.stages": ({"num_blocks": 3, "hidden": (4,)},)})
