@@ -27,6 +27,7 @@ import argparse
 import itertools
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,8 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
     if options.init_ds == 2:
         stages.squeeze(channel_major=False)
     num_read, last = 0, len(options.nBlocks) - 1
+    if not len(options.nBlocks) == len(options.nStrides) == len(options.nChannels):
+        raise ValueError("CIFAR_main.py --nBlocks, --nStrides and --nChannels are as many numbers each: give all three")
     for scale, (num_blocks, stride, width) in enumerate(zip(options.nBlocks, options.nStrides, options.nChannels, strict=True)):
         if stride == 2:
             stages.squeeze(channel_major=False)
@@ -314,6 +317,8 @@ class _Chain:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(-\d+)*", text):
+        raise ValueError(f"numbers are joined by -, such as 16-16-16, got {text!r}")
     return tuple(int(number) for number in text.split("-"))
 
 

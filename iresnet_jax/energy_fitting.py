@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals
+from iresnet_jax.training.trainer import BlowUpError
 
 NUM_PARTICLES = 20_000
 NUM_SNAPSHOTS = 8  # of all particles, with ten trajectories between two of them
@@ -109,7 +111,13 @@ def fit_energy(
             length: dict[str, Any] = {"minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)}
         else:
             length = {"steps": max(steps // 2, 1)}
-        trained = train(best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length)
+        try:
+            trained = train(best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length)
+        except BlowUpError as error:
+            if i == 0:
+                raise
+            warnings.warn(f"the model is that of its training by likelihood: by the energy, {error}", stacklevel=2)
+            break
         history, divergence = trained.history, _divergence(trained, log_density, held_out, key_choice)
         assert history is not None
         if divergence < least:

@@ -166,8 +166,8 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
     for name, value in settings.items():
         fields |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
     for name in fields:
-        if name.startswith("data.") or name in ("training.total_steps", "training.minutes"):
-            raise ValueError(f"{name} is no setting of fit: use its arguments for the data, minutes=... and steps=...")
+        if name.startswith("data.") or name in ("objective", "training.total_steps", "training.minutes"):
+            raise ValueError(f"{name} is no setting of fit: use its arguments for the data, objective=, minutes= and steps=")
     stages = checked(tuple[StageSpec, ...] | None, architecture, "architecture")
     for stage in stages or ():
         if stage.branch is not None:

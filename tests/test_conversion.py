@@ -361,6 +361,8 @@ REFUSED = {
     "train_img.py --vnorms 122f": "--vnorms 122f",
     "train_img.py --imagesize 6 --squeeze-first True": "at least 4 x 4",
     "train_img.py --nblock": "expected one argument",
+    "train_img.py --imagesize 8 --nblocks 16,16": "joined by -, such as 16-16-16, got '16,16'",
+    "CIFAR_main.py --nBlocks 4 4": "--nBlocks, --nStrides and --nChannels are as many numbers each",
     "train_toy.py --coeff 1.1 --nblocks 1": "coeff must lie in",
     "CIFAR_main.py -densityEstimation --inj_pad 4": "--inj_pad",
     "CIFAR_main.py --nonlin sorting": "got 'sorting'",

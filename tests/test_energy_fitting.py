@@ -10,6 +10,8 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax import energy_fitting
 from iresnet_jax.energy_fitting import anneal
+from iresnet_jax.models.history import History
+from iresnet_jax.training.trainer import BlowUpError
 
 SHARES = (0.2, 0.8)
 
@@ -53,3 +55,23 @@ def test_fit_energy_finds_both_modes(monkeypatch):
     assert found.log_z == pytest.approx(log_z, abs=4 * found.stderr)
     assert found.ess > 0.5
     assert fitted.certificate().certified
+
+
+def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monkeypatch):
+    monkeypatch.setattr(energy_fitting, "COMPONENTS", (1, 2))
+    trained = []
+
+    def train(model, **options):
+        if trained:
+            raise BlowUpError("loss became non-finite")
+        trained.append(model)
+        return model.with_(history=History.from_records([], 2))
+
+    monkeypatch.setattr(energy_fitting, "train", train)
+    options = {"steps": 2, "num_particles": 1000, "stages": [ir.StageSpec(1, (8,))], "progress": False}
+    with pytest.warns(UserWarning, match="of its training by likelihood: by the energy, loss became non-finite"):
+        found = ir.fit_energy(lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options)
+    assert found.history.step in (0, 2)
+    trained.append(None)
+    with pytest.raises(BlowUpError):  # before there is such a flow
+        ir.fit_energy(lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options)

@@ -479,6 +479,8 @@ def test_candidates_leave_alone_what_is_given():
 def test_arguments_are_no_settings(name):
     with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
         ir.fit(BANANA, settings={name: 0.3})
+    with pytest.raises(ValueError, match="objective is no setting of fit: use its arguments"):
+        ir.fit(BANANA, settings={"objective": "density"})
     group, field = name.split(".")
     with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
         ir.fit(BANANA, settings={group: {field: 0.3}})

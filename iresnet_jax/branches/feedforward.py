@@ -150,7 +150,7 @@ class FeedforwardSpec(BranchSpec):
             scale = (last_scale if is_last else 1.0) / math.sqrt(math.prod(fan_in))
             bias_shape = (*layer.in_shape[:-1], cout) if self.positional_bias else (cout,)
             bias = jnp.zeros(bias_shape)
-            if sharpness > 1 and not is_last:
+            if sharpness > 1 and not is_last and activation.initial_beta is not None:
                 bias = sizes[i] * (1 - 1 / sharpness) * jax.random.normal(jax.random.fold_in(layer_key, 2), bias_shape)
             weights[layer.name] = {"kernel": scale * jax.random.normal(layer_key, layer.kernel_shape), "bias": bias}
             if layer.activation is not None and activation.initial_beta is not None:

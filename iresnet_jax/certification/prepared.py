@@ -111,7 +111,7 @@ def check(
 def prepared(
     model: Model, *given: Any, context: Contexts | None = None, contraction: bool = True
 ) -> Iterator[tuple[PreparedFlow, Float[np.ndarray, "b k"] | None]]:
-    """The prepared flow of a model, and contexts as it takes them, scaled in the precision in which they are given.
+    """The prepared flow of a model, and contexts as it takes them, scaled in float64.
 
     Inside, JAX computes in float64 on the host's CPU, and NumPy does not warn.
 
@@ -125,10 +125,10 @@ def prepared(
         ValueError: For the reasons of `check`.
     """
     model, context = check(model, *given, context=context, contraction=contraction)
-    is_double = np.float64 in (getattr(context, "dtype", None), jnp.result_type(float))
-    with jax.enable_x64(is_double):
-        scaled = model.scale_context(context) if isinstance(model, Density) else None
-    scaled = None if scaled is None else np.asarray(scaled, np.float64)
+    with jax.enable_x64():
+        given_context = None if context is None else np.asarray(context, np.float64)
+        scaled = model.scale_context(given_context) if isinstance(model, Density) else None
+    scaled = None if scaled is None else np.asarray(scaled)
     with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
         yield PreparedFlow.of(model), scaled
 

@@ -96,6 +96,13 @@ def _by_split(path: Path, ending: str, read: Callable[[Path], Arrays]) -> Arrays
     if not path.is_dir():
         return read(path)
     files = {split: path / f"{split}{ending}" for split in SPLITS}
+    beside = ("", "_labels", "_context") if ending == ".npy" else ("",)
+    known = {split + end for split in SPLITS for end in beside}
+    if other := sorted({each.stem for each in path.glob(f"[!.]*{ending}")} - known):
+        raise ValueError(
+            f"{path} holds {other[0]}{ending}, which nothing reads: call it {', '.join(SPLITS)}"
+            f"{' or, say, train_labels or train_context' if ending == '.npy' else ''}, or move it elsewhere"
+        )
     return {split: read(file) for split, file in files.items() if file.is_file()}
 
 

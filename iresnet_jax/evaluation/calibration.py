@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from iresnet_jax.evaluation import likelihood, samples
+from iresnet_jax.models.contexts import for_examples
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.runs.trained_run import Run
@@ -129,14 +130,15 @@ def calibrate(
         seed: Seed of the samples, in [0, 2^32).
 
     Raises:
-        ValueError: If the examples are no vectors, or fewer than `LEAST_EXAMPLES`.
+        ValueError: If the examples are no vectors, fewer than `LEAST_EXAMPLES`, or have no context each.
 
     Example:
         >>> print(calibrate(model, theta_test, context_test))  # doctest: +SKIP
     """
-    examples, contexts = np.asarray(examples), np.asarray(contexts)
+    examples = np.asarray(examples)
     if examples.ndim != 2 or len(examples) < LEAST_EXAMPLES:
         raise ValueError(f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of shape {examples.shape}")
+    contexts = for_examples(contexts, len(examples))
     repeated = np.repeat(contexts, num_samples, axis=0)
     drawn, convergence = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
     log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)

@@ -92,7 +92,7 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Deletes all checkpoints but the newest up to this step and the best."""
-        steps = self._steps()
+        steps = self.steps()
         past = [other for other in steps if other <= step]
         self._metrics = {other: self._metrics[other] if other in self._metrics else self._metric(other) for other in past}
         best = sorted((other for other in past if math.isfinite(self._metrics[other])), key=self._metrics.__getitem__)
@@ -114,7 +114,7 @@ class Checkpoints:
             RuntimeError: If there are checkpoints and all of them are damaged.
             ValueError: If the first intact one does not fit ``target``; it names the first difference.
         """
-        steps, damage = self._steps(), []
+        steps, damage = self.steps(), []
         for step in sorted(steps, key=self._metric) if best else steps:
             try:
                 with self.path(step).open("rb") as file, np.load(file) as archive:
@@ -133,7 +133,7 @@ class Checkpoints:
             raise RuntimeError(f"{damage[-1]}, and no other can be read: put back a copy, or delete its folder to start again")
         return None
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
         """Lists the steps of complete checkpoints, newest first; unfinished ones have other names."""
         return sorted((int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdecimal()), reverse=True)
 

@@ -188,7 +188,11 @@ _OBJECTIVES = {
     "classifier.temperature": ("classification",),
     "evaluation.radii": ("classification",),
     "augmentation.transformations": ("density",),
+    "classifier.pad_channels": ("classification",),
+    "evaluation.num_importance_draws": ("density", "hybrid"),
+    "model.context_hidden": ("density",),
     "model.dequantization": ("density", "hybrid"),
+    "model.prior": ("density", "hybrid"),
     "model.prior_components": ("density",),
     "model.sharpness": ("density", "hybrid"),
 }
@@ -217,6 +221,9 @@ def _check_combinations(config: Config) -> None:
         f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": len(model.constants) not in (0, 2),
         "config.evaluation.num_importance_examples needs draws: set config.evaluation.num_importance_draws": (
             evaluation.num_importance_examples and not evaluation.num_importance_draws
+        ),
+        "config.evaluation.num_importance_examples must be 0, for all, or at least 2, got 1": (
+            evaluation.num_importance_examples == 1
         ),
         "config.classifier.margin is a radius for config.classifier.head = linear: the logits of a pooled head have no scale": (
             config.classifier.margin and config.classifier.head != "linear"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.bijections.chain import Rematerialize
@@ -148,20 +149,32 @@ def initial_variables(config: Config, spec: Spec, data: DataSet) -> Any:
 def _of_model(path: str, spec: Spec) -> dict[str, Any]:
     """The variables of a saved model, whatever its budget and dequantisation, for a model of these stages."""
     model, _ = saved.read(path)
-    flow = dataclasses.replace(model.spec.flow, coeff=spec.flow.coeff, budget=spec.flow.budget, noise=spec.flow.noise)
+    own, flow = model.spec.flow, spec.flow
+    own = dataclasses.replace(own, coeff=flow.coeff, budget=flow.budget, noise=flow.noise)
+    own = dataclasses.replace(own, context_dim=own.context_dim or flow.context_dim)  # a model may have been given its context
     free, wanted = Unconstrained.of(model), initialization.abstract_variables(spec)
-    learned = {name: own for name, own in free.params.items() if jax.tree.leaves(own)}
-    found = {"params": learned, "spectral": free.iterates, "batch_stats": getattr(model, "statistics", {})}
-    if flow != spec.flow or _shapes(_updated(wanted, found)) != _shapes(wanted):
+    learned = jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), (free.params, free.iterates))
+    found = {"params": learned[0], "spectral": learned[1], "batch_stats": getattr(model, "statistics", {})}
+    if own != flow or _inputs(model.spec) != _inputs(spec) or _shapes(_updated(wanted, found)) != _shapes(wanted):
         raise ValueError(
-            f"config.training.initial_model: {path} has other stages or another prior than config.model and the data ask for"
+            f"config.training.initial_model: {path} has other stages, contexts, preprocessing, levels, columns or another "
+            "prior than config and the data ask for"
         )
     return found
 
 
-def _updated(variables: Any, found: Mapping[str, Any]) -> Any:
-    """Variables with what was found in their place."""
-    return {name: {**own, **found.get(name, {})} for name, own in variables.items()}
+def _updated(variables: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with what was found of them in their place."""
+    return {
+        name: _updated(own, found.get(name, {})) if isinstance(own, dict) else found.get(name, own)
+        for name, own in variables.items()
+    }
+
+
+def _inputs(spec: Spec) -> Any:
+    """What the numbers of an example mean to the flow."""
+    columns = [column.name for column in getattr(spec, "columns", None) or ()]
+    return type(getattr(spec, "transform", None)), spec.num_levels, columns
 
 
 def _shapes(tree: Any) -> Any:

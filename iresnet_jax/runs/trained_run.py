@@ -102,6 +102,14 @@ class Run:
             raise ValueError(f"the model takes columns {listed(names)}, in this order, and {found.name} has {listed(given)}")
         if found.fingerprint == self.fingerprint:
             return self
+        for column, own in zip(getattr(spec, "columns", None) or (), getattr(found, "columns", None) or (), strict=False):
+            known = column.categories or ()
+            are_numbers = any(not isinstance(category, str) for category in known)
+            if own.categories is None and are_numbers and known != tuple(range(len(known))):
+                raise ValueError(
+                    f"the model takes column {column.name} as places among {known}, from 0, and {found.name} has numbers: give "
+                    "places, as npy:FILE"
+                )
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
         fits = tuple(shape) == found.event_shape and _may_be(found.num_levels, spec.num_levels)
         if not fits or (spec.num_classes is not None and not _may_be(found.num_classes, spec.num_classes)):

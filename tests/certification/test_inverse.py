@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import kept
 import numpy as np
 import plain_flow as plain
 import pytest
 from certified_flows import FLOWS, density, times
 
 from iresnet_jax import certify
+from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification import norms, prepared
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
@@ -91,6 +93,15 @@ def test_what_is_no_number_has_an_infinite_bound():
     x[1] = np.nan
     found = certify.inverse(density("lipswish"), y, x)
     assert np.isfinite(found.error_bound).tolist() == [True, False]
+
+
+def test_contexts_are_scaled_in_float64():
+    """By a network on them, whatever the precision in which they are given: there is one preimage."""
+    flow = FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),), context_dim=2)
+    model = kept.model(DensitySpec(flow, context=Standardize((0.1,) * 3, (0.3,) * 3), context_hidden=(4, 2)))
+    x, context = np.random.default_rng(4).normal(size=(2, 2, 3)).astype(np.float32)
+    one, other = (certify.inverse(model, x[:, :2], x[:, :2], context=given) for given in (context, context.astype(np.float64)))
+    np.testing.assert_array_equal(one.refined, other.refined)
 
 
 X = np.zeros((2, 2), np.float32)

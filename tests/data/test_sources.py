@@ -324,6 +324,16 @@ def test_an_npz_file_holds_floats_and_contexts_by_split(tmp_path):
         np.testing.assert_array_equal(found.contexts[split], -rows)
 
 
+def test_files_of_a_folder_that_nothing_reads_are_refused(tmp_path):
+    for name in ("train", "train_context", "test", "test_context"):
+        np.save(tmp_path / f"{name}.npy", X[:, :1] if "context" in name else X)
+    (tmp_path / "._train.npy").touch()  # of macOS
+    assert data.load(f"npy:{tmp_path}").context_dim == 1
+    np.save(tmp_path / "val.npy", X)
+    with pytest.raises(ValueError, match=r"holds val.npy, which nothing reads: call it train, validation, test"):
+        data.load(f"npy:{tmp_path}")
+
+
 def test_a_header_names_columns_classes_and_contexts(tmp_path):
     rows = [[*x, label, 0.5 * x[0]] for x, label in zip(X.tolist(), [0, 1] * 30, strict=True)]
     found = data.load(csv(tmp_path / "a.csv", rows, "height,7,label,context_age"))

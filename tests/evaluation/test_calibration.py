@@ -93,7 +93,10 @@ def test_samples_without_an_inverse_are_told():
     assert "did not converge for 3 of 19600" in found.warnings()[-1]
 
 
-def test_too_few_examples_are_refused():
+def test_too_few_examples_and_too_many_contexts_are_refused():
     theta, x = linear_gaussian_pairs(19)
     with pytest.raises(ValueError, match="at least 20"):
         calibration.calibrate(linear_gaussian_model(), theta, x)
+    theta, x = linear_gaussian_pairs(21)
+    with pytest.raises(ValueError, match="context must be a vector for each of 20 examples"):
+        calibration.calibrate(linear_gaussian_model(), theta[:20], x)

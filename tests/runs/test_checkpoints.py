@@ -241,7 +241,7 @@ def test_a_checkpoint_that_its_training_deletes_is_not_called_damaged(tmp_path, 
     checkpoints = Checkpoints(tmp_path)
     for step in (10, 20):
         checkpoints.save(step, big_state(step), metric=1.0)
-    monkeypatch.setattr(Checkpoints, "_steps", lambda self: [30, 20, 10])
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: [30, 20, 10])
     for best in (False, True):
         restored = checkpoints.restore(big_state(0), best=best)
         assert (restored.step, restored.notes) == (20, ())

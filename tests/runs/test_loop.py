@@ -8,6 +8,7 @@ import sys
 
 import chex
 import jax
+import kept
 import numpy as np
 import pytest
 import tiny_runs as runs
@@ -15,8 +16,10 @@ from one_of_several import status_of_one_killed_in_a_save
 from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS, arrays_of, assert_ends_like, measurements, newest
 
 from iresnet_jax.atomic_files import locked
+from iresnet_jax.data import load
 from iresnet_jax.runs import loop, run_folder, trained_run
 from iresnet_jax.runs.checkpoints import to_named
+from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.signals import SIGNALS, Stopped
 from iresnet_jax.training.constraint import certified_model
 from iresnet_jax.training.density import TOLERATED_BIAS, evaluate_examples
@@ -42,6 +45,18 @@ def test_training_improves_validation_and_never_recompiles(uninterrupted):
     validation = [record["nll"] for record in measurements(uninterrupted) if record["split"] == "validation"]
     assert len(validation) == TOTAL_STEPS // EVAL_EVERY
     assert validation[-1] < validation[0]
+
+
+def test_a_run_that_began_from_a_saved_model_goes_on_without_it(config, tmp_path):
+    path = kept.model(model_spec(config, load("moons"))).save(tmp_path / "model.npz")
+    changes = {"training.total_steps": 1, "training.eval_every_steps": 1, "training.initial_model": str(path)}
+    begun = runs.config_of(runs.TOY_CONFIG, **changes)
+    state = loop.train(begun, tmp_path / "run")
+    path.unlink()
+    chex.assert_trees_all_equal(loop.train(begun, tmp_path / "run").params, state.params)
+    with pytest.raises(ValueError, match="there is no model"):
+        loop.train(begun, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):

@@ -132,6 +132,12 @@ def test_columns_in_another_order_are_refused(tmp_path):
     of_columns = kept.model(dataclasses.replace(kept.POINTS, columns=model_spec(config, loaded).columns))
     ours = run.Run(tmp_path, of_columns, config, loaded.fingerprint, step=7)
     assert ours.with_data_checked() is ours
+    coded = [dataclasses.replace(column, categories=(1, 2, 3)) for column in of_columns.spec.columns]
+    of_codes = dataclasses.replace(
+        ours, model=kept.model(dataclasses.replace(kept.POINTS, columns=tuple(coded))), fingerprint=""
+    )
+    with pytest.raises(ValueError, match=r"takes column a as places among \(1, 2, 3\), from 0, and .*ours.csv has numbers"):
+        of_codes.with_data_checked()
     with pytest.raises(ValueError, match=r"takes columns 'a', 'b', in this order, and .*other.csv has 'b', 'a'"):
         ours.with_data(f"csv:{tmp_path}/other.csv").with_data_checked()
 
