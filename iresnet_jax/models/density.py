@@ -392,7 +392,6 @@ class Density(Model):
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
         context = contexts.of_samples(context, num, self.spec.context_dim)
-        labels = None if labels is None else jnp.asarray(labels)
         return _decode_and_log_prob(self._for_programs(), z, context, labels, key_probe)
 
     def sample_latents(

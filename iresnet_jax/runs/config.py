@@ -190,7 +190,6 @@ _OBJECTIVES = {
     "augmentation.transformations": ("density",),
     "classifier.pad_channels": ("classification",),
     "evaluation.num_importance_draws": ("density", "hybrid"),
-    "model.context_hidden": ("density",),
     "model.dequantization": ("density", "hybrid"),
     "model.prior": ("density", "hybrid"),
     "model.prior_components": ("density",),

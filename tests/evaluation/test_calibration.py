@@ -93,6 +93,7 @@ def test_samples_without_an_inverse_are_told():
     assert "did not converge for 3 of 19600" in found.warnings()[-1]
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_too_few_examples_and_too_many_contexts_are_refused():
     theta, x = linear_gaussian_pairs(19)
     with pytest.raises(ValueError, match="at least 20"):

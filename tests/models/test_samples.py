@@ -91,9 +91,3 @@ def test_discrete_data_are_referred_to_their_continuous_density():
         kept.model(on_grid).sample_and_log_prob(KEY, 2)
     with pytest.raises(ValueError, match="labels must be 2 integers"):
         kept.model(kept.HYBRID).continuous.sample_and_log_prob(KEY, 2, labels=jnp.array([0]))
-
-
-def test_labels_may_be_a_list():
-    whole = kept.model(kept.CLASSES_OF_POINTS)
-    found, wanted = (whole.sample_and_log_prob(KEY, 2, labels=labels) for labels in ([0, 2], np.array([0, 2])))
-    np.testing.assert_array_equal(found.log_prob, wanted.log_prob)

@@ -61,7 +61,6 @@ MISTAKES = [
     ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
-    ("classifier", "model.context_hidden=(4,)", "context_hidden is for density: leave it at () for classification"),
     ("hybrid", "classifier.pad_channels=2", "pad_channels is for classification: leave it at 0 for hybrid"),
     ("hybrid", "evaluation.num_importance_draws=4 evaluation.num_importance_examples=1", "for all, or at least 2, got 1"),
     ("toy", "optimizer.boundaries=(0.5,)", "optimizer.boundaries are for schedule step, got 'cosine'"),
