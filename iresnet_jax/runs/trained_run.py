@@ -102,8 +102,8 @@ class Run:
             raise ValueError(f"the model takes columns {listed(names)}, in this order, and {found.name} has {listed(given)}")
         if found.fingerprint == self.fingerprint:
             return self
-        for column, own in zip(getattr(spec, "columns", None) or (), getattr(found, "columns", None) or (), strict=False):
-            known = column.categories or ()
+        for column, own in zip(getattr(spec, "columns", None) or (), found.columns or (), strict=False):
+            known = tuple(column.categories or ())
             are_numbers = any(not isinstance(category, str) for category in known)
             if own.categories is None and are_numbers and known != tuple(range(len(known))):
                 raise ValueError(
