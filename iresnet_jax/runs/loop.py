@@ -161,18 +161,18 @@ def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitS
     The function that comes with it raises ``OSError`` once another process has taken the folder.
     """
     made, checks = list[Objective](), list[Callable[[], None]]()
-    on = replace(config, training=replace(config.training, initial_model=""))  # from a checkpoint or from process 0
+    without_start = replace(config, training=replace(config.training, initial_model=""))  # from a checkpoint or from process 0
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
         spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
-        start = on if Checkpoints(workdir).steps() else config
-        made.append(build_objective(start, data, spec))  # which raises before anything is written
+        settings = without_start if Checkpoints(workdir).steps() else config
+        made.append(build_objective(settings, data, spec))  # which raises before anything is written
         checks.append(stack.enter_context(run_folder.claimed(workdir, config, spec, data)))
         return tagged(spec) if parallel.num_processes() > 1 else None
 
     plain = hosts.from_first(claim)
-    objective = made[0] if made else build_objective(on, data, checked(Spec, plain, "model"))
+    objective = made[0] if made else build_objective(without_start, data, checked(Spec, plain, "model"))
     return objective, next(iter(checks), lambda: None)
 
 

@@ -150,11 +150,11 @@ def _of_model(path: str, spec: Spec) -> dict[str, Any]:
     """The variables of a saved model, whatever its budget and dequantisation, for a model of these stages."""
     model, _ = saved.read(path)
     own, flow = model.spec.flow, spec.flow
-    own = dataclasses.replace(own, coeff=flow.coeff, budget=flow.budget, noise=flow.noise)
-    own = dataclasses.replace(own, context_dim=own.context_dim or flow.context_dim)  # a model may have been given its context
+    context_dim = own.context_dim or flow.context_dim  # a model may have been given its context
+    own = dataclasses.replace(own, coeff=flow.coeff, budget=flow.budget, noise=flow.noise, context_dim=context_dim)
     free, wanted = Unconstrained.of(model), initialization.abstract_variables(spec)
-    learned = jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), (free.params, free.iterates))
-    found = {"params": learned[0], "spectral": learned[1], "batch_stats": getattr(model, "statistics", {})}
+    found = {"params": free.params, "spectral": free.iterates, "batch_stats": getattr(model, "statistics", {})}
+    found = jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), found)  # of a file in another precision
     if own != flow or _inputs(model.spec) != _inputs(spec) or _shapes(_updated(wanted, found)) != _shapes(wanted):
         raise ValueError(
             f"config.training.initial_model: {path} has other stages, contexts, preprocessing, levels, columns or another "
