@@ -142,7 +142,8 @@ def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name, ra
     assert plain == half == vanilla
 
 
-KEPT = {file.parent.name: file for file in (ROOT / "benchmarks/results").glob(f"*/{FILE_NAME}")}
+RESULTS = ROOT / "benchmarks/results"
+KEPT = {str(file.parent.relative_to(RESULTS)): file for file in RESULTS.rglob(FILE_NAME)}
 
 
 @functools.cache
@@ -153,9 +154,9 @@ def read_kept(name):
 
 @pytest.mark.parametrize("name", sorted(KEPT))
 def test_kept_models_are_those_of_their_configs(name):
-    """A folder has the name of a config, or that and the variant."""
+    """A folder has the name of a config, or that and the variant behind ``_`` or ``/``."""
     _, about = read_kept(name)
-    of_config = (name, None) if (ROOT / f"configs/{name}.py").exists() else name.rsplit("_", 1)
+    of_config = (name, None) if (ROOT / f"configs/{name}.py").exists() else name.replace("/", "_").rsplit("_", 1)
     assert first_difference(to_plain(get_config(*of_config)), to_plain(parse(about["config"])), "config") is None
 
 
