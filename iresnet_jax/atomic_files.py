@@ -16,24 +16,22 @@ from iresnet_jax import object_storage
 from iresnet_jax.object_storage import ObjectPath
 
 
-def path_of(name: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
+def path_of(name: str | os.PathLike[str]) -> Path:
     """The path that a user names: on this machine, where ``~`` is the user's home, or in a bucket, as ``gs://bucket/run``.
-
-    A relative path starts in ``folder``.
 
     Raises:
         ValueError: If it is neither, or the package that reaches such addresses is not installed.
     """
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"a path must be a string such as 'runs/digits', got {name!r}")
-    for text in (os.fspath(name), os.path.join(folder, name)):
-        if re.match(r"\w[\w+.-]*://", text):
-            path = ObjectPath(text)
-            _ = path.storage  # raises if there is none
-            if str(path) != text.removesuffix("/"):
-                raise ValueError(f"{text} has an empty name in it: give a path, or an address such as gs://bucket/run")
-            return path
-    return Path(Path(folder).expanduser(), Path(name).expanduser())
+    text = os.fspath(name)
+    if not re.match(r"\w[\w+.-]*://", text):
+        return Path(text).expanduser()
+    path = ObjectPath(text)
+    _ = path.storage  # raises if there is none
+    if str(path) != text.removesuffix("/"):
+        raise ValueError(f"{text} has an empty name in it: give a path, or an address such as gs://bucket/run")
+    return path
 
 
 @contextlib.contextmanager

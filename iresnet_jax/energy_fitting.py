@@ -36,6 +36,7 @@ from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.history import STOPPED
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals
 from iresnet_jax.training.trainer import BlowUpError
 
@@ -124,7 +125,7 @@ def fit_energy(
             best, least = trained, divergence
         elif best.history is None:
             best = best.with_(history=dataclasses.replace(history, step=0))
-        if history.ended:
+        if history.ended == STOPPED:
             break
     return best
 

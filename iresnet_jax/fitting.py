@@ -21,7 +21,7 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.fit_settings import STEPS_IN_ROUND, Candidate, candidates, choose_settings, with_settings
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.models.architecture import StageSpec
-from iresnet_jax.models.history import Attempt, History
+from iresnet_jax.models.history import STOPPED, Attempt, History
 from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.loop import check_batch_size, train
@@ -168,7 +168,7 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
     for name in fields:
         if name.startswith("data.") or name in ("objective", "training.total_steps", "training.minutes"):
             raise ValueError(f"{name} is no setting of fit: use its arguments for the data, objective=, minutes= and steps=")
-    stages = checked(tuple[StageSpec, ...] | None, architecture, "architecture")
+    stages = checked(tuple[StageSpec, ...] | None, fields.pop("model.stages", architecture), "architecture")
     for stage in stages or ():
         if stage.branch is not None:
             raise ValueError(
@@ -267,7 +267,7 @@ def best_of(table: Sequence[Candidate], config: Config, data: DataSet, given: Ma
             if not any(runs.values()):
                 continue
             if stop.received:
-                ended, upcoming = "it was stopped", []
+                ended, upcoming = STOPPED, []
             elif left_s < (1 - LAST_START) * limit_s:
                 ended, upcoming = "time was over", []
             elif not upcoming:
@@ -386,7 +386,7 @@ def _train(
         if not best.step:
             raise
         say(f"{error}: the best model so far")
-    kept, ended = best, "it was stopped" if stop.received else trainer.ended
+    kept, ended = best, STOPPED if stop.received else trainer.ended
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
 
     def model() -> Any:
@@ -421,7 +421,7 @@ def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any
     ended = ""
     try:
         state = train(config, folder, data=data, say=say)
-        if config.training.minutes:
+        if int(state.step) < config.training.most_steps:
             ended = "time was over" if int(state.step) >= int(state.horizon) else "validation no longer improved"
     except Stopped as error:
         if error.received == signal.SIGTERM:
@@ -429,7 +429,7 @@ def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any
         if error.received not in heard_in_memory():
             raise
         say(f"{str(error).split(':')[0]}: the best model so far")
-        ended = "it was stopped"
+        ended = STOPPED
     run = trained_run.load(folder)
     history = History.from_records(read_metrics(folder), run.step)
     return run.model.with_(history=dataclasses.replace(history, ended=ended))

@@ -18,7 +18,7 @@ from iresnet_jax.maths import platforms
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.history import History
+from iresnet_jax.models.history import STOPPED, History
 from iresnet_jax.models.model import Model
 from iresnet_jax.runs.machine import cache_programs, start_backend
 from iresnet_jax.runs.metrics import Lines
@@ -177,7 +177,8 @@ def train(
         kept = best or Best.of(trainer.state, math.inf)
         trained = free.with_(params=jax.device_put(kept.ema)).certified()
         history = History.from_records(trainer.records, kept.step)
-        return trained.with_(history=dataclasses.replace(history, ended="it was stopped" if stop.received else ""))
+        ended = STOPPED if stop.received else trainer.ended
+        return trained.with_(history=dataclasses.replace(history, ended=ended))
 
 
 def _make_validation(

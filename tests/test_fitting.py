@@ -341,8 +341,9 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
 
 def test_a_fit_on_disk_says_that_validation_ended_it(tmp_path):
     early = {"optimizer.learning_rate": 1.0, "training.eval_every_steps": 1, "training.patience": 1}
-    model = ir.fit(BANANA, workdir=tmp_path, **QUICK | {"steps": None, "minutes": 5, "settings": early})
-    assert model.history.ended == "validation no longer improved"
+    for length in ({"steps": None, "minutes": 5}, {"steps": 500}):
+        model = ir.fit(BANANA, workdir=tmp_path / str(length), **QUICK | {"settings": early} | length)
+        assert model.history.ended == "validation no longer improved"
 
 
 def test_a_folder_of_other_columns_is_not_gone_on_with(tmp_path):

@@ -96,7 +96,7 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
     for _, metrics, recomputed in seen:
         np.testing.assert_allclose(metrics["validation_loss"], recomputed, rtol=1e-4)
         assert (metrics["rows"], metrics["validation_rows"]) == (16 // jax.local_device_count(), 3)
-    assert trained.history.step == 5
+    assert (trained.history.step, trained.history.ended) == (5, "validation no longer improved")
     np.testing.assert_allclose(nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3)
 
 

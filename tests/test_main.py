@@ -223,7 +223,7 @@ def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path
     assert "model.npz is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
     (copied["points"] / FILE_NAME).unlink()
     (copied["points"] / run_folder.CONFIG_FILE).write_text("{")
-    assert "config.json is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
+    assert "config.json cannot be read" in answer(capsys, "sample", "--workdir", copied["points"])
 
 
 def test_help_lists_the_commands(capsys):

@@ -90,4 +90,4 @@ def _per_channel(value: Float[Array, " c"], x: Float[Array, "b ... c"]) -> Float
 
 
 def _logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> Float[Array, " b"]:
-    return jnp.broadcast_to(math.prod(x.shape[1:-1]) * jnp.sum(params.log_scale), x.shape[:1])
+    return jnp.broadcast_to(math.prod(x.shape[1:-1]) * jnp.sum(_per_channel(params.log_scale, x)), x.shape[:1])

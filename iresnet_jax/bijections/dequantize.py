@@ -45,7 +45,7 @@ def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: i
         x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
         num_levels: Number of values an entry can take, 2 to 256.
     """
-    return into_cells(uniform(check_keys(key, len(x)), x.shape, jnp.float32), x, num_levels)
+    return into_cells(uniform(key, x.shape, jnp.float32), x, num_levels)
 
 
 def check_keys(key: Any, num: int) -> Key[Array, "..."]:
@@ -66,8 +66,9 @@ def into_cells(noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_lev
     return jnp.where(level == index, y, jnp.nan)
 
 
-def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Numbers in [0, 1), from one key or from one per example."""
+def uniform(key: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Numbers in [0, 1), from one key or from one per example; others raise ``ValueError``."""
+    key = check_keys(key, shape[0])
     if key.ndim == 0:
         return jax.random.uniform(key, shape, dtype)
     return jax.vmap(lambda own: jax.random.uniform(own, shape[1:], dtype))(key)

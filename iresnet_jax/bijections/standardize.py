@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, affine, on_balls
@@ -65,6 +65,11 @@ class Center(_Shift):
     shift = 0.5
 
 
+def varies(rows: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " d"]:
+    """Which columns are not constant; the mean of a constant one is rounded, so that its standard deviation can be positive."""
+    return np.ptp(rows, axis=0) > 0
+
+
 @pytree(arrays=("mean", "scale"))
 class Standardize(ClosedForm):
     """``y = (x - mean) / scale``, entry by entry.
@@ -89,14 +94,13 @@ class Standardize(ClosedForm):
     def fit(cls, x: Float[np.ndarray, "n ..."]) -> "Standardize":
         """Mean and standard deviation of every entry along the last axis, over all others."""
         rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
-        return cls(rows.mean(axis=0), rows.std(axis=0))
+        return cls(rows.mean(axis=0), np.where(varies(rows), rows.std(axis=0), 0))
 
     @classmethod
     def fit_contexts(cls, contexts: Float[np.ndarray, "n k"]) -> "Standardize":
         """`fit`, but entries that are constant keep their scale."""
         rows = np.asarray(contexts, np.float64)
-        scale = rows.std(axis=0)
-        return cls(rows.mean(axis=0), np.where(scale > 0, scale, 1))
+        return cls(rows.mean(axis=0), np.where(varies(rows), rows.std(axis=0), 1))
 
     @property
     def num_entries(self) -> int:

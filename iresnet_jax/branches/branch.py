@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, block_bounds
 from iresnet_jax.maths.logdet_estimator import Jacobian, Logdet, Trace
-from iresnet_jax.maths.upward_rounding import rounded_up
+from iresnet_jax.maths.upward_rounding import lipschitz_at_least, rounded_up
 
 if TYPE_CHECKING:
     from iresnet_jax.branches.layers import LayerSpec, Part
@@ -227,7 +227,7 @@ class BranchSpec(ABC):
     def norm_bounds(self, weights: Weights, **settings: Any) -> Norms:
         """Guaranteed upper bound of every part's constant; of a branch without parts that of ``g``, called "branch"."""
         del settings
-        return {"branch": self.lipschitz_bound(weights)}
+        return {"branch": lipschitz_at_least(self.lipschitz_bound(weights))}
 
     def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str) -> ConstrainedBranch:
         """The branch brought into the budget by `norm_bounds`. Arguments are those of `constrained`."""

@@ -70,8 +70,8 @@ def inverse(
     r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``, rounding included.
 
     ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are the numbers that are given: float32
-    numbers are certified in float64. The flow is `Density.flow` or `Classifier.flow`,
-    without preprocessing.
+    numbers are certified in float64, and contexts as they are scaled in float64. The flow is `Density.flow` or
+    `Classifier.flow`, without preprocessing.
 
     The norms of the steps' inverses multiply, to 1e6 or so for 22 blocks, where the trajectory is refined to residuals of
     1e-19. Each is verified from a banded matrix; where that has more than `norms.MOST_ENTRIES` entries, a step counts with its

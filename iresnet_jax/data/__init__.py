@@ -34,13 +34,7 @@ _IMAGES = {"idx": images.load_idx, "cifar": images.load_cifar, "folder": images.
 _ARRAYS = {"npz": sources.load_npz, "npy": sources.load_npy, "csv": sources.load_csv}
 
 
-def load(
-    name: str,
-    data_dir: str | None = None,
-    *,
-    fractions: tuple[float, float] = (0.1, 0.1),
-    num_classes: int | None = None,
-) -> DataSet:
+def load(name: str, *, fractions: tuple[float, float] = (0.1, 0.1), num_classes: int | None = None) -> DataSet:
     """Loads a data set or toy by its name.
 
     Example::
@@ -48,13 +42,11 @@ def load(
         data = load("digits")
         data.examples["train"].shape  # (1257, 8, 8, 1)
         load("moons").held_out("test", 1000).shape  # (1000, 2)
-        load("fashion_mnist", data_dir="~/tensorflow_datasets")
+        load("fashion_mnist")  # in $TFDS_DATA_DIR, else ~/tensorflow_datasets
         load("idx:~/mnist")
 
     Args:
         name: Name as in the table above.
-        data_dir: Folder that holds the prepared data sets of TFDS (by default ``$TFDS_DATA_DIR``, else
-            ``~/tensorflow_datasets``), and from which relative paths after ``idx:`` and so on start (by default ``.``).
         fractions: Shares for validation and for the test of arrays in a file that has not split them.
         num_classes: Classes that arrays in a file may have; by default those of their labels, without gaps.
 
@@ -69,10 +61,10 @@ def load(
         return images.load_digits()
     kind, colon, path = name.partition(":")
     if colon and kind in _ARRAYS:
-        return _ARRAYS[kind](path_of(path, data_dir or ""), name, fractions, num_classes)
+        return _ARRAYS[kind](path_of(path), name, fractions, num_classes)
     if colon and kind in _IMAGES:
-        return _IMAGES[kind](Path(data_dir or "", Path(path).expanduser()).expanduser(), name)
-    if (found := tfds.load(name, data_dir)) is None:
+        return _IMAGES[kind](Path(path).expanduser(), name)
+    if (found := tfds.load(name)) is None:
         raise ValueError(
             f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} and others of TFDS, "
             f"the toys {', '.join(TOYS)}, and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"

@@ -34,21 +34,21 @@ CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {  # shape of an
 _NUM_STAND_INS = 256
 
 
-def load(name: str, data_dir: str | None = None) -> DataSet | None:
+def load(name: str) -> DataSet | None:
     """A data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
 
-    The newest version that is prepared is used. If none is, it is downloaded and prepared, with the progress bar of TFDS.
+    The newest version that is prepared in ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, is used. If none is, it is
+    downloaded and prepared, with the progress bar of TFDS.
 
     Args:
         name: Data set, ``/`` and configuration where it has several, ``:`` and version where it must be a certain one.
-        data_dir: Folder of prepared data sets; by default ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Returns:
         The data set; None if TFDS has no such data set and none was prepared under that name.
     """
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         return None
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     folder = _find(root, name) or _prepare(root, name)
     if folder is None:
         return None

@@ -119,7 +119,7 @@ def weighted_series(
             neumann = neumann + signed(length) * u
             value, tail = value + signed(length) / length * dot(u, pushed), norm(pull(u))
     else:
-        longest = jnp.max(length)
+        longest = jnp.max(length, initial=0)
 
         def term_and_tail(state):
             k, carry, tail = state

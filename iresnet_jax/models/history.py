@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+STOPPED = "it was stopped"  # why a training ended that somebody stopped
+
 
 class Attempt(NamedTuple):
     """One of several training runs, the best of which gave the model.
@@ -27,7 +29,8 @@ class Attempt(NamedTuple):
 class History:
     """Measurements of a training run.
 
-    All histories are equal to each other: models that differ in nothing else run the same compiled programs.
+    All histories are equal to each other: models that differ in nothing else run the same compiled programs. What
+    returns a model from ``jit`` therefore returns the history of the first one.
 
     Attributes:
         train: Measurements of training steps, averaged between two of them: a list of values by name, "step" among them.

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 from numpy.typing import ArrayLike
 
+from iresnet_jax.bijections.standardize import varies
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
 
@@ -68,8 +69,7 @@ class GaussianMixture(Mixture):
             return cls.kernels(z)[0]
         if len(z) < num_components:
             raise ValueError(f"a prior of {num_components} components needs as many examples, got {len(z)}: take fewer")
-        mean, std = z.mean(axis=0), z.std(axis=0)
-        std = np.where(std > 0, std, 1)
+        mean, std = z.mean(axis=0), np.where(varies(z), z.std(axis=0), 1)
         # Few steps are enough, as training goes on from them. A component's variance is at least a millionth of all latents'.
         settings = {"reg_covar": 1e-6, "max_iter": 30, "random_state": 0}
         found = expectation_maximisation((z - mean) / std, num_components, **settings)

@@ -126,6 +126,7 @@ class Model:
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
         stored = {"params": as_params(self.weights), **{name: self.learned(name) for name in self.arrays}}
         arrays: dict[str, Any] = {array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)}
+        arrays = {name: array.astype(np.promote_types(array.dtype, np.float32)) for name, array in arrays.items()}
         if bad := [name for name, array in arrays.items() if not np.all(np.isfinite(array))]:
             raise ValueError(f"{bad[0]} holds numbers that are not finite, which no file takes: give the model finite ones")
         arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)

@@ -89,6 +89,8 @@ def checked(spec: DensitySpec, x: Any) -> Array:
     elif x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
         wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
         raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
+    else:
+        x = x.astype(jnp.promote_types(x.dtype, np.float32))  # as cells are: 16 bits have other numbers
     if isinstance(spec.transform, Bounded):
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *jax.tree.leaves(spec))):
             check_ranges(spec, x)

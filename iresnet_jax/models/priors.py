@@ -13,7 +13,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 from numpy.typing import ArrayLike
 
 from iresnet_jax.bijections.logit import log_logistic
@@ -150,7 +150,7 @@ class ClassPriors:
         of_classes = jax.vmap(lambda prior: prior.log_prob(z), out_axes=1)(self.by_class)
         return of_classes + jax.nn.log_softmax(self.logits)[None]
 
-    def log_prob(self, z: Float[Array, "b d"], labels: Int[Array, " b"] | None = None) -> Float[Array, " b"]:
+    def log_prob(self, z: Float[Array, "b d"], labels: Integer[Array, " b"] | None = None) -> Float[Array, " b"]:
         """``log p(z)``, or ``log p(z | y)`` with labels ``y``, NaN for a label that is no class."""
         by_class = self.log_prob_by_class(z)
         if labels is None:
@@ -160,7 +160,7 @@ class ClassPriors:
         own = jnp.take_along_axis(of_classes, labels[:, None], axis=1)[:, 0]
         return jnp.where(self._exist(labels), own, jnp.nan)
 
-    def _exist(self, labels: Int[Array, " n"]) -> Bool[Array, " n"]:
+    def _exist(self, labels: Integer[Array, " n"]) -> Bool[Array, " n"]:
         return (labels >= 0) & (labels < len(self.logits))
 
     def checked_labels(self, labels: Any, num: int) -> Array:
@@ -171,15 +171,15 @@ class ClassPriors:
         known, last = [] if isinstance(labels, jax.core.Tracer) else labels.tolist(), len(self.logits) - 1
         if wrong := [label for label in known if not 0 <= label <= last]:
             raise ValueError(f"labels must be classes from 0 to {last}, got {wrong[0]}")
-        return jnp.asarray(labels)
+        return jnp.asarray(labels).astype(int)  # 256 is no number of 8 bits
 
     def sample(
-        self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0, labels: Int[Array, " n"] | None = None
+        self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0, labels: Integer[Array, " n"] | None = None
     ) -> Float[Array, "n d"]:
         """Draws of classes from ``p(y)``, or of these labels; NaN for a label that is no class."""
         key_label, key_noise = jax.random.split(key)
         drawn = jax.random.categorical(key_label, self.logits, shape=shape)
-        labels = drawn if labels is None else jnp.asarray(labels)
+        labels = drawn if labels is None else jnp.asarray(labels).astype(int)
         chosen = jax.tree.map(lambda stacked: stacked[labels], self.by_class)
         one = jax.vmap(lambda prior, key: prior.sample(key, (1,), temperature)[0])
         return jnp.where(self._exist(labels)[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan)

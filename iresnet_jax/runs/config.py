@@ -184,12 +184,17 @@ _OBJECTIVES = {
     "augmentation.flip": ("classification", "hybrid"),
     "augmentation.noise": ("density",),
     "classifier.head": ("classification",),
+    "classifier.label_smoothing": ("classification", "hybrid"),
     "classifier.margin": ("classification",),
+    "classifier.mean": ("classification",),
+    "classifier.std": ("classification",),
     "classifier.temperature": ("classification",),
     "evaluation.radii": ("classification",),
     "augmentation.transformations": ("density",),
     "classifier.pad_channels": ("classification",),
     "evaluation.num_importance_draws": ("density", "hybrid"),
+    "hybrid.weight": ("hybrid",),
+    "model.context_hidden": ("density", "hybrid"),
     "model.dequantization": ("density", "hybrid"),
     "model.prior": ("density", "hybrid"),
     "model.prior_components": ("density",),
@@ -213,6 +218,9 @@ def _check_combinations(config: Config) -> None:
         ),
         f"preprocessing.entrywise is for transform equalize, got {transform!r}": (
             config.preprocessing.entrywise and transform != "equalize"
+        ),
+        f"config.model.noise is of dequantization variational, got {model.dequantization!r}: leave it out": (
+            model.noise != NoiseSpec() and model.dequantization != "variational"
         ),
         f"config.optimizer.boundaries are for schedule step, got {config.optimizer.schedule!r}: leave them out": (
             config.optimizer.boundaries and config.optimizer.schedule != "step"

@@ -127,5 +127,5 @@ def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: restore it, or choose another --workdir") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from None
+        raise ValueError(f"{path} cannot be read ({error}): restore it, or choose another --workdir") from None
     raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")

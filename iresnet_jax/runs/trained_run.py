@@ -6,6 +6,7 @@ guaranteed bounds of their norms, so that every block is a certified contraction
 
 import functools
 import math
+import operator
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,9 +111,14 @@ class Run:
                     f"the model takes column {column.name} as places among {known}, from 0, and {found.name} has numbers: give "
                     "places, as npy:FILE"
                 )
+        if isinstance(spec, DensitySpec) and spec.context_dim != found.context_dim:
+            lengths = f"{spec.context_dim}, and {found.name} has them of {found.context_dim}"
+            raise ValueError(f"the model takes contexts of length {lengths}: bring its data back, or give --data with contexts")
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
         fits = tuple(shape) == found.event_shape and _may_be(found.num_levels, spec.num_levels)
-        if not fits or (spec.num_classes is not None and not _may_be(found.num_classes, spec.num_classes)):
+        # Classes of folders are numbered in their order: without one of them others have its number.
+        classes_fit = operator.eq if found.name.startswith("folder:") else _may_be
+        if not fits or (spec.num_classes is not None and not classes_fit(found.num_classes, spec.num_classes)):
             taken = f"{tuple(shape)}, {spec.num_levels} levels and {spec.num_classes} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
             raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")

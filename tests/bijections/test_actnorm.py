@@ -71,3 +71,9 @@ def test_statistics_of_shards_are_those_of_the_whole_batch(x64):
     local = jax.jit(jax.vmap(actnorm.initialize))(shards)
     # The comparison can fail: without the mean over devices the statistics are those of one shard.
     assert np.abs(np.asarray(local.log_scale) - np.asarray(whole.log_scale)).max() > 0.1
+
+
+def test_the_logdet_has_the_precision_of_the_data(x64):
+    log_scale = np.random.default_rng(1).normal(-2.3, 0.3, 12).astype(np.float32)
+    _, logdet = forward_and_logdet(ActNormParams(jnp.zeros(12, np.float32), jnp.asarray(log_scale)), np.zeros((1, 16, 16, 12)))
+    np.testing.assert_allclose(logdet, 256 * np.sum(log_scale, dtype=np.float64), rtol=EXACT)

@@ -1,12 +1,16 @@
 """Cells and atoms: noise within them, values that come back, and the unit of the number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
 from scipy import stats
 
 from iresnet_jax.bijections.cells import Cells
+from iresnet_jax.models import preprocessing
 
 SINGLE = 1e-5  # float32
 # A regular grid, a continuous entry, values off any grid, a continuous entry with two atoms, and a grid with one.
@@ -60,3 +64,18 @@ def test_a_density_bounds_the_number_of_its_values():
 def test_values_that_are_no_cells_are_refused(wrong):
     with pytest.raises(ValueError, match="two or more rising numbers"):
         Cells.of([wrong])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_numbers_of_16_bits_keep_their_cells(dtype):
+    spec = dataclasses.replace(kept.POINTS, cells=Cells.of([(0.0, 1.0), ()]))
+    x = jnp.array([[199.0, 0], [201, 0], [203, 0], [255, 0]], dtype)
+    u = kept.model(spec).dequantize(x, jax.random.key(5))
+    np.testing.assert_array_equal(preprocessing.rounded(spec, u)[:, 0], [199, 201, 203, 255])
+
+
+def test_noise_takes_one_key_or_one_an_example():
+    forward, x = Cells.of([(0.0, 1.0)]).bijection().forward_and_logdet, jnp.array([[3.0], [4.0], [5.0]])
+    with pytest.raises(ValueError, match=r"one for each of 3 examples, got keys of shape \(1,\)"):
+        forward(x, jax.random.split(jax.random.key(0), 1))
+    np.testing.assert_array_equal(forward(x, jax.random.PRNGKey(0))[0], forward(x, jax.random.key(0))[0])

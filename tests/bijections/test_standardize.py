@@ -95,3 +95,12 @@ def test_bounds_hold_for_columns_of_very_different_scales():
     forward, inverse = Whiten((0.0, 0.0), ((1e-7, 0.0), (0.0, 1e14))).bilipschitz()
     assert 1e7 <= float(forward) <= 1.0001e7
     assert 1e14 <= float(inverse) <= 1.0001e14
+
+
+@pytest.mark.parametrize("value", [0.1, 0.5, 1 / 3])
+def test_a_constant_entry_has_no_scale(value):
+    """The mean of equal numbers is rounded, and the standard deviation of 100 times .1 is 1e-16."""
+    rows = np.stack([np.full(100, value), np.arange(100.0)], axis=1)
+    with pytest.raises(ValueError, match="an entry is constant"):
+        Standardize.fit(rows)
+    assert float(Standardize.fit_contexts(rows).scale[0]) == 1

@@ -237,3 +237,12 @@ def test_without_a_constraint_branches_run_as_they_are_after_training_too():
     np.testing.assert_allclose(free.lipschitz_bound, bounds, rtol=1e-6)
     assert bounds.max() > COEFF
     assert with_bounds(FLOW, of_stored(FLOW, params))["stage0"].branch.lipschitz_bound.max() <= COEFF
+
+
+def test_a_bound_that_training_made_negative_promises_nothing():
+    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=odd_one(lipschitz_bound=lambda self: jnp.sum(self.there))),))
+    params = kept.random_params(flow)
+    negative = jax.tree.map(lambda leaf: -jnp.abs(leaf), params)
+    for weights in (freeze(flow, negative), of_stored(flow, negative)):
+        certificate = ir.Density(ir.DensitySpec(flow), weights, PRIOR).certificate()
+        assert not certificate.certified, certificate.verdict

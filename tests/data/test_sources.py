@@ -231,7 +231,7 @@ def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
     write_tfds(tmp_path / "set", examples(20, (28, 28, 1), seed=5), GREY[1], version="3.0.9")
     write_tfds(tmp_path / "set", *GREY, version="3.0.10")
     (tmp_path / "tfds/mnist/incomplete.3.0.11").mkdir()
-    assert_holds(data.load("mnist", data_dir=str(tmp_path / "tfds")), *GREY)
+    assert_holds(data.load("mnist"), *GREY)
     assert len(data.load("mnist:3.0.9").examples["train"]) == 18
 
 

@@ -323,6 +323,14 @@ def test_with_a_key_an_example_the_batch_does_not_matter(x64, estimator):
         np.testing.assert_allclose(alone[0], together[i], rtol=EXACT)
 
 
+@pytest.mark.parametrize(
+    "estimator", [ExactLogdet(), KrylovLogdet(3), SeriesLogdet(3), RouletteLogdet()], ids=lambda e: type(e).__name__
+)
+def test_a_batch_may_be_empty(estimator):
+    value, _ = estimator(functools.partial(apply, network()[0]), jnp.zeros((0, DIM)), jax.random.key(0))
+    assert value.shape == (0,)
+
+
 def test_a_fixed_length_is_shared_and_does_not_recompile():
     params, x = network()
     params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))

@@ -112,3 +112,8 @@ def test_other_frames_are_refused_by_column(change, message):
 def test_columns_that_are_no_numbers_and_no_categories_are_refused(frame, message):
     with pytest.raises(ValueError, match=message):
         columns_of(frame)
+
+
+def test_rows_that_are_no_numbers_make_no_table():
+    with pytest.raises(ValueError, match="rows hold NaN"):
+        table_of(np.full((1, len(COLUMNS)), np.nan), COLUMNS)

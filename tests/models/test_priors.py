@@ -153,3 +153,14 @@ def test_a_class_that_is_missing_where_regression_looks_has_its_mean():
     labels[::2], labels[-6:] = 1, 2
     z = np.random.default_rng(0).normal(size=(len(labels), 2)) + labels[:, None]
     np.testing.assert_allclose(ClassPriors.fit("gaussian", z, labels, 3).by_class.mean[2], z[-6:].mean(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_labels_of_8_bits_are_classes(dtype):
+    """The number of classes does not fit into 8 bits, its classes do."""
+    prior = ClassPriors.fit("gaussian", np.random.default_rng(0).normal(size=(512, D)), np.repeat(np.arange(256), 2), 256)
+    labels = jnp.array([7, jnp.iinfo(dtype).max], dtype)
+    z = prior.sample(jax.random.key(0), (2,), labels=labels)
+    np.testing.assert_array_equal(z, prior.sample(jax.random.key(0), (2,), labels=labels.astype(jnp.int32)))
+    np.testing.assert_array_equal(prior.log_prob(z, labels), prior.log_prob(z, labels.astype(jnp.int32)))
+    assert np.isfinite(prior.log_prob(z, labels)).all()

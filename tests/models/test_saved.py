@@ -92,6 +92,13 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     assert not loaded.certificate().certified
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_in_half_precision_is_saved_in_single(density, tmp_path, dtype):
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), density)
+    loaded = ir.load(half.save(tmp_path / "model.npz"))
+    np.testing.assert_array_equal(loaded.prior.by_class.mean, half.prior.by_class.mean.astype(np.float32))
+
+
 def test_the_spec_says_what_branches_compute_before_and_after_saving(density, tmp_path):
     spec = density.spec
     stages = (dataclasses.replace(spec.flow.stages[0], activation="tanh", padding="CIRCULAR"), spec.flow.stages[1])

@@ -12,8 +12,10 @@ import tiny_runs as runs
 from tiny_runs import ROOT
 
 from iresnet_jax.checked_dataclasses import to_plain
+from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import loop
 from iresnet_jax.runs.command_line import parse_train_flags
+from iresnet_jax.runs.config import default_config, parse
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,11 @@ MISTAKES = [
     ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
+    ("toy", "hybrid.weight=7", "hybrid.weight is for hybrid: leave it at"),
+    ("toy", "classifier.mean=(0.2,)", "classifier.mean is for classification: leave it at"),
+    ("toy", "classifier.label_smoothing=0.1", "label_smoothing is for classification and hybrid: leave it at 0.0 for density"),
+    ("classifier", "model.context_hidden=(4,)", "context_hidden is for density and hybrid: leave it at () for classification"),
+    ("toy", "model.noise.num_blocks=7", "model.noise is of dequantization variational, got 'uniform': leave it out"),
     ("hybrid", "classifier.pad_channels=2", "pad_channels is for classification: leave it at 0 for hybrid"),
     ("hybrid", "evaluation.num_importance_draws=4 evaluation.num_importance_examples=1", "for all, or at least 2, got 1"),
     ("toy", "optimizer.boundaries=(0.5,)", "optimizer.boundaries are for schedule step, got 'cosine'"),
@@ -111,6 +118,12 @@ def test_a_config_file_that_fails_is_answered_in_one_sentence(answer, tmp_path, 
     wrong = tmp_path / "wrong.py"
     wrong.write_bytes(program)
     assert fragment in answer(f"--config={wrong}")
+
+
+def test_stages_of_a_config_file_may_be_specs():
+    config = default_config()
+    config.model.stages = (StageSpec(2, (4,)),)
+    assert parse(to_plain(config)).model.stages == parse(config).model.stages == (StageSpec(2, (4,)),)
 
 
 def test_a_config_file_answers_for_its_own_variants(answer, tmp_path):

@@ -20,7 +20,7 @@ def begin(workdir, config):
         return data
 
 
-DAMAGED, OTHER_VERSION = "is damaged", "was written by another version"
+DAMAGED, OTHER_VERSION = "cannot be read", "was written by another version"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A run after training: which parameters count, what they need to be read, and what is said of damage and of other data."""
 
 import dataclasses
+import itertools
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import kept
 import numpy as np
 import pytest
 import tiny_runs as runs
+from PIL import Image
 
 from iresnet_jax import data
 from iresnet_jax.models.model import FILE_NAME
@@ -186,6 +188,23 @@ def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classe
     np.savez(path, **(dark | {"y_test": np.arange(25) % 5}))
     with pytest.raises(ValueError, match="labels must lie in 0 to 2, got 4: correct them"):
         run.load(folder).with_data_checked()
+
+
+def test_data_with_other_contexts_are_refused(tmp_path):
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(40, 2)))
+    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/points.npy"})
+    with pytest.raises(ValueError, match=r"takes contexts of length 3, and npy:.*points.npy has them of 0"):
+        run.Run(tmp_path, kept.model(kept.GIVEN), config, "", step=7).with_data_checked()
+
+
+def test_folders_need_every_class_as_they_number_them(tmp_path):
+    for split, label in itertools.product(("train", "test"), "ac"):  # the model knows a, b and c
+        (tmp_path / "images" / split / label).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(np.full((4, 4), 9 * number, np.uint8)).save(tmp_path / "images" / split / label / f"{number}.png")
+    loaded = run.load(kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(tmp_path / "images.npz")))
+    with pytest.raises(ValueError, match=r"3 classes, and folder:.*images has \(4, 4, 1\), 256 and 2 now"):
+        loaded.with_data(f"folder:{tmp_path / 'images'}").with_data_checked()
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
