@@ -182,9 +182,9 @@ def checked(kind: Any, value: Any, path: str) -> Any:
 
 def _number_of_python(value: Any) -> Any:
     """A number of NumPy or JAX as one of Python, a dataclass as a dictionary, and any other value as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:

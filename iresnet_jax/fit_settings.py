@@ -63,7 +63,7 @@ def choose_settings(
     if objective != "density" and data.num_classes is None:
         raise ValueError(f"the objective {objective} needs labels: give the class of each example")
     num, devices = len(data.examples["train"]), jax.local_device_count()
-    chosen = _for_vectors(data) if is_vectors else _for_images(data, objective)
+    chosen = _for_vectors(data, objective) if is_vectors else _for_images(data, objective)
     return with_settings(
         Config(),
         {
@@ -89,10 +89,15 @@ def choose_settings(
     )
 
 
-def _for_vectors(data: DataSet) -> dict[str, Any]:
+def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
     """Common settings of all candidates; `Candidate.settings` replaces those that differ."""
     dims = data.event_shape[0]
     is_exact = dims <= EXACT_DIMS
+    of_hybrid = {
+        "hybrid.weight": 0.1 / dims,  # of the log-likelihood beside the cross-entropy, which counts
+        # Few examples that validate are all classified rightly, and the surest of all models would be best without.
+        "classifier.label_smoothing": 0.02,
+    }
     return {
         "model.stages": _dense_stages("large"),
         "model.coeff": 0.97,
@@ -102,9 +107,7 @@ def _for_vectors(data: DataSet) -> dict[str, Any]:
         "logdet.kind": "exact" if is_exact else "krylov",
         "logdet.num_terms": min(6, dims),
         **({"evaluation.logdet.kind": "exact"} if dims <= WHITENED_DIMS else {}),
-        "hybrid.weight": 0.1 / dims,  # of the log-likelihood beside the cross-entropy, which counts
-        # Few examples that validate are all classified rightly, and the surest of all models would be best without.
-        "classifier.label_smoothing": 0.02 if data.num_classes else 0.0,
+        **(of_hybrid if objective == "hybrid" else {}),
         "training.batch_size": 128 if is_exact else 256,
         "training.blocks": "scan",
     }

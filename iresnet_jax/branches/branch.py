@@ -201,16 +201,15 @@ class BranchSpec(ABC):
         del key
         return {}
 
-    def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None, rtol: float = 1e-3) -> Weights:
+    def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None) -> Weights:
         """The directions along which `constrained` measures norms, by power iteration without a gradient.
 
         Args:
             weights: Weights of the branch.
             iterates: From `initial_iterates`, or of the call before.
-            num_steps: Power iterations; None iterates to the tolerance.
-            rtol: Relative tolerance of the norms.
+            num_steps: Power iterations; None iterates until the norms are right to one part in a thousand.
         """
-        del weights, num_steps, rtol
+        del weights, num_steps
         return iterates
 
     def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str) -> ConstrainedBranch:

@@ -207,14 +207,10 @@ class FeedforwardSpec(BranchSpec):
         keys = jax.random.split(key, len(self.parts))
         return {part.name: jax.random.normal(k, part.operator.in_shape) for part, k in zip(self.parts, keys, strict=True)}
 
-    def singular_vectors(
-        self, weights: Weights, iterates: Weights, *, num_steps: int | None = None, rtol: float = 1e-3
-    ) -> dict[str, VectorPair]:
+    def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None = None) -> dict[str, VectorPair]:
         """The singular vectors ``(u, v)`` of every part's operator, by power iteration without a gradient."""
         return {
-            part.name: part.operator.singular_vectors(
-                self.operator_kernel(weights, part), iterates[part.name], num_steps=num_steps, rtol=rtol
-            )
+            part.name: part.operator.singular_vectors(self.operator_kernel(weights, part), iterates[part.name], num_steps)
             for part in self.parts
         }
 

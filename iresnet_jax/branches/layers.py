@@ -65,9 +65,9 @@ class LayerSpec(NamedTuple):
             h = h + (shift if shift.ndim == h.ndim else shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1]))
         return h
 
-    def singular_vectors(self, kernel: Array, start: Array, *, num_steps: int | None = None, rtol: float = 1e-3) -> VectorPair:
+    def singular_vectors(self, kernel: Array, start: Array, num_steps: int | None) -> VectorPair:
         """The singular vectors ``(u, v)`` of the layer's norm, by power iteration from ``start``, without a gradient."""
-        u, v, _ = singular_vectors(self.linear_map(single=True), kernel, start, num_steps=num_steps, rtol=rtol)
+        u, v, _ = singular_vectors(self.linear_map(single=True), kernel, start, num_steps=num_steps)
         return u, v
 
     def norm_along(self, kernel: Array, pair: VectorPair) -> Float[Array, ""]:
