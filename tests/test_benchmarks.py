@@ -57,6 +57,12 @@ def test_kept_density_has_the_likelihood_of_its_report():
     assert found.mean == pytest.approx(check["mean"] - check["difference"], abs=1e-6)
 
 
+def test_kept_toy_has_the_likelihood_of_its_report():
+    run, report = report_of("toy_2d/moons")
+    found = likelihood.measure(run.model, run.test_examples(), run.config.evaluation, run.config.seed)
+    assert found.mean == pytest.approx(report["nll"]["mean"], abs=1e-5)
+
+
 def test_kept_hybrid_makes_the_errors_of_its_report():
     run, report = report_of("digits_hybrid")
     found = classification.evaluate(run.model, run.test_examples(), run.data.labels["test"], batch_size=360)

