@@ -102,7 +102,8 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
         "model.stages": _dense_stages("large"),
         "model.coeff": 0.97,
         "model.last_scale": 0.01,  # little more than the identity: the whitening and the prior alone may be the best
-        "model.context_hidden": (128, 128, 32) if data.contexts else (),  # by the validation of posteriors of simulators
+        # By the validation of posteriors of simulators.
+        "model.context_hidden": (128, 128, 32) if data.contexts and objective == "density" else (),
         "preprocessing.transform": "whiten" if dims <= WHITENED_DIMS else "standardize",
         "logdet.kind": "exact" if is_exact else "krylov",
         "logdet.num_terms": min(6, dims),

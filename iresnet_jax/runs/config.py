@@ -194,7 +194,7 @@ _OBJECTIVES = {
     "classifier.pad_channels": ("classification",),
     "evaluation.num_importance_draws": ("density", "hybrid"),
     "hybrid.weight": ("hybrid",),
-    "model.context_hidden": ("density", "hybrid"),
+    "model.context_hidden": ("density",),
     "model.dequantization": ("density", "hybrid"),
     "model.prior": ("density", "hybrid"),
     "model.prior_components": ("density",),
@@ -218,9 +218,6 @@ def _check_combinations(config: Config) -> None:
         ),
         f"preprocessing.entrywise is for transform equalize, got {transform!r}": (
             config.preprocessing.entrywise and transform != "equalize"
-        ),
-        f"config.model.noise is of dequantization variational, got {model.dequantization!r}: leave it out": (
-            model.noise != NoiseSpec() and model.dequantization != "variational"
         ),
         f"config.optimizer.boundaries are for schedule step, got {config.optimizer.schedule!r}: leave them out": (
             config.optimizer.boundaries and config.optimizer.schedule != "step"

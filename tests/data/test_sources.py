@@ -318,7 +318,7 @@ def test_a_folder_holds_a_file_a_split_with_labels_and_contexts(tmp_path):
 
 def test_an_npz_file_holds_floats_and_contexts_by_split(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=X[:50], x_val=X[50:], context_train=-X[:50], context_val=-X[50:])
-    found = data.load("npz:a.npz", str(tmp_path))
+    found = data.load(f"npz:{tmp_path}/a.npz")
     assert {split: len(rows) for split, rows in found.examples.items()} == {"train": 50, "validation": 10}
     for split, rows in found.examples.items():
         np.testing.assert_array_equal(found.contexts[split], -rows)
@@ -456,7 +456,8 @@ def test_npz_mistakes_are_explained(tmp_path, arrays, message):
         data.load(f"npz:{tmp_path}/a.npz")
 
 
-def test_damaged_and_missing_files_are_named(tmp_path):
+def test_damaged_and_missing_files_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "cut.npz", x_train=IMAGES, x_test=IMAGES)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-30])
     np.save(tmp_path / "single.npy", IMAGES)
@@ -471,7 +472,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         "folder:empty": "needs images in the splits 'train' and 'test' .* has none",
     }.items():
         with pytest.raises(ValueError, match=message):
-            data.load(name, str(tmp_path))
+            data.load(name)
     for name in ("npz:nowhere", "npy:nowhere", "csv:nowhere"):
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            data.load(name, str(tmp_path))
+            data.load(name)
