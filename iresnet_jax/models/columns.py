@@ -74,7 +74,7 @@ def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
     import pandas as pd
 
     if np.isnan(x).any():
-        raise ValueError("rows hold NaN, which whole numbers and categories cannot be: take what a model draws or is given")
+        raise ValueError("rows hold NaN, which whole numbers and categories cannot be: leave those rows out")
     made = {}
     for numbers, column in zip(np.asarray(x, np.float64).T, columns, strict=True):
         values, dtype = numbers, pd.api.types.pandas_dtype(column.dtype)
