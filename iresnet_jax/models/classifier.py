@@ -27,6 +27,7 @@ from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import Tree
@@ -210,12 +211,12 @@ class Classifier(Model):
     def logits(self, images: Images) -> Float[Array, "... k"]:
         """Logits of images, by running averages."""
         examples = as_batch(images, self.spec.image_shape)
-        return examples.restore(self.logits_of_input(self.preprocess(examples.x)))
+        return examples.restore(_logits(self, self.preprocess(examples.x)))
 
     def features(self, images: Images) -> Float[Array, "..."]:
         """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`."""
         examples = as_batch(images, self.spec.image_shape)
-        return examples.restore(self.features_of_input(self.preprocess(examples.x)))
+        return examples.restore(_features(self, self.preprocess(examples.x)))
 
     def reconstruct(self, features: Float[Array, "..."]) -> Reconstruction:
         """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6); `certify.decode` guarantees their error.
@@ -223,9 +224,7 @@ class Classifier(Model):
         Without a constraint the iteration may not converge, or to another image; `Reconstruction.info` promises nothing then.
         """
         examples = as_batch(features, self.spec.feature_shape)
-        x, info = self.flow().inverse(self.promoted(reshape.flatten(examples.x)))
-        found = Reconstruction(self.spec.unpad(x), reshape.padding_residual(x, self.spec.pad_channels), info)
-        return examples.restore(found)
+        return examples.restore(_reconstruct(self._for_programs(), self.promoted(reshape.flatten(examples.x))))
 
     # --------------------------------------------------------------------------------------------------- its parts
 
@@ -246,6 +245,17 @@ class Classifier(Model):
     def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
         """Logits of an input of the network."""
         return apply_head(self.head, self.statistics, self.features_of_input(x))
+
+
+# One program each, as those of a density are.
+_logits = fast_compile(lambda model, x: model.logits_of_input(x))
+_features = fast_compile(lambda model, x: model.features_of_input(x))
+
+
+@fast_compile
+def _reconstruct(model: Classifier, features: Float[Array, "b d"]) -> Reconstruction:
+    x, info = model.flow().inverse(features)
+    return Reconstruction(model.spec.unpad(x), reshape.padding_residual(x, model.spec.pad_channels), info)
 
 
 def training_logits(

@@ -13,7 +13,7 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.models import contractions
+from iresnet_jax.models import classifier, contractions
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
@@ -176,6 +176,15 @@ def test_features_of_images_lead_back_to_them(model):
     np.testing.assert_allclose(back.images * 16, images, atol=16 * ROUND_TRIP)
     assert (back.padding_residual < ROUND_TRIP).all()
     assert (back.padding_residual <= 2 * back.info.error_bound).all()
+
+
+def test_equal_calls_share_a_program(model, monkeypatch):
+    traced = []
+    monkeypatch.setattr(classifier, "apply_head", lambda *given: traced.append(0) or heads.apply_head(*given))
+    images = images_of()
+    first, again = (model.logits(images) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert len(traced) <= 1
 
 
 def test_the_padding_tells_features_of_no_image(model):
