@@ -82,7 +82,7 @@ def fit(
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
-        key: Source of all randomness; that of seed 0 by default. Several models take a loop over keys.
+        key: Source of all randomness; by default always the same one. Several models take a loop over keys.
         minutes: Longest time for training, compilation included; 3 by default. Training ends earlier once validation no longer
             improves.
         steps: Number of updates instead of a time, in one run that can be repeated, to the last bit on one machine.
@@ -168,6 +168,8 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
     for name in fields:
         if name.startswith("data.") or name in ("objective", "training.total_steps", "training.minutes"):
             raise ValueError(f"{name} is no setting of fit: use its arguments for the data, objective=, minutes= and steps=")
+    if architecture is not None and "model.stages" in fields:
+        raise ValueError("give the stages as architecture= or as the setting model.stages, not as both")
     stages = checked(tuple[StageSpec, ...] | None, fields.pop("model.stages", architecture), "architecture")
     for stage in stages or ():
         if stage.branch is not None:
@@ -376,6 +378,7 @@ def _train(
     trainer = Trainer(objective, training, seconds_of_steps=seconds_of_steps, validated=keep, say=say)
     trainer.validate()  # the start may be the best: a mixture is fitted before training
     assert best is not None
+    blown_up = ""
     try:
         batches = device_batches(objective.examples, seed=config.seed, batch_size=training.batch_size)
         for _ in trainer.steps(batches) if seconds_of_steps else ():
@@ -385,8 +388,9 @@ def _train(
     except BlowUpError as error:
         if not best.step:
             raise
+        blown_up = str(error)
         say(f"{error}: the best model so far")
-    kept, ended = best, STOPPED if stop.received else trainer.ended
+    kept, ended = best, STOPPED if stop.received else blown_up or trainer.ended
     seconds = trainer.elapsed_s - sum(record.get("compile_seconds", 0.0) for record in trainer.records)
 
     def model() -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from iresnet_jax.training.step import (
     ValidationResult,
     abstract_batch,
 )
-from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, Trainer, TrainingConfig
+from iresnet_jax.training.trainer import LONGEST, VALIDATIONS, Best, BlowUpError, Trainer, TrainingConfig
 
 M = TypeVar("M", bound=Model)
 LossFunction = Callable[[Any, Any, Array], Any]  # (model, batch, key) -> loss, or loss and metrics
@@ -167,9 +168,16 @@ def train(
                 is_called_off = bool(callback(trainer.step, _averaged_model(free, trainer.state), dict(latest)))
 
         trainer = Trainer(objective, settings, log=log, validated=validated, say=say)
-        for _ in trainer.steps(device_batches(x, seed=seed, batch_size=settings.batch_size)):
-            if is_called_off or stop.received is not None:
-                break
+        blown_up = ""
+        try:
+            for _ in trainer.steps(device_batches(x, seed=seed, batch_size=settings.batch_size)):
+                if is_called_off or stop.received is not None:
+                    break
+        except BlowUpError as error:
+            if best is None:
+                raise
+            blown_up = str(error)
+            warnings.warn(f"{error}. The model is the best one of the validations before", stacklevel=2)
         if stop.received:
             say(f"stopped by {stop.received.name} after step {trainer.step}: the best model so far")
         if best is None:
@@ -177,7 +185,7 @@ def train(
         kept = best or Best.of(trainer.state, math.inf)
         trained = free.with_(params=jax.device_put(kept.ema)).certified()
         history = History.from_records(trainer.records, kept.step)
-        ended = STOPPED if stop.received else trainer.ended
+        ended = STOPPED if stop.received else blown_up or trainer.ended
         return trained.with_(history=dataclasses.replace(history, ended=ended))
 
 

@@ -485,6 +485,8 @@ def test_arguments_are_no_settings(name):
     group, field = name.split(".")
     with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
         ir.fit(BANANA, settings={group: {field: 0.3}})
+    with pytest.raises(ValueError, match=r"architecture= or as the setting model\.stages, not as both"):
+        ir.fit(BANANA, architecture=TINY, settings={"model.stages": []})
 
 
 def test_a_key_decides_and_so_does_a_seed_among_the_settings():

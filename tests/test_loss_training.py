@@ -100,6 +100,18 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
     np.testing.assert_allclose(nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3)
 
 
+def test_a_training_that_blows_up_gives_its_best_model():
+    def rate(step):
+        return jnp.where(step < 7, 1e-3, jnp.nan)
+
+    options = {"steps": 20, "optimizer": optax.sgd(rate), "validation": X[:3], "every": 2, "patience": 0}
+    with pytest.warns(UserWarning, match=r"non-finite.* The model is the best one of the validations before"):
+        trained = ir.train(start(), nll, X, **QUICK | options)
+    assert trained.history.step in (2, 4, 6)
+    assert "non-finite" in trained.history.ended
+    assert np.all(np.isfinite(trained.log_prob(X)))
+
+
 def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch):
     options = PLAIN | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
     with pytest.raises(KeyboardInterrupt):

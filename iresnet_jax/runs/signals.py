@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 1.0  # the same signal within this time is the same request: timeout(1) signals a process and then its whole group
-_raised = False  # within `interrupts_raised`
+_raised: ContextVar[bool] = ContextVar("raised", default=False)  # within `interrupts_raised`, of one thread of several
 
 
 class Stopped(KeyboardInterrupt):
@@ -94,18 +95,17 @@ class StopRequests:
 
 def heard_in_memory() -> tuple[signal.Signals, ...]:
     """Signals that training in memory notes: Ctrl-C where somebody sits, at Python's prompt or in a notebook; else none."""
-    return (signal.SIGINT,) if hasattr(sys, "ps1") and not _raised else ()
+    return (signal.SIGINT,) if hasattr(sys, "ps1") and not _raised.get() else ()
 
 
 @contextlib.contextmanager
 def interrupts_raised() -> Iterator[None]:
     """Within ``with``, Ctrl-C is a ``KeyboardInterrupt`` in a notebook, too, which ends a search and not one of its fits."""
-    global _raised
-    before, _raised = _raised, True
+    before = _raised.set(True)
     try:
         yield
     finally:
-        _raised = before
+        _raised.reset(before)
 
 
 def _not_ignored() -> list[signal.Signals]:

@@ -127,6 +127,26 @@ def test_training_in_memory_hears_an_interrupt_where_somebody_sits(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is not handlers[signal.SIGINT]
 
 
+def test_a_search_in_several_threads_leaves_interrupts_as_they_were(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    barrier = threading.Barrier(2)
+
+    def search(is_first):
+        with signals.interrupts_raised():
+            barrier.wait()
+            if not is_first:
+                first.join()
+            assert signals.heard_in_memory() == ()
+        outcomes.append(signals.heard_in_memory())
+
+    outcomes = []
+    first, second = (threading.Thread(target=search, args=(is_first,)) for is_first in (True, False))
+    for thread in (first, second):
+        thread.start()
+    second.join()
+    assert [*outcomes, signals.heard_in_memory()] == 3 * [(signal.SIGINT,)]
+
+
 def test_threads_hear_no_signals():
     def enter():
         with StopRequests() as stop:
