@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float, Key, Shaped
+from scipy.special import log_softmax
 
 from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
@@ -180,6 +181,8 @@ def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
         raise ValueError(f"at least 100 weights are needed to see their tail, got {num}: draw more samples")
     with jax.enable_x64():
         shares, shape = map(np.asarray, _smoothed(np.asarray(log_weights, np.float64)))  # shares add up to 1
+    if np.isnan(shape) and np.ptp(log_weights) < 1:  # equal but for rounding, whose ties have no tail that could be fitted
+        shares, shape = log_softmax(log_weights.astype(np.float64)), 0.0
     middle = np.argsort(log_weights)[num // 2]  # its weight is not among those that are smoothed
     ess = 1 / (num * np.square(np.exp(shares)).sum())
     return Weights(

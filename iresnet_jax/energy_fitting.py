@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from blackjax.mcmc import hmc
 from blackjax.smc import ess, resampling, solver, tempered
-from jax.scipy.special import logsumexp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
@@ -165,13 +164,11 @@ class Particles(NamedTuple):
     Attributes:
         x: The samples.
         t: Place on the path, from 0 to 1.
-        log_z: Logarithm of the integral of the density at ``t``, whose exponential is unbiased but for the adaptation of steps.
         step_size: Step of trajectories, in standard deviations of the particles.
     """
 
     x: Float[Array, "n d"]
     t: Float[Array, ""]
-    log_z: Float[Array, ""]
     step_size: Float[Array, ""]
 
 
@@ -200,10 +197,9 @@ def anneal(
 
     @jax.jit
     def step(key, particles):
-        x, t, log_z, step_size = particles
+        x, t, step_size = particles
         change = ess.ess_solver(jax.vmap(ratio), x, 0.5, 1 - t, solver.dichotomy)
-        log_weights = change * jax.vmap(ratio)(x)
-        weights = jax.nn.softmax(log_weights)
+        weights = jax.nn.softmax(change * jax.vmap(ratio)(x))
         t = jnp.where(change >= 1 - t, 1.0, t + change)
         options = {
             "step_size": step_size[None],
@@ -215,7 +211,7 @@ def anneal(
         state, info = kernel(key, state, 10, t, options)  # ten trajectories at t, after which all weights are equal
         acceptance = jnp.mean(info.update_info.acceptance_rate)
         step_size = jnp.clip(step_size * jnp.exp(2 * (acceptance - 0.75)), 1e-4, 2.0)
-        return Particles(state.particles, t, log_z + logsumexp(log_weights) - math.log(num), step_size)
+        return Particles(state.particles, t, step_size)
 
     hamiltonian = hmc.build_kernel()
 
@@ -229,7 +225,7 @@ def anneal(
     check_finite(
         log_density_of(log_density, x), f"draws from the normal distribution of scale {scale:g} in which annealing starts"
     )
-    found, num_steps = Particles(x, jnp.zeros((), x.dtype), jnp.zeros((), x.dtype), jnp.full((), 0.3, x.dtype)), 0
+    found, num_steps = Particles(x, jnp.zeros((), x.dtype), jnp.full((), 0.3, x.dtype)), 0
     while found.t < 1:
         found, num_steps = step(jax.random.fold_in(key, num_steps), found), num_steps + 1
         if num_steps == 1000:

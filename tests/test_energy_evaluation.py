@@ -126,5 +126,9 @@ def test_equal_weights_are_exact_and_few_are_refused():
     assert found.log_z == pytest.approx(700, abs=1e-12)
     assert found.stderr < 1e-6
     assert found.pareto_k < 0.5
+    found = weigh(3 + 2.0**-22 * np.random.default_rng(0).integers(-2, 3, size=2000))  # equal in float32, but for rounding
+    assert found.ess == pytest.approx(1)
+    assert found.log_z == pytest.approx(3, abs=1e-6)
+    assert found.pareto_k < 0.5
     with pytest.raises(ValueError, match="at least 100 weights"):
         weigh(np.zeros(99))

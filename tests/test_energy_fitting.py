@@ -30,9 +30,7 @@ def test_modes_that_are_far_apart_keep_their_shares_when_annealed_and_moved():
     assert np.mean(is_left) == pytest.approx(SHARES[0], abs=0.05)
     assert x[is_left].mean(axis=0) == pytest.approx([-8, 0], abs=0.2)
     assert x[~is_left].std(axis=0) == pytest.approx([1, 1], abs=0.1)
-    assert float(found.log_z) == pytest.approx(math.log(3), abs=0.2)
     later = step(jax.random.key(1), found)
-    assert float(later.log_z) == pytest.approx(float(found.log_z), abs=1e-4)
     assert np.mean((later.x[:, 0] < 0) == is_left) > 0.99  # each in its place but for a few that jump
     assert np.mean(np.any(later.x != found.x, axis=1)) > 0.99
 
