@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
@@ -16,6 +17,10 @@ X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
 LABELS = np.arange(60) % 2
 KEY = jax.random.key(0)
 WHOLE = np.round(X)  # on a grid
+
+
+STAGE = ir.StageSpec(1, (4,))
+KERNEL = jnp.ones((3, 3, 1, 1))
 
 
 def model():
@@ -84,6 +89,18 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(X, LABELS * 2**32), "4294967296 as the largest"),  # which int32 would make 0
         (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
     ],
+    "layers": [
+        (lambda: ir.certify.dense_norm_bound(jnp.ones(3)), r"weights must have the shape \(m, n\), got \(3,\)"),
+        (lambda: ir.certify.conv_norm_bound(jnp.ones((3, 3)), (8, 8)), r"shape \(kh, kw, cin, cout\), got \(3, 3\)"),
+        (lambda: ir.certify.conv_norm_bound(KERNEL, (1, 8, 8)), r"two positive numbers, the input's \(h, w\), got \(1, 8, 8\)"),
+        (lambda: ir.conv(jnp.ones((8, 8, 1)), KERNEL), r"conv takes x \(b, h, w, c\)"),
+        (lambda: ir.FlowSpec((2, 0), (STAGE,)), r"event_shape\[1\] must lie in \[1, inf\), got 0"),
+        (lambda: ir.Density.init(KEY, X, stages=[STAGE], last_scale=-1.0), "last_scale must lie in"),
+        (lambda: ir.Density.init(KEY, X, stages=[STAGE], sharpness=-1.0), "sharpness must lie in"),
+        (lambda: kept.model(kept.CLASSIFIER).check_branches(kept.images(2)[0], context=X[:2]), "has no context: leave it out"),
+        (lambda: ir.Equalize.fit(np.full((2, 2, 2, 1), 9), 4, entrywise=False, alpha=0.05), "with integer levels 0 to 3"),
+        (lambda: ir.SeriesLogdet()(jnp.tanh, X, jax.random.split(KEY, 3)), "one key, or one for each of 60 examples"),
+    ],
     "number of samples": [
         (lambda: model().sample(KEY, 2.5), "num must be a whole number"),
     ],
@@ -98,6 +115,14 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
 def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_lists_are_taken_for_tuples_and_arrays():
+    assert hash(ir.FlowSpec([2], [STAGE])) == hash(ir.FlowSpec((2,), (STAGE,)))
+    own = kept.model(kept.HYBRID).continuous
+    by_array = own.sample_and_log_prob(KEY, 2, labels=jnp.array([1, 0]))
+    np.testing.assert_array_equal(own.sample_and_log_prob(KEY, 2, labels=[1, 0]).log_prob, by_array.log_prob)
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):

@@ -67,7 +67,7 @@ def repeat(
         weights: Tree of arrays with a common leading axis.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes: "nothing"; "elementwise", all but products of matrices,
-            convolutions and inverse Jacobians; or "blocks", so that memory holds one activation a block.
+            inverse Jacobians and, but for CPUs, convolutions; or "blocks", so that memory holds one activation a block.
     """
     build = make if rematerialize == "nothing" else lambda w: _rematerialized(make, w, _POLICIES[rematerialize])
     num_blocks = jax.tree.leaves(weights)[0].shape[0]

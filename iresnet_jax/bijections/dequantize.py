@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key, Num, UInt8
 
 from iresnet_jax.bijections.bijection import Bijection, no_inverse_error, no_logdet_error
 from iresnet_jax.bijections.enclosure import Enclosure
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import check_keys
 
 
 def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -46,14 +46,6 @@ def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: i
         num_levels: Number of values an entry can take, 2 to 256.
     """
     return into_cells(uniform(key, x.shape, jnp.float32), x, num_levels)
-
-
-def check_keys(key: Any, num: int) -> Key[Array, "..."]:
-    """One typed key, or one for each of so many examples; others raise ``ValueError``."""
-    key = typed_key(key)
-    if key.shape not in ((), (num,)):
-        raise ValueError(f"there must be one key, or one for each of {num} examples, got keys of shape {key.shape}")
-    return key
 
 
 def into_cells(noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ..."]:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, Num
 
 from iresnet_jax.bijections.bijection import ClosedForm
-from iresnet_jax.bijections.dequantize import quantize
+from iresnet_jax.bijections.dequantize import check_levels, quantize
 from iresnet_jax.bijections.enclosure import Enclosure, ends, increasing, on_balls
 from iresnet_jax.bijections.logit import (
     UNIT_ERROR,
@@ -235,6 +235,7 @@ def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int) -> tu
     """Frequency of each level of training images, none 0: ``(count + 1) / (total + num_levels)``."""
     counts = np.zeros(num_levels, np.int64)
     for part in np.array_split(images, max(1, images.size // 2**26)):  # a view of a file must not be read at once
+        check_levels(part, num_levels, part.shape[1:])
         counts += np.bincount(part.ravel(), minlength=num_levels)
     return tuple(((counts + 1) / (counts.sum() + num_levels)).tolist())
 

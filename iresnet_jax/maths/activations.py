@@ -28,7 +28,8 @@ class Activation(NamedTuple):
             slope; times ``softplus(beta)`` for those with a ``beta``. None where the Jacobian jumps: training a density
             differentiates it, and the slopes of a piecewise linear activation have no gradient.
         initial_beta: Initial value of ``beta``, the raw parameter of the Swish family; None without one.
-        channel_factor: Output channels for each input channel.
+        channel_factor: Output channels for each input channel, one copy of all after the other: of ``c`` channels, output
+            ``k c + i`` depends on input ``i``.
         elementwise: Whether each output entry depends on one input entry alone.
         monotone: Whether it is elementwise with slopes in [0, 1], for every input.
     """

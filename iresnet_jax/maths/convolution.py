@@ -65,8 +65,10 @@ def conv(
         implementation: "auto" chooses by the kernel's shape; the other names serve measurements.
 
     Raises:
-        ValueError: If channels do not match or the padding is unknown.
+        ValueError: If shapes or channels do not match or the padding is unknown.
     """
+    if (x.ndim, kernel.ndim) != (4, 4):
+        raise ValueError(f"conv takes x (b, h, w, c) and a kernel (kh, kw, cin, cout), got shapes {x.shape} and {kernel.shape}")
     kernel_height, kernel_width, cin, _ = kernel.shape
     if x.shape[-1] != cin:
         raise ValueError(f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the layer's widths")

@@ -51,7 +51,7 @@ def dense_norm_bound(matrix: Float[Array, "m n"], *, num_squarings: int | None =
     Example:
         >>> dense_norm_bound(jnp.eye(3))  # 1.0001
     """
-    _check(matrix, num_squarings)
+    _check(matrix, num_squarings, ("m", "n"))
     matrix, scale, flushed = _normalized(matrix)
     matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     return scale * gram_iteration.norm_bound(matrix[None], num_squarings) + flushed
@@ -67,9 +67,9 @@ def conv_norm_bound(
 ) -> Float[Array, ""]:
     r"""Bounds the operator norm of a convolution on images of a given size from above.
 
-    A small zero-padded layer (at most 256 inputs or outputs) is written out as a matrix, whose norm `dense_norm_bound`
-    bounds; unless squarings or twists are asked for. Otherwise, with the symbol ``F(w) = sum_t K[t] exp(i w.t)``, a
-    complex cin x cout matrix, the bound is
+    A small zero-padded layer (at most 256 inputs or outputs, and 2^21 entries) is written out as a matrix, whose norm
+    `dense_norm_bound` bounds; unless squarings or twists are asked for. Otherwise, with the symbol
+    ``F(w) = sum_t K[t] exp(i w.t)``, a complex cin x cout matrix, the bound is
 
         ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low, pad_high)`` on each axis.
 
@@ -111,12 +111,12 @@ def conv_norm_bound(
         >>> kernel = jnp.ones((3, 3, 1, 1)) / 9
         >>> conv_norm_bound(kernel, (8, 8))  # 0.921; on an infinite image it would be 1
     """
-    _check(kernel, num_squarings)
+    _check(kernel, num_squarings, ("kh", "kw", "cin", "cout"))
     if twists is not None and (not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)):
         raise ValueError(f"twists must be pairs of 0 and 1, at least one, got {twists}: the default takes all four")
+    if len(spatial_shape) != 2 or min(spatial_shape) < 1:
+        raise ValueError(f"spatial_shape must be two positive numbers, the input's (h, w), got {spatial_shape}")
     spatial_shape = (spatial_shape[0], spatial_shape[1])
-    if min(spatial_shape) < 1:
-        raise ValueError(f"spatial_shape must be positive, got {spatial_shape}: pass the input's (h, w)")
     pads_of(padding, kernel.shape)  # raises for an unknown one
     if padding == "CIRCULAR":
         return _embedded_bound(kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=num_squarings)
@@ -128,7 +128,9 @@ def conv_norm_bound(
     return _embedded_bound(kernel, spatial_shape, periodic=False, twists=twists, num_squarings=num_squarings)
 
 
-def _check(weights, num_squarings):
+def _check(weights, num_squarings, axes):
+    if weights.ndim != len(axes):
+        raise ValueError(f"weights must have the shape ({', '.join(axes)}), got {weights.shape}")
     if weights.size == 0:
         raise ValueError(f"a layer needs at least one weight, got shape {weights.shape}: check its number of channels")
     if num_squarings is not None and num_squarings < 0:

@@ -31,3 +31,11 @@ def single_key(key: Any) -> Key[Array, ""]:
     if (key := typed_key(key)).shape:
         raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one, or loop over them")
     return key
+
+
+def check_keys(key: Any, num: int) -> Key[Array, "..."]:
+    """One typed key, or one for each of so many examples; others raise ``ValueError``."""
+    key = typed_key(key)
+    if key.shape not in ((), (num,)):
+        raise ValueError(f"there must be one key, or one for each of {num} examples, got keys of shape {key.shape}")
+    return key

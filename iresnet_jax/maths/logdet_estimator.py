@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
-from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.keys import check_keys, typed_key
 from iresnet_jax.maths.upward_rounding import as_floats
 
 Branch = Callable[[Array], Array]
@@ -124,7 +124,8 @@ class LogdetEstimator(ABC):
             logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J``.
         """
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
-        return self._estimate(branch, as_floats(x, "x"), key, bound, trace, jacobian, logdet)
+        x, key = as_floats(x, "x"), None if key is None else check_keys(key, len(x))
+        return self._estimate(branch, x, key, bound, trace, jacobian, logdet)
 
     @abstractmethod
     def _estimate(

@@ -82,6 +82,15 @@ def _clipswish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
     return both * factor, np.concatenate([slope, slope - 1], axis=-1) * float(_CLIPSWISH)
 
 
+def _maxmin(x: DoubleDouble, beta: None) -> Value:
+    """Pairs sorted; its Jacobian is no diagonal, and the slopes are NaN."""
+    first, second = (x.map(lambda part, i=i: part[..., i::2]) for i in (0, 1))
+    ascending = (first - second).high < 0
+    sorted_pairs = (where(ascending, second, first), where(ascending, first, second))
+    high, low = (np.stack([pair[i] for pair in sorted_pairs], axis=-1).reshape(x.high.shape) for i in (0, 1))
+    return DoubleDouble(high, low), np.full_like(x.high, np.nan)
+
+
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
     "elu": _elu,
     "softplus": _softplus,
@@ -91,6 +100,7 @@ _FUNCTIONS: dict[str, Callable[..., Value]] = {
     "identity": _identity,
     "lipswish": _lipswish,
     "clipswish": _clipswish,
+    "maxmin": _maxmin,
 }
 
 
@@ -108,17 +118,6 @@ def activate(name: str, x: DoubleDouble, sharpness: DoubleDouble | None = None) 
     Raises:
         ValueError: If the activation is none of this library's.
     """
-    if name == "maxmin":
-        return _maxmin(x)
     if name not in _FUNCTIONS:
-        raise ValueError(f"certified errors know the activations {', '.join((*_FUNCTIONS, 'maxmin'))}, got {name!r}")
+        raise ValueError(f"certified errors know the activations {', '.join(_FUNCTIONS)}, got {name!r}")
     return _FUNCTIONS[name](x, sharpness)
-
-
-def _maxmin(x: DoubleDouble) -> Value:
-    """Pairs sorted; its Jacobian is no diagonal, and the slopes are NaN."""
-    first, second = (x.map(lambda part, i=i: part[..., i::2]) for i in (0, 1))
-    ascending = (first - second).high < 0
-    sorted_pairs = (where(ascending, second, first), where(ascending, first, second))
-    high, low = (np.stack([pair[i] for pair in sorted_pairs], axis=-1).reshape(x.high.shape) for i in (0, 1))
-    return DoubleDouble(high, low), np.full_like(x.high, np.nan)

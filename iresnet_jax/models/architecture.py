@@ -176,6 +176,8 @@ class FlowSpec:
     noise: NoiseSpec | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "event_shape", checked(tuple[Count, ...], self.event_shape, "event_shape"))
+        object.__setattr__(self, "stages", tuple(self.stages))  # a list could not be a program's key
         check_budget(self.coeff, self.budget)
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")

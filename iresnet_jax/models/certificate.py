@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.bounds import bilipschitz, with_bounds
@@ -135,7 +136,7 @@ def certificate_of(
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(fast_compile, static_argnums=(0,))
 def _estimates_and_bounds(spec: FlowSpec, weights: FlowWeights) -> tuple[FlowNorms, BiLipschitz]:
     """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
     estimated = constrain(spec, as_params(weights), spec.initial_iterates(jax.random.key(0)))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.fixed_point import example_norm
+from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import FlowWeights, branch_inputs
 
@@ -35,6 +36,8 @@ def check_claims(
     names = {stage.name: stage.spec.branch_name for stage in spec.layout if stage.branch.word == "user"}
     if not names:
         return
+    if not len(x):
+        raise ValueError("branches are checked on data, got none: give some examples")
     contexts = None if context is None else jnp.asarray(context[:EXAMPLES])
     found = jax.device_get(_measure(spec, tuple(names), weights, jnp.asarray(x[:EXAMPLES]), contexts))
     for stage, measured in found.items():
@@ -53,7 +56,7 @@ def check_claims(
             raise ValueError(f"the branch {names[stage]!r} of {stage}/block{k:02d} {wrong}")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(fast_compile, static_argnums=(0, 1))
 def _measure(
     spec: FlowSpec,
     names: tuple[str, ...],

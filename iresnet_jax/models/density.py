@@ -226,7 +226,8 @@ class Density(Model):
         if not (np.all(np.isfinite(y)) and np.all(np.isfinite(log_det))):
             raise ValueError(f"examples are out of the range of their transform, {type(spec.transform).__name__}")
         given = y, model.scale_context(context)
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, sharpness, last_scale)
+        start = [checked(NotNegative, value, what) for value, what in ((sharpness, "sharpness"), (last_scale, "last_scale"))]
+        weights, z = initial.initial_weights(spec.flow, key_weights, *given, *start)
         check_claims(spec.flow, weights, *given)
         if isinstance(prior, str):
             is_mixture = family in priors.MIXTURES
@@ -389,6 +390,8 @@ class Density(Model):
         if self.spec.is_discrete:
             kind = "of integer levels" if self.spec.num_levels is not None else "with cells"
             raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
+        if labels is not None:
+            labels = self._class_priors.checked_labels(labels, checked(Count, num, "num"))
         z = self.sample_latents(key, num, labels=labels)
         key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
         context = contexts.of_samples(context, num, self.spec.context_dim)

@@ -105,6 +105,8 @@ class Model:
         """
         scaled = ()
         if context is not None:
+            if not self.spec.flow.context_dim:
+                raise ValueError("this model has no context: leave it out")
             x, context, _ = self._examples(x, context)  # pyright: ignore[reportAttributeAccessIssue]
             scaled = (self.scale_context(context),)  # pyright: ignore[reportAttributeAccessIssue]
         check_claims(self.spec.flow, self.weights, self.preprocess(x), *scaled)  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,8 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, Key
 
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.dequantize import cell_centers, check_keys, into_cells
+from iresnet_jax.bijections.dequantize import cell_centers, into_cells
 from iresnet_jax.bijections.logit import log_logistic
+from iresnet_jax.maths.keys import check_keys
 from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec

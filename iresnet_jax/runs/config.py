@@ -193,6 +193,8 @@ _OBJECTIVES = {
     "augmentation.transformations": ("density",),
     "classifier.pad_channels": ("classification",),
     "evaluation.num_importance_draws": ("density", "hybrid"),
+    "hybrid.initial_weight": ("hybrid",),
+    "hybrid.ramp_steps": ("hybrid",),
     "hybrid.weight": ("hybrid",),
     "model.context_hidden": ("density",),
     "model.dequantization": ("density", "hybrid"),

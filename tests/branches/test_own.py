@@ -211,6 +211,10 @@ WRONG = {
     "another shape": (odd_one(__call__=lambda self, x: x[:, :2]), r"floats of the shape of its batch \(2, 3\)"),
     "no bound": (odd_one(lipschitz_bound=None), "cannot say the bound of its Lipschitz constant"),
     "two bounds": (odd_one(lipschitz_bound=lambda self: self.bias), r"one number, got shape \(3,\)"),
+    "another mask at every call": (
+        lambda key: {"weight": jnp.zeros(2), "mask": np.random.default_rng().random(2)},
+        "differ from call to call",
+    ),
     "an error": (lambda: None, "cannot be made of a key"),
     "no function": (3, "must be a function key -> module or a BranchSpec, got 3"),
 }
@@ -221,6 +225,12 @@ def test_what_is_no_branch_is_refused_in_one_sentence(name):
     make, sentence = WRONG[name]
     with pytest.raises(ValueError, match=sentence):
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))
+
+
+def test_no_examples_check_no_branch():
+    model = model_of(FLOW)
+    with pytest.raises(ValueError, match="checked on data, got none"):
+        model.check_branches(X[:0])
 
 
 def test_a_bound_that_is_said_as_a_number_is_rounded_up():

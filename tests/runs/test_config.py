@@ -64,6 +64,7 @@ MISTAKES = [
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
     ("toy", "hybrid.weight=7", "hybrid.weight is for hybrid: leave it at"),
+    ("toy", "hybrid.ramp_steps=7", "hybrid.ramp_steps is for hybrid: leave it at"),
     ("toy", "classifier.mean=(0.2,)", "classifier.mean is for classification: leave it at"),
     ("toy", "classifier.label_smoothing=0.1", "label_smoothing is for classification and hybrid: leave it at 0.0 for density"),
     ("classifier", "model.context_hidden=(4,)", "context_hidden is for density: leave it at () for classification"),
