@@ -77,6 +77,8 @@ def _numpyro_class() -> Any:
             """All real arrays, or vectors whose entries stay within their bounds."""
             transform = self.model.spec.transform
             if not isinstance(transform, Bounded):
+                if self.event_dim == 1:
+                    return constraints.real_vector  # mixtures compare the types of their components' supports
                 return constraints.independent(constraints.real, self.event_dim)
             entries = []
             for low, high in zip(transform.low.tolist(), transform.high.tolist(), strict=True):

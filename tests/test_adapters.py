@@ -37,7 +37,6 @@ def run_nuts(numpyro, model, num_samples=1500):
 
 
 def test_it_is_a_distribution_of_numpyro(numpyro):
-    del numpyro
     model = kept.model(kept.GIVEN)
     prior = ir.adapters.to_numpyro(model, context=kept.CONTEXTS)
     assert (prior.batch_shape, prior.event_shape, prior.has_rsample) == ((5,), (2,), True)
@@ -50,6 +49,8 @@ def test_it_is_a_distribution_of_numpyro(numpyro):
     np.testing.assert_allclose(prior.log_prob(x)[2, 3], own, **SAME)
     kept_by_guides = prior.sample_with_intermediates(KEY, (4,))
     np.testing.assert_allclose(prior.log_prob(kept_by_guides[0]), kept_by_guides[1][0], **SAME)
+    normal = numpyro.distributions.MultivariateNormal(jnp.zeros(2), jnp.eye(2))
+    assert type(prior.support) is type(normal.support)  # for mixtures
     assert prior.expand((3, 5)).to_event(1).log_prob(prior.expand((3, 5)).sample(KEY)).shape == (3,)
 
 

@@ -15,7 +15,7 @@ from iresnet_jax.bijections.dequantize import certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
-from iresnet_jax.certification.prepared import check, vectors_of
+from iresnet_jax.certification.prepared import check, on_host, vectors_of
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import preprocessing
@@ -119,6 +119,7 @@ def _decoded(model: Any, z: Array, context: Any) -> Decoded:
     return to_data(model, z, context=context)
 
 
+@on_host()
 def certified(model: Density | Classifier, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
     """Guarantees of decoded latents; on the host, outside of ``jit``.
 

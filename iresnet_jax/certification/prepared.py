@@ -108,6 +108,13 @@ def check(
 
 
 @contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """JAX computes on the host's CPU, whose arithmetic is IEEE's in float64, too."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+@contextlib.contextmanager
 def prepared(
     model: Model, *given: Any, context: Contexts | None = None, contraction: bool = True
 ) -> Iterator[tuple[PreparedFlow, Float[np.ndarray, "b k"] | None]]:
@@ -129,7 +136,7 @@ def prepared(
         given_context = None if context is None else np.asarray(context, np.float64)
         scaled = model.scale_context(given_context) if isinstance(model, Density) else None
     scaled = None if scaled is None else np.asarray(scaled)
-    with jax.enable_x64(), jax.default_device(jax.local_devices(backend="cpu")[0]), np.errstate(all="ignore"):
+    with jax.enable_x64(), on_host(), np.errstate(all="ignore"):
         yield PreparedFlow.of(model), scaled
 
 
