@@ -134,7 +134,8 @@ def _structure(make: Make) -> Structure:
     for _ in range(2):  # a new function each time: JAX remembers what one gave
         weights = jax.eval_shape(lambda key: weights_of(key), jax.random.key(0))
     for one, other in zip(*(structure.constants for structure in found), strict=True):
-        if isinstance(one, np.ndarray | np.generic | float | int) and not np.array_equal(one, other):
+        is_number = isinstance(one, np.ndarray | np.generic | float | int)
+        if is_number and not np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind in "fc"):
             raise ValueError("its constants differ from call to call: draw them outside of the function, once for all blocks")
     if not weights:
         raise ValueError("it has nothing to train: one of its leaves at least must be an array of JAX with floats")

@@ -244,7 +244,6 @@ class RouletteLogdet(ProbingEstimator):
         return replace(self, length=self.draw_length(typed_key(key)))
 
     def _samples(self, branch, x, key, lipschitz_bound, trace):
-        key = typed_key(key)
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         key_length, key_probe = keys[..., 0], keys[..., 1]
         length = self.length

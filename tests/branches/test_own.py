@@ -227,6 +227,11 @@ def test_what_is_no_branch_is_refused_in_one_sentence(name):
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))
 
 
+def test_a_constant_that_is_nan_is_the_same_at_every_call():
+    stage = ir.StageSpec(1, branch=lambda key: dataclasses.replace(masked(key), graph=np.nan * GRAPH))
+    assert ir.FlowSpec((DIMS,), (stage,)).layout
+
+
 def test_no_examples_check_no_branch():
     model = model_of(FLOW)
     with pytest.raises(ValueError, match="checked on data, got none"):
