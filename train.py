@@ -1,19 +1,21 @@
 """Trains the model of a config, then reports on it.
 
-    python train.py --config=configs/digits_density.py --workdir=runs/digits_density --config.training.batch_size=128
+    python train.py --config=configs/digits_density.py --workdir=runs/digits_density
+    --config.training.batch_size=128
 
 Flags:
     --config          file with the settings; configs/digits_density.py by default
-    --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into a stage
-    --workdir         folder of the run: config, metrics, checkpoints, model, report; runs/<config file>_<variant> by default;
+    --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into a
+    stage --workdir         folder of the run: config, metrics, checkpoints, model, report;
+    runs/<config file>_<variant> by default;
                       gs://bucket/run and s3://bucket/run, too
     --debug           show the traceback of a failure
 
-Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command goes on from there, a run of
-so many steps to the same result.
+Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command
+goes on from there, a run of so many steps to the same result.
 
-A run on many hosts is the same command on each of them, see docs/clusters.md. TPU pods, SLURM, Open MPI and Kubernetes are
-detected; otherwise every process needs
+A run on many hosts is the same command on each of them, see docs/clusters.md. TPU pods, SLURM, Open
+MPI and Kubernetes are detected; otherwise every process needs
 
     --coordinator_address   HOST:PORT of process 0
     --num_processes         number of processes
@@ -35,12 +37,18 @@ def _stop_at_once(number, _):
 
 
 def _use_large_pages():
-    """Starts this command again with glibc's memory in large pages, in which a CPU's steps take up to a third less time."""
+    """Starts this command again with glibc's memory in large pages, in which a CPU's steps take
+    up to a third less time.
+    """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     is_new = "glibc.malloc.hugetlb" not in tunables and "IRESNET_JAX_RESTARTED" not in os.environ
     if is_new and sys.platform == "linux" and sys.gettrace() is None:
         asked = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GLIBC_TUNABLES": asked, "IRESNET_JAX_RESTARTED": "1"})
+        os.execve(
+            sys.executable,
+            sys.orig_argv,
+            {**os.environ, "GLIBC_TUNABLES": asked, "IRESNET_JAX_RESTARTED": "1"},
+        )
 
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -51,7 +59,9 @@ if __name__ == "__main__":  # before the imports, which take seconds
 try:
     from iresnet_jax.runs import command_line, machine
 except ModuleNotFoundError as error:
-    raise SystemExit(f"error: there is no package {error.name}: training needs pip install '.[train]'") from None
+    raise SystemExit(
+        f"error: there is no package {error.name}: training needs pip install '.[train]'"
+    ) from None
 
 
 def run(argv: list[str]) -> int:
@@ -74,7 +84,12 @@ def run(argv: list[str]) -> int:
         train(given.config, given.workdir)
     if hosts.is_first():
         trained = load(given.workdir)
-        print(f"model: {save(trained)}", write(trained), f"report: {given.workdir / 'report.html'}", sep="\n")
+        print(
+            f"model: {save(trained)}",
+            write(trained),
+            f"report: {given.workdir / 'report.html'}",
+            sep="\n",
+        )
     return 0
 
 
@@ -94,4 +109,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     status = main(sys.argv)
     sys.stdout.flush()
-    os._exit(status)  # an orderly end takes XLA's clients apart beside their threads, and has waited for ever
+    # an orderly end takes XLA's clients apart beside their threads, and has waited for ever
+    os._exit(status)

@@ -1,4 +1,6 @@
-"""Uses an installed package as its user does: ``python check_installed.py MODEL.npz``, in an environment without extras."""
+"""Uses an installed package as its user does: ``python check_installed.py MODEL.npz``, in an
+environment without extras.
+"""
 
 import importlib.util
 import sys

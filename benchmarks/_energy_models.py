@@ -1,13 +1,16 @@
-"""Flows that are trained against an energy: `fit_energy` with its defaults, and those of flowjax and normflows.
+"""Flows that are trained against an energy: `fit_energy` with its defaults, and those of flowjax
+and normflows.
 
-- "ours" is ``ir.fit_energy(log_density, num_dims, scale=...)``; its time includes annealing and compilation.
-- "flowjax" is a `coupling_flow` with rational-quadratic splines, "realnvp" and "residual" are flows of normflows. They minimise
-  the reverse divergence, as their documentation does, behind a fixed scaling by the target's ``scale``. Their clocks stand
-  still while they are compiled.
-- The same with "_particles" minimise the forward divergence on the particles that "ours" is trained on. Annealing counts as
-  their time, so that the comparison is of flows.
+- "ours" is ``ir.fit_energy(log_density, num_dims, scale=...)``; its time includes annealing and
+  compilation.
+- "flowjax" is a `coupling_flow` with rational-quadratic splines, "realnvp" and "residual" are flows
+  of normflows. They minimise the reverse divergence, as their documentation does, behind a fixed
+  scaling by the target's ``scale``. Their clocks stand still while they are compiled.
+- The same with "_particles" minimise the forward divergence on the particles that "ours" is trained
+  on. Annealing counts as their time, so that the comparison is of flows.
 
-Adam at 1e-3 with a cosine to the end, batches of 256, gradients clipped at norm 1; parameters at the end.
+Adam at 1e-3 with a cosine to the end, batches of 256, gradients clipped at norm 1; parameters at
+the end.
 """
 
 import functools
@@ -59,14 +62,26 @@ class Trained(NamedTuple):
 def ours(target: Target, seed: int, minutes: float) -> Trained:
     """`fit_energy` with its defaults."""
     key = jax.random.key(seed)
-    model = ir.fit_energy(target.log_density, target.num_dims, scale=target.scale, minutes=minutes, key=key, progress=False)
+    model = ir.fit_energy(
+        target.log_density,
+        target.num_dims,
+        scale=target.scale,
+        minutes=minutes,
+        key=key,
+        progress=False,
+    )
     draw = jax.jit(lambda model, key: model.sample_and_log_prob(key, AT_ONCE)[:2])
     log_prob = jax.jit(lambda model, x: model.log_prob(x))
     exact = model.with_(estimator=ir.ExactLogdet(), history=None)
-    one_probe = exact.with_(estimator=ir.SeriesLogdet(num_terms=30, num_probes=1, exact_trace=False))
+    one_probe = exact.with_(
+        estimator=ir.SeriesLogdet(num_terms=30, num_probes=1, exact_trace=False)
+    )
     assert model.history is not None
     details = {
-        "runs": [{"loss": run.what, "steps": run.num_steps, "divergence": run.loss} for run in model.history.attempts],
+        "runs": [
+            {"loss": run.what, "steps": run.num_steps, "divergence": run.loss}
+            for run in model.history.attempts
+        ],
         "prior": model.spec.prior_family,
         "components": model.spec.num_components,
     }
@@ -107,7 +122,10 @@ def flowjax(target: Target, seed: int, minutes: float, *, has_particles: bool = 
     jax.block_until_ready(update(params, state, next(batches), jax.random.key(0), jnp.float32(0)))
     began = time.monotonic()
     while (used := time.monotonic() - began) < seconds:
-        key, rate = jax.random.fold_in(jax.random.key(seed), step), jnp.float32(_rate(used / seconds))
+        key, rate = (
+            jax.random.fold_in(jax.random.key(seed), step),
+            jnp.float32(_rate(used / seconds)),
+        )
         params, state = jax.block_until_ready(update(params, state, next(batches), key, rate))
         step += 1
     draw = eqx.filter_jit(lambda params, key: flow_of(params).sample_and_log_prob(key, (AT_ONCE,)))
@@ -119,7 +137,9 @@ def flowjax(target: Target, seed: int, minutes: float, *, has_particles: bool = 
     )
 
 
-def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_particles: bool = False) -> Trained:
+def normflows(
+    target: Target, seed: int, minutes: float, *, kind: str, has_particles: bool = False
+) -> Trained:
     """RealNVP or the residual flow of normflows."""
     import normflows as nf  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
@@ -131,19 +151,32 @@ def normflows(target: Target, seed: int, minutes: float, *, kind: str, has_parti
     if kind == "realnvp":
         flows = []
         for _ in range(REALNVP["layers"]):
-            net = nf.nets.MLP([dims // 2, REALNVP["width"], REALNVP["width"], 2 * (dims - dims // 2)], init_zeros=True)
-            flows += [nf.flows.AffineCouplingBlock(net, split_mode="channel_inv" if dims % 2 else "channel")]
+            net = nf.nets.MLP(
+                [dims // 2, REALNVP["width"], REALNVP["width"], 2 * (dims - dims // 2)],
+                init_zeros=True,
+            )
+            flows += [
+                nf.flows.AffineCouplingBlock(
+                    net, split_mode="channel_inv" if dims % 2 else "channel"
+                )
+            ]
             flows += [nf.flows.Permute(dims, mode="shuffle" if dims > 2 else "swap")]
     else:
         widths = [dims, *RESIDUAL["hidden_layers"] * [RESIDUAL["width"]], dims]
         nets = [
-            nf.nets.LipschitzMLP(widths, init_zeros=True, lipschitz_const=RESIDUAL["lipschitz_const"])
+            nf.nets.LipschitzMLP(
+                widths, init_zeros=True, lipschitz_const=RESIDUAL["lipschitz_const"]
+            )
             for _ in range(RESIDUAL["blocks"])
         ]
         # The way that training goes is the one without fixed points: to the data, or from them.
         flows = [nf.flows.Residual(net, reverse=has_particles, reduce_memory=False) for net in nets]
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dims), flows)
-    optimizer, batches, step = torch.optim.Adam(model.parameters(), LEARNING_RATE), _batches(x, seed), 0
+    optimizer, batches, step = (
+        torch.optim.Adam(model.parameters(), LEARNING_RATE),
+        _batches(x, seed),
+        0,
+    )
     value_and_slope = jax.jit(_value_and_slope(target))
 
     class Energy(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""Models that are measured: settings of a config file, a trained model on the command line, its blocks, random weights."""
+"""Models that are measured: settings of a config file, a trained model on the command line, its
+blocks, random weights.
+"""
 
 import argparse
 import dataclasses
@@ -31,7 +33,9 @@ def config_file(name: str) -> str:
 
 
 def read_config(file: str | Path, *overrides: str) -> Config:
-    """The settings of a config file, a variant behind a colon, with changes such as ``constraint.norms=none``."""
+    """The settings of a config file, a variant behind a colon, with changes such as
+    ``constraint.norms=none``.
+    """
     flags = [f"--config={file}", *(f"--config.{override}" for override in overrides)]
     return parse_train_flags(["benchmark", *flags]).config
 
@@ -39,7 +43,13 @@ def read_config(file: str | Path, *overrides: str) -> Config:
 def model_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of a benchmark of a trained model."""
     options = parser(description)
-    options.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="folder of a training run or of model.npz")
+    options.add_argument(
+        "--workdir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of a training run or of model.npz",
+    )
     return options
 
 
@@ -55,7 +65,9 @@ def load_kind(folder: Path, kind: type[Density] | type[Classifier]) -> tuple[Run
     """A run and its model, which the command exits without if it is of another kind."""
     run = load(folder)
     if not isinstance(run.model, kind):
-        raise SystemExit(f"error: {folder} holds a {type(run.model).__name__}, and this takes a {kind.__name__}")
+        raise SystemExit(
+            f"error: {folder} holds a {type(run.model).__name__}, and this takes a {kind.__name__}"
+        )
     return run, run.model
 
 
@@ -89,7 +101,9 @@ def norms(x: Any) -> np.ndarray:
 
 
 class Block(NamedTuple):
-    """Name of a residual block, such as "stage0/block03", its branch, and inputs of the branch for test examples."""
+    """Name of a residual block, such as "stage0/block03", its branch, and inputs of the branch
+    for test examples.
+    """
 
     name: str
     branch: Any
@@ -102,16 +116,22 @@ def blocks(model: Any, x: Any) -> Iterator[Block]:
     inputs = jax.jit(lambda model, x: branch_inputs(model.spec.flow, model.weights, x))(model, x)
     for stage, own in inputs.items():
         for k, of_block in enumerate(own):
-            branch = jax.tree.map(lambda leaf, k=k: jnp.asarray(leaf)[k], model.weights[stage].branch)
+            branch = jax.tree.map(
+                lambda leaf, k=k: jnp.asarray(leaf)[k], model.weights[stage].branch
+            )
             yield Block(f"{stage}/block{k:02d}", branch, of_block)
 
 
 def randomized(model: Any, coeff: float, key: jax.Array) -> Any:
-    """The same architecture with random weights of the largest norms that the constraint allows, ``L = coeff`` a block."""
+    """The same architecture with random weights of the largest norms that the constraint allows,
+    ``L = coeff`` a block.
+    """
     flow = dataclasses.replace(model.spec.flow, coeff=coeff, budget="block")
     leaves, tree = jax.tree.flatten(as_params(model.weights))
     keys = jax.random.split(key, len(leaves))
-    params = jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    params = jax.tree.unflatten(
+        tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
     for stage in params.values():
         stage["blocks"]["actnorm"] = jax.tree.map(lambda a: 0.1 * a, stage["blocks"]["actnorm"])
     frozen = freeze(flow, params)

@@ -1,7 +1,7 @@
 """One trained flow twice: as it is, and with the same weights in normflows' blocks.
 
-Both have inputs ``x`` of the flow in float64 and their latents ``z``. For inverses ``z`` is given, and ``x`` are its exact
-preimages. Seconds are means over some calls, after one that warms up.
+Both have inputs ``x`` of the flow in float64 and their latents ``z``. For inverses ``z`` is given,
+and ``x`` are its exact preimages. Seconds are means over some calls, after one that warms up.
 """
 
 import time
@@ -20,21 +20,35 @@ from iresnet_jax.training.density import evaluate_examples
 
 
 def architecture(spec):
-    """Plain data of a `DensitySpec`'s flow, for `_pytorch`; ``ValueError`` for a flow that it does not build."""
+    """Plain data of a `DensitySpec`'s flow, for `_pytorch`; ``ValueError`` for a flow that it
+    does not build.
+    """
     stages = []
     for stage in spec.flow.layout:
         given, inside = stage.spec, stage.branch
-        if given.factor_out or given.squeeze not in (1, 2) or given.padding != "SAME" or spec.flow.budget == "network":
-            raise ValueError(f"PyTorch has squeezes by 2, a budget for each layer or block and no factor-out: {given}")
+        if (
+            given.factor_out
+            or given.squeeze not in (1, 2)
+            or given.padding != "SAME"
+            or spec.flow.budget == "network"
+        ):
+            raise ValueError(
+                "PyTorch has squeezes by 2, a budget for each layer or block and no "
+                f"factor-out: {given}"
+            )
         side, _, channels = stage.in_shape if len(stage.in_shape) == 3 else (1, 1, 1)
         is_flattened = len(stage.in_shape) == 3 and len(inside.in_shape) == 1
         stages.append(
             {
                 "num_blocks": given.num_blocks,
-                # Each layer of a block with one budget gets its root: PyTorch has a coefficient for each layer.
-                "coeff": spec.flow.coeff ** (1 if spec.flow.budget == "layer" else 1 / len(inside.layers)),
+                # Each layer of a block with one budget gets its root: PyTorch has a coefficient for
+                # each layer.
+                "coeff": spec.flow.coeff
+                ** (1 if spec.flow.budget == "layer" else 1 / len(inside.layers)),
                 "squeeze": int(given.squeeze == 2),
-                "flattened": (side // given.squeeze, channels * given.squeeze**2) if is_flattened else None,
+                "flattened": (side // given.squeeze, channels * given.squeeze**2)
+                if is_flattened
+                else None,
                 "positional_bias": given.positional_bias,
                 "layers": [layer._asdict() for layer in inside.layers],
             }
@@ -50,7 +64,10 @@ def exact_inverse(model, z):
         precise = model.with_(solver=Solver(atol=1e-10, refine=True))
         x, info = decode(precise, jnp.asarray(z))
         if not bool(info.converged.all()):
-            raise RuntimeError(f"the exact inverse did not converge: residuals up to {float(info.residual.max()):.1e}")
+            raise RuntimeError(
+                "the exact inverse did not converge: residuals up to "
+                f"{float(info.residual.max()):.1e}"
+            )
         return np.asarray(x)
 
 
@@ -70,9 +87,11 @@ def _error(found, exact):
 
 
 class TorchFlow:
-    """The flow of a density with normflows' residual blocks in PyTorch, on the cores that are compared.
+    """The flow of a density with normflows' residual blocks in PyTorch, on the cores that are
+    compared.
 
-    ``RuntimeError`` if its latents in float64 differ from ``z`` by more than ``agreement``, of those above 1 as a share.
+    ``RuntimeError`` if its latents in float64 differ from ``z`` by more than ``agreement``, of
+    those above 1 as a share.
     """
 
     def __init__(self, model, x, z, agreement):
@@ -84,28 +103,40 @@ class TorchFlow:
 
         weights = {
             stage: {
-                f"{layer}/{name}": np.array(value) for layer, own in params["blocks"].items() for name, value in own.items()
+                f"{layer}/{name}": np.array(value)
+                for layer, own in params["blocks"].items()
+                for name, value in own.items()
             }
             for stage, params in as_params(model.weights).items()
         }
         x = np.asarray(x, np.float64)
         self._torch, self._x = torch, torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
         self._z = torch.tensor(np.array(z, np.float32))
-        self._flows, self._log_dets, self._evals = fixed_flow(architecture(model.spec), weights), [], 0
+        self._flows, self._log_dets, self._evals = (
+            fixed_flow(architecture(model.spec), weights),
+            [],
+            0,
+        )
         for layer in self._flows:
             if hasattr(layer, "iresblock"):
                 layer.iresblock.nnet.register_forward_hook(self._count)
-        self.agreement = {name: self._difference(x) for name, x in (("float64", self._x), ("float32", self._x.float()))}
+        self.agreement = {
+            name: self._difference(x)
+            for name, x in (("float64", self._x), ("float32", self._x.float()))
+        }
         if not self.agreement["float64"] <= agreement:
             raise RuntimeError(
-                f"PyTorch's latents in float64 are ours up to {self.agreement['float64']:.1e}, not {agreement:.1e}"
+                f"PyTorch's latents in float64 are ours up to {self.agreement['float64']:.1e}, not "
+                f"{agreement:.1e}"
             )
 
     def _count(self, *_):
         self._evals += 1
 
     def _difference(self, x):
-        """Largest difference of the latents from ours, in the precision of inputs, which the flow then keeps."""
+        """Largest difference of the latents from ours, in the precision of inputs, which the
+        flow then keeps.
+        """
         with self._torch.no_grad():
             for layer in self._flows:
                 layer.to(x.dtype)
@@ -113,7 +144,9 @@ class TorchFlow:
         return float(((x - self._z).abs() / self._z.abs().clamp(min=1)).max())
 
     def draw(self, num):
-        """Seconds of one draw of all log-determinants, by its estimator with 20 exact terms; all draws are kept."""
+        """Seconds of one draw of all log-determinants, by its estimator with 20 exact terms; all
+        draws are kept.
+        """
 
         def once():
             x, total = self._x.float(), self._torch.zeros(())
@@ -131,7 +164,8 @@ class TorchFlow:
         return np.stack(self._log_dets)
 
     def invert(self, num, tolerance=None, refine=False):
-        """Seconds of the inverse of all latents by its iteration, whose ``atol`` and ``rtol`` are 1e-5 by default.
+        """Seconds of the inverse of all latents by its iteration, whose ``atol`` and ``rtol`` are
+        1e-5 by default.
 
         In float32, or all of it in float64.
         """
@@ -145,26 +179,36 @@ class TorchFlow:
             with self._torch.no_grad():
                 for layer in reversed(self._flows):
                     has_block = hasattr(layer, "iresblock")
-                    y = layer.iresblock._inverse_fixed_point(y, **tolerances) if has_block else layer.forward(y)[0]
+                    y = (
+                        layer.iresblock._inverse_fixed_point(y, **tolerances)
+                        if has_block
+                        else layer.forward(y)[0]
+                    )
             return y.numpy()
 
         seconds, self._found = _mean_seconds(num, once)
         return seconds
 
     def error(self):
-        """How far the last inverse is from the exact one, and the evaluations of branches in all blocks together."""
+        """How far the last inverse is from the exact one, and the evaluations of branches in all
+        blocks together.
+        """
         return {**_error(self._found, self._x.numpy()), "evals": self._evals}
 
 
 class OurFlow:
-    """The flow of a density as the commands for trained models run it, examples shared by one device a core."""
+    """The flow of a density as the commands for trained models run it, examples shared by one
+    device a core.
+    """
 
     def __init__(self, model, x, z):
         self._model, self._x, self._z = model, np.asarray(x, np.float64), np.asarray(z)
         self._placed = parallel.on_local_devices(model)
 
     def log_probs(self, num, images):
-        """Seconds of the log-likelihoods of images with exact log-determinants, and the values in nats."""
+        """Seconds of the log-likelihoods of images with exact log-determinants, and the values
+        in nats.
+        """
         model = self._model.with_(estimator=ExactLogdet())
 
         def once():
@@ -187,6 +231,12 @@ class OurFlow:
 
     def error(self):
         """How far the last inverse is from the exact one, and what the solver says."""
-        evals, bound, converged = (np.asarray(field) for field in (self._info.num_evals, *self._info[2:]))
-        says = {"evals": float(evals.mean()), "error_bound": float(bound.max()), "converged": float(converged.mean())}
+        evals, bound, converged = (
+            np.asarray(field) for field in (self._info.num_evals, *self._info[2:])
+        )
+        says = {
+            "evals": float(evals.mean()),
+            "error_bound": float(bound.max()),
+            "converged": float(converged.mean()),
+        }
         return {**_error(self._found, self._x), **says}

@@ -1,10 +1,13 @@
-"""Worker processes: pinned to cores before they import anything, asked for work line by line, and stopped.
+"""Worker processes: pinned to cores before they import anything, asked for work line by line, and
+stopped.
 
-    python _processes.py '{"cores": [0], "module": "_steps", "case": "OurSteps", "arguments": {...}, "answers": 5}'
+    python _processes.py '{"cores": [0], "module": "_steps", "case": "OurSteps", "arguments": {...},
+    "answers": 5}'
 
-is such a process. It makes a case of a module beside this one and says so; then the parent writes lines of JSON, ``[method,
-arguments]``, and reads a line for each from the file descriptor ``answers``. Nothing but the standard library is imported here,
-so that the memory of a process is its case's own.
+is such a process. It makes a case of a module beside this one and says so; then the parent writes
+lines of JSON, ``[method, arguments]``, and reads a line for each from the file descriptor
+``answers``. Nothing but the standard library is imported here, so that the memory of a process is
+its case's own.
 """
 
 import contextlib
@@ -16,18 +19,31 @@ import sys
 import tempfile
 import time
 
-MEMORY_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")  # of the environment: workers have the defaults, unless they are given others
+# of the environment: workers have the defaults, unless they are given others
+MEMORY_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")
 
 
 class Worker:
-    """A process that runs ``case(**arguments)`` of a module on some cores (None: all), with some variables set."""
+    """A process that runs ``case(**arguments)`` of a module on some cores (None: all), with some
+    variables set.
+    """
 
     def __init__(self, cores, module, case, arguments, environment=None):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(MEMORY_SETTINGS)}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(MEMORY_SETTINGS)
+        }
         self._name, self._errors = f"{case} of {module}", tempfile.TemporaryFile("w+")
         read, written = os.pipe()  # a channel of its own: libraries print
         self._answers = os.fdopen(read)
-        told = {"cores": cores, "module": module, "case": case, "arguments": arguments, "answers": written}
+        told = {
+            "cores": cores,
+            "module": module,
+            "case": case,
+            "arguments": arguments,
+            "answers": written,
+        }
         began = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(told)],
@@ -44,10 +60,13 @@ class Worker:
         except BaseException:
             self.stop()
             raise
-        self.ready_s = time.perf_counter() - began  # from the start of the process until the case was made
+        # from the start of the process until the case was made
+        self.ready_s = time.perf_counter() - began
 
     def ask(self, method, **arguments):
-        """The answer of a method of the case; ``RuntimeError`` with the last words of the process if it ends instead."""
+        """The answer of a method of the case; ``RuntimeError`` with the last words of the
+        process if it ends instead.
+        """
         assert self._process.stdin is not None
         print(json.dumps([method, arguments]), file=self._process.stdin, flush=True)
         return self._answer()
@@ -83,8 +102,14 @@ def workers():
 
 
 def core_counts():
-    """Cores of cases on one core and on two, by their number; one core alone where there is no other."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    """Cores of cases on one core and on two, by their number; one core alone where there is no
+    other.
+    """
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     return {count: cores[:count] for count in (1, 2) if count <= len(cores)}
 
 

@@ -1,8 +1,10 @@
-"""Residual flows in PyTorch, of the layers of normflows: with its blocks, or with a naive series as the paper has it.
+"""Residual flows in PyTorch, of the layers of normflows: with its blocks, or with a naive series as
+the paper has it.
 
-Nothing here imports JAX, so that the memory of a process is PyTorch's own. An architecture is the plain data that
-`_peers_flows.architecture` makes of a `FlowSpec`. Arrays are (b, c, h, w) where ours are (b, h, w, c); squeezes and
-flattening put channels in the order of ours, so that weights of ours give the same function.
+Nothing here imports JAX, so that the memory of a process is PyTorch's own. An architecture is the
+plain data that `_peers_flows.architecture` makes of a `FlowSpec`. Arrays are (b, c, h, w) where
+ours are (b, h, w, c); squeezes and flattening put channels in the order of ours, so that weights of
+ours give the same function.
 """
 
 import functools
@@ -13,22 +15,26 @@ from normflows.nets import lipschitz  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-POISSON = {"n_dist": "poisson", "lamb": 2.0, "n_exact_terms": 2}  # the settings of Residual Flows (Chen et al. 2019)
+# the settings of Residual Flows (Chen et al. 2019)
+POISSON = {"n_dist": "poisson", "lamb": 2.0, "n_exact_terms": 2}
 CONVERGED = 200  # power iterations before an evaluation
 LIPSWISH_BOUND, CLIPSWISH_BOUND = 1.1, 1.004
 ROWS_AT_ONCE = 100  # of a Jacobian
 
 
 def block(shape, net, **settings):
-    """ActNorm with parameters of a shape such as ``(c, 1, 1)``, and a residual block of normflows around a branch.
+    """ActNorm with parameters of a shape such as ``(c, 1, 1)``, and a residual block of normflows
+    around a branch.
 
-    They are in the order of the data's way. Settings are those of the estimator of the log-determinant, such as `POISSON`.
+    They are in the order of the data's way. Settings are those of the estimator of the
+    log-determinant, such as `POISSON`.
     """
     return [nf.flows.ActNorm(shape), nf.flows.Residual(net, reduce_memory=True, **settings)]
 
 
 def take_step(model, optimizer, x, *, clip_norm, power_iterations, num_dims=1):
-    """One step of maximum likelihood, in nats over ``num_dims``, as normflows' examples have it; returns the loss.
+    """One step of maximum likelihood, in nats over ``num_dims``, as normflows' examples have it;
+    returns the loss.
 
     The norms of layers are kept up with afterwards, by power iterations.
     """
@@ -42,7 +48,8 @@ def descend(model, optimizer, loss, clip_norm):
     """Updates the parameters by the clipped gradient of a loss, if that is finite."""
     optimizer.zero_grad()
     loss.backward()
-    if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)):  # they go on after NaN
+    # they go on after NaN
+    if torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)):
         optimizer.step()
 
 
@@ -52,7 +59,9 @@ def count_parameters(model):
 
 
 def exact_log_prob(model, x):
-    """Log-densities by the Jacobian of every residual block, in the precision of the parameters: a double array ``(b,)``."""
+    """Log-densities by the Jacobian of every residual block, in the precision of the parameters:
+    a double array ``(b,)``.
+    """
     model.eval()
     z, total = torch.as_tensor(x, dtype=next(model.q0.parameters()).dtype), 0.0
     for layer in reversed(model.flows):
@@ -68,13 +77,20 @@ def through_block(net, z):
     """``z + net(z)``, and the log-determinant by its whole Jacobian."""
     z = z.detach().requires_grad_()
     g, unit = net(z), torch.eye(z[0].numel(), dtype=z.dtype)
-    of_batch = functools.partial(torch.autograd.grad, g.flatten(1).sum(0), z, is_grads_batched=True, retain_graph=True)
-    rows = torch.cat([of_batch(some)[0] for some in unit.split(ROWS_AT_ONCE)])  # (row, example, ...)
-    return (z + g).detach(), torch.linalg.slogdet(unit + rows.flatten(2).transpose(0, 1)).logabsdet.detach()
+    of_batch = functools.partial(
+        torch.autograd.grad, g.flatten(1).sum(0), z, is_grads_batched=True, retain_graph=True
+    )
+    # (row, example, ...)
+    rows = torch.cat([of_batch(some)[0] for some in unit.split(ROWS_AT_ONCE)])
+    return (z + g).detach(), torch.linalg.slogdet(
+        unit + rows.flatten(2).transpose(0, 1)
+    ).logabsdet.detach()
 
 
 class LipSwish(nn.Module):
-    """``x sigmoid(b x) / 1.1`` with ``b = softplus(beta)``; with ``both_signs`` that of ``x`` and ``-x``, as channels."""
+    """``x sigmoid(b x) / 1.1`` with ``b = softplus(beta)``; with ``both_signs`` that of ``x``
+    and ``-x``, as channels.
+    """
 
     def __init__(self, both_signs):
         super().__init__()
@@ -106,7 +122,9 @@ class PositionalBias(nn.Module):
 
 
 def branch(stage, make_layer):
-    """A residual branch; ``make_layer(taps, channels_in, channels_out, bias=...)`` makes its layers."""
+    """A residual branch; ``make_layer(taps, channels_in, channels_out, bias=...)`` makes its
+    layers.
+    """
     parts = []
     for layer in stage["layers"]:
         if layer["activation"]:
@@ -129,11 +147,17 @@ def bounded_layer(taps, cin, cout, **settings):
 
 def plain_layer(taps, cin, cout, bias):
     """An ordinary layer, for weights that satisfy the constraint."""
-    return nn.Conv2d(cin, cout, taps[0], padding=taps[0] // 2, bias=bias) if taps else nn.Linear(cin, cout, bias=bias)
+    return (
+        nn.Conv2d(cin, cout, taps[0], padding=taps[0] // 2, bias=bias)
+        if taps
+        else nn.Linear(cin, cout, bias=bias)
+    )
 
 
 class Squeeze(nf.flows.Flow):
-    """Space to depth by 2; the channels of a pixel list those of a patch row by row, each with all its channels."""
+    """Space to depth by 2; the channels of a pixel list those of a patch row by row, each with
+    all its channels.
+    """
 
     def inverse(self, z):
         b, c, h, w = z.shape
@@ -161,7 +185,9 @@ class Flatten(nf.flows.Flow):
 
 
 class NaiveResidual(nf.flows.Flow):
-    """``x + g(x)`` with the series of Behrmann et al. 2019, Algorithm 2, differentiated as it stands."""
+    """``x + g(x)`` with the series of Behrmann et al. 2019, Algorithm 2, differentiated as it
+    stands.
+    """
 
     def __init__(self, net, num_terms):
         super().__init__()
@@ -182,7 +208,9 @@ class NaiveResidual(nf.flows.Flow):
 
 def entry(stage):
     """What stands in front of a stage's blocks."""
-    return [Squeeze()] * stage["squeeze"] + ([] if stage["flattened"] is None else [Flatten(*stage["flattened"])])
+    return [Squeeze()] * stage["squeeze"] + (
+        [] if stage["flattened"] is None else [Flatten(*stage["flattened"])]
+    )
 
 
 def flow(architecture, kind, *, num_terms, num_steps):
@@ -204,21 +232,32 @@ def flow(architecture, kind, *, num_terms, num_steps):
 
 
 def fixed_flow(architecture, weights):
-    """The layers of a flow with weights of ours, in the order of the data's way; latents are vectors in the order of ours.
+    """The layers of a flow with weights of ours, in the order of the data's way; latents are
+    vectors in the order of ours.
 
-    Weights are arrays by stage and name, such as "conv0/kernel" and "actnorm/bias", stacked over blocks.
+    Weights are arrays by stage and name, such as "conv0/kernel" and "actnorm/bias", stacked over
+    blocks.
     """
     layers = []
     for number, stage in enumerate(architecture["stages"]):
         layers += entry(stage)
         *space, channels = stage["layers"][0]["in_shape"]
         for k in range(stage["num_blocks"]):
-            own = {name: torch.tensor(array[k]) for name, array in weights[f"stage{number}"].items()}
+            own = {
+                name: torch.tensor(array[k]) for name, array in weights[f"stage{number}"].items()
+            }
             net = branch(stage, plain_layer)
             _load(net, stage, own)
             scale, residual = block((channels, *(1 for _ in space)), net, **POISSON)
-            shift, log_scale = (own[f"actnorm/{name}"].view(1, -1, *(1 for _ in space)) for name in ("bias", "log_scale"))
-            scale.t.data, scale.s.data, scale.data_dep_init_done = -shift, -log_scale, torch.tensor(1.0)
+            shift, log_scale = (
+                own[f"actnorm/{name}"].view(1, -1, *(1 for _ in space))
+                for name in ("bias", "log_scale")
+            )
+            scale.t.data, scale.s.data, scale.data_dep_init_done = (
+                -shift,
+                -log_scale,
+                torch.tensor(1.0),
+            )
             layers += [scale, residual]
     if architecture["ends"] is not None:
         layers.append(Flatten(*architecture["ends"]))
@@ -233,7 +272,9 @@ def _load(net, stage, own):
         if layer["activation"] and isinstance(activation := next(parts), LipSwish):
             activation.beta.data = own[f"{name}/beta"]
         linear, kernel, bias = next(parts), own[f"{name}/kernel"], own[f"{name}/bias"]
-        linear.weight.data = (kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T).contiguous()
+        linear.weight.data = (
+            kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+        ).contiguous()
         if linear.bias is None:
             next(parts).bias.data = bias.permute(2, 0, 1).contiguous()
         else:

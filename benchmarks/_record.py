@@ -1,7 +1,9 @@
-"""Timing that a busy machine cannot bend, and a file that says what was measured, with what and on what.
+"""Timing that a busy machine cannot bend, and a file that says what was measured, with what and on
+what.
 
-Functions that are compared run in turns (A B A B ...): whatever else the machine does slows all of them alike. A ratio is the
-median over turns of the ratio within a turn. Compare numbers of one run, not of two.
+Functions that are compared run in turns (A B A B ...): whatever else the machine does slows all of
+them alike. A ratio is the median over turns of the ratio within a turn. Compare numbers of one run,
+not of two.
 """
 
 import argparse
@@ -42,7 +44,9 @@ class Timing(NamedTuple):
 
     def speedup_over(self, baseline: "Timing") -> float:
         """Median over turns of the baseline's time over this one, both from the same run."""
-        return statistics.median(b / own for own, b in zip(self.seconds, baseline.seconds, strict=True))
+        return statistics.median(
+            b / own for own, b in zip(self.seconds, baseline.seconds, strict=True)
+        )
 
     def summary(self) -> dict[str, Any]:
         """The numbers for a record."""
@@ -51,14 +55,19 @@ class Timing(NamedTuple):
 
 
 def take_turns(
-    asked: Mapping[Any, Callable[[int], float]], *, turns: int, seconds_a_turn: float = 0, most_seconds: float = math.inf
+    asked: Mapping[Any, Callable[[int], float]],
+    *,
+    turns: int,
+    seconds_a_turn: float = 0,
+    most_seconds: float = math.inf,
 ) -> dict[Any, Timing]:
     """Seconds of one unit of work of everyone, in turns.
 
     Args:
         asked: ``num ->`` mean seconds of each of ``num`` units, by name.
         turns: Measurements of each, after one that is not counted.
-        seconds_a_turn: About what a measurement takes; units that take longer are measured one by one.
+        seconds_a_turn: About what a measurement takes; units that take longer are measured one by
+            one.
         most_seconds: Stops early, but not before `LEAST_TURNS`.
     """
     nums = {name: max(round(seconds_a_turn / ask(1)), 1) for name, ask in asked.items()}
@@ -73,7 +82,9 @@ def take_turns(
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], **settings: Any) -> dict[str, Timing]:
-    """Times functions by `take_turns`, each until its result is ready; two calls beforehand compile and warm up."""
+    """Times functions by `take_turns`, each until its result is ready; two calls beforehand
+    compile and warm up.
+    """
 
     def timed(function):
         def seconds(_):
@@ -89,22 +100,41 @@ def interleave(functions: Mapping[str, Callable[[], Any]], **settings: Any) -> d
 
 def summarize(timings: Mapping[str, Timing], baseline: str) -> dict[str, Any]:
     """Every timing's numbers with its speed-up over the baseline, which has 1."""
-    return {name: {**own.summary(), "speedup": own.speedup_over(timings[baseline])} for name, own in timings.items()}
+    return {
+        name: {**own.summary(), "speedup": own.speedup_over(timings[baseline])}
+        for name, own in timings.items()
+    }
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The command line that all benchmarks share."""
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    made.add_argument("--quick", action="store_true", help="fewer cases and turns, to see that it works; writes no file")
-    made.add_argument("--output", type=Path, metavar="FILE", help="where to write the results instead, quick ones too")
+    made.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer cases and turns, to see that it works; writes no file",
+    )
+    made.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write the results instead, quick ones too",
+    )
     return made
 
 
 def show(results: Any, name: str = "") -> None:
     """Prints the numbers of a record, a line for each of its innermost parts."""
     if isinstance(results, Mapping):
-        single = {key: value for key, value in results.items() if not isinstance(value, Mapping | list | tuple)}
-        written = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in single.items())
+        single = {
+            key: value
+            for key, value in results.items()
+            if not isinstance(value, Mapping | list | tuple)
+        }
+        written = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in single.items()
+        )
         if line := ", ".join(written):
             print(f"{name}: {line}" if name else line, flush=True)
         for key, part in results.items():
@@ -115,15 +145,22 @@ def show(results: Any, name: str = "") -> None:
 
 
 def write(
-    name: str, arguments: argparse.Namespace, settings: Mapping[str, Any], results: Any, *, is_shown: bool = False
+    name: str,
+    arguments: argparse.Namespace,
+    settings: Mapping[str, Any],
+    results: Any,
+    *,
+    is_shown: bool = False,
 ) -> None:
-    """Prints the numbers, unless they were before, and writes ``results/<name>.json`` with all settings that they depend on.
+    """Prints the numbers, unless they were before, and writes ``results/<name>.json`` with all
+    settings that they depend on.
 
     A quick run that names no file writes nothing.
     """
     if not is_shown:
         show(results)
-    path = arguments.output or RESULTS / f"{re.sub('[/:]', '_', name)}.json"  # of data such as "npy:FILE"
+    # of data such as "npy:FILE"
+    path = arguments.output or RESULTS / f"{re.sub('[/:]', '_', name)}.json"
     if arguments.quick and not arguments.output:
         return
     record = {
@@ -135,7 +172,10 @@ def write(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as incoming:
-        incoming.write_text(_FLAT.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1)) + "\n")
+        incoming.write_text(
+            _FLAT.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1))
+            + "\n"
+        )
     print(f"written: {path}")
 
 
@@ -154,7 +194,8 @@ def resume(
         name: Name of the record.
         arguments: What `parser` has read.
         settings: All that every run depends on; a record with others is left alone.
-        identities: What tells the runs from each other, arguments of ``measure`` by name, in the order in which they are made.
+        identities: What tells the runs from each other, arguments of ``measure`` by name, in the
+            order in which they are made.
         measure: Makes a run.
         summarize: The summary of all runs.
         packages: Packages whose versions a run keeps.
@@ -163,13 +204,18 @@ def resume(
     if path is not None and path.exists():
         record = json.loads(path.read_text())
         if record["settings"] != json.loads(json.dumps({"quick": arguments.quick, **settings})):
-            raise SystemExit(f"error: {path} was made under other settings: move it away, or write elsewhere with --output")
+            raise SystemExit(
+                f"error: {path} was made under other settings: move it away, or write "
+                "elsewhere with --output"
+            )
         runs = record["results"]["runs"]
     for identity in identities:
         if not any(identity.items() <= run.items() for run in runs):
             runs.append({**identity, **measure(**identity), **made_with(packages)})
             show(runs[-1])
-            write(name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True)
+            write(
+                name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True
+            )
     show(summarize(runs))
 
 
@@ -188,4 +234,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        "unknown",
+    )

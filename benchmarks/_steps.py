@@ -1,6 +1,7 @@
 """Training steps in worker processes: the step of train.py, and those of others in PyTorch.
 
-Nothing is imported before a worker makes its case: what a process does before JAX starts counts, and PyTorch's have no JAX.
+Nothing is imported before a worker makes its case: what a process does before JAX starts counts,
+and PyTorch's have no JAX.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ WARMUP = 2
 
 
 def prepare_jax(config=None):
-    """What train.py does in its process before JAX starts; without a config what a command for a trained model does."""
+    """What train.py does in its process before JAX starts; without a config what a command for a
+    trained model does.
+    """
     from iresnet_jax.runs import machine
     from iresnet_jax.runs.config import Config
 
@@ -27,7 +30,9 @@ def prepare_jax(config=None):
 
 
 def training_step(config, data):
-    """The step of train.py: for one device and for all, the state before the first, examples for batches, name of the loss."""
+    """The step of train.py: for one device and for all, the state before the first, examples for
+    batches, name of the loss.
+    """
     from iresnet_jax.runs import loop
     from iresnet_jax.runs.machine import prepare_backend
     from iresnet_jax.training import parallel
@@ -35,7 +40,13 @@ def training_step(config, data):
     prepare_backend(config.training.matmul_precision)
     objective = loop.build_objective(config, data)
     step = parallel.parallelize(objective.training_step)
-    return objective.training_step, step, objective.initial_state(), objective.examples, objective.name
+    return (
+        objective.training_step,
+        step,
+        objective.initial_state(),
+        objective.examples,
+        objective.name,
+    )
 
 
 def _peak_bytes():
@@ -46,13 +57,17 @@ def _peak_bytes():
 
 
 class Steps:
-    """A training that a worker goes on with; subclasses make `take`, one step, `wait` for its end, and `loss`."""
+    """A training that a worker goes on with; subclasses make `take`, one step, `wait` for its
+    end, and `loss`.
+    """
 
     take: Any
     loss: Any
 
     def warm_up(self, num=WARMUP):
-        """Takes the first steps, which compile; the largest memory is then counted anew, where the system can."""
+        """Takes the first steps, which compile; the largest memory is then counted anew, where
+        the system can.
+        """
         for _ in range(num):
             self.take()
         self.wait()
@@ -61,7 +76,9 @@ class Steps:
             self._is_forgotten = Path("/proc/self/clear_refs").write_text("5") > 0
 
     def steps(self, num):
-        """Seconds of a step, mean over ``num``, after one that does not count: it finds caches as other processes left them."""
+        """Seconds of a step, mean over ``num``, after one that does not count: it finds caches
+        as other processes left them.
+        """
         self.take()
         self.wait()
         start = time.perf_counter()
@@ -71,17 +88,25 @@ class Steps:
         return (time.perf_counter() - start) / num
 
     def memory(self):
-        """Largest resident memory of the process, and that since the first steps, without compilation."""
+        """Largest resident memory of the process, and that since the first steps, without
+        compilation.
+        """
         later = _peak_bytes()
         whole = None if later is None or self._peak_bytes is None else max(later, self._peak_bytes)
-        return {"peak_bytes": whole, "peak_bytes_after_warmup": later if self._is_forgotten else None, "loss": self.loss()}
+        return {
+            "peak_bytes": whole,
+            "peak_bytes_after_warmup": later if self._is_forgotten else None,
+            "loss": self.loss(),
+        }
 
     def wait(self):
         """Waits until all steps are done."""
 
 
 class OurSteps(Steps):
-    """The step of train.py for plain data of a config; random images stand in for those of TensorFlow Datasets."""
+    """The step of train.py for plain data of a config; random images stand in for those of
+    TensorFlow Datasets.
+    """
 
     def __init__(self, config, *, warmup=WARMUP):
         from iresnet_jax.runs.config import parse
@@ -94,8 +119,12 @@ class OurSteps(Steps):
         from iresnet_jax.runs import machine, plan
 
         self._jax = jax
-        _, self._step, self._state, examples, self._name = training_step(settings, plan.data_for(settings))
-        self._feed = device_batches(examples, seed=settings.seed, batch_size=settings.training.batch_size)
+        _, self._step, self._state, examples, self._name = training_step(
+            settings, plan.data_for(settings)
+        )
+        self._feed = device_batches(
+            examples, seed=settings.seed, batch_size=settings.training.batch_size
+        )
         self.take()
         self.wait()
         machine.return_freed_memory()
@@ -112,16 +141,30 @@ class OurSteps(Steps):
 
 
 class TorchSteps(Steps):
-    """The step of a "naive" or "normflows" peer: Adam, gradient clipped, no moving average, and so many terms and iterations.
+    """The step of a "naive" or "normflows" peer: Adam, gradient clipped, no moving average, and so
+    many terms and iterations.
 
-    ``architecture`` is that of `_peers_flows.architecture`, ``batches`` a file of preprocessed ones, (n, b, c, h, w).
+    ``architecture`` is that of `_peers_flows.architecture`, ``batches`` a file of preprocessed
+    ones, (n, b, c, h, w).
     """
 
-    def __init__(self, kind, architecture, batches, num_terms, num_steps, learning_rate, clip_norm, warmup=WARMUP):
+    def __init__(
+        self,
+        kind,
+        architecture,
+        batches,
+        num_terms,
+        num_steps,
+        learning_rate,
+        clip_norm,
+        warmup=WARMUP,
+    ):
         import numpy as np
         import torch  # pyright: ignore[reportMissingImports]
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        )
         torch.manual_seed(0)
         from _pytorch import flow, take_step
 
@@ -130,7 +173,11 @@ class TorchSteps(Steps):
         given = torch.tensor(np.load(batches))
         with torch.no_grad():
             model.log_prob(given[0])  # fits ActNorm and shapes the vectors of the power iterations
-        settings = {"num_dims": given[0, 0].numel(), "clip_norm": clip_norm, "power_iterations": num_steps}
+        settings = {
+            "num_dims": given[0, 0].numel(),
+            "clip_norm": clip_norm,
+            "power_iterations": num_steps,
+        }
         self._losses = (take_step(model, optimizer, x, **settings) for x in itertools.cycle(given))
         self.warm_up(warmup)
 

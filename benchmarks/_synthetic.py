@@ -1,7 +1,8 @@
-"""Arrays of known density, drawn by seed: each is a sampler ``(rng, num)`` and its log-density in nats.
+"""Arrays of known density, drawn by seed: each is a sampler ``(rng, num)`` and its log-density in
+nats.
 
-Five of them were looked at while the defaults of `fit` were chosen, separated, spiral, square, t2 and gaussian; the others
-only afterwards.
+Five of them were looked at while the defaults of `fit` were chosen, separated, spiral, square, t2
+and gaussian; the others only afterwards.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +41,10 @@ def _mixture(weights, means, covariances) -> Synthetic:
         return np.stack(means)[chosen] + np.einsum("nij,nj->ni", factors[chosen], noise)
 
     def log_prob(x):
-        return logsumexp([np.log(weight) + part.logpdf(x) for weight, part in zip(weights, parts, strict=True)], axis=0)
+        return logsumexp(
+            [np.log(weight) + part.logpdf(x) for weight, part in zip(weights, parts, strict=True)],
+            axis=0,
+        )
 
     return Synthetic(sample, log_prob)
 
@@ -56,16 +60,24 @@ def _overlapping() -> Synthetic:
     """Four long Gaussians in 3-D that lie across each other."""
     rng = np.random.default_rng(4)
     factors = [np.linalg.qr(rng.normal(size=(3, 3)))[0] * [1.5, 0.6, 0.25] for _ in range(4)]
-    return _mixture(np.array([0.4, 0.3, 0.2, 0.1]), rng.normal(size=(4, 3)), [factor @ factor.T for factor in factors])
+    return _mixture(
+        np.array([0.4, 0.3, 0.2, 0.1]),
+        rng.normal(size=(4, 3)),
+        [factor @ factor.T for factor in factors],
+    )
 
 
 def _spiral() -> Synthetic:
-    """A line wound one and a half times around an axis in 3-D, with normal noise; its density is a sum over 2000 places."""
+    """A line wound one and a half times around an axis in 3-D, with normal noise; its density is
+    a sum over 2000 places.
+    """
     width, places = 0.1, (np.arange(2000) + 0.5) / 2000
 
     def line(place):
         angle = 3 * np.pi * place
-        return np.stack([(0.5 + place) * np.cos(angle), (0.5 + place) * np.sin(angle), 2 * place - 1], axis=-1)
+        return np.stack(
+            [(0.5 + place) * np.cos(angle), (0.5 + place) * np.sin(angle), 2 * place - 1], axis=-1
+        )
 
     def sample(rng, num):
         return line(rng.random(num)) + width * rng.normal(size=(num, 3))
@@ -82,17 +94,26 @@ def _spiral() -> Synthetic:
 
 def _square() -> Synthetic:
     """The uniform distribution on the square from -1 to 1."""
-    return Synthetic(lambda rng, num: rng.uniform(-1, 1, (num, 2)), lambda x: np.full(len(x), -np.log(4)))
+    return Synthetic(
+        lambda rng, num: rng.uniform(-1, 1, (num, 2)), lambda x: np.full(len(x), -np.log(4))
+    )
 
 
 def _triangle() -> Synthetic:
     """The uniform distribution on the triangle ``0 < x_2 < x_1 < 1``."""
-    return Synthetic(lambda rng, num: np.sort(rng.random((num, 2)), axis=1)[:, ::-1], lambda x: np.full(len(x), np.log(2)))
+    return Synthetic(
+        lambda rng, num: np.sort(rng.random((num, 2)), axis=1)[:, ::-1],
+        lambda x: np.full(len(x), np.log(2)),
+    )
 
 
 def _t2() -> Synthetic:
-    """Three independent columns of Student's t with 2 degrees of freedom, whose variance is infinite."""
-    return Synthetic(lambda rng, num: rng.standard_t(2, size=(num, 3)), lambda x: t.logpdf(x, 2).sum(-1))
+    """Three independent columns of Student's t with 2 degrees of freedom, whose variance is
+    infinite.
+    """
+    return Synthetic(
+        lambda rng, num: rng.standard_t(2, size=(num, 3)), lambda x: t.logpdf(x, 2).sum(-1)
+    )
 
 
 def _t5() -> Synthetic:
@@ -114,7 +135,9 @@ def _ring() -> Synthetic:
 
     def sample(rng, num):
         angle, radius = rng.uniform(0, 2 * np.pi, num), 1 + width * rng.normal(size=num)
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle), rng.normal(size=num)], axis=1)
+        return np.stack(
+            [radius * np.cos(angle), radius * np.sin(angle), rng.normal(size=num)], axis=1
+        )
 
     def log_prob(x):
         radius = np.hypot(x[:, 0], x[:, 1])
@@ -132,22 +155,33 @@ def _mixed() -> Synthetic:
         answer = (rng.random(num) < 0.3).astype(int)
         count = rng.poisson(rates[answer])
         first = shifts[answer] + 0.5 * rng.normal(size=num)
-        return np.stack([answer, count, first, 0.3 * count + np.abs(first) * rng.normal(size=num)], axis=1)
+        return np.stack(
+            [answer, count, first, 0.3 * count + np.abs(first) * rng.normal(size=num)], axis=1
+        )
 
     def log_prob(x):
         answer, count = np.round(x[:, 0]).astype(int), np.round(x[:, 1])
         discrete = np.log([0.7, 0.3])[answer] + poisson.logpmf(count, rates[answer])
-        return discrete + norm.logpdf(x[:, 2], shifts[answer], 0.5) + norm.logpdf(x[:, 3], 0.3 * count, np.abs(x[:, 2]))
+        return (
+            discrete
+            + norm.logpdf(x[:, 2], shifts[answer], 0.5)
+            + norm.logpdf(x[:, 3], 0.3 * count, np.abs(x[:, 2]))
+        )
 
-    return Synthetic(sample, log_prob, discrete=(0, 1), bounds={1: (0, 30)})  # a count, which few rows do not show the end of
+    # a count, which few rows do not show the end of
+    return Synthetic(sample, log_prob, discrete=(0, 1), bounds={1: (0, 30)})
 
 
 def _checkerboard() -> Synthetic:
-    """The uniform distribution on the eight dark fields of a board of four by four, from -2 to 2."""
+    """The uniform distribution on the eight dark fields of a board of four by four, from -2 to
+    2.
+    """
 
     def sample(rng, num):
         column, row = rng.integers(0, 4, num), rng.integers(0, 2, num)
-        return np.stack([column - 2 + rng.random(num), 2 * row + column % 2 - 2 + rng.random(num)], axis=1)
+        return np.stack(
+            [column - 2 + rng.random(num), 2 * row + column % 2 - 2 + rng.random(num)], axis=1
+        )
 
     return Synthetic(sample, lambda x: np.full(len(x), -np.log(8)))
 

@@ -1,11 +1,13 @@
-"""How close do flows with prescribed constants come to a step, and do their certificates keep them (Wang et al. 2024)?
+"""How close do flows with prescribed constants come to a step, and do their certificates keep them
+(Wang et al. 2024)?
 
     python benchmarks/bilipschitz.py [--minutes 10] [--seeds 1] [--models maxmin relu]
 
-Flows with constants ``(mu, nu) = (.1, 10)`` are fitted to the step from -2 to 2 at 0 on [-2, 2]: 1000 uniform training
-points, 500 points of a grid for the test, and half the mean squared error as the loss, all as in the paper. The best function
-within the constants has slope ``nu`` up to ``(4 - 2 mu)/(2 nu - mu)`` and slope ``mu`` beyond. Beside the test loss a record
-has the smallest and largest slope on a fine grid and the certificate's bounds, between which they must lie.
+Flows with constants ``(mu, nu) = (.1, 10)`` are fitted to the step from -2 to 2 at 0 on [-2, 2]:
+1000 uniform training points, 500 points of a grid for the test, and half the mean squared error as
+the loss, all as in the paper. The best function within the constants has slope ``nu`` up to ``(4 -
+2 mu)/(2 nu - mu)`` and slope ``mu`` beyond. Beside the test loss a record has the smallest and
+largest slope on a fine grid and the certificate's bounds, between which they must lie.
 """
 
 import math
@@ -35,7 +37,9 @@ def step(x):
 def best(x):
     """The best function of constants ``(MU, NU)``, on the whole of [-2, 2]."""
     corner = (2 * END - END * MU) / (2 * NU - MU)
-    return np.sign(x) * (NU * np.minimum(np.abs(x), corner) + MU * np.maximum(np.abs(x) - corner, 0))
+    return np.sign(x) * (
+        NU * np.minimum(np.abs(x), corner) + MU * np.maximum(np.abs(x) - corner, 0)
+    )
 
 
 def loss(model, batch, key):
@@ -50,8 +54,14 @@ def fitted(name, seed, minutes):
     x = np.random.default_rng(seed).uniform(-END, END, (NUM_TRAIN, 1)).astype(np.float32)
     grid = np.linspace(-END, END, NUM_TEST, dtype=np.float32)[:, None]
     key_weights, key_training = jax.random.split(jax.random.key(seed))
-    model = ir.Density.init(key_weights, x, stages=MODELS[name], constants=(MU, NU), transform=ir.Identity())
-    test_loss, curve, began = jax.jit(lambda model: loss(model, (grid, step(grid)), None)), [], time.perf_counter()
+    model = ir.Density.init(
+        key_weights, x, stages=MODELS[name], constants=(MU, NU), transform=ir.Identity()
+    )
+    test_loss, curve, began = (
+        jax.jit(lambda model: loss(model, (grid, step(grid)), None)),
+        [],
+        time.perf_counter(),
+    )
 
     def follow(num_steps, model, metrics):
         del metrics
@@ -67,7 +77,9 @@ def measured(name, seed, minutes):
     grid = np.linspace(-END, END, NUM_TEST, dtype=np.float32)[:, None]
     x = np.linspace(-END, END, NUM_SLOPES)[:, None]
     with jax.enable_x64():
-        double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model).with_(solver=ir.Solver(atol=1e-12))
+        double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model).with_(
+            solver=ir.Solver(atol=1e-12)
+        )
         slopes = np.diff(np.asarray(double.encode(jnp.asarray(x)))[:, 0]) / np.diff(x[:, 0])
     certificate = model.certificate()
     return {
@@ -76,8 +88,12 @@ def measured(name, seed, minutes):
         "loss": float(loss(model, (jnp.asarray(grid), step(grid)), None)),
         "slopes": [float(slopes.min()), float(slopes.max())],
         "certified": [1 / certificate.inverse, certificate.forward],
-        "keeps_its_certificate": bool(1 / certificate.inverse <= slopes.min() and slopes.max() <= certificate.forward),
-        "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(model.weights["stage0"].branch.weights))),
+        "keeps_its_certificate": bool(
+            1 / certificate.inverse <= slopes.min() and slopes.max() <= certificate.forward
+        ),
+        "parameters": int(
+            sum(leaf.size for leaf in jax.tree.leaves(model.weights["stage0"].branch.weights))
+        ),
         "curve": curve[::10],  # updates, seconds, test loss
     }
 
@@ -86,7 +102,14 @@ def main():
     made = parser(__doc__)
     made.add_argument("--minutes", type=float, default=10.0, help="of training, each model")
     made.add_argument("--seeds", type=int, default=1, help="runs of each model")
-    made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS))
+    made.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        metavar="NAME",
+        help=", ".join(MODELS),
+    )
     arguments = made.parse_args()
     minutes, seeds = (0.1, 1) if arguments.quick else (arguments.minutes, arguments.seeds)
     runs = []
@@ -98,7 +121,10 @@ def main():
     results = {
         "best_possible": float(np.mean(np.square(best(grid) - step(grid))) / 2),
         "published": PUBLISHED,
-        "median": {name: float(np.median([run["loss"] for run in runs if run["model"] == name])) for name in arguments.models},
+        "median": {
+            name: float(np.median([run["loss"] for run in runs if run["model"] == name]))
+            for name in arguments.models
+        },
         "runs": runs,
     }
     assert all(math.isfinite(run["loss"]) for run in runs)

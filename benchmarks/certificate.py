@@ -1,10 +1,11 @@
-"""What the certificate costs: in a training step beside power iteration, and for a whole model once.
+"""What the certificate costs: in a training step beside power iteration, and for a whole model
+once.
 
     python benchmarks/certificate.py {steps,model} [--quick]
 
-Steps are the gradient of a likelihood with a series of five terms. The constraint is enforced by five power iterations a
-layer (the baseline) or by guaranteed bounds (Gram iteration). Blocks have 3x3-1x1-3x3 convolutions. The certificate's cost does
-not depend on the batch, the step's does.
+Steps are the gradient of a likelihood with a series of five terms. The constraint is enforced by
+five power iterations a layer (the baseline) or by guaranteed bounds (Gram iteration). Blocks have
+3x3-1x1-3x3 convolutions. The certificate's cost does not depend on the batch, the step's does.
 
 The model is the CIFAR-10 density of Behrmann et al. (2019): 48 blocks in three scales.
 """
@@ -24,7 +25,8 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.training.initialization import num_parameters
 
-SHAPES = ("side", "channels", "hidden", "batch")  # small models first, then the three scales of a network for 32 x 32 images
+# small models first, then the three scales of a network for 32 x 32 images
+SHAPES = ("side", "channels", "hidden", "batch")
 STEPS = (
     *((8, 4, 48, 64), (14, 4, 64, 64), (16, 12, 64, 32), (16, 12, 512, 64)),
     *((8, 16, 128, 32), (8, 48, 512, 64), (4, 192, 512, 64)),
@@ -41,33 +43,55 @@ def initial_variables(flow, batch):
 
 def step_costs(side, channels, width, batch, *, turns):
     """Timings of one step under each constraint."""
-    stage = StageSpec(NUM_BLOCKS, hidden=(width, width), kernel_sizes=(3, 1, 3), activation="lipswish")
+    stage = StageSpec(
+        NUM_BLOCKS, hidden=(width, width), kernel_sizes=(3, 1, 3), activation="lipswish"
+    )
     flow = FlowSpec((side, side, channels), (stage,))
     variables, x = initial_variables(flow, batch)
     params, spectral = variables["params"], variables["spectral"]
     model = Density(DensitySpec(flow), {}, {}, estimator=SeriesLogdet(NUM_TERMS), unroll=True)
-    constraints = {BASELINE: functools.partial(constrain, num_steps=5), "certified": constrain_certified}
+    constraints = {
+        BASELINE: functools.partial(constrain, num_steps=5),
+        "certified": constrain_certified,
+    }
 
     def compiled(constrained):
         def loss(params):
             weights = constrained(flow, params, spectral).weights
-            return -jnp.mean(model.with_(weights=weights, prior=params["prior"]).log_prob(x, jax.random.key(2)))
+            return -jnp.mean(
+                model.with_(weights=weights, prior=params["prior"]).log_prob(x, jax.random.key(2))
+            )
 
         return functools.partial(jax.jit(jax.grad(loss)).lower(params).compile(), params)
 
-    return interleave({name: compiled(own) for name, own in constraints.items()}, turns=turns, most_seconds=20)
+    return interleave(
+        {name: compiled(own) for name, own in constraints.items()}, turns=turns, most_seconds=20
+    )
 
 
 def whole_model(width):
-    """Seconds to freeze the CIFAR-10 model and to certify it, compilation included, and the largest bound."""
-    block = {"hidden": (width, width), "kernel_sizes": (3, 1, 3), "activation": "elu", "preactivation": True}
-    flow = FlowSpec((32, 32, 3), tuple(StageSpec(16, **block, squeeze=2, factor_out=i < 2) for i in range(3)))
+    """Seconds to freeze the CIFAR-10 model and to certify it, compilation included, and the
+    largest bound.
+    """
+    block = {
+        "hidden": (width, width),
+        "kernel_sizes": (3, 1, 3),
+        "activation": "elu",
+        "preactivation": True,
+    }
+    flow = FlowSpec(
+        (32, 32, 3), tuple(StageSpec(16, **block, squeeze=2, factor_out=i < 2) for i in range(3))
+    )
     params = initial_variables(flow, 2)[0]["params"]
     begin = time.perf_counter()
     weights = jax.block_until_ready(jax.jit(lambda params: freeze(flow, params))(params))
     seconds = time.perf_counter() - begin
     largest = max(float(block.branch.lipschitz_bound.max()) for block in weights.values())
-    return {"parameters": num_parameters(params), "freeze_and_certify_s": seconds, "largest_block_bound": largest}
+    return {
+        "parameters": num_parameters(params),
+        "freeze_and_certify_s": seconds,
+        "largest_block_bound": largest,
+    }
 
 
 def main():
@@ -81,7 +105,9 @@ def main():
         results = []
         for case in STEPS[:3:2] if arguments.quick else STEPS:
             timings = step_costs(*case, turns=5 if arguments.quick else 15)
-            results.append({**dict(zip(SHAPES, case, strict=True)), "timings": summarize(timings, BASELINE)})
+            results.append(
+                {**dict(zip(SHAPES, case, strict=True)), "timings": summarize(timings, BASELINE)}
+            )
     write(f"certificate_{arguments.what}", arguments, settings, results)
 
 

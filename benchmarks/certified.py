@@ -2,15 +2,16 @@
 
     python benchmarks/certified.py --workdir benchmarks/results/digits_density [--quick]
 
-References are computed by a flow that is written down once more, in plain NumPy on numbers of any precision. Times are
-wall-clock, after compilation; ``load_average`` says what else ran.
+References are computed by a flow that is written down once more, in plain NumPy on numbers of any
+precision. Times are wall-clock, after compilation; ``load_average`` says what else ran.
 
-Every case has latents and a computed preimage of each. The exact preimage is found by Newton's method on the plain
-flow with long doubles of 64 bits, and for a few examples with decimal numbers of 50 digits. Newton's corrections are
-derivatives of the library's inverse in float64; whether they led to the preimage shows in the residual of the plain flow, which
-must be down to the rounding of its numbers. A bound counts as broken if the error exceeds it, beside long doubles by more than
-their own rounding, ``2^-60 |x|``. "ratio to target" is relative to the true error, or to 100 units of rounding of ``x`` where
-that is more.
+Every case has latents and a computed preimage of each. The exact preimage is found by Newton's
+method on the plain flow with long doubles of 64 bits, and for a few examples with decimal numbers
+of 50 digits. Newton's corrections are derivatives of the library's inverse in float64; whether they
+led to the preimage shows in the residual of the plain flow, which must be down to the rounding of
+its numbers. A bound counts as broken if the error exceeds it, beside long doubles by more than
+their own rounding, ``2^-60 |x|``. "ratio to target" is relative to the true error, or to 100 units
+of rounding of ``x`` where that is more.
 """
 
 import os
@@ -32,7 +33,8 @@ from iresnet_jax.models.density import Density
 ROUNDINGS = 100  # units of rounding of x below which errors are not told apart
 TEMPERATURE, FACTOR, COEFF = 5.0, 1e3, 0.999
 EXACT = Solver(atol=1e-13, max_evals=5000, refine=True)
-LONG = Numbers(lambda a: np.asarray(a, np.float64).astype(np.longdouble), np.exp, np.log)  # 64 bits on x86
+# 64 bits on x86
+LONG = Numbers(lambda a: np.asarray(a, np.float64).astype(np.longdouble), np.exp, np.log)
 
 
 def timed(certify, *arguments):
@@ -75,16 +77,27 @@ def inverse_cases(run, num, *, quick):
     few = x[: min(len(x), 16)]
     yield "test, float32", encoded(model, x)
     if isinstance(model, Density):
-        for temperature, name in ((1.0, "samples"), (TEMPERATURE, f"latents at temperature {TEMPERATURE:.0f}")):
+        for temperature, name in (
+            (1.0, "samples"),
+            (TEMPERATURE, f"latents at temperature {TEMPERATURE:.0f}"),
+        ):
             latents = model.sample_latents(jax.random.key(1), len(few), temperature=temperature)
             yield f"{name}, float32", decoded(model, latents)
     if not quick:
         yield f"inputs times {FACTOR:.0f}, float32", encoded(model, FACTOR * few)
-        constant = jnp.broadcast_to(jnp.linspace(-3, 3, len(few)).reshape(-1, *[1] * (x.ndim - 1)), few.shape)
+        constant = jnp.broadcast_to(
+            jnp.linspace(-3, 3, len(few)).reshape(-1, *[1] * (x.ndim - 1)), few.shape
+        )
         yield "constant inputs, float32", encoded(model, jnp.asarray(constant, jnp.float32))
-        yield f"random weights, L = {COEFF}, float32", encoded(randomized(model, COEFF, jax.random.key(2)), few)
+        yield (
+            f"random weights, L = {COEFF}, float32",
+            encoded(randomized(model, COEFF, jax.random.key(2)), few),
+        )
     with jax.enable_x64():
-        yield "test, float64", encoded(model.with_(solver=EXACT), jnp.asarray(np.asarray(x), jnp.float64))
+        yield (
+            "test, float64",
+            encoded(model.with_(solver=EXACT), jnp.asarray(np.asarray(x), jnp.float64)),
+        )
 
 
 def exact_errors(case: Inverted, refined, numbers, num):
@@ -94,7 +107,9 @@ def exact_errors(case: Inverted, refined, numbers, num):
 
     def solve(y, wrong):
         with jax.enable_x64():
-            return np.asarray(_solve(model, jnp.asarray(y), jnp.asarray(wrong.reshape(y.shape)))).ravel()
+            return np.asarray(
+                _solve(model, jnp.asarray(y), jnp.asarray(wrong.reshape(y.shape)))
+            ).ravel()
 
     errors = []
     for i in range(num):
@@ -102,8 +117,11 @@ def exact_errors(case: Inverted, refined, numbers, num):
         y, x = numbers.of(own.ravel()), numbers.of(refined[i])
         for _ in range(3):
             wrong = y - forward(numbers, spec, weights, x)
-            size = np.max(abs(wrong)) or numbers.of(1.0)[()]  # steps are those of float64, whatever the numbers are
-            x = x + (numbers.of(solve(own, (wrong / size).astype(np.float64))) * size).reshape(x.shape)
+            # steps are those of float64, whatever the numbers are
+            size = np.max(abs(wrong)) or numbers.of(1.0)[()]
+            x = x + (numbers.of(solve(own, (wrong / size).astype(np.float64))) * size).reshape(
+                x.shape
+            )
         wrong = float(np.max(abs(forward(numbers, spec, weights, x) - y)))
         if not wrong <= (1e-14 if numbers is LONG else 1e-25) * max(1.0, float(np.max(abs(y)))):
             raise RuntimeError(f"Newton's method left a residual of {wrong}: there is no reference")
@@ -119,7 +137,12 @@ def inverse_of(case, num_decimal):
     slack = 2.0**-60 * norms(found.refined)
     rounding = ROUNDINGS * 2.0**-52 * norms(case.x)
     ratios, allowed = found.error_bound / errors, found.error_bound / np.maximum(errors, rounding)
-    spreads = {"error": errors, "bound": found.error_bound, "ratio": ratios, "ratio_to_target": allowed}
+    spreads = {
+        "error": errors,
+        "bound": found.error_bound,
+        "ratio": ratios,
+        "ratio_to_target": allowed,
+    }
     return {
         "examples": len(errors),
         "applied": int(found.applied.sum()),
@@ -137,12 +160,23 @@ def inverse_of(case, num_decimal):
 def main():
     options = model_parser(__doc__)
     options.add_argument("--num", type=int, default=None, metavar="N", help="test examples (360)")
-    options.add_argument("--decimal", type=int, default=3, metavar="N", help="examples of a case that are checked in 50 digits")
+    options.add_argument(
+        "--decimal",
+        type=int,
+        default=3,
+        metavar="N",
+        help="examples of a case that are checked in 50 digits",
+    )
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     arguments = options.parse_args()
     run, quick = load(arguments.workdir), arguments.quick
     num = arguments.num or (8 if quick else 360)
-    settings = {"data": run.config.data.name, "step": run.step, "roundings": ROUNDINGS, "only": arguments.only}
+    settings = {
+        "data": run.config.data.name,
+        "step": run.step,
+        "roundings": ROUNDINGS,
+        "only": arguments.only,
+    }
     results = {}
     for case_name, case in inverse_cases(run, num, quick=quick):
         if arguments.only in case_name:

@@ -1,15 +1,17 @@
-"""Ours against normflows and a naive power series in PyTorch: same architectures, weights, cores and accuracy, in one run.
+"""Ours against normflows and a naive power series in PyTorch: same architectures, weights, cores
+and accuracy, in one run.
 
     python benchmarks/peers.py [--parts step likelihood ...] [--quick]
 
     step        time and largest memory of a training step, on one core and on two
-    likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001 bits/dim
-    inverse     time of the inverse of a block to a true error of 1e-5, by its Lipschitz constant
-    sampling    samples a second of trained flows to a true error of 1e-5
+    likelihood  seconds an image until |bias| + standard error of the log-likelihood is at most .001
+    bits/dim inverse     time of the inverse of a block to a true error of 1e-5, by its Lipschitz
+    constant sampling    samples a second of trained flows to a true error of 1e-5
 
-In training every peer, size and number of cores is a process of its own, pinned to its cores, and takes turns with the others.
-The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands. Ours is the step of train.py with all that it sets up.
-How trained flows are measured is in _peers_trained.py.
+In training every peer, size and number of cores is a process of its own, pinned to its cores, and
+takes turns with the others. The naive series is Algorithm 2 of Behrmann et al. 2019 as it stands.
+Ours is the step of train.py with all that it sets up. How trained flows are measured is in
+_peers_trained.py.
 """
 
 import argparse
@@ -40,10 +42,18 @@ DIGITS = config_file("digits_density")
 
 
 def colour_config(width, num_blocks=4):
-    """Three scales of blocks 3x3-1x1-3x3 with ELU on 32 x 32 x 3: 5 terms of the series, 5 power iterations, 32 images."""
+    """Three scales of blocks 3x3-1x1-3x3 with ELU on 32 x 32 x 3: 5 terms of the series, 5 power
+    iterations, 32 images.
+    """
     config = default_config()
     config.data.name = "cifar10"  # random images stand in for it
-    block = {"num_blocks": num_blocks, "hidden": (width, width), "kernel_sizes": (3, 1, 3), "activation": "elu", "squeeze": 2}
+    block = {
+        "num_blocks": num_blocks,
+        "hidden": (width, width),
+        "kernel_sizes": (3, 1, 3),
+        "activation": "elu",
+        "squeeze": 2,
+    }
     config.model.stages = (block, block, block)
     config.constraint.num_steps = 5
     config.logdet.update({"kind": "series", "num_terms": 5, "num_probes": 1})
@@ -56,7 +66,9 @@ def step_cases(config, folder):
     data, size = plan.data_for(config), config.training.batch_size
     spec = density_spec(config, data)
     examples = np.asarray(data.examples["train"][: NUM_BATCHES * size])
-    x = np.moveaxis(np.asarray(jax.jit(Density(spec, {}, {}).preprocess)(examples, jax.random.key(0))), -1, 1)
+    x = np.moveaxis(
+        np.asarray(jax.jit(Density(spec, {}, {}).preprocess)(examples, jax.random.key(0))), -1, 1
+    )
     np.save(folder / "batches.npy", x.reshape(NUM_BATCHES, size, *x.shape[1:]))
     of_peers = {
         "architecture": architecture(spec),
@@ -71,21 +83,36 @@ def step_cases(config, folder):
 
 
 def own_cache(folder, name):
-    """Environment of a process whose compiled programs stand in a folder of their own, empty at first."""
+    """Environment of a process whose compiled programs stand in a folder of their own, empty at
+    first.
+    """
     return {"IRESNET_JAX_CACHE_DIR": str(folder / f"cache_{name}")}
 
 
 def steps(arguments, start, folder):
     """Training steps: time by number of cores and largest memory, of every size."""
-    effort = {"turns": 2, "seconds_a_turn": 0.2} if arguments.quick else {"turns": 5, "seconds_a_turn": 2.0}
+    effort = (
+        {"turns": 2, "seconds_a_turn": 0.2}
+        if arguments.quick
+        else {"turns": 5, "seconds_a_turn": 2.0}
+    )
     results = {}
     for size in ("8",) if arguments.quick else SIZES:
-        config = read_config(DIGITS) if size == "digits" else colour_config(int(size), 1 if arguments.quick else 4)
+        config = (
+            read_config(DIGITS)
+            if size == "digits"
+            else colour_config(int(size), 1 if arguments.quick else 4)
+        )
         cases, running = step_cases(config, folder), {}
         for peer, (case, given) in cases.items():
             for count, cores in core_counts().items():
-                running[peer, count] = start(cores, "_steps", case, given, own_cache(folder, f"{size}_{count}"))
-        asked = {name: lambda num, worker=worker: worker.ask("steps", num=num) for name, worker in running.items()}
+                running[peer, count] = start(
+                    cores, "_steps", case, given, own_cache(folder, f"{size}_{count}")
+                )
+        asked = {
+            name: lambda num, worker=worker: worker.ask("steps", num=num)
+            for name, worker in running.items()
+        }
         timings = take_turns(asked, **effort)
         memory = {name: worker.ask("memory") for name, worker in running.items()}
         for worker in running.values():
@@ -95,7 +122,11 @@ def steps(arguments, start, folder):
             again.ask("steps", num=WARMUP)
             memory[OURS, count]["peak_bytes_of_a_second_run"] = again.ask("memory")["peak_bytes"]
             again.stop()
-        results[size] = {"batch_size": config.training.batch_size, "num_terms": config.logdet.num_terms, "cores": {}}
+        results[size] = {
+            "batch_size": config.training.batch_size,
+            "num_terms": config.logdet.num_terms,
+            "cores": {},
+        }
         for (peer, count), timing in timings.items():
             found = {**timing.summary(), **memory[peer, count]}
             found["times_ours"] = timings[OURS, count].speedup_over(timing)
@@ -110,12 +141,16 @@ PARTS = ("step", *HERE)
 
 def main():
     options = parser(__doc__)
-    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    options.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
     arguments = options.parse_args()
     try:
         versions = {name: importlib.metadata.version(name) for name in ("normflows", "torch")}
     except importlib.metadata.PackageNotFoundError as error:
-        raise SystemExit(f"error: there is no package {error.name}: install the packages of the extra 'bench'") from None
+        raise SystemExit(
+            f"error: there is no package {error.name}: install the packages of the extra 'bench'"
+        ) from None
     settings = {
         "versions": versions,
         "cores": core_counts(),
@@ -127,13 +162,22 @@ def main():
     def record(part, results):
         show(results, part)
         output = arguments.output and arguments.output.with_stem(f"{arguments.output.stem}_{part}")
-        write(f"peers_{part}", argparse.Namespace(**{**vars(arguments), "output": output}), settings, results, is_shown=True)
+        write(
+            f"peers_{part}",
+            argparse.Namespace(**{**vars(arguments), "output": output}),
+            settings,
+            results,
+            is_shown=True,
+        )
 
     pin(most_cores())  # PyTorch has as many threads, ours a device for every core
     prepare_jax()
     for part in arguments.parts:
         with workers() as start, tempfile.TemporaryDirectory() as folder:
-            record(part, HERE[part](arguments) if part in HERE else steps(arguments, start, Path(folder)))
+            record(
+                part,
+                HERE[part](arguments) if part in HERE else steps(arguments, start, Path(folder)),
+            )
 
 
 if __name__ == "__main__":

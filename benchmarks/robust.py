@@ -2,13 +2,15 @@
 
     python benchmarks/robust.py --workdir DIR [--twin] [--quick]
 
-DIR holds a run of ``configs/mnist_robust.py``. All test images are verified at the radius that training aimed at, and brought
-back from their features; 1000 are attacked within .999 of their own radius by 200 steps of projected gradient descent from 10
-random starts; the inverses of 8 are certified.
+DIR holds a run of ``configs/mnist_robust.py``. All test images are verified at the radius that
+training aimed at, and brought back from their features; 1000 are attacked within .999 of their own
+radius by 200 steps of projected gradient descent from 10 random starts; the inverses of 8 are
+certified.
 
-The blocks are ``x + g(x)`` with ``g(x) = -K^T phi(K x)`` and ``|K|^2 <= L < 1``. With --twin a network of ``x + (2 / L) g(x)``,
-the longest step that never stretches (Meunier et al. 2022), is trained by the settings of the run: data, loss, optimizer,
-batches, updates, average of parameters. It has no inverse.
+The blocks are ``x + g(x)`` with ``g(x) = -K^T phi(K x)`` and ``|K|^2 <= L < 1``. With --twin a
+network of ``x + (2 / L) g(x)``, the longest step that never stretches (Meunier et al. 2022), is
+trained by the settings of the run: data, loss, optimizer, batches, updates, average of parameters.
+It has no inverse.
 """
 
 from dataclasses import asdict
@@ -78,24 +80,35 @@ def twin_radii(model, images, labels):
 
     @jax.jit
     def radii(model, images, labels):
-        logits, is_own = twin_logits(model, images), jax.nn.one_hot(labels, model.spec.num_classes) > 0
+        logits, is_own = (
+            twin_logits(model, images),
+            jax.nn.one_hot(labels, model.spec.num_classes) > 0,
+        )
         margins = jnp.take_along_axis(logits, labels[:, None], 1) - logits
         sizes = min(model.spec.std) * margins / jnp.where(is_own, 1, distances(model.head)[labels])
         return jnp.where(is_own, jnp.inf, sizes).min(axis=1)
 
     parts = [slice(i, i + 1000) for i in range(0, len(images), 1000)]
-    return np.maximum(np.concatenate([radii(model, images[part], labels[part]) for part in parts]), 0)
+    return np.maximum(
+        np.concatenate([radii(model, images[part], labels[part]) for part in parts]), 0
+    )
 
 
 def accuracies(radii, radius):
     """Shares of images that are right, and verified at a radius."""
     clean, verified = Accuracy.of(radii > 0), Accuracy.of(radii >= radius)
-    return {"clean": asdict(clean), "verified": asdict(verified), "median_radius": float(np.median(radii))}
+    return {
+        "clean": asdict(clean),
+        "verified": asdict(verified),
+        "median_radius": float(np.median(radii)),
+    }
 
 
 def main():
     options = model_parser(__doc__)
-    options.add_argument("--twin", action="store_true", help="also train and verify the network without an inverse")
+    options.add_argument(
+        "--twin", action="store_true", help="also train and verify the network without an inverse"
+    )
     arguments = options.parse_args()
     run, model = load_kind(arguments.workdir, ir.Classifier)
     config, attack, num_steps = run.config, ATTACK, run.config.training.total_steps
@@ -107,17 +120,25 @@ def main():
     found = ir.certify.radius(model, images)
     own, first = np.where(found.predicted == labels, found.radius, 0), slice(0, NUM_CHECKED)
     inside = INSIDE * found.radius[first]
-    margins = least_margins(model, images[first], found.predicted[first], inside, attack, config.seed, size)
+    margins = least_margins(
+        model, images[first], found.predicted[first], inside, attack, config.seed, size
+    )
     results = {
         "invertible": accuracies(own, radius),
         "attacks_within_own_radius": {"num": len(margins), "broken": int((margins < 0).sum())},
-        "inverse": asdict(reconstruct(model, images, size, config.seed, num_certified=NUM_CERTIFIED).summary),
+        "inverse": asdict(
+            reconstruct(model, images, size, config.seed, num_certified=NUM_CERTIFIED).summary
+        ),
     }
     if arguments.twin:
         twins = twin_radii(trained_twin(run, num_steps), images, labels)
         lost = 100 * float((twins >= radius).mean() - (own >= radius).mean())
         results |= {"twin": {**accuracies(twins, radius), "points_of_verified_lost": lost}}
-    settings = {"radius": radius, "steps": num_steps, "attack": dict(zip(("steps", "starts"), attack, strict=True))}
+    settings = {
+        "radius": radius,
+        "steps": num_steps,
+        "attack": dict(zip(("steps", "starts"), attack, strict=True)),
+    }
     write(f"robust_{config.data.name}_{radius:.3g}", arguments, settings, results)
 
 

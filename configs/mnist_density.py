@@ -1,14 +1,16 @@
-"""Density of MNIST as it is: 28 x 28 x 1, 256 grey levels, 55,000 images for training and 10,000 for the test.
+"""Density of MNIST as it is: 28 x 28 x 1, 256 grey levels, 55,000 images for training and 10,000
+for the test.
 
     python train.py --config=configs/mnist_density.py --workdir=runs/mnist_density
 
-Test 1.090 +- .003 bits/dim after 12,000 of these 15,000 steps, 133 minutes by the clock of the run, for the most part on one
-core with the other one busy (benchmarks/results/mnist_density). The paper reports 1.06, of images that were padded to 32 x 32
-and copied to three channels, Residual Flows .970.
+Test 1.090 +- .003 bits/dim after 12,000 of these 15,000 steps, 133 minutes by the clock of the run,
+for the most part on one core with the other one busy (benchmarks/results/mnist_density). The paper
+reports 1.06, of images that were padded to 32 x 32 and copied to three channels, Residual Flows
+.970.
 
-With :variational behind it training goes on from that model, the noise of dequantisation with it, for 12,500 steps, 92
-minutes of one core: test 1.077 +- .003 bits/dim, 1.063 by the bound of 64 weighted draws
-(benchmarks/results/mnist_density_variational).
+With :variational behind it training goes on from that model, the noise of dequantisation with it,
+for 12,500 steps, 92 minutes of one core: test 1.077 +- .003 bits/dim, 1.063 by the bound of 64
+weighted draws (benchmarks/results/mnist_density_variational).
 """
 
 from iresnet_jax.runs.config import check_name, default_config
@@ -18,7 +20,12 @@ def get_config(noise="uniform"):
     check_name(noise, ("uniform", "variational"))
     config = default_config()
     config.data.name = "mnist"
-    convolutional = {"kernel_sizes": (3, 3), "activation": "clipswish", "squeeze": 2, "positional_bias": True}
+    convolutional = {
+        "kernel_sizes": (3, 3),
+        "activation": "clipswish",
+        "squeeze": 2,
+        "positional_bias": True,
+    }
     config.model.stages = (
         {**convolutional, "num_blocks": 10, "hidden": (48,)},
         {**convolutional, "num_blocks": 6, "hidden": (64,)},
@@ -27,18 +34,35 @@ def get_config(noise="uniform"):
     config.model.coeff = 0.95
     config.model.prior = "logistic"
     config.preprocessing.update({"transform": "equalize", "entrywise": True, "alpha": 1e-6})
-    # Blocks contract as much as they may: at c = .97 training exploited what series of 8 terms cut off (docs/measured.md).
+    # Blocks contract as much as they may: at c = .97 training exploited what series of 8 terms cut
+    # off (docs/measured.md).
     config.logdet.update({"kind": "krylov", "num_terms": 6})
-    config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
+    config.optimizer.update(
+        {"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05}
+    )
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 200})
-    config.training.update({"total_steps": 15_000, "batch_size": 32, "eval_every_steps": 1000, "eval_examples": 1024})
-    config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 2})  # 10,000 images: neither contributes much
+    config.training.update(
+        {"total_steps": 15_000, "batch_size": 32, "eval_every_steps": 1000, "eval_examples": 1024}
+    )
+    # 10,000 images: neither contributes much
+    config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 2})
     if noise == "variational":
         config.model.dequantization = noise
         config.training.initial_model = "benchmarks/results/mnist_density/model.npz"
         config.logdet.num_terms = 4  # exploited from the start: validation raises it to 6, then 9
-        config.optimizer.learning_rate = 5e-4  # kernels of a saved model are no larger than the budget
-        config.training.update({"total_steps": 12_500, "batch_size": 16, "eval_every_steps": 1250, "eval_examples": 512})
+        # kernels of a saved model are no larger than the budget
+        config.optimizer.learning_rate = 5e-4
+        config.training.update(
+            {
+                "total_steps": 12_500,
+                "batch_size": 16,
+                "eval_every_steps": 1250,
+                "eval_examples": 512,
+            }
+        )
         config.evaluation.update({"num_importance_draws": 64, "num_importance_examples": 128})
-    config.references.values = (("i-ResNet (Behrmann et al. 2019)", 1.06), ("Residual Flow (Chen et al. 2019)", 0.970))
+    config.references.values = (
+        ("i-ResNet (Behrmann et al. 2019)", 1.06),
+        ("Residual Flow (Chen et al. 2019)", 0.970),
+    )
     return config

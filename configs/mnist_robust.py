@@ -1,14 +1,18 @@
-"""Classification of images with certified radii, by an invertible network that never stretches, sized for a CPU.
+"""Classification of images with certified radii, by an invertible network that never stretches,
+sized for a CPU.
 
     python train.py --config=configs/mnist_robust.py --workdir=runs/mnist_robust
 
-Every block is a gradient step of a convex potential with eigenvalues in [mu, 1], mu = .545, so ``Lip(F) <= 1`` at any depth and
-``Lip(F^-1) <= mu^-16 = 1.7e4``: rounding in single precision, magnified by that, stays below what a grey level can show. On
-CIFAR-10 rounding is far from the bound, and mu = .45 leaves the steps longer.
-Test 95.2 % right, 57.0 % verified at 1.58 after 44 minutes of one core (benchmarks/results/mnist_robust).
+Every block is a gradient step of a convex potential with eigenvalues in [mu, 1], mu = .545, so
+``Lip(F) <= 1`` at any depth and ``Lip(F^-1) <= mu^-16 = 1.7e4``: rounding in single precision,
+magnified by that, stays below what a grey level can show. On CIFAR-10 rounding is far from the
+bound, and mu = .45 leaves the steps longer. Test 95.2 % right, 57.0 % verified at 1.58 after 44
+minutes of one core (benchmarks/results/mnist_robust).
 
-Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 1] that training aims at; :fashion_mnist and
-:cifar10 aim at 36/255 on those data. `report` has the accuracy that is verified and the one under attack at `evaluation.radii`.
+Variants after a colon: :1.58 (the default) and :0.3 are radii in pixels of [0, 1] that training
+aims at; :fashion_mnist and
+:cifar10 aim at 36/255 on those data. `report` has the accuracy that is verified and the one under
+attack at `evaluation.radii`.
 """
 
 from iresnet_jax.runs.config import check_name, default_config
@@ -30,12 +34,28 @@ def get_config(variant="1.58"):
     config = default_config()
     config.objective = "classification"
     config.data.name = data
-    config.model.stages = ({"num_blocks": 16, "hidden": (512,), "activation": "relu", "kind": "potential", "actnorm": False},)
+    config.model.stages = (
+        {
+            "num_blocks": 16,
+            "hidden": (512,),
+            "activation": "relu",
+            "kind": "potential",
+            "actnorm": False,
+        },
+    )
     config.model.coeff = step
-    config.classifier.update({"mean": (0.0,), "std": (1.0,), "head": "linear", "margin": margin, "temperature": 0.25})
-    config.optimizer.update({"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05})
-    config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 100, "b2": 0.999, "clip_norm": 0.0})
-    config.training.update({"total_steps": num_epochs * EPOCH, "batch_size": BATCH_SIZE, "eval_every_steps": EPOCH})
+    config.classifier.update(
+        {"mean": (0.0,), "std": (1.0,), "head": "linear", "margin": margin, "temperature": 0.25}
+    )
+    config.optimizer.update(
+        {"name": "muon", "momentum": 0.95, "nesterov": True, "weight_decay": 0.05}
+    )
+    config.optimizer.update(
+        {"learning_rate": 1e-2, "warmup_steps": 100, "b2": 0.999, "clip_norm": 0.0}
+    )
+    config.training.update(
+        {"total_steps": num_epochs * EPOCH, "batch_size": BATCH_SIZE, "eval_every_steps": EPOCH}
+    )
     config.training.update({"ema_decay": 0.995, "eval_examples": 5000, "log_every_steps": 50})
     config.evaluation.radii = radii
     return config

@@ -1,4 +1,6 @@
-"""Docstrings as the site shows them: what is written for a reader of the source becomes Markdown."""
+"""Docstrings as the site shows them: what is written for a reader of the source becomes
+Markdown.
+"""
 
 import re
 from typing import Any
@@ -11,7 +13,12 @@ def to_markdown(text: str) -> str:
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     text = re.sub(r"^Example::$", "For example:", text, flags=re.MULTILINE)
     text = re.sub(r"^\.\. math:: (.+)$", r"    \1", text, flags=re.MULTILINE)
-    return re.sub(r"^==[= ]+$.*^==[= ]+$", lambda table: f"```text\n{table[0]}\n```", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(
+        r"^==[= ]+$.*^==[= ]+$",
+        lambda table: f"```text\n{table[0]}\n```",
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
 
 
 class Docstrings(griffe.Extension):

@@ -1,10 +1,11 @@
-"""The papers' figures and tables, drawn from kept models, from records, or from networks that are trained here.
+"""The papers' figures and tables, drawn from kept models, from records, or from networks that are
+trained here.
 
     python docs/figures.py                          # every figure, to docs/figures/NAME.svg
     python docs/figures.py inverses logdets tables  # these; tables are printed, as Markdown
 
-A figure is a function without required arguments, which stands in `FIGURES`; its docstring is its caption. Curves differ in
-dash and marker, so they can be told apart without colour.
+A figure is a function without required arguments, which stands in `FIGURES`; its docstring is its
+caption. Curves differ in dash and marker, so they can be told apart without colour.
 """
 
 import argparse
@@ -47,22 +48,31 @@ CURVES: tuple[dict[str, Any], ...] = (
 )
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def trajectories(*, num_blocks: int = 20, steps: int = 4000) -> Figure:
-    """Paths of points through an ordinary and an invertible residual network (Behrmann et al. 2019, Fig. 1).
+    """Paths of points through an ordinary and an invertible residual network (Behrmann et al. 2019,
+    Fig. 1).
 
-    Both start from the same weights and are fitted to the same noisy examples of ``x -> x^3`` at half of their depth and of
-    ``x -> x`` at its end, the dashes. Orange crosses are where neighbouring paths cross: the ordinary network makes them
-    where it follows the noise, and then no inverse can tell its inputs apart. A block of the invertible network shrinks a
-    distance by at most the factor ``1 - Lip(g)``, so its paths keep their order.
+    Both start from the same weights and are fitted to the same noisy examples of ``x -> x^3`` at
+    half of their depth and of ``x -> x`` at its end, the dashes. Orange crosses are where
+    neighbouring paths cross: the ordinary network makes them where it follows the noise, and then
+    no inverse can tell its inputs apart. A block of the invertible network shrinks a distance by at
+    most the factor ``1 - Lip(g)``, so its paths keep their order.
     """
     x = jnp.linspace(-2.0, 2.0, 48)[:, None]
     key_weights, key_noise, key_training = jax.random.split(jax.random.key(0), 3)
     halfway, end = jnp.stack([x**3, x]) + 0.5 * jax.random.normal(key_noise, (2, *x.shape))
     stage = ir.StageSpec(num_blocks, (16, 16), actnorm=False)
-    start = ir.Density.init(key_weights, np.asarray(x), stages=[stage], transform=ir.Identity(), last_scale=0.3, sharpness=0.0)
+    start = ir.Density.init(
+        key_weights,
+        np.asarray(x),
+        stages=[stage],
+        transform=ir.Identity(),
+        last_scale=0.3,
+        sharpness=0.0,
+    )
 
     def error(branch: Branch) -> Array:
         path = path_through(branch, x)
@@ -72,28 +82,55 @@ def trajectories(*, num_blocks: int = 20, steps: int = 4000) -> Figure:
         del batch, key
         return error(model.weights["stage0"].branch)
 
-    invertible = ir.train(start, error_of_model, steps=steps, key=key_training, progress=False).weights["stage0"].branch
+    invertible = (
+        ir.train(start, error_of_model, steps=steps, key=key_training, progress=False)
+        .weights["stage0"]
+        .branch
+    )
     ordinary = minimised(error, start.weights["stage0"].branch, steps)
 
     figure = Figure((WIDTH, 3.8), layout="constrained")
     for axes, (name, branch) in zip(
-        figure.subplots(1, 2, sharey=True), {"ordinary": ordinary, "invertible": invertible}.items(), strict=True
+        figure.subplots(1, 2, sharey=True),
+        {"ordinary": ordinary, "invertible": invertible}.items(),
+        strict=True,
     ):
         positions = np.asarray(path_through(branch, jnp.linspace(-2.0, 2.0, 121)[:, None]))[..., 0]
         drawn = positions[0, ::4]
         axes.plot(positions[:, ::4], color=CURVES[0]["color"], linewidth=0.7)
         for depth, image in ((num_blocks / 2, drawn**3), (num_blocks, drawn)):
-            axes.plot(np.full(len(drawn), depth), image, color="black", linestyle="none", marker="_", markersize=5)
+            axes.plot(
+                np.full(len(drawn), depth),
+                image,
+                color="black",
+                linestyle="none",
+                marker="_",
+                markersize=5,
+            )
         order = np.sign(np.diff(positions, axis=1))
         before, where = np.nonzero(order[1:] != order[:-1])
         middle = (positions[before, where] + positions[before + 1, where]) / 2
-        axes.plot(before + 0.5, middle, color=CURVES[1]["color"], linestyle="none", marker="x", markersize=4)
-        label(axes, "blocks", "position" if name == "ordinary" else "", f"{name}: {len(before)} crossings")
+        axes.plot(
+            before + 0.5,
+            middle,
+            color=CURVES[1]["color"],
+            linestyle="none",
+            marker="x",
+            markersize=4,
+        )
+        label(
+            axes,
+            "blocks",
+            "position" if name == "ordinary" else "",
+            f"{name}: {len(before)} crossings",
+        )
     return figure
 
 
 def path_through(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"]:
-    """Positions of points at the start and after each block ``x + g(x)``; the branches are stacked over blocks."""
+    """Positions of points at the start and after each block ``x + g(x)``; the branches are
+    stacked over blocks.
+    """
 
     def step(x: Array, branch: Branch) -> tuple[Array, Array]:
         x = x + branch(x)
@@ -104,7 +141,9 @@ def path_through(branch: Branch, x: Float[Array, "n 1"]) -> Float[Array, "k n 1"
 
 def minimised(loss: Any, branch: Branch, steps: int) -> Branch:
     """The branches with the weights that Adam ends at, without any constraint."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+    )
 
     def with_weights(weights: Any) -> Branch:
         return Branch(branch.spec, weights)
@@ -113,7 +152,9 @@ def minimised(loss: Any, branch: Branch, steps: int) -> Branch:
     def run(weights: Any) -> Any:
         def step(state: Any, _: None) -> tuple[Any, None]:
             weights, moments = state
-            updates, moments = optimizer.update(jax.grad(lambda w: loss(with_weights(w)))(weights), moments, weights)
+            updates, moments = optimizer.update(
+                jax.grad(lambda w: loss(with_weights(w)))(weights), moments, weights
+            )
             return (optax.apply_updates(weights, updates), moments), None
 
         return jax.lax.scan(step, (weights, optimizer.init(weights)), length=steps)[0][0]
@@ -124,29 +165,51 @@ def minimised(loss: Any, branch: Branch, steps: int) -> Branch:
 def densities(*, steps: int = 2000) -> Figure:
     """Densities of the plane below histograms of their data (Behrmann et al. 2019, Fig. 4).
 
-    Below each are the negative log-likelihood of 10,000 further points with one standard error, and the entropy of the data,
-    which no density can pass: the gap is largest for rings, which lie around each other.
+    Below each are the negative log-likelihood of 10,000 further points with one standard error, and
+    the entropy of the data, which no density can pass: the gap is largest for rings, which lie
+    around each other.
     """
     side, columns = 128, 4
     figure = Figure((WIDTH, 8.7), layout="constrained")
     grid = figure.subplots(2 * (-(-len(TOYS) // columns)), columns, squeeze=False)
     for i, toy in enumerate(TOYS.values()):
-        train, test = (np.asarray(toy.sample(jax.random.key(seed), num)) for seed, num in ((0, 50_000), (1, 10_000)))
+        train, test = (
+            np.asarray(toy.sample(jax.random.key(seed), num))
+            for seed, num in ((0, 50_000), (1, 10_000))
+        )
         start = ir.Density.init(
-            jax.random.key(2), train[:1024], stages=[ir.StageSpec(8, (32, 32), activation="clipswish")], transform=ir.Identity()
+            jax.random.key(2),
+            train[:1024],
+            stages=[ir.StageSpec(8, (32, 32), activation="clipswish")],
+            transform=ir.Identity(),
         )
         model = ir.train(
-            start, negative_log_likelihood, train, batch_size=256, steps=steps, key=jax.random.key(3), progress=False
+            start,
+            negative_log_likelihood,
+            train,
+            batch_size=256,
+            steps=steps,
+            key=jax.random.key(3),
+            progress=False,
         )
         reach = 1.1 * np.abs(test).max()
         ticks = ((np.arange(side) + 0.5) / side * 2 - 1) * reach
         points = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2).astype(np.float32)
         log_prob = jax.jit(lambda model, x: model.log_prob(x))
         density = np.exp(np.asarray(log_prob(model, points)).reshape(side, side))
-        counts = np.histogram2d(test[:, 1], test[:, 0], bins=side // 2, range=[[-reach, reach]] * 2)[0]
+        counts = np.histogram2d(
+            test[:, 1], test[:, 0], bins=side // 2, range=[[-reach, reach]] * 2
+        )[0]
         above, below = grid[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
         for axes, values in ((above, counts), (below, density)):
-            axes.imshow(values, origin="lower", cmap="Greys", vmin=0.0, vmax=np.quantile(values, 0.995), interpolation="none")
+            axes.imshow(
+                values,
+                origin="lower",
+                cmap="Greys",
+                vmin=0.0,
+                vmax=np.quantile(values, 0.995),
+                interpolation="none",
+            )
             axes.set_axis_off()
         nll = -np.asarray(log_prob(model, test), np.float64)
         stderr = nll.std(ddof=1) / math.sqrt(len(nll))
@@ -161,10 +224,12 @@ def negative_log_likelihood(model: ir.Density, batch: Array, key: Array) -> Arra
 
 
 def reconstructions(*, steps: int = 600) -> Figure:
-    """Test images, and what the features of a classifier give back by at most 100 steps of Banach iteration a block.
+    """Test images, and what the features of a classifier give back by at most 100 steps of Banach
+    iteration a block.
 
-    Both classifiers start from the same weights (Behrmann et al. 2019, Fig. 2). With the constraint every block has a
-    certified inverse. Without it the bounds of the branches are above 1, no inverse is promised, and other images come back.
+    Both classifiers start from the same weights (Behrmann et al. 2019, Fig. 2). With the constraint
+    every block has a certified inverse. Without it the bounds of the branches are above 1, no
+    inverse is promised, and other images come back.
     """
     digits = data.load("digits")
     assert digits.num_classes is not None
@@ -172,7 +237,9 @@ def reconstructions(*, steps: int = 600) -> Figure:
     train, test = ((digits.examples[split], digits.labels[split]) for split in ("train", "test"))
     stage = functools.partial(ir.StageSpec, 4, (64, 64), (3, 1, 3), squeeze=2)
     stages = [stage(), stage(preactivation=True)]
-    init = functools.partial(ir.Classifier.init, num_classes=digits.num_classes, num_levels=digits.num_levels)
+    init = functools.partial(
+        ir.Classifier.init, num_classes=digits.num_classes, num_levels=digits.num_levels
+    )
     start = init(jax.random.key(0), train[0][:512], stages=stages, pad_channels=3)
     start = start.with_(solver=ir.Solver(max_evals=100, memory=0))
     free = start.with_(spec=dataclasses.replace(start.spec, constrained=False))
@@ -181,14 +248,27 @@ def reconstructions(*, steps: int = 600) -> Figure:
     top, *others = figure.subplots(3, 1)
     scale = digits.num_levels - 1
     strip(top, test[0][:12] / scale, "image", "")
-    for axes, (name, model) in zip(others, {"with the constraint": start, "without": free}.items(), strict=True):
-        model = ir.train(model, error_of_classes, train, batch_size=64, steps=steps, key=jax.random.key(1), progress=False)
+    for axes, (name, model) in zip(
+        others, {"with the constraint": start, "without": free}.items(), strict=True
+    ):
+        model = ir.train(
+            model,
+            error_of_classes,
+            train,
+            batch_size=64,
+            steps=steps,
+            key=jax.random.key(1),
+            progress=False,
+        )
         wrong = np.asarray(model.logits(test[0])).argmax(axis=-1) != test[1]
         back = np.asarray(model.reconstruct(model.features(test[0])).images)
         error = np.linalg.norm((back - test[0] / scale).reshape(len(back), -1), axis=1)
         error /= np.linalg.norm(test[0].reshape(len(back), -1) / scale, axis=1)
         bound = model.certificate().max_block
-        said = f"test error {wrong.mean():.1%}, Lip(g) at most {bound:.3g}, mean relative error {error.mean():.2g}"
+        said = (
+            f"test error {wrong.mean():.1%}, Lip(g) at most {bound:.3g}, mean relative error "
+            f"{error.mean():.2g}"
+        )
         strip(axes, back[:12], name, said)
     return figure
 
@@ -202,10 +282,10 @@ def error_of_classes(model: ir.Classifier, batch: tuple[Array, Array], key: Arra
 def inverses() -> Figure:
     """Error of a block's inverse against evaluations of its branch ``g``.
 
-    The black line is what the Lipschitz constant ``L`` alone guarantees: Banach iteration ``x_{n+1} = y - g(x_n)`` from ``x_0
-    = y`` satisfies ``|x_n - x*| <= L^n / (1 - L) |x_1 - x_0|`` (Behrmann et al. 2019, Lemma 2). Measured errors fall faster,
-    Anderson's method needs fewer evaluations, and the bound that the solver states from its residual, thin, is close to the
-    error.
+    The black line is what the Lipschitz constant ``L`` alone guarantees: Banach iteration ``x_{n+1}
+    = y - g(x_n)`` from ``x_0 = y`` satisfies ``|x_n - x*| <= L^n / (1 - L) |x_1 - x_0|`` (Behrmann
+    et al. 2019, Lemma 2). Measured errors fall faster, Anderson's method needs fewer evaluations,
+    and the bound that the solver states from its residual, thin, is close to the error.
     """
     evaluations = (1, 2, 3, 4, 6, 8, 11, 15, 20, 30, 45, 70)
     figure = Figure((WIDTH, 3.6), layout="constrained")
@@ -217,29 +297,48 @@ def inverses() -> Figure:
         @functools.partial(jax.jit, static_argnames=("num", "memory"))
         def inverse(branch: Branch, num: int, memory: int) -> tuple[Array, Array]:
             y = x + branch(x)
-            found, info = ir.invert_residual(branch, y, lipschitz_bound=bound, atol=1e-15, max_evals=num, memory=memory)
+            found, info = ir.invert_residual(
+                branch, y, lipschitz_bound=bound, atol=1e-15, max_evals=num, memory=memory
+            )
             return euclidean(found - x).max(), info.error_bound.max()
 
         for which, (solver, memory) in enumerate({"Banach": 0, "Anderson, 4 steps": 4}.items()):
             error, stated = np.transpose([inverse(branch, num, memory) for num in evaluations])
             curve(axes, which, evaluations, error, solver)
-            curve(axes, which, evaluations, stated, f"{solver}: bound of the solver", marker=None, linewidth=0.8)
+            curve(
+                axes,
+                which,
+                evaluations,
+                stated,
+                f"{solver}: bound of the solver",
+                marker=None,
+                linewidth=0.8,
+            )
         first = float(euclidean(branch(x + branch(x))).max())
-    rate = [bound ** (num - 1) / (1 - bound) * first for num in evaluations]  # the last evaluation measures the residual
-    axes.plot(evaluations, rate, "k", linewidth=1.4, label=f"guaranteed: $L^n |x_1 - x_0| / (1 - L)$, $L$ = {bound:.3f}")
+    # the last evaluation measures the residual
+    rate = [bound ** (num - 1) / (1 - bound) * first for num in evaluations]
+    axes.plot(
+        evaluations,
+        rate,
+        "k",
+        linewidth=1.4,
+        label=f"guaranteed: $L^n |x_1 - x_0| / (1 - L)$, $L$ = {bound:.3f}",
+    )
     axes.set_yscale("log")
     label(axes, "evaluations of the branch", "largest Euclidean error", name)
     return figure
 
 
 def logdets(*, num_draws: int = 100) -> Figure:
-    """Bias and spread of three estimators of the log-determinant of a block, against products with the Jacobian.
+    """Bias and spread of three estimators of the log-determinant of a block, against products with
+    the Jacobian.
 
-    The power series loses a constant factor of its bias a term and Krylov subspaces lose more; the thin lines, the bounds of
-    what is left out, stay above. The roulette (Chen et al. 2019) has no bias: its points are noise within two standard
-    errors. Biases are mean differences to the same estimator with negligible truncation, for the same probes, so their noise
-    is small. On the right the standard deviation falls as one over the root of the probes for all three: more products do not
-    reduce it.
+    The power series loses a constant factor of its bias a term and Krylov subspaces lose more; the
+    thin lines, the bounds of what is left out, stay above. The roulette (Chen et al. 2019) has no
+    bias: its points are noise within two standard errors. Biases are mean differences to the same
+    estimator with negligible truncation, for the same probes, so their noise is small. On the right
+    the standard deviation falls as one over the root of the probes for all three: more products do
+    not reduce it.
     """
     negligible, num_products = 1e-9, 5  # nats; products at which probes are compared
     products, probes = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20), (1, 2, 4, 8, 16)
@@ -248,12 +347,16 @@ def logdets(*, num_draws: int = 100) -> Figure:
     with jax.enable_x64():
         name, branch, x = loosest_block(8)
         size, bound = math.prod(x.shape[1:]), float(branch.lipschitz_bound)
-        enough = next(n for n in itertools.count(1) if truncation_bound(size, bound, n) < negligible)
+        enough = next(
+            n for n in itertools.count(1) if truncation_bound(size, bound, n) < negligible
+        )
         keys = jax.random.split(jax.random.key(0), (num_draws, len(x)))
 
         @functools.partial(jax.jit, static_argnames="estimator")
         def draws(branch: Branch, estimator: LogdetEstimator) -> tuple[Array, Array]:
-            """Estimates and bounds of what they leave out, a row a draw; the same keys give the same probes."""
+            """Estimates and bounds of what they leave out, a row a draw; the same keys give the
+            same probes.
+            """
 
             def once(keys: Array) -> tuple[Array, Array]:
                 value, info = estimator(branch, x, keys, lipschitz_bound=branch.lipschitz_bound)
@@ -263,7 +366,8 @@ def logdets(*, num_draws: int = 100) -> Figure:
 
         estimators = {
             "series": lambda n, p: ir.SeriesLogdet(n, num_probes=p),
-            "roulette": lambda n, p: ir.RouletteLogdet("poisson", 2.0, max(n - 2, 0), num_probes=p),  # n products on average
+            # n products on average
+            "roulette": lambda n, p: ir.RouletteLogdet("poisson", 2.0, max(n - 2, 0), num_probes=p),
             "Krylov": lambda n, p: ir.KrylovLogdet(min(n, size), num_probes=p),
         }
         for which, (kind, make) in enumerate(estimators.items()):
@@ -276,13 +380,27 @@ def logdets(*, num_draws: int = 100) -> Figure:
                 error.append(2 * missing.std(ddof=1) / math.sqrt(missing.size))
                 left_out.append(float(truncated.mean()))
             curve(left, which, products, bias, kind)
-            left.errorbar(products, bias, error, color=CURVES[which]["color"], linestyle="none", linewidth=0.8, capsize=2)
+            left.errorbar(
+                products,
+                bias,
+                error,
+                color=CURVES[which]["color"],
+                linestyle="none",
+                linewidth=0.8,
+                capsize=2,
+            )
             curve(left, which, products, left_out, f"{kind}: bound", marker=None, linewidth=0.8)
             estimates = [np.asarray(draws(branch, make(num_products, p))[0]) for p in probes]
             spread = [float(np.sqrt(values.var(axis=0, ddof=1).mean())) for values in estimates]
             curve(right, which, probes, spread, kind)
             if kind == "series":
-                right.plot(probes, spread[0] / np.sqrt(probes), "grey", linewidth=0.8, label="1 / root of the probes")
+                right.plot(
+                    probes,
+                    spread[0] / np.sqrt(probes),
+                    "grey",
+                    linewidth=0.8,
+                    label="1 / root of the probes",
+                )
     left.set(yscale="log", ylim=(negligible, None))
     right.set(xscale="log", yscale="log")
     right.set_xticks(probes, [str(p) for p in probes])
@@ -293,27 +411,48 @@ def logdets(*, num_draws: int = 100) -> Figure:
 
 
 def coefficients() -> Figure:
-    """Test error of classifiers against the largest norm of a layer (Behrmann et al. 2019, Table 2), with 95 % intervals.
+    """Test error of classifiers against the largest norm of a layer (Behrmann et al. 2019, Table
+    2), with 95 % intervals.
 
-    Rightmost is the same network without a constraint. The networks of the published numbers are larger.
+    Rightmost is the same network without a constraint. The networks of the published numbers are
+    larger.
     """
     figure = Figure((WIDTH, 3.2), layout="constrained")
     paths = sorted(RESULTS.glob("lipschitz_sweep_*.json"))
     for which, (axes, path) in enumerate(zip(figure.subplots(1, len(paths)), paths, strict=True)):
         rows = {row["model"]: row for row in rows_of_sweep(path)}
-        places = {name: 1.0 if name == "no constraint" else float(name[4:]) for name in rows if name != "BatchNorm"}
+        places = {
+            name: 1.0 if name == "no constraint" else float(name[4:])
+            for name in rows
+            if name != "BatchNorm"
+        }
         names = sorted(places, key=lambda name: places[name])
         x, y = [places[name] for name in names], np.array([rows[name]["value"] for name in names])
         low, high = np.transpose([rows[name]["interval"] for name in names])
         curve(axes, 0, x, y, "here")
-        axes.errorbar(x, y, [y - low, high - y], color=CURVES[0]["color"], linestyle="none", linewidth=0.8, capsize=2)
-        published = {places[name]: PUBLISHED[rows[name]["key"]] for name in names if rows[name]["key"] in PUBLISHED}
+        axes.errorbar(
+            x,
+            y,
+            [y - low, high - y],
+            color=CURVES[0]["color"],
+            linestyle="none",
+            linewidth=0.8,
+            capsize=2,
+        )
+        published = {
+            places[name]: PUBLISHED[rows[name]["key"]]
+            for name in names
+            if rows[name]["key"] in PUBLISHED
+        }
         if published:
             curve(axes, 1, list(published), list(published.values()), "published")
         axes.set_xticks(x, ["none" if place == 1 else f"{place:g}" for place in x])
         axes.set_ylim(0, None)
         label(
-            axes, "coefficient", "" if which else "test error [%]", path.stem.split("_", 2)[2].removesuffix("_classification")
+            axes,
+            "coefficient",
+            "" if which else "test error [%]",
+            path.stem.split("_", 2)[2].removesuffix("_classification"),
         )
     return figure
 
@@ -321,12 +460,20 @@ def coefficients() -> Figure:
 def tables() -> str:
     """Numbers of all records and reports, with 95 % intervals, beside published ones.
 
-    The published bits/dim of MNIST are of images padded to 32 x 32 x 3, and the images of CIFAR-10 are JPEG copies. Published
-    errors of classes are quoted second-hand: look them up in the paper before you cite them.
+    The published bits/dim of MNIST are of images padded to 32 x 32 x 3, and the images of CIFAR-10
+    are JPEG copies. Published errors of classes are quoted second-hand: look them up in the paper
+    before you cite them.
     """
-    rows = [row for path in sorted(RESULTS.glob("lipschitz_sweep_*.json")) for row in rows_of_sweep(path)]
+    rows = [
+        row
+        for path in sorted(RESULTS.glob("lipschitz_sweep_*.json"))
+        for row in rows_of_sweep(path)
+    ]
     rows += [row for path in sorted(RESULTS.glob("**/report.json")) for row in rows_of_report(path)]
-    lines = ["| data | model | value | 95 % interval | published | minutes | machine |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| data | model | value | 95 % interval | published | minutes | machine |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         low, high = row["interval"]
         interval = f"{low:.3f} to {high:.3f}" if math.isfinite(low) else ""
@@ -345,15 +492,25 @@ def tables() -> str:
 
 
 # Functions that make a figure, or a table as Markdown.
-FIGURES = {f.__name__: f for f in (trajectories, densities, reconstructions, inverses, logdets, coefficients, tables)}
+FIGURES = {
+    f.__name__: f
+    for f in (trajectories, densities, reconstructions, inverses, logdets, coefficients, tables)
+}
 
 
-# --- records --------------------------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 # % error on MNIST by coefficient, Behrmann et al. 2019, Table 2, quoted second-hand.
 PUBLISHED = {
     ("mnist_classification", variant): error
-    for variant, error in {"vanilla": 0.38, "0.9": 0.40, "0.8": 0.42, "0.7": 0.40, "0.6": 0.42, "0.5": 0.86}.items()
+    for variant, error in {
+        "vanilla": 0.38,
+        "0.9": 0.40,
+        "0.8": 0.42,
+        "0.7": 0.40,
+        "0.6": 0.42,
+        "0.5": 0.86,
+    }.items()
 }
 VARIANTS = {"batchnorm": "BatchNorm", "vanilla": "no constraint", "none": "no constraint"}
 
@@ -370,7 +527,8 @@ def rows_of_sweep(path: Path) -> Iterator[dict[str, Any]]:
             "model": VARIANTS.get(variant, f"c = {variant}"),
             "value": 100 * error,
             "unit": "% error",
-            "interval": 100 * np.array(fraction_interval(round(error * num), num)),  # seeds share their images
+            # seeds share their images
+            "interval": 100 * np.array(fraction_interval(round(error * num), num)),
             "published": f"{PUBLISHED[name, variant]:.2f}" if (name, variant) in PUBLISHED else "",
             "seconds": sum(run["total_seconds"] for run in runs) / len(runs),
             "machine": machine(record["environment"]),
@@ -390,11 +548,23 @@ def rows_of_report(path: Path) -> Iterator[dict[str, Any]]:
     }
     for key, unit in (("bits_per_dim", "bits/dim"), ("nll", "nats")):
         if found := report.get(key):
-            mean, stderr = (math.nan if found[name] is None else found[name] for name in ("mean", "stderr"))
-            yield {**known, "value": mean, "unit": unit, "interval": (mean - 1.96 * stderr, mean + 1.96 * stderr)}
+            mean, stderr = (
+                math.nan if found[name] is None else found[name] for name in ("mean", "stderr")
+            )
+            yield {
+                **known,
+                "value": mean,
+                "unit": unit,
+                "interval": (mean - 1.96 * stderr, mean + 1.96 * stderr),
+            }
             return
     if found := report.get("classification"):
-        yield {**known, "value": 100 * found["error"], "unit": "% error", "interval": 100 * np.array(found["interval"])}
+        yield {
+            **known,
+            "value": 100 * found["error"],
+            "unit": "% error",
+            "interval": 100 * np.array(found["interval"]),
+        }
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -406,21 +576,30 @@ def machine(environment: dict[str, Any]) -> str:
     return f"{num} core{'s' if num > 1 else ''}{processor}"
 
 
-# --- what figures share ---------------------------------------------------------------------------------------------
+# --- what figures share ---------------------------------------------------------------------------
 
 
 def loosest_block(num_examples: int) -> tuple[str, Branch, Array]:
-    """Name, branch and inputs of the kept model's block with the largest certified bound, in float64; under ``enable_x64``."""
+    """Name, branch and inputs of the kept model's block with the largest certified bound, in
+    float64; under ``enable_x64``.
+    """
     model = ir.load(KEPT).with_bounds()
     bounds = {
-        (name, k): float(bound) for name, block in model.weights.items() for k, bound in enumerate(block.branch.lipschitz_bound)
+        (name, k): float(bound)
+        for name, block in model.weights.items()
+        for k, bound in enumerate(block.branch.lipschitz_bound)
     }
     name, k = max(bounds, key=lambda place: bounds[place])
     weights, x = jax.tree.map(
-        in_float64, (model.weights, model.preprocess(data.load("digits").examples["test"][:num_examples]))
+        in_float64,
+        (model.weights, model.preprocess(data.load("digits").examples["test"][:num_examples])),
     )
     inputs = jax.jit(branch_inputs, static_argnums=0)(model.spec.flow, weights, x)
-    return f"{name}/block{k:02d}", jax.tree.map(lambda leaf: leaf[k], weights[name].branch), inputs[name][k]
+    return (
+        f"{name}/block{k:02d}",
+        jax.tree.map(lambda leaf: leaf[k], weights[name].branch),
+        inputs[name][k],
+    )
 
 
 def in_float64(leaf: Any) -> Array:
@@ -452,21 +631,34 @@ def label(axes: Axes, x: str, y: str, title: str) -> None:
 
 
 def strip(axes: Axes, images: Float[np.ndarray, "n h w 1"], name: str, said: str) -> None:
-    """Draws grey images in [0, 1] side by side; what is outside is clipped, what is not finite is black."""
+    """Draws grey images in [0, 1] side by side; what is outside is clipped, what is not finite
+    is black.
+    """
     seen = np.clip(np.nan_to_num(images[..., 0], posinf=0.0, neginf=0.0), 0.0, 1.0)
-    axes.imshow(np.concatenate(list(np.pad(seen, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)), axis=1), cmap="gray")
+    axes.imshow(
+        np.concatenate(list(np.pad(seen, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)), axis=1),
+        cmap="gray",
+    )
     axes.set_axis_off()
     axes.set_title(f"{name}: {said}" if said else name, size=8, loc="left")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the figures that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}; all by default")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures", help="folder of the files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}; all by default"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "figures", help="folder of the files"
+    )
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - FIGURES.keys():
-        parser.error(f"there is no figure {', '.join(sorted(unknown))}: choose of {', '.join(FIGURES)}")
+        parser.error(
+            f"there is no figure {', '.join(sorted(unknown))}: choose of {', '.join(FIGURES)}"
+        )
     given.output.mkdir(parents=True, exist_ok=True)
     for name in given.names or FIGURES:
         made = FIGURES[name]()

@@ -1,7 +1,9 @@
-"""Hooks of the site's build: pages that are made from the code, and files of the repository that pages link to.
+"""Hooks of the site's build: pages that are made from the code, and files of the repository that
+pages link to.
 
-A page can say ``<!-- settings -->`` for the tables of all settings. A dotted name in backticks, such as `iresnet_jax.load`,
-becomes a link to its place in the reference; the build fails if there is none.
+A page can say ``<!-- settings -->`` for the tables of all settings. A dotted name in backticks,
+such as `iresnet_jax.load`, becomes a link to its place in the reference; the build fails if there
+is none.
 """
 
 import ast
@@ -42,9 +44,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference/iresnet_jax.md", content=names_of_the_package()))
     for folder in FOLDERS:
         files.append(File.generated(config, f"reference/{folder}.md", content=reference(folder)))
-    shown = [path for path in sorted((ROOT / "benchmarks").rglob("*")) if path.suffix in SHOWN_FILES]
+    shown = [
+        path for path in sorted((ROOT / "benchmarks").rglob("*")) if path.suffix in SHOWN_FILES
+    ]
     for path in [*shown, ROOT / "tests" / "README.md"]:
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+        files.append(
+            File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+        )
     return files
 
 
@@ -58,7 +64,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = re.sub(r"\[([^]]+)\]\((?:notebooks/[^)]*|CONTRIBUTING\.md)\)", r"\1", markdown)
     if page.file.src_uri.startswith("tests/"):
         markdown = re.sub(r"\[([^]]+)\]\(\.\./CONTRIBUTING[^)]*\)", r"\1", markdown)
-    markdown = markdown.replace("](../benchmarks/", "](benchmarks/").replace("](../tests/", "](tests/")
+    markdown = markdown.replace("](../benchmarks/", "](benchmarks/").replace(
+        "](../tests/", "](tests/"
+    )
     if "<!-- settings -->" in markdown:
         markdown = markdown.replace("<!-- settings -->", "\n".join(settings()))
     fences = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
@@ -67,7 +75,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def linked(text: str) -> str:
-    """Text whose dotted names are links; a bar in the code of a table needs its backslash on other sites only."""
+    """Text whose dotted names are links; a bar in the code of a table needs its backslash on
+    other sites only.
+    """
     text = re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), text)
     return re.sub(r"(?<!\[)`(iresnet_jax\.[\w.]+)`", r"[`\1`][\1]", text)
 
@@ -75,9 +85,14 @@ def linked(text: str) -> str:
 def reference(folder: str) -> str:
     """The page of a folder: every module with its docstrings."""
     modules = [
-        path for path in sorted((PACKAGE / folder).rglob("*.py")) if ast.get_docstring(ast.parse(path.read_text("utf-8")))
+        path
+        for path in sorted((PACKAGE / folder).rglob("*.py"))
+        if ast.get_docstring(ast.parse(path.read_text("utf-8")))
     ]
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules]
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in modules
+    ]
     parts = [f"::: {name}\n    options:\n      heading_level: 2\n" for name in names]
     return "\n".join([f"# iresnet_jax.{folder}\n", *parts])
 
@@ -86,7 +101,8 @@ def names_of_the_package() -> str:
     """The page of what ``import iresnet_jax as ir`` gives, read from its imports."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     rows = ["| name | what it is |", "|---|---|"]
-    late = [node for block in tree.body if isinstance(block, ast.If) for node in block.body]  # imported on first use
+    # imported on first use
+    late = [node for block in tree.body if isinstance(block, ast.If) for node in block.body]
     for node in [*tree.body, *late]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iresnet_jax"):
             for alias in node.names:
@@ -94,12 +110,19 @@ def names_of_the_package() -> str:
                 rows.append(f"| `ir.{alias.asname or alias.name}` | [`{target}`][{target}] |")
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     beside = [path.stem for path in sorted(PACKAGE.glob("*.py")) if not path.stem.startswith("_")]
-    documented = [f"::: iresnet_jax.{name}\n    options:\n      heading_level: 2\n" for name in functions + beside]
-    return "\n".join(["# iresnet_jax\n", "`import iresnet_jax as ir` gives:\n", *rows, "", *documented])
+    documented = [
+        f"::: iresnet_jax.{name}\n    options:\n      heading_level: 2\n"
+        for name in functions + beside
+    ]
+    return "\n".join(
+        ["# iresnet_jax\n", "`import iresnet_jax as ir` gives:\n", *rows, "", *documented]
+    )
 
 
 def settings() -> Iterator[str]:
-    """A table for each group of settings, from the fields and comments of `Config` and the dataclasses that it consists of."""
+    """A table for each group of settings, from the fields and comments of `Config` and the
+    dataclasses that it consists of.
+    """
     classes = config_classes()
     config, lines = classes["Config"]
     fields = [node for node in config.body if isinstance(node, ast.AnnAssign)]
@@ -109,12 +132,19 @@ def settings() -> Iterator[str]:
         yield from group(classes, "", node)
 
 
-def group(classes: dict[str, tuple[ast.ClassDef, list[str]]], prefix: str, node: ast.AnnAssign) -> Iterator[str]:
-    """The table of a field that is a dataclass of settings, and those of such fields in it; nothing of others."""
+def group(
+    classes: dict[str, tuple[ast.ClassDef, list[str]]], prefix: str, node: ast.AnnAssign
+) -> Iterator[str]:
+    """The table of a field that is a dataclass of settings, and those of such fields in it;
+    nothing of others.
+    """
     if (annotation := ast.unparse(node.annotation)) not in classes:
         return
     found, lines = classes[annotation]
-    name, fields = f"{prefix}{ast.unparse(node.target)}", [field for field in found.body if isinstance(field, ast.AnnAssign)]
+    name, fields = (
+        f"{prefix}{ast.unparse(node.target)}",
+        [field for field in found.body if isinstance(field, ast.AnnAssign)],
+    )
     inner = [field for field in fields if ast.unparse(field.annotation) == "NoiseSpec"]
     yield from ["", f"### {name}", "", *(ast.get_docstring(found) or "").splitlines(), ""]
     yield from table(f"{name}.", [field for field in fields if field not in inner], lines)
@@ -128,7 +158,9 @@ def config_classes() -> dict[str, tuple[ast.ClassDef, list[str]]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text("utf-8")
         for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef) and (node.name.endswith("Config") or node.name == "NoiseSpec"):
+            if isinstance(node, ast.ClassDef) and (
+                node.name.endswith("Config") or node.name == "NoiseSpec"
+            ):
                 found[node.name] = (node, source.splitlines())
     return found
 
@@ -138,7 +170,12 @@ def table(prefix: str, fields: list[ast.AnnAssign], lines: list[str]) -> Iterato
     yield from ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
     for field in fields:
         default = ast.unparse(field.value) if field.value else ""
-        cells = (f"`{prefix}{ast.unparse(field.target)}`", f"`{default}`", allowed(field.annotation), meaning(field, lines))
+        cells = (
+            f"`{prefix}{ast.unparse(field.target)}`",
+            f"`{default}`",
+            allowed(field.annotation),
+            meaning(field, lines),
+        )
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -150,8 +187,14 @@ def allowed(annotation: ast.expr) -> str:
     if found := re.search(r"Range\('(.+?)'\)", text):
         return ("integer in " if text.startswith("Annotated[int") else "") + found[1]
     if text.startswith("Literal["):
-        return ", ".join(f"`{value}`" for value in ast.literal_eval(text.removeprefix("Literal").strip()))
-    words = {"bool": "`True`, `False`", "LogdetConfig": "as `logdet`", "tuple[Count, ...]": "integers in [1, inf)"}
+        return ", ".join(
+            f"`{value}`" for value in ast.literal_eval(text.removeprefix("Literal").strip())
+        )
+    words = {
+        "bool": "`True`, `False`",
+        "LogdetConfig": "as `logdet`",
+        "tuple[Count, ...]": "integers in [1, inf)",
+    }
     return words.get(text, f"`{text}`")
 
 
@@ -161,5 +204,7 @@ def meaning(field: ast.AnnAssign, lines: list[str]) -> str:
     while lines[number].lstrip().startswith("#"):
         above.insert(0, lines[number].lstrip().removeprefix("#").strip())
         number -= 1
-    beside = re.findall(r"  # (?!noqa)(.*)$", "\n".join(lines[field.lineno - 1 : field.end_lineno]), re.MULTILINE)
+    beside = re.findall(
+        r"  # (?!noqa)(.*)$", "\n".join(lines[field.lineno - 1 : field.end_lineno]), re.MULTILINE
+    )
     return " ".join([*above, *beside])

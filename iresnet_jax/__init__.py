@@ -1,9 +1,10 @@
 """Invertible residual networks in JAX (Behrmann et al., ICML 2019).
 
-`fit` makes a model from an array, `train` from any loss, `fit_energy` from an unnormalised density; `load` reads a saved one.
-Models are `Density` and `Classifier`, and everything they are made of works by itself on arrays and callables.
-`certify` bounds errors, `adapters` are for other libraries.
-Importing this needs JAX and jaxtyping alone; names and collections of Flax are in `iresnet_jax.models.linen`.
+`fit` makes a model from an array, `train` from any loss, `fit_energy` from an unnormalised density;
+`load` reads a saved one. Models are `Density` and `Classifier`, and everything they are made of
+works by itself on arrays and callables. `certify` bounds errors, `adapters` are for other
+libraries. Importing this needs JAX and jaxtyping alone; names and collections of Flax are in
+`iresnet_jax.models.linen`.
 """
 
 import importlib
@@ -108,7 +109,9 @@ _TRAINING = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on demand of all that takes more than the mathematics: `certify`, `adapters`, `losses`, training."""
+    """Imports on demand of all that takes more than the mathematics: `certify`, `adapters`,
+    `losses`, training.
+    """
     if name in ("adapters", "losses"):
         return importlib.import_module(f"iresnet_jax.{name}")
     if name == "certify":
@@ -127,19 +130,25 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None) -> Density | Classifier:
-    """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``, or the folder of a run.
+def load(
+    path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = None, prior: Any = None
+) -> Density | Classifier:
+    """Reads a trained model: a file that ``model.save`` wrote, a folder that holds ``model.npz``,
+    or the folder of a run.
 
-    The bounds of all blocks are computed from the weights in the file. The folder of a run gives its best checkpoint on
-    validation, and reading it needs the packages of training (``pip install 'iresnet_jax[train]'``).
+    The bounds of all blocks are computed from the weights in the file. The folder of a run gives
+    its best checkpoint on validation, and reading it needs the packages of training (``pip install
+    'iresnet_jax[train]'``).
 
     Args:
         path: The file or folder.
-        branches: What makes branches of one's own, by the names that the file has for them: a file imports nothing.
+        branches: What makes branches of one's own, by the names that the file has for them: a file
+            imports nothing.
         prior: A prior of one's own with the structure of the one in the file.
 
     Raises:
-        ValueError: If there is no model, or it is damaged or from another version, or a part of one's own is not given.
+        ValueError: If there is no model, or it is damaged or from another version, or a part of
+            one's own is not given.
 
     Example:
         >>> model = load("runs/digits_density")  # doctest: +SKIP
@@ -152,7 +161,8 @@ def load(path: str | os.PathLike[str], *, branches: Mapping[str, Any] | None = N
 
         if branches is not None or prior is not None:
             raise ValueError(
-                f"{path} is the folder of a run, which names kinds: call kinds.register in place of branches and prior"
+                f"{path} is the folder of a run, which names kinds: call kinds.register in place "
+                "of branches and prior"
             )
         return trained_run.load(path).model
     return saved.read(path, branches=branches, prior=prior)[0]

@@ -1,4 +1,6 @@
-"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``convert``."""
+"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``,
+``convert``.
+"""
 
 import argparse
 import math
@@ -16,7 +18,9 @@ def count(text: str, least: int = 1) -> int:
     """A number of examples, for argparse."""
     number = int(text)
     if not least <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"it must be at least {least} and below 2^31, got {number}")
+        raise argparse.ArgumentTypeError(
+            f"it must be at least {least} and below 2^31, got {number}"
+        )
     return number
 
 
@@ -35,39 +39,59 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "COMMAND",
         "help": "the command that trained the network, in quotes: its script and options",
     },
-    "scale": {"action": "store_true", "default": False, "help": "scale kernels by their certified norms into the budget"},
+    "scale": {
+        "action": "store_true",
+        "default": False,
+        "help": "scale kernels by their certified norms into the budget",
+    },
     "workdir": {
         "required": True,
         "metavar": "DIR",
         "help": "folder of the training run, or of a model",
     },
     "data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"},
-    "num": {"type": count, "help": "how many examples, images of each side or samples (%(default)s)"},
+    "num": {
+        "type": count,
+        "help": "how many examples, images of each side or samples (%(default)s)",
+    },
     "certify": {
         "type": lambda text: count(text, least=0),
         "metavar": "N",
-        "help": "how many, from the first, get a guaranteed error; 0 for none (what takes some seconds, at most 64)",
+        "help": "how many, from the first, get a guaranteed error; 0 for none (what takes some "
+        "seconds, at most 64)",
     },
     "temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
     "seed": {"type": int, "default": 0, "help": "of the latents (0)"},
-    "samples": {"type": count, "default": 99, "help": "of the model for each example (%(default)s)"},
-    "context": {"metavar": "NUMBERS", "help": "context, as --context=1.0,2.0,... or a .npy file with one per row"},
+    "samples": {
+        "type": count,
+        "default": 99,
+        "help": "of the model for each example (%(default)s)",
+    },
+    "context": {
+        "metavar": "NUMBERS",
+        "help": "context, as --context=1.0,2.0,... or a .npy file with one per row",
+    },
     "label": {"type": int, "help": "of which class, of a hybrid (any)"},
     "importance": {
         "type": count,
         "metavar": "K",
-        "help": "also the importance-weighted bound of discrete data, with K draws of noise an example",
+        "help": "also the importance-weighted bound of discrete data, with K draws of noise an "
+        "example",
     },
     "radii": {
         "type": radii,
         "metavar": "NUMBERS",
-        "help": "radii at which accuracy is verified and attacked, as .3,1.58: 2-norms of pixels on [0, 1], of a classifier",
+        "help": "radii at which accuracy is verified and attacked, as .3,1.58: 2-norms of pixels "
+        "on [0, 1], of a classifier",
     },
     "output": {
         "metavar": "PATH",
         "help": "where to write (%(default)s)",
     },
-    "topology": {"required": True, "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs"},
+    "topology": {
+        "required": True,
+        "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs",
+    },
 }
 
 
@@ -76,7 +100,8 @@ class Command(NamedTuple):
 
     Attributes:
         help: What it gives, and when its exit status is 1.
-        options: Names in `OPTIONS`, some with a default; in capitals the names of arguments without dashes.
+        options: Names in `OPTIONS`, some with a default; in capitals the names of arguments without
+            dashes.
     """
 
     help: str
@@ -89,29 +114,37 @@ COMMANDS = {
         "workdir data importance radii",
     ),
     "sample": Command(
-        "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for all of them.",
+        "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge "
+        "for all of them.",
         "workdir num=64 temperature seed context label certify",
     ),
     "reconstruct": Command(
-        "Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse failed for any.",
+        "Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse "
+        "failed for any.",
         "workdir data num=512 certify",
     ),
     "certify": Command(
-        "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified a contraction.",
+        "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not "
+        "certified a contraction.",
         "workdir",
     ),
     "calibrate": Command(
-        "Calibration of a density given contexts: ranks of test examples among samples, and tests that they are uniform; exit "
+        "Calibration of a density given contexts: ranks of test examples among samples, and tests "
+        "that they are uniform; exit "
         "status 1 if these refuse it.",
         "workdir data num=500 samples",
     ),
-    "report": Command("All results, to report.json and report.html.", "workdir data importance radii"),
+    "report": Command(
+        "All results, to report.json and report.html.", "workdir data importance radii"
+    ),
     "convert": Command(
-        "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified a contraction.",
+        "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not "
+        "certified a contraction.",
         "FILE architecture scale output=model.npz",
     ),
     "plan": Command(
-        "Whether a training step, by the options of train.py, fits a machine that is not here; exit status 1 if it does not.",
+        "Whether a training step, by the options of train.py, fits a machine that is not here; "
+        "exit status 1 if it does not.",
         "topology",
     ),
 }
@@ -119,8 +152,12 @@ COMMANDS = {
 
 def make_parser() -> Parser:
     """The parser of `COMMANDS`."""
-    parser = Parser(prog="python -m iresnet_jax", description="Everything before and after train.py.")
-    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    parser = Parser(
+        prog="python -m iresnet_jax", description="Everything before and after train.py."
+    )
+    parsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for name, command in COMMANDS.items():
         options = parsers.add_parser(name, help=command.help, description=command.help)
         for option in command.options.split():

@@ -1,8 +1,9 @@
 """Densities of continuous data as distributions of NumPyro.
 
-Other samplers, such as BlackJAX's, take ``model.log_prob`` itself. ``model.continuous`` is the density of a model of integer
-levels or of values that own cells. Values are unknown when a function is compiled, so one outside of the ranges of a bounded
-density is not refused: its log-density is minus infinity.
+Other samplers, such as BlackJAX's, take ``model.log_prob`` itself. ``model.continuous`` is the
+density of a model of integer levels or of values that own cells. Values are unknown when a function
+is compiled, so one outside of the ranges of a bounded density is not refused: its log-density is
+minus infinity.
 """
 
 import functools
@@ -22,14 +23,17 @@ _sample_and_log_prob = jax.jit(Density.sample_and_log_prob, static_argnames="num
 
 
 def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
-    """The density as a NumPyro distribution: a prior inside of a model, or the guide of a variational inference.
+    """The density as a NumPyro distribution: a prior inside of a model, or the guide of a
+    variational inference.
 
-    It is a pytree with the model and its context as leaves. Samples are reparametrised and come with their log-density, which
-    a guide does not compute again.
+    It is a pytree with the model and its context as leaves. Samples are reparametrised and come
+    with their log-density, which a guide does not compute again.
 
     Args:
-        model: The density. In a guide that is trained, make it from parameters in every call of the guide.
-        context: Context of a conditional density ``(..., k)``, whose leading axes are the batch shape.
+        model: The density. In a guide that is trained, make it from parameters in every call of the
+            guide.
+        context: Context of a conditional density ``(..., k)``, whose leading axes are the batch
+            shape.
 
     Raises:
         ImportError: If NumPyro is not installed.
@@ -44,13 +48,23 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
         raise ValueError(f"a distribution can be made of a Density, got a {type(model).__name__}")
     if model.spec.num_levels is not None or model.spec.cells is not None:
         kind = "integer levels" if model.spec.num_levels is not None else "values with cells"
-        raise ValueError(f"this is a model of {kind}, which have probabilities and no density: give model.continuous")
+        raise ValueError(
+            f"this is a model of {kind}, which have probabilities and no density: "
+            "give model.continuous"
+        )
     dim, vectors = model.spec.context_dim, None
     if context is not None:
         vectors = jnp.asarray(as_vectors(context, dim), jnp.result_type(float))
-    if (dim and vectors is None) or (vectors is not None and (not dim or vectors.shape[-1:] != (dim,))):
-        wanted, got = f"a context of shape (..., {dim})" if dim else "no context", None if vectors is None else vectors.shape
-        raise ValueError(f"this density takes {wanted}, got {'none' if got is None else f'one of shape {got}'}")
+    if (dim and vectors is None) or (
+        vectors is not None and (not dim or vectors.shape[-1:] != (dim,))
+    ):
+        wanted, got = (
+            f"a context of shape (..., {dim})" if dim else "no context",
+            None if vectors is None else vectors.shape,
+        )
+        raise ValueError(
+            f"this density takes {wanted}, got {'none' if got is None else f'one of shape {got}'}"
+        )
     return _numpyro_class()(model, vectors)
 
 
@@ -61,16 +75,22 @@ def _numpyro_class() -> Any:
         from numpyro.distributions import Distribution, constraints
         from numpyro.distributions.util import validate_sample
     except ImportError as error:
-        raise ImportError(f"NumPyro cannot be imported ({error}): pip install 'iresnet_jax[numpyro]'") from error
+        raise ImportError(
+            f"NumPyro cannot be imported ({error}): pip install 'iresnet_jax[numpyro]'"
+        ) from error
 
     class DensityDistribution(Distribution):
         arg_constraints = {}  # noqa: RUF012 (as NumPyro has it): none of the parameters is a number, and all samples have gradients
         pytree_data_fields = ("model", "context")
 
-        def __init__(self, model: Density, context: jax.Array | None, *, validate_args: bool | None = None):
+        def __init__(
+            self, model: Density, context: jax.Array | None, *, validate_args: bool | None = None
+        ):
             self.model, self.context = model, context
             batch_shape = () if context is None else context.shape[:-1]
-            super().__init__(batch_shape, tuple(model.spec.flow.event_shape), validate_args=validate_args)
+            super().__init__(
+                batch_shape, tuple(model.spec.flow.event_shape), validate_args=validate_args
+            )
 
         @property
         def support(self) -> constraints.Constraint:
@@ -78,7 +98,8 @@ def _numpyro_class() -> Any:
             transform = self.model.spec.transform
             if not isinstance(transform, Bounded):
                 if self.event_dim == 1:
-                    return constraints.real_vector  # mixtures compare the types of their components' supports
+                    # mixtures compare the types of their components' supports
+                    return constraints.real_vector
                 return constraints.independent(constraints.real, self.event_dim)
             entries = []
             for low, high in zip(transform.low.tolist(), transform.high.tolist(), strict=True):
@@ -87,13 +108,17 @@ def _numpyro_class() -> Any:
                 elif math.isfinite(low):
                     entries.append(constraints.greater_than(low))
                 else:
-                    entries.append(constraints.less_than(high) if math.isfinite(high) else constraints.real)
+                    entries.append(
+                        constraints.less_than(high) if math.isfinite(high) else constraints.real
+                    )
             return constraints.independent(constraints.cat(entries, dim=-1), 1)
 
         def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
             return self.sample_with_intermediates(key, sample_shape)[0]
 
-        def sample_with_intermediates(self, key: Any, sample_shape: tuple[int, ...] = ()) -> tuple[Any, list[Any]]:
+        def sample_with_intermediates(
+            self, key: Any, sample_shape: tuple[int, ...] = ()
+        ) -> tuple[Any, list[Any]]:
             """Samples, and their log-densities as what `log_prob` need not compute."""
             axes, context = (*sample_shape, *self.batch_shape), self.context
             num = math.prod(axes)
@@ -104,6 +129,10 @@ def _numpyro_class() -> Any:
 
         @validate_sample
         def log_prob(self, value: Any, intermediates: list[Any] | None = None) -> Any:
-            return intermediates[0] if intermediates else _log_prob(self.model, value, context=self.context)
+            return (
+                intermediates[0]
+                if intermediates
+                else _log_prob(self.model, value, context=self.context)
+            )
 
     return DensityDistribution

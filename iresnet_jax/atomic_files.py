@@ -1,7 +1,8 @@
-"""Paths of files that users name, files that are written whole, and work that one process at a time does.
+"""Paths of files that users name, files that are written whole, and work that one process at a time
+does.
 
-The code of runs reads and writes by the methods of paths alone: what differs between a disk and a bucket is the business of
-this file and of `object_storage`.
+The code of runs reads and writes by the methods of paths alone: what differs between a disk and a
+bucket is the business of this file and of `object_storage`.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from iresnet_jax.object_storage import ObjectPath
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
-    """The path that a user names: on this machine, where ``~`` is the user's home, or in a bucket, as ``gs://bucket/run``.
+    """The path that a user names: on this machine, where ``~`` is the user's home, or in a bucket,
+    as ``gs://bucket/run``.
 
     Raises:
         ValueError: If it is neither, or the package that reaches such addresses is not installed.
@@ -30,7 +32,9 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     path = ObjectPath(text)
     _ = path.storage  # raises if there is none
     if str(path) != text.removesuffix("/"):
-        raise ValueError(f"{text} has an empty name in it: give a path, or an address such as gs://bucket/run")
+        raise ValueError(
+            f"{text} has an empty name in it: give a path, or an address such as gs://bucket/run"
+        )
     return path
 
 
@@ -38,8 +42,8 @@ def path_of(name: str | os.PathLike[str]) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which takes the place of ``path`` at the end of ``with``.
 
-    Whatever happens to the writer, and however many write at once, a reader finds the old file or a new one. If the body
-    raises, nothing new is left.
+    Whatever happens to the writer, and however many write at once, a reader finds the old file or a
+    new one. If the body raises, nothing new is left.
 
     Raises:
         OSError: If the file cannot be written; the message says where and why.
@@ -56,7 +60,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(path, ObjectPath):
             raise  # its sentence says what to do
         reason = error.strerror or str(error)
-        message = f"{path} cannot be written ({reason}): choose a folder that exists, can be written to and has space left"
+        message = (
+            f"{path} cannot be written ({reason}): choose a folder that exists, can be "
+            "written to and has space left"
+        )
         raise OSError(message) from error
     finally:
         with contextlib.suppress(OSError):
@@ -65,10 +72,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def growing(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Yields a local folder of files that are appended to, and a function that shows what is in them to all.
+    """Yields a local folder of files that are appended to, and a function that shows what is in
+    them to all.
 
-    On a disk this is the folder itself, and all see it at once. In a bucket the function puts every file whole, so it is to
-    be called as rarely as larger files are written.
+    On a disk this is the folder itself, and all see it at once. In a bucket the function puts every
+    file whole, so it is to be called as rarely as larger files are written.
     """
     if not isinstance(folder, ObjectPath):
         yield folder, lambda: None
@@ -86,15 +94,17 @@ def growing(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 def locked(path: Path, *, timeout_s: float = -1) -> Iterator[Callable[[], None]]:
     """Lets one process at a time into the ``with``, by a lock file ``.NAME.lock`` beside ``path``.
 
-    A process that dies lets go of the lock. Where the file system cannot lock, or the folder is not writable, all may enter.
-    In a bucket the file is a claim, which `object_storage.claimed` explains.
+    A process that dies lets go of the lock. Where the file system cannot lock, or the folder is not
+    writable, all may enter. In a bucket the file is a claim, which `object_storage.claimed`
+    explains.
 
     Args:
         path: File or folder that the work is about; it need not exist.
         timeout_s: Seconds to wait for another process; negative waits for ever.
 
     Yields:
-        A function that raises ``OSError`` once another process has taken the lock, which happens in a bucket alone.
+        A function that raises ``OSError`` once another process has taken the lock, which happens in
+        a bucket alone.
 
     Raises:
         TimeoutError: If another process holds the lock for longer.

@@ -1,8 +1,10 @@
-"""Frozen dataclasses from plain data (dictionaries, lists, numbers, strings) and back, with every value checked on the way in.
+"""Frozen dataclasses from plain data (dictionaries, lists, numbers, strings) and back, with every
+value checked on the way in.
 
-A field's annotation says what it may hold: `int`, `float`, `bool`, `str`, ``Literal["a", "b"]``, ``tuple[float, ...]``, another
-dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]`` for numbers within a range. One of several dataclasses is
-told by its name under "type", see `tagged`.
+A field's annotation says what it may hold: `int`, `float`, `bool`, `str`, ``Literal["a", "b"]``,
+``tuple[float, ...]``, another dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]``
+for numbers within a range. One of several dataclasses is told by its name under "type", see
+`tagged`.
 """
 
 import dataclasses
@@ -22,7 +24,9 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """An interval of numbers, written as in mathematics: ``[1, inf)`` has its lower end, ``(0, 1)`` neither."""
+    """An interval of numbers, written as in mathematics: ``[1, inf)`` has its lower end, ``(0,
+    1)`` neither.
+    """
 
     interval: str
 
@@ -41,10 +45,12 @@ Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would ne
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
 def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
-    """Makes a class a frozen dataclass and a pytree: fields of these names hold arrays or pytrees, all others are static.
+    """Makes a class a frozen dataclass and a pytree: fields of these names hold arrays or pytrees,
+    all others are static.
 
-    Two are equal if their static fields and the numbers in their arrays are. JAX takes one apart and puts it together around
-    tracers, which have no values to check: ``__post_init__`` does not run then.
+    Two are equal if their static fields and the numbers in their arrays are. JAX takes one apart
+    and puts it together around tracers, which have no values to check: ``__post_init__`` does not
+    run then.
     """
 
     def register(cls: type[T]) -> type[T]:
@@ -52,15 +58,22 @@ def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
         static = tuple(field.name for field in dataclasses.fields(made) if field.name not in arrays)
 
         def flatten(value):
-            return [getattr(value, name) for name in arrays], tuple(getattr(value, name) for name in static)
+            return [getattr(value, name) for name in arrays], tuple(
+                getattr(value, name) for name in static
+            )
 
         def flatten_with_keys(value):
             children, known = flatten(value)
-            return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(arrays, children, strict=True)], known
+            return [
+                (jax.tree_util.GetAttrKey(name), child)
+                for name, child in zip(arrays, children, strict=True)
+            ], known
 
         def unflatten(known, children):
             value = object.__new__(made)
-            value.__dict__.update(zip(static, known, strict=True), **dict(zip(arrays, children, strict=True)))
+            value.__dict__.update(
+                zip(static, known, strict=True), **dict(zip(arrays, children, strict=True))
+            )
             return value
 
         def equal(value, other):
@@ -83,18 +96,28 @@ def to_plain(value: Any) -> dict[str, Any]:
 
 
 def tagged(value: Any) -> Any:
-    """A dataclass as JSON data, with the name of every dataclass in it under "type"; arrays are lists of their numbers.
+    """A dataclass as JSON data, with the name of every dataclass in it under "type"; arrays are
+    lists of their numbers.
 
-    A field with "name" in its metadata holds what is no data: that function gives its name, and it is left out if it is None.
+    A field with "name" in its metadata holds what is no data: that function gives its name, and it
+    is left out if it is None.
     """
     if dataclasses.is_dataclass(value):
-        entries = [(field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
-        kept = [(field, entry) for field, entry in entries if entry is not None or "name" not in field.metadata]
+        entries = [
+            (field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        ]
+        kept = [
+            (field, entry)
+            for field, entry in entries
+            if entry is not None or "name" not in field.metadata
+        ]
         plain = {field.name: field.metadata.get("name", tagged)(entry) for field, entry in kept}
         return {"type": type(value).__name__, **plain}
     if isinstance(value, np.ndarray | jax.Array):
         return np.asarray(value).tolist()
-    return [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)
+    return (
+        [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)
+    )
 
 
 def from_plain(cls: type[T], plain: Any, path: str) -> T:
@@ -104,7 +127,8 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
         path: What messages call the mapping, such as ``config``.
 
     Raises:
-        ValueError: If a field is unknown, missing, of the wrong kind or out of its range; the message names it.
+        ValueError: If a field is unknown, missing, of the wrong kind or out of its range; the
+            message names it.
     """
     if not isinstance(plain, Mapping):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
@@ -117,19 +141,31 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     for name in plain:
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(hints) or 'none'}"
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"the fields are {', '.join(hints) or 'none'}"
+            )
             raise ValueError(f"{path} has no field {name!r}: {hint}")
-    required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+    required = [
+        field.name
+        for field in fields
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
     if missing := [name for name in required if name not in plain]:
         raise ValueError(f"{path} lacks {' and '.join(missing)}")
-    values = {name: checked(hints[name], plain[name], f"{path}.{name}") for name in hints if name in plain}
+    values = {
+        name: checked(hints[name], plain[name], f"{path}.{name}") for name in hints if name in plain
+    }
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def first_difference(ours: Any, theirs: Any, path: str, where: tuple[str, str] = ("now", "before")) -> str | None:
+def first_difference(
+    ours: Any, theirs: Any, path: str, where: tuple[str, str] = ("now", "before")
+) -> str | None:
     """Names the first entry in which plain data differ, with both values; None if they agree.
 
     Args:
@@ -145,16 +181,26 @@ def first_difference(ours: Any, theirs: Any, path: str, where: tuple[str, str] =
             if difference := first_difference(ours[key], theirs[key], f"{path}.{key}", where):
                 return difference
         return None
-    return None if ours == theirs else f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
+    return (
+        None
+        if ours == theirs
+        else f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
+    )
 
 
 def checked(kind: Any, value: Any, path: str) -> Any:
-    """Plain data as what the annotation ``kind`` describes; ``path`` and errors are those of `from_plain`."""
+    """Plain data as what the annotation ``kind`` describes; ``path`` and errors are those of
+    `from_plain`.
+    """
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None and types.NoneType in arguments else _one_of(arguments, value, path)
+        return (
+            None
+            if value is None and types.NoneType in arguments
+            else _one_of(arguments, value, path)
+        )
     if origin is typing.Annotated:
         number = checked(arguments[0], value, path)
         if number not in arguments[1]:
@@ -181,10 +227,16 @@ def checked(kind: Any, value: Any, path: str) -> Any:
 
 
 def _number_of_python(value: Any) -> Any:
-    """A number of NumPy or JAX as one of Python, a dataclass as a dictionary, and any other value as it is."""
+    """A number of NumPy or JAX as one of Python, a dataclass as a dictionary, and any other
+    value as it is.
+    """
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+    )
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -204,7 +256,10 @@ def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]
     kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
     if len(kinds) != len(value):
         raise ValueError(f"{path} must have {len(kinds)} entries, got {value!r}")
-    return tuple(checked(kind, entry, f"{path}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)))
+    return tuple(
+        checked(kind, entry, f"{path}[{i}]")
+        for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -213,7 +268,9 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def check_unmasked(given: Any, name: str) -> None:
     """Raises ``ValueError`` for masked values, which NumPy and scikit-learn would uncover."""
     if np.ma.is_masked(given):
-        raise ValueError(f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows")
+        raise ValueError(
+            f"{name} has {np.ma.count_masked(given)} masked values: fill them in or drop their rows"
+        )
 
 
 def finite_numbers(given: np.ndarray, name: str, dtype: Any) -> np.ndarray:
@@ -228,6 +285,10 @@ def finite_numbers(given: np.ndarray, name: str, dtype: Any) -> np.ndarray:
     for index in np.argwhere(numbers != given if are_whole else ~np.isfinite(numbers))[:1].tolist():
         place = f"the first in row {index[0]}" + (f", column {index[-1]}" if len(index) > 1 else "")
         if np.isfinite(given[tuple(index)]):
-            raise ValueError(f"{name} holds numbers that are too large for {numbers.dtype}, {place}: scale them")
-        raise ValueError(f"{name} holds NaN or infinite numbers, {place}: fill them in, or leave such rows out")
+            raise ValueError(
+                f"{name} holds numbers that are too large for {numbers.dtype}, {place}: scale them"
+            )
+        raise ValueError(
+            f"{name} holds NaN or infinite numbers, {place}: fill them in, or leave such rows out"
+        )
     return numbers

@@ -17,7 +17,14 @@ from jaxtyping import Float
 from iresnet_jax import conversion
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data.arrays import FITTED_ARRAY
-from iresnet_jax.evaluation import calibration, classification, likelihood, robustness, round_trips, samples
+from iresnet_jax.evaluation import (
+    calibration,
+    classification,
+    likelihood,
+    robustness,
+    round_trips,
+    samples,
+)
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
 from iresnet_jax.evaluation.report import write
 from iresnet_jax.models.architecture import FlowSpec
@@ -30,17 +37,27 @@ from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.trained_run import Run, save
 
-CERTIFY_S = 5.0  # roughly, for guaranteed errors of inverses where no number of examples is asked for
+# roughly, for guaranteed errors of inverses where no number of examples is asked for
+CERTIFY_S = 5.0
 
 
 def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     """Measures a model on the test examples."""
     run = _with_settings(run, arguments).with_data_checked()
-    model, settings, seed, examples = run.model, run.config.evaluation, run.config.seed, run.test_examples()
+    model, settings, seed, examples = (
+        run.model,
+        run.config.evaluation,
+        run.config.seed,
+        run.test_examples(),
+    )
     lines = []
     if isinstance(model, Density):
         floor, contexts = run.data.entropy, run.test_contexts()
-        lines.append(likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=floor))
+        lines.append(
+            likelihood.measure(
+                model, examples, settings, seed, contexts=contexts, entropy_floor=floor
+            )
+        )
     if run.model.spec.num_classes is not None:
         labels = run.data.labels["test"]
         lines.append(classification.evaluate(model, examples, labels, settings.batch_size))
@@ -54,11 +71,19 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
     """Draws samples of a density."""
     model, size = run.model, run.config.evaluation.batch_size
     if not isinstance(model, Density):
-        raise ValueError(f"{run.folder} holds no density, so there are no samples: that takes a density objective")
-    contexts = None if arguments.context is None else read_contexts(arguments.context, model.spec.context_dim)
+        raise ValueError(
+            f"{run.folder} holds no density, so there are no samples: that takes a "
+            "density objective"
+        )
+    contexts = (
+        None
+        if arguments.context is None
+        else read_contexts(arguments.context, model.spec.context_dim)
+    )
     if contexts is not None and len(contexts) > arguments.num:
         raise ValueError(
-            f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give --num {len(contexts)}"
+            f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give --num "
+            f"{len(contexts)}"
         )
     values, convergence = samples.draw(
         model,
@@ -76,14 +101,22 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
 
 
 def read_contexts(text: str, context_dim: int) -> Float[np.ndarray, "n k"]:
-    """The contexts that ``--context`` gives: numbers separated by commas, or a ``.npy`` file with one per row."""
+    """The contexts that ``--context`` gives: numbers separated by commas, or a ``.npy`` file
+    with one per row.
+    """
     try:
-        found = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array([float(n) for n in text.split(",")])
+        found = (
+            np.load(text, allow_pickle=False)
+            if text.endswith(".npy")
+            else np.array([float(n) for n in text.split(",")])
+        )
         if not np.all(np.isfinite(found)):
             raise ValueError("not all are finite")
         return np.atleast_2d(as_vectors(found.astype(np.float32), context_dim))
     except (MemoryError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}") from None
+        raise ValueError(
+            f"--context takes numbers such as 1.0,2.0 or a .npy file, got {text!r}: {error}"
+        ) from None
 
 
 def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
@@ -93,16 +126,26 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     contexts = run.test_contexts()
     contexts = None if contexts is None else contexts[: arguments.num]
     num = _num_certified(arguments, run.model.spec.flow)
-    result = round_trips.reconstruct(run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num)
+    result = round_trips.reconstruct(
+        run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num
+    )
     figure = reconstructions(result.originals, result.reconstructions)
-    written = [] if figure is None else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
+    written = (
+        []
+        if figure is None
+        else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
+    )
     _say(*run.notes, result.summary, *written)
     return result.summary.fraction_converged == 1
 
 
 def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
     """Examples to certify: as many as were asked for, or as take some seconds; None for none."""
-    return round_trips.affordable(flow, CERTIFY_S) if arguments.certify is None else arguments.certify or None
+    return (
+        round_trips.affordable(flow, CERTIFY_S)
+        if arguments.certify is None
+        else arguments.certify or None
+    )
 
 
 def certify(run: Run, _: argparse.Namespace) -> bool:
@@ -128,18 +171,31 @@ def report(run: Run, arguments: argparse.Namespace) -> bool:
 
 
 def _with_settings(run: Run, arguments: argparse.Namespace) -> Run:
-    """The run, whose evaluation has the importance-weighted bound and the robustness that are asked for."""
-    changes: dict[str, Any] = {"num_importance_draws": arguments.importance, "radii": arguments.radii}
-    if arguments.importance is not None and not (isinstance(run.model, Density) and run.model.spec.is_discrete):
-        raise ValueError("--importance is for densities of integer levels or of data with cells: leave it out")
+    """The run, whose evaluation has the importance-weighted bound and the robustness that are
+    asked for.
+    """
+    changes: dict[str, Any] = {
+        "num_importance_draws": arguments.importance,
+        "radii": arguments.radii,
+    }
+    if arguments.importance is not None and not (
+        isinstance(run.model, Density) and run.model.spec.is_discrete
+    ):
+        raise ValueError(
+            "--importance is for densities of integer levels or of data with cells: leave it out"
+        )
     if arguments.radii is not None and not isinstance(run.model, Classifier):
         raise ValueError("--radii are for classifiers: leave them out")
-    evaluation = dataclasses.replace(run.config.evaluation, **{k: v for k, v in changes.items() if v is not None})
+    evaluation = dataclasses.replace(
+        run.config.evaluation, **{k: v for k, v in changes.items() if v is not None}
+    )
     return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
 
 
 def convert(arguments: argparse.Namespace) -> bool:
-    """Writes a network of the authors' PyTorch codes as a model, which the other commands take with ``--data``."""
+    """Writes a network of the authors' PyTorch codes as a model, which the other commands take
+    with ``--data``.
+    """
     model = conversion.convert(arguments.FILE, arguments.architecture)
     certificate = model.certificate()
     excess = _excess(certificate)
@@ -157,18 +213,27 @@ def convert(arguments: argparse.Namespace) -> bool:
 
 def _excess(certificate: Certificate) -> str:
     """A sentence on how far certified norms of layers are above the coefficient."""
-    layers = [(f"{block.name}/{layer.name}", layer.bound) for block in certificate.blocks for layer in block.layers]
+    layers = [
+        (f"{block.name}/{layer.name}", layer.bound)
+        for block in certificate.blocks
+        for layer in block.layers
+    ]
     coeff = certificate.coeff or math.nan
-    num_above, (name, largest) = sum(bound > coeff for _, bound in layers), max(layers, key=lambda layer: layer[1])
+    num_above, (name, largest) = (
+        sum(bound > coeff for _, bound in layers),
+        max(layers, key=lambda layer: layer[1]),
+    )
     return (
-        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient {coeff:g}; the largest is "
+        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient "
+        f"{coeff:g}; the largest is "
         f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
     )
 
 
 def plan(arguments: argparse.Namespace) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
-    jax.config.update("jax_platforms", "cpu")  # the compiler for TPUs is asked to compile, not to run
+    # the compiler for TPUs is asked to compile, not to run
+    jax.config.update("jax_platforms", "cpu")
     config = parse_train_flags(["python -m iresnet_jax plan", *arguments.flags]).config
     say = functools.partial(print, file=sys.stderr, flush=True)
     made = plans.make(config, plans.machine(arguments.topology), say=say)

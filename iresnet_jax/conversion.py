@@ -1,6 +1,7 @@
 """Models of this library from networks that the authors' PyTorch codes trained.
 
-The command that trained a network says what it is. Names of arrays, where `stack.K` is `stack.SCALE.stack.K` of several scales:
+The command that trained a network says what it is. Names of arrays, where `stack.K` is
+`stack.SCALE.stack.K` of several scales:
 
 | invertible-resnet (Behrmann et al. 2019): ``CIFAR_main.py`` | here |
 |---|---|
@@ -9,8 +10,9 @@ The command that trained a network says what it is. Names of arrays, where `stac
 | ``prior_mu``, ``prior_logstd``, channels first | prior "gaussian", channels last |
 | ``bn1``, ``logits`` | head of a classifier |
 
-After a scale the first half of the channels leaves, here the second one, so halves change places in front of a scale. Every
-checkpoint has a prior and a head: the one that its task does not use was never trained and is left out.
+After a scale the first half of the channels leaves, here the second one, so halves change places in
+front of a scale. Every checkpoint has a prior and a head: the one that its task does not use was
+never trained and is left out.
 
 | residual-flows (Chen et al. 2019): ``train_img.py``, and ``train_toy.py`` with one ``chain`` | here |
 |---|---|
@@ -19,9 +21,10 @@ checkpoint has a prior and a head: the one that its task does not use was never 
 | ``transforms.SCALE.chain.J.weight``, ``bias``: ``(x + bias) exp(weight)`` | ActNorm, with the same formula |
 | ``transforms.SCALE.chain.J.nnet.nnet.M``, ``chain.J.fc_module`` | dense layers and their ActNorm, on entries, channels last |
 
-ActNorm stands behind blocks there, and in front of them here: each goes to the next block. The squeeze lists the pixels of each
-channel one after the other, and half of its channels may leave. The prior is standard normal.
-"""
+ActNorm stands behind blocks there, and in front of them here: each goes to the next block. The
+squeeze lists the pixels of each channel one after the other, and half of its channels may leave.
+The prior is standard normal.
+"""  # noqa: E501
 
 import argparse
 import itertools
@@ -49,12 +52,14 @@ from iresnet_jax.models.saved import model_of
 from iresnet_jax.runs.command_line import Parser
 
 
-def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: str) -> Density | Classifier:
+def convert(
+    weights: str | os.PathLike[str] | Mapping[str, Any], architecture: str
+) -> Density | Classifier:
     """The model that a network of another code is, with guaranteed bounds of its norms.
 
-    Kernels are those that the code applies after training: divided by the norms that its last power iteration saw, where these
-    are above the coefficient. Their true norms may be above it, which ``model.certificate()`` says. ``model.freeze()`` scales
-    them into the budget.
+    Kernels are those that the code applies after training: divided by the norms that its last power
+    iteration saw, where these are above the coefficient. Their true norms may be above it, which
+    ``model.certificate()`` says. ``model.freeze()`` scales them into the budget.
 
     Args:
         weights: The ``state_dict``, as a ``.npz`` file or as arrays by name.
@@ -62,11 +67,12 @@ def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: s
             ``"train_img.py --data mnist --imagesize 28 --actnorm True"``.
 
     Raises:
-        ValueError: If the file or the command cannot be read, or arrays are missing, left over or of another shape; the message
-            names them.
+        ValueError: If the file or the command cannot be read, or arrays are missing, left over or
+            of another shape; the message names them.
 
     Example:
-        >>> model = convert("weights.npz", "train_toy.py --nblocks 50 --actnorm True")  # doctest: +SKIP
+        >>> command = "train_toy.py --nblocks 50 --actnorm True"
+        >>> model = convert("weights.npz", command)  # doctest: +SKIP
         >>> print(model.certificate())  # doctest: +SKIP
     """
     script, options = parse(architecture)
@@ -78,7 +84,7 @@ def convert(weights: str | os.PathLike[str] | Mapping[str, Any], architecture: s
     return model
 
 
-# The command ----------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 class Script(NamedTuple):
@@ -86,7 +92,8 @@ class Script(NamedTuple):
 
     Attributes:
         reader: ``(arrays, options) ->`` arguments of `saved.model_of`.
-        read: Options that define the network with the script's defaults; a default of False or True may be a switch.
+        read: Options that define the network with the script's defaults; a default of False or True
+            may be a switch.
         refused: Options of which only this value, their default, is read.
         ignored: Names of options that do not change the function.
     """
@@ -98,16 +105,19 @@ class Script(NamedTuple):
 
 
 def parse(command: str) -> tuple[Script, argparse.Namespace]:
-    """The script of a command and its options that are read; names may be shortened, as in the script.
+    """The script of a command and its options that are read; names may be shortened, as in the
+    script.
 
     Raises:
-        ValueError: If the command names no known script, or has an option that the script does not have or that is refused.
+        ValueError: If the command names no known script, or has an option that the script does not
+            have or that is refused.
     """
     words = shlex.split(command)
     place = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
     if place is None:
         raise ValueError(
-            f"architecture must be the command that trained the network, with its script, one of {', '.join(SCRIPTS)}, and its "
+            "architecture must be the command that trained the network, with its script, one of "
+            f"{', '.join(SCRIPTS)}, and its "
             f"options; got {command!r}"
         )
     name = Path(words[place]).name
@@ -125,7 +135,10 @@ def parse(command: str) -> tuple[Script, argparse.Namespace]:
     options = parser.parse_args(words[place + 1 :])
     for option, default in script.refused.items():
         if (value := getattr(options, option.replace("-", "_"))) != default:
-            raise ValueError(f"{name} --{option} {value} is not read, as this library has no such network: only {default} is")
+            raise ValueError(
+                f"{name} --{option} {value} is not read, as this library has no such "
+                f"network: only {default} is"
+            )
     return script, options
 
 
@@ -135,30 +148,47 @@ def _truth(word: str) -> bool:
     return word == "True"
 
 
-# invertible-resnet ----------------------------------------------------------------------------------------------------
+# invertible-resnet --------------------------------------------------------------------------------
 
-MOMENTS = {  # mean and standard deviation of pixels in [0, 1], by which classifiers normalise images
+# mean and standard deviation of pixels in [0, 1], by which classifiers normalise images
+MOMENTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
 
-def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec | ClassifierSpec, dict[str, Any]]:
+def read_i_resnet(
+    arrays: Arrays, options: argparse.Namespace
+) -> tuple[DensitySpec | ClassifierSpec, dict[str, Any]]:
     """Arguments of `saved.model_of` for a network of ``CIFAR_main.py``."""
     if options.multiScale and not options.densityEstimation:
-        raise ValueError("CIFAR_main.py -multiScale is read with -densityEstimation: classifiers here look at the last scale")
+        raise ValueError(
+            "CIFAR_main.py -multiScale is read with -densityEstimation: classifiers "
+            "here look at the last scale"
+        )
     if options.inj_pad and (options.densityEstimation or options.init_ds == 2):
-        raise ValueError("CIFAR_main.py --inj_pad is read of classifiers with --init_ds 1: padding comes before squeezes here")
+        raise ValueError(
+            "CIFAR_main.py --inj_pad is read of classifiers with --init_ds 1: padding "
+            "comes before squeezes here"
+        )
     if not options.densityEstimation and options.dataset not in MOMENTS:
-        raise ValueError(f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: {', '.join(MOMENTS)} are")
+        raise ValueError(
+            f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: "
+            f"{', '.join(MOMENTS)} are"
+        )
     side, channels = _side(arrays, options), 3 + options.inj_pad
     stages = Stages((side, side, channels), actnorm=True)
     if options.init_ds == 2:
         stages.squeeze(channel_major=False)
     num_read, last = 0, len(options.nBlocks) - 1
     if not len(options.nBlocks) == len(options.nStrides) == len(options.nChannels):
-        raise ValueError("CIFAR_main.py --nBlocks, --nStrides and --nChannels are as many numbers each: give all three")
-    for scale, (num_blocks, stride, width) in enumerate(zip(options.nBlocks, options.nStrides, options.nChannels, strict=True)):
+        raise ValueError(
+            "CIFAR_main.py --nBlocks, --nStrides and --nChannels are as many numbers "
+            "each: give all three"
+        )
+    for scale, (num_blocks, stride, width) in enumerate(
+        zip(options.nBlocks, options.nStrides, options.nChannels, strict=True)
+    ):
         if stride == 2:
             stages.squeeze(channel_major=False)
         if options.multiScale and scale < last:
@@ -172,10 +202,23 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
     specs, params, latents = stages.finish()
     flow = FlowSpec((side, side, channels), specs, options.coeff)
     if options.densityEstimation:
-        arrays.ignore("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "logits.weight", "logits.bias")
-        moments = (arrays.take(name, flow.num_dims)[latents] for name in ("prior_mu", "prior_logstd"))
+        arrays.ignore(
+            "bn1.weight",
+            "bn1.bias",
+            "bn1.running_mean",
+            "bn1.running_var",
+            "logits.weight",
+            "logits.bias",
+        )
+        moments = (
+            arrays.take(name, flow.num_dims)[latents] for name in ("prior_mu", "prior_logstd")
+        )
         prior = Gaussian(*(jnp.asarray(values, float) for values in moments))
-        return DensitySpec(flow, transform=Center(), num_levels=256), {"params": params, "prior": prior, "network": {}}
+        return DensitySpec(flow, transform=Center(), num_levels=256), {
+            "params": params,
+            "prior": prior,
+            "network": {},
+        }
     arrays.ignore("prior_mu", "prior_logstd")
     num_classes, width = arrays.shape("logits.weight", (2, stages.num_channels))
     head = {
@@ -185,18 +228,33 @@ def read_i_resnet(arrays: Arrays, options: argparse.Namespace) -> tuple[DensityS
             "bias": arrays.take("logits.bias", num_classes),
         },
     }
-    statistics = {"head": {"mean": arrays.take("bn1.running_mean", width), "var": arrays.take("bn1.running_var", width)}}
+    statistics = {
+        "head": {
+            "mean": arrays.take("bn1.running_mean", width),
+            "var": arrays.take("bn1.running_var", width),
+        }
+    }
     head, statistics = jax.tree.map(lambda array: jnp.asarray(array, float), (head, statistics))
     mean, std = MOMENTS[options.dataset]
-    spec = ClassifierSpec(flow, (side, side, 3), num_classes, pad_channels=options.inj_pad, mean=mean, std=std)
+    spec = ClassifierSpec(
+        flow, (side, side, 3), num_classes, pad_channels=options.inj_pad, mean=mean, std=std
+    )
     return spec, {"params": params, "head": head, "statistics": statistics}
 
 
 def _read_bottleneck(
-    arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace, width: int, *, preactivation: bool
+    arrays: Arrays,
+    name: str,
+    stages: Stages,
+    options: argparse.Namespace,
+    width: int,
+    *,
+    preactivation: bool,
 ) -> None:
     channels = stages.num_channels
-    shift, log_scale = (arrays.take(f"{name}.actnorm.{part}", channels) for part in ("_shift", "_log_scale"))
+    shift, log_scale = (
+        arrays.take(f"{name}.actnorm.{part}", channels) for part in ("_shift", "_log_scale")
+    )
     stages.actnorm(shift * np.exp(-log_scale), log_scale)
     layers, widths = [], (channels, width, width, channels)
     for i, size in enumerate((3, 1, 3)):
@@ -210,7 +268,8 @@ def _read_bottleneck(
 
 
 def _side(arrays: Arrays, options: argparse.Namespace) -> int:
-    """Side of an image, from the singular vector of the first layer, which that code measures where its input is squeezed.
+    """Side of an image, from the singular vector of the first layer, which that code measures where
+    its input is squeezed.
 
     Without scales of their own, blocks that squeeze measure it in front of their squeeze.
     """
@@ -221,12 +280,13 @@ def _side(arrays: Arrays, options: argparse.Namespace) -> int:
     return math.isqrt(size // channels) * 2**squeezes
 
 
-# residual-flows -------------------------------------------------------------------------------------------------------
+# residual-flows -----------------------------------------------------------------------------------
 
 
 def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, dict[str, Any]]:
     """Arguments of `saved.model_of` for a network of ``train_img.py``."""
-    sizes = {"celebahq": 256, "celeba_5bit": 64, "imagenet32": 32, "imagenet64": 64}  # whatever --imagesize says
+    # whatever --imagesize says
+    sizes = {"celebahq": 256, "celeba_5bit": 64, "imagenet32": 32, "imagenet64": 64}
     side = sizes[options.data] if options.data in sizes else options.imagesize
     shape = (side, side, 1 if options.data == "mnist" else 3)
     stages = Stages(shape, actnorm=options.actnorm)
@@ -234,9 +294,13 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
         stages.squeeze(channel_major=True)
         side //= 2
     numbers = _numbers(options.nblocks)
-    last = min(len(numbers), side.bit_length() - 2) - 1  # a scale has images of 4 x 4 at least, and others are left out
+    # a scale has images of 4 x 4 at least, and others are left out
+    last = min(len(numbers), side.bit_length() - 2) - 1
     if last < 0:
-        raise ValueError(f"train_img.py needs images of at least 4 x 4 pixels, got {side} x {side}: check --imagesize")
+        raise ValueError(
+            f"train_img.py needs images of at least 4 x 4 pixels, got {side} x "
+            f"{side}: check --imagesize"
+        )
     for scale, num_blocks in enumerate(numbers[: last + 1]):
         chain = _Chain(arrays, f"transforms.{scale}.chain", stages, options)
         if scale == 0:
@@ -244,7 +308,9 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
             chain.actnorm()
         for k in range(num_blocks):
             # The last scale begins like any other, even where it is the first.
-            chain.block((options.idim,) * 2, (3, 1, 3), preactivation=scale > 0 or k > 0 or scale == last)
+            chain.block(
+                (options.idim,) * 2, (3, 1, 3), preactivation=scale > 0 or k > 0 or scale == last
+            )
             chain.actnorm()
         if scale < last:
             stages.squeeze(channel_major=True)
@@ -270,7 +336,9 @@ def read_toy(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, 
     return _density(stages, (2,), options.coeff)
 
 
-def _density(stages: Stages, shape: tuple[int, ...], coeff: float, **rest: Any) -> tuple[DensitySpec, dict[str, Any]]:
+def _density(
+    stages: Stages, shape: tuple[int, ...], coeff: float, **rest: Any
+) -> tuple[DensitySpec, dict[str, Any]]:
     specs, params, _ = stages.finish()
     spec = DensitySpec(FlowSpec(shape, specs, coeff), **rest)
     return spec, {"params": params, "prior": Gaussian.standard(spec.flow.num_dims), "network": {}}
@@ -281,9 +349,15 @@ class _Chain:
 
     def __init__(self, arrays: Arrays, name: str, stages: Stages, options: argparse.Namespace):
         if set(options.vnorms) != {"2"}:
-            raise ValueError(f"--vnorms {options.vnorms} is not read: only 2 for every layer is, the Euclidean norm")
+            raise ValueError(
+                f"--vnorms {options.vnorms} is not read: only 2 for every layer is, "
+                "the Euclidean norm"
+            )
         if options.act not in (known := ("relu", "elu", "softplus", "tanh", "identity", "swish")):
-            raise ValueError(f"--act {options.act} is not read, there is none here: those read are {', '.join(known)}")
+            raise ValueError(
+                f"--act {options.act} is not read, there is none here: those read are "
+                f"{', '.join(known)}"
+            )
         self._arrays, self._stages, self._options = arrays, stages, options
         self._activation = "lipswish" if options.act == "swish" else options.act
         self._names = (f"{name}.{place}" for place in itertools.count())
@@ -296,12 +370,24 @@ class _Chain:
         """An ActNorm, if the network has them."""
         if self._options.actnorm:
             name, stages = next(self._names), self._stages
-            stages.actnorm(*(self._arrays.take(f"{name}.{part}{kind}", stages.num_channels) for kind in ("bias", "weight")))
+            stages.actnorm(
+                *(
+                    self._arrays.take(f"{name}.{part}{kind}", stages.num_channels)
+                    for kind in ("bias", "weight")
+                )
+            )
 
     def block(
-        self, hidden: Sequence[int], kernel_sizes: Sequence[int] = (), *, preactivation: bool, part: str = "nnet"
+        self,
+        hidden: Sequence[int],
+        kernel_sizes: Sequence[int] = (),
+        *,
+        preactivation: bool,
+        part: str = "nnet",
     ) -> None:
-        """A block of convolutions, or of dense layers on all entries if there are no sizes of kernels."""
+        """A block of convolutions, or of dense layers on all entries if there are no sizes of
+        kernels.
+        """
         arrays, name = self._arrays, f"{next(self._names)}.{part}"
         outside = self._stages.num_channels if kernel_sizes else self._stages.num_entries
         layers = []
@@ -311,7 +397,9 @@ class _Chain:
                 beta = float(arrays.take(f"{name}.{place - 1}.beta", 1)[0])
             layer, taps = f"{name}.{place}", (kernel_sizes[i],) * 2 if kernel_sizes else ()
             u, v = arrays.take_vectors(f"{layer}.u", f"{layer}.v", (cout, cin))
-            kernel = applied_kernel(arrays.take(f"{layer}.weight", cout, cin, *taps), u, v, coeff=self._options.coeff)
+            kernel = applied_kernel(
+                arrays.take(f"{layer}.weight", cout, cin, *taps), u, v, coeff=self._options.coeff
+            )
             layers.append(Layer(kernel, arrays.take(f"{layer}.bias", cout), beta))
         self._stages.block(layers, self._activation, preactivation=preactivation)
 
@@ -322,42 +410,90 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split("-"))
 
 
-# The options of all scripts -------------------------------------------------------------------------------------------
+# The options of all scripts -----------------------------------------------------------------------
 
 SCRIPTS = {
     "CIFAR_main.py": Script(
         read_i_resnet,
         read={
-            **{"nBlocks": (4, 4, 4), "nStrides": (1, 2, 2), "nChannels": (16, 64, 256), "coeff": 0.9, "init_ds": 2},
+            **{
+                "nBlocks": (4, 4, 4),
+                "nStrides": (1, 2, 2),
+                "nChannels": (16, 64, 256),
+                "coeff": 0.9,
+                "init_ds": 2,
+            },
             **{"inj_pad": 0, "nonlin": "elu", "dataset": "cifar10"},
             **{"densityEstimation": False, "multiScale": False},
         },
         refused={"noActnorm": False},
-        ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay drop_rate batch init_batch "
-        "warmup_epochs epochs resume save_dir vis_port vis_server log_every fixedPrior evaluate interpolate drop_two nesterov "
+        ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay "
+        "drop_rate batch init_batch "
+        "warmup_epochs epochs resume save_dir vis_port vis_server log_every fixedPrior evaluate "
+        "interpolate drop_two nesterov "
         "norm analysisTraceEst log_verbose deterministic",
     ),
     "train_img.py": Script(
         read_images,
         read={
-            **{"data": "cifar10", "imagesize": 32, "nbits": 8, "coeff": 0.98, "vnorms": "2222", "act": "swish", "idim": 512},
-            **{"nblocks": "16-16-16", "factor-out": False, "squeeze-first": False, "actnorm": True, "fc-end": True},
+            **{
+                "data": "cifar10",
+                "imagesize": 32,
+                "nbits": 8,
+                "coeff": 0.98,
+                "vnorms": "2222",
+                "act": "swish",
+                "idim": 512,
+            },
+            **{
+                "nblocks": "16-16-16",
+                "factor-out": False,
+                "squeeze-first": False,
+                "actnorm": True,
+                "fc-end": True,
+            },
             **{"fc-idim": 128},
         },
         refused={
-            **{"block": "resblock", "learn-p": False, "fc-actnorm": False, "batchnorm": False, "dropout": 0.0, "fc": False},
-            **{"add-noise": True, "quadratic": False, "padding": 0, "task": "density", "kernels": "3-1-3", "preact": True},
+            **{
+                "block": "resblock",
+                "learn-p": False,
+                "fc-actnorm": False,
+                "batchnorm": False,
+                "dropout": 0.0,
+                "fc": False,
+            },
+            **{
+                "add-noise": True,
+                "quadratic": False,
+                "padding": 0,
+                "task": "density",
+                "kernels": "3-1-3",
+                "preact": True,
+            },
             **{"logit-transform": True, "first-resblock": True},
         },
-        ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff n-lipschitz-iters sn-tol "
-        "dataroot padding-dist cdim optimizer scheduler nepochs batchsize lr wd warmup-iters annealing-iters save "
-        "val-batchsize seed ema-val update-freq scale-dim rcrop-pad-mode resume begin-epoch nworkers print-freq vis-freq",
+        ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff "
+        "n-lipschitz-iters sn-tol "
+        "dataroot padding-dist cdim optimizer scheduler nepochs batchsize lr wd warmup-iters "
+        "annealing-iters save "
+        "val-batchsize seed ema-val update-freq scale-dim rcrop-pad-mode resume begin-epoch "
+        "nworkers print-freq vis-freq",
     ),
     "train_toy.py": Script(
         read_toy,
-        read={"coeff": 0.9, "vnorms": "222222", "dims": "128-128-128-128", "act": "swish", "nblocks": 100, "actnorm": False},
+        read={
+            "coeff": 0.9,
+            "vnorms": "222222",
+            "dims": "128-128-128-128",
+            "act": "swish",
+            "nblocks": 100,
+            "actnorm": False,
+        },
         refused={"arch": "iresnet", "learn-p": False, "batchnorm": False},
-        ignored="n-power-series n-dist n-samples data n-lipschitz-iters atol rtol mixed brute-force exact-trace niters "
-        "batch_size test_batch_size lr weight-decay annealing-iters save viz_freq val_freq log_freq gpu seed",
+        ignored="n-power-series n-dist n-samples data n-lipschitz-iters atol rtol mixed "
+        "brute-force exact-trace niters "
+        "batch_size test_batch_size lr weight-decay annealing-iters save viz_freq val_freq "
+        "log_freq gpu seed",
     ),
 }

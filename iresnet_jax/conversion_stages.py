@@ -1,8 +1,10 @@
-"""Arrays of a network in PyTorch, and stages that are collected in the order in which that code applies them.
+"""Arrays of a network in PyTorch, and stages that are collected in the order in which that code
+applies them.
 
-Codes differ in the order of channels after a squeeze, in the half that leaves as latents and in where an ActNorm stands. The
-flow here is the same function: by `StageSpec.channel_order`, by the order of the rows and columns of kernels, and by moving an
-ActNorm past what only moves entries, to the next branch. Where no branch follows, a block has a branch of zeros.
+Codes differ in the order of channels after a squeeze, in the half that leaves as latents and in
+where an ActNorm stands. The flow here is the same function: by `StageSpec.channel_order`, by the
+order of the rows and columns of kernels, and by moving an ActNorm past what only moves entries, to
+the next branch. Where no branch follows, a block has a branch of zeros.
 """
 
 import math
@@ -18,7 +20,16 @@ from iresnet_jax.models.architecture import StageSpec
 
 # Last parts of names of arrays that the function of a network does not depend on.
 UNUSED = (
-    *("weight_sigma", "num_batches_tracked", "scale", "initialized", "spatial_dims", "geom_p", "lamb", "last_n_samples"),
+    *(
+        "weight_sigma",
+        "num_batches_tracked",
+        "scale",
+        "initialized",
+        "spatial_dims",
+        "geom_p",
+        "lamb",
+        "last_n_samples",
+    ),
     *("last_firmom", "last_secmom"),
 )
 
@@ -27,28 +38,33 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a ``.npz`` file by their names.
 
     Raises:
-        ValueError: If it is no such file: a pickle, as ``torch.save`` writes, could run any program while it is read.
+        ValueError: If it is no such file: a pickle, as ``torch.save`` writes, could run any program
+            while it is read.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except Exception as error:  # there is no list of what a damaged file makes NumPy raise
         raise ValueError(
-            f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in PyTorch, see docs/models.md"
+            f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in "
+            "PyTorch, see docs/models.md"
         ) from error
 
 
 class Arrays:
     """Arrays by their names, each of which is taken once or known to be of no use.
 
-    What is wrong is kept until `check`, which says all of it in one error; arrays of zeros stand in until then.
+    What is wrong is kept until `check`, which says all of it in one error; arrays of zeros stand in
+    until then.
 
     Args:
         given: Arrays by name; a wrapper for several GPUs puts "module." in front.
     """
 
     def __init__(self, given: Mapping[str, Any]):
-        self._left = {name.removeprefix("module."): np.asarray(array) for name, array in given.items()}
+        self._left = {
+            name.removeprefix("module."): np.asarray(array) for name, array in given.items()
+        }
         self._missing: list[str] = []
         self._wrong: list[str] = []
 
@@ -67,13 +83,20 @@ class Arrays:
     def take_vectors(
         self, left: str, right: str, channels: tuple[int, int]
     ) -> tuple[Float[np.ndarray, "cout s s"], Float[np.ndarray, "cin s s"]]:
-        """Singular vectors of a layer, flattened from ``(channels, s, s)`` with any side ``s``, which is the same for both."""
+        """Singular vectors of a layer, flattened from ``(channels, s, s)`` with any side ``s``,
+        which is the same for both.
+        """
         side = math.isqrt(self.shape(right, (channels[1],))[0] // channels[1])
-        u, v = (self.take(name, num * side**2) for name, num in zip((left, right), channels, strict=True))
+        u, v = (
+            self.take(name, num * side**2)
+            for name, num in zip((left, right), channels, strict=True)
+        )
         return u.reshape(channels[0], side, side), v.reshape(channels[1], side, side)
 
     def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of an array that will be taken; the default if it is missing or has another number of axes."""
+        """Shape of an array that will be taken; the default if it is missing or has another
+        number of axes.
+        """
         array = self._left.get(name)
         return default if array is None or array.ndim != len(default) else array.shape
 
@@ -83,11 +106,20 @@ class Arrays:
             self._left.pop(name, None)
 
     def check(self, source: str) -> None:
-        """Raises ``ValueError`` if arrays are missing, left over, of another shape or not finite; the message names them."""
+        """Raises ``ValueError`` if arrays are missing, left over, of another shape or not
+        finite; the message names them.
+        """
         left = [name for name in self._left if name.rpartition(".")[2] not in UNUSED]
         found = {"missing": self._missing, "left over": left, "not as expected": self._wrong}
-        if said := [f"{len(names)} {what}: {', '.join(names[:12])}" for what, names in found.items() if names]:
-            raise ValueError(f"the arrays are not those of {source}; {'; '.join(said)}: give the command that trained them")
+        if said := [
+            f"{len(names)} {what}: {', '.join(names[:12])}"
+            for what, names in found.items()
+            if names
+        ]:
+            raise ValueError(
+                f"the arrays are not those of {source}; {'; '.join(said)}: give the "
+                "command that trained them"
+            )
 
 
 class Layer(NamedTuple):
@@ -124,7 +156,10 @@ def applied_kernel(
     taps = kernel.reshape(*kernel.shape[:2], *(kernel.shape[2:] or (1, 1)))
     (high, wide), side = taps.shape[2:], v.shape[1]
     padded = np.pad(v, ((0, 0), (high // 2, high // 2), (wide // 2, wide // 2)))
-    image = sum(np.tensordot(taps[:, :, i, j], padded[:, i : i + side, j : j + side], 1) for i, j in np.ndindex(high, wide))
+    image = sum(
+        np.tensordot(taps[:, :, i, j], padded[:, i : i + side, j : j + side], 1)
+        for i, j in np.ndindex(high, wide)
+    )
     return kernel / (max(1.0, float(np.vdot(u, image)) / coeff) + margin)
 
 
@@ -142,7 +177,8 @@ class Stages:
         self._blocks: list[list[dict[str, dict[str, np.ndarray]]]] = []
         self._latents: list[np.ndarray] = []
         self._theirs = np.arange(shape[-1])  # which of their channels each of ours is
-        self._actnorm: tuple[np.ndarray, np.ndarray] | None = None  # one that no branch follows yet, in our order
+        # one that no branch follows yet, in our order
+        self._actnorm: tuple[np.ndarray, np.ndarray] | None = None
         self._squeeze, self._order = 1, None  # of the next stage
 
     @property
@@ -156,12 +192,16 @@ class Stages:
         return math.prod(self._shape)
 
     def squeeze(self, *, channel_major: bool) -> None:
-        """A squeeze by 2, whose channels list the pixels of a patch, or with ``channel_major`` each channel's pixels."""
+        """A squeeze by 2, whose channels list the pixels of a patch, or with ``channel_major``
+        each channel's pixels.
+        """
         if self._squeeze > 1 or self._order is not None:
             self._append_zero_branch()
         space, channels = self._shape[:-1], self.num_channels
         if any(side % 2 for side in space):
-            raise ValueError(f"images of {space} pixels cannot be squeezed by 2: check the size in the command")
+            raise ValueError(
+                f"images of {space} pixels cannot be squeezed by 2: check the size in the command"
+            )
         self._shape, self._squeeze = (*(side // 2 for side in space), 4 * channels), 2
         self._theirs = np.arange(4 * channels)
         self._move_actnorm(np.tile(np.arange(channels), 4))
@@ -170,7 +210,9 @@ class Stages:
             self._theirs = np.arange(4 * channels)
 
     def order(self, order: Int[np.ndarray, " c"]) -> None:
-        """Puts our channels in another order, ``i`` where ``order[i]`` was; theirs stay as they are."""
+        """Puts our channels in another order, ``i`` where ``order[i]`` was; theirs stay as they
+        are.
+        """
         self._order = order if self._order is None else self._order[order]
         self._theirs = self._theirs[order]
         self._move_actnorm(order)
@@ -180,7 +222,9 @@ class Stages:
         self._actnorm = bias[self._theirs], log_scale[self._theirs]
 
     def block(self, layers: Sequence[Layer], activation: str, *, preactivation: bool) -> None:
-        """A residual block ``x + g(x)`` with an activation between layers and, with ``preactivation``, in front."""
+        """A residual block ``x + g(x)`` with an activation between layers and, with
+        ``preactivation``, in front.
+        """
         is_dense = layers[0].kernel.ndim == 2
         if is_dense and len(self._shape) > 1:
             self._flatten()
@@ -190,7 +234,11 @@ class Stages:
             kernel = layer.kernel[out][:, entries]
             kernel = kernel.T if is_dense else kernel.transpose(2, 3, 1, 0)
             beta = {} if layer.beta is None else {"beta": np.asarray(layer.beta)}
-            weights[f"{'dense' if is_dense else 'conv'}{i}"] = {"kernel": kernel, "bias": layer.bias[out], **beta}
+            weights[f"{'dense' if is_dense else 'conv'}{i}"] = {
+                "kernel": kernel,
+                "bias": layer.bias[out],
+                **beta,
+            }
             entries = out
         spec = {
             "hidden": tuple(len(layer.bias) for layer in layers[:-1]),
@@ -204,7 +252,10 @@ class Stages:
         """The second half of our channels leaves as latents."""
         half, is_odd = divmod(self.num_channels, 2)
         if is_odd:
-            raise ValueError(f"one half of {self.num_channels} channels cannot leave as latents: squeeze the images first")
+            raise ValueError(
+                f"one half of {self.num_channels} channels cannot leave as latents: "
+                "squeeze the images first"
+            )
         if not self._specs or self._is_pending:
             self._append_zero_branch()
         self._specs[-1]["factor_out"] = True
@@ -221,7 +272,10 @@ class Stages:
         for i, (spec, blocks) in enumerate(zip(self._specs, self._blocks, strict=True)):
             stages.append(StageSpec(num_blocks=len(blocks), actnorm=self._has_actnorm, **spec))
             stacked = {
-                name: {key: jnp.asarray(np.stack([block[name][key] for block in blocks]), float) for key in layer}
+                name: {
+                    key: jnp.asarray(np.stack([block[name][key] for block in blocks]), float)
+                    for key in layer
+                }
                 for name, layer in blocks[0].items()
             }
             params[f"stage{i}"] = {"blocks": stacked}
@@ -238,7 +292,9 @@ class Stages:
         self._shape = (math.prod(self._shape),)
 
     def _move_actnorm(self, index: Int[np.ndarray, " c"]) -> None:
-        """Takes the ActNorm that is left over past a map of entries, of which ``i`` was in channel ``index[i]``."""
+        """Takes the ActNorm that is left over past a map of entries, of which ``i`` was in
+        channel ``index[i]``.
+        """
         if self._actnorm is not None:
             bias, log_scale = self._actnorm
             self._actnorm = bias[index], log_scale[index]
@@ -252,15 +308,29 @@ class Stages:
             for i, (there, back) in enumerate([(channels, 1), (1, channels)])
         }
         sizes = (1, 1) if taps else None
-        self._append({"hidden": (1,), "kernel_sizes": sizes, "activation": "identity", "preactivation": False}, weights)
+        self._append(
+            {
+                "hidden": (1,),
+                "kernel_sizes": sizes,
+                "activation": "identity",
+                "preactivation": False,
+            },
+            weights,
+        )
 
     def _append(self, spec: dict[str, Any], weights: dict[str, dict[str, np.ndarray]]) -> None:
         bias, log_scale = self._actnorm or (np.zeros(self.num_channels),) * 2
         block = {**weights, "actnorm": {"bias": bias, "log_scale": log_scale}}
         is_new = self._squeeze > 1 or self._order is not None or not self._specs
-        if is_new or any(self._specs[-1][key] != value for key, value in spec.items()) or self._specs[-1]["factor_out"]:
+        if (
+            is_new
+            or any(self._specs[-1][key] != value for key, value in spec.items())
+            or self._specs[-1]["factor_out"]
+        ):
             order = None if self._order is None else tuple(self._order.tolist())
-            self._specs.append({**spec, "squeeze": self._squeeze, "channel_order": order, "factor_out": False})
+            self._specs.append(
+                {**spec, "squeeze": self._squeeze, "channel_order": order, "factor_out": False}
+            )
             self._blocks.append([])
         self._blocks[-1].append(block)
         self._squeeze, self._order, self._actnorm = 1, None, None

@@ -1,11 +1,13 @@
-r"""`evaluate_energy`: a density beside an unnormalised one, by importance weights and what they are worth.
+r"""`evaluate_energy`: a density beside an unnormalised one, by importance weights and what they are
+worth.
 
-Samples ``x_i`` of the model ``q`` have the weights ``w_i = exp(log_density(x_i)) / q(x_i)``, whose mean is an unbiased
-estimate of the normalising constant ``Z``. That needs exact log-determinants: a random one of variance ``v``, however
-unbiased, makes ``log Z`` too large by ``v / 2``.
+Samples ``x_i`` of the model ``q`` have the weights ``w_i = exp(log_density(x_i)) / q(x_i)``, whose
+mean is an unbiased estimate of the normalising constant ``Z``. That needs exact log-determinants: a
+random one of variance ``v``, however unbiased, makes ``log Z`` too large by ``v / 2``.
 
-Weights see what the model's samples see. Where the model has lost a mode entirely, effective sample size and tail look as good
-as ever; samples of the target show it, if there are any, by weights larger than all of those of the model's samples.
+Weights see what the model's samples see. Where the model has lost a mode entirely, effective sample
+size and tail look as good as ever; samples of the target show it, if there are any, by weights
+larger than all of those of the model's samples.
 """
 
 import functools
@@ -33,9 +35,10 @@ class Weights(NamedTuple):
         ess: Effective sample size, ``(sum w)^2 / (n sum w^2)``, a share in (0, 1].
         log_z: Logarithm of the mean weight.
         stderr: Standard error of ``log_z``.
-        pareto_k: Shape of the generalised Pareto distribution of the largest weights: moments of order ``1 / k`` and above are
-            infinite.
-        threshold: Largest ``pareto_k`` at which the mean weight means anything, ``min(1 - 1 / log10 n, .7)``.
+        pareto_k: Shape of the generalised Pareto distribution of the largest weights: moments of
+            order ``1 / k`` and above are infinite.
+        threshold: Largest ``pareto_k`` at which the mean weight means anything, ``min(1 - 1 / log10
+            n, .7)``.
     """
 
     ess: float
@@ -50,13 +53,16 @@ class EnergyEvaluation:
     """A model beside an unnormalised density.
 
     Attributes:
-        ess: Effective sample size of the importance weights, a share in (0, 1]; NaN if they say nothing about ``log Z``.
+        ess: Effective sample size of the importance weights, a share in (0, 1]; NaN if they say
+            nothing about ``log Z``.
         log_z: Logarithm of the normalising constant, by the mean weight; NaN likewise.
         stderr: Standard error of ``log_z``; NaN likewise.
         pareto_k: Shape of the weights' tail, see `Weights`.
         lower: Expected ``log_density - log q`` under the model, which is at most ``log Z``.
-        upper: The same under the target, which is at least ``log Z``; None without samples of the target.
-        lost: Share of the target's samples whose weights are above those of all samples of the model; None without them.
+        upper: The same under the target, which is at least ``log Z``; None without samples of the
+            target.
+        lost: Share of the target's samples whose weights are above those of all samples of the
+            model; None without them.
         verdict: Worth of the weights, in one or two sentences.
         log_weights: Logarithms of all weights.
     """
@@ -73,9 +79,19 @@ class EnergyEvaluation:
 
     def __str__(self) -> str:
         if not math.isnan(self.log_z):
-            return f"log Z {self.log_z:.4f} ± {self.stderr:.4f}, effective sample size {self.ess:.1%}\n{self.verdict}"
-        upper = "" if self.upper is None else f" and at most {self.upper:.4f}, the same over samples of the target"
-        return f"{self.verdict}\nlog Z is at least {self.lower:.4f}, the mean logarithm of the weights{upper}."
+            return (
+                f"log Z {self.log_z:.4f} ± {self.stderr:.4f}, effective sample size "
+                f"{self.ess:.1%}\n{self.verdict}"
+            )
+        upper = (
+            ""
+            if self.upper is None
+            else f" and at most {self.upper:.4f}, the same over samples of the target"
+        )
+        return (
+            f"{self.verdict}\nlog Z is at least {self.lower:.4f}, the mean logarithm of the "
+            f"weights{upper}."
+        )
 
 
 def evaluate_energy(
@@ -86,17 +102,20 @@ def evaluate_energy(
     *,
     samples: Shaped[Array, "m ..."] | Shaped[np.ndarray, "m ..."] | None = None,
 ) -> EnergyEvaluation:
-    """Effective sample size and normalising constant of an unnormalised density by importance weights of a model.
+    """Effective sample size and normalising constant of an unnormalised density by importance
+    weights of a model.
 
     Args:
         model: The model, whose samples are weighed; its log-determinants are computed exactly.
         log_density: ``(b, ...) -> (b,)``, up to a constant.
         key: Source of the samples.
         num: Number of samples, at least 100.
-        samples: Samples of the target, if there are any, such as those of a long Markov chain: they show what the model lost.
+        samples: Samples of the target, if there are any, such as those of a long Markov chain: they
+            show what the model lost.
 
     Raises:
-        ValueError: If the log-density has the wrong shape, or is NaN or infinite at samples; the message says at how many.
+        ValueError: If the log-density has the wrong shape, or is NaN or infinite at samples; the
+            message says at how many.
 
     Example:
         >>> found = evaluate_energy(model, log_density, jax.random.key(0))  # doctest: +SKIP
@@ -104,12 +123,20 @@ def evaluate_energy(
         log Z 0.8032 ± 0.0009, effective sample size 99.2%
         The tail of the weights is light enough for their mean (Pareto k is 0.08, at most 0.70).
     """
-    num, key, model = checked(Count, num, "num"), single_key(key), model.with_(estimator=ExactLogdet())
+    num, key, model = (
+        checked(Count, num, "num"),
+        single_key(key),
+        model.with_(estimator=ExactLogdet()),
+    )
     size = min(num, 1000)
     drawn = [_draw(model, part, size) for part in jax.random.split(key, -(-num // size))]
-    values = np.concatenate([np.asarray(log_density_of(log_density, x), np.float64) for x, _, _ in drawn])[:num]
+    values = np.concatenate(
+        [np.asarray(log_density_of(log_density, x), np.float64) for x, _, _ in drawn]
+    )[:num]
     check_finite(values, "samples of the model")
-    log_prob, is_converged = (np.concatenate([np.asarray(part[i]) for part in drawn])[:num] for i in (1, 2))
+    log_prob, is_converged = (
+        np.concatenate([np.asarray(part[i]) for part in drawn])[:num] for i in (1, 2)
+    )
     log_weights, upper, lost = values - log_prob, None, None
     weights = weigh(log_weights)
     is_useful, verdict = weights.pareto_k <= weights.threshold, _verdict(weights, num)
@@ -119,20 +146,30 @@ def evaluate_energy(
         values = np.asarray(log_density_of(log_density, samples), np.float64)
         check_finite(values, "samples of the target")
         parts = np.array_split(samples, -(-len(values) // size))
-        of_target = values - np.concatenate([np.asarray(_log_prob(model, part, key)) for part in parts])
+        of_target = values - np.concatenate(
+            [np.asarray(_log_prob(model, part, key)) for part in parts]
+        )
         upper, lost = float(of_target.mean()), float(np.mean(of_target > log_weights.max()))
-        # Where the model does not see a share s of the target, log Z is too small by -log(1 - s), which is at least s.
+        # Where the model does not see a share s of the target, log Z is too small by -log(1 - s),
+        # which is at least s.
         if lost * len(of_target) >= 3 and lost > 2 * weights.stderr:
             is_useful = False
             verdict = (
-                f"The model has lost modes: {lost:.1%} of the target's samples have larger weights than all {num} samples of "
-                "the model, whose mean leaves out what lies there. Train against samples that reach all modes."
+                f"The model has lost modes: {lost:.1%} of the target's samples have larger weights "
+                f"than all {num} samples of "
+                "the model, whose mean leaves out what lies there. Train against samples that "
+                "reach all modes."
             )
     if failed := int(np.sum(~is_converged)):
-        verdict += f" The inverse did not converge for {failed} of {num} samples, whose weights are those of other points."
+        verdict += (
+            f" The inverse did not converge for {failed} of {num} samples, whose weights "
+            "are those of other points."
+        )
     ess, log_z, stderr = weights[:3] if is_useful else (math.nan,) * 3
     lower = float(log_weights.mean())
-    return EnergyEvaluation(ess, log_z, stderr, weights.pareto_k, lower, upper, lost, verdict, log_weights)
+    return EnergyEvaluation(
+        ess, log_z, stderr, weights.pareto_k, lower, upper, lost, verdict, log_weights
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -151,24 +188,35 @@ def _verdict(weights: Weights, num: int) -> str:
     tail = f"Pareto k is {weights.pareto_k:.2f}"
     if not weights.pareto_k <= weights.threshold:
         return (
-            f"The weights have a heavy tail ({tail}, above {weights.threshold:.2f}): their mean says nothing about log Z; "
-            "train longer, or against samples that reach where the target has mass and the model has not."
+            f"The weights have a heavy tail ({tail}, above {weights.threshold:.2f}): their mean "
+            "says nothing about log Z; "
+            "train longer, or against samples that reach where the target has mass and the model "
+            "has not."
         )
     if weights.pareto_k > 0.5:
         return (
-            f"The weights have an infinite variance, as they do from k = .5 on ({tail}): log Z is too low more often than too "
+            f"The weights have an infinite variance, as they do from k = .5 on ({tail}): log Z is "
+            "too low more often than too "
             f"high, by more than its error says. Draw more than {num} samples, or train longer."
         )
     if weights.ess < 0.01:
-        return f"The tail of the weights is light enough ({tail}), but {weights.ess:.2%} of {num} samples are few: draw more."
-    return f"The tail of the weights is light enough for their mean ({tail}, at most {weights.threshold:.2f})."
+        return (
+            f"The tail of the weights is light enough ({tail}), but {weights.ess:.2%} of {num} "
+            "samples are few: draw more."
+        )
+    return (
+        f"The tail of the weights is light enough for their mean ({tail}, at most "
+        f"{weights.threshold:.2f})."
+    )
 
 
 def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
-    """Effective sample size, normalising constant and tail of weights, by Pareto-smoothed importance sampling.
+    """Effective sample size, normalising constant and tail of weights, by Pareto-smoothed
+    importance sampling.
 
-    The largest weights are replaced by quantiles of the generalised Pareto distribution that is fitted to them (Vehtari et al.
-    2024); the standard error is that of the delta method. A weight that is not finite gives a shape that is NaN.
+    The largest weights are replaced by quantiles of the generalised Pareto distribution that is
+    fitted to them (Vehtari et al. 2024); the standard error is that of the delta method. A weight
+    that is not finite gives a shape that is NaN.
 
     Args:
         log_weights: Logarithms of at least 100 weights, of independent samples.
@@ -178,10 +226,14 @@ def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
     """
     num = len(log_weights)
     if num < 100:
-        raise ValueError(f"at least 100 weights are needed to see their tail, got {num}: draw more samples")
+        raise ValueError(
+            f"at least 100 weights are needed to see their tail, got {num}: draw more samples"
+        )
     with jax.enable_x64():
-        shares, shape = map(np.asarray, _smoothed(np.asarray(log_weights, np.float64)))  # shares add up to 1
-    if np.isnan(shape) and np.ptp(log_weights) < 1:  # equal but for rounding, whose ties have no tail that could be fitted
+        # shares add up to 1
+        shares, shape = map(np.asarray, _smoothed(np.asarray(log_weights, np.float64)))
+    # equal but for rounding, whose ties have no tail that could be fitted
+    if np.isnan(shape) and np.ptp(log_weights) < 1:
         shares, shape = log_softmax(log_weights.astype(np.float64)), 0.0
     middle = np.argsort(log_weights)[num // 2]  # its weight is not among those that are smoothed
     ess = 1 / (num * np.square(np.exp(shares)).sum())

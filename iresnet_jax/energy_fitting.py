@@ -1,10 +1,11 @@
 """`fit_energy`: from an unnormalised density to a model of it, without data.
 
-An energy that is trained by its reverse divergence alone loses modes that no sample of the model finds. Sequential Monte Carlo
-finds them while they are connected, so a model is trained by the likelihood of its particles first, as `fit` trains it of data.
-The sum of both divergences follows: its likelihood keeps the modes, and the energy says more of a point than particles do.
-Where the scales of a target differ much it makes the model worse, as on the funnel of benchmarks/energies.py. Held-out
-particles and samples of the model choose.
+An energy that is trained by its reverse divergence alone loses modes that no sample of the model
+finds. Sequential Monte Carlo finds them while they are connected, so a model is trained by the
+likelihood of its particles first, as `fit` trains it of data. The sum of both divergences follows:
+its likelihood keeps the modes, and the energy says more of a point than particles do. Where the
+scales of a target differ much it makes the model worse, as on the funnel of benchmarks/energies.py.
+Held-out particles and samples of the model choose.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ from iresnet_jax.training.trainer import BlowUpError
 
 NUM_PARTICLES = 20_000
 NUM_SNAPSHOTS = 8  # of all particles, with ten trajectories between two of them
-COMPONENTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)  # of a mixture, tried until the likelihood falls twice
+# of a mixture, tried until the likelihood falls twice
+COMPONENTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
 PER_MARGINAL = 8  # components of an entry
 STAGES = (StageSpec(20, (128,), activation="clipswish"),)
 BATCH_SIZE = 256
@@ -61,45 +63,60 @@ def fit_energy(
 ) -> Density:
     """A density that is close to an unnormalised one, with modes that are far from each other.
 
-    Particles are annealed from ``N(0, scale^2)`` to the target, see `anneal`. A residual flow is trained by their likelihood,
-    and then by both divergences, see `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before training: a mixture
-    of normal distributions, or independent entries that are mixtures each, see `Marginals`, of whitened or of standardised
-    particles. `evaluate_energy` says how good the result is.
+    Particles are annealed from ``N(0, scale^2)`` to the target, see `anneal`. A residual flow is
+    trained by their likelihood, and then by both divergences, see
+    `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before training: a mixture of
+    normal distributions, or independent entries that are mixtures each, see `Marginals`, of
+    whitened or of standardised particles. `evaluate_energy` says how good the result is.
 
     Args:
-        log_density: ``(n, num_dims) -> (n,)``, the logarithm of the density up to a constant, minus the energy: finite and
-            differentiable everywhere, in JAX.
+        log_density: ``(n, num_dims) -> (n,)``, the logarithm of the density up to a constant, minus
+            the energy: finite and differentiable everywhere, in JAX.
         num_dims: Dimensions.
         key: Source of all randomness.
-        scale: Standard deviation of the normal distribution in which annealing starts: it should reach all modes.
-        minutes: Time, compilation included, which annealing may exceed: only what follows it looks at the clock. If less than
-            half a minute is left for training, it is by likelihood alone.
+        scale: Standard deviation of the normal distribution in which annealing starts: it should
+            reach all modes.
+        minutes: Time, compilation included, which annealing may exceed: only what follows it looks
+            at the clock. If less than half a minute is left for training, it is by likelihood
+            alone.
         steps: Updates of the flow instead of a time, half of them by either loss.
         num_particles: Particles, at least 1000.
         stages: Stages of the flow.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
-        The model, certified, with the `History` of the training that led to it; its step is 0 if none brought it closer.
+        The model, certified, with the `History` of the training that led to it; its step is 0 if
+        none brought it closer.
 
     Raises:
-        ValueError: If the log-density has the wrong shape, or is NaN or infinite where annealing starts or ends.
+        ValueError: If the log-density has the wrong shape, or is NaN or infinite where annealing
+            starts or ends.
 
     Example:
         >>> model = fit_energy(log_density, 2, scale=3.0, key=jax.random.key(0))  # doctest: +SKIP
         >>> print(evaluate_energy(model, log_density, jax.random.key(1)))  # doctest: +SKIP
     """
     began = time.monotonic()
-    minutes, steps = checked(Positive, minutes, "minutes"), None if steps is None else checked(Count, steps, "steps")
+    minutes, steps = (
+        checked(Positive, minutes, "minutes"),
+        None if steps is None else checked(Count, steps, "steps"),
+    )
     stages = checked(tuple[StageSpec, ...], stages, "stages")
-    key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(single_key(key), 5)
+    key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(
+        single_key(key), 5
+    )
 
     x = particles(log_density, num_dims, key=key_particles, scale=scale, num=num_particles)
     num_held_out = min(2000, x.shape[1] // 10)
-    held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)  # the last snapshot first
+    # the last snapshot first
+    held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)
     end = math.inf if steps is not None else began + 60 * minutes
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    by_likelihood = {"loss": _negative_log_likelihood, "key": key_likelihood, "batch_size": BATCH_SIZE}
+    by_likelihood = {
+        "loss": _negative_log_likelihood,
+        "key": key_likelihood,
+        "batch_size": BATCH_SIZE,
+    }
     both = losses.symmetric_kl(log_density, BATCH_SIZE // 2)
     by_energy = {"loss": both, "key": key_energy, "batch_size": BATCH_SIZE // 2, "optimizer": adam}
 
@@ -108,17 +125,27 @@ def fit_energy(
     turns = [by_likelihood] if end - time.monotonic() < 30 else [by_likelihood, by_energy]
     for i, turn in enumerate(turns):
         if steps is None:
-            length: dict[str, Any] = {"minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)}
+            length: dict[str, Any] = {
+                "minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)
+            }
         else:
             length = {"steps": max(steps // 2, 1)}
         try:
-            trained = train(best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length)
+            trained = train(
+                best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length
+            )
         except BlowUpError as error:
             if i == 0:
                 raise
-            warnings.warn(f"the model is that of its training by likelihood: by the energy, {error}", stacklevel=2)
+            warnings.warn(
+                f"the model is that of its training by likelihood: by the energy, {error}",
+                stacklevel=2,
+            )
             break
-        history, divergence = trained.history, _divergence(trained, log_density, held_out, key_choice)
+        history, divergence = (
+            trained.history,
+            _divergence(trained, log_density, held_out, key_choice),
+        )
         assert history is not None
         if divergence < least:
             best, least = trained, divergence
@@ -141,15 +168,21 @@ def particles(
     scale: float | int = 1.0,
     num: int = NUM_PARTICLES,
 ) -> Float[np.ndarray, "s n d"]:
-    """Snapshots of the particles that `fit_energy` is trained on, the last one last; arguments and errors are its own.
+    """Snapshots of the particles that `fit_energy` is trained on, the last one last; arguments and
+    errors are its own.
 
-    A particle has the same place in all snapshots, so that some particles can be held out from all of them.
+    A particle has the same place in all snapshots, so that some particles can be held out from all
+    of them.
     """
     num_dims, num = checked(Count, num_dims, "num_dims"), checked(Count, num, "num_particles")
     if num < 1000:
-        raise ValueError(f"num_particles must be at least 1000, got {num}: a tenth of them validates")
+        raise ValueError(
+            f"num_particles must be at least 1000, got {num}: a tenth of them validates"
+        )
     key_anneal, key_move, key_order = jax.random.split(single_key(key), 3)
-    found, step = anneal(log_density, key_anneal, num, num_dims, scale=checked(Positive, scale, "scale"))
+    found, step = anneal(
+        log_density, key_anneal, num, num_dims, scale=checked(Positive, scale, "scale")
+    )
     snapshots = []
     for key in jax.random.split(key_move, NUM_SNAPSHOTS):
         found = step(key, found)
@@ -175,16 +208,19 @@ class Particles(NamedTuple):
 def anneal(
     log_density: LogDensity, key: Key[Array, ""], num: int, num_dims: int, *, scale: float = 1.0
 ) -> tuple[Particles, Callable[[Array, Particles], Particles]]:
-    """Particles of a density ``p``, by sequential Monte Carlo from a normal distribution (Del Moral, Doucet and Jasra 2006).
+    """Particles of a density ``p``, by sequential Monte Carlo from a normal distribution (Del
+    Moral, Doucet and Jasra 2006).
 
-    Each step goes as far along ``t`` as half of the particles stay effective, draws them again by their weights, and moves them
-    by Hamiltonian Monte Carlo, so that separated modes keep the shares that they had while they were connected.
+    Each step goes as far along ``t`` as half of the particles stay effective, draws them again by
+    their weights, and moves them by Hamiltonian Monte Carlo, so that separated modes keep the
+    shares that they had while they were connected.
 
     Returns:
         The particles at ``t = 1``, and the step, which moves them further.
 
     Raises:
-        ValueError: If the log-density of draws from the normal distribution is NaN or infinite, or has the wrong shape.
+        ValueError: If the log-density of draws from the normal distribution is NaN or infinite, or
+            has the wrong shape.
         RuntimeError: If the path takes more than 1000 steps.
     """
 
@@ -208,7 +244,8 @@ def anneal(
         resample = functools.partial(_resampled, is_needed=change > 0)
         kernel = tempered.build_kernel(start, ratio, trajectory, hmc.init, resample)
         state = tempered.TemperedSMCState(x, weights, t)
-        state, info = kernel(key, state, 10, t, options)  # ten trajectories at t, after which all weights are equal
+        # ten trajectories at t, after which all weights are equal
+        state, info = kernel(key, state, 10, t, options)
         acceptance = jnp.mean(info.update_info.acceptance_rate)
         step_size = jnp.clip(step_size * jnp.exp(2 * (acceptance - 0.75)), 1e-4, 2.0)
         return Particles(state.particles, t, step_size)
@@ -217,30 +254,42 @@ def anneal(
 
     def trajectory(key, state, log_density, step_size, inverse_mass_matrix):
         key_size, key_move = jax.random.split(key)
-        step_size = step_size * jnp.exp(-jax.random.exponential(key_size))  # of all lengths, for targets of several scales
+        # of all lengths, for targets of several scales
+        step_size = step_size * jnp.exp(-jax.random.exponential(key_size))
         return hamiltonian(key_move, state, log_density, step_size, inverse_mass_matrix, 8)
 
     key_start, key = jax.random.split(key)
     x = scale * jax.random.normal(key_start, (num, num_dims))
     check_finite(
-        log_density_of(log_density, x), f"draws from the normal distribution of scale {scale:g} in which annealing starts"
+        log_density_of(log_density, x),
+        f"draws from the normal distribution of scale {scale:g} in which annealing starts",
     )
     found, num_steps = Particles(x, jnp.zeros((), x.dtype), jnp.full((), 0.3, x.dtype)), 0
     while found.t < 1:
         found, num_steps = step(jax.random.fold_in(key, num_steps), found), num_steps + 1
         if num_steps == 1000:
             raise RuntimeError(
-                f"annealing is at t = {float(found.t):.3g} after {num_steps} steps: choose another scale than {scale:g}"
+                f"annealing is at t = {float(found.t):.3g} after {num_steps} steps: choose another "
+                f"scale than {scale:g}"
             )
     return found, step
 
 
-def _resampled(key: Key[Array, ""], weights: Float[Array, " n"], num: int, *, is_needed: Any) -> Array:
-    """Places of as many particles, each as often as its weight says; each its own where weights are equal."""
+def _resampled(
+    key: Key[Array, ""], weights: Float[Array, " n"], num: int, *, is_needed: Any
+) -> Array:
+    """Places of as many particles, each as often as its weight says; each its own where weights
+    are equal.
+    """
     return jnp.where(is_needed, resampling.systematic(key, weights, num), jnp.arange(num))
 
 
-def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], stages: Any) -> Density:
+def _start(
+    key: Key[Array, ""],
+    x: Float[np.ndarray, "n d"],
+    held_out: Float[np.ndarray, "m d"],
+    stages: Any,
+) -> Density:
     """A flow that does little yet, with the prior under which held-out particles are likeliest.
 
     Priors are compared without the flow, and fitted once more to its latents.
@@ -250,11 +299,16 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
         bijection = transform.bijection()
         z = np.asarray(bijection.forward(jnp.asarray(x)))
-        held_out_z, log_dets, _ = bijection.forward_and_logdet(jnp.asarray(held_out), jax.random.key(0))
+        held_out_z, log_dets, _ = bijection.forward_and_logdet(
+            jnp.asarray(held_out), jax.random.key(0)
+        )
         priors: list[Any] = [Marginals.fit(z, PER_MARGINAL)]
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
             priors.append(_likeliest_mixture(z[:5000], held_out_z))
-        starts += [(float(_mean_log_prob(prior, held_out_z) + log_dets[0]), transform, prior) for prior in priors]
+        starts += [
+            (float(_mean_log_prob(prior, held_out_z) + log_dets[0]), transform, prior)
+            for prior in priors
+        ]
     _, transform, prior = max(starts, key=lambda start: start[0])
     model = Density.init(
         key,
@@ -268,13 +322,21 @@ def _start(key: Key[Array, ""], x: Float[np.ndarray, "n d"], held_out: Float[np.
     return model.with_(prior=type(prior).fit(np.asarray(model.encode(x)), prior.num_components))
 
 
-def _likeliest_mixture(z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]) -> GaussianMixture:
-    """The mixture under which held-out vectors are likeliest; larger ones are tried until the likelihood fell twice."""
+def _likeliest_mixture(
+    z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]
+) -> GaussianMixture:
+    """The mixture under which held-out vectors are likeliest; larger ones are tried until the
+    likelihood fell twice.
+    """
     best, highest, fallen = None, -math.inf, 0
-    for num in (count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)):
+    for num in (
+        count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)
+    ):
         mixture = GaussianMixture.fit(z, num)
         value = float(_mean_log_prob(mixture, held_out))
-        best, highest, fallen = (mixture, value, 0) if value > highest else (best, highest, fallen + 1)
+        best, highest, fallen = (
+            (mixture, value, 0) if value > highest else (best, highest, fallen + 1)
+        )
         if fallen == 2:
             break
     assert best is not None
@@ -286,8 +348,12 @@ def _mean_log_prob(prior: Any, z: Float[Array, "m d"]) -> Float[Array, ""]:
     return jnp.mean(prior.log_prob(z))
 
 
-def _divergence(model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]) -> float:
-    """``KL(p | q) + KL(q | p)`` but for a constant of the target, by held-out particles and as many samples of the model."""
+def _divergence(
+    model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]
+) -> float:
+    """``KL(p | q) + KL(q | p)`` but for a constant of the target, by held-out particles and as
+    many samples of the model.
+    """
     of_target = jnp.mean(model.log_prob(held_out, key))
     x, log_prob, _, _ = model.sample_and_log_prob(key, len(held_out))
     return float(jnp.mean(log_prob - log_density_of(log_density, x)) - of_target)

@@ -1,7 +1,8 @@
-"""scikit-learn estimators: a density and a classifier of vectors, for pipelines and searches over parameters.
+"""scikit-learn estimators: a density and a classifier of vectors, for pipelines and searches over
+parameters.
 
-They wrap `fitting.fit` and take what ``pip install 'iresnet_jax[sklearn]'`` installs. Samples are scored in batches of one
-size, so that a score does not depend on the samples beside it.
+They wrap `fitting.fit` and take what ``pip install 'iresnet_jax[sklearn]'`` installs. Samples are
+scored in batches of one size, so that a score does not depend on the samples beside it.
 """
 
 from __future__ import annotations
@@ -54,10 +55,16 @@ class _ResidualFlow(BaseEstimator):
 
     def _train(self, x: Any, labels: np.ndarray | None = None) -> None:
         """Sets ``model_``."""
-        options = {name: getattr(self, name) for name in ("steps", "minutes", "architecture", "validation_fraction", "bounds")}
+        options = {
+            name: getattr(self, name)
+            for name in ("steps", "minutes", "architecture", "validation_fraction", "bounds")
+        }
         key = jax.random.key(int(check_random_state(self.random_state).randint(2**31 - 1)))
-        with interrupts_raised():  # a search that is interrupted ends, and does not go on with the next fold
-            self.model_ = fit(x, labels, key=key, settings=self.settings, progress=bool(self.verbose), **options)
+        # a search that is interrupted ends, and does not go on with the next fold
+        with interrupts_raised():
+            self.model_ = fit(
+                x, labels, key=key, settings=self.settings, progress=bool(self.verbose), **options
+            )
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
@@ -69,11 +76,13 @@ class _ResidualFlow(BaseEstimator):
 class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     """A residual flow as a density estimator.
 
-    `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the samples alone.
+    `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the
+    samples alone.
 
-    Features of whole or rounded numbers are dequantised in cells, see `iresnet_jax.bijections.cells`: `score_samples` is then a
-    lower bound of their log-probability by their unit, finite for all values. Features with bounds keep to them: no sample
-    leaves them, and `score_samples` is minus infinity outside.
+    Features of whole or rounded numbers are dequantised in cells, see
+    `iresnet_jax.bijections.cells`: `score_samples` is then a lower bound of their log-probability
+    by their unit, finite for all values. Features with bounds keep to them: no sample leaves them,
+    and `score_samples` is minus infinity outside.
 
     Args:
         steps: Updates to train for.
@@ -81,8 +90,10 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed.
-        bounds: Ends ``(low, high)`` of features by name or number, None where there is no end, which no sample leaves.
-        settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see `runs.config.Config`.
+        bounds: Ends ``(low, high)`` of features by name or number, None where there is no end,
+            which no sample leaves.
+        settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see
+            `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
 
     Attributes:
@@ -99,11 +110,13 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """Trains on samples ``X``; ``y`` is ignored.
 
         Raises:
-            ValueError: If there are fewer than 3 samples, or a value is out of its bounds; it says which.
+            ValueError: If there are fewer than 3 samples, or a value is out of its bounds; it says
+                which.
         """
         del y
         check_unmasked(X, "X")
-        x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=3)  # two to train on, one to validate
+        # two to train on, one to validate
+        x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=3)
         names = getattr(self, "feature_names_in_", None)
         if names is not None:  # by which bounds and messages call them
             import pandas as pd
@@ -115,17 +128,23 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-likelihood of every sample in nats, ``model_.log_prob``.
 
-        It is minus infinity where a feature has a value out of its bounds, and where values are so far from those of
-        the training that single precision overflows.
+        It is minus infinity where a feature has a value out of its bounds, and where values are so
+        far from those of the training that single precision overflows.
         """
-        return np.nan_to_num(_in_batches(_log_prob, self.model_, self._checked(X)), nan=-np.inf, neginf=-np.inf)
+        return np.nan_to_num(
+            _in_batches(_log_prob, self.model_, self._checked(X)), nan=-np.inf, neginf=-np.inf
+        )
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log-likelihood of the samples in nats, as that of `sklearn.mixture.GaussianMixture`; ``y`` is ignored."""
+        """Mean log-likelihood of the samples in nats, as that of
+        `sklearn.mixture.GaussianMixture`; ``y`` is ignored.
+        """
         del y
         return float(self.score_samples(X).mean())
 
-    def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> np.ndarray:
+    def sample(
+        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+    ) -> np.ndarray:
         """Draws samples.
 
         Args:
@@ -140,26 +159,33 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         key = jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
         x, info = self.model_.sample(key, n_samples)
         if failed := int(np.sum(~np.asarray(info.converged))):
-            warnings.warn(f"the inverse of {failed} of {n_samples} samples did not converge: they are not exact", stacklevel=2)
+            warnings.warn(
+                f"the inverse of {failed} of {n_samples} samples did not converge: they "
+                "are not exact",
+                stacklevel=2,
+            )
         return np.asarray(x, np.float64)
 
 
 class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
     """A residual flow with a prior for every class, which classifies by Bayes' rule.
 
-    The model is a density of samples and labels, trained for the labels' cross-entropy and, with a tenth of the weight, for the
-    likelihood of the samples: ``model_.log_prob`` is low for samples that are like none of the classes. Constant features are
-    ignored. Parameters are those of `ResidualFlowDensity`, and ``bounds`` must be None.
+    The model is a density of samples and labels, trained for the labels' cross-entropy and, with a
+    tenth of the weight, for the likelihood of the samples: ``model_.log_prob`` is low for samples
+    that are like none of the classes. Constant features are ignored. Parameters are those of
+    `ResidualFlowDensity`, and ``bounds`` must be None.
 
     Attributes:
         classes_: Labels of the classes, sorted.
-        model_: The trained `Density` of the features in ``varying_features_``, whose class ``i`` is ``classes_[i]``.
+        model_: The trained `Density` of the features in ``varying_features_``, whose class ``i`` is
+            ``classes_[i]``.
         varying_features_: Places of the features that are not constant.
         n_features_in_: Number of features.
         feature_names_in_: Their names, if `fit` was given a data frame.
 
     Example:
-        >>> flow = ResidualFlowClassifier(minutes=1, random_state=0).fit(x, labels)  # doctest: +SKIP
+        >>> flow = ResidualFlowClassifier(minutes=1)
+        >>> flow = flow.fit(x, labels)  # doctest: +SKIP
         >>> flow.predict_proba(x_new)  # doctest: +SKIP
     """
 
@@ -167,7 +193,8 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         """Trains on samples ``X`` with labels ``y`` of any type.
 
         Raises:
-            ValueError: If there are fewer than 3 samples or 2 classes, or all features are constant.
+            ValueError: If there are fewer than 3 samples or 2 classes, or all features are
+                constant.
         """
         check_unmasked(X, "X")
         both: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=3)
@@ -176,7 +203,8 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
-                f"a classifier needs samples of at least 2 classes, and all are of one class, {self.classes_[0]!r}"
+                "a classifier needs samples of at least 2 classes, and all are of one class, "
+                f"{self.classes_[0]!r}"
             )
         self.varying_features_ = np.flatnonzero(x.max(axis=0) > x.min(axis=0))
         if not len(self.varying_features_):
@@ -188,12 +216,16 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         """Log-probability of every class of ``classes_``, one row per sample.
 
         Raises:
-            ValueError: If a sample is so far from those of the training that single precision overflows.
+            ValueError: If a sample is so far from those of the training that single precision
+                overflows.
         """
         x = self._checked(X)[:, self.varying_features_]
         found = _in_batches(_class_log_probs, self.model_, x)
         if len(rows := np.flatnonzero(np.isnan(found).any(axis=1))):
-            raise ValueError(f"sample {rows[0]} is so far from those of the training that its classes have no probabilities")
+            raise ValueError(
+                f"sample {rows[0]} is so far from those of the training that its "
+                "classes have no probabilities"
+            )
         return scipy.special.log_softmax(found, axis=1)  # sums are 1 in float64
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -216,9 +248,17 @@ def _class_log_probs(model: Density, x: jax.Array) -> jax.Array:
     return model.class_log_probs(x)
 
 
-def _in_batches(function: Callable[[Density, Any], Any], model: Density, x: np.ndarray) -> np.ndarray:
-    """Results of a compiled function for all samples, by batches of one size: others would be rounded otherwise."""
+def _in_batches(
+    function: Callable[[Density, Any], Any], model: Density, x: np.ndarray
+) -> np.ndarray:
+    """Results of a compiled function for all samples, by batches of one size: others would be
+    rounded otherwise.
+    """
     with np.errstate(over="ignore"):
         x = x.astype(jnp.result_type(float))
-    batches = np.pad(x, [(0, -len(x) % BATCH_SIZE), (0, 0)], mode="edge").reshape(-1, BATCH_SIZE, x.shape[1])
-    return np.concatenate([np.asarray(function(model, batch), np.float64) for batch in batches])[: len(x)]
+    batches = np.pad(x, [(0, -len(x) % BATCH_SIZE), (0, 0)], mode="edge").reshape(
+        -1, BATCH_SIZE, x.shape[1]
+    )
+    return np.concatenate([np.asarray(function(model, batch), np.float64) for batch in batches])[
+        : len(x)
+    ]

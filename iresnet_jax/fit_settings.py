@@ -1,4 +1,6 @@
-"""Settings that `fit` chooses from the shape, the number and the kind of examples, and those among which validation chooses."""
+"""Settings that `fit` chooses from the shape, the number and the kind of examples, and those
+among which validation chooses.
+"""
 
 import contextlib
 import dataclasses
@@ -16,7 +18,12 @@ from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.mixtures import GaussianMixture, ScaleMixture, expectation_maximisation, no_component_collapsed
+from iresnet_jax.models.mixtures import (
+    GaussianMixture,
+    ScaleMixture,
+    expectation_maximisation,
+    no_component_collapsed,
+)
 from iresnet_jax.models.priors import LOCATION_SCALE
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
@@ -26,15 +33,24 @@ from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
 WHITENED_DIMS = 1000  # at most: a matrix of the square of that many numbers belongs to the model
 PER_COVARIANCE = 4  # examples for each entry of a covariance, below which the network is small
-EXACT_DIMS = 32  # at most: no probes; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with `KrylovLogdet`
+# at most: no probes; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with
+# `KrylovLogdet`
+EXACT_DIMS = 32
 MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
-KERNEL_NUMBERS = 500_000  # at most in those matrices of a kernel density, which has a component for each example
-PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000  # that choose the prior, and the number of components of a mixture
+# at most in those matrices of a kernel density, which has a component for each example
+KERNEL_NUMBERS = 500_000
+# that choose the prior, and the number of components of a mixture
+PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000
 NUM_SCALES = 16  # of the prior of scales
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
 DECAYS = (0.1, 0.3, 1.0)  # of weights, by the validation of posteriors of simulators
 # Blocks, width and learning rate; blocks are none of "given" ones, the user's.
-SIZES = {"large": (20, 128, 1e-2), "medium": (10, 64, 1e-2), "small": (4, 32, 3e-3), "given": (0, 0, 1e-2)}
+SIZES = {
+    "large": (20, 128, 1e-2),
+    "medium": (10, 64, 1e-2),
+    "small": (4, 32, 3e-3),
+    "given": (0, 0, 1e-2),
+}
 
 
 def choose_settings(
@@ -49,8 +65,8 @@ def choose_settings(
 
     Args:
         data: The data.
-        objective: "density", "classification" or "hybrid"; by default "density" without labels, and with labels
-            "classification" of images and "hybrid" of vectors.
+        objective: "density", "classification" or "hybrid"; by default "density" without labels, and
+            with labels "classification" of images and "hybrid" of vectors.
         minutes: Limit of the wall-clock time for training.
         steps: Updates instead of a time.
         seed: Seed of the run.
@@ -59,7 +75,9 @@ def choose_settings(
         ValueError: If they contradict the data.
     """
     is_vectors = len(data.event_shape) == 1
-    objective = objective or ("density" if data.num_classes is None else "hybrid" if is_vectors else "classification")
+    objective = objective or (
+        "density" if data.num_classes is None else "hybrid" if is_vectors else "classification"
+    )
     if objective != "density" and data.num_classes is None:
         raise ValueError(f"the objective {objective} needs labels: give the class of each example")
     num, devices = len(data.examples["train"]), jax.local_device_count()
@@ -75,10 +93,12 @@ def choose_settings(
             "optimizer.momentum": 0.95,
             "optimizer.nesterov": True,
             "optimizer.warmup_steps": (steps or STEPS_IN_TIME) // 20,
-            "training.batch_size": max(min(chosen["training.batch_size"], num) // devices, 1) * devices,
+            "training.batch_size": max(min(chosen["training.batch_size"], num) // devices, 1)
+            * devices,
             "training.total_steps": steps or 0,
             "training.minutes": 0.0 if steps else (minutes or 3.0),
-            "training.eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),  # or by the clock
+            # or by the clock
+            "training.eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),
             # An average over a tenth of a short run, and never over more than some hundred steps.
             "training.ema_decay": 0.99 if (steps or LONGEST) >= 1000 else 0.9,
             "training.patience": 6,
@@ -95,13 +115,15 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
     is_exact = dims <= EXACT_DIMS
     of_hybrid = {
         "hybrid.weight": 0.1 / dims,  # of the log-likelihood beside the cross-entropy, which counts
-        # Few examples that validate are all classified rightly, and the surest of all models would be best without.
+        # Few examples that validate are all classified rightly, and the surest of all models would
+        # be best without.
         "classifier.label_smoothing": 0.02,
     }
     return {
         "model.stages": _dense_stages("large"),
         "model.coeff": 0.97,
-        "model.last_scale": 0.01,  # little more than the identity: the whitening and the prior alone may be the best
+        # little more than the identity: the whitening and the prior alone may be the best
+        "model.last_scale": 0.01,
         # By the validation of posteriors of simulators.
         "model.context_hidden": (128, 128, 32) if data.contexts and objective == "density" else (),
         "preprocessing.transform": "whiten" if dims <= WHITENED_DIMS else "standardize",
@@ -115,14 +137,20 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
 
 
 def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
-    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or fewer.
+    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or
+    fewer.
 
     Densities of integer levels have the settings of the kept configs of digits and MNIST.
     """
     height, width, _ = data.event_shape
     is_density = objective == "density" and data.num_levels is not None
     is_few, is_small = len(data.examples["train"]) < 10_000, math.prod(data.event_shape) <= 1024
-    block = {"num_blocks": 8 if is_density else 6, "hidden": (48,), "kernel_sizes": (3, 3), "activation": "clipswish"}
+    block = {
+        "num_blocks": 8 if is_density else 6,
+        "hidden": (48,),
+        "kernel_sizes": (3, 3),
+        "activation": "clipswish",
+    }
     stages, side = [], min(height, width)
     while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
         side, height, width = side // 2, height // 2, width // 2
@@ -139,7 +167,9 @@ def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
     }
     if is_few and not data.contexts:  # which a flow learns by heart, if they are not changed
         of_density |= {
-            "augmentation.transformations": tuple(TRANSFORMATIONS) if height == width else ("mirror", "left", "right")
+            "augmentation.transformations": tuple(TRANSFORMATIONS)
+            if height == width
+            else ("mirror", "left", "right")
         }
     return {
         "model.stages": stages or [{**block, "num_blocks": 8}],
@@ -178,9 +208,11 @@ class Candidate:
         size: A key of `SIZES`.
         prior: Family of the prior; None leaves it to the settings.
         components: Components of the priors "mixture" and "scales", 0 of others.
-        noise: Standard deviation of noise on the examples of a density; None leaves it to the settings.
+        noise: Standard deviation of noise on the examples of a density; None leaves it to the
+            settings.
         decay: Weight decay of a conditional density; None leaves it to the settings.
-        is_trained: Whether it is trained. A kernel density is not, under which each of its examples would become a spike.
+        is_trained: Whether it is trained. A kernel density is not, under which each of its examples
+            would become a spike.
     """
 
     size: str
@@ -196,8 +228,14 @@ class Candidate:
         parts = ["network as given" if self.size == "given" else f"{self.size} network"]
         if self.prior is not None:
             is_mixture = self.prior == "mixture"
-            parts.append(f"{self.components} normal distributions as prior" if is_mixture else f"{self.prior} prior")
-        parts += [f"noise of {self.noise}"] * bool(self.noise) + [f"weight decay {self.decay}"] * (self.decay is not None)
+            parts.append(
+                f"{self.components} normal distributions as prior"
+                if is_mixture
+                else f"{self.prior} prior"
+            )
+        parts += [f"noise of {self.noise}"] * bool(self.noise) + [f"weight decay {self.decay}"] * (
+            self.decay is not None
+        )
         return ", ".join(parts)
 
     @property
@@ -218,7 +256,9 @@ class Candidate:
         return chosen
 
     def milder(self) -> Iterator["Candidate"]:
-        """Candidates that overfit less: with more weight decay, with more noise, or smaller where `fit` may add no noise."""
+        """Candidates that overfit less: with more weight decay, with more noise, or smaller
+        where `fit` may add no noise.
+        """
         if self.decay is not None and self.decay < DECAYS[-1]:
             yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
         if self.noise is not None and self.noise < NOISES[-1]:
@@ -228,11 +268,13 @@ class Candidate:
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iterator[Candidate]:
-    """Rows of the table of models that validation chooses from, the plain one first; images have none.
+    """Rows of the table of models that validation chooses from, the plain one first; images have
+    none.
 
-    The other one of a conditional density has less weight decay, unless that is given. Those of a density without contexts have
-    other priors: a mixture, with as many components as the Bayesian information criterion wants, a kernel density, if examples
-    are few and likelier under it, and scales, if vectors differ by far in length. Training and validation decide.
+    The other one of a conditional density has less weight decay, unless that is given. Those of a
+    density without contexts have other priors: a mixture, with as many components as the Bayesian
+    information criterion wants, a kernel density, if examples are few and likelier under it, and
+    scales, if vectors differ by far in length. Training and validation decide.
 
     Args:
         config: Settings of all candidates.
@@ -241,7 +283,11 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
     """
     if len(data.event_shape) != 1 or config.objective == "classification":
         return
-    is_density, num, dims = config.objective == "density", len(data.examples["train"]), data.event_shape[0]
+    is_density, num, dims = (
+        config.objective == "density",
+        len(data.examples["train"]),
+        data.event_shape[0],
+    )
     if "model.stages" in given:
         size = "given"
     elif num < PER_COVARIANCE * dims**2:
@@ -249,9 +295,14 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
     else:  # with 1500 examples the medium one is as good, in half the time
         size = "medium" if is_density and not data.contexts and num < 10_000 else "large"
     if data.contexts:
-        yield from (Candidate(size, decay=decay) for decay in ([None] if "optimizer.weight_decay" in given else [0.3, 0.1]))
+        yield from (
+            Candidate(size, decay=decay)
+            for decay in ([None] if "optimizer.weight_decay" in given else [0.3, 0.1])
+        )
         return
-    plain = Candidate(size, noise=NOISES[0] if is_density and "augmentation.noise" not in given else None)
+    plain = Candidate(
+        size, noise=NOISES[0] if is_density and "augmentation.noise" not in given else None
+    )
     if not is_density or "model.prior" in given:
         yield plain
         return
@@ -261,12 +312,20 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
     if has_scales(train, held_out, prior):
         yield dataclasses.replace(plain, prior="scales", components=NUM_SCALES)
     if dims <= MIXTURE_DIMS:
-        components, of_mixture = likeliest_components(train[:: -(-len(train) // MIXTURE_EXAMPLES)], config.seed)
+        components, of_mixture = likeliest_components(
+            train[:: -(-len(train) // MIXTURE_EXAMPLES)], config.seed
+        )
         if components > 1 and of_mixture > log_prob:
             log_prob = of_mixture
             yield dataclasses.replace(plain, prior="mixture", components=components)
-    if len(train) == num and num * dims**2 <= KERNEL_NUMBERS and GaussianMixture.kernels(train)[1] > log_prob:
-        yield dataclasses.replace(plain, prior="mixture", components=num, noise=None, is_trained=False)
+    if (
+        len(train) == num
+        and num * dims**2 <= KERNEL_NUMBERS
+        and GaussianMixture.kernels(train)[1] > log_prob
+    ):
+        yield dataclasses.replace(
+            plain, prior="mixture", components=num, noise=None, is_trained=False
+        )
 
 
 def _latents(config: Config, data: DataSet, split: str) -> Float[np.ndarray, "n d"]:
@@ -278,18 +337,27 @@ def _latents(config: Config, data: DataSet, split: str) -> Float[np.ndarray, "n 
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, float]:
-    """The prior under which latents are likelier, and their mean log-density; "logistic" has heavy tails."""
+    """The prior under which latents are likelier, and their mean log-density; "logistic" has
+    heavy tails.
+    """
     mean, std = np.zeros(z.shape[1]), np.ones(z.shape[1])
-    found = {name: float(np.mean(_log_prob(family.of_moments(mean, std), z))) for name, family in LOCATION_SCALE.items()}
+    found = {
+        name: float(np.mean(_log_prob(family.of_moments(mean, std), z)))
+        for name, family in LOCATION_SCALE.items()
+    }
     return max(found.items(), key=lambda item: item[1])
 
 
 def has_scales(z: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], prior: str) -> bool:
-    """Whether a prior of scales, for vectors whose lengths differ by far, is clearly likelier on held-out latents."""
+    """Whether a prior of scales, for vectors whose lengths differ by far, is clearly likelier on
+    held-out latents.
+    """
     plain = LOCATION_SCALE[prior].of_moments(np.zeros(z.shape[1]), np.ones(z.shape[1]))
     gains = _log_prob(ScaleMixture.fit(z, NUM_SCALES), held_out) - _log_prob(plain, held_out)
     # In nats and standard errors.
-    return len(gains) > 1 and bool(gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains)))
+    return len(gains) > 1 and bool(
+        gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains))
+    )
 
 
 def _log_prob(prior: Any, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
@@ -300,11 +368,13 @@ _log_prob_of = fast_compile(lambda prior, z: prior.log_prob(z))
 
 
 def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, float]:
-    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz 1978), and its mean.
+    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz
+    1978), and its mean.
 
-    Numbers double until the criterion is worse twice, with 5 examples a row of means and covariances, and are refined from
-    there to a sixteenth. A mixture with a collapsed component counts as nothing. The mean is in nats, a
-    log-density less what parameters cost beside those of one normal distribution, which whitening has as well.
+    Numbers double until the criterion is worse twice, with 5 examples a row of means and
+    covariances, and are refined from there to a sixteenth. A mixture with a collapsed component
+    counts as nothing. The mean is in nats, a log-density less what parameters cost beside those of
+    one normal distribution, which whitening has as well.
     """
     of_one = z.shape[1] * (z.shape[1] + 3) / 2  # parameters of a mean and a covariance
     most, found = len(z) // (5 * (z.shape[1] + 1)), {}

@@ -1,4 +1,6 @@
-r"""Losses for `train` against an energy: a density that is known up to a constant, ``p(x) = exp(log_density(x)) / Z``."""
+r"""Losses for `train` against an energy: a density that is known up to a constant, ``p(x) =
+exp(log_density(x)) / Z``.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,19 +15,22 @@ from iresnet_jax.checked_dataclasses import Count, checked
 from iresnet_jax.models.density import Density
 
 LogDensity = Callable[[Array], Any]  # (b, ...) -> (b,)
-Loss = Callable[[Density, Any, Key[Array, ""]], Any]  # (model, batch, key) -> loss, or loss and metrics
+# (model, batch, key) -> loss, or loss and metrics
+Loss = Callable[[Density, Any, Key[Array, ""]], Any]
 
 
 def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
-    r"""``KL(q | p) - log Z = E_q [log q(x) - log_density(x)]`` by samples of the model ``q``: needs no data.
+    r"""``KL(q | p) - log Z = E_q [log q(x) - log_density(x)]`` by samples of the model ``q``: needs
+    no data.
 
-    Modes in which no sample falls stay unseen: `symmetric_kl` and `fit_energy` find them. Gradients go through samples alone
-    and leave out the score of the model, which has mean 0 ("sticking the landing", Roeder et al. 2017): their variance vanishes
-    as the model approaches the target.
+    Modes in which no sample falls stay unseen: `symmetric_kl` and `fit_energy` find them. Gradients
+    go through samples alone and leave out the score of the model, which has mean 0 ("sticking the
+    landing", Roeder et al. 2017): their variance vanishes as the model approaches the target.
 
     Args:
         log_density: ``(b, ...) -> (b,)``, a differentiable function of batches, up to a constant.
-        num: Samples of each step, on each device. The weights of components, as those of a mixture, learn from two on.
+        num: Samples of each step, on each device. The weights of components, as those of a mixture,
+            learn from two on.
 
     Example:
         >>> loss = reverse_kl(lambda x: -0.5 * jnp.sum(x**2, axis=1))
@@ -36,7 +41,9 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
     def loss(model: Density, batch: Any, key: Key[Array, ""]) -> Array:
         del batch
         if model.spec.is_discrete:
-            raise ValueError("samples of integer levels or with cells have no density: give model.continuous")
+            raise ValueError(
+                "samples of integer levels or with cells have no density: give model.continuous"
+            )
         key_sample, key_probe = jax.random.split(key)
         fixed = jax.tree.map(jax.lax.stop_gradient, model)
         z = model.sample_latents(key_sample, num)
@@ -45,10 +52,14 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
         value = jnp.mean(differences)
         if not (names := getattr(model.prior, "scored", ())):
             return value
-        # Draws of a component are no differentiable function of how often it is drawn: the score is.
-        prior = dataclasses.replace(fixed.prior, **{name: getattr(model.prior, name) for name in names})
+        # Draws of a component are no differentiable function of how often it is drawn: the score
+        # is.
+        prior = dataclasses.replace(
+            fixed.prior, **{name: getattr(model.prior, name) for name in names}
+        )
         score = fixed.with_(prior=prior).log_prior(jax.lax.stop_gradient(z))
-        centred = jax.lax.stop_gradient(differences - value) * num / max(num - 1, 1)  # the mean has a share of each sample
+        # the mean has a share of each sample
+        centred = jax.lax.stop_gradient(differences - value) * num / max(num - 1, 1)
         surrogate = jnp.mean(centred * score)
         return value + surrogate - jax.lax.stop_gradient(surrogate)
 
@@ -56,19 +67,24 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
 
 
 def symmetric_kl(log_density: LogDensity, num: int = 128) -> Loss:
-    r"""``KL(p | q) + KL(q | p)`` up to a constant, by samples of the target, which are the batch, and of the model.
+    r"""``KL(p | q) + KL(q | p)`` up to a constant, by samples of the target, which are the batch,
+    and of the model.
 
-    The first divergence does not let go of a mode that the samples have seen, and the second one is not limited by how many
-    samples there are. Arguments are those of `reverse_kl`.
+    The first divergence does not let go of a mode that the samples have seen, and the second one is
+    not limited by how many samples there are. Arguments are those of `reverse_kl`.
 
     Example:
-        >>> trained = train(model, symmetric_kl(log_density), samples, key=jax.random.key(0))  # doctest: +SKIP
+        >>> loss = symmetric_kl(log_density)  # doctest: +SKIP
+        >>> trained = train(model, loss, samples, key=jax.random.key(0))  # doctest: +SKIP
     """
     reverse_loss = reverse_kl(log_density, num)
 
     def loss(model: Density, batch: Any, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
         key_batch, key_reverse = jax.random.split(key)
-        forward, reverse = -jnp.mean(model.log_prob(batch, key_batch)), reverse_loss(model, None, key_reverse)
+        forward, reverse = (
+            -jnp.mean(model.log_prob(batch, key_batch)),
+            reverse_loss(model, None, key_reverse),
+        )
         return forward + reverse, {"forward": forward, "reverse": reverse}
 
     return loss
@@ -83,16 +99,20 @@ def log_density_of(log_density: LogDensity, x: Any) -> Float[Array, " b"]:
     values = jnp.asarray(log_density(x))
     if values.shape != x.shape[:1] or not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(
-            f"log_density must give one real number for each of {len(x)} examples, shape ({len(x)},), got {values.dtype} of "
+            f"log_density must give one real number for each of {len(x)} examples, shape "
+            f"({len(x)},), got {values.dtype} of "
             f"shape {values.shape}: a function of one example becomes one of batches by jax.vmap"
         )
     return values
 
 
 def check_finite(values: Any, where: str) -> None:
-    """Raises ``ValueError`` if log-densities are NaN or infinite; the message says how many are, and where."""
+    """Raises ``ValueError`` if log-densities are NaN or infinite; the message says how many are,
+    and where.
+    """
     if bad := int(np.sum(~np.isfinite(np.asarray(values)))):
         raise ValueError(
-            f"log_density is NaN or infinite at {bad} of {len(values)} {where}: it must be finite wherever samples may fall; "
+            f"log_density is NaN or infinite at {bad} of {len(values)} {where}: it must be finite "
+            "wherever samples may fall; "
             "parameters with ends are to be mapped to the whole line first"
         )

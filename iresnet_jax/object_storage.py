@@ -1,7 +1,8 @@
-"""Addresses of objects in buckets, such as ``gs://bucket/run/model.npz``, as paths; fsspec knows how each storage is reached.
+"""Addresses of objects in buckets, such as ``gs://bucket/run/model.npz``, as paths; fsspec knows
+how each storage is reached.
 
-One put of an object is whole or absent for every reader, and takes the place of what was there before. Nothing else is relied
-on: there are no folders, renames, appends or locks.
+One put of an object is whole or absent for every reader, and takes the place of what was there
+before. Nothing else is relied on: there are no folders, renames, appends or locks.
 """
 
 import contextlib
@@ -28,25 +29,38 @@ _logger = logging.getLogger(__name__)
 
 @functools.cache
 def _storage(scheme: str) -> Any:
-    """The file system of fsspec that a scheme stands for, one for all threads; ``ValueError`` if there is none."""
+    """The file system of fsspec that a scheme stands for, one for all threads; ``ValueError`` if
+    there is none.
+    """
     try:
         import fsspec
 
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it raises
+        # it logs tracebacks of errors that it raises
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
         return fsspec.filesystem(scheme, use_listings_cache=False)  # others write there, too
     except ImportError as error:
-        advice = f"pip install 'iresnet_jax[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else "pip install it"
-        raise ValueError(f"{scheme}:// needs a package that is not installed ({error}): {advice}") from None
+        advice = (
+            f"pip install 'iresnet_jax[{_EXTRAS[scheme]}]'"
+            if scheme in _EXTRAS
+            else "pip install it"
+        )
+        raise ValueError(
+            f"{scheme}:// needs a package that is not installed ({error}): {advice}"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{scheme}:// is no storage that fsspec knows ({error}): give a path, gs://... or s3://...") from None
+        raise ValueError(
+            f"{scheme}:// is no storage that fsspec knows ({error}): give a path, "
+            "gs://... or s3://..."
+        ) from None
 
 
 class ObjectPath(type(Path())):
     """The address of an object, or of all objects below it, which stand for a folder.
 
-    Names are joined and taken apart as by `pathlib`. Of what touches files, the methods below are all there are. Objects are
-    read and written whole. Methods raise ``PermissionError`` if the storage refuses the credentials, or there are none, and
-    ``ConnectionError`` if it fails or cannot be reached.
+    Names are joined and taken apart as by `pathlib`. Of what touches files, the methods below are
+    all there are. Objects are read and written whole. Methods raise ``PermissionError`` if the
+    storage refuses the credentials, or there are none, and ``ConnectionError`` if it fails or
+    cannot be reached.
     """
 
     def __str__(self) -> str:
@@ -54,7 +68,9 @@ class ObjectPath(type(Path())):
 
     @property
     def storage(self) -> Any:
-        """The file system of fsspec that holds the object; ``ValueError`` if there is none on this machine."""
+        """The file system of fsspec that holds the object; ``ValueError`` if there is none on
+        this machine.
+        """
         return _storage(self.parts[0].removesuffix(":"))
 
     @contextlib.contextmanager
@@ -67,14 +83,24 @@ class ObjectPath(type(Path())):
         except FileNotFoundError as error:
             if not writing:
                 raise FileNotFoundError(f"there is no {self}") from error
-            message = f"{self} cannot be written, there is no such bucket ({error}): make it, or correct its name"
+            message = (
+                f"{self} cannot be written, there is no such bucket ({error}): make it, or "
+                "correct its name"
+            )
             raise OSError(message) from error
         except Exception as error:  # each storage has errors of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if re.search("credential|forbidden|permission", f"{type(error).__name__} {reason}", re.IGNORECASE):
-                message = f"{self} is refused ({reason}): check the credentials and what they permit"
+            if re.search(
+                "credential|forbidden|permission", f"{type(error).__name__} {reason}", re.IGNORECASE
+            ):
+                message = (
+                    f"{self} is refused ({reason}): check the credentials and what they permit"
+                )
                 raise PermissionError(message) from error
-            message = f"{self} cannot be reached ({reason}): check the connection and the address of the storage"
+            message = (
+                f"{self} cannot be reached ({reason}): check the connection and the address "
+                "of the storage"
+            )
             raise ConnectionError(message) from error
 
     def _info(self) -> dict[str, Any]:
@@ -98,20 +124,38 @@ class ObjectPath(type(Path())):
         """Objects one level below the address, of which the name fits a pattern."""
         names: list[str] = []
         with self._reached() as storage, contextlib.suppress(FileNotFoundError):
-            names += [found.rstrip("/").rpartition("/")[2] for found in storage.ls(str(self), detail=False)]
+            names += [
+                found.rstrip("/").rpartition("/")[2]
+                for found in storage.ls(str(self), detail=False)
+            ]
         return (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
 
     def mkdir(self, *_: Any, **__: Any) -> None:
         """Does nothing: the first object makes the folder, and buckets are made by their owner."""
 
-    def open(self, mode: str = "r", buffering: int = -1, encoding: str | None = None, errors: Any = None, newline: Any = None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def open(
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: Any = None,
+        newline: Any = None,
+    ):  # pyright: ignore[reportIncompatibleMethodOverride]
         """The content of an object as a file to read."""
         if mode not in ("r", "rb"):
-            raise ValueError(f"{self} is opened for reading only, got the mode {mode!r}: use atomic_files.replacing")
+            raise ValueError(
+                f"{self} is opened for reading only, got the mode {mode!r}: use "
+                "atomic_files.replacing"
+            )
         with self._reached() as storage:
-            # From the first byte on, by one request: by several, drivers could put together an old object and its successor.
+            # From the first byte on, by one request: by several, drivers could put together an old
+            # object and its successor.
             content = io.BytesIO(storage.cat_file(str(self), start=0))
-        return content if mode == "rb" else io.TextIOWrapper(content, encoding or "utf-8", errors, newline)
+        return (
+            content
+            if mode == "rb"
+            else io.TextIOWrapper(content, encoding or "utf-8", errors, newline)
+        )
 
     def unlink(self, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002 (the signature of pathlib)
         """Deletes an object."""
@@ -119,7 +163,9 @@ class ObjectPath(type(Path())):
             storage.rm_file(str(self))
 
     def upload(self, file: Path) -> None:
-        """Puts the content of a local file, and tries again for `RETRY_S` while the storage cannot be reached."""
+        """Puts the content of a local file, and tries again for `RETRY_S` while the storage
+        cannot be reached.
+        """
         began = time.monotonic()
         while True:
             try:
@@ -134,10 +180,12 @@ class ObjectPath(type(Path())):
 
 @contextlib.contextmanager
 def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
-    """Within ``with``, this process holds a claim: an object that it makes if there is none, and changes as a sign of life.
+    """Within ``with``, this process holds a claim: an object that it makes if there is none, and
+    changes as a sign of life.
 
-    The claim of a process that died is taken over after `PATIENCE_BEATS` without a sign, by whoever asks. A process that lives
-    and could not reach the storage for so long may lose its claim without knowing at once.
+    The claim of a process that died is taken over after `PATIENCE_BEATS` without a sign, by whoever
+    asks. A process that lives and could not reach the storage for so long may lose its claim
+    without knowing at once.
 
     Yields:
         A function that raises ``OSError`` once another process has taken the claim.
@@ -168,7 +216,10 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if lost.is_set():
-            raise OSError(f"another process has taken over {path}: it trains there now, and this one has stopped")
+            raise OSError(
+                f"another process has taken over {path}: it trains there now, and this "
+                "one has stopped"
+            )
 
     _wait_for_the_dead(path)
     try:
@@ -188,7 +239,9 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
 
 
 def _wait_for_the_dead(path: ObjectPath) -> None:
-    """Removes a claim that shows no sign of life for `PATIENCE_BEATS`; of one that does, raises ``TimeoutError``."""
+    """Removes a claim that shows no sign of life for `PATIENCE_BEATS`; of one that does, raises
+    ``TimeoutError``.
+    """
     with contextlib.suppress(FileNotFoundError):  # nobody's, or given back meanwhile
         before = path.read_bytes()
         _logger.info("%s is there: waiting to see whether its process lives", path)

@@ -1,4 +1,6 @@
-"""Small flows of every kind with random weights, and dense Jacobians of their steps, for tests of certificates."""
+"""Small flows of every kind with random weights, and dense Jacobians of their steps, for tests
+of certificates.
+"""
 
 import dataclasses
 import functools
@@ -20,18 +22,25 @@ from iresnet_jax.models.density_spec import DensitySpec
 CONV = {"hidden": (3,), "kernel_sizes": (3, 3)}
 FLOWS = {
     "lipswish": FlowSpec((2,), (StageSpec(2, hidden=(6, 5), activation="lipswish"),), coeff=0.9),
-    "preactivated": FlowSpec((3,), (StageSpec(2, hidden=(6,), activation="elu", preactivation=True),)),
+    "preactivated": FlowSpec(
+        (3,), (StageSpec(2, hidden=(6,), activation="elu", preactivation=True),)
+    ),
     "tanh": FlowSpec((2,), (StageSpec(3, hidden=(6,), activation="tanh"),), coeff=0.999),
     "images": FlowSpec(
         (4, 2, 1),
         (
-            StageSpec(1, **CONV, activation="clipswish", squeeze=2, factor_out=True, positional_bias=True),
+            StageSpec(
+                1, **CONV, activation="clipswish", squeeze=2, factor_out=True, positional_bias=True
+            ),
             StageSpec(1, **CONV, activation="softplus4", padding="CIRCULAR"),
             StageSpec(1, hidden=(5,), activation="softplus", kind="sandwich"),
         ),
     ),
 }
-JUMPS = {name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),)) for name in ("relu", "maxmin")}
+JUMPS = {
+    name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),))
+    for name in ("relu", "maxmin")
+}
 
 
 @functools.cache
@@ -45,14 +54,20 @@ def density(spec):
     """A density with a random prior, of a `DensitySpec` or of the name of a flow."""
     spec = DensitySpec({**FLOWS, **JUMPS}[spec]) if isinstance(spec, str) else spec
     rng = np.random.default_rng(0)
-    prior = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), spec.standard_prior())
+    prior = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32),
+        spec.standard_prior(),
+    )
     return Density(spec, weights(spec.flow), prior)
 
 
 def times(model, factor):
     """The model with kernels times a factor in the branches of its first stage."""
     block = model.weights["stage0"]
-    kernels = {name: {**own, "kernel": factor * own["kernel"]} for name, own in block.branch.weights.items()}
+    kernels = {
+        name: {**own, "kernel": factor * own["kernel"]}
+        for name, own in block.branch.weights.items()
+    }
     branch = dataclasses.replace(block.branch, weights=kernels)
     return model.with_(weights={**model.weights, "stage0": block._replace(branch=branch)})
 
@@ -67,18 +82,26 @@ def followed(model, x):
 def entries_of_steps(flow):
     """The entries that each step acts on."""
     places = steps.places_of(flow).stages
-    return [place.active for place, stage in zip(places, flow.layout, strict=True) for _ in range(stage.spec.num_blocks)]
+    return [
+        place.active
+        for place, stage in zip(places, flow.layout, strict=True)
+        for _ in range(stage.spec.num_blocks)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense_steps(flow, weights, points):
-    """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward differentiation in float64."""
+    """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward
+    differentiation in float64.
+    """
     found, start = [], 0
     for stage, place in zip(flow.layout, steps.places_of(flow).stages, strict=True):
 
         def step(block, u, stage=stage):
             scale, bias = jnp.exp(block.actnorm.log_scale), block.actnorm.bias
-            u = ((u.reshape(-1, len(scale)) + bias[None]) * scale[None]).reshape(1, *stage.branch.in_shape)
+            u = ((u.reshape(-1, len(scale)) + bias[None]) * scale[None]).reshape(
+                1, *stage.branch.in_shape
+            )
             return (u + block.branch(u)).ravel()
 
         own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), weights[stage.name])

@@ -1,4 +1,6 @@
-"""Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an error."""
+"""Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an
+error.
+"""
 
 import gc
 import os
@@ -10,63 +12,85 @@ import numpy as np  # noqa: F401 (loads its BLAS)
 import pytest
 import threadpoolctl
 
-gc.set_threshold(50_000, 20, 100)  # imports and tracing allocate much that lives on: Python looks through it every 700 objects
+# imports and tracing allocate much that lives on: Python looks through it every 700 objects
+gc.set_threshold(50_000, 20, 100)
 
-# Must be set before jax starts. Two devices are no more than the cores of the smallest machine we support.
-# What the tests compile runs for milliseconds: they are faster with code that is not optimised.
+# Must be set before jax starts. Two devices are no more than the cores of the smallest machine we
+# support. What the tests compile runs for milliseconds: they are faster with code that is not
+# optimised.
 FLAGS = ["--xla_force_host_platform_device_count=2", "--xla_backend_optimization_level=0"]
 FLAGS += ["--xla_llvm_disable_expensive_passes=true"]  # a twentieth less
 FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # fewer memory maps, see `forget_programs`
-if version("jaxlib").startswith("0.10."):  # compiles in half the time; later versions do not know the flag
+# compiles in half the time; later versions do not know the flag
+if version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Large pages for test processes, where Linux has them.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-# NumPy's oracles are small: a second thread only waits for them, and takes a core from the other test process. Some plugin of
-# pytest may have loaded NumPy before this file, which then has to be told.
+# NumPy's oracles are small: a second thread only waits for them, and takes a core from the other
+# test process. Some plugin of pytest may have loaded NumPy before this file, which then has to be
+# told.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 threadpoolctl.threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), user_api="blas")
 
-# A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and interrupt.
+# A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and
+# interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
-    """Prepares a process that runs tests; one that only hands them out would make the others wait for its imports."""
+    """Prepares a process that runs tests; one that only hands them out would make the others
+    wait for its imports.
+    """
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     from jaxtyping import install_import_hook
 
-    install_import_hook("iresnet_jax", "beartype.beartype")  # shape annotations are executed, not just read
+    # shape annotations are executed, not just read
+    install_import_hook("iresnet_jax", "beartype.beartype")
 
     import hypothesis
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+    hypothesis.settings.register_profile(
+        "default", deadline=None, derandomize=True, max_examples=25
+    )
     hypothesis.settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items):
-    """Files whose few tests take long come first: at the end, one process would wait for the other."""
-    long = ("test_docs.py", "test_notebooks.py", "test_hosts.py", "test_energy_fitting.py", "test_fitting.py")
+    """Files whose few tests take long come first: at the end, one process would wait for the
+    other.
+    """
+    long = (
+        "test_docs.py",
+        "test_notebooks.py",
+        "test_hosts.py",
+        "test_energy_fitting.py",
+        "test_fitting.py",
+    )
     items.sort(key=lambda item: item.path.name not in long)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """Ends a process of xdist, whose results are all sent: to drop what it compiled would take five seconds."""
+    """Ends a process of xdist, whose results are all sent: to drop what it compiled would take
+    five seconds.
+    """
     if hasattr(config, "workerinput"):
         os._exit(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_compilations(tmp_path_factory):
-    """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their subprocesses.
+    """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their
+    subprocesses.
 
-    Only those that take long, as writing does, too. There is no limit: JAX would look at all files before it writes one.
+    Only those that take long, as writing does, too. There is no limit: JAX would look at all files
+    before it writes one.
     """
     import jax  # late, or the process that hands out the tests would import it too
     import tiny_runs as runs
@@ -76,19 +100,22 @@ def shared_compilations(tmp_path_factory):
         "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")
         or str(runs.shared(tmp_path_factory) / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_include_full_tracebacks_in_locations": False,  # of every operation, in programs that nobody reads
+        # of every operation, in programs that nobody reads
+        "jax_include_full_tracebacks_in_locations": False,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()  # programs compiled while tests were collected have fixed the settings
+        # programs compiled while tests were collected have fixed the settings
+        compilation_cache.reset_cache()
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module adds up to 20,000.
+    """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module
+    adds up to 20,000.
 
     To drop them takes five seconds, and their functions are compiled again.
     """

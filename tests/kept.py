@@ -1,4 +1,6 @@
-"""Small models with weights of no meaning, and folders that hold one, for tests of what comes after training."""
+"""Small models with weights of no meaning, and folders that hold one, for tests of what comes
+after training.
+"""
 
 import dataclasses
 import functools
@@ -29,23 +31,32 @@ STAGES = (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3)),)
 POINTS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)))
 GIVEN = dataclasses.replace(POINTS, flow=dataclasses.replace(POINTS.flow, context_dim=3))
 CONTEXTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-IMAGES = DensitySpec(FlowSpec(SHAPE, (StageSpec(2, hidden=(3,)),)), transform=Logit(0.05), num_levels=LEVELS)
+IMAGES = DensitySpec(
+    FlowSpec(SHAPE, (StageSpec(2, hidden=(3,)),)), transform=Logit(0.05), num_levels=LEVELS
+)
 CLASSES_OF_POINTS = dataclasses.replace(POINTS, num_classes=CLASSES)
 HYBRID = dataclasses.replace(IMAGES, num_classes=CLASSES)
 DIGITS = FlowSpec((8, 8, 1), (StageSpec(1, hidden=(2,)),))
 TEN_DIGITS = DensitySpec(DIGITS, transform=Logit(0.05), num_levels=17, num_classes=10)
 CLASSIFIER = ClassifierSpec(FlowSpec((4, 4, 2), STAGES), SHAPE, CLASSES, LEVELS, pad_channels=1)
 SETTINGS = EvaluationConfig(
-    logdet=LogdetConfig(kind="roulette", num_exact_terms=8), batch_size=32, num_dequantisations=2, num_probe_draws=2
+    logdet=LogdetConfig(kind="roulette", num_exact_terms=8),
+    batch_size=32,
+    num_dequantisations=2,
+    num_probe_draws=2,
 )
 
 
 def random_params(flow, seed=0):
-    """Parameters of a flow, ActNorm included, drawn by NumPy: half of a program that freezes them would draw them."""
+    """Parameters of a flow, ActNorm included, drawn by NumPy: half of a program that freezes
+    them would draw them.
+    """
     rng, params = np.random.default_rng(seed), {}
 
     def drawn(path, leaf):
-        """Kernels, maps of contexts and weights of other kinds have the variance 1 / fan_in, as when they are initialised."""
+        """Kernels, maps of contexts and weights of other kinds have the variance 1 / fan_in, as
+        when they are initialised.
+        """
         name, shape = path[-1].key, (num, *leaf.shape)
         if name == "beta":
             return np.full(shape, activations.get("lipswish").initial_beta, np.float32)
@@ -53,10 +64,15 @@ def random_params(flow, seed=0):
         return rng.normal(0, size, shape).astype(np.float32)
 
     for stage in flow.all_stages:
-        num, shapes = stage.spec.num_blocks, jax.eval_shape(stage.branch.initial_weights, jax.random.key(0))
+        num, shapes = (
+            stage.spec.num_blocks,
+            jax.eval_shape(stage.branch.initial_weights, jax.random.key(0)),
+        )
         blocks = jax.tree.map_with_path(drawn, shapes)
         bias, log_scale = rng.normal(0, 0.1, (2, num, stage.branch.in_shape[-1])).astype(np.float32)
-        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": bias, "log_scale": log_scale}}}
+        params[stage.name] = {
+            "blocks": {**blocks, "actnorm": {"bias": bias, "log_scale": log_scale}}
+        }
     return params
 
 
@@ -70,12 +86,22 @@ def weights(flow, seed=0):
 def model(spec, seed=0):
     """A frozen model of a spec; one without a constraint has weights beyond it."""
     if isinstance(spec, ClassifierSpec):
-        own = weights(spec.flow, seed) if spec.constrained else of_stored(spec.flow, random_params(spec.flow, seed))
+        own = (
+            weights(spec.flow, seed)
+            if spec.constrained
+            else of_stored(spec.flow, random_params(spec.flow, seed))
+        )
         return Classifier(spec, own, **jax.jit(spec.initial_arrays)(jax.random.key(1)))
     rng = np.random.default_rng(1)
-    prior = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), spec.standard_prior())
+    prior = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), spec.standard_prior()
+    )
     network = contexts.initial_network(jax.random.key(1), spec.context_dim, spec.context_hidden)
-    of_noise = jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1)) if spec.flow.noise else {}
+    of_noise = (
+        jax.jit(noise.initial_network, static_argnums=0)(spec.flow, jax.random.key(1))
+        if spec.flow.noise
+        else {}
+    )
     return Density(spec, weights(spec.flow, seed), prior, network=network, noise_network=of_noise)
 
 
@@ -83,14 +109,18 @@ def exact_model(spec, seed=0, atol=1e-12):
     """That model in float64, which the caller has switched on, and inverses to this tolerance."""
     with jax.enable_x64(False):
         single = model(spec, seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), single).with_(solver=Solver(atol=atol))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), single).with_(
+        solver=Solver(atol=atol)
+    )
 
 
 def images(num, seed=0):
     """Images and their classes, which their brightness tells."""
     rng = np.random.default_rng(seed)
     labels = np.resize(np.arange(CLASSES), num)
-    return (rng.integers(0, 100, (num, *SHAPE)) + 70 * labels[:, None, None, None]).astype(np.uint8), labels
+    return (rng.integers(0, 100, (num, *SHAPE)) + 70 * labels[:, None, None, None]).astype(
+        np.uint8
+    ), labels
 
 
 def write_data(path, seed=0):
@@ -122,7 +152,9 @@ def dense_bits(model, examples, seed, noise_draw):
             u = jax.device_get(dequantize(model, examples, keys))
         z, jacobian = map(np.asarray, latents_and_jacobians(model, u.astype(np.float64)))
         log_scale = prior.log_scale.astype(np.float64)
-        log_prior = (-0.5 * ((z - prior.mean) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+        log_prior = (
+            -0.5 * ((z - prior.mean) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)
+        ).sum(axis=1)
         log_p = log_prior + np.linalg.slogdet(jacobian.reshape(len(z), z.shape[1], -1))[1]
         return -log_p / (z.shape[1] * np.log(2)) + np.log2(LEVELS)
 
@@ -138,7 +170,8 @@ from iresnet_jax.runs.config import default_config
 def get_config():
     config = default_config()
     config.evaluation.logdet.num_exact_terms = 8
-    config.evaluation.update({"num_dequantisations": 2, "num_probe_draws": 2, "batch_size": 32, "num_examples": 64})
+    config.evaluation.update({"num_dequantisations": 2, "num_probe_draws": 2})
+    config.evaluation.update({"batch_size": 32, "num_examples": 64})
     config.references.values = (("somebody", 2.45),)
     return config
 """

@@ -1,9 +1,12 @@
-"""First and second moments of draws with their standard errors, to compare two samplers of one distribution."""
+"""First and second moments of draws with their standard errors, to compare two samplers of one
+distribution.
+"""
 
 import numpy as np
 
 SIGMAS = 4.5  # of a difference, over all moments and tests of fixed seeds
-WORST = 0.12  # standard error of a moment in standard deviations: a comparison of larger ones would see nothing
+# standard error of a moment in standard deviations: a comparison of larger ones would see nothing
+WORST = 0.12
 
 
 def moments(draws):
@@ -14,7 +17,9 @@ def moments(draws):
 
 
 def mean_and_error(values, weights=None, num_batches=20):
-    """The weighted mean of values in order, and its standard error by the means of batches, which may depend on neighbours."""
+    """The weighted mean of values in order, and its standard error by the means of batches,
+    which may depend on neighbours.
+    """
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
     mean = weights @ values / weights.sum()
     own = weights[:, None] * (values - mean) / weights.mean()
@@ -23,8 +28,13 @@ def mean_and_error(values, weights=None, num_batches=20):
 
 
 def disagreement(draws, others, weights=None):
-    """The largest difference of a moment in its standard errors; ``weights`` are those of the others."""
-    (own, own_error), (other, other_error) = mean_and_error(moments(draws)), mean_and_error(moments(others), weights)
+    """The largest difference of a moment in its standard errors; ``weights`` are those of the
+    others.
+    """
+    (own, own_error), (other, other_error) = (
+        mean_and_error(moments(draws)),
+        mean_and_error(moments(others), weights),
+    )
     error = np.hypot(own_error, other_error)
     assert np.all(error <= WORST * moments(draws).std(axis=0)), error
     return np.max(np.abs(own - other) / error)

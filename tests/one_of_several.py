@@ -1,4 +1,6 @@
-"""The processes of a run of several, forked from one that has imported the library: its imports take a core two seconds."""
+"""The processes of a run of several, forked from one that has imported the library: its imports
+take a core two seconds.
+"""
 
 import gc
 import itertools
@@ -33,8 +35,11 @@ class OneOfSeveral:
     def __init__(self, folder, *arguments):
         folder.mkdir(parents=True, exist_ok=True)
         self._stderr = folder / "stderr"
-        self._process = FORKSERVER.Process(target=work, args=(str(self._stderr), *arguments), daemon=True)
-        with pytest.MonkeyPatch.context() as patch:  # for the process that is forked, which the first of all starts
+        self._process = FORKSERVER.Process(
+            target=work, args=(str(self._stderr), *arguments), daemon=True
+        )
+        # for the process that is forked, which the first of all starts
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
             self._process.start()
 
@@ -49,7 +54,9 @@ class OneOfSeveral:
     def wait(self, timeout_s: float) -> int:
         """The exit status of the process, which has to end in time."""
         self._process.join(timeout_s)
-        assert self._process.exitcode is not None, f"after {timeout_s} s it still runs, and has said {self.said()}"
+        assert self._process.exitcode is not None, (
+            f"after {timeout_s} s it still runs, and has said {self.said()}"
+        )
         return self._process.exitcode
 
     def said(self) -> list[str]:
@@ -62,7 +69,8 @@ def start(num_processes, trainings, folder, *, other=None, environment=None):
 
     Args:
         num_processes: Their number.
-        trainings: What they train one after the other: names in `tiny_runs.CONFIGS`, workdirs and changes of settings.
+        trainings: What they train one after the other: names in `tiny_runs.CONFIGS`, workdirs and
+            changes of settings.
         folder: Where to keep what they print.
         other: What process 1 trains instead of the first.
         environment: Variables that they all have beside those of this process.
@@ -99,7 +107,9 @@ def work(stderr, environment, address, num_processes, process, trainings):
 
 
 def status_of_one_killed_in_a_save(name, workdir, call):
-    """Trains one of `tiny_runs.CONFIGS` in a process that is killed in its so many-th save; its exit status."""
+    """Trains one of `tiny_runs.CONFIGS` in a process that is killed in its so many-th save; its
+    exit status.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
         process = FORKSERVER.Process(target=_die_in_a_save, args=(name, workdir, call), daemon=True)
@@ -109,10 +119,14 @@ def status_of_one_killed_in_a_save(name, workdir, call):
 
 
 def start_training(environment, beat_s, name, workdir):
-    """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables and this time between signs of life."""
+    """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables and this time
+    between signs of life.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
-        process = FORKSERVER.Process(target=_train, args=(environment, beat_s, name, workdir), daemon=True)
+        process = FORKSERVER.Process(
+            target=_train, args=(environment, beat_s, name, workdir), daemon=True
+        )
         process.start()
     return process
 

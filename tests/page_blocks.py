@@ -1,8 +1,10 @@
-"""Runs the Python blocks of pages as a reader would: ``python tests/page_blocks.py BLOCKS.json`` in a folder with their files.
+"""Runs the Python blocks of pages as a reader would: ``python tests/page_blocks.py BLOCKS.json`` in
+a folder with their files.
 
-A process of its own has one device and no shape checks, as users have. Models are small: ``ir.fit`` makes two updates of one
-block where a page names no architecture, and equal calls train once for all pages. Where a page names no optimizer, updates are
-plain descent, which compiles sooner than Muon. ``ir.fit_energy``, which has tests of its own, trains nothing.
+A process of its own has one device and no shape checks, as users have. Models are small: ``ir.fit``
+makes two updates of one block where a page names no architecture, and equal calls train once for
+all pages. Where a page names no optimizer, updates are plain descent, which compiles sooner than
+Muon. ``ir.fit_energy``, which has tests of its own, trains nothing.
 """
 
 import functools
@@ -30,12 +32,14 @@ SHORTER = {
     r"\b(num_(warmup|samples)=)\d+": r"\g<1>32",
     r"\bcv=5\b": "cv=2",
     r"\(3, 3, 16, 64\)": "(3, 3, 2, 3)",
-    r"\b(5000|1500)\b": "256",  # points of the README and of a notebook, which share their programs with those of my_array.npy
+    # points of the README and of a notebook, which share their programs with those of my_array.npy
+    r"\b(5000|1500)\b": "256",
     r"\b500(, context=|, 1\))": r"16\1",
     r"hidden=\(32(, 32)?,?\), kernel_sizes=\(3, (1, )?3\)": "hidden=(4,), kernel_sizes=(1, 1)",
     r"mcmc\.run\(.*\)": "",  # which compiles for long, in test_adapters.py
     r'            ir\.StageSpec\(num_blocks=\d+, hidden=\(64,\), activation="clipswish"\),\n': "",
-    r'\(32,\), activation="clipswish"': '(64,), activation="clipswish"',  # a flow whose programs the page has compiled
+    # a flow whose programs the page has compiled
+    r'\(32,\), activation="clipswish"': '(64,), activation="clipswish"',
     r"key\(0\), 3\)": "key(0), 1)",  # of the models that disagree where data are few
 }
 
@@ -45,12 +49,19 @@ def fit_once(fit):
 
     @functools.wraps(fit)
     def remembering(*arrays, **options):
-        contents = [np.asarray(a).tobytes() for a in [*arrays, options.get("context")] if a is not None]
+        contents = [
+            np.asarray(a).tobytes() for a in [*arrays, options.get("context")] if a is not None
+        ]
         if np.ndim(arrays[0]) == 2 and options.get("architecture") is None:
             options["architecture"] = [ir.StageSpec(num_blocks=1, hidden=(4,))]
         options["settings"] = {**PLAIN, **(options.get("settings") or {})}
         rest = {name: value for name, value in options.items() if name != "context"}
-        call = repr((contents, {**rest, "key": rest.get("key") is not None and jax.random.key_data(rest["key"])}))
+        call = repr(
+            (
+                contents,
+                {**rest, "key": rest.get("key") is not None and jax.random.key_data(rest["key"])},
+            )
+        )
         if call not in FITTED:
             FITTED[call] = fit(*arrays, **options)
         return FITTED[call]
@@ -71,7 +82,9 @@ def energy_of(fit_energy):
 
 
 def run_page(page: str, blocks: list[tuple[int, str]]) -> str | None:
-    """Runs the blocks of a page one after the other, with short trainings of small models; the traceback of what failed."""
+    """Runs the blocks of a page one after the other, with short trainings of small models; the
+    traceback of what failed.
+    """
     namespace = {"__name__": "__main__"}
     for line, code in blocks:
         for long, short in SHORTER.items():
@@ -89,7 +102,9 @@ def main(path: str) -> None:
     mpl.use("Agg")
     ir.fit = estimators.fit = fit_once(ir.fit)
     ir.fit_energy = energy_of(ir.fit_energy)
-    loss_training.OptimizerConfig = lambda name, *values, **options: OptimizerConfig("sgd", *values, **options)
+    loss_training.OptimizerConfig = lambda name, *values, **options: OptimizerConfig(
+        "sgd", *values, **options
+    )
     outcomes = {}
     for page, blocks in json.loads(Path(path).read_text()).items():
         outcomes[page] = run_page(page, blocks)

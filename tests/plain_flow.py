@@ -1,6 +1,8 @@
-"""A flow once more, in plain NumPy on numbers of any precision: what certificates are compared with.
+"""A flow once more, in plain NumPy on numbers of any precision: what certificates are compared
+with.
 
-Nothing here is the library's. Weights count as the numbers that they are; 1.1 and 1.004 in LipSwish and CLipSwish are decimal.
+Nothing here is the library's. Weights count as the numbers that they are; 1.1 and 1.004 in LipSwish
+and CLipSwish are decimal.
 """
 
 import decimal
@@ -27,7 +29,9 @@ class Numbers(NamedTuple):
 
 
 DECIMAL = Numbers(
-    lambda a: np.vectorize(lambda v: decimal.Decimal(float(v)), otypes=[object])(np.asarray(a, np.float64)),
+    lambda a: np.vectorize(lambda v: decimal.Decimal(float(v)), otypes=[object])(
+        np.asarray(a, np.float64)
+    ),
     np.vectorize(lambda v: v.exp(), otypes=[object]),
     np.vectorize(lambda v: v.ln(), otypes=[object]),
 )
@@ -46,8 +50,15 @@ def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
             g = x
             for j, layer in enumerate(layers):
                 if j or stage.preactivation:
-                    g = _activation(numbers, stage.activation, g, numbers.of(layer["beta"][k]) if "beta" in layer else None)
-                g = _product(numbers, g, numbers.of(layer["kernel"][k]), circular=stage.padding == "CIRCULAR")
+                    g = _activation(
+                        numbers,
+                        stage.activation,
+                        g,
+                        numbers.of(layer["beta"][k]) if "beta" in layer else None,
+                    )
+                g = _product(
+                    numbers, g, numbers.of(layer["kernel"][k]), circular=stage.padding == "CIRCULAR"
+                )
                 g = g + numbers.of(layer["bias"][k])
             x = x + g
         if stage.factor_out:
@@ -57,7 +68,9 @@ def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
     return np.concatenate([*latents, x.ravel()])
 
 
-def invert(numbers: Numbers, spec: Any, weights: Any, y: Any, near: Any, to_x: np.ndarray, num_steps: int) -> Any:
+def invert(
+    numbers: Numbers, spec: Any, weights: Any, y: Any, near: Any, to_x: np.ndarray, num_steps: int
+) -> Any:
     """The preimage of latents ``y`` by Newton's method, from a point that is near.
 
     Args:
@@ -102,8 +115,16 @@ def _product(numbers: Numbers, x: Any, kernel: Any, *, circular: bool) -> Any:
             moved = np.roll(x, (-up, -left), axis=(-3, -2))
         else:
             moved = np.broadcast_to(numbers.of(0.0), x.shape).copy()
-            to = slice(max(-up, 0), rows - max(up, 0)), slice(max(-left, 0), columns - max(left, 0)), slice(None)
-            at = slice(max(up, 0), rows - max(-up, 0)), slice(max(left, 0), columns - max(-left, 0)), slice(None)
+            to = (
+                slice(max(-up, 0), rows - max(up, 0)),
+                slice(max(-left, 0), columns - max(left, 0)),
+                slice(None),
+            )
+            at = (
+                slice(max(up, 0), rows - max(-up, 0)),
+                slice(max(left, 0), columns - max(-left, 0)),
+                slice(None),
+            )
             moved[..., *to] = x[..., *at]
         y = y + moved @ kernel[i, j]
     return y

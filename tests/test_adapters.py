@@ -1,4 +1,6 @@
-"""Densities inside of NumPyro and under NUTS of BlackJAX: with a context, with bounds, and as a guide."""
+"""Densities inside of NumPyro and under NUTS of BlackJAX: with a context, with bounds, and as a
+guide.
+"""
 
 import dataclasses
 import sys
@@ -23,14 +25,18 @@ KEY = jax.random.key(0)
 
 @pytest.fixture
 def numpyro():
-    """Imported by the one process that runs this file, and not by all, which collect it; it broadcasts implicitly."""
+    """Imported by the one process that runs this file, and not by all, which collect it; it
+    broadcasts implicitly.
+    """
     with jax.numpy_rank_promotion("allow"):
         yield pytest.importorskip("numpyro", reason="NumPyro is not installed")
 
 
 def run_nuts(numpyro, model, num_samples=1500):
     """Draws of the site "x"; none of them may diverge."""
-    mcmc = numpyro.infer.MCMC(numpyro.infer.NUTS(model), num_warmup=300, num_samples=num_samples, progress_bar=False)
+    mcmc = numpyro.infer.MCMC(
+        numpyro.infer.NUTS(model), num_warmup=300, num_samples=num_samples, progress_bar=False
+    )
     mcmc.run(KEY, extra_fields=("diverging",))
     assert np.mean(mcmc.get_extra_fields()["diverging"]) < 0.01
     return mcmc.get_samples()["x"]
@@ -62,7 +68,9 @@ def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance
         assert prior.log_prob(jnp.array([1.5, 0.0])) == -jnp.inf
     one_end = dataclasses.replace(kept.GIVEN, transform=ir.Bounded((0.0, -np.inf), (np.inf, 2.0)))
     support = ir.adapters.to_numpyro(kept.model(one_end), context=context).support
-    np.testing.assert_array_equal(support(jnp.array([[9.0, -9.0], [-0.1, 0.0], [1.0, 2.1]])), [True, False, False])
+    np.testing.assert_array_equal(
+        support(jnp.array([[9.0, -9.0], [-0.1, 0.0], [1.0, 2.1]])), [True, False, False]
+    )
 
     def posterior():
         x = numpyro.sample("x", prior)
@@ -74,7 +82,9 @@ def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance
 
 
 def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
-    """The target's evidence is known. Its entries have the correlation .83: without a flow the bound is .6 nats below."""
+    """The target's evidence is known. Its entries have the correlation .83: without a flow the
+    bound is .6 nats below.
+    """
     spec = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
     scale = jnp.array([[1.0, 0.0], [0.9, 0.6]])
     params = jax.tree.map(jnp.asarray, kept.random_params(spec.flow))
@@ -84,7 +94,9 @@ def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
         return Density(spec, ir.freeze(spec.flow, parameters["flow"]), parameters["prior"])
 
     def target():
-        numpyro.sample("x", numpyro.distributions.MultivariateNormal(jnp.zeros(2), scale_tril=scale))
+        numpyro.sample(
+            "x", numpyro.distributions.MultivariateNormal(jnp.zeros(2), scale_tril=scale)
+        )
         numpyro.factor("evidence", 2.0)
 
     def guide():
@@ -95,7 +107,10 @@ def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
     result = inference.run(KEY, 300, progress_bar=False)
     assert result.losses[0] > -1
     np.testing.assert_allclose(np.mean(result.losses[-30:]), -2.0, atol=0.05)
-    before, after = (tree["flow"]["stage0"]["blocks"]["dense0"]["kernel"] for tree in (start, result.params["density"]))
+    before, after = (
+        tree["flow"]["stage0"]["blocks"]["dense0"]["kernel"]
+        for tree in (start, result.params["density"])
+    )
     assert np.abs(after - before).max() > 1e-2
 
 
@@ -125,7 +140,11 @@ def test_nuts_of_blackjax_and_the_model_s_own_samples_have_the_same_moments():
     [
         (kept.IMAGES, None, r"integer levels, .* give model\.continuous"),
         (kept.GIVEN, None, r"context of shape \(\.\.\., 3\), got none"),
-        (kept.GIVEN, kept.CONTEXTS[:, :2], r"context of shape \(\.\.\., 3\), got one of shape \(5, 2\)"),
+        (
+            kept.GIVEN,
+            kept.CONTEXTS[:, :2],
+            r"context of shape \(\.\.\., 3\), got one of shape \(5, 2\)",
+        ),
         (kept.POINTS, kept.CONTEXTS, r"takes no context, got one of shape \(5, 3\)"),
     ],
 )

@@ -14,18 +14,38 @@ import iresnet_jax
 PACKAGE = Path(iresnet_jax.__file__).parent  # the checkout's or an installed one
 ROOT = Path(__file__).parents[1]  # train.py and configs/ are never installed
 
-# A folder's files may import those of folders further up in this list, and of their own: the library, then the application.
+# A folder's files may import those of folders further up in this list, and of their own: the
+# library, then the application.
 FOLDERS = (
     *("maths", "branches", "bijections", "models", "certification", "training"),
     *("data", "runs", "evaluation"),
 )
-# Files beside the folders: how files are written whole and dataclasses become JSON is for everyone, the others may import all.
+# Files beside the folders: how files are written whole and dataclasses become JSON is for everyone,
+# the others may import all.
 FOR_EVERYONE = ("atomic_files", "checked_dataclasses", "object_storage")
 EDGES = (
-    *("__init__", "__main__", "adapters", "commands", "conversion", "conversion_stages", "energy_evaluation"),
+    *(
+        "__init__",
+        "__main__",
+        "adapters",
+        "commands",
+        "conversion",
+        "conversion_stages",
+        "energy_evaluation",
+    ),
     *("energy_fitting", "estimators", "fit_settings", "fitting", "loss_training", "losses"),
 )
-HEAVY = {"absl", "optax", "orbax", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "flax", "ml_collections"}
+HEAVY = {
+    "absl",
+    "optax",
+    "orbax",
+    "tensorflow",
+    "tensorflow_datasets",
+    "matplotlib",
+    "sklearn",
+    "flax",
+    "ml_collections",
+}
 OTHER_LIBRARIES = {"numpyro", "blackjax"}
 PLACES = {
     "flax": {"models/linen.py"},
@@ -39,13 +59,17 @@ def sources():
 
 
 def module_of(path):
-    """``iresnet_jax/data/feed.py`` is ``iresnet_jax.data.feed``, and a folder's ``__init__.py`` has the folder's name."""
+    """``iresnet_jax/data/feed.py`` is ``iresnet_jax.data.feed``, and a folder's ``__init__.py``
+    has the folder's name.
+    """
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def folder_of(module):
-    """``iresnet_jax.data.feed`` belongs to ``data``, ``iresnet_jax.fitting`` to ``fitting``, the package to ``__init__``."""
+    """``iresnet_jax.data.feed`` belongs to ``data``, ``iresnet_jax.fitting`` to ``fitting``, the
+    package to ``__init__``.
+    """
     return (*module.split("."), "__init__")[1]
 
 
@@ -67,13 +91,18 @@ def packages_of(source):
 
 
 def graph():
-    """The modules of the package that each module imports; the name of a folder stands for its ``__init__.py``."""
+    """The modules of the package that each module imports; the name of a folder stands for its
+    ``__init__.py``.
+    """
     files = {module_of(path): path.read_text() for path in sources()}
 
     def module(name):
         return name if name in files else name.rpartition(".")[0]
 
-    return {own: {module(name) for name in imported(text)} & files.keys() - {own} for own, text in files.items()}
+    return {
+        own: {module(name) for name in imported(text)} & files.keys() - {own}
+        for own, text in files.items()
+    }
 
 
 def assert_points_up(folder, others):
@@ -103,7 +132,13 @@ def test_no_modules_form_a_circle():
 
 @pytest.mark.parametrize(
     ("folder", "other"),
-    [("maths", "bijections"), ("models", "certification"), ("training", "runs"), ("runs", "evaluation"), ("data", "fitting")],
+    [
+        ("maths", "bijections"),
+        ("models", "certification"),
+        ("training", "runs"),
+        ("runs", "evaluation"),
+        ("data", "fitting"),
+    ],
 )
 def test_a_wrong_dependency_is_rejected(folder, other):
     with pytest.raises(AssertionError, match=f"{folder} must not import {other}"):
@@ -123,9 +158,14 @@ def files_with(predicate):
 
 
 def test_other_packages_stay_in_their_files():
-    users = {package: files_with(lambda source, own=package: own in packages_of(source)) for package in PLACES}
+    users = {
+        package: files_with(lambda source, own=package: own in packages_of(source))
+        for package in PLACES
+    }
     assert users == PLACES
-    assert not [module for module, others in graph().items() if "iresnet_jax.models.linen" in others]
+    assert not [
+        module for module, others in graph().items() if "iresnet_jax.models.linen" in others
+    ]
     configs = files_with(lambda source: "ml_collections" in packages_of(source))
     assert all(user.startswith("runs/") for user in configs), configs
 
@@ -139,12 +179,15 @@ def test_heavy_packages_are_loaded_where_they_are_needed():
     show = "print('loaded', *sorted({name.split('.')[0] for name in sys.modules}))"
     loads = (
         "iresnet_jax",
-        "contextlib, iresnet_jax.__main__\nwith contextlib.suppress(SystemExit): iresnet_jax.__main__.main(['--help'])",
+        "contextlib, iresnet_jax.__main__\nwith contextlib.suppress(SystemExit): "
+        "iresnet_jax.__main__.main(['--help'])",
         "iresnet_jax.runs.metrics",
         "iresnet_jax.commands",
     )
     program = "\n".join(["import sys", *(f"import {load}\n{show}" for load in loads)])
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     shown = [line.split() for line in run.stdout.splitlines() if line.startswith("loaded")]
     of_library, of_help, of_metrics, of_commands = map(set, shown)
     assert "jax" in of_library

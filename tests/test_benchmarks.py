@@ -1,4 +1,6 @@
-"""Benchmarks read their command lines, what they compare is right, and kept models give the numbers of their reports."""
+"""Benchmarks read their command lines, what they compare is right, and kept models give the
+numbers of their reports.
+"""
 
 import importlib
 import json
@@ -20,7 +22,9 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """A function that imports a script or a module beside it, as when it is run; nobody else finds them."""
+    """A function that imports a script or a module beside it, as when it is run; nobody else
+    finds them.
+    """
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
     yield importlib.import_module
@@ -48,10 +52,13 @@ def report_of(name):
 
 
 def test_kept_density_has_the_likelihood_of_its_report():
-    """The exact one under the first of the report's noises, which its check has compared with an estimate."""
+    """The exact one under the first of the report's noises, which its check has compared with an
+    estimate.
+    """
     run, report = report_of("digits_density")
     settings = replace(run.config.evaluation, num_dequantisations=1)
-    settings = replace(settings, logdet=replace(settings.logdet, kind="exact"))  # so that no estimate checks it once more
+    # so that no estimate checks it once more
+    settings = replace(settings, logdet=replace(settings.logdet, kind="exact"))
     found = likelihood.measure(run.model, run.test_examples(), settings, run.config.seed)
     check = report["bits_per_dim"]["estimate"]
     assert found.mean == pytest.approx(check["mean"] - check["difference"], abs=1e-6)
@@ -59,17 +66,21 @@ def test_kept_density_has_the_likelihood_of_its_report():
 
 def test_kept_toy_has_the_likelihood_of_its_report():
     run, report = report_of("toy_2d/moons")
-    found = likelihood.measure(run.model, run.test_examples(), run.config.evaluation, run.config.seed)
+    found = likelihood.measure(
+        run.model, run.test_examples(), run.config.evaluation, run.config.seed
+    )
     assert found.mean == pytest.approx(report["nll"]["mean"], abs=1e-5)
 
 
 def test_kept_hybrid_makes_the_errors_of_its_report():
     run, report = report_of("digits_hybrid")
-    found = classification.evaluate(run.model, run.test_examples(), run.data.labels["test"], batch_size=360)
+    found = classification.evaluate(
+        run.model, run.test_examples(), run.data.labels["test"], batch_size=360
+    )
     assert found.error == report["classification"]["error"]
 
 
-# --- what is compared -----------------------------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
 def test_no_pixel_of_a_photograph_is_in_two_splits(benchmark):
@@ -81,7 +92,8 @@ def test_no_pixel_of_a_photograph_is_in_two_splits(benchmark):
 
 
 @pytest.mark.parametrize(
-    ("values", "width"), [((1, 2, 2, 1), 1), ((0.3, 1.2, 5.5, 2.7), 0.1), ((1065, 1050, 735, 1480, 1285, 1547), 5)]
+    ("values", "width"),
+    [((1, 2, 2, 1), 1), ((0.3, 1.2, 5.5, 2.7), 0.1), ((1065, 1050, 735, 1480, 1285, 1547), 5)],
 )
 def test_noise_is_as_wide_as_the_grid_of_most_values(benchmark, values, width):
     assert benchmark("_tables").grid_width(np.array(values, float)) == pytest.approx(width)

@@ -1,4 +1,6 @@
-"""Networks of the authors' codes: both are written again here, in NumPy, with channels first and the names of their arrays."""
+"""Networks of the authors' codes: both are written again here, in NumPy, with channels first and
+the names of their arrays.
+"""
 
 import functools
 import itertools
@@ -23,7 +25,9 @@ ROUNDING = 1e-12  # the same sums in another order, in float64
 
 
 def logdet(forward, x):
-    """Log-determinant of the Jacobian of each example's latents, by imaginary steps of 1e-30: exact to rounding."""
+    """Log-determinant of the Jacobian of each example's latents, by imaginary steps of 1e-30:
+    exact to rounding.
+    """
     steps = 1e-30j * np.eye(x[0].size).reshape(-1, *x.shape[1:])
     return np.array([np.linalg.slogdet(forward(one + steps).imag / 1e-30)[1] for one in x])
 
@@ -37,7 +41,10 @@ def apply(weight, x):
     padded = np.pad(x, (*((0, 0),) * (x.ndim - 2), (pad, pad), (pad, pad)))
     windows = (padded[..., i : i + height, j : j + width] for i, j in np.ndindex(weight.shape[2:]))
     taps = (weight[:, :, i, j] for i, j in np.ndindex(weight.shape[2:]))
-    return sum(np.einsum("oc,...chw->...ohw", tap, window) for tap, window in zip(taps, windows, strict=True))
+    return sum(
+        np.einsum("oc,...chw->...ohw", tap, window)
+        for tap, window in zip(taps, windows, strict=True)
+    )
 
 
 def activate(name, x, beta=None):
@@ -72,7 +79,9 @@ class Drawn(dict):
         return self[name]
 
     def kernel(self, layer, shape, side, coeff, names, margin=0.0):
-        """The kernel that is applied: divided by a norm that power iteration has not quite found."""
+        """The kernel that is applied: divided by a norm that power iteration has not quite
+        found.
+        """
         (weight_name, u_name, v_name), cin = names, shape[1]
         weight = self(f"{layer}.{weight_name}", *shape)
         inside = (cin,) if weight.ndim == 2 else (cin, *((side, side) if shape[-1] > 1 else (1, 1)))
@@ -119,22 +128,34 @@ def i_resnet(*, blocks, strides, widths, side, coeff, multi_scale=False, pad=0, 
         """Latents of a density, features of a classifier."""
         z, parts, k = np.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), [], 0
         z = squeeze(z, channel_major=False) if num_classes is None else z
-        for scale, (num_blocks, stride, width) in enumerate(zip(blocks, strides, widths, strict=True)):
+        for scale, (num_blocks, stride, width) in enumerate(
+            zip(blocks, strides, widths, strict=True)
+        ):
             for i in range(num_blocks):
                 squeezes = stride == 2 and i == 0
                 before, z = z.shape[-1], squeeze(z, channel_major=False) if squeezes else z
                 channels, size = z.shape[1:3]
                 name = f"stack.{scale}.stack.{i}" if multi_scale else f"stack.{k}"
-                s, t = arrays(f"{name}.actnorm._log_scale", channels), arrays(f"{name}.actnorm._shift", channels)
+                s, t = (
+                    arrays(f"{name}.actnorm._log_scale", channels),
+                    arrays(f"{name}.actnorm._shift", channels),
+                )
                 z = z * np.exp(s)[:, None, None] + t[:, None, None]
                 h = z
-                for j, (taps, cin, cout) in enumerate([(3, channels, width), (1, width, width), (3, width, channels)]):
+                for j, (taps, cin, cout) in enumerate(
+                    [(3, channels, width), (1, width, width), (3, width, channels)]
+                ):
                     h = activate("elu", h) if j + k > 0 else h
                     layer = f"{name}.bottleneck_block.{2 * j + (k > 0)}"
                     # Without scales, their first block of a scale measures in front of its squeeze.
                     measured = size if multi_scale or not squeezes else before
-                    names, margin = ("weight_orig", "weight_u", "weight_v"), 1e-5 if taps > 1 else 0.0
-                    weight = arrays.kernel(layer, (cout, cin, taps, taps), measured, coeff, names, margin)
+                    names, margin = (
+                        ("weight_orig", "weight_u", "weight_v"),
+                        1e-5 if taps > 1 else 0.0,
+                    )
+                    weight = arrays.kernel(
+                        layer, (cout, cin, taps, taps), measured, coeff, names, margin
+                    )
                     arrays(f"{layer}.weight_sigma", 1)
                     h = linear(weight, arrays(f"{layer}.bias", cout), h)
                 z, k = z + h, k + 1
@@ -147,18 +168,34 @@ def i_resnet(*, blocks, strides, widths, side, coeff, multi_scale=False, pad=0, 
     channels, num_dims = latents.shape[1], latents[0].size
     mean, log_std = arrays("prior_mu", num_dims), arrays("prior_logstd", num_dims)
     weight, bias = arrays("bn1.weight", channels, shift=1.0), arrays("bn1.bias", channels)
-    running = arrays("bn1.running_mean", channels), arrays("bn1.running_var", channels, scale=0.1, shift=1.0)
+    running = (
+        arrays("bn1.running_mean", channels),
+        arrays("bn1.running_var", channels, scale=0.1, shift=1.0),
+    )
     arrays["bn1.num_batches_tracked"] = np.array(7)
-    kernel, offset = arrays("logits.weight", num_classes or 10, channels), arrays("logits.bias", num_classes or 10)
+    kernel, offset = (
+        arrays("logits.weight", num_classes or 10, channels),
+        arrays("logits.bias", num_classes or 10),
+    )
     numbers = [
         f"--{name} {' '.join(map(str, values))}"
         for name, values in (("nBlocks", blocks), ("nStrides", strides), ("nChannels", widths))
     ]
-    command = f"python ./CIFAR_main.py {' '.join(numbers)} --coeff {coeff} --nonlin elu --lr 0.003 -log_verbose"
+    command = (
+        f"python ./CIFAR_main.py {' '.join(numbers)} --coeff {coeff} --nonlin elu --lr 0.003 "
+        "-log_verbose"
+    )
     if num_classes is not None:
         h = (latents - running[0][:, None, None]) / np.sqrt(running[1] + 1e-5)[:, None, None]
         h = np.maximum(h * weight[:, None, None] + bias[:, None, None], 0).mean(axis=(2, 3))
-        return Network(f"{command} --init_ds 1 --inj_pad {pad}", arrays, x, latents, None, h @ kernel.T + offset)
+        return Network(
+            f"{command} --init_ds 1 --inj_pad {pad}",
+            arrays,
+            x,
+            latents,
+            None,
+            h @ kernel.T + offset,
+        )
     prior = -0.5 * ((latents - mean) * np.exp(-log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
     command = f"{command} -densityEstimation{' -multiScale' * multi_scale}"
     return Network(command, arrays, x, latents, logdet(forward, x), prior.sum(axis=1))
@@ -183,12 +220,16 @@ def residual_block(arrays, name, z, act, coeff, widths, taps, *, preactivation):
 def behind(arrays, name, z):
     """The ActNorm of that code, which stands behind a block."""
     space = (1,) * (z.ndim - 2)
-    scale, bias = (arrays(f"{name}.{part}", z.shape[1]).reshape(-1, *space) for part in ("weight", "bias"))
+    scale, bias = (
+        arrays(f"{name}.{part}", z.shape[1]).reshape(-1, *space) for part in ("weight", "bias")
+    )
     arrays[f"{name}.initialized"] = np.array(1)
     return (z + bias) * np.exp(scale)
 
 
-def residual_flow(*, side, blocks, squeeze_first=False, factor_out=False, dense=None, width=4, coeff=0.9):
+def residual_flow(
+    *, side, blocks, squeeze_first=False, factor_out=False, dense=None, width=4, coeff=0.9
+):
     arrays, x = Drawn(), np.random.default_rng(1).uniform(0.1, 0.9, (2, 1, side, side))
 
     def forward(x):
@@ -203,7 +244,16 @@ def residual_flow(*, side, blocks, squeeze_first=False, factor_out=False, dense=
                 channels, first = z.shape[1], scale == k == 0 and not is_last
                 widths = (channels, width, width, channels)
                 name = f"transforms.{scale}.chain.{place}"
-                z = residual_block(arrays, f"{name}.nnet", z, "swish", coeff, widths, (3, 1, 3), preactivation=not first)
+                z = residual_block(
+                    arrays,
+                    f"{name}.nnet",
+                    z,
+                    "swish",
+                    coeff,
+                    widths,
+                    (3, 1, 3),
+                    preactivation=not first,
+                )
                 z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}", z), place + 2
             if not is_last:
                 z = squeeze(z, channel_major=True)
@@ -212,16 +262,26 @@ def residual_flow(*, side, blocks, squeeze_first=False, factor_out=False, dense=
                     parts.append(flat(leaves))
         z = flat(z)
         for _ in range(4 if dense else 0):
-            widths, name = (z.shape[1], dense, dense, z.shape[1]), f"transforms.{scale}.chain.{place}"
-            z = residual_block(arrays, f"{name}.nnet.nnet", z, "swish", coeff, widths, (), preactivation=True)
-            z, place = behind(arrays, f"transforms.{scale}.chain.{place + 1}.fc_module", z), place + 2
+            widths, name = (
+                (z.shape[1], dense, dense, z.shape[1]),
+                f"transforms.{scale}.chain.{place}",
+            )
+            z = residual_block(
+                arrays, f"{name}.nnet.nnet", z, "swish", coeff, widths, (), preactivation=True
+            )
+            z, place = (
+                behind(arrays, f"transforms.{scale}.chain.{place + 1}.fc_module", z),
+                place + 2,
+            )
         return np.concatenate([*parts, z], axis=1)
 
     latents = forward(x)
     prior = (-0.5 * latents**2 - 0.5 * np.log(2 * np.pi)).sum(axis=1)
     command = (
-        f"python train_img.py --data mnist --imagesize {side} --actnorm True --wd 0 --nblocks {'-'.join(map(str, blocks))} "
-        f"--act swish --idim {width} --coeff {coeff} --squeeze-first {squeeze_first} --factor-out {factor_out} "
+        f"python train_img.py --data mnist --imagesize {side} --actnorm True --wd 0 --nblocks "
+        f"{'-'.join(map(str, blocks))} "
+        f"--act swish --idim {width} --coeff {coeff} --squeeze-first {squeeze_first} --factor-out "
+        f"{factor_out} "
         f"--fc-end {bool(dense)} --fc-idim {dense or 9}"
     )
     return Network(command, arrays, x, latents, logdet(forward, x), prior)
@@ -233,7 +293,16 @@ def toy():
     def forward(x):
         z = behind(arrays, "chain.0", x)
         for k in range(2):
-            z = residual_block(arrays, f"chain.{2 * k + 1}.nnet", z, "swish", 0.9, (2, 5, 4, 2), (), preactivation=True)
+            z = residual_block(
+                arrays,
+                f"chain.{2 * k + 1}.nnet",
+                z,
+                "swish",
+                0.9,
+                (2, 5, 4, 2),
+                (),
+                preactivation=True,
+            )
             z = behind(arrays, f"chain.{2 * k + 2}", z)
         return z
 
@@ -248,16 +317,27 @@ NETWORKS = {
         i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 3), side=4, coeff=0.8, multi_scale=True
     ),
     "i-ResNet, classifier": functools.partial(
-        i_resnet, blocks=(2, 1), strides=(1, 2), widths=(4, 6), side=4, coeff=0.7, pad=1, num_classes=7
+        i_resnet,
+        blocks=(2, 1),
+        strides=(1, 2),
+        widths=(4, 6),
+        side=4,
+        coeff=0.7,
+        pad=1,
+        num_classes=7,
     ),
-    "residual flow": functools.partial(residual_flow, side=16, blocks=(1, 2), squeeze_first=True, factor_out=True, dense=3),
+    "residual flow": functools.partial(
+        residual_flow, side=16, blocks=(1, 2), squeeze_first=True, factor_out=True, dense=3
+    ),
     "toy": toy,
 }
 network = functools.cache(lambda name: NETWORKS[name]())
 
 
 def unbounded(spec, parts):
-    """In the place of `saved.model_of`, as bounds of norms take long to compile: they are tested with the command."""
+    """In the place of `saved.model_of`, as bounds of norms take long to compile: they are tested
+    with the command.
+    """
     rest = {name: part for name, part in parts.items() if name != "params"}
     kind = ir.Density if isinstance(spec, ir.DensitySpec) else ir.Classifier
     return kind(spec, unconstrained(spec.flow, parts["params"], {}).weights, **rest)
@@ -269,7 +349,9 @@ def converted(name):
     found = network(name)
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion, "model_of", unbounded)
-        return convert({f"module.{key}": array for key, array in found.arrays.items()}, found.command)
+        return convert(
+            {f"module.{key}": array for key, array in found.arrays.items()}, found.command
+        )
 
 
 @jax.jit
@@ -288,7 +370,8 @@ def test_latents_and_log_determinants_are_those_of_the_other_code(name):
     x = x + 0.5 if "i-ResNet" in name else x  # from where the network starts to pixels
     latents, logdet, log_prior = there(converted(name), x)
     np.testing.assert_allclose(np.sort(latents), np.sort(theirs.latents), rtol=0, atol=ROUNDING)
-    np.testing.assert_allclose(log_prior, theirs.head, rtol=ROUNDING)  # in an i-ResNet each latent has its own
+    # in an i-ResNet each latent has its own
+    np.testing.assert_allclose(log_prior, theirs.head, rtol=ROUNDING)
     np.testing.assert_allclose(logdet, theirs.logdet, rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -296,20 +379,30 @@ def test_latents_and_log_determinants_are_those_of_the_other_code(name):
 def test_features_and_logits_are_those_of_the_other_code():
     theirs, ours = network("i-ResNet, classifier"), converted("i-ResNet, classifier")
     x = jnp.asarray(np.pad(np.moveaxis(theirs.x, 1, -1), ((0, 0), (0, 0), (0, 0), (0, 1))))
-    np.testing.assert_allclose(ours.features_of_input(x), np.moveaxis(theirs.latents, 1, -1), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        ours.features_of_input(x), np.moveaxis(theirs.latents, 1, -1), rtol=0, atol=ROUNDING
+    )
     np.testing.assert_allclose(ours.logits_of_input(x), theirs.head, rtol=0, atol=ROUNDING)
     white = ours.preprocess(np.full((1, 4, 4, 3), 255))[0, 0, 0]
-    np.testing.assert_allclose(white, [(1 - 0.4914) / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010, 0], rtol=1e-12)
+    np.testing.assert_allclose(
+        white, [(1 - 0.4914) / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010, 0], rtol=1e-12
+    )
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def largest_norm(arrays):
     """Of the kernels that the toy applies, by the singular value decomposition."""
-    layers = [name.removesuffix(".weight") for name in arrays if name.endswith(".weight") and ".nnet." in name]
+    layers = [
+        name.removesuffix(".weight")
+        for name in arrays
+        if name.endswith(".weight") and ".nnet." in name
+    ]
     names = ("weight", "u", "v")
-    kernels = [arrays.kernel(layer, arrays[f"{layer}.weight"].shape, 1, 0.9, names) for layer in layers]
+    kernels = [
+        arrays.kernel(layer, arrays[f"{layer}.weight"].shape, 1, 0.9, names) for layer in layers
+    ]
     return max(np.linalg.norm(kernel, 2) for kernel in kernels)
 
 
@@ -317,10 +410,19 @@ def largest_norm(arrays):
 def test_the_command_says_the_excess_scales_and_writes_a_model_that_inverts(tmp_path, capsys):
     theirs = network("toy")
     np.savez(tmp_path / "w.npz", **theirs.arrays)
-    arguments = ["--architecture", theirs.command, "--output", str(tmp_path / "new" / "model.npz"), "--scale"]
+    arguments = [
+        "--architecture",
+        theirs.command,
+        "--output",
+        str(tmp_path / "new" / "model.npz"),
+        "--scale",
+    ]
     assert main(["convert", str(tmp_path / "w.npz"), *arguments]) == 0
     said, excess = capsys.readouterr().out, largest_norm(theirs.arrays)
-    assert f"above the coefficient 0.9; the largest is {excess:.5f} ({100 * (excess / 0.9 - 1):+.2g} %)" in said
+    assert (
+        f"above the coefficient 0.9; the largest is {excess:.5f} ({100 * (excess / 0.9 - 1):+.2g} "
+        "%)" in said
+    )
     model = trained_run.load(tmp_path / "new").model  # as other commands do
     assert model.certificate().max_block <= 0.9**3
     x, info = model.decode(model.encode(theirs.x))
@@ -328,20 +430,30 @@ def test_the_command_says_the_excess_scales_and_writes_a_model_that_inverts(tmp_
     assert info.converged.all()
 
 
-# --- what is not read -----------------------------------------------------------------------------------------------
+# --- what is not read -----------------------------------------------------------------------------
 
-# Commands of both codes' README and scripts, and the number of arrays that define the network: a layer has a kernel, a bias and
-# two singular vectors, and "swish" one more. That of 32 x 32 ImageNet has the options of that of CIFAR-10.
+# Commands of both codes' README and scripts, and the number of arrays that define the network: a
+# layer has a kernel, a bias and two singular vectors, and "swish" one more. That of 32 x 32
+# ImageNet has the options of that of CIFAR-10.
 PUBLISHED = {
-    "python ./CIFAR_main.py --nBlocks 7 7 7 --nStrides 1 2 2 --nChannels 32 64 128 --coeff 0.9 --batch 128 --dataset cifar10 "
-    "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu --optimizer sgd "
+    "python ./CIFAR_main.py --nBlocks 7 7 7 --nStrides 1 2 2 --nChannels 32 64 128 --coeff 0.9 "
+    "--batch 128 --dataset cifar10 "
+    "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu "
+    "--optimizer sgd "
     "--vis_server your.server.local --vis_port 8097": 21 * (2 + 3 * 4) + 6,
-    "python CIFAR_main.py --nBlocks 16 16 16 --nStrides 1 2 2 --nChannels 512 512 512 --coeff 0.9 -densityEstimation "
-    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 --warmup_epochs 1 --save_dir d "
+    "python CIFAR_main.py --nBlocks 16 16 16 --nStrides 1 2 2 --nChannels 512 512 512 --coeff 0.9 "
+    "-densityEstimation "
+    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 "
+    "--warmup_epochs 1 --save_dir d "
     "--vis_server your.server.local --vis_port 8097": 48 * (2 + 3 * 4) + 2,
-    "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiments/mnist": 52 * (3 * 5 + 2) - 1 + 2,
-    "python train_img.py --data celebahq --imagesize 256 --nbits 5 --actnorm True --act elu --batchsize 8 --update-freq 5 "
-    "--n-exact-terms 8 --fc-end False --factor-out True --squeeze-first True --nblocks 16-16-16-16-16-16 "
+    "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiment": 52
+    * (3 * 5 + 2)
+    - 1
+    + 2,
+    "python train_img.py --data celebahq --imagesize 256 --nbits 5 --actnorm True --act elu "
+    "--batchsize 8 --update-freq 5 "
+    "--n-exact-terms 8 --fc-end False --factor-out True --squeeze-first True --nblocks "
+    "16-16-16-16-16-16 "
     "--save experiments/celebahq256": 96 * (3 * 4 + 2) + 2,
     "python train_toy.py": 100 * 5 * 5,
 }
@@ -349,7 +461,11 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_commands_are_read_to_the_last_array(command):
-    narrow = {"CIFAR_main": " --nChannels 4 4 4", "train_img": " --idim 4 --fc-idim 4", "train_toy": ""}
+    narrow = {
+        "CIFAR_main": " --nChannels 4 4 4",
+        "train_img": " --idim 4 --fc-idim 4",
+        "train_toy": "",
+    }
     smaller = command + next(options for script, options in narrow.items() if script in command)
     with pytest.raises(ValueError, match=" missing: ") as error:
         convert({}, smaller)
@@ -380,11 +496,20 @@ def test_what_is_not_read_is_refused_by_name(command):
 def test_arrays_that_do_not_belong_are_all_named():
     theirs = network("toy")
     arrays = {name: array for name, array in theirs.arrays.items() if name != "chain.1.nnet.1.bias"}
-    arrays |= {"chain.9.extra": np.zeros(2), "chain.0.bias": np.zeros(3), "chain.1.nnet.1.weight": np.full((5, 2), np.nan)}
+    arrays |= {
+        "chain.9.extra": np.zeros(2),
+        "chain.0.bias": np.zeros(3),
+        "chain.1.nnet.1.weight": np.full((5, 2), np.nan),
+    }
     arrays |= {"chain.1.nnet.1.v": np.zeros(7)}
-    with pytest.raises(ValueError, match=r"1 missing: chain.1.nnet.1.bias; 1 left over: chain.9.extra; 3 not as") as error:
+    with pytest.raises(
+        ValueError, match=r"1 missing: chain.1.nnet.1.bias; 1 left over: chain.9.extra; 3 not as"
+    ) as error:
         convert(arrays, theirs.command)
-    assert all(name in str(error.value) for name in ("chain.0.bias of shape (3,)", "chain.1.nnet.1.weight", "chain.1.nnet.1.v"))
+    assert all(
+        name in str(error.value)
+        for name in ("chain.0.bias of shape (3,)", "chain.1.nnet.1.weight", "chain.1.nnet.1.v")
+    )
 
 
 def test_files_that_may_run_code_or_are_damaged_are_refused(tmp_path):
@@ -392,5 +517,7 @@ def test_files_that_may_run_code_or_are_damaged_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
     np.savez(tmp_path / "objects.npz", a=np.array([{}]))
     for name in ("weights.pth", "weights.npz", "objects.npz", "nothing.npz"):
-        with pytest.raises(ValueError, match=r"cannot be read as npz .* write the arrays of the network as npz"):
+        with pytest.raises(
+            ValueError, match=r"cannot be read as npz .* write the arrays of the network as npz"
+        ):
             convert(tmp_path / name, "train_toy.py")

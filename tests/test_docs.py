@@ -1,4 +1,6 @@
-"""The README, the pages of docs/ and a notebook: their code runs, their commands parse, their numbers are those of records."""
+"""The README, the pages of docs/ and a notebook: their code runs, their commands parse, their
+numbers are those of records.
+"""
 
 import itertools
 import json
@@ -50,7 +52,11 @@ def blocks(text):
 def blocks_of(language):
     """Pages with blocks of a language, for parametrize."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
-    return {name: found for name, text in texts.items() if (found := [b for b in blocks(text) if b.language == language])}
+    return {
+        name: found
+        for name, text in texts.items()
+        if (found := [b for b in blocks(text) if b.language == language])
+    }
 
 
 OWN_DATA = "notebooks/own_data.ipynb"  # whose calls of `fit` are those of the pages
@@ -59,15 +65,21 @@ OWN_DATA = "notebooks/own_data.ipynb"  # whose calls of `fit` are those of the p
 def cells(path):
     """The cells of a notebook as blocks, which a traceback tells by the number of the cell."""
     found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [Block("python", "".join(cell["source"]), i) for i, cell in enumerate(found, 1) if cell["cell_type"] == "code"]
+    return [
+        Block("python", "".join(cell["source"]), i)
+        for i, cell in enumerate(found, 1)
+        if cell["cell_type"] == "code"
+    ]
 
 
-# --- Python ---------------------------------------------------------------------------------------------------------
+# --- Python ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run_pages(tmp_path_factory):
-    """A function that runs blocks by page in the folder of a reader, and gives what failed by page."""
+    """A function that runs blocks by page in the folder of a reader, and gives what failed by
+    page.
+    """
     folder = tmp_path_factory.mktemp("reader")
     draw = np.random.default_rng(0)
     np.save(folder / "my_array.npy", draw.normal(size=(256, 2)))
@@ -87,7 +99,14 @@ def run_pages(tmp_path_factory):
 
     def run(pages):
         path = folder / "blocks.json"
-        path.write_text(json.dumps({name: [(block.line, block.code) for block in found] for name, found in pages.items()}))
+        path.write_text(
+            json.dumps(
+                {
+                    name: [(block.line, block.code) for block in found]
+                    for name, found in pages.items()
+                }
+            )
+        )
         flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")
         environment = {**runs.environment(), "XLA_FLAGS": flags}
         command = [sys.executable, str(ROOT / "tests" / "page_blocks.py"), str(path)]
@@ -114,18 +133,24 @@ def test_a_block_that_fails_is_named(failures):
 
 
 def test_every_name_of_the_package_exists():
-    names = {name for path in PAGES.values() for name in re.findall(r"`(iresnet_jax(?:\.\w+)+)`", path.read_text())}
+    names = {
+        name
+        for path in PAGES.values()
+        for name in re.findall(r"`(iresnet_jax(?:\.\w+)+)`", path.read_text())
+    }
     assert names
     for name in names:
         pkgutil.resolve_name(name)
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def commands(text):
     """All commands of a page, in blocks and between backticks, as lists of words."""
-    lines = [line for block in blocks(text) if block.language == "sh" for line in block.code.splitlines()]
+    lines = [
+        line for block in blocks(text) if block.language == "sh" for line in block.code.splitlines()
+    ]
     for line in [*lines, *re.findall(r"`((?:pip|python|pytest|mkdocs) [^`\n]+)`", text)]:
         words = shlex.split(line, comments=True)
         starts = [-1, *(i for i, word in enumerate(words) if word == "&&"), len(words)]
@@ -141,7 +166,9 @@ def check_command(command):
             for package in packages:
                 name, _, extras = package.rstrip("]").partition("[")
                 known = EXTRAS if name == "." else metadata.metadata(name).get_all("Provides-Extra")
-                assert set(extras.split(",") if extras else ()) <= set(known), f"{name} has no extra {extras}"
+                assert set(extras.split(",") if extras else ()) <= set(known), (
+                    f"{name} has no extra {extras}"
+                )
         case ["python", "train.py", *_]:
             parse_train_flags(command[1:])
         case ["python", "-m", "iresnet_jax", "plan", *options]:
@@ -191,7 +218,9 @@ def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
 
 
 def test_the_image_is_made_by_commands_that_work(tmp_path):
-    """Runs the instructions of the Dockerfile; pip, which would take minutes, is only asked for what there is."""
+    """Runs the instructions of the Dockerfile; pip, which would take minutes, is only asked for
+    what there is.
+    """
     pip, asked = tmp_path / "pip", tmp_path / "asked"
     pip.write_text('#!/bin/sh\nprintf "%s\\n" pip "$@" > "$ASKED"\n')
     pip.chmod(0o755)
@@ -200,11 +229,17 @@ def test_the_image_is_made_by_commands_that_work(tmp_path):
     lines = re.findall(r"^RUN (.*)$", (ROOT / "docs/Dockerfile").read_text(), re.MULTILINE)
     for jax_extras in ("k8s", "cuda13,k8s", "tpu,k8s"):
         for line in lines if jax_extras == "k8s" else lines[:1]:
-            subprocess.run(["sh", "-c", line], cwd=ROOT, env={**environment, "JAX": jax_extras}, check=True, timeout=60)
+            subprocess.run(
+                ["sh", "-c", line],
+                cwd=ROOT,
+                env={**environment, "JAX": jax_extras},
+                check=True,
+                timeout=60,
+            )
         check_command(asked.read_text().splitlines())
 
 
-# --- numbers and links ----------------------------------------------------------------------------------------------
+# --- numbers and links ----------------------------------------------------------------------------
 
 
 README_ROWS = {
@@ -219,9 +254,18 @@ README_ROWS = {
 def numbers(report):
     """The results of a report as pages write them."""
     of_likelihoods = {"bits_per_dim": ("mean", "stderr"), "nll": ("mean", "entropy_floor")}
-    found = [report[kind][name] for kind, names in of_likelihoods.items() if kind in report for name in names]
+    found = [
+        report[kind][name]
+        for kind, names in of_likelihoods.items()
+        if kind in report
+        for name in names
+    ]
     weighted = report.get("bits_per_dim", {}).get("importance")
-    written = [f"{value:.3f}" for value in (*found, *([weighted["mean"]] if weighted else [])) if value is not None]
+    written = [
+        f"{value:.3f}"
+        for value in (*found, *([weighted["mean"]] if weighted else []))
+        if value is not None
+    ]
     if "classification" in report:
         found = report["classification"]
         written += [f"{100 * value:.2f}" for value in (found["error"], *found["interval"])]
@@ -231,12 +275,16 @@ def numbers(report):
 def assert_row_agrees(row, folder):
     report = json.loads((ROOT / "benchmarks/results" / folder / "report.json").read_text())
     for number in numbers(report):
-        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", row), f"{folder} has {number}, the row is {row}"
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", row), (
+            f"{folder} has {number}, the row is {row}"
+        )
 
 
 def test_results_are_those_of_the_records():
     rows = re.findall(
-        r"^(\|.*\((?:\S*)benchmarks/results/(\S+)/report\.json\).*)$", PAGES["docs/results.md"].read_text(), re.MULTILINE
+        r"^(\|.*\((?:\S*)benchmarks/results/(\S+)/report\.json\).*)$",
+        PAGES["docs/results.md"].read_text(),
+        re.MULTILINE,
     )
     assert rows
     for row, folder in rows:
@@ -249,26 +297,44 @@ def test_results_are_those_of_the_records():
 
 
 def assert_time_agrees(row, folder):
-    """The first time in a row is that of the training, to the digits that are written; rows of toys have none."""
-    seconds = json.loads((ROOT / "benchmarks/results" / folder / "report.json").read_text())["train"]["total_seconds"]
+    """The first time in a row is that of the training, to the digits that are written; rows of
+    toys have none.
+    """
+    seconds = json.loads((ROOT / "benchmarks/results" / folder / "report.json").read_text())[
+        "train"
+    ]["total_seconds"]
     if found := re.search(r"\| (\d+(?:\.(\d+))?) (min|s)\b", row):
         number, decimals, unit = found.groups()
         last_digit = (60 if unit == "min" else 1) * 10.0 ** -len(decimals or "")
         written = float(number) * (60 if unit == "min" else 1)
-        assert abs(seconds - written) <= last_digit / 2, f"{folder} took {seconds:.0f} s, the row is {row}"
+        assert abs(seconds - written) <= last_digit / 2, (
+            f"{folder} took {seconds:.0f} s, the row is {row}"
+        )
 
 
 def test_largest_errors_of_reconstructions_are_those_of_the_linked_sweeps():
-    rows = re.findall(r"^(\|.*/(lipschitz_sweep_\w+\.json).*)$", PAGES["docs/results.md"].read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^(\|.*/(lipschitz_sweep_\w+\.json).*)$",
+        PAGES["docs/results.md"].read_text(),
+        re.MULTILINE,
+    )
     assert rows
     for row, record in rows:
         results = json.loads((ROOT / "benchmarks/results" / record).read_text())["results"]
-        largest = max(run["inverse"]["banach"]["max_error"] for run in results if run["variant"] == "0.9")
-        assert f"{largest:.1e}".replace("e-0", "e-") in row, f"{record} has {largest:.1e}, the row is {row}"
+        largest = max(
+            run["inverse"]["banach"]["max_error"] for run in results if run["variant"] == "0.9"
+        )
+        assert f"{largest:.1e}".replace("e-0", "e-") in row, (
+            f"{record} has {largest:.1e}, the row is {row}"
+        )
 
 
 def test_the_readme_has_the_results_of_the_records():
-    rows = {row.split("|")[1].strip(): row for row in README.split("\n## Results\n")[1].splitlines() if row.startswith("|")}
+    rows = {
+        row.split("|")[1].strip(): row
+        for row in README.split("\n## Results\n")[1].splitlines()
+        if row.startswith("|")
+    }
     for name, folder in README_ROWS.items():
         assert_row_agrees(rows[name], folder)
 
@@ -276,7 +342,12 @@ def test_the_readme_has_the_results_of_the_records():
 def links(text):
     """Files that a page links to or shows."""
     found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
-    return [target.split("#")[0] for pair in found for target in pair if target and not re.match(r"https?:|#", target)]
+    return [
+        target.split("#")[0]
+        for pair in found
+        for target in pair
+        if target and not re.match(r"https?:|#", target)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -23,7 +23,9 @@ def target(x, std=1.2):
 @functools.cache
 def model():
     x = np.random.default_rng(0).normal(size=(512, 3)).astype(np.float32)
-    return ir.Density.init(KEY, x, stages=[ir.StageSpec(3, (16,), activation="clipswish")], last_scale=0.3)
+    return ir.Density.init(
+        KEY, x, stages=[ir.StageSpec(3, (16,), activation="clipswish")], last_scale=0.3
+    )
 
 
 def with_scale(scale):
@@ -44,7 +46,9 @@ def test_the_normalising_constant_of_a_gaussian():
 
 
 def test_modes_that_samples_of_the_target_show_are_missing():
-    """The target has a second mode of equal mass, which no sample of the model finds: its weights alone look perfect."""
+    """The target has a second mode of equal mass, which no sample of the model finds: its
+    weights alone look perfect.
+    """
 
     def two_modes(x):
         return jnp.logaddexp(target(x), target(x - 30.0))
@@ -70,7 +74,9 @@ def test_a_heavy_tail_has_no_number():
 
 def test_an_energy_that_is_infinite_is_counted():
     with pytest.raises(ValueError, match=r"infinite at \d+ of 1000 samples of the model"):
-        ir.evaluate_energy(with_scale(1.6), lambda x: jnp.where(x[:, 0] > 0, target(x), jnp.nan), KEY, 1000)
+        ir.evaluate_energy(
+            with_scale(1.6), lambda x: jnp.where(x[:, 0] > 0, target(x), jnp.nan), KEY, 1000
+        )
 
 
 def test_no_samples_of_the_target_are_refused():
@@ -85,8 +91,12 @@ def test_a_wrong_shape_is_refused():
 
 @pytest.mark.parametrize("shape", [0.4, 0.6, 1.0])
 def test_the_tail_of_pareto_weights_has_their_shape_and_no_mean_is_given_of_a_heavy_one(shape):
-    # P(w > t) = t^(-1 / k): the tail is generalised Pareto with shape k above any threshold, and E w = 1 / (1 - k)
-    found = [weigh(-shape * np.log(np.random.default_rng(seed).uniform(size=10_000))) for seed in range(50)]
+    # P(w > t) = t^(-1 / k): the tail is generalised Pareto with shape k above any threshold, and E
+    # w = 1 / (1 - k)
+    found = [
+        weigh(-shape * np.log(np.random.default_rng(seed).uniform(size=10_000)))
+        for seed in range(50)
+    ]
     assert np.mean([one.pareto_k for one in found]) == pytest.approx(shape, abs=0.03)
     if shape < 0.7:
         errors = [(one.log_z + math.log(1 - shape)) / one.stderr for one in found]
@@ -96,7 +106,9 @@ def test_the_tail_of_pareto_weights_has_their_shape_and_no_mean_is_given_of_a_he
 
 
 def test_the_constant_and_its_error_of_weights_with_known_moments():
-    """``q = N(0, 1)`` and ``p = exp(-x^2 / 2.4)``: ``w = c exp(a x^2)``, whose moments are known."""
+    """``q = N(0, 1)`` and ``p = exp(-x^2 / 2.4)``: ``w = c exp(a x^2)``, whose moments are
+    known.
+    """
     x = np.random.default_rng(0).normal(size=50_000)
     found = weigh(-(x**2) / 2.4 + 0.5 * x**2 + 0.5 * math.log(2 * math.pi))
     a = 0.5 - 1 / 2.4
@@ -126,7 +138,8 @@ def test_equal_weights_are_exact_and_few_are_refused():
     assert found.log_z == pytest.approx(700, abs=1e-12)
     assert found.stderr < 1e-6
     assert found.pareto_k < 0.5
-    found = weigh(3 + 2.0**-22 * np.random.default_rng(0).integers(-2, 3, size=2000))  # equal in float32, but for rounding
+    # equal in float32, but for rounding
+    found = weigh(3 + 2.0**-22 * np.random.default_rng(0).integers(-2, 3, size=2000))
     assert found.ess == pytest.approx(1)
     assert found.log_z == pytest.approx(3, abs=1e-6)
     assert found.pareto_k < 0.5

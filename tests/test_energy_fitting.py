@@ -20,7 +20,11 @@ def two_modes(x):
     """Normal distributions at -8 and 8 in the first entry, of integral 3 together."""
     centers = jnp.asarray([[-8.0, 0.0], [8.0, 0.0]], x.dtype)
     squares = jnp.sum(jnp.square(x[:, None] - centers[None]), axis=2)
-    return jax.nn.logsumexp(jnp.log(jnp.asarray(SHARES))[None] - 0.5 * squares, axis=1) - math.log(2 * math.pi) + math.log(3.0)
+    return (
+        jax.nn.logsumexp(jnp.log(jnp.asarray(SHARES))[None] - 0.5 * squares, axis=1)
+        - math.log(2 * math.pi)
+        + math.log(3.0)
+    )
 
 
 def test_modes_that_are_far_apart_keep_their_shares_when_annealed_and_moved():
@@ -31,7 +35,8 @@ def test_modes_that_are_far_apart_keep_their_shares_when_annealed_and_moved():
     assert x[is_left].mean(axis=0) == pytest.approx([-8, 0], abs=0.2)
     assert x[~is_left].std(axis=0) == pytest.approx([1, 1], abs=0.1)
     later = step(jax.random.key(1), found)
-    assert np.mean((later.x[:, 0] < 0) == is_left) > 0.99  # each in its place but for a few that jump
+    # each in its place but for a few that jump
+    assert np.mean((later.x[:, 0] < 0) == is_left) > 0.99
     assert np.mean(np.any(later.x != found.x, axis=1)) > 0.99
 
 
@@ -44,9 +49,17 @@ def test_fit_energy_finds_both_modes(monkeypatch):
     monkeypatch.setattr(energy_fitting, "COMPONENTS", (1, 2))
 
     def target(x):
-        return jnp.logaddexp(*(-0.5 * jnp.sum(jnp.square((x - center) / 0.5), axis=1) for center in (-4.0, 4.0)))
+        return jnp.logaddexp(
+            *(-0.5 * jnp.sum(jnp.square((x - center) / 0.5), axis=1) for center in (-4.0, 4.0))
+        )
 
-    options = {"scale": 4.0, "steps": 2, "num_particles": 1000, "stages": [ir.StageSpec(1, (8,))], "progress": False}
+    options = {
+        "scale": 4.0,
+        "steps": 2,
+        "num_particles": 1000,
+        "stages": [ir.StageSpec(1, (8,))],
+        "progress": False,
+    }
     fitted = ir.fit_energy(target, 3, key=jax.random.key(0), **options)
     found = ir.evaluate_energy(fitted, target, jax.random.key(1), 1000)
     log_z = math.log(2) + 3 * 0.5 * math.log(2 * math.pi * 0.25)
@@ -66,10 +79,21 @@ def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monk
         return model.with_(history=History.from_records([], 2))
 
     monkeypatch.setattr(energy_fitting, "train", train)
-    options = {"steps": 2, "num_particles": 1000, "stages": [ir.StageSpec(1, (8,))], "progress": False}
-    with pytest.warns(UserWarning, match="of its training by likelihood: by the energy, loss became non-finite"):
-        found = ir.fit_energy(lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options)
+    options = {
+        "steps": 2,
+        "num_particles": 1000,
+        "stages": [ir.StageSpec(1, (8,))],
+        "progress": False,
+    }
+    with pytest.warns(
+        UserWarning, match="of its training by likelihood: by the energy, loss became non-finite"
+    ):
+        found = ir.fit_energy(
+            lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options
+        )
     assert found.history.step in (0, 2)
     trained.append(None)
     with pytest.raises(BlowUpError):  # before there is such a flow
-        ir.fit_energy(lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options)
+        ir.fit_energy(
+            lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options
+        )

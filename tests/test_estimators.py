@@ -1,4 +1,6 @@
-"""The scikit-learn estimators: scikit-learn's own checks, and what users of pipelines and searches rely on."""
+"""The scikit-learn estimators: scikit-learn's own checks, and what users of pipelines and
+searches rely on.
+"""
 
 import pickle
 import sys
@@ -47,7 +49,9 @@ TINY = {
 
 @jax.tree_util.register_pytree_node_class
 class Moments(Density):
-    """A normal density for every class, as wide as the data: in the place of a flow it takes no time to compile or to train."""
+    """A normal density for every class, as wide as the data: in the place of a flow it takes no
+    time to compile or to train.
+    """
 
     spec = types.SimpleNamespace(cells=None)
 
@@ -62,7 +66,13 @@ class Moments(Density):
         return cls(*children)
 
     def joint(self, x):
-        return jnp.stack([jax_stats.norm.logpdf(x, mean[None], self.std[None]).sum(axis=1) for mean in self.means], axis=1)
+        return jnp.stack(
+            [
+                jax_stats.norm.logpdf(x, mean[None], self.std[None]).sum(axis=1)
+                for mean in self.means
+            ],
+            axis=1,
+        )
 
     def log_prob(self, x):
         return jax.nn.logsumexp(self.joint(x), axis=1) - np.log(len(self.means))
@@ -72,7 +82,9 @@ class Moments(Density):
 
 
 def fit_or_moments(x, labels=None, **options):
-    """`fit` of 2 features without labels; of other arrays, with programs of their own each, moments."""
+    """`fit` of 2 features without labels; of other arrays, with programs of their own each,
+    moments.
+    """
     x = np.asarray(x, np.float32)
     if x.shape[1] == 2 and labels is None:
         return fit(x, **options)
@@ -87,12 +99,14 @@ def test_scikit_learn_checks(estimator, check, monkeypatch):
     check(estimator)
 
 
-# --- what users rely on ---------------------------------------------------------------------------------------------
+# --- what users rely on ---------------------------------------------------------------------------
 
 
 def correlated(num=400, seed=0):
     """A normal density of three features with correlations of 0.9, and its samples."""
-    density = scipy.stats.multivariate_normal([5.0, -2.0, 100.0], 4 * (0.1 * np.eye(3) + 0.9 * np.ones((3, 3))))
+    density = scipy.stats.multivariate_normal(
+        [5.0, -2.0, 100.0], 4 * (0.1 * np.eye(3) + 0.9 * np.ones((3, 3)))
+    )
     return density, density.rvs(num, random_state=seed)
 
 
@@ -116,11 +130,17 @@ def classifier(blobs):
 def test_a_density_of_correlated_data_beats_a_standard_normal_and_is_near_the_true_one(density):
     true, x = correlated(1000, seed=1)
     scores = density.score_samples(x)
-    standard = scipy.stats.norm.logpdf(StandardScaler().fit_transform(x)).sum(axis=1) - np.log(x.std(axis=0)).sum()
+    standard = (
+        scipy.stats.norm.logpdf(StandardScaler().fit_transform(x)).sum(axis=1)
+        - np.log(x.std(axis=0)).sum()
+    )
     assert density.score(x) == pytest.approx(scores.mean())
     assert density.score(x) > standard.mean() + 1
-    assert density.score(x) == pytest.approx(true.logpdf(x).mean(), abs=0.3)  # two steps from a normal one
-    np.testing.assert_allclose(density.model_.log_prob(x.astype(np.float32)), scores, atol=10 * ROUNDED)
+    # two steps from a normal one
+    assert density.score(x) == pytest.approx(true.logpdf(x).mean(), abs=0.3)
+    np.testing.assert_allclose(
+        density.model_.log_prob(x.astype(np.float32)), scores, atol=10 * ROUNDED
+    )
     x[1] = 1e308  # as far as float64 reaches
     far = density.score_samples(x)
     assert far[1] == -np.inf
@@ -140,21 +160,31 @@ def test_samples_follow_the_density(density):
 
 @pytest.mark.parametrize("method", ["score_samples", "predict_proba"])
 def test_a_score_does_not_depend_on_the_batch(method, density, classifier, blobs):
-    estimator, x = (density, correlated(300)[1]) if method == "score_samples" else (classifier, np.tile(blobs[0], (3, 1)))
+    estimator, x = (
+        (density, correlated(300)[1])
+        if method == "score_samples"
+        else (classifier, np.tile(blobs[0], (3, 1)))
+    )
     score = getattr(estimator, method)
     whole = score(x)
     np.testing.assert_allclose(score(x[::-1])[::-1], whole, rtol=SAME)
-    np.testing.assert_allclose(np.concatenate([score(x[i : i + 1]) for i in (0, 17, 299)]), whole[[0, 17, 299]], rtol=SAME)
+    np.testing.assert_allclose(
+        np.concatenate([score(x[i : i + 1]) for i in (0, 17, 299)]), whole[[0, 17, 299]], rtol=SAME
+    )
 
 
 def test_features_on_a_grid_are_counted():
-    """A die: the log-probability of each face, a bound that is near log(1/6), the same in every batch."""
+    """A die: the log-probability of each face, a bound that is near log(1/6), the same in every
+    batch.
+    """
     x = np.random.RandomState(0).randint(1, 7, size=(600, 1)).astype(float)
     flow = ResidualFlowDensity(**TINY | {"steps": 60}).fit(x)
     assert flow.model_.spec.cells is not None
     faces = np.arange(1.0, 7.0)[:, None]
     assert flow.score_samples(x).mean() == pytest.approx(-np.log(6), abs=0.25)
-    np.testing.assert_allclose(flow.score_samples(faces[2:3]), flow.score_samples(faces)[2:3], rtol=SAME)
+    np.testing.assert_allclose(
+        flow.score_samples(faces[2:3]), flow.score_samples(faces)[2:3], rtol=SAME
+    )
     samples = flow.sample(1000, random_state=0)[:, 0]
     assert set(range(1, 7)) <= set(samples)
     assert np.all(samples == np.rint(samples))
@@ -201,7 +231,9 @@ def test_a_classifier_separates_two_blobs(classifier, blobs):
     proba = classifier.predict_proba(x)
     np.testing.assert_allclose(proba.sum(axis=1), 1, rtol=SAME)
     assert np.mean(proba[np.arange(len(x)), (y == "spam").astype(int)]) > 0.95
-    np.testing.assert_allclose(np.exp(classifier.model_.class_log_probs(x.astype(np.float32))), proba, atol=ROUNDED)
+    np.testing.assert_allclose(
+        np.exp(classifier.model_.class_log_probs(x.astype(np.float32))), proba, atol=ROUNDED
+    )
     with pytest.raises(ValueError, match="sample 1 is so far from"):
         classifier.predict(np.stack([x[0], np.full(x.shape[1], 1e30)]))
 
@@ -218,12 +250,16 @@ def test_whitening_within_classes():
 
 def test_pickles_give_equal_scores(density):
     x = correlated(30)[1]
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(density)).score_samples(x), density.score_samples(x))
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(density)).score_samples(x), density.score_samples(x)
+    )
 
 
 def test_a_search_over_a_pipeline(blobs):
     pipeline = make_pipeline(StandardScaler(), ResidualFlowClassifier(**TINY))
-    search = GridSearchCV(pipeline, {"residualflowclassifier__validation_fraction": [0.1, 0.3]}, cv=2).fit(*blobs)
+    search = GridSearchCV(
+        pipeline, {"residualflowclassifier__validation_fraction": [0.1, 0.3]}, cv=2
+    ).fit(*blobs)
     assert search.cv_results_["mean_test_score"].min() > 0.9
 
 

@@ -16,7 +16,11 @@ def test_figures_are_written_and_tables_have_the_numbers_of_records(tmp_path, ca
     figures.main(["coefficients", "tables", "--output", str(tmp_path)])
     assert "published" in (tmp_path / "coefficients.svg").read_text()
     report = json.loads((ROOT / "benchmarks/results/mnist_density/report.json").read_text())
-    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| mnist_density |")]
+    [row] = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| mnist_density |")
+    ]
     assert f"{report['bits_per_dim']['mean']:.3f} bits/dim" in row
 
 

@@ -33,7 +33,8 @@ from iresnet_jax.runs.signals import Stopped
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
-EAGER = {"optimizer.learning_rate": 0.1, "model.last_scale": 0.1, "training.patience": 0}  # that of 12 steps
+# that of 12 steps
+EAGER = {"optimizer.learning_rate": 0.1, "model.last_scale": 0.1, "training.patience": 0}
 QUICK = {"steps": 12, "architecture": TINY, "progress": False, "settings": EAGER}
 BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
 BANANA[:, 1] += BANANA[:, 0] ** 2
@@ -73,11 +74,22 @@ NEXT_RUNS = {
     "one that improved to its end is followed by a longer one": (IMPROVING, 170.0, (PLAIN, 4000)),
     "which has the rest of the time if that is short": (LONG, 150.0, (PLAIN, 0)),
     "or is not worth its start": (LONG, 25.0, "too little time"),
-    "a longer run that was worse ends it": (LONG | {(PLAIN, 16_000): outcome(6.0, 900, 16_000)}, 1e5, "no longer improved"),
+    "a longer run that was worse ends it": (
+        LONG | {(PLAIN, 16_000): outcome(6.0, 900, 16_000)},
+        1e5,
+        "no longer improved",
+    ),
     "time without a limit": (LONG, math.inf, (PLAIN, 16_000)),
-    "a limit of time is no aim": (FIRST | {(PLAIN, 1000): outcome(5.0, 700)}, 170.0, "no longer improved"),
+    "a limit of time is no aim": (
+        FIRST | {(PLAIN, 1000): outcome(5.0, 700)},
+        170.0,
+        "no longer improved",
+    ),
     "first runs that were cut short leave the time to the plain one": (
-        {(MIXTURE, 1000): outcome(2.0, 0, 80, 18.0, True), (PLAIN, 1000): outcome(5.0, 80, 80, 18.0, True)},
+        {
+            (MIXTURE, 1000): outcome(2.0, 0, 80, 18.0, True),
+            (PLAIN, 1000): outcome(5.0, 80, 80, 18.0, True),
+        },
         *(140.0, (PLAIN, 0)),
     ),
     "what ended early by itself was not cut short": (
@@ -127,7 +139,10 @@ def short_rounds(monkeypatch):
 def test_the_best_of_all_runs_is_the_model():
     model = ir.fit(MODES, settings=SGD, **OF_CANDIDATES)
     attempts = model.history.attempts
-    assert [attempt.what.split(", ")[1] for attempt in attempts[:2]] == ["2 normal distributions as prior", "gaussian prior"]
+    assert [attempt.what.split(", ")[1] for attempt in attempts[:2]] == [
+        "2 normal distributions as prior",
+        "gaussian prior",
+    ]
     best = min(attempts, key=lambda attempt: attempt.loss)
     assert model.history.step == best.best_step
     np.testing.assert_allclose(min(model.history.validation["nll"]), best.loss)
@@ -157,11 +172,18 @@ def interrupting(run, step, number=signal.SIGINT):
 
 @pytest.mark.usefixtures("short_rounds")
 def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
-    with_batches(monkeypatch, lambda run, _, batch: jax.tree.map(lambda x: x * np.nan, batch) if run == 0 else batch)
+    with_batches(
+        monkeypatch,
+        lambda run, _, batch: jax.tree.map(lambda x: x * np.nan, batch) if run == 0 else batch,
+    )
     history = ir.fit(MODES, settings=SGD | {"training.patience": 1}, **OF_CANDIDATES).history
     assert "gaussian" in history.attempts[0].what
     with pytest.raises(RuntimeError, match=r"nll.* non-finite"):
-        ir.fit(MODES, settings=SGD | {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}, **OF_CANDIDATES)
+        ir.fit(
+            MODES,
+            settings=SGD | {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0},
+            **OF_CANDIDATES,
+        )
 
 
 @pytest.mark.usefixtures("short_rounds")
@@ -185,13 +207,17 @@ def test_a_model_that_time_has_left_hardly_trained_is_told_of():
     assert "time for 60 updates" in hardly_trained(curve(*flat, num=60))
     assert hardly_trained(curve(*flat)) == ""
     assert hardly_trained(curve(*falling, step=250)) == ""  # a model that is not the last one
-    for ended in ("it was stopped", "validation no longer improved", ""):  # by the user, or by itself
+    # by the user, or by itself
+    for ended in ("it was stopped", "validation no longer improved", ""):
         assert hardly_trained(curve(*falling, num=60, ended=ended)) == ""
 
 
 def test_a_density_with_modes_is_at_least_as_good_as_a_mixture_without_any_time_to_train():
     """Both modes and nothing between them: the truth is a mixture."""
-    with pytest.warns(UserWarning, match=r"fit had time for \d+ updates, the model is hardly trained: give it more minutes"):
+    with pytest.warns(
+        UserWarning,
+        match=r"fit had time for \d+ updates, the model is hardly trained: give it more minutes",
+    ):
         model = ir.fit(MODES, minutes=1e-3, architecture=TINY, progress=False)
     test = (RNG.normal(size=(2000, 2)) + 8 * RNG.integers(0, 2, (2000, 1))).astype(np.float32)
     entropy = 2 * 0.5 * np.log(2 * np.pi * np.e) + np.log(2)
@@ -208,7 +234,9 @@ def test_training_starts_at_a_normal_density_that_is_better_than_linear_shrinkag
     shrunk = LedoitWolf().fit(x[:200])
     model = ir.fit(x[:200].astype(np.float32), **ONE_STEP)
     normal = multivariate_normal(shrunk.location_, shrunk.covariance_)
-    assert float(model.log_prob(x[200:].astype(np.float32)).mean()) > normal.logpdf(x[200:]).mean() + 1
+    assert (
+        float(model.log_prob(x[200:].astype(np.float32)).mean()) > normal.logpdf(x[200:]).mean() + 1
+    )
 
 
 def test_a_conditional_density_starts_at_a_linear_mean():
@@ -216,8 +244,15 @@ def test_a_conditional_density_starts_at_a_linear_mean():
     noise = RNG.multivariate_normal([0, 0], [[1, 0.9], [0.9, 1]], size=1200)
     x = (context @ RNG.normal(size=(50, 2)) + 0.1 * noise).astype(np.float32)
     model = ir.fit(x[:1000], context=context[:1000], **ONE_STEP)
-    truth = multivariate_normal([0, 0], 0.01 * np.array([[1, 0.9], [0.9, 1]])).logpdf(0.1 * noise[1000:]).mean()
-    assert float(model.log_prob(x[1000:], context=context[1000:].astype(np.float32)).mean()) > truth - 0.2
+    truth = (
+        multivariate_normal([0, 0], 0.01 * np.array([[1, 0.9], [0.9, 1]]))
+        .logpdf(0.1 * noise[1000:])
+        .mean()
+    )
+    assert (
+        float(model.log_prob(x[1000:], context=context[1000:].astype(np.float32)).mean())
+        > truth - 0.2
+    )
 
 
 def test_classes_start_at_a_linear_classifier():
@@ -226,7 +261,10 @@ def test_classes_start_at_a_linear_classifier():
     model = ir.fit(x[train].astype(np.float32), y[train].astype(np.int32), **ONE_STEP)
     linear = make_pipeline(StandardScaler(), LogisticRegression()).fit(x[train], y[train])
     log_probs = np.asarray(model.class_log_probs(x[test].astype(np.float32)))
-    assert -log_probs[np.arange(89), y[test]].mean() < log_loss(y[test], linear.predict_proba(x[test])) + 0.05
+    assert (
+        -log_probs[np.arange(89), y[test]].mean()
+        < log_loss(y[test], linear.predict_proba(x[test])) + 0.05
+    )
 
 
 def test_a_start_is_left_only_for_what_is_clearly_better():
@@ -247,20 +285,32 @@ def test_no_component_of_a_mixture_is_a_spike_on_a_few_examples():
 
 def test_few_held_out_examples_do_not_overrule_the_criterion_on_all_others():
     likeliest = outcome(3.0, 0)._replace(losses=np.array([2.0, 4.0, 3.0]))
-    luckier, better = (outcome(1.0, 9)._replace(losses=np.array(losses)) for losses in ([2.5, 5.5, -2.0], [0.5, 2.0, 0.5]))
+    luckier, better = (
+        outcome(1.0, 9)._replace(losses=np.array(losses))
+        for losses in ([2.5, 5.5, -2.0], [0.5, 2.0, 0.5])
+    )
     assert chosen_run({(MIXTURE, 1000): likeliest, (PLAIN, 1000): luckier}, MIXTURE) is likeliest
     assert chosen_run({(MIXTURE, 1000): likeliest, (PLAIN, 1000): better}, MIXTURE) is better
     assert chosen_run({(MIXTURE, 1000): None, (PLAIN, 1000): luckier}, MIXTURE) is luckier
 
 
 def test_noise_widens_the_density_by_its_variance():
-    """A linear flow of 40 examples, and noise as large as they are: without it, their own variance would be found."""
+    """A linear flow of 40 examples, and noise as large as they are: without it, their own
+    variance would be found.
+    """
     x = RNG.normal(size=(40, 2)) * [1.0, 100.0]
     held_out = np.repeat(x, 25, axis=0) + x.std(axis=0) * RNG.normal(size=(1000, 2))
-    settings = {"optimizer.learning_rate": 0.05, "training.ema_decay": 0.9, "model.prior": "gaussian", "model.last_scale": 0.1}
+    settings = {
+        "optimizer.learning_rate": 0.05,
+        "training.ema_decay": 0.9,
+        "model.prior": "gaussian",
+        "model.last_scale": 0.1,
+    }
     settings |= {"augmentation.noise": 1.0, "training.patience": 0}
     linear = (ir.StageSpec(num_blocks=1, hidden=(4,), activation="identity"),)
-    model = ir.fit(x, settings=settings, steps=300, architecture=linear, validation=held_out, progress=False)
+    model = ir.fit(
+        x, settings=settings, steps=300, architecture=linear, validation=held_out, progress=False
+    )
     grid = np.linspace(-6, 6, 241)
     for entry, scale in enumerate(x.std(axis=0)):
         points = np.repeat(x.mean(axis=0)[None], len(grid), axis=0)
@@ -271,7 +321,9 @@ def test_noise_widens_the_density_by_its_variance():
 
 @pytest.mark.usefixtures("unchecked_annotations")  # which say that numbers are Python's
 def test_it_is_the_code_of_training(fitted, tmp_path):
-    """The config in the folder of a fit, given to `train` with the same data, makes the same model bit for bit."""
+    """The config in the folder of a fit, given to `train` with the same data, makes the same
+    model bit for bit.
+    """
     model, folder = fitted
     losses = model.history.validation["nll"]
     assert losses[-1] < losses[0] - 0.01
@@ -280,8 +332,12 @@ def test_it_is_the_code_of_training(fitted, tmp_path):
     data = from_arrays(FITTED_ARRAY, Arrays(BANANA), fractions=(0.1, 0.0))
     state = train(config, tmp_path / "run", data=data)
     assert int(state.step) == int(state.horizon) == 12
-    of_numpy = {"steps": np.int64(12), "settings": EAGER | {"optimizer.clip_norm": np.float32(config.optimizer.clip_norm)}}
-    again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK | of_numpy)  # nothing is left to do
+    of_numpy = {
+        "steps": np.int64(12),
+        "settings": EAGER | {"optimizer.clip_norm": np.float32(config.optimizer.clip_norm)},
+    }
+    # nothing is left to do
+    again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK | of_numpy)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -290,7 +346,9 @@ def test_another_call_in_the_same_folder_is_refused(fitted):
     with pytest.raises(ValueError, match="other data"):
         ir.fit(BANANA + 1, key=jax.random.key(0), workdir=fitted[1], **QUICK)
     for length in ({"steps": 60}, {"steps": None, "minutes": 2}):
-        with pytest.raises(ValueError, match=r"holds a fit with steps=12, got (steps=60|minutes=2)"):
+        with pytest.raises(
+            ValueError, match=r"holds a fit with steps=12, got (steps=60|minutes=2)"
+        ):
             ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], **QUICK | length)
     with pytest.raises(ValueError, match="other bounds"):
         ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], bounds={0: (-99, 99)}, **QUICK)
@@ -313,7 +371,8 @@ def test_commands_that_need_data_say_how_to_give_the_array(workdir, capsys):
     for command in ("evaluate", "reconstruct", "report"):
         assert main([command, "--workdir", workdir]) == 2
         assert capsys.readouterr().err == (
-            f"error: {workdir} does not hold the array that its model was fitted to: save the array with numpy.save and add "
+            f"error: {workdir} does not hold the array that its model was fitted to: save the "
+            "array with numpy.save and add "
             "--data npy:FILE\n"
         )
 
@@ -342,7 +401,9 @@ def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
 def test_a_fit_on_disk_says_that_validation_ended_it(tmp_path):
     early = {"optimizer.learning_rate": 1.0, "training.eval_every_steps": 1, "training.patience": 1}
     for length in ({"steps": None, "minutes": 5}, {"steps": 500}):
-        model = ir.fit(BANANA, workdir=tmp_path / str(length), **QUICK | {"settings": early} | length)
+        model = ir.fit(
+            BANANA, workdir=tmp_path / str(length), **QUICK | {"settings": early} | length
+        )
         assert model.history.ended == "validation no longer improved"
 
 
@@ -351,13 +412,21 @@ def test_a_folder_of_other_columns_is_not_gone_on_with(tmp_path):
     frame = pandas.DataFrame(BANANA, columns=["a", "b"]).assign(city=["x", "y"] * 200)
     ir.fit(frame, workdir=tmp_path, **QUICK)
     for other in (frame.rename(columns={"a": "b", "b": "a"}), frame.replace({"city": {"x": "u"}})):
-        with pytest.raises(ValueError, match="a fit with other columns or categories: give the same"):
+        with pytest.raises(
+            ValueError, match="a fit with other columns or categories: give the same"
+        ):
             ir.fit(other, workdir=tmp_path, **QUICK)
 
 
-def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(capfd, monkeypatch):
+def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(
+    capfd, monkeypatch
+):
     with_batches(monkeypatch, interrupting(0, 6))
-    options = QUICK | {"steps": 10_000, "progress": True, "settings": EAGER | {"training.eval_every_steps": 4}}
+    options = QUICK | {
+        "steps": 10_000,
+        "progress": True,
+        "settings": EAGER | {"training.eval_every_steps": 4},
+    }
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     model = ir.fit(BANANA, **options)
     assert model.history.step in (0, 4)
@@ -391,12 +460,19 @@ def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
     context = rng.normal(size=(400, 1)).astype(np.float32)
     x = np.clip(context + 0.1 * rng.normal(size=(400, 3)), -3.9, 3.9).astype(np.float32)
     x[:, 2] = np.round(x[:, 2] * 16) / 16
-    model = ir.fit(x, context=context, bounds={0: (-4, 4)}, key=jax.random.key(1), **QUICK | {"steps": 60})
+    model = ir.fit(
+        x, context=context, bounds={0: (-4, 4)}, key=jax.random.key(1), **QUICK | {"steps": 60}
+    )
     assert model.spec.context_hidden
     assert model.spec.cells is not None
     log_prob = jax.jit(ir.Density.log_prob)
-    assert log_prob(model, x[:50], context=context[:50]).mean() > log_prob(model, x[:50], context=-context[:50]).mean()
-    widest, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 200, context=np.full((200, 1), 5.0))
+    assert (
+        log_prob(model, x[:50], context=context[:50]).mean()
+        > log_prob(model, x[:50], context=-context[:50]).mean()
+    )
+    widest, _ = jax.jit(ir.Density.sample, static_argnums=2)(
+        model, jax.random.key(0), 200, context=np.full((200, 1), 5.0)
+    )
     assert np.abs(widest[:, 0]).max() <= 4 < np.abs(widest[:, 1]).max()
     with pytest.raises(ValueError, match="context"):
         model.log_prob(x[:5])
@@ -407,9 +483,19 @@ def data_of(x, **arrays):
 
 
 def test_settings_follow_the_array():
-    few, many, wide = (data_of(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (40, 1001)))
-    assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == ["whiten", "whiten", "standardize"]
-    assert [choose_settings(x).logdet.kind for x in (few, many, wide)] == ["exact", "exact", "krylov"]
+    few, many, wide = (
+        data_of(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (40, 1001))
+    )
+    assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == [
+        "whiten",
+        "whiten",
+        "standardize",
+    ]
+    assert [choose_settings(x).logdet.kind for x in (few, many, wide)] == [
+        "exact",
+        "exact",
+        "krylov",
+    ]
     labels, images = np.arange(50) % 2, RNG.integers(0, 256, (50, 16, 16, 3))
     classes = data_of(images, labels=labels)
     assert [stage.squeeze for stage in choose_settings(classes).model.stages] == [2, 2]
@@ -426,14 +512,24 @@ def test_a_warm_up_has_a_twentieth_of_the_steps_also_of_those_that_time_allows()
     assert (config.training.minutes, config.training.total_steps) == (3.0, 0)
     assert (config.training.schedule_steps, config.optimizer.warmup_steps) == (10_000, 500)
     config = choose_settings(data_of(BANANA), steps=2000)
-    assert (config.training.minutes, config.training.total_steps, config.optimizer.warmup_steps) == (0.0, 2000, 100)
+    assert (
+        config.training.minutes,
+        config.training.total_steps,
+        config.optimizer.warmup_steps,
+    ) == (0.0, 2000, 100)
 
 
 PLAIN_ALONE = [("gaussian", 0)]
 HEAVY = np.random.default_rng(0).standard_t(2, size=(300, 70))
-LENGTHS = np.random.default_rng(0).normal(size=(300, 70)) * np.random.default_rng(1).lognormal(size=(300, 1))
-PARABOLA = np.random.default_rng(0).uniform(-2, 2, (200, 1)) ** [1, 2] + 0.02 * np.random.default_rng(1).normal(size=(200, 2))
-CLUSTERS = [*PLAIN_ALONE, ("mixture", 36), ("mixture", 2700)]  # as many as examples are a kernel density
+LENGTHS = np.random.default_rng(0).normal(size=(300, 70)) * np.random.default_rng(1).lognormal(
+    size=(300, 1)
+)
+PARABOLA = np.random.default_rng(0).uniform(-2, 2, (200, 1)) ** [
+    1,
+    2,
+] + 0.02 * np.random.default_rng(1).normal(size=(200, 2))
+# as many as examples are a kernel density
+CLUSTERS = [*PLAIN_ALONE, ("mixture", 36), ("mixture", 2700)]
 TABLES = {
     "normal": (RNG.normal(size=(500, 2)), PLAIN_ALONE),
     "correlations of few": (np.cumsum(RNG.normal(size=(40, 4)), axis=1), PLAIN_ALONE),
@@ -451,7 +547,9 @@ TABLES = {
 @pytest.mark.parametrize(("x", "expected"), TABLES.values(), ids=TABLES)
 def test_priors_of_candidates_follow_the_array(x, expected):
     data = data_of(x.astype(np.float32))
-    assert [(row.prior, row.components) for row in candidates(choose_settings(data), data)] == expected
+    assert [
+        (row.prior, row.components) for row in candidates(choose_settings(data), data)
+    ] == expected
 
 
 def test_the_network_grows_with_the_examples():
@@ -476,7 +574,9 @@ def test_candidates_leave_alone_what_is_given():
     assert [row.size for row in (given, *given.milder())] == ["large", "small"]
 
 
-@pytest.mark.parametrize("name", ["data.validation_fraction", "training.total_steps", "training.minutes"])
+@pytest.mark.parametrize(
+    "name", ["data.validation_fraction", "training.total_steps", "training.minutes"]
+)
 def test_arguments_are_no_settings(name):
     with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
         ir.fit(BANANA, settings={name: 0.3})
@@ -485,12 +585,18 @@ def test_arguments_are_no_settings(name):
     group, field = name.split(".")
     with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
         ir.fit(BANANA, settings={group: {field: 0.3}})
-    with pytest.raises(ValueError, match=r"architecture= or as the setting model\.stages, not as both"):
+    with pytest.raises(
+        ValueError, match=r"architecture= or as the setting model\.stages, not as both"
+    ):
         ir.fit(BANANA, architecture=TINY, settings={"model.stages": []})
 
 
 def test_a_key_decides_and_so_does_a_seed_among_the_settings():
-    options = [{"key": jax.random.key(1)}, {"key": jax.random.key(1)}, {"settings": EAGER | {"seed": 2}}]
+    options = [
+        {"key": jax.random.key(1)},
+        {"key": jax.random.key(1)},
+        {"settings": EAGER | {"seed": 2}},
+    ]
     first, again, other = (ir.fit(BANANA, **QUICK | own).log_prob(BANANA[:50]) for own in options)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2

@@ -16,13 +16,15 @@ import iresnet_jax as ir
 STAGES = [ir.StageSpec(1, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
 QUICK = {"key": jax.random.key(1), "steps": 6, "batch_size": 16, "progress": False}
-PLAIN = QUICK | {"optimizer": optax.sgd(1e-3)}  # where the optimizer does not matter: it compiles sooner than Muon
+# where the optimizer does not matter: it compiles sooner than Muon
+PLAIN = QUICK | {"optimizer": optax.sgd(1e-3)}
 
 
 @functools.cache
 def start():
     """The model that all begin with."""
-    return ir.Density.init(jax.random.key(0), X, stages=STAGES).with_(unroll=True)  # compiles sooner
+    # compiles sooner
+    return ir.Density.init(jax.random.key(0), X, stages=STAGES).with_(unroll=True)
 
 
 def nll(model, batch, key):
@@ -32,7 +34,9 @@ def nll(model, batch, key):
 def test_train_lowers_the_loss_of_a_certified_model_and_a_callback_ends_it():
     steps = []
     options = QUICK | {"steps": 100, "optimizer": optax.adam(3e-2)}
-    trained = ir.train(start(), nll, X, **options, callback=lambda step, *_: steps.append(step) or step == 70)
+    trained = ir.train(
+        start(), nll, X, **options, callback=lambda step, *_: steps.append(step) or step == 70
+    )
     assert steps == list(range(5, 71, 5))  # twenty validations, however long a run is
     assert nll(trained, X, None) < nll(start(), X, None) - 0.02
     assert trained.certificate().certified
@@ -42,7 +46,12 @@ def test_train_lowers_the_loss_of_a_certified_model_and_a_callback_ends_it():
 
 
 def test_a_loop_of_ones_own_gives_the_same_model():
-    trained = ir.train(start(), nll, X, **QUICK | {"batch_size": len(X), "optimizer": optax.adam(1e-2), "ema_decay": 0})
+    trained = ir.train(
+        start(),
+        nll,
+        X,
+        **QUICK | {"batch_size": len(X), "optimizer": optax.adam(1e-2), "ema_decay": 0},
+    )
     free = ir.Unconstrained.of(start())
     optimizer = optax.adam(1e-2)
 
@@ -54,7 +63,9 @@ def test_a_loop_of_ones_own_gives_the_same_model():
 
         gradient, iterates = jax.grad(loss, has_aux=True)(free.params)
         updates, state = optimizer.update(gradient, state, free.params)
-        return free.with_(params=optax.apply_updates(free.params, updates), iterates=iterates), state
+        return free.with_(
+            params=optax.apply_updates(free.params, updates), iterates=iterates
+        ), state
 
     state = optimizer.init(free.params)
     for _ in range(6):
@@ -97,15 +108,25 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
         np.testing.assert_allclose(metrics["validation_loss"], recomputed, rtol=1e-4)
         assert (metrics["rows"], metrics["validation_rows"]) == (16 // jax.local_device_count(), 3)
     assert (trained.history.step, trained.history.ended) == (5, "validation no longer improved")
-    np.testing.assert_allclose(nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3)
+    np.testing.assert_allclose(
+        nll(trained, X[:3], None), trained.history.validation["loss"][0], rtol=1e-3
+    )
 
 
 def test_a_training_that_blows_up_gives_its_best_model():
     def rate(step):
         return jnp.where(step < 7, 1e-3, jnp.nan)
 
-    options = {"steps": 20, "optimizer": optax.sgd(rate), "validation": X[:3], "every": 2, "patience": 0}
-    with pytest.warns(UserWarning, match=r"non-finite.* The model is the best one of the validations before"):
+    options = {
+        "steps": 20,
+        "optimizer": optax.sgd(rate),
+        "validation": X[:3],
+        "every": 2,
+        "patience": 0,
+    }
+    with pytest.warns(
+        UserWarning, match=r"non-finite.* The model is the best one of the validations before"
+    ):
         trained = ir.train(start(), nll, X, **QUICK | options)
     assert trained.history.step in (2, 4, 6)
     assert "non-finite" in trained.history.ended
@@ -113,7 +134,10 @@ def test_a_training_that_blows_up_gives_its_best_model():
 
 
 def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch):
-    options = PLAIN | {"every": 2, "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT)}
+    options = PLAIN | {
+        "every": 2,
+        "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT),
+    }
     with pytest.raises(KeyboardInterrupt):
         ir.train(start(), nll, X, **options)
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
@@ -161,10 +185,19 @@ def test_classifiers_train_by_losses_of_ones_own():
 
     @jax.jit
     def cross_entropy(model, batch, key):
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(batch[0]), batch[1]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.logits(batch[0]), batch[1]
+        ).mean()
 
-    trained = ir.train(classifier, cross_entropy, (images, labels), **QUICK | {"steps": 40, "optimizer": optax.adam(2e-2)})
-    assert cross_entropy(trained, (images, labels), None) < 0.8 * cross_entropy(classifier, (images, labels), None)
+    trained = ir.train(
+        classifier,
+        cross_entropy,
+        (images, labels),
+        **QUICK | {"steps": 40, "optimizer": optax.adam(2e-2)},
+    )
+    assert cross_entropy(trained, (images, labels), None) < 0.8 * cross_entropy(
+        classifier, (images, labels), None
+    )
     assert trained.certificate().certified
 
 
@@ -173,7 +206,11 @@ INIT = {
         **{"context": X[:, :1], "budget": "block", "coeff": 0.8},
         **{"prior": "scales", "num_components": 4},
     },
-    "a network on contexts that are numbers, and classes": {"context": X[:, 0], "context_hidden": (4,), "num_classes": 3},
+    "a network on contexts that are numbers, and classes": {
+        "context": X[:, 0],
+        "context_hidden": (4,),
+        "num_classes": 3,
+    },
 }
 
 
@@ -201,7 +238,11 @@ def test_init_of_images_of_levels_takes_the_logit():
 
 
 WRONG_LOSSES = {
-    "a vector": (lambda model, batch, key: model.log_prob(batch), ValueError, r"one number.*\(16,\)"),
+    "a vector": (
+        lambda model, batch, key: model.log_prob(batch),
+        ValueError,
+        r"one number.*\(16,\)",
+    ),
     "metrics that are vectors": (
         lambda model, batch, key: (nll(model, batch, key), {"all": model.log_prob(batch)}),
         *(ValueError, "dictionary of numbers"),
@@ -214,8 +255,16 @@ WRONG_LOSSES = {
         lambda model, batch, key: (nll(model, batch, key), {"seconds_per_step": jnp.float32(0)}),
         *(ValueError, "cannot be called 'seconds_per_step'"),
     ),
-    "one that ignores the model": (lambda model, batch, key: jnp.square(batch).mean(), ValueError, "depend on the model"),
-    "NaN": (lambda model, batch, key: nll(model, batch, key) * jnp.nan, RuntimeError, "loss.* non-finite"),
+    "one that ignores the model": (
+        lambda model, batch, key: jnp.square(batch).mean(),
+        ValueError,
+        "depend on the model",
+    ),
+    "NaN": (
+        lambda model, batch, key: nll(model, batch, key) * jnp.nan,
+        RuntimeError,
+        "loss.* non-finite",
+    ),
 }
 
 
@@ -226,10 +275,19 @@ def test_wrong_losses_are_named(loss, error, message):
 
 
 WRONG = {
-    "rows that differ in number": (lambda: ir.train(start(), nll, (X, X[:3]), **QUICK), "equally many rows"),
+    "rows that differ in number": (
+        lambda: ir.train(start(), nll, (X, X[:3]), **QUICK),
+        "equally many rows",
+    ),
     "no rows": (lambda: ir.train(start(), nll, X[:0], **QUICK), "one row an example"),
-    "NaN in the data": (lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK), "x holds NaN"),
-    "NaN in the validation": (lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK), "validation holds NaN"),
+    "NaN in the data": (
+        lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK),
+        "x holds NaN",
+    ),
+    "NaN in the validation": (
+        lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK),
+        "validation holds NaN",
+    ),
     "integers beyond 32 bits": (
         lambda: ir.train(start(), nll, (10**12 * (X > 0)).astype(np.int64), **QUICK),
         "too large for int32",
@@ -239,10 +297,22 @@ WRONG = {
         "too large for float32.* row 0",
     ),
     "no steps": (lambda: ir.train(start(), nll, X, **QUICK | {"steps": 0}), "steps"),
-    "a seed as key": (lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}), r"jax.random.key\(3\)"),
-    "a model without weights": (lambda: ir.train(start().with_(weights={}), nll, X, **QUICK), "no weights"),
-    "contexts of other rows": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, context=X[:3]), "context must be"),
-    "levels of vectors": (lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, num_levels=4), "num_levels is for"),
+    "a seed as key": (
+        lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}),
+        r"jax.random.key\(3\)",
+    ),
+    "a model without weights": (
+        lambda: ir.train(start().with_(weights={}), nll, X, **QUICK),
+        "no weights",
+    ),
+    "contexts of other rows": (
+        lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, context=X[:3]),
+        "context must be",
+    ),
+    "levels of vectors": (
+        lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, num_levels=4),
+        "num_levels is for",
+    ),
 }
 
 

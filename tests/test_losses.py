@@ -1,4 +1,6 @@
-"""Losses against an energy: their values in closed form, their gradients, and energies that are no use."""
+"""Losses against an energy: their values in closed form, their gradients, and energies that are
+no use.
+"""
 
 import functools
 import math
@@ -23,13 +25,17 @@ def model(prior="gaussian"):
     x = np.random.default_rng(0).normal(size=(256, 2)).astype(np.float32)
     components = 2 if prior == "mixture" else None
     stages = [ir.StageSpec(1, (8,), activation="clipswish")]
-    made = ir.Density.init(KEY, x, stages=stages, prior=prior, num_components=components, last_scale=0.1)
+    made = ir.Density.init(
+        KEY, x, stages=stages, prior=prior, num_components=components, last_scale=0.1
+    )
     return made.with_(unroll=True)  # compiles sooner
 
 
 @functools.cache
 def gradient_of(loss):
-    """``(whether the target is the model itself, key) ->`` the gradient by the parameters: one program for both targets."""
+    """``(whether the target is the model itself, key) ->`` the gradient by the parameters: one
+    program for both targets.
+    """
     own = model("mixture")
 
     @jax.jit
@@ -65,21 +71,30 @@ def with_score(log_density):
 
 
 def test_reverse_kl_is_the_divergence():
-    drawn = jax.jit(ir.Density.sample_and_log_prob, static_argnums=2)(model(), jax.random.key(7), 4000)
+    drawn = jax.jit(ir.Density.sample_and_log_prob, static_argnums=2)(
+        model(), jax.random.key(7), 4000
+    )
     value = jax.jit(ir.losses.reverse_kl(target, 4000))(model(), None, KEY)
     differences = np.asarray(drawn.log_prob - target(drawn.x), np.float64)
-    assert float(value) == pytest.approx(differences.mean(), abs=6 * float(differences.std()) / math.sqrt(4000))
+    assert float(value) == pytest.approx(
+        differences.mean(), abs=6 * float(differences.std()) / math.sqrt(4000)
+    )
 
 
 def test_the_gradient_has_the_mean_of_the_score_function_s():
     keys = jax.random.split(KEY, 40)
-    (path, path_error), (full, full_error) = (gradient(loss, keys) for loss in (without_score, with_score))
+    (path, path_error), (full, full_error) = (
+        gradient(loss, keys) for loss in (without_score, with_score)
+    )
     assert np.linalg.norm(path) > 5 * np.linalg.norm(path_error)
     assert np.all(np.abs(path - full) < 5 * np.hypot(path_error, full_error) + 1e-5)
 
 
 def test_the_gradient_vanishes_at_the_target():
-    (path, _), (full, _) = (gradient(loss, jax.random.split(KEY, 2), is_own=True) for loss in (without_score, with_score))
+    (path, _), (full, _) = (
+        gradient(loss, jax.random.split(KEY, 2), is_own=True)
+        for loss in (without_score, with_score)
+    )
     assert np.abs(path).max() < 1e-3 * max(np.abs(full).max(), 1e-2)
 
 

@@ -1,4 +1,6 @@
-"""The commands, on folders that hold a model and nothing else: results, exit statuses, and mistakes in one sentence."""
+"""The commands, on folders that hold a model and nothing else: results, exit statuses, and
+mistakes in one sentence.
+"""
 
 import json
 import shutil
@@ -31,7 +33,10 @@ def data_file(tmp_path_factory):
 def folders(tmp_path_factory, data_file):
     """The folders of a hybrid and a classifier of images, and of a density of points."""
     parent = tmp_path_factory.mktemp("kept")
-    models = {"hybrid": (kept.HYBRID, f"npz:{data_file}"), "classifier": (kept.CLASSIFIER, f"npz:{data_file}")}
+    models = {
+        "hybrid": (kept.HYBRID, f"npz:{data_file}"),
+        "classifier": (kept.CLASSIFIER, f"npz:{data_file}"),
+    }
     models |= {"points": (kept.POINTS, "moons"), "given": (kept.GIVEN, "moons")}
     return {name: kept.folder(parent / name, *model) for name, model in models.items()}
 
@@ -44,7 +49,9 @@ def copied(folders, tmp_path):
 @pytest.fixture
 def one_evaluation(monkeypatch):
     """An inverse that is stopped far too early."""
-    monkeypatch.setattr(EvaluationConfig, "solver", lambda settings: Solver(atol=settings.inverse_atol, max_evals=1))
+    monkeypatch.setattr(
+        EvaluationConfig, "solver", lambda settings: Solver(atol=settings.inverse_atol, max_evals=1)
+    )
 
 
 def said(capsys, command, folder, *options, status=0):
@@ -66,7 +73,7 @@ def answer(capsys, *arguments):
     return line
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
@@ -99,17 +106,25 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
     assert "converged for 5 of 5" in said(capsys, "sample", folder, *options)
     levels = np.load(folder / "samples.npy")
     assert (levels.shape, levels.dtype) == ((5, *kept.SHAPE), np.uint8)
-    np.testing.assert_array_equal(levels, samples.draw(run.load(folder).model, 5, 32, temperature=0.8, seed=3)[0])
+    np.testing.assert_array_equal(
+        levels, samples.draw(run.load(folder).model, 5, 32, temperature=0.8, seed=3)[0]
+    )
     assert (folder / "samples.png").read_bytes().startswith(PNG)
     said(capsys, "sample", folder, *options, "--label", "2", "--certify", "0")
     assert np.any(np.load(folder / "samples.npy") != levels)
-    assert "converged for 3 of 3" in said(capsys, "sample", copied["points"], "--certify", "0", "--num", "3")
+    assert "converged for 3 of 3" in said(
+        capsys, "sample", copied["points"], "--certify", "0", "--num", "3"
+    )
     assert np.load(copied["points"] / "samples.npy").dtype == np.float32
 
 
 def test_a_hybrid_of_vectors_has_a_report(tmp_path, capsys):
     labels = np.arange(60) % kept.CLASSES
-    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(60, 2)) + labels[:, None], y=labels)
+    np.savez(
+        tmp_path / "data.npz",
+        x=np.random.default_rng(0).normal(size=(60, 2)) + labels[:, None],
+        y=labels,
+    )
     folder = kept.folder(tmp_path / "run", kept.CLASSES_OF_POINTS, f"npz:{tmp_path / 'data.npz'}")
     assert "of 6 examples" in said(capsys, "report", folder)
 
@@ -148,7 +163,9 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
 
 
 def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
-    assert "by the importance-weighted bound with 2 draws" in said(capsys, "evaluate", folders["hybrid"], "--importance", "2")
+    assert "by the importance-weighted bound with 2 draws" in said(
+        capsys, "evaluate", folders["hybrid"], "--importance", "2"
+    )
     refused = answer(capsys, "evaluate", "--workdir", folders["points"], "--importance", "2")
     assert "--importance is for densities of integer levels" in refused
 
@@ -175,7 +192,7 @@ def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
     assert content["nll"]["mean"] == pytest.approx(mean, abs=1e-4)
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 MISTAKES = [
@@ -185,7 +202,12 @@ MISTAKES = [
     ("reconstruct", "points", ["--num", "0"], "at least 1 and below 2^31, got 0"),
     ("sample", "points", ["--num", "3000000000"], "below 2^31, got 3000000000"),
     ("evaluate", "nowhere", [], "there is no workdir"),
-    ("evaluate", None, ["--workdir=nosuch://bucket/run"], "nosuch:// is no storage that fsspec knows"),
+    (
+        "evaluate",
+        None,
+        ["--workdir=nosuch://bucket/run"],
+        "nosuch:// is no storage that fsspec knows",
+    ),
     ("report", "", [], "has no config.json"),
     # what a model does not have
     ("sample", "classifier", ["--label", "1"], "holds no density"),
@@ -193,15 +215,27 @@ MISTAKES = [
     ("sample", "points", ["--temperature", "nan"], "temperature must be a number, got nan"),
     ("sample", "points", ["--context", "-1.0"], "takes no context"),
     ("sample", "points", ["--context", "--num", "5"], "expected one argument"),
-    ("sample", "points", ["--context", "x.npy"], "--context takes numbers such as 1.0,2.0 or a .npy file, got 'x.npy'"),
+    (
+        "sample",
+        "points",
+        ["--context", "x.npy"],
+        "--context takes numbers such as 1.0,2.0 or a .npy file, got 'x.npy'",
+    ),
     ("sample", "given", ["--certify", "0"], "takes a context of shape (batch, 3), got none"),
     ("sample", "hybrid", ["--label", "3"], "labels must be classes from 0 to 2, got 3"),
-    ("sample", "hybrid", ["--label", "3000000000"], "labels must be classes from 0 to 2, got 3000000000"),
+    (
+        "sample",
+        "hybrid",
+        ["--label", "3000000000"],
+        "labels must be classes from 0 to 2, got 3000000000",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("command", "folder", "options", "sentence"), MISTAKES)
-def test_mistakes_are_answered_in_one_sentence(folders, tmp_path, capsys, command, folder, options, sentence):
+def test_mistakes_are_answered_in_one_sentence(
+    folders, tmp_path, capsys, command, folder, options, sentence
+):
     workdir = [] if folder is None else ["--workdir", folders.get(folder, tmp_path / folder)]
     assert sentence in answer(capsys, command, *workdir, *options)
 

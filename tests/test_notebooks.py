@@ -1,4 +1,6 @@
-"""The notebooks run from top to bottom; own_data.ipynb does with the pages of docs/, whose fits it shares, see test_docs.py."""
+"""The notebooks run from top to bottom; own_data.ipynb does with the pages of docs/, whose fits
+it shares, see test_docs.py.
+"""
 
 import json
 import re
@@ -27,7 +29,9 @@ def cells_of(path):
 
 def code_of(path):
     """The code cells as one program, with short trainings."""
-    code = "\n".join("".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "code")
+    code = "\n".join(
+        "".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "code"
+    )
     for long, short in SHORTER.items():
         code = re.sub(long, short, code)
     return code
@@ -43,7 +47,9 @@ def test_notebook_is_kept_without_outputs(path):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells_of(path))
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "own_data"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem != "own_data"], ids=lambda path: path.stem
+)
 def test_notebook_runs(path, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(path.parent)
     mpl.use("Agg")

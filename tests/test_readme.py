@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ROWS = [line for line in (HERE / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+ROWS = [
+    line
+    for line in (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ")
+]
 
 
 def named_tests(cell):
@@ -46,7 +50,9 @@ def test_every_name_exists():
         named = list(named_tests(test))
         assert named, test
         for file, name in named:
-            assert f"\ndef {name}(" in (HERE / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+            assert f"\ndef {name}(" in (HERE / file).read_text(encoding="utf-8"), (
+                f"{file} has no {name}"
+            )
         num_tests += len(named)
     assert num_tests > 50
 
@@ -54,4 +60,7 @@ def test_every_name_exists():
 def test_a_name_that_does_not_exist_is_noticed():
     with pytest.raises(AttributeError):
         find("maths.lipschitz.no_such_bound")
-    assert list(named_tests("`a.py::test_one`, `::test_two`")) == [("a.py", "test_one"), ("a.py", "test_two")]
+    assert list(named_tests("`a.py::test_one`, `::test_two`")) == [
+        ("a.py", "test_one"),
+        ("a.py", "test_two"),
+    ]

@@ -83,7 +83,9 @@ def test_spikes_follow_the_generalised_linear_model(tasks):
     design, factor = tasks._design()
     theta = factor @ RNG.normal(size=10)
     mean, _ = moments(tasks.TASKS["bernoulli_glm_raw"].simulate, theta)
-    np.testing.assert_allclose(mean, 1 / (1 + np.exp(-design @ theta)), atol=5 * 0.5 / np.sqrt(20_000))
+    np.testing.assert_allclose(
+        mean, 1 / (1 + np.exp(-design @ theta)), atol=5 * 0.5 / np.sqrt(20_000)
+    )
     summed, _ = moments(tasks.TASKS["bernoulli_glm"].simulate, theta)  # of the same spikes
     np.testing.assert_allclose(summed, mean @ design, atol=1e-9)
 
@@ -102,8 +104,12 @@ def test_solvers_agree_with_scipy(tasks, name):
     settings = {"rtol": 1e-9, "atol": 1e-13, "method": "LSODA"}
     for one, own in zip(theta, found, strict=True):
         if name == "lotka_volterra":
-            expected = solve_ivp(of_animals, (0, 20), [30, 1], t_eval=2.1 * np.arange(10), args=one, **settings).y
+            expected = solve_ivp(
+                of_animals, (0, 20), [30, 1], t_eval=2.1 * np.arange(10), args=one, **settings
+            ).y
         else:
             start = [1 - 1e-6, 1e-6]
-            expected = solve_ivp(of_the_ill, (0, 153), start, t_eval=17 * np.arange(10), args=one, **settings).y[1]
+            expected = solve_ivp(
+                of_the_ill, (0, 153), start, t_eval=17 * np.arange(10), args=one, **settings
+            ).y[1]
         np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-9)

@@ -1,4 +1,6 @@
-"""Every wrong argument is refused by a ``ValueError`` that says what is wrong with it, before anything is compiled."""
+"""Every wrong argument is refused by a ``ValueError`` that says what is wrong with it, before
+anything is compiled.
+"""
 
 import sys
 from collections.abc import Callable
@@ -43,23 +45,38 @@ def with_settings(**settings: Any) -> Any:
 WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "key": [
         (lambda: fit(key=7), r"jax.random.key\(7\), got 7"),
-        (lambda: fit(key=jax.random.split(KEY, (2, 2))), r"got keys of shape \(2, 2\): choose one, or loop over them"),
+        (
+            lambda: fit(key=jax.random.split(KEY, (2, 2))),
+            r"got keys of shape \(2, 2\): choose one, or loop over them",
+        ),
         (lambda: model().sample(0, 3), "key must be a key"),
     ],
     "minutes and steps": [
         (lambda: fit(minutes=1), "not both"),
         (lambda: fit(steps=None, minutes=0), "minutes must lie in"),
         (lambda: fit(steps=0), "steps must lie in"),
-        (lambda: fit(workdir="nosuch://bucket/run", steps=1), "nosuch:// is no storage that fsspec knows"),
+        (
+            lambda: fit(workdir="nosuch://bucket/run", steps=1),
+            "nosuch:// is no storage that fsspec knows",
+        ),
     ],
     "architecture": [
-        (lambda: fit(architecture=ir.StageSpec(num_blocks=1, hidden=(4,))), "architecture must be a tuple"),
-        (lambda: fit(architecture=[{"num_blocks": 1, "hiden": (4,)}]), r"architecture\[0\] has no field 'hiden'"),
+        (
+            lambda: fit(architecture=ir.StageSpec(num_blocks=1, hidden=(4,))),
+            "architecture must be a tuple",
+        ),
+        (
+            lambda: fit(architecture=[{"num_blocks": 1, "hiden": (4,)}]),
+            r"architecture\[0\] has no field 'hiden'",
+        ),
     ],
     "settings": [
         (lambda: fit(settings=[1]), "settings must be a dictionary"),
         (lambda: with_settings(optimizer__lerning_rate=1), "did you mean 'learning_rate'"),
-        (lambda: with_settings(optimizer__learning_rate__x=1), "config.optimizer.learning_rate has no fields"),
+        (
+            lambda: with_settings(optimizer__learning_rate__x=1),
+            "config.optimizer.learning_rate has no fields",
+        ),
     ],
     "validation": [
         (lambda: fit(validation_fraction=0), "validation_fraction must lie in"),
@@ -72,7 +89,10 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "objective and workdir": [
         (lambda: fit(objective="regression"), "objective must be one of"),
         (lambda: fit(objective="classification"), "objective classification needs labels"),
-        (lambda: fit(X, LABELS, context=X, objective="classification"), "classification takes no contexts"),
+        (
+            lambda: fit(X, LABELS, context=X, objective="classification"),
+            "classification takes no contexts",
+        ),
         (lambda: fit(workdir=3), "a path must be a string"),
     ],
     "examples": [
@@ -90,16 +110,37 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
     ],
     "layers": [
-        (lambda: ir.certify.dense_norm_bound(jnp.ones(3)), r"weights must have the shape \(m, n\), got \(3,\)"),
-        (lambda: ir.certify.conv_norm_bound(jnp.ones((3, 3)), (8, 8)), r"shape \(kh, kw, cin, cout\), got \(3, 3\)"),
-        (lambda: ir.certify.conv_norm_bound(KERNEL, (1, 8, 8)), r"two positive numbers, the input's \(h, w\), got \(1, 8, 8\)"),
+        (
+            lambda: ir.certify.dense_norm_bound(jnp.ones(3)),
+            r"weights must have the shape \(m, n\), got \(3,\)",
+        ),
+        (
+            lambda: ir.certify.conv_norm_bound(jnp.ones((3, 3)), (8, 8)),
+            r"shape \(kh, kw, cin, cout\), got \(3, 3\)",
+        ),
+        (
+            lambda: ir.certify.conv_norm_bound(KERNEL, (1, 8, 8)),
+            r"two positive numbers, the input's \(h, w\), got \(1, 8, 8\)",
+        ),
         (lambda: ir.conv(jnp.ones((8, 8, 1)), KERNEL), r"conv takes x \(b, h, w, c\)"),
         (lambda: ir.FlowSpec((2, 0), (STAGE,)), r"event_shape\[1\] must lie in \[1, inf\), got 0"),
-        (lambda: ir.Density.init(KEY, X, stages=[STAGE], last_scale=-1.0), "last_scale must lie in"),
+        (
+            lambda: ir.Density.init(KEY, X, stages=[STAGE], last_scale=-1.0),
+            "last_scale must lie in",
+        ),
         (lambda: ir.Density.init(KEY, X, stages=[STAGE], sharpness=-1.0), "sharpness must lie in"),
-        (lambda: kept.model(kept.CLASSIFIER).check_branches(kept.images(2)[0], context=X[:2]), "has no context: leave it out"),
-        (lambda: ir.Equalize.fit(np.full((2, 2, 2, 1), 9), 4, entrywise=False, alpha=0.05), "with integer levels 0 to 3"),
-        (lambda: ir.SeriesLogdet()(jnp.tanh, X, jax.random.split(KEY, 3)), "one key, or one for each of 60 examples"),
+        (
+            lambda: kept.model(kept.CLASSIFIER).check_branches(kept.images(2)[0], context=X[:2]),
+            "has no context: leave it out",
+        ),
+        (
+            lambda: ir.Equalize.fit(np.full((2, 2, 2, 1), 9), 4, entrywise=False, alpha=0.05),
+            "with integer levels 0 to 3",
+        ),
+        (
+            lambda: ir.SeriesLogdet()(jnp.tanh, X, jax.random.split(KEY, 3)),
+            "one key, or one for each of 60 examples",
+        ),
     ],
     "number of samples": [
         (lambda: model().sample(KEY, 2.5), "num must be a whole number"),
@@ -109,7 +150,11 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
-    [pytest.param(*case, id=f"{argument} {number}") for argument, cases in WRONG.items() for number, case in enumerate(cases)],
+    [
+        pytest.param(*case, id=f"{argument} {number}")
+        for argument, cases in WRONG.items()
+        for number, case in enumerate(cases)
+    ],
 )
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_a_wrong_argument_is_refused_in_a_sentence(call, sentence):
@@ -122,13 +167,20 @@ def test_lists_are_taken_for_tuples_and_arrays():
     assert hash(ir.FlowSpec([2], [STAGE])) == hash(ir.FlowSpec((2,), (STAGE,)))
     own = kept.model(kept.HYBRID).continuous
     by_array = own.sample_and_log_prob(KEY, 2, labels=jnp.array([1, 0]))
-    np.testing.assert_array_equal(own.sample_and_log_prob(KEY, 2, labels=[1, 0]).log_prob, by_array.log_prob)
+    np.testing.assert_array_equal(
+        own.sample_and_log_prob(KEY, 2, labels=[1, 0]).log_prob, by_array.log_prob
+    )
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match=r"gs:// needs a package .*: pip install 'iresnet_jax\[gcs\]'$"):
+    with pytest.raises(
+        ValueError, match=r"gs:// needs a package .*: pip install 'iresnet_jax\[gcs\]'$"
+    ):
         ir.load("gs://bucket/model.npz")
     monkeypatch.setitem(sys.modules, "iresnet_jax.energy_fitting", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[energies\]'$"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[energies\]'$",
+    ):
         ir.fit_energy  # noqa: B018

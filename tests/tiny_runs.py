@@ -32,7 +32,8 @@ def get_config():
     config.preprocessing.transform = "none"
     # Without a bias that validation would look for by two more programs.
     config.logdet.update({{"kind": "roulette", "distribution": "geometric", "parameter": 0.5}})
-    config.training.update({{"total_steps": {TOTAL_STEPS}, "eval_every_steps": {EVAL_EVERY}, "log_every_steps": 1,
+    config.training.update({{"total_steps": {TOTAL_STEPS}, "eval_every_steps": {EVAL_EVERY}}})
+    config.training.update({{"log_every_steps": 1,
         "blocks": "scan", "batch_size": 16, "eval_examples": 32, "actnorm_examples": 32}})
     config.evaluation.update({{"num_examples": 256, "num_probe_draws": 2}})
     config.evaluation.logdet.kind = "exact"
@@ -62,8 +63,10 @@ def get_config():
     config.model.stages = ({"num_blocks": 2, "hidden": (4,), "kernel_sizes": (3, 1), "squeeze": 2},)
     config.classifier.update({"pad_channels": 1, "label_smoothing": 0.1})
     config.augmentation.update({"crop_padding": 1, "flip": True})
-    config.optimizer.update({"name": "sgd", "learning_rate": 0.3, "warmup_steps": 2, "clip_norm": 0.0, "weight_decay": 1e-3})
-    config.training.update({"total_steps": 8, "eval_every_steps": 2, "log_every_steps": 2, "batch_size": 64,
+    config.optimizer.update({"name": "sgd", "learning_rate": 0.3, "warmup_steps": 2})
+    config.optimizer.update({"clip_norm": 0.0, "weight_decay": 1e-3})
+    config.training.update({"total_steps": 8, "eval_every_steps": 2, "log_every_steps": 2})
+    config.training.update({"batch_size": 64,
         "actnorm_examples": 128, "ema_decay": 0.5, "blocks": "scan"})
     config.references.values = (("somebody", 1.25),)
     return config
@@ -78,10 +81,12 @@ def get_config():
     config.model.stages = ({"num_blocks": 1, "hidden": (4,)},)
     config.model.dequantization = "variational"
     config.model.noise.update({"num_blocks": 1, "hidden": (3,), "network": (4, 2), "window": 3})
-    config.logdet.update({"kind": "roulette", "distribution": "geometric", "parameter": 0.5})  # as above
+    # as above
+    config.logdet.update({"kind": "roulette", "distribution": "geometric", "parameter": 0.5})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 2})
     config.hybrid.update({"weight": 2.0, "initial_weight": 4.0, "ramp_steps": 4})
-    config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2, "batch_size": 32,
+    config.training.update({"total_steps": 8, "eval_every_steps": 4, "log_every_steps": 2})
+    config.training.update({"batch_size": 32,
         "actnorm_examples": 64, "ema_decay": 0.5, "blocks": "unroll"})
     config.evaluation.update({"num_dequantisations": 1, "num_probe_draws": 1})
     config.evaluation.logdet.kind = "exact"
@@ -95,7 +100,9 @@ SAID = "said"  # file of such a run with a report: what the command printed, wit
 
 
 def trained(tmp_path_factory, name):
-    """The folder of a run of `CONFIGS`: a copy of the one that the first test trained which asked, in whichever process."""
+    """The folder of a run of `CONFIGS`: a copy of the one that the first test trained which
+    asked, in whichever process.
+    """
     whole = shared(tmp_path_factory) / name
     with locked(whole):
         if not whole.exists():
@@ -119,25 +126,35 @@ def newest(workdir):
 
 def arrays_of(workdir, step=None):
     """The arrays of a checkpoint by name, by default of the newest one."""
-    with Checkpoints(workdir).path(newest(workdir) if step is None else step).open("rb") as file, np.load(file) as archive:
+    with (
+        Checkpoints(workdir).path(newest(workdir) if step is None else step).open("rb") as file,
+        np.load(file) as archive,
+    ):
         return {name: archive[name] for name in archive.files if name != "(metric)"}
 
 
 def measurements(workdir):
     """What a run wrote down, without times."""
-    kept = [{k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"} for record in read_metrics(workdir)]
+    kept = [
+        {k: v for k, v in record.items() if "second" not in k and k != "wall_time_s"}
+        for record in read_metrics(workdir)
+    ]
     return [record for record in kept if record["split"] != "timing"]
 
 
 def assert_ends_like(workdir, reference):
     """The same bits in the last state, and the same measurements."""
     ours, theirs = arrays_of(workdir), arrays_of(reference)
-    assert {name: array.tobytes() for name, array in ours.items()} == {name: array.tobytes() for name, array in theirs.items()}
+    assert {name: array.tobytes() for name, array in ours.items()} == {
+        name: array.tobytes() for name, array in theirs.items()
+    }
     assert measurements(workdir) == measurements(reference)
 
 
 def fixtures_of(name):
-    """Fixtures of a test module: the folder of a run of `CONFIGS`, and the run that is loaded from it."""
+    """Fixtures of a test module: the folder of a run of `CONFIGS`, and the run that is loaded
+    from it.
+    """
 
     @pytest.fixture(scope="module")
     def workdir(tmp_path_factory):
@@ -151,17 +168,23 @@ def fixtures_of(name):
 
 
 def shorten_reports(patch, *, drawn=False):
-    """Certifies 8 examples for reports, where they have 64, and unless ``drawn`` makes figures that are not drawn."""
+    """Certifies 8 examples for reports, where they have 64, and unless ``drawn`` makes figures
+    that are not drawn.
+    """
     patch.setattr("iresnet_jax.evaluation.round_trips.MOST_CERTIFIED", 8)
     if not drawn:
-        patch.setattr("iresnet_jax.evaluation.plots.data_uri", lambda figure: "data:image/png;base64,")
+        patch.setattr(
+            "iresnet_jax.evaluation.plots.data_uri", lambda figure: "data:image/png;base64,"
+        )
 
 
 def _train_from_the_command_line(source, workdir, patch):
     path = workdir.parent / f"{workdir.name}_config.py"
     path.write_text(source)
     said = []
-    patch.setattr("builtins.print", lambda *words, sep=" ", **_: said.append(sep.join(map(str, words))))
+    patch.setattr(
+        "builtins.print", lambda *words, sep=" ", **_: said.append(sep.join(map(str, words)))
+    )
     status = train_main(f"--config={path}", f"--workdir={workdir}")
     assert status == 0, said
     (workdir / SAID).write_text("\n".join(said).replace(str(workdir), "RUN"))
@@ -204,7 +227,9 @@ def train_main(*arguments):
 
 
 def config_of(source, **changes):
-    """The parsed config of a config file's text, with settings such as ``{"training.total_steps": 3}`` changed."""
+    """The parsed config of a config file's text, with settings such as
+    ``{"training.total_steps": 3}`` changed.
+    """
     settings = settings_of(source)
     with settings.unlocked():
         settings.update_from_flattened_dict(changes)
@@ -227,16 +252,22 @@ def random_state(objective):
     """A state of random numbers: to initialise a model takes as long to compile as a step."""
     rng = np.random.default_rng(0)
     shapes = abstract_variables(objective.training_step.model.spec)
-    return objective.state_of(jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes))
+    return objective.state_of(
+        jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    )
 
 
 def one_block(*, max_num_terms=0, training=None, **estimator):
-    """A config of one block of the plane whose log-determinant is trained like this, and exact in validation."""
+    """A config of one block of the plane whose log-determinant is trained like this, and exact
+    in validation.
+    """
     settings = settings_of(TOY_CONFIG)
     settings.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
     settings.logdet.update(estimator)
     settings.evaluation.logdet.kind = "exact"
-    settings.training.update({"max_num_terms": max_num_terms, "blocks": "unroll", **(training or {})})
+    settings.training.update(
+        {"max_num_terms": max_num_terms, "blocks": "unroll", **(training or {})}
+    )
     return parse(settings)
 
 
@@ -245,4 +276,6 @@ def random_weights(spec, scale=1.0, seed=0):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(spec.initial_weights, jax.random.key(0))
     weights = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
-    return {name: {**own, "kernel": np.float32(scale) * own["kernel"]} for name, own in weights.items()}
+    return {
+        name: {**own, "kernel": np.float32(scale) * own["kernel"]} for name, own in weights.items()
+    }

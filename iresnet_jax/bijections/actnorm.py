@@ -1,7 +1,8 @@
-r"""ActNorm: an affine map of each channel, initialised from data (Kingma and Dhariwal 2018, sec. 3.1).
+r"""ActNorm: an affine map of each channel, initialised from data (Kingma and Dhariwal 2018, sec.
+3.1).
 
-After initialisation the parameters are trained like any other; nothing depends on the batch. The channels are on the last axis
-and every axis between it and the first counts positions.
+After initialisation the parameters are trained like any other; nothing depends on the batch. The
+channels are on the last axis and every axis between it and the first counts positions.
 """
 
 import math
@@ -33,37 +34,51 @@ class ActNormParams(NamedTuple):
 def initialize(x: Float[Array, "b ... c"], *, axis_name: str | None = None) -> ActNormParams:
     r"""Chooses the parameters that whiten each channel of a batch.
 
-    ``bias = -mean`` and ``log_scale = -log(var + eps) / 2`` with ``eps`` = `EPS`, over the batch and all positions: on ``x``
-    the output has mean 0 and variance ``var / (var + eps)``. A channel that does not vary, as one of padding, keeps its scale:
-    with the largest one, ``1 / sqrt(eps)``, its bias would learn hundreds of times too fast.
+    ``bias = -mean`` and ``log_scale = -log(var + eps) / 2`` with ``eps`` = `EPS`, over the batch
+    and all positions: on ``x`` the output has mean 0 and variance ``var / (var + eps)``. A channel
+    that does not vary, as one of padding, keeps its scale: with the largest one, ``1 / sqrt(eps)``,
+    its bias would learn hundreds of times too fast.
 
     Args:
         x: A batch; about 1000 examples make the statistics representative.
-        axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are those of the whole batch.
+        axis_name: Mapped axis that the batch is spread over in equal shares: the statistics are
+            those of the whole batch.
     """
     mean, variance = channel_moments(x, axis_name)
-    varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)  # by more than the rounding of its mean
+    # by more than the rounding of its mean
+    varies = variance > jnp.square(16 * jnp.finfo(x.dtype).eps * mean)
     return ActNormParams(bias=-mean, log_scale=jnp.where(varies, -jnp.log(variance + EPS) / 2, 0))
 
 
-def channel_moments(x: Float[Array, "b ... c"], axis_name: str | None) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and (biased) variance of every channel over the batch, all positions and all shares along ``axis_name``."""
+def channel_moments(
+    x: Float[Array, "b ... c"], axis_name: str | None
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and (biased) variance of every channel over the batch, all positions and all shares
+    along ``axis_name``.
+    """
 
     def mean_of(values):
         mean = jnp.mean(values, axis=tuple(range(x.ndim - 1)))
         return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
 
     mean = mean_of(x)
-    return mean, mean_of(jnp.square(x - _per_channel(mean, x)))  # two passes: a large mean costs no digits
+    # two passes: a large mean costs no digits
+    return mean, mean_of(jnp.square(x - _per_channel(mean, x)))
 
 
-def forward_and_logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
-    r"""``y = (x + bias) exp(log_scale)``, and ``log|det dy/dx| = num_positions sum_c log_scale_c``, equal for all examples."""
+def forward_and_logdet(
+    params: ActNormParams, x: Float[Array, "b ... c"]
+) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
+    r"""``y = (x + bias) exp(log_scale)``, and ``log|det dy/dx| = num_positions sum_c
+    log_scale_c``, equal for all examples.
+    """
     y = (x + _per_channel(params.bias, x)) * jnp.exp(_per_channel(params.log_scale, x))
     return y, _logdet(params, x)
 
 
-def inverse_and_logdet(params: ActNormParams, y: Float[Array, "b ... c"]) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
+def inverse_and_logdet(
+    params: ActNormParams, y: Float[Array, "b ... c"]
+) -> tuple[Float[Array, "b ... c"], Float[Array, " b"]]:
     r"""``x = y exp(-log_scale) - bias``, and ``log|det dx/dy|``."""
     x = y * jnp.exp(-_per_channel(params.log_scale, y)) - _per_channel(params.bias, y)
     return x, -_logdet(params, y)
@@ -74,7 +89,9 @@ def actnorm_bijection(params: ActNormParams) -> Bijection:
 
     def rounding(x):  # of y exp(-log_scale), which is as large as x + bias, and of the difference
         size = 4 * example_norm(x + _per_channel(params.bias, x)) + example_norm(x)
-        return no_inverse_error(x)._replace(error_bound=jax.lax.stop_gradient(jnp.finfo(x.dtype).eps * size))
+        return no_inverse_error(x)._replace(
+            error_bound=jax.lax.stop_gradient(jnp.finfo(x.dtype).eps * size)
+        )
 
     return exact_bijection(
         lambda x: forward_and_logdet(params, x),
@@ -85,9 +102,15 @@ def actnorm_bijection(params: ActNormParams) -> Bijection:
 
 
 def _per_channel(value: Float[Array, " c"], x: Float[Array, "b ... c"]) -> Float[Array, "..."]:
-    """Gives one value a channel as many axes as ``x`` (implicit broadcasting is an error here), and at least its precision."""
-    return value.reshape((1,) * (x.ndim - 1) + value.shape).astype(jnp.promote_types(value.dtype, x.dtype))
+    """Gives one value a channel as many axes as ``x`` (implicit broadcasting is an error here),
+    and at least its precision.
+    """
+    return value.reshape((1,) * (x.ndim - 1) + value.shape).astype(
+        jnp.promote_types(value.dtype, x.dtype)
+    )
 
 
 def _logdet(params: ActNormParams, x: Float[Array, "b ... c"]) -> Float[Array, " b"]:
-    return jnp.broadcast_to(math.prod(x.shape[1:-1]) * jnp.sum(_per_channel(params.log_scale, x)), x.shape[:1])
+    return jnp.broadcast_to(
+        math.prod(x.shape[1:-1]) * jnp.sum(_per_channel(params.log_scale, x)), x.shape[:1]
+    )

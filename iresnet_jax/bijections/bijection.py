@@ -1,7 +1,9 @@
-"""A bijection as a value: four functions on weights in their closure, and how knowledge of errors adds up.
+"""A bijection as a value: four functions on weights in their closure, and how knowledge of errors
+adds up.
 
-Along a chain standard errors add in quadrature, truncation bounds and evaluations by sum. The error bound of an inverse is
-multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied after it.
+Along a chain standard errors add in quadrature, truncation bounds and evaluations by sum. The error
+bound of an inverse is multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied after
+it.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,8 @@ class Bijection(NamedTuple):
 
     Attributes:
         forward: ``x -> y``.
-        forward_and_logdet: ``(x, key) -> (y, log|det dy/dx|, LogdetInfo)``; one key, or one per example.
+        forward_and_logdet: ``(x, key) -> (y, log|det dy/dx|, LogdetInfo)``; one key, or one per
+            example.
         inverse: ``y -> (x, FixedPointInfo)``.
         inverse_and_logdet: ``(y, key) -> (x, log|det dx/dy|, LogdetInfo, FixedPointInfo)``.
         inverse_lipschitz: Upper bound of ``Lip(F^-1)``, guaranteed if the bounds of its parts are.
@@ -37,7 +40,9 @@ class Bijection(NamedTuple):
 
 
 class Onward(NamedTuple):
-    """A batch on its way through bijections: ``y``, the log-determinant so far, and what is known about its error."""
+    """A batch on its way through bijections: ``y``, the log-determinant so far, and what is
+    known about its error.
+    """
 
     y: Array
     logdet: Array
@@ -57,7 +62,9 @@ class Onward(NamedTuple):
 
 
 class Back(NamedTuple):
-    """A batch on its way back: ``x``, the log-determinant of the way so far, and how the inverses ended."""
+    """A batch on its way back: ``x``, the log-determinant of the way so far, and how the
+    inverses ended.
+    """
 
     x: Array
     logdet: Array
@@ -73,7 +80,9 @@ class Back(NamedTuple):
         """One inverse further; without a key the log-determinant is left alone."""
         if key is None:
             x, own = bijection.inverse(self.x)
-            return self._replace(x=x, info=follow_inverse_info(self.info, own, bijection.inverse_lipschitz))
+            return self._replace(
+                x=x, info=follow_inverse_info(self.info, own, bijection.inverse_lipschitz)
+            )
         x, logdet, logdet_info, own = bijection.inverse_and_logdet(self.x, key)
         return Back(
             x,
@@ -88,7 +97,9 @@ def from_walks(
     back: Callable[[Back, Array | None], Back],
     inverse_lipschitz: float | Float[Array, ""],
 ) -> Bijection:
-    """A bijection from its two ways, each with a key or, where no log-determinant is wanted, without."""
+    """A bijection from its two ways, each with a key or, where no log-determinant is wanted,
+    without.
+    """
 
     def forward_and_logdet(x, key):
         end = onward(Onward.start(x), typed_key(key))
@@ -121,7 +132,9 @@ def no_inverse_error(batch: Array) -> FixedPointInfo:
     """The information of an inverse in closed form."""
     zeros = jnp.zeros(batch.shape[0], batch.dtype)
     nothing = jnp.zeros(batch.shape[0], jnp.int32)
-    return FixedPointInfo(num_evals=nothing, residual=zeros, error_bound=zeros, converged=nothing == 0)
+    return FixedPointInfo(
+        num_evals=nothing, residual=zeros, error_bound=zeros, converged=nothing == 0
+    )
 
 
 def add_logdet_info(a: LogdetInfo, b: LogdetInfo) -> LogdetInfo:
@@ -129,10 +142,13 @@ def add_logdet_info(a: LogdetInfo, b: LogdetInfo) -> LogdetInfo:
     return LogdetInfo(jnp.sqrt(a.stderr**2 + b.stderr**2), a.truncation_bound + b.truncation_bound)
 
 
-def follow_inverse_info(later: FixedPointInfo, own: FixedPointInfo, inverse_lipschitz) -> FixedPointInfo:
+def follow_inverse_info(
+    later: FixedPointInfo, own: FixedPointInfo, inverse_lipschitz
+) -> FixedPointInfo:
     """The information of ``F^-1`` applied to the result of an inverse that ended as `later` says.
 
-    An error bound of 0 stays 0 under an infinite ``Lip(F^-1)``; one that is not a number stays that.
+    An error bound of 0 stays 0 under an infinite ``Lip(F^-1)``; one that is not a number stays
+    that.
     """
     constant = at_least(inverse_lipschitz, later.error_bound.dtype)
     inherited = jnp.where(later.error_bound == 0, 0, constant * later.error_bound)
@@ -152,7 +168,9 @@ def fold_in(key: Key[Array, "..."], data: int | Array) -> Key[Array, "..."]:
 
 
 def keys_of_links(key: Key[Array, "..."] | None, num: int) -> Key[Array, "k ..."] | list[None]:
-    """``fold_in(key, i)`` for ``i < num``, made at once: one by one they compile longer; no keys if there is none."""
+    """``fold_in(key, i)`` for ``i < num``, made at once: one by one they compile longer; no keys
+    if there is none.
+    """
     return [None] * num if key is None else jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num))
 
 
@@ -162,7 +180,9 @@ def exact_bijection(
     inverse_lipschitz: float | Array = 1.0,
     inverse_error: Callable[[Array], FixedPointInfo] = no_inverse_error,
 ) -> Bijection:
-    """A bijection in closed form from ``x -> (y, logdet)``, ``y -> (x, logdet)``, and the error of an inverse ``x``."""
+    """A bijection in closed form from ``x -> (y, logdet)``, ``y -> (x, logdet)``, and the error
+    of an inverse ``x``.
+    """
 
     def inverse(y):
         x, _ = inverse_and_logdet(y)
@@ -183,7 +203,9 @@ def exact_bijection(
 
 
 class ClosedForm:
-    """A transform with ``forward_and_logdet(x)``, ``inverse_and_logdet(y)`` and ``bilipschitz()``, as a bijection."""
+    """A transform with ``forward_and_logdet(x)``, ``inverse_and_logdet(y)`` and
+    ``bilipschitz()``, as a bijection.
+    """
 
     forward_and_logdet: Callable[[Array], tuple[Array, Array]]
     inverse_and_logdet: Callable[[Array], tuple[Array, Array]]
@@ -191,10 +213,16 @@ class ClosedForm:
 
     def bijection(self) -> Bijection:
         """The map of batches."""
-        return exact_bijection(self.forward_and_logdet, self.inverse_and_logdet, inverse_lipschitz=self.bilipschitz().inverse)
+        return exact_bijection(
+            self.forward_and_logdet,
+            self.inverse_and_logdet,
+            inverse_lipschitz=self.bilipschitz().inverse,
+        )
 
 
-def isometric_bijection(forward: Callable[[Array], Array], inverse: Callable[[Array], Array]) -> Bijection:
+def isometric_bijection(
+    forward: Callable[[Array], Array], inverse: Callable[[Array], Array]
+) -> Bijection:
     """A bijection that preserves distances and volume, as a permutation of entries or a shift."""
 
     def with_zero(function):

@@ -1,9 +1,11 @@
 r"""Integers as points of [0, 1): level ``k`` of ``n`` fills the cell ``[k / n, (k + 1) / n)``.
 
-Uniform noise makes a density of the continuous points a lower bound of the levels' log-likelihood (Theis et al. 2016,
-sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log P(k)`` by Jensen's inequality.
+Uniform noise makes a density of the continuous points a lower bound of the levels' log-likelihood
+(Theis et al. 2016, sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log
+P(k)`` by Jensen's inequality.
 
-`Cells` of `iresnet_jax.bijections.cells` does the same for entries of vectors, such as ages in years.
+`Cells` of `iresnet_jax.bijections.cells` does the same for entries of vectors, such as ages in
+years.
 """
 
 import math
@@ -25,31 +27,42 @@ from iresnet_jax.maths.keys import check_keys
 def cells(num_levels: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Returns the smallest and the largest float of each level's cell.
 
-    Tables instead of arithmetic: ``k / n`` rounds differently once a compiler multiplies by ``1 / n``, and a float at
-    the edge of a cell would then change its level.
+    Tables instead of arithmetic: ``k / n`` rounds differently once a compiler multiplies by ``1 /
+    n``, and a float at the edge of a cell would then change its level.
     """
     if not 2 <= num_levels <= 256:
-        raise ValueError(f"num_levels must lie in [2, 256], got {num_levels}: 8-bit data have 256 levels")
+        raise ValueError(
+            f"num_levels must lie in [2, 256], got {num_levels}: 8-bit data have 256 levels"
+        )
     edges = (np.arange(num_levels + 1) / num_levels).astype(dtype)
     return edges[:-1], np.nextafter(edges[1:], np.zeros((), dtype))
 
 
-def dequantize(key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
-    r"""Adds uniform noise to integers: ``(x + u) / num_levels`` with ``u ~ U[0, 1)`` for each entry.
+def dequantize(
+    key: Key[Array, "..."], x: Integer[Array, "b ..."], num_levels: int = 256
+) -> Float[Array, "b ..."]:
+    r"""Adds uniform noise to integers: ``(x + u) / num_levels`` with ``u ~ U[0, 1)`` for each
+    entry.
 
-    Uria et al. 2013; Theis et al. 2016, section 3.1. The result is float32 and lies in the cell of ``x`` after rounding too: it
-    is strictly below 1, and `quantize` returns ``x`` exactly.
+    Uria et al. 2013; Theis et al. 2016, section 3.1. The result is float32 and lies in the cell of
+    ``x`` after rounding too: it is strictly below 1, and `quantize` returns ``x`` exactly.
 
     Args:
-        key: One typed key, or one per example, of shape ``(b,)``: an example's noise then does not depend on the batch.
-        x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become NaN.
+        key: One typed key, or one per example, of shape ``(b,)``: an example's noise then does not
+            depend on the batch.
+        x: Integers in ``[0, num_levels)``. Others, which cannot be refused under ``jit``, become
+            NaN.
         num_levels: Number of values an entry can take, 2 to 256.
     """
     return into_cells(uniform(key, x.shape, jnp.float32), x, num_levels)
 
 
-def into_cells(noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ..."]:
-    """``(x + noise) / num_levels`` of noise in [0, 1], within the cell of ``x`` after rounding too; NaN for no level."""
+def into_cells(
+    noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_levels: int
+) -> Float[Array, "b ..."]:
+    """``(x + noise) / num_levels`` of noise in [0, 1], within the cell of ``x`` after rounding
+    too; NaN for no level.
+    """
     smallest, largest = cells(num_levels, np.dtype(noise.dtype))
     level = x.astype(jnp.int32)
     index = jnp.clip(level, 0, num_levels - 1)
@@ -67,9 +80,11 @@ def uniform(key: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 
 
 def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "..."]:
-    """Returns the level whose cell holds ``x``: ``floor(num_levels x)``, free of its rounding errors.
+    """Returns the level whose cell holds ``x``: ``floor(num_levels x)``, free of its rounding
+    errors.
 
-    Numbers outside of [0, 1), as in a model's samples, are clipped to the nearest level; NaN becomes the highest.
+    Numbers outside of [0, 1), as in a model's samples, are clipped to the nearest level; NaN
+    becomes the highest.
     """
     smallest, _ = cells(num_levels, x.dtype)
     level = jnp.searchsorted(jnp.asarray(smallest), x, side="right") - 1
@@ -77,27 +92,39 @@ def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "...
 
 
 def cell_centers(x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
-    """``(x + 1/2) / num_levels``: levels without noise, for what should not depend on it; NaN out of range."""
+    """``(x + 1/2) / num_levels``: levels without noise, for what should not depend on it; NaN
+    out of range.
+    """
     return (known_levels(x, num_levels) + 0.5) / num_levels
 
 
 def known_levels(x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ..."]:
     """Levels as floats; NaN out of range."""
     level = x.astype(jnp.int32)  # 256 is no number of 8 bits
-    return jnp.where((level >= 0) & (level < num_levels), level.astype(jnp.result_type(float)), jnp.nan)
+    return jnp.where(
+        (level >= 0) & (level < num_levels), level.astype(jnp.result_type(float)), jnp.nan
+    )
 
 
-def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: int, event_shape: tuple[int, ...]) -> None:
-    """Raises ``ValueError`` unless ``x`` is a batch of images of integer levels in ``[0, num_levels)``.
+def check_levels(
+    x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: int, event_shape: tuple[int, ...]
+) -> None:
+    """Raises ``ValueError`` unless ``x`` is a batch of images of integer levels in ``[0,
+    num_levels)``.
 
-    Values are only looked at where they are known: under ``jit`` levels out of range become NaN instead.
+    Values are only looked at where they are known: under ``jit`` levels out of range become NaN
+    instead.
     """
-    wanted = f"images of shape (batch, {', '.join(map(str, event_shape))}) with integer levels 0 to {num_levels - 1}"
+    wanted = (
+        f"images of shape (batch, {', '.join(map(str, event_shape))}) with integer levels 0 "
+        f"to {num_levels - 1}"
+    )
     if x.shape[1:] != tuple(event_shape):
         raise ValueError(f"the model takes {wanted}, got an array of shape {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
-            f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1] (of a density, model.continuous takes [0, 1))"
+            f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1] (of a density, "
+            "model.continuous takes [0, 1))"
         )
     if isinstance(x, jax.core.Tracer) or not x.size:
         return
@@ -108,10 +135,12 @@ def check_levels(x: Num[Array, "b ..."] | Num[np.ndarray, "b ..."], num_levels: 
 
 
 def dequantize_bijection(num_levels: int) -> Bijection:
-    r"""From integer levels to [0, 1), with a new noise at each forward pass: a bijection in distribution.
+    r"""From integer levels to [0, 1), with a new noise at each forward pass: a bijection in
+    distribution.
 
-    Forward with a log-determinant adds noise: ``log|det| = -D log num_levels`` from the unit cubes of the levels to [0, 1).
-    Forward without one takes the middle of each cell. Both have the one inverse `quantize`.
+    Forward with a log-determinant adds noise: ``log|det| = -D log num_levels`` from the unit cubes
+    of the levels to [0, 1). Forward without one takes the middle of each cell. Both have the one
+    inverse `quantize`.
     """
     return bijection_in_distribution(
         middle=lambda x: cell_centers(x, num_levels),
@@ -121,8 +150,12 @@ def dequantize_bijection(num_levels: int) -> Bijection:
     )
 
 
-def bijection_in_distribution(middle: Callable, noisy: Callable, rounded: Callable, log_ratio: Callable) -> Bijection:
-    """From values to the middle of cells or, with a log-determinant ``log_ratio(x)``, to a point ``noisy(x, key)`` of them."""
+def bijection_in_distribution(
+    middle: Callable, noisy: Callable, rounded: Callable, log_ratio: Callable
+) -> Bijection:
+    """From values to the middle of cells or, with a log-determinant ``log_ratio(x)``, to a point
+    ``noisy(x, key)`` of them.
+    """
 
     def forward_and_logdet(x, key):
         u = noisy(x, key)
@@ -139,8 +172,15 @@ def bijection_in_distribution(middle: Callable, noisy: Callable, rounded: Callab
     return Bijection(middle, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
 
 
-def certain_levels(x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int) -> Bool[np.ndarray, "b ..."]:
-    """Whether the integer levels ``x``, whose cells are ``[k, k + 1) / n``, are those of every point of the enclosure."""
-    ends = np.nextafter(num_levels * enclosure.low, -np.inf), np.nextafter(num_levels * enclosure.high, np.inf)
+def certain_levels(
+    x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int
+) -> Bool[np.ndarray, "b ..."]:
+    """Whether the integer levels ``x``, whose cells are ``[k, k + 1) / n``, are those of every
+    point of the enclosure.
+    """
+    ends = (
+        np.nextafter(num_levels * enclosure.low, -np.inf),
+        np.nextafter(num_levels * enclosure.high, np.inf),
+    )
     low, high = (np.clip(np.floor(end), 0, num_levels - 1) for end in ends)
     return (low == high) & (low == np.asarray(x, np.float64))

@@ -1,7 +1,8 @@
 r"""Guaranteed enclosures of preprocessing: how every transform says what is certain of its inverse.
 
-A transform ``t`` has the method ``enclose_inverse(y, radius)``, the `Enclosure` of ``t^-1`` on balls ``|y' - y| <= radius``
-(Euclidean). It is about the map of the transform's constants as real numbers, as they are kept, and covers rounding.
+A transform ``t`` has the method ``enclose_inverse(y, radius)``, the `Enclosure` of ``t^-1`` on
+balls ``|y' - y| <= radius`` (Euclidean). It is about the map of the transform's constants as real
+numbers, as they are kept, and covers rounding.
 """
 
 import functools
@@ -35,10 +36,16 @@ class Enclosure(NamedTuple):
     error: Float[Array, " b"]
     lipschitz: Float[Array, " b"]
 
-    def distance_bound(self, x: Float[Array, "b ..."], radius: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Bounds of ``|x - t^-1(y')|`` for all ``|y' - y| <= radius``, Euclidean; infinite for an ``x`` that is not finite."""
+    def distance_bound(
+        self, x: Float[Array, "b ..."], radius: Float[Array, " b"]
+    ) -> Float[Array, " b"]:
+        """Bounds of ``|x - t^-1(y')|`` for all ``|y' - y| <= radius``, Euclidean; infinite for
+        an ``x`` that is not finite.
+        """
         with np.errstate(all="ignore"):
-            gap = np.square(np.asarray(x, np.float64) - self.center).sum(axis=tuple(range(1, np.ndim(x))))
+            gap = np.square(np.asarray(x, np.float64) - self.center).sum(
+                axis=tuple(range(1, np.ndim(x)))
+            )
             moved = np.where(radius == 0, 0, self.lipschitz * radius)
             bound = (np.sqrt(gap) * UP + self.error + moved) * UP
         return np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
@@ -52,8 +59,10 @@ def enclosing(transform: Any) -> Callable[..., Enclosure]:
     """
     if not hasattr(transform, "enclose_inverse"):
         raise ValueError(
-            f"the transform {type(transform).__name__} has no method enclose_inverse, so nothing is guaranteed of its values: "
-            "write it as iresnet_jax.bijections.enclosure says, or certify the flow alone by certify.inverse"
+            f"the transform {type(transform).__name__} has no method enclose_inverse, so nothing "
+            "is guaranteed of its values: "
+            "write it as iresnet_jax.bijections.enclosure says, or certify the flow alone by "
+            "certify.inverse"
         )
     return transform.enclose_inverse
 
@@ -61,7 +70,8 @@ def enclosing(transform: Any) -> Callable[..., Enclosure]:
 def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:
     """Makes an ``enclose_inverse`` of a method for finite vectors ``(b, d)`` and radii.
 
-    Points may have any shape. An infinite radius, or a centre that is not finite, gives an enclosure that says nothing.
+    Points may have any shape. An infinite radius, or a centre that is not finite, gives an
+    enclosure that says nothing.
     """
 
     @functools.wraps(rule)
@@ -94,7 +104,13 @@ def affine(center: Array, errors: Array, reach: Array, lipschitz: Array) -> Encl
     """
     away = (errors + reach) * UP
     error = np.linalg.norm(errors, axis=1) * UP
-    return Enclosure(np.nextafter(center - away, -np.inf), np.nextafter(center + away, np.inf), center, error, lipschitz * UP)
+    return Enclosure(
+        np.nextafter(center - away, -np.inf),
+        np.nextafter(center + away, np.inf),
+        center,
+        error,
+        lipschitz * UP,
+    )
 
 
 def increasing(value: Callable, slopes: Array, y: Array, radius: Array) -> Enclosure:
@@ -103,8 +119,10 @@ def increasing(value: Callable, slopes: Array, y: Array, radius: Array) -> Enclo
     Entry ``i`` of the map's values on the ball lies between those at ``y_i - r`` and ``y_i + r``.
 
     Args:
-        value: The map of double-double numbers ``(b, d)``: float64 values and bounds of their errors.
-        slopes: Largest slope of each entry on the ball, whose maximum bounds the map's constant there.
+        value: The map of double-double numbers ``(b, d)``: float64 values and bounds of their
+            errors.
+        slopes: Largest slope of each entry on the ball, whose maximum bounds the map's constant
+            there.
         y: Centres.
         radius: Radii.
     """

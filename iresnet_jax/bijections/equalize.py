@@ -1,19 +1,22 @@
-r"""Histogram equalisation: a flow may start from how often grey levels occur instead of from 8 bits for each.
+r"""Histogram equalisation: a flow may start from how often grey levels occur instead of from 8 bits
+for each.
 
-Level ``k`` of dequantised data fills ``[k, k + 1) / n``; the distribution function of a single entry maps that cell to
-``[F_k, F_k + f_k)``, where ``f_k`` is the level's frequency and ``F_k`` the sum of the frequencies below. Over all entries of
-data with these frequencies the result ``u`` is uniform, so the logit that follows makes it logistic (marginal Gaussianization,
-Chen & Gopinath 2000, with another target).
+Level ``k`` of dequantised data fills ``[k, k + 1) / n``; the distribution function of a single
+entry maps that cell to ``[F_k, F_k + f_k)``, where ``f_k`` is the level's frequency and ``F_k`` the
+sum of the frequencies below. Over all entries of data with these frequencies the result ``u`` is
+uniform, so the logit that follows makes it logistic (marginal Gaussianization, Chen & Gopinath
+2000, with another target).
 
-Entries may have distributions of their own, as images have a background. Entry ``i`` is at the commonest level ``m`` with a
-frequency ``p_i``, its share; the other levels divide the rest in the same proportions everywhere, which keeps the same ink the
-same:
+Entries may have distributions of their own, as images have a background. Entry ``i`` is at the
+commonest level ``m`` with a frequency ``p_i``, its share; the other levels divide the rest in the
+same proportions everywhere, which keeps the same ink the same:
 
     f_im = p_i,    f_ik = f_k (1 - p_i) / (1 - f_m).
 
-Near ``u = 1`` a float has lost ``1 - u``, which the logit needs. So ``u`` is summed up from the cell's lower edge and
-``v = 1 - u`` from its upper one. The floats ``y`` of a cell are an interval in a table: forward stays in it, and the inverse
-looks the level up there, so a round trip returns every level exactly.
+Near ``u = 1`` a float has lost ``1 - u``, which the logit needs. So ``u`` is summed up from the
+cell's lower edge and ``v = 1 - u`` from its upper one. The floats ``y`` of a cell are an interval
+in a table: forward stays in it, and the inverse looks the level up there, so a round trip returns
+every level exactly.
 """
 
 import math
@@ -49,19 +52,22 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
-WEIGHT_OF_ALL = 0.01  # weight of the frequency over all entries in an entry's share: no level is impossible anywhere
+# weight of the frequency over all entries in an entry's share: no level is impossible anywhere
+WEIGHT_OF_ALL = 0.01
 
 
 @pytree(arrays=("frequencies", "shares", "edges"))
 class Equalize(ClosedForm):
-    """The distribution function of the grey levels, and a logit behind it; outside [0, 1) the outermost cells are continued.
+    """The distribution function of the grey levels, and a logit behind it; outside [0, 1) the
+    outermost cells are continued.
 
     Attributes:
         frequencies: Frequency of each level, positive, of sum 1; see `level_frequencies`.
-        shares: Frequency of the commonest level at each entry of an example, in row-major order, see `entry_shares`; None
-            gives all entries the same distribution.
+        shares: Frequency of the commonest level at each entry of an example, in row-major order,
+            see `entry_shares`; None gives all entries the same distribution.
         alpha: Distance of the logit's argument from 0 and 1, in (0, 1/2).
-        edges: Smallest float ``y`` of the cell of each level, from minus infinity to infinity, ``(entries or 1, levels + 1)``.
+        edges: Smallest float ``y`` of the cell of each level, from minus infinity to infinity,
+            ``(entries or 1, levels + 1)``.
     """
 
     frequencies: Any
@@ -74,17 +80,27 @@ class Equalize(ClosedForm):
         set_floats(self, "frequencies", *(["shares"] if self.shares is not None else []))
         f = np.asarray(self.frequencies, np.float64)
         if f.ndim != 1 or len(f) < 2 or not np.all(f > 0) or abs(f.sum() - 1) > 1e-6:
-            raise ValueError(f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}")
-        if self.shares is not None and not np.all((np.asarray(self.shares) > 0) & (np.asarray(self.shares) < 1)):
+            raise ValueError(
+                f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}"
+            )
+        if self.shares is not None and not np.all(
+            (np.asarray(self.shares) > 0) & (np.asarray(self.shares) < 1)
+        ):
             raise ValueError("shares must lie in (0, 1): smooth them as entry_shares does")
         widths, below, above = self._cells(np.dtype(np.float64), np)
-        log_s, log_one_minus_s = (np.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (below, above + widths))
+        log_s, log_one_minus_s = (
+            np.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (below, above + widths)
+        )
         lower = _increasing((log_s - log_one_minus_s).astype(self.frequencies.dtype))
         object.__setattr__(self, "edges", floats(_with_open_ends(np.pad(lower, ((0, 0), (0, 1))))))
 
     @classmethod
-    def fit(cls, images: Integer[np.ndarray, "n ..."], num_levels: int, *, entrywise: bool, alpha: float) -> "Equalize":
-        """The frequencies of training images, with the share of the commonest level at each entry if ``entrywise``."""
+    def fit(
+        cls, images: Integer[np.ndarray, "n ..."], num_levels: int, *, entrywise: bool, alpha: float
+    ) -> "Equalize":
+        """The frequencies of training images, with the share of the commonest level at each
+        entry if ``entrywise``.
+        """
         frequencies = level_frequencies(images, num_levels)
         return cls(frequencies, entry_shares(images, frequencies) if entrywise else None, alpha)
 
@@ -94,12 +110,18 @@ class Equalize(ClosedForm):
         return len(self.frequencies)
 
     def bilipschitz(self) -> BiLipschitz:
-        """Bounds on [0, 1] from the extreme slopes of the distribution function and of the logit."""
+        """Bounds on [0, 1] from the extreme slopes of the distribution function and of the
+        logit.
+        """
         widths, *_ = self._cells(self.frequencies.dtype)
         least, largest = (self.num_levels * extreme(widths) for extreme in (jnp.min, jnp.max))
-        return logit_bounds(self.alpha).compose(BiLipschitz((1 + ROUNDING) * largest, (1 + ROUNDING) / least))
+        return logit_bounds(self.alpha).compose(
+            BiLipschitz((1 + ROUNDING) * largest, (1 + ROUNDING) / least)
+        )
 
-    def forward_and_logdet(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def forward_and_logdet(
+        self, x: Num[Array, "b ..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
         x = as_floats(x, "x")
         entries = self._flatten(x)
@@ -110,56 +132,88 @@ class Equalize(ClosedForm):
         y = _within_cells(y, self.edges.astype(x.dtype), k)
         return y.reshape(x.shape), sum_event(log_slopes + jnp.log(slopes))
 
-    def inverse_and_logdet(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def inverse_and_logdet(
+        self, y: Num[Array, "b ..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
         y = as_floats(y, "y")
         entries, edges = self._flatten(y), self.edges.astype(y.dtype)
         if len(edges) == 1:
             k = jnp.searchsorted(edges[0, 1:-1], entries, side="right")
         else:
-            k = jax.vmap(lambda row, y: jnp.searchsorted(row, y, side="right"), (0, 1), 1)(edges[:, 1:-1], entries)
+            k = jax.vmap(lambda row, y: jnp.searchsorted(row, y, side="right"), (0, 1), 1)(
+                edges[:, 1:-1], entries
+            )
         lower, upper, below, above, slopes = self._of_levels(k, y.dtype)
-        u, v = ((jax.nn.sigmoid(part) - self.alpha) / (1 - 2 * self.alpha) for part in (entries, -entries))
+        u, v = (
+            (jax.nn.sigmoid(part) - self.alpha) / (1 - 2 * self.alpha)
+            for part in (entries, -entries)
+        )
         x = jnp.where(u < v, lower + (u - below) / slopes, upper - (v - above) / slopes)
         x = _within_cells(x, jnp.asarray(_with_open_ends(self._edges_of_x(y.dtype))), k)
-        return x.reshape(y.shape), sum_event(log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(slopes))
+        return x.reshape(y.shape), sum_event(
+            log_logistic(entries) - math.log1p(-2 * self.alpha) - jnp.log(slopes)
+        )
 
     @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
-        """The inverse in double-double, increasing in every entry; frequencies count as divided by their sum."""
+    def enclose_inverse(
+        self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]
+    ) -> Enclosure:
+        """The inverse in double-double, increasing in every entry; frequencies count as divided
+        by their sum.
+        """
         widths, below = self._precise_cells()
         wrong_u, num = 4 * UNIT_ERROR / (1 - 2 * self.alpha), self.num_levels
-        narrowest = np.minimum(widths.high, np.minimum(np.roll(widths.high, 1, axis=1), np.roll(widths.high, -1, axis=1)))
-        narrowest = np.where(narrowest > 2.0**-50, narrowest, 0)  # float64 cannot tell narrower cells apart: nothing is known
+        narrowest = np.minimum(
+            widths.high,
+            np.minimum(np.roll(widths.high, 1, axis=1), np.roll(widths.high, -1, axis=1)),
+        )
+        # float64 cannot tell narrower cells apart: nothing is known
+        narrowest = np.where(narrowest > 2.0**-50, narrowest, 0)
 
         def value(t):
             u = precise_unit(t, self.alpha)
-            k = _holding(below, u)  # or a neighbour, if u is next to an edge: both continue to there
+            # or a neighbour, if u is next to an edge: both continue to there
+            k = _holding(below, u)
             lower, width = (table.map(lambda part: _at(part, k)) for table in (below, widths))
-            x = (DoubleDouble.of(k) + (u - lower) * width.reciprocal()) * DoubleDouble.of(num).reciprocal()
+            x = (DoubleDouble.of(k) + (u - lower) * width.reciprocal()) * DoubleDouble.of(
+                num
+            ).reciprocal()
             return x.high, 2 * U * np.abs(x.high) + 2 * wrong_u / (num * _at(narrowest, k))
 
         low, high = (precise_unit(end, self.alpha) for end in ends(y, radius))
-        k, last = (_holding(below, end) for end in (low - DoubleDouble.of(wrong_u), high + DoubleDouble.of(wrong_u)))
+        k, last = (
+            _holding(below, end)
+            for end in (low - DoubleDouble.of(wrong_u), high + DoubleDouble.of(wrong_u))
+        )
         narrow = np.full_like(y, np.inf)
         while np.any(k <= last):
             narrow = np.minimum(narrow, _at(widths.high, np.minimum(k, last)))
             k = k + 1
-        return increasing(value, steepest_unit(y, radius, self.alpha) / (num * narrow) * UP, y, radius)
+        return increasing(
+            value, steepest_unit(y, radius, self.alpha) / (num * narrow) * UP, y, radius
+        )
 
     def _flatten(self, x: Float[Array, "b ..."]) -> Float[Array, "b d"]:
         entries = flatten(x)
         if self.shares is not None and entries.shape[1] != len(self.shares):
-            raise ValueError(f"there must be a share for each of {entries.shape[1]} entries, got {len(self.shares)}")
+            raise ValueError(
+                f"there must be a share for each of {entries.shape[1]} entries, got "
+                f"{len(self.shares)}"
+            )
         return entries
 
     def _cells(self, dtype: Any, xp: Any = jnp) -> tuple[Any, Any, Any]:
-        """``u`` over each level's cell, ``u`` at its lower edge and ``1 - u`` at its upper one, ``(entries or 1, levels)``."""
+        """``u`` over each level's cell, ``u`` at its lower edge and ``1 - u`` at its upper one,
+        ``(entries or 1, levels)``.
+        """
         f = xp.asarray(self.frequencies).astype(dtype)
         f = f / f.sum()
         level, commonest = np.arange(len(f)), f.argmax()
         rest, nothing = xp.where(level == commonest, 0, f), xp.zeros(1, dtype)
-        shares = (f[commonest][None] if self.shares is None else xp.asarray(self.shares).astype(dtype))[:, None]
+        shares = (
+            f[commonest][None] if self.shares is None else xp.asarray(self.shares).astype(dtype)
+        )[:, None]
         others = (1 - shares) / rest.sum()
         rest_below = xp.concatenate([nothing, xp.cumsum(rest)[:-1]])[None]
         rest_above = xp.concatenate([xp.cumsum(rest[::-1])[::-1][1:], nothing])[None]
@@ -168,7 +222,9 @@ class Equalize(ClosedForm):
         return widths, below, others * rest_above + xp.where((level < commonest)[None], shares, 0)
 
     def _of_levels(self, k: Array, dtype: Any) -> tuple[Array, Array, Array, Array, Array]:
-        """``x`` at both edges of levels' cells, ``u`` at the lower and ``1 - u`` at the upper ones, and ``du/dx``."""
+        """``x`` at both edges of levels' cells, ``u`` at the lower and ``1 - u`` at the upper
+        ones, and ``du/dx``.
+        """
         widths, below, above = (_at(table, k) for table in self._cells(dtype))
         edges = jnp.asarray(self._edges_of_x(dtype)[0])
         return edges[k], edges[k + 1], below, above, self.num_levels * widths
@@ -177,17 +233,28 @@ class Equalize(ClosedForm):
         return (np.arange(self.num_levels + 1) / self.num_levels).astype(dtype)[None]
 
     def _precise_cells(self) -> tuple[DoubleDouble, DoubleDouble]:
-        """``u`` over each level's cell and at its lower edge, ``(entries or 1, levels)``, to 2^-88 from rational numbers."""
+        """``u`` over each level's cell and at its lower edge, ``(entries or 1, levels)``, to
+        2^-88 from rational numbers.
+        """
         f = [Fraction(frequency) for frequency in np.asarray(self.frequencies).tolist()]
         m = f.index(max(f))
         total, levels = sum(f), np.arange(len(f))[None]
         rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
-        p = [f[m] / total] if self.shares is None else [Fraction(share) for share in np.asarray(self.shares).tolist()]
+        p = (
+            [f[m] / total]
+            if self.shares is None
+            else [Fraction(share) for share in np.asarray(self.shares).tolist()]
+        )
         factors = [(1 - share) / (total - f[m]) for share in p]
         shares, others = (_rational(part).map(lambda part: part[:, None]) for part in (p, factors))
-        own, before = (_rational(row).map(lambda part: part[None]) for row in (rest, [Fraction(0), *accumulate(rest[:-1])]))
+        own, before = (
+            _rational(row).map(lambda part: part[None])
+            for row in (rest, [Fraction(0), *accumulate(rest[:-1])])
+        )
         nothing = DoubleDouble.of(np.zeros((1, 1)))
-        return where(levels == m, shares, others * own), others * before + where(levels > m, shares, nothing)
+        return where(levels == m, shares, others * own), others * before + where(
+            levels > m, shares, nothing
+        )
 
 
 def _at(table: Any, k: Any) -> Any:
@@ -200,9 +267,13 @@ def _with_open_ends(edges: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]
 
 
 def _within_cells(values: Array, edges: Array, k: Array) -> Array:
-    """Values moved into the floats of their levels' cells, where rounding has left them; derivatives stay."""
+    """Values moved into the floats of their levels' cells, where rounding has left them;
+    derivatives stay.
+    """
     following = _at(edges, k + 1)
-    inside = jnp.clip(values, _at(edges, k), jnp.nextafter(following, jnp.full_like(following, -jnp.inf)))
+    inside = jnp.clip(
+        values, _at(edges, k), jnp.nextafter(following, jnp.full_like(following, -jnp.inf))
+    )
     return values + jax.lax.stop_gradient(inside - values)
 
 
@@ -214,11 +285,19 @@ def _increasing(rows: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
 
 
 def _holding(below: DoubleDouble, u: DoubleDouble) -> np.ndarray:
-    """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0, 1]."""
+    """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0,
+    1].
+    """
     if len(below.high) == 1:
         k = np.searchsorted(below.high[0], u.high, side="right") - 1
     else:
-        k = np.stack([np.searchsorted(row, u.high[:, i], side="right") - 1 for i, row in enumerate(below.high)], axis=1)
+        k = np.stack(
+            [
+                np.searchsorted(row, u.high[:, i], side="right") - 1
+                for i, row in enumerate(below.high)
+            ],
+            axis=1,
+        )
     last = below.high.shape[1] - 1
     k = np.clip(k, 0, last)
     k = np.where((k > 0) & ((u - below.map(lambda part: _at(part, k))).high < 0), k - 1, k)
@@ -228,20 +307,28 @@ def _holding(below: DoubleDouble, u: DoubleDouble) -> np.ndarray:
 
 def _rational(values: Sequence[Fraction]) -> DoubleDouble:
     parts = [DoubleDouble.constant(value) for value in values]
-    return DoubleDouble(*(np.array([getattr(part, name) for part in parts]) for name in ("high", "low")))
+    return DoubleDouble(
+        *(np.array([getattr(part, name) for part in parts]) for name in ("high", "low"))
+    )
 
 
 def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int) -> tuple[float, ...]:
-    """Frequency of each level of training images, none 0: ``(count + 1) / (total + num_levels)``."""
+    """Frequency of each level of training images, none 0: ``(count + 1) / (total +
+    num_levels)``.
+    """
     counts = np.zeros(num_levels, np.int64)
-    for part in np.array_split(images, max(1, images.size // 2**26)):  # a view of a file must not be read at once
+    # a view of a file must not be read at once
+    for part in np.array_split(images, max(1, images.size // 2**26)):
         check_levels(part, num_levels, part.shape[1:])
         counts += np.bincount(part.ravel(), minlength=num_levels)
     return tuple(((counts + 1) / (counts.sum() + num_levels)).tolist())
 
 
-def entry_shares(images: Integer[np.ndarray, "n ..."], frequencies: Sequence[float]) -> tuple[float, ...]:
-    """Frequency of the commonest level at each entry of an example, mixed with 1 % of its frequency over all entries.
+def entry_shares(
+    images: Integer[np.ndarray, "n ..."], frequencies: Sequence[float]
+) -> tuple[float, ...]:
+    """Frequency of the commonest level at each entry of an example, mixed with 1 % of its frequency
+    over all entries.
 
     Args:
         images: Training images.

@@ -20,10 +20,12 @@ UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double,
 
 @pytree()
 class Logit(ClosedForm):
-    """Spreads the unit interval over the real line: ``y = log(s / (1 - s))`` with ``s = alpha + (1 - 2 alpha) x``.
+    """Spreads the unit interval over the real line: ``y = log(s / (1 - s))`` with ``s = alpha + (1
+    - 2 alpha) x``.
 
     Attributes:
-        alpha: Distance of ``s`` from 0 and 1, in (0, 1/2); 1e-6 is usual for MNIST and 0.05 for natural images.
+        alpha: Distance of ``s`` from 0 and 1, in (0, 1/2); 1e-6 is usual for MNIST and 0.05 for
+            natural images.
     """
 
     alpha: float = 0.05
@@ -32,27 +34,38 @@ class Logit(ClosedForm):
         check_alpha(self.alpha)
 
     def bilipschitz(self) -> BiLipschitz:
-        """Bounds on [0, 1]: the slope ``(1 - 2 alpha) / (s (1 - s))`` lies between its values at the middle and at the ends."""
+        """Bounds on [0, 1]: the slope ``(1 - 2 alpha) / (s (1 - s))`` lies between its values at
+        the middle and at the ends.
+        """
         return logit_bounds(self.alpha)
 
-    def forward_and_logdet(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        r"""``y``, and ``log|det dy/dx| = sum log((1 - 2 alpha) / (s (1 - s)))``, exact (Dinh et al. 2017, section 4.1).
+    def forward_and_logdet(
+        self, x: Float[Array, "b ..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        r"""``y``, and ``log|det dy/dx| = sum log((1 - 2 alpha) / (s (1 - s)))``, exact (Dinh et al.
+        2017, section 4.1).
 
         ``1 - s`` is computed from ``1 - x``, which keeps its digits for ``x`` near 1.
         """
         y, log_slopes = unit_to_line(x, 1 - x, self.alpha)
         return y, sum_event(log_slopes)
 
-    def inverse_and_logdet(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        r"""``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``; logits beyond ``+-log((1 - alpha) / alpha)`` leave [0, 1] slightly.
+    def inverse_and_logdet(
+        self, y: Float[Array, "b ..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        r"""``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``; logits beyond ``+-log((1 - alpha) /
+        alpha)`` leave [0, 1] slightly.
 
-        ``log|det dx/dy| = sum log(sigmoid(y) sigmoid(-y) / (1 - 2 alpha))`` is finite for any finite ``y``.
+        ``log|det dx/dy| = sum log(sigmoid(y) sigmoid(-y) / (1 - 2 alpha))`` is finite for any
+        finite ``y``.
         """
         x = (jax.nn.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
         return x, sum_event(log_logistic(y) - math.log1p(-2 * self.alpha))
 
     @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+    def enclose_inverse(
+        self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]
+    ) -> Enclosure:
         """The logistic function in double-double, increasing in every entry."""
 
         def value(t):
@@ -63,7 +76,9 @@ class Logit(ClosedForm):
 
 
 def unit_to_line(u: Array, v: Array, alpha: float) -> tuple[Array, Array]:
-    """The logit ``y`` of ``u``, given ``v = 1 - u``, and ``log dy/du``: minus infinity where ``s`` is out of (0, 1)."""
+    """The logit ``y`` of ``u``, given ``v = 1 - u``, and ``log dy/du``: minus infinity where
+    ``s`` is out of (0, 1).
+    """
     s, rest = (alpha + (1 - 2 * alpha) * part for part in (u, v))
     outside = (s <= 0) | (rest <= 0)
     log_s, log_rest = (jnp.log(jnp.where(outside, 0.5, part)) for part in (s, rest))
@@ -71,19 +86,29 @@ def unit_to_line(u: Array, v: Array, alpha: float) -> tuple[Array, Array]:
 
 
 def precise_unit(y: DoubleDouble, alpha: float) -> DoubleDouble:
-    """The logit's inverse ``u = (sigmoid(y) - alpha) / (1 - 2 alpha)``, to ``UNIT_ERROR / (1 - 2 alpha)``."""
-    return (sigmoid(y) - DoubleDouble.of(alpha)) * (DoubleDouble.of(1.0) - DoubleDouble.of(2 * alpha)).reciprocal()
+    """The logit's inverse ``u = (sigmoid(y) - alpha) / (1 - 2 alpha)``, to ``UNIT_ERROR / (1 - 2
+    alpha)``.
+    """
+    return (sigmoid(y) - DoubleDouble.of(alpha)) * (
+        DoubleDouble.of(1.0) - DoubleDouble.of(2 * alpha)
+    ).reciprocal()
 
 
-def steepest_unit(y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"], alpha: float) -> Float[np.ndarray, "b d"]:
-    """Upper bounds of the slope ``du/dy`` of the logit's inverse on ``[y - r, y + r]``: that of the point nearest to 0."""
+def steepest_unit(
+    y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"], alpha: float
+) -> Float[np.ndarray, "b d"]:
+    """Upper bounds of the slope ``du/dy`` of the logit's inverse on ``[y - r, y + r]``: that of
+    the point nearest to 0.
+    """
     nearest = np.maximum(np.abs(y) - radius[:, None] * UP, 0) * (1 - 4 * U)
     s = sigmoid(DoubleDouble.of(nearest))
     return ((s * (DoubleDouble.of(1.0) - s)).high + UNIT_ERROR) / (1 - 2 * alpha) * UP
 
 
 def logit_bounds(alpha: float) -> BiLipschitz:
-    """Bounds from the slopes of the logit at the ends of [0, 1], which are the largest, and in the middle."""
+    """Bounds from the slopes of the logit at the ends of [0, 1], which are the largest, and in
+    the middle.
+    """
     slope = 1 - 2 * alpha
     return BiLipschitz.of(slope / (alpha * (1 - alpha)), 1 / (4 * slope))
 
@@ -91,7 +116,9 @@ def logit_bounds(alpha: float) -> BiLipschitz:
 def check_alpha(alpha: float) -> None:
     """Raises ``ValueError`` unless ``alpha`` is in (0, 1/2)."""
     if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}: the logit of 0 and 1 is infinite")
+        raise ValueError(
+            f"alpha must lie in (0, 0.5), got {alpha}: the logit of 0 and 1 is infinite"
+        )
 
 
 def sum_event(value: Float[Array, "b ..."]) -> Float[Array, " b"]:
@@ -100,5 +127,7 @@ def sum_event(value: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 
 def log_logistic(t: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Log-density of the standard logistic distribution, which is also ``log(sigmoid(t) sigmoid(-t))``."""
+    """Log-density of the standard logistic distribution, which is also ``log(sigmoid(t)
+    sigmoid(-t))``.
+    """
     return -jax.nn.softplus(t) - jax.nn.softplus(-t)

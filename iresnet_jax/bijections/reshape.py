@@ -1,9 +1,11 @@
 r"""Maps that only move entries around: squeeze, order of channels, channel split, flatten.
 
-They are permutations of the entries, so their log-determinants are 0. Channels are on the last axis.
+They are permutations of the entries, so their log-determinants are 0. Channels are on the last
+axis.
 
-Channels of zeros behind those of the data widen a network (Behrmann et al. 2019). That map is injective: it has no density, and
-its inverse exists on its image only. `padding_residual` says how far from there an array is.
+Channels of zeros behind those of the data widen a network (Behrmann et al. 2019). That map is
+injective: it has no density, and its inverse exists on its image only. `padding_residual` says how
+far from there an array is.
 """
 
 import math
@@ -16,11 +18,14 @@ from jaxtyping import Array, Float, Shaped
 from iresnet_jax.bijections.bijection import Bijection, isometric_bijection
 
 
-def squeeze(x: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b h//{factor} w//{factor} c*{factor}**2"]:
+def squeeze(
+    x: Shaped[Array, "b h w c"], factor: int = 2
+) -> Shaped[Array, "b h//{factor} w//{factor} c*{factor}**2"]:
     r"""Trades resolution for channels (space to depth; Dinh et al. 2017, sec. 3.6).
 
-    ``y[b, i, j, (di * factor + dj) * c + k] = x[b, i * factor + di, j * factor + dj, k]``: the channels of a pixel list the
-    pixels of a ``factor x factor`` patch row by row, each with all its channels. An isometry.
+    ``y[b, i, j, (di * factor + dj) * c + k] = x[b, i * factor + di, j * factor + dj, k]``: the
+    channels of a pixel list the pixels of a ``factor x factor`` patch row by row, each with all its
+    channels. An isometry.
 
     Args:
         x: Images.
@@ -31,7 +36,9 @@ def squeeze(x: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b h/
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, c * factor**2)
 
 
-def unsqueeze(y: Shaped[Array, "b h w c"], factor: int = 2) -> Shaped[Array, "b h*{factor} w*{factor} c//({factor}**2)"]:
+def unsqueeze(
+    y: Shaped[Array, "b h w c"], factor: int = 2
+) -> Shaped[Array, "b h*{factor} w*{factor} c//({factor}**2)"]:
     """Inverts `squeeze` exactly (depth to space)."""
     b, h, w, c = y.shape
     patches = y.reshape(b, h, w, factor, factor, c // factor**2)
@@ -44,19 +51,27 @@ def squeeze_bijection(factor: int) -> Bijection:
 
 
 def order_bijection(order: Sequence[int]) -> Bijection:
-    """Channels in another order: channel ``i`` of the result is channel ``order[i]`` of the input."""
-    there, back = (np.asarray(each, np.int32) for each in (order, np.argsort(order)))  # in both precisions the same type
+    """Channels in another order: channel ``i`` of the result is channel ``order[i]`` of the
+    input.
+    """
+    # in both precisions the same type
+    there, back = (np.asarray(each, np.int32) for each in (order, np.argsort(order)))
     return isometric_bijection(lambda x: x[..., there], lambda y: y[..., back])
 
 
-def split_channels(x: Shaped[Array, "... c"]) -> tuple[Shaped[Array, "... c//2"], Shaped[Array, "... c//2"]]:
-    """The first and the second half of the channels: what goes on in a multi-scale flow, and what leaves as latents."""
+def split_channels(
+    x: Shaped[Array, "... c"],
+) -> tuple[Shaped[Array, "... c//2"], Shaped[Array, "... c//2"]]:
+    """The first and the second half of the channels: what goes on in a multi-scale flow, and
+    what leaves as latents.
+    """
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
 
 
 def padding_residual(y: Float[Array, "b ... c"], num: int) -> Float[Array, " b"]:
-    """Distance of every example from those whose last ``num`` channels are zeros: the Euclidean norm of these channels.
+    """Distance of every example from those whose last ``num`` channels are zeros: the Euclidean
+    norm of these channels.
 
     Where it is 0 the gradient is 0 too (a subgradient) instead of NaN.
     """

@@ -1,7 +1,7 @@
 """The residual block ``y = x + g(x)`` with ``Lip(g) < 1`` (Behrmann et al. 2019).
 
-A branch is a callable that knows more about itself, see `iresnet_jax.branches.branch`. Log-determinants belong to the direction
-in the function's name.
+A branch is a callable that knows more about itself, see `iresnet_jax.branches.branch`.
+Log-determinants belong to the direction in the function's name.
 """
 
 import functools
@@ -26,9 +26,10 @@ class Solver(NamedTuple):
     Attributes:
         atol: Tolerance of the preimage (Euclidean norm of an example).
         max_evals: Cap on evaluations of the branch.
-        memory: Steps that Anderson's method remembers; 0 is Banach iteration as the paper has it, without `Branch.at_zero`.
-        refine: Whether to go on in float64 from what float32 found. The branch's weights may stay in float32: they are the
-            same numbers.
+        memory: Steps that Anderson's method remembers; 0 is Banach iteration as the paper has it,
+            without `Branch.at_zero`.
+        refine: Whether to go on in float64 from what float32 found. The branch's weights may stay
+            in float32: they are the same numbers.
     """
 
     atol: float = 1e-6
@@ -40,9 +41,11 @@ class Solver(NamedTuple):
 def inverse(
     branch: AnyBranch, y: Float[Array, "b ..."], solver: Solver = Solver()
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
-    """``x`` with ``y = x + g(x)``, see `fixed_point.invert_residual`; in float64 if the solver refines.
+    """``x`` with ``y = x + g(x)``, see `fixed_point.invert_residual`; in float64 if the solver
+    refines.
 
-    Without a bound of the branch, an inverse stops as if ``L`` were `ASSUMED`, and its error bound is infinite.
+    Without a bound of the branch, an inverse stops as if ``L`` were `ASSUMED`, and its error bound
+    is infinite.
 
     Raises:
         ValueError: If the solver refines and float64 is switched off.
@@ -60,7 +63,9 @@ def inverse(
         raise ValueError("refine works in float64: call it under `with jax.enable_x64(True):`")
     else:
         y32, start32 = y.astype(jnp.float32), start.astype(jnp.float32)
-        coarse, seen = solve(lambda x: branch(x).astype(jnp.float32), y32, start=start32, atol=max(solver.atol, 1e-6))
+        coarse, seen = solve(
+            lambda x: branch(x).astype(jnp.float32), y32, start=start32, atol=max(solver.atol, 1e-6)
+        )
         x, info = solve(branch, y.astype(jnp.float64), start=coarse, atol=solver.atol)
         info = info._replace(num_evals=info.num_evals + seen.num_evals)
     if branch.lipschitz_bound is None:  # nothing is promised
@@ -68,8 +73,12 @@ def inverse(
     return x, info
 
 
-def residual_bijection(branch: AnyBranch, estimator: LogdetEstimator, solver: Solver = Solver()) -> Bijection:
-    """``y = x + g(x)`` as a bijection, ``Lip(F^-1) <= 1/(1 - Lip(g))``; log-determinants are those at ``x``."""
+def residual_bijection(
+    branch: AnyBranch, estimator: LogdetEstimator, solver: Solver = Solver()
+) -> Bijection:
+    """``y = x + g(x)`` as a bijection, ``Lip(F^-1) <= 1/(1 - Lip(g))``; log-determinants are
+    those at ``x``.
+    """
 
     def logdet(at, x, key):
         known = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
@@ -90,5 +99,7 @@ def residual_bijection(branch: AnyBranch, estimator: LogdetEstimator, solver: So
         forward_and_logdet=forward_and_logdet,
         inverse=lambda y: inverse(branch, y, solver),
         inverse_and_logdet=inverse_and_logdet,
-        inverse_lipschitz=block_bounds(jnp.inf if branch.lipschitz_bound is None else branch.lipschitz_bound).inverse,
+        inverse_lipschitz=block_bounds(
+            jnp.inf if branch.lipschitz_bound is None else branch.lipschitz_bound
+        ).inverse,
     )

@@ -1,4 +1,5 @@
-"""Affine transforms ``y = A (x - m)`` of continuous data: none, a shift, a scale for each entry, or all entries decorrelated.
+"""Affine transforms ``y = A (x - m)`` of continuous data: none, a shift, a scale for each entry, or
+all entries decorrelated.
 
 ``log|det dy/dx| = log|det A|`` is the same for all examples.
 """
@@ -20,9 +21,11 @@ from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
 ROUNDING = 4e-6  # relative error of constants computed in float32, with a margin
-SMALLEST_WITHIN = 1e-2  # least standard deviation within classes that `Whiten.fit` takes, in those of all data
+# least standard deviation within classes that `Whiten.fit` takes, in those of all data
+SMALLEST_WITHIN = 1e-2
 NUM_FOLDS = 5  # of the cross-validation of eigenvalues
-SMALLEST_EIGENVALUE = 1e-6  # least variance of standardised data in any direction: single precision inverts the factor
+# least variance of standardised data in any direction: single precision inverts the factor
+SMALLEST_EIGENVALUE = 1e-6
 _TINY = 1e-300  # more than what products lose by underflow
 
 
@@ -31,12 +34,16 @@ class _Shift(ClosedForm):
 
     shift = 0.0
 
-    def forward_and_logdet(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def forward_and_logdet(
+        self, x: Num[Array, "b ..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The shifted data, and 0."""
         x = as_floats(x, "x")
         return x - self.shift, jnp.zeros(len(x), x.dtype)
 
-    def inverse_and_logdet(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def inverse_and_logdet(
+        self, y: Num[Array, "b ..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The data, and 0."""
         y = as_floats(y, "y")
         return y + self.shift, jnp.zeros(len(y), y.dtype)
@@ -46,7 +53,9 @@ class _Shift(ClosedForm):
         return model_bounds([])
 
     @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+    def enclose_inverse(
+        self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]
+    ) -> Enclosure:
         """The balls around ``y + shift``."""
         center = y + self.shift
         errors = U * np.abs(center) if self.shift else np.zeros_like(center)
@@ -66,7 +75,9 @@ class Center(_Shift):
 
 
 def varies(rows: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " d"]:
-    """Which columns are not constant; the mean of a constant one is rounded, so that its standard deviation can be positive."""
+    """Which columns are not constant; the mean of a constant one is rounded, so that its
+    standard deviation can be positive.
+    """
     return np.ptp(rows, axis=0) > 0
 
 
@@ -85,10 +96,16 @@ class Standardize(ClosedForm):
     def __post_init__(self):
         set_floats(self, "mean", "scale")
         if self.mean.shape != self.scale.shape or self.mean.ndim != 1 or not len(self.mean):
-            raise ValueError(f"mean and scale need one number an entry each, got {self.mean.shape} and {self.scale.shape}")
+            raise ValueError(
+                f"mean and scale need one number an entry each, got {self.mean.shape} "
+                f"and {self.scale.shape}"
+            )
         mean, scale = np.asarray(self.mean), np.asarray(self.scale)
         if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(scale)) and np.all(scale > 0)):
-            raise ValueError("mean must be finite and scale positive and finite: an entry is constant or too large")
+            raise ValueError(
+                "mean must be finite and scale positive and finite: an entry is "
+                "constant or too large"
+            )
 
     @classmethod
     def fit(cls, x: Float[np.ndarray, "n ..."]) -> "Standardize":
@@ -111,13 +128,17 @@ class Standardize(ClosedForm):
         """Standard deviation of each entry."""
         return self.scale
 
-    def forward_and_logdet(self, x: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+    def forward_and_logdet(
+        self, x: Num[Array, "b ... d"]
+    ) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(scale)``, once for each pixel of an image."""
         x = as_floats(x, "x")
         mean, scale = self._like(x)
         return (x - mean) / scale, self._log_det(x)
 
-    def inverse_and_logdet(self, y: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+    def inverse_and_logdet(
+        self, y: Num[Array, "b ... d"]
+    ) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``x``, and ``sum log(scale)``, once for each pixel."""
         y = as_floats(y, "y")
         mean, scale = self._like(y)
@@ -125,8 +146,14 @@ class Standardize(ClosedForm):
 
     def _like(self, x: Array) -> tuple[Array, Array]:
         if x.shape[-1] != self.num_entries:
-            raise ValueError(f"there is a mean and a scale for {self.num_entries} entries, got an array of shape {x.shape}")
-        mean, scale = (value.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for value in (self.mean, self.scale))
+            raise ValueError(
+                f"there is a mean and a scale for {self.num_entries} entries, got an "
+                f"array of shape {x.shape}"
+            )
+        mean, scale = (
+            value.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+            for value in (self.mean, self.scale)
+        )
         return mean, scale
 
     def _log_det(self, x: Array) -> Float[Array, " b"]:
@@ -135,10 +162,14 @@ class Standardize(ClosedForm):
 
     def bilipschitz(self) -> BiLipschitz:
         """``1 / min(scale)`` and ``max(scale)``, rounded up."""
-        return BiLipschitz((1 + ROUNDING) / jnp.min(self.scale), (1 + ROUNDING) * jnp.max(self.scale))
+        return BiLipschitz(
+            (1 + ROUNDING) / jnp.min(self.scale), (1 + ROUNDING) * jnp.max(self.scale)
+        )
 
     @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+    def enclose_inverse(
+        self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]
+    ) -> Enclosure:
         """Intervals of ``scale y + mean``."""
         own = (np.asarray(values, np.float64) for values in (self.scale, self.mean))
         scale, mean = (np.tile(values, y.shape[1] // len(values)) for values in own)
@@ -149,10 +180,11 @@ class Standardize(ClosedForm):
 
 @pytree(arrays=("mean", "factor", "inverse"))
 class Whiten(ClosedForm):
-    """``y = factor^-1 (x - mean)`` for vectors: data of covariance ``factor factor^T`` get the identity's.
+    """``y = factor^-1 (x - mean)`` for vectors: data of covariance ``factor factor^T`` get the
+    identity's.
 
-    A residual block of constant L stretches by a factor between 1 - L and 1 + L in any direction: a flow needs many blocks to
-    undo correlations, which one triangular matrix undoes exactly.
+    A residual block of constant L stretches by a factor between 1 - L and 1 + L in any direction: a
+    flow needs many blocks to undo correlations, which one triangular matrix undoes exactly.
 
     Attributes:
         mean: One number an entry, subtracted.
@@ -168,22 +200,32 @@ class Whiten(ClosedForm):
         set_floats(self, "mean", "factor")
         mean, matrix = np.asarray(self.mean, np.float64), np.asarray(self.factor, np.float64)
         if matrix.shape != (len(mean),) * 2 or not len(matrix):
-            raise ValueError(f"factor must be a square matrix with a row an entry of the {len(mean)}, got {matrix.shape}")
+            raise ValueError(
+                "factor must be a square matrix with a row an entry of the "
+                f"{len(mean)}, got {matrix.shape}"
+            )
         if not (np.all(np.isfinite(matrix)) and np.all(np.isfinite(mean))):
             raise ValueError("mean and factor must be finite: an entry of the data is too large")
         if np.any(np.triu(matrix, 1)) or not np.all(np.diag(matrix) > 0):
-            raise ValueError("factor must be lower triangular with a positive diagonal: use Whiten.fit")
+            raise ValueError(
+                "factor must be lower triangular with a positive diagonal: use Whiten.fit"
+            )
         object.__setattr__(self, "inverse", floats(np.linalg.inv(matrix)))
 
     @classmethod
-    def fit(cls, x: Float[np.ndarray, "n d"], residuals: Float[np.ndarray, "n d"] | None = None) -> "Whiten":
-        """Mean and Cholesky factor of the covariance of data whose entries all vary, or of residuals in their place.
+    def fit(
+        cls, x: Float[np.ndarray, "n d"], residuals: Float[np.ndarray, "n d"] | None = None
+    ) -> "Whiten":
+        """Mean and Cholesky factor of the covariance of data whose entries all vary, or of
+        residuals in their place.
 
-        With residuals from the means of classes, a prior for each class begins as linear discriminant analysis; with those of a
-        regression on contexts, a conditional density begins as a normal one.
+        With residuals from the means of classes, a prior for each class begins as linear
+        discriminant analysis; with those of a regression on contexts, a conditional density begins
+        as a normal one.
 
-        Entries are scaled to variance 1 first. Their covariance is the one of `shrunk_covariance`, so the factor exists for
-        fewer examples than entries and for entries that repeat one another.
+        Entries are scaled to variance 1 first. Their covariance is the one of `shrunk_covariance`,
+        so the factor exists for fewer examples than entries and for entries that repeat one
+        another.
         """
         rows = np.asarray(x, np.float64)
         mean, total = rows.mean(axis=0), rows.std(axis=0)
@@ -200,7 +242,9 @@ class Whiten(ClosedForm):
         """Standard deviation of each entry, or of its residuals if they were given."""
         return jnp.sqrt(jnp.sum(self.factor**2, axis=1))
 
-    def forward_and_logdet(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def forward_and_logdet(
+        self, x: Num[Array, "b d"]
+    ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(diagonal of factor)``."""
         x = as_floats(x, "x")
         factor, inverse = (matrix.astype(x.dtype).T for matrix in (self.factor, self.inverse))
@@ -210,44 +254,61 @@ class Whiten(ClosedForm):
             y = y + (centred - y @ factor) @ inverse
         return y, self._log_det(x)
 
-    def inverse_and_logdet(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def inverse_and_logdet(
+        self, y: Num[Array, "b d"]
+    ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``x``, and ``sum log(diagonal of factor)``."""
         y = as_floats(y, "y")
-        return y @ self.factor.astype(y.dtype).T + self.mean.astype(y.dtype)[None], -self._log_det(y)
+        return y @ self.factor.astype(y.dtype).T + self.mean.astype(y.dtype)[None], -self._log_det(
+            y
+        )
 
     def _log_det(self, x: Array) -> Float[Array, " b"]:
         return jnp.full(len(x), -jnp.sum(jnp.log(jnp.diag(self.factor).astype(x.dtype))))
 
     def bilipschitz(self) -> BiLipschitz:
-        """Bounds of the norms of both matrices, ``|A|_2^2 <= |A|_1 |A|_inf``, and of the error of the inverse one."""
-        defect = jnp.linalg.norm(self.inverse @ self.factor - jnp.eye(len(self.factor), dtype=self.factor.dtype))
+        """Bounds of the norms of both matrices, ``|A|_2^2 <= |A|_1 |A|_inf``, and of the error
+        of the inverse one.
+        """
+        defect = jnp.linalg.norm(
+            self.inverse @ self.factor - jnp.eye(len(self.factor), dtype=self.factor.dtype)
+        )
         forward = jnp.where(defect < 0.5, _norm_bound(self.inverse) / (1 - defect), jnp.inf)
         return BiLipschitz((1 + ROUNDING) * forward, (1 + ROUNDING) * _norm_bound(self.factor))
 
     @on_balls
-    def enclose_inverse(self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]) -> Enclosure:
+    def enclose_inverse(
+        self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]
+    ) -> Enclosure:
         """Intervals of ``factor y + mean``, from the norms of the factor and of its rows."""
         factor, mean = np.asarray(self.factor, np.float64), np.asarray(self.mean, np.float64)
         center = y @ factor.T + mean
         errors = 4 * len(mean) * U * (np.abs(y) @ np.abs(factor).T + np.abs(mean)) + _TINY
         with jax.enable_x64():
             largest = float(dense_norm_bound(jnp.asarray(factor)))
-        return affine(center, errors, radius[:, None] * np.linalg.norm(factor, axis=1) * UP, np.full(len(y), largest))
+        return affine(
+            center,
+            errors,
+            radius[:, None] * np.linalg.norm(factor, axis=1) * UP,
+            np.full(len(y), largest),
+        )
 
 
 def _norm_bound(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
     sizes = jnp.abs(matrix)
     bound = jnp.sqrt(jnp.max(jnp.sum(sizes, axis=0)) * jnp.max(jnp.sum(sizes, axis=1)))
     frobenius = jnp.sqrt(jnp.sum(jnp.square(matrix)))
-    return jnp.minimum(bound, frobenius) * (1 + len(matrix) * jnp.finfo(matrix.dtype).eps)  # the error of the sums
+    # the error of the sums
+    return jnp.minimum(bound, frobenius) * (1 + len(matrix) * jnp.finfo(matrix.dtype).eps)
 
 
 def shrunk_covariance(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
     """Covariance of centred data with cross-validated eigenvalues (Bartz 2016).
 
-    Directions are those of the sample covariance. Its eigenvalues are too far apart, the more so the fewer examples there are;
-    those here are variances of each fold along the directions of the other folds, made to rise in the order of the sample's.
-    A normal density of 100 columns and 300 rows was 9 nats likelier than with linear shrinkage (Ledoit and Wolf 2004).
+    Directions are those of the sample covariance. Its eigenvalues are too far apart, the more so
+    the fewer examples there are; those here are variances of each fold along the directions of the
+    other folds, made to rise in the order of the sample's. A normal density of 100 columns and 300
+    rows was 9 nats likelier than with linear shrinkage (Ledoit and Wolf 2004).
     """
     from scipy.optimize import isotonic_regression
 
@@ -257,7 +318,11 @@ def shrunk_covariance(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
         directions = np.linalg.eigh(total - held_out.T @ held_out).eigenvectors
         variances += np.square(held_out @ directions).sum(axis=0) / len(z)
     directions = np.linalg.eigh(total).eigenvectors
-    return directions * np.maximum(isotonic_regression(variances).x, SMALLEST_EIGENVALUE) @ directions.T
+    return (
+        directions
+        * np.maximum(isotonic_regression(variances).x, SMALLEST_EIGENVALUE)
+        @ directions.T
+    )
 
 
 def set_floats(value: Any, *names: str) -> None:

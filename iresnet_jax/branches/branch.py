@@ -1,8 +1,9 @@
 """A residual branch as a value: ``g(x; context)`` with its weights, and what is known about it.
 
-A kind of branch is a `BranchSpec`: an architecture without weights, in one file of this folder. From weights it makes a
-`Branch`, which estimators, solvers and certificates take without asking what kind it is. Your own kind needs
-`BranchSpec.initial_weights`, `BranchSpec.apply` and `BranchSpec.lipschitz_bound`. `own` makes such a kind of modules of yours.
+A kind of branch is a `BranchSpec`: an architecture without weights, in one file of this folder.
+From weights it makes a `Branch`, which estimators, solvers and certificates take without asking
+what kind it is. Your own kind needs `BranchSpec.initial_weights`, `BranchSpec.apply` and
+`BranchSpec.lipschitz_bound`. `own` makes such a kind of modules of yours.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from iresnet_jax.branches.layers import LayerSpec, Part
 
 Weights = Mapping[str, Any]
-Norms = Mapping[str, Any]  # Lipschitz constants by part of a branch, such as a layer's norm; arrays of JAX or NumPy
+# Lipschitz constants by part of a branch, such as a layer's norm; arrays of JAX or NumPy
+Norms = Mapping[str, Any]
 BUDGETS = ("layer", "block")
 
 
@@ -36,11 +38,14 @@ class CallableBranch(NamedTuple):
 
     Attributes:
         g: ``x -> g(x)``, acting on each example of a batch alone.
-        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it; None promises nothing.
+        lipschitz_bound: Upper bound of ``Lip(g)``. The inverse and the truncation bound rely on it;
+            None promises nothing.
         trace: ``x -> tr J_g(x)`` in closed form, if there is one.
         jacobian: ``x -> J_g(x) (b, d, d)`` in closed form, if there is one.
-        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if that is cheaper than ``d`` products with ``J_g``.
-        at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse starts from ``y - g(0)``.
+        logdet: ``x -> log det(I + J_g(x)) (b,)`` exactly, if that is cheaper than ``d`` products
+            with ``J_g``.
+        at_zero: ``() -> g(0)`` as a batch of one, if it is the same for all examples. The inverse
+            starts from ``y - g(0)``.
     """
 
     g: Callable[[Array], Array]
@@ -62,15 +67,18 @@ class CallableBranch(NamedTuple):
 )
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as functions are
 class Branch:
-    """A residual branch with its weights: a pytree, which scans and ``vmap`` run over when arrays are stacked over blocks.
+    """A residual branch with its weights: a pytree, which scans and ``vmap`` run over when arrays
+    are stacked over blocks.
 
     Attributes:
         spec: The architecture.
         weights: Weights of the branch, as `spec` takes them.
-        lipschitz_bound: Upper bound of ``Lip(g)``: guaranteed by `with_bounds`, an estimate from below during training by power
-            iteration. None if it was not computed; nothing is promised then.
+        lipschitz_bound: Upper bound of ``Lip(g)``: guaranteed by `with_bounds`, an estimate from
+            below during training by power iteration. None if it was not computed; nothing is
+            promised then.
         norms: Guaranteed constants of the parts, see `BranchSpec.parts`, by `with_bounds`.
-        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget; None is 1.
+        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget;
+            None is 1.
         context: Contexts that the branch depends on, one per example, see `given`.
     """
 
@@ -88,7 +96,10 @@ class Branch:
             ValueError: If the examples or the contexts are not what the branch takes.
         """
         if x.shape[1:] != tuple(self.spec.in_shape):
-            raise ValueError(f"the branch and its bounds are for examples of shape {self.spec.in_shape}, got {x.shape[1:]}")
+            raise ValueError(
+                "the branch and its bounds are for examples of shape "
+                f"{self.spec.in_shape}, got {x.shape[1:]}"
+            )
         of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
         check_context(self.spec.context_dim, len(x), self.context, of_pixels)
         return self._scaled(self.spec.apply(self.weights, x, self.context))
@@ -98,11 +109,15 @@ class Branch:
         return dataclasses.replace(self, context=context)
 
     def with_bounds(self, norms: Norms) -> "Branch":
-        """The branch of one block with the bounds that follow from `BranchSpec.norm_bounds` of its weights."""
+        """The branch of one block with the bounds that follow from `BranchSpec.norm_bounds` of
+        its weights.
+        """
         bound = self.spec.bound_of_norms(norms)
         if self.gain is not None:
             bound = rounded_up(jnp.abs(jnp.asarray(self.gain, bound.dtype)) * bound, 1)
-        return dataclasses.replace(self, lipschitz_bound=bound, norms=norms if self.spec.parts else None)
+        return dataclasses.replace(
+            self, lipschitz_bound=bound, norms=norms if self.spec.parts else None
+        )
 
     @property
     def trace(self) -> Trace | None:
@@ -116,7 +131,9 @@ class Branch:
 
     @property
     def logdet(self) -> Logdet | None:
-        """``x -> log det(I + J_g(x))`` exactly, if that is cheaper than ``d`` products with ``J_g``."""
+        """``x -> log det(I + J_g(x))`` exactly, if that is cheaper than ``d`` products with
+        ``J_g``.
+        """
         return self._known("logdet")
 
     @property
@@ -125,7 +142,9 @@ class Branch:
         if self.context is not None:
             return None
         dtype = jnp.result_type(*jax.tree.leaves(self.weights))
-        return lambda: self._scaled(self.spec.apply(self.weights, jnp.zeros((1, *self.spec.in_shape), dtype), None))
+        return lambda: self._scaled(
+            self.spec.apply(self.weights, jnp.zeros((1, *self.spec.in_shape), dtype), None)
+        )
 
     def _known(self, name: str) -> Callable[[Array], Array] | None:
         if name not in self.spec.knows or (name == "logdet" and self.gain is not None):
@@ -145,7 +164,8 @@ class ConstrainedBranch(NamedTuple):
 
     Attributes:
         branch: The branch, whose Lipschitz constant is within the budget if its norms are right.
-        iterates: Power iterates for the next call, with the structure of `BranchSpec.initial_iterates`.
+        iterates: Power iterates for the next call, with the structure of
+            `BranchSpec.initial_iterates`.
         norms: Constant of every part before it was scaled: estimated, or bounded from above.
     """
 
@@ -156,11 +176,12 @@ class ConstrainedBranch(NamedTuple):
 
 @dataclass(frozen=True)
 class BranchSpec(ABC):
-    """The architecture of a residual branch: what makes a `Branch` of weights. Kinds of branches inherit from this.
+    """The architecture of a residual branch: what makes a `Branch` of weights. Kinds of branches
+    inherit from this.
 
-    A kind has to have `initial_weights`, `apply` and `lipschitz_bound`, and `of_stage` if it has settings of its own. The
-    methods here bring any such branch into a budget by a factor on its output. A kind that knows its layers scales them
-    instead, as `feedforward` does.
+    A kind has to have `initial_weights`, `apply` and `lipschitz_bound`, and `of_stage` if it has
+    settings of its own. The methods here bring any such branch into a budget by a factor on its
+    output. A kind that knows its layers scales them instead, as `feedforward` does.
 
     Attributes:
         in_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
@@ -177,8 +198,12 @@ class BranchSpec(ABC):
         return cls(in_shape, context_dim=context_dim)
 
     @abstractmethod
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
-        """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharpness`` asks for sharper activations."""
+    def initial_weights(
+        self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0
+    ) -> Weights:
+        """Random weights, a dictionary; ``last_scale`` is a factor on ``g``, ``sharpness`` asks
+        for sharper activations.
+        """
 
     @abstractmethod
     def apply(
@@ -191,49 +216,68 @@ class BranchSpec(ABC):
         """Upper bound of ``Lip(g)`` of weights as they are, for every context."""
 
     def less_context(self, weights: Weights) -> Weights:
-        """Weights with which the branch subtracts the first entries of its context; the same weights of a kind that cannot."""
+        """Weights with which the branch subtracts the first entries of its context; the same
+        weights of a kind that cannot.
+        """
         return weights
 
-    # ------------------------------------------------------------------------------------------------- the budget
+    # ----------------------------------------------------------------------------------- the budget
 
     def initial_iterates(self, key: Array) -> Weights:
         """Random starts of power iterations; empty for a kind that iterates nothing."""
         del key
         return {}
 
-    def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None) -> Weights:
-        """The directions along which `constrained` measures norms, by power iteration without a gradient.
+    def singular_vectors(
+        self, weights: Weights, iterates: Weights, *, num_steps: int | None
+    ) -> Weights:
+        """The directions along which `constrained` measures norms, by power iteration without a
+        gradient.
 
         Args:
             weights: Weights of the branch.
             iterates: From `initial_iterates`, or of the call before.
-            num_steps: Power iterations; None iterates until the norms are right to one part in a thousand.
+            num_steps: Power iterations; None iterates until the norms are right to one part in a
+                thousand.
         """
         del weights, num_steps
         return iterates
 
-    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str) -> ConstrainedBranch:
+    def constrained(
+        self, weights: Weights, vectors: Weights, *, coeff: float, budget: str
+    ) -> ConstrainedBranch:
         """The branch brought into the budget by norms along `singular_vectors`.
 
         Args:
             weights: Unconstrained weights, as an optimizer holds them.
             vectors: From `singular_vectors`.
-            coeff: Largest norm of a layer (budget "layer") or of the whole branch ("block"), in (0, 1).
+            coeff: Largest norm of a layer (budget "layer") or of the whole branch ("block"), in (0,
+                1).
             budget: "layer" or "block".
         """
-        return self.certified(weights, self.norm_bounds(weights), coeff=coeff, budget=budget)._replace(iterates=vectors)
+        return self.certified(
+            weights, self.norm_bounds(weights), coeff=coeff, budget=budget
+        )._replace(iterates=vectors)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> Norms:
-        """Guaranteed upper bound of every part's constant; of a branch without parts that of ``g``, called "branch"."""
+        """Guaranteed upper bound of every part's constant; of a branch without parts that of
+        ``g``, called "branch".
+        """
         del settings
         return {"branch": lipschitz_at_least(self.lipschitz_bound(weights))}
 
-    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str) -> ConstrainedBranch:
-        """The branch brought into the budget by `norm_bounds`. Arguments are those of `constrained`."""
+    def certified(
+        self, weights: Weights, bounds: Norms, *, coeff: float, budget: str
+    ) -> ConstrainedBranch:
+        """The branch brought into the budget by `norm_bounds`. Arguments are those of
+        `constrained`.
+        """
         check_budget(coeff, budget)
         bound = bounds["branch"]
         rounding = 4 * jnp.finfo(bound.dtype).eps
-        gain = jnp.where(bound > coeff, coeff * (1 - rounding) / jnp.where(bound > coeff, bound, 1), 1)
+        gain = jnp.where(
+            bound > coeff, coeff * (1 - rounding) / jnp.where(bound > coeff, bound, 1), 1
+        )
         lipschitz = lax.stop_gradient(jnp.minimum(bound, coeff))
         return ConstrainedBranch(Branch(self, weights, lipschitz, gain=gain), {}, bounds)
 
@@ -242,24 +286,30 @@ class BranchSpec(ABC):
         return bounds["branch"]
 
     def block_bounds(self, lipschitz_bound: float | Float[Array, ""]) -> BiLipschitz:
-        """Bounds of the block ``x + g(x)`` with ``Lip(g) <= lipschitz_bound``, for kinds that know better ones."""
+        """Bounds of the block ``x + g(x)`` with ``Lip(g) <= lipschitz_bound``, for kinds that
+        know better ones.
+        """
         return block_bounds(lipschitz_bound)
 
     def of_stored(self, weights: Weights, *, coeff: float) -> Branch:
         """The branch of weights that were stored, as a model uses it.
 
-        A kind that is scaled by its output is brought into the budget again, unless that is infinite. A kind that scales its
-        layers has stored scaled ones: they stay as they are.
+        A kind that is scaled by its output is brought into the budget again, unless that is
+        infinite. A kind that scales its layers has stored scaled ones: they stay as they are.
         """
         if coeff == math.inf:
             return Branch(self, weights)
-        return self.certified(weights, self.norm_bounds(weights), coeff=coeff, budget="block").branch
+        return self.certified(
+            weights, self.norm_bounds(weights), coeff=coeff, budget="block"
+        ).branch
 
-    # ------------------------------------------------------------------------------------------- closed forms
+    # --------------------------------------------------------------------------------- closed forms
 
     @property
     def knows(self) -> frozenset[str]:
-        """Names of the closed forms that save time: "trace", "jacobian", "logdet", of ``(weights, x, context)``."""
+        """Names of the closed forms that save time: "trace", "jacobian", "logdet", of
+        ``(weights, x, context)``.
+        """
         return frozenset()
 
     def folded(self, weights: Weights, context: Float[Array, " k"]) -> Weights:
@@ -269,29 +319,37 @@ class BranchSpec(ABC):
             ValueError: If the kind does not define it.
         """
         raise ValueError(
-            f"a branch of {type(self).__name__} depends on contexts in its own way: go on giving context=..., or define folded"
+            f"a branch of {type(self).__name__} depends on contexts in its own way: go on giving "
+            "context=..., or define folded"
         )
 
     @property
     def parts(self) -> "tuple[Part, ...]":
-        """Parts with a norm of their own among `norm_bounds`, whose product bounds ``Lip(g)``; none if its output is scaled."""
+        """Parts with a norm of their own among `norm_bounds`, whose product bounds ``Lip(g)``;
+        none if its output is scaled.
+        """
         return ()
 
     @property
     def word(self) -> str:
-        """Who vouches for the bounds: "certified" for norms that are guaranteed, "user" for what a kind says of itself."""
+        """Who vouches for the bounds: "certified" for norms that are guaranteed, "user" for what
+        a kind says of itself.
+        """
         return "certified" if self.parts else "user"
 
     @property
     def chain(self) -> "tuple[LayerSpec, ...]":
-        """Layers, each behind its activation, that give ``g`` one after the other: what certificates can follow."""
+        """Layers, each behind its activation, that give ``g`` one after the other: what
+        certificates can follow.
+        """
         return ()
 
     def chain_weights(self, weights: Weights, norms: Norms) -> tuple[Weights, Norms]:
         """Weights and guaranteed operator norms of the layers of `chain`, by name.
 
         Args:
-            weights: Weights of the branch; those of the chain are the same numbers, none of them rounded.
+            weights: Weights of the branch; those of the chain are the same numbers, none of them
+                rounded.
             norms: From `norm_bounds`.
         """
         return weights, norms
@@ -300,20 +358,29 @@ class BranchSpec(ABC):
 def check_budget(coeff: float, budget: str) -> None:
     """Raises ``ValueError`` unless ``coeff`` is in (0, 1) and the budget is one of `BUDGETS`."""
     if not 0 < coeff < 1:
-        raise ValueError(f"coeff must lie in (0, 1), got {coeff}: the inverse only exists for a contraction")
+        raise ValueError(
+            f"coeff must lie in (0, 1), got {coeff}: the inverse only exists for a contraction"
+        )
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
 
 
 def check_context(
-    context_dim: int, batch_size: int, context: Float[Array | np.ndarray, "..."] | None, of_pixels: tuple[int, ...] = ()
+    context_dim: int,
+    batch_size: int,
+    context: Float[Array | np.ndarray, "..."] | None,
+    of_pixels: tuple[int, ...] = (),
 ) -> None:
-    """Raises ``ValueError`` unless there is one context of that length for every example, or none if the length is 0.
+    """Raises ``ValueError`` unless there is one context of that length for every example, or none
+    if the length is 0.
 
     With ``of_pixels``, the height and width of an image, there is one for every pixel.
     """
     if context_dim == 0 and context is not None:
-        raise ValueError(f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave it out")
+        raise ValueError(
+            "the model takes no context (context_dim=0), got one of shape "
+            f"{context.shape}: leave it out"
+        )
     if context_dim and (context is None or context.shape != (batch_size, *of_pixels, context_dim)):
         found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
         raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")

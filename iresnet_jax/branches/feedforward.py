@@ -1,14 +1,17 @@
-r"""The branch of the paper: layers one after the other, ``g = W_n phi ... W_2 phi W_1 (phi)`` (Behrmann et al. 2019, sec. 2).
+r"""The branch of the paper: layers one after the other, ``g = W_n phi ... W_2 phi W_1 (phi)``
+(Behrmann et al. 2019, sec. 2).
 
-Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}`` ("dense0" ... for vectors).
-``beta`` belongs to the activation in front of its layer and exists for activations that have one.
+Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}``
+("dense0" ... for vectors). ``beta`` belongs to the activation in front of its layer and exists for
+activations that have one.
 
-**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels whose norms
-are too large are scaled down. Norms are estimated by power iteration, as in the paper, or bounded from above.
+**Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels whose
+norms are too large are scaled down. Norms are estimated by power iteration, as in the paper, or
+bounded from above.
 
-**Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear map of the context, which has
-no constraint: whatever the context, ``g`` is a contraction in ``x``, and it may depend on the context in any way. An image may
-have a context for every pixel.
+**Contexts.** A conditional branch ``g(x; context)`` shifts the output of every layer by a linear
+map of the context, which has no constraint: whatever the context, ``g`` is a contraction in ``x``,
+and it may depend on the context in any way. An image may have a context for every pixel.
 """
 
 import math
@@ -22,7 +25,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch, Norms, Weights, check_budget
+from iresnet_jax.branches.branch import (
+    Branch,
+    BranchSpec,
+    ConstrainedBranch,
+    Norms,
+    Weights,
+    check_budget,
+)
 from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
 from iresnet_jax.maths.convolution import Padding, pads_of
@@ -32,10 +42,12 @@ from iresnet_jax.maths.power_iteration import soft_normalize
 
 Context = Float[Array, "b ... k"] | None
 
-FULL_DIMS = 256  # above this, the d^2 numbers that a Jacobian in closed form has per example and hidden unit are too many
+# above this, the d^2 numbers that a Jacobian in closed form has per example and hidden unit are too
+# many
+FULL_DIMS = 256
 
-# Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a norm grows by at most
-# sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
+# Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a
+# norm grows by at most sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
 _SCALING_MARGIN = 1e-5
 
 
@@ -45,12 +57,15 @@ class FeedforwardSpec(BranchSpec):
 
     Attributes:
         hidden: Widths of the hidden layers; the output has the width of the input.
-        kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper); None for dense layers.
+        kernel_sizes: Taps of every convolution, one more than hidden widths (3, 1, 3 in the paper);
+            None for dense layers.
         activation: A name in `activations.ACTIVATIONS`.
-        preactivation: Whether the branch begins with the activation, as all branches but the first do in the paper.
+        preactivation: Whether the branch begins with the activation, as all branches but the first
+            do in the paper.
         padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
-        positional_bias: Whether a convolution has a bias for every pixel instead of one per channel. A bias does not enter the
-            Lipschitz constant, and tells a small network where in the image it is.
+        positional_bias: Whether a convolution has a bias for every pixel instead of one per
+            channel. A bias does not enter the Lipschitz constant, and tells a small network where
+            in the image it is.
     """
 
     hidden: tuple[int, ...]
@@ -60,37 +75,55 @@ class FeedforwardSpec(BranchSpec):
     padding: Padding = "SAME"
     positional_bias: bool = False
 
-    operator_roundings: ClassVar[int] = 0  # bound of the relative error of an entry of `operator_kernel`, in units of eps
+    # bound of the relative error of an entry of `operator_kernel`, in units of eps
+    operator_roundings: ClassVar[int] = 0
 
     def __post_init__(self):
         activations.get(self.activation)
         if self.context_dim < 0:
-            raise ValueError(f"context_dim must not be negative, got {self.context_dim}; 0 is no context")
+            raise ValueError(
+                f"context_dim must not be negative, got {self.context_dim}; 0 is no context"
+            )
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
         if self.kernel_sizes is None:
             if len(self.in_shape) != 1:
-                raise ValueError(f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten them first")
+                raise ValueError(
+                    "a dense branch takes vectors, got examples of shape "
+                    f"{self.in_shape}: flatten them first"
+                )
             return
         if len(self.in_shape) != 3:
-            raise ValueError(f"a convolutional branch takes images (h, w, c), got examples of shape {self.in_shape}")
+            raise ValueError(
+                "a convolutional branch takes images (h, w, c), got examples of "
+                f"shape {self.in_shape}"
+            )
         if len(self.kernel_sizes) != len(self.hidden) + 1:
             raise ValueError(
-                f"kernel_sizes needs {len(self.hidden) + 1} entries, one per layer, for hidden={self.hidden}; "
+                f"kernel_sizes needs {len(self.hidden) + 1} entries, one per layer, for "
+                f"hidden={self.hidden}; "
                 f"got {self.kernel_sizes}"
             )
         pads_of(self.padding, (1, 1))  # raises for an unknown one
 
     def check_slopes(self) -> None:
-        """Raises ``ValueError`` unless slopes of the activation are in [0, 1] and kernels of odd sizes."""
+        """Raises ``ValueError`` unless slopes of the activation are in [0, 1] and kernels of odd
+        sizes.
+        """
         if not activations.get(self.activation).monotone:
-            known = ", ".join(name for name, activation in activations.ACTIVATIONS.items() if activation.monotone)
+            known = ", ".join(
+                name for name, activation in activations.ACTIVATIONS.items() if activation.monotone
+            )
             raise ValueError(
-                f"{type(self).__name__} takes activations whose slopes lie in [0, 1], and those of {self.activation} do not: "
+                f"{type(self).__name__} takes activations whose slopes lie in [0, 1], and those of "
+                f"{self.activation} do not: "
                 f"choose one of {known}"
             )
         if any(size % 2 == 0 for size in self.kernel_sizes or ()):
-            raise ValueError(f"{type(self).__name__} takes kernels of odd sizes, got kernel_sizes={self.kernel_sizes}")
+            raise ValueError(
+                f"{type(self).__name__} takes kernels of odd sizes, got "
+                f"kernel_sizes={self.kernel_sizes}"
+            )
 
     @classmethod
     def of_stage(cls, stage: Any, in_shape: tuple[int, ...], context_dim: int) -> "FeedforwardSpec":
@@ -119,40 +152,66 @@ class FeedforwardSpec(BranchSpec):
                 layers.append(LayerSpec(f"dense{i}", (own, cout), (own,), activation))
             else:
                 k = self.kernel_sizes[size]
-                layers.append(LayerSpec(f"conv{i}", (k, k, own, cout), (*space, own), activation, self.padding))
+                layers.append(
+                    LayerSpec(
+                        f"conv{i}", (k, k, own, cout), (*space, own), activation, self.padding
+                    )
+                )
             cin = cout
         return tuple(layers)
 
     @property
     def _maps(self) -> list[tuple[int, int, bool]]:
-        """Width of every layer, the place of its kernel size, and whether it has an activation in front."""
-        return [(width, i, self.preactivation or i > 0) for i, width in enumerate((*self.hidden, self.in_shape[-1]))]
+        """Width of every layer, the place of its kernel size, and whether it has an activation
+        in front.
+        """
+        return [
+            (width, i, self.preactivation or i > 0)
+            for i, width in enumerate((*self.hidden, self.in_shape[-1]))
+        ]
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
-        r"""Random kernels with variance ``1 / fan_in``, and biases of zero unless activations are sharp.
+    def initial_weights(
+        self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0
+    ) -> Weights:
+        r"""Random kernels with variance ``1 / fan_in``, and biases of zero unless activations are
+        sharp.
 
-        A random layer from ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of an output (Marchenko and
-        Pastur 1967). Divided by it, outputs are so small that an activation of constant sharpness is nearly linear on them.
+        A random layer from ``n`` to ``m`` units has the norm ``1 + sqrt(m / n)`` times the size of
+        an output (Marchenko and Pastur 1967). Divided by it, outputs are so small that an
+        activation of constant sharpness is nearly linear on them.
 
         Args:
             key: Source of randomness.
             last_scale: Factor on the last layer; small values start the block near the identity.
-            sharpness: Sharpness ``s`` of activations of the Swish family, in units of one over the size of their inputs; 0
-                leaves it to the activation. Above 1 they bend within a part ``1 / s`` of their inputs, and random biases
-                spread over the rest where each of them does.
+            sharpness: Sharpness ``s`` of activations of the Swish family, in units of one over the
+                size of their inputs; 0 leaves it to the activation. Above 1 they bend within a part
+                ``1 / s`` of their inputs, and random biases spread over the rest where each of them
+                does.
         """
         activation = activations.get(self.activation)
-        sizes = [1 / (1 + math.sqrt(layer.kernel_shape[-1] / math.prod(layer.kernel_shape[:-1]))) for layer in self.layers]
+        sizes = [
+            1 / (1 + math.sqrt(layer.kernel_shape[-1] / math.prod(layer.kernel_shape[:-1])))
+            for layer in self.layers
+        ]
         weights: dict[str, dict[str, Array]] = {}
-        for i, (layer, layer_key) in enumerate(zip(self.layers, jax.random.split(key, len(self.layers)), strict=True)):
+        for i, (layer, layer_key) in enumerate(
+            zip(self.layers, jax.random.split(key, len(self.layers)), strict=True)
+        ):
             *fan_in, cout = layer.kernel_shape
             is_last = i == len(self.layers) - 1
             scale = (last_scale if is_last else 1.0) / math.sqrt(math.prod(fan_in))
             bias_shape = (*layer.in_shape[:-1], cout) if self.positional_bias else (cout,)
             bias = jnp.zeros(bias_shape)
             if sharpness > 1 and not is_last and activation.initial_beta is not None:
-                bias = sizes[i] * (1 - 1 / sharpness) * jax.random.normal(jax.random.fold_in(layer_key, 2), bias_shape)
-            weights[layer.name] = {"kernel": scale * jax.random.normal(layer_key, layer.kernel_shape), "bias": bias}
+                bias = (
+                    sizes[i]
+                    * (1 - 1 / sharpness)
+                    * jax.random.normal(jax.random.fold_in(layer_key, 2), bias_shape)
+                )
+            weights[layer.name] = {
+                "kernel": scale * jax.random.normal(layer_key, layer.kernel_shape),
+                "bias": bias,
+            }
             if layer.activation is not None and activation.initial_beta is not None:
                 beta = activation.initial_beta
                 if sharpness and i > 0:
@@ -161,14 +220,19 @@ class FeedforwardSpec(BranchSpec):
             if self.context_dim:
                 key_context = jax.random.fold_in(layer_key, 1)
                 scale /= math.sqrt(self.context_dim / math.prod(fan_in))  # variance 1 / context_dim
-                weights[layer.name]["context"] = scale * jax.random.normal(key_context, (self.context_dim, cout))
+                weights[layer.name]["context"] = scale * jax.random.normal(
+                    key_context, (self.context_dim, cout)
+                )
         return weights
 
     def less_context(self, weights: Weights) -> Weights:
         """The last layer subtracts the first entries of the context."""
         name = self.layers[-1].name
         kernel = weights[name]["context"]
-        return {**weights, name: {**weights[name], "context": -jnp.eye(*kernel.shape, dtype=kernel.dtype)}}
+        return {
+            **weights,
+            name: {**weights[name], "context": -jnp.eye(*kernel.shape, dtype=kernel.dtype)},
+        }
 
     def apply(
         self,
@@ -186,7 +250,7 @@ class FeedforwardSpec(BranchSpec):
         """Product of the guaranteed bounds of the parts' constants, rounded up."""
         return self.bound_of_norms(self.norm_bounds(weights))
 
-    # ------------------------------------------------------------------------------------------------- the budget
+    # ----------------------------------------------------------------------------------- the budget
 
     @property
     def chain(self) -> tuple[LayerSpec, ...]:
@@ -203,19 +267,34 @@ class FeedforwardSpec(BranchSpec):
         return weights[part.name]["kernel"]
 
     def initial_iterates(self, key: Array) -> dict[str, Array]:
-        """Random starts of the power iterations, one per part, of the shape of its operator's input."""
+        """Random starts of the power iterations, one per part, of the shape of its operator's
+        input.
+        """
         keys = jax.random.split(key, len(self.parts))
-        return {part.name: jax.random.normal(k, part.operator.in_shape) for part, k in zip(self.parts, keys, strict=True)}
-
-    def singular_vectors(self, weights: Weights, iterates: Weights, *, num_steps: int | None = None) -> dict[str, VectorPair]:
-        """The singular vectors ``(u, v)`` of every part's operator, by power iteration without a gradient."""
         return {
-            part.name: part.operator.singular_vectors(self.operator_kernel(weights, part), iterates[part.name], num_steps)
+            part.name: jax.random.normal(k, part.operator.in_shape)
+            for part, k in zip(self.parts, keys, strict=True)
+        }
+
+    def singular_vectors(
+        self, weights: Weights, iterates: Weights, *, num_steps: int | None = None
+    ) -> dict[str, VectorPair]:
+        """The singular vectors ``(u, v)`` of every part's operator, by power iteration without a
+        gradient.
+        """
+        return {
+            part.name: part.operator.singular_vectors(
+                self.operator_kernel(weights, part), iterates[part.name], num_steps
+            )
             for part in self.parts
         }
 
-    def constrained(self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
-        """The branch whose kernels are scaled into the budget by the norms that `singular_vectors` see."""
+    def constrained(
+        self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer"
+    ) -> ConstrainedBranch:
+        """The branch whose kernels are scaled into the budget by the norms that
+        `singular_vectors` see.
+        """
 
         def constant_of(part: Part) -> Array:
             norm = part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
@@ -228,21 +307,31 @@ class FeedforwardSpec(BranchSpec):
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> dict[str, Array]:
-        """Guaranteed upper bound of every part's constant; settings are those of `LayerSpec.norm_bound`.
+        """Guaranteed upper bound of every part's constant; settings are those of
+        `LayerSpec.norm_bound`.
 
-        An operator's norm is off by at most ``sqrt(taps * min(cin, cout))`` times the relative error of its kernel's entries.
+        An operator's norm is off by at most ``sqrt(taps * min(cin, cout))`` times the relative
+        error of its kernel's entries.
         """
 
         def bound_of(part: Part) -> Array:
             bound = part.operator.norm_bound(self.operator_kernel(weights, part), **settings)
             *taps, cin, cout = part.operator.kernel_shape
-            error = self.operator_roundings * float(jnp.finfo(bound.dtype).eps) * math.sqrt(math.prod(taps) * min(cin, cout))
+            error = (
+                self.operator_roundings
+                * float(jnp.finfo(bound.dtype).eps)
+                * math.sqrt(math.prod(taps) * min(cin, cout))
+            )
             return reduce(product_bound, [bound * (1 + error)] * len(part.layers))
 
         return {part.name: bound_of(part) for part in self.parts}
 
-    def certified(self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer") -> ConstrainedBranch:
-        """The branch whose kernels are scaled into the budget by guaranteed bounds, from the first step on, for any weights."""
+    def certified(
+        self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer"
+    ) -> ConstrainedBranch:
+        """The branch whose kernels are scaled into the budget by guaranteed bounds, from the
+        first step on, for any weights.
+        """
         check_budget(coeff, budget)
         allowance = len(self.layers) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
@@ -261,7 +350,9 @@ class FeedforwardSpec(BranchSpec):
     def _within_budget(
         self, weights: Weights, norms: Norms, *, coeff: float, budget: str
     ) -> tuple[dict[str, Any], Float[Array, ""]]:
-        """Kernels scaled down, each part to ``coeff`` or all by one factor to a product of ``coeff``; the constant after it."""
+        """Kernels scaled down, each part to ``coeff`` or all by one factor to a product of
+        ``coeff``; the constant after it.
+        """
         check_budget(coeff, budget)
         sizes = jnp.stack([norms[part.name] for part in self.parts])
         if budget == "layer":
@@ -269,19 +360,25 @@ class FeedforwardSpec(BranchSpec):
         else:  # the geometric mean, which cannot overflow; a zero layer makes the product zero
             all_positive = jnp.all(sizes > 0)
             mean = jnp.exp(jnp.mean(jnp.log(jnp.where(all_positive, sizes, 1))))
-            excess = jnp.broadcast_to(jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape)
+            excess = jnp.broadcast_to(
+                jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape
+            )
         # Kernels beyond the largest float stay: their bound is infinite, and not that of zeros.
         excess = jnp.maximum(jnp.where(jnp.isfinite(excess), excess, 1), 1)
         scaled = dict(weights)
         for i, part in enumerate(self.parts):
             for name in part.layers:
                 own = excess[i] if len(part.layers) == 1 else excess[i] ** (1 / len(part.layers))
-                scaled[name] = {**weights[name], "kernel": soft_normalize(weights[name]["kernel"], own, 1.0)}
+                scaled[name] = {
+                    **weights[name],
+                    "kernel": soft_normalize(weights[name]["kernel"], own, 1.0),
+                }
         product = reduce(product_bound, list(sizes / excess))
-        product = jnp.where(jnp.any(jnp.isinf(sizes)), jnp.inf, product)  # even beside a layer of zeros
+        # even beside a layer of zeros
+        product = jnp.where(jnp.any(jnp.isinf(sizes)), jnp.inf, product)
         return scaled, lax.stop_gradient(product)
 
-    # ------------------------------------------------------------------------------------------ what it knows more
+    # --------------------------------------------------------------------------- what it knows more
 
     def folded(self, weights: Weights, context: Float[Array, " k"]) -> Weights:
         """Every layer's map of the context is added to its bias."""
@@ -289,7 +386,10 @@ class FeedforwardSpec(BranchSpec):
         def without_context(own: Mapping[str, Array]) -> dict[str, Array]:
             bias, shift = own["bias"], context @ own["context"]
             shifted = bias + shift.reshape((1,) * (bias.ndim - 1) + shift.shape).astype(bias.dtype)
-            return {**{name: value for name, value in own.items() if name != "context"}, "bias": shifted}
+            return {
+                **{name: value for name, value in own.items() if name != "context"},
+                "bias": shifted,
+            }
 
         return {name: without_context(own) for name, own in weights.items()}
 
@@ -297,14 +397,17 @@ class FeedforwardSpec(BranchSpec):
     def knows(self) -> frozenset[str]:
         """The closed forms that save time.
 
-        - "trace": two layers around an elementwise activation, of one odd kernel size if any; not on a torus that is smaller
-          than the kernel, where taps overlap that are not mirrored.
+        - "trace": two layers around an elementwise activation, of one odd kernel size if any; not
+          on a torus that is smaller than the kernel, where taps overlap that are not mirrored.
         - "jacobian": such a branch of dense layers, of at most `FULL_DIMS` dimensions.
-        - "logdet": where it takes fewer operations than ``d`` products with the Jacobian, and there is no "jacobian".
+        - "logdet": where it takes fewer operations than ``d`` products with the Jacobian, and there
+          is no "jacobian".
         """
         sizes, known = self.kernel_sizes, set()
         same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
-        meets = sizes is not None and self.padding == "CIRCULAR" and min(self.in_shape[:2]) < sizes[0]
+        meets = (
+            sizes is not None and self.padding == "CIRCULAR" and min(self.in_shape[:2]) < sizes[0]
+        )
         if self._is_elementwise and same_size and not meets:
             known.add("trace")
             if sizes is None and self.in_shape[0] <= FULL_DIMS:
@@ -315,24 +418,35 @@ class FeedforwardSpec(BranchSpec):
             is_cheap = self.padding == "SAME" and (self._has_stencil or self._is_local)
         return frozenset(known | ({"logdet"} if is_cheap and "jacobian" not in known else set()))
 
-    def trace(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
+    def trace(
+        self, weights: Weights, x: Float[Array, "b ..."], context: Context = None
+    ) -> Float[Array, " b"]:
         """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
         d0, d1 = self._slopes(weights, x, context)
-        return two_layers.trace(two_layers.mirrored_taps(*self._kernels(weights)), d0, d1, self.padding)
+        return two_layers.trace(
+            two_layers.mirrored_taps(*self._kernels(weights)), d0, d1, self.padding
+        )
 
-    def jacobian(self, weights: Weights, x: Float[Array, "b d"], context: Context = None) -> Float[Array, "b d d"]:
+    def jacobian(
+        self, weights: Weights, x: Float[Array, "b d"], context: Context = None
+    ) -> Float[Array, "b d d"]:
         """``J_g(x)`` of a dense branch of two layers as one product of matrices."""
         (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
         return two_layers.jacobian(there, back, d0, d1)
 
-    def logdet(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, " b"]:
+    def logdet(
+        self, weights: Weights, x: Float[Array, "b ..."], context: Context = None
+    ) -> Float[Array, " b"]:
         """``log det(I + J_g(x))``, exact to rounding, for ``Lip(g) < 1``.
 
-        A dense branch takes the matrix of its hidden units, convolutions take their stencil. Leading minors of that matrix are
-        determinants of the branch with fewer hidden units, which is a contraction as well: no rows need to be exchanged.
+        A dense branch takes the matrix of its hidden units, convolutions take their stencil.
+        Leading minors of that matrix are determinants of the branch with fewer hidden units, which
+        is a contraction as well: no rows need to be exchanged.
         """
         if self.kernel_sizes is not None and not self._has_stencil:
-            return stencil_logdet(stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach))
+            return stencil_logdet(
+                stencil_by_products(lambda x: self.apply(weights, x, context), x, self._reach)
+            )
         (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
         d0 = d0 if self.preactivation else None
         if self.kernel_sizes is None:
@@ -355,16 +469,24 @@ class FeedforwardSpec(BranchSpec):
 
     @property
     def _reach(self) -> int:
-        return sum(layer.kernel_shape[0] // 2 for layer in self.layers if self.kernel_sizes is not None)
+        return sum(
+            layer.kernel_shape[0] // 2 for layer in self.layers if self.kernel_sizes is not None
+        )
 
     def _kernels(self, weights: Weights) -> tuple[Array, ...]:
         return tuple(weights[layer.name]["kernel"] for layer in self.layers)
 
     def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
-        """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of one."""
+        """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of
+        one.
+        """
         first, second = self.layers
         hidden = first.apply(weights[first.name], x, context)
-        d0 = _slope(first, weights[first.name], x) if first.activation is not None else jnp.ones_like(x[:1])
+        d0 = (
+            _slope(first, weights[first.name], x)
+            if first.activation is not None
+            else jnp.ones_like(x[:1])
+        )
         return d0, _slope(second, weights[second.name], hidden)
 
 

@@ -1,4 +1,6 @@
-"""Kinds of branches of a stage: a kind by its name, a `BranchSpec`, or a function of the user that makes modules."""
+"""Kinds of branches of a stage: a kind by its name, a `BranchSpec`, or a function of the user
+that makes modules.
+"""
 
 import math
 from collections.abc import Mapping
@@ -12,24 +14,34 @@ from iresnet_jax.branches.potential import PotentialSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 
 Kind = type[BranchSpec] | Make
-_kinds: dict[str, Kind] = {"feedforward": FeedforwardSpec, "sandwich": SandwichSpec, "potential": PotentialSpec}
+_kinds: dict[str, Kind] = {
+    "feedforward": FeedforwardSpec,
+    "sandwich": SandwichSpec,
+    "potential": PotentialSpec,
+}
 KINDS: Mapping[str, Kind] = MappingProxyType(_kinds)  # `register` adds to it; a name means one kind
 
 
 def register(name: str, kind: Kind) -> None:
-    """Gives a kind of branch a name, by which ``StageSpec(kind=name)``, configs and files know it in this process.
+    """Gives a kind of branch a name, by which ``StageSpec(kind=name)``, configs and files know it
+    in this process.
 
     Args:
         name: The name.
-        kind: A class of `BranchSpec`, or a function ``key -> module`` as `StageSpec.branch` takes it.
+        kind: A class of `BranchSpec`, or a function ``key -> module`` as `StageSpec.branch` takes
+            it.
 
     Raises:
         ValueError: If another kind has the name, or ``kind`` is none.
     """
     if KINDS.get(name, kind) is not kind:
-        raise ValueError(f"there is a kind of branch {name!r} already, {KINDS[name]!r}: choose another name")
+        raise ValueError(
+            f"there is a kind of branch {name!r} already, {KINDS[name]!r}: choose another name"
+        )
     if not callable(kind):
-        raise ValueError(f"a kind must be a class of BranchSpec or a function key -> module, got {kind!r}")
+        raise ValueError(
+            f"a kind must be a class of BranchSpec or a function key -> module, got {kind!r}"
+        )
     _kinds[name] = kind
 
 
@@ -41,16 +53,20 @@ def get(name: str) -> Kind:
     """
     if name not in KINDS:
         raise ValueError(
-            f"kind must be one of {', '.join(KINDS)}, got {name!r}: register a kind of one's own by kinds.register(name, kind)"
+            f"kind must be one of {', '.join(KINDS)}, got {name!r}: register a kind of one's own "
+            "by kinds.register(name, kind)"
         )
     return KINDS[name]
 
 
 def check_own(branch: Any) -> None:
-    """Raises ``ValueError`` in one sentence unless a stage can have such branches, see `StageSpec.branch`."""
+    """Raises ``ValueError`` in one sentence unless a stage can have such branches, see
+    `StageSpec.branch`.
+    """
     if not callable(branch) and not isinstance(branch, BranchSpec):
         raise ValueError(
-            f"branch must be a function key -> module or a BranchSpec, got {branch!r}: a config and a file name a kind that "
+            f"branch must be a function key -> module or a BranchSpec, got {branch!r}: a config "
+            "and a file name a kind that "
             "kinds.register knows, and ir.load takes branches={name: function}"
         )
     try:
@@ -60,7 +76,8 @@ def check_own(branch: Any) -> None:
 
 
 def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpec:
-    """The branch of a `StageSpec` for examples of this shape, which it flattens if its ``in_shape`` is flat.
+    """The branch of a `StageSpec` for examples of this shape, which it flattens if its ``in_shape``
+    is flat.
 
     Raises:
         ValueError: If the branch does not take such examples or contexts.
@@ -70,7 +87,8 @@ def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpe
     if isinstance(chosen, BranchSpec):
         if tuple(chosen.in_shape) not in (shape, flat) or chosen.context_dim != context_dim:
             raise ValueError(
-                f"the stage has examples of shape {shape} and contexts of length {context_dim}, and its branch takes "
+                f"the stage has examples of shape {shape} and contexts of length {context_dim}, "
+                "and its branch takes "
                 f"{tuple(chosen.in_shape)} and {chosen.context_dim}"
             )
         return chosen

@@ -1,4 +1,6 @@
-"""The linear layers of branches, dense and convolutional: applying one, and its operator norm, estimated and guaranteed."""
+"""The linear layers of branches, dense and convolutional: applying one, and its operator norm,
+estimated and guaranteed.
+"""
 
 import functools
 import math
@@ -10,7 +12,12 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths import activations, platforms
 from iresnet_jax.maths.convolution import Padding, choose_implementation, conv
-from iresnet_jax.maths.convolution_certificate import TWISTS, Twist, conv_norm_bound, dense_norm_bound
+from iresnet_jax.maths.convolution_certificate import (
+    TWISTS,
+    Twist,
+    conv_norm_bound,
+    dense_norm_bound,
+)
 from iresnet_jax.maths.power_iteration import LinearMap, norm_along, singular_vectors
 
 VectorPair = tuple[Float[Array, "..."], Float[Array, "..."]]
@@ -23,7 +30,8 @@ class LayerSpec(NamedTuple):
         name: Key among the branch's weights.
         kernel_shape: ``(kh, kw, cin, cout)`` of a convolution, ``(cin, cout)`` of a dense layer.
         in_shape: Shape of one input, without the batch.
-        activation: Name of the activation in front of the layer, in `activations.ACTIVATIONS`; None without one.
+        activation: Name of the activation in front of the layer, in `activations.ACTIVATIONS`; None
+            without one.
         padding: Padding of a convolution, "SAME" (zeros) or "CIRCULAR".
     """
 
@@ -37,7 +45,8 @@ class LayerSpec(NamedTuple):
         """``(kernel, x) -> W x``, without the bias.
 
         Args:
-            single: For one example without a batch axis, in a form that stays fast under ``vmap`` over kernels.
+            single: For one example without a batch axis, in a form that stays fast under ``vmap``
+                over kernels.
         """
         if len(self.kernel_shape) == 2:
             return lambda kernel, x: x @ kernel
@@ -47,56 +56,85 @@ class LayerSpec(NamedTuple):
         implementation = choose_implementation(self.kernel_shape)
         if implementation == "xla":  # vmap would make it a grouped convolution
             implementation = "patches" if thin_in else "taps"
-        return lambda kernel, x: conv(x[None], kernel, padding=self.padding, implementation=implementation)[0]
+        return lambda kernel, x: conv(
+            x[None], kernel, padding=self.padding, implementation=implementation
+        )[0]
 
     def activate(self, parameters: Mapping[str, Array], h: Array) -> Array:
-        """The activation in front of the layer, if it has one; ``parameters["beta"]`` belongs to activations that have one."""
+        """The activation in front of the layer, if it has one; ``parameters["beta"]`` belongs to
+        activations that have one.
+        """
         if self.activation is None:
             return h
         activation = activations.get(self.activation)
-        return activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+        return (
+            activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
+        )
 
-    def apply(self, parameters: Mapping[str, Array], h: Array, context: Array | None = None) -> Array:
-        """The layer after its activation, with its bias and a linear map of the context, one an example or one a pixel."""
+    def apply(
+        self, parameters: Mapping[str, Array], h: Array, context: Array | None = None
+    ) -> Array:
+        """The layer after its activation, with its bias and a linear map of the context, one an
+        example or one a pixel.
+        """
         h = self.linear_map()(parameters["kernel"], self.activate(parameters, h))
         h = _add_bias(h, parameters["bias"])
         if context is not None:
             shift = context @ parameters["context"]
-            h = h + (shift if shift.ndim == h.ndim else shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1]))
+            h = h + (
+                shift
+                if shift.ndim == h.ndim
+                else shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1])
+            )
         return h
 
     def singular_vectors(self, kernel: Array, start: Array, num_steps: int | None) -> VectorPair:
-        """The singular vectors ``(u, v)`` of the layer's norm, by power iteration from ``start``, without a gradient."""
+        """The singular vectors ``(u, v)`` of the layer's norm, by power iteration from
+        ``start``, without a gradient.
+        """
         u, v, _ = singular_vectors(self.linear_map(single=True), kernel, start, num_steps=num_steps)
         return u, v
 
     def norm_along(self, kernel: Array, pair: VectorPair) -> Float[Array, ""]:
-        """``<u, W v>``: the norm as singular vectors see it, from below, with a gradient by the kernel."""
+        """``<u, W v>``: the norm as singular vectors see it, from below, with a gradient by the
+        kernel.
+        """
         return norm_along(self.linear_map(single=True), kernel, *pair)
 
     def norm_bound(
-        self, kernel: Array, *, num_squarings: int | None = None, twists: Sequence[Twist] | None = None
+        self,
+        kernel: Array,
+        *,
+        num_squarings: int | None = None,
+        twists: Sequence[Twist] | None = None,
     ) -> Float[Array, ""]:
-        """Guaranteed upper bound of the operator norm at the real image size; nan if a weight is not finite.
+        """Guaranteed upper bound of the operator norm at the real image size; nan if a weight is
+        not finite.
 
         Args:
             kernel: The kernel.
-            num_squarings: Few squarings are cheaper and looser, see `dense_norm_bound`; None takes as many as help.
-            twists: Twists of a convolution's embedding, see `conv_norm_bound`; None takes the default.
+            num_squarings: Few squarings are cheaper and looser, see `dense_norm_bound`; None takes
+                as many as help.
+            twists: Twists of a convolution's embedding, see `conv_norm_bound`; None takes the
+                default.
         """
         if kernel.ndim == 2:
             return dense_norm_bound(kernel, num_squarings=num_squarings)
         size = (self.in_shape[0], self.in_shape[1])
-        return conv_norm_bound(kernel, size, padding=self.padding, num_squarings=num_squarings, twists=twists)
+        return conv_norm_bound(
+            kernel, size, padding=self.padding, num_squarings=num_squarings, twists=twists
+        )
 
 
 class Part(NamedTuple):
-    """A part of a branch with a Lipschitz constant of its own; the constants of all parts bound that of the branch.
+    """A part of a branch with a Lipschitz constant of its own; the constants of all parts bound
+    that of the branch.
 
     Attributes:
         name: Key among norms and power iterates.
         layers: Names of the layers that it is made of, whose kernels are scaled together.
-        operator: A linear map whose norm, to the power of the number of layers, is the constant of the part.
+        operator: A linear map whose norm, to the power of the number of layers, is the constant of
+            the part.
     """
 
     name: str
@@ -105,11 +143,12 @@ class Part(NamedTuple):
 
 
 def training_twists(channels: int) -> tuple[Twist, ...]:
-    """Twists of the embedding by which a training step bounds norms of convolutions, see `conv_norm_bound`.
+    """Twists of the embedding by which a training step bounds norms of convolutions, see
+    `conv_norm_bound`.
 
-    All four cost four times as much as one, and are taken where a 3 x 3 layer's Gram matrices have up to 8 rows. On 8 x 8 and
-    larger images the antiperiodic one alone is within 2 % of their minimum; on 4 x 4 images trained kernels lose up to a
-    quarter of their budget to it.
+    All four cost four times as much as one, and are taken where a 3 x 3 layer's Gram matrices have
+    up to 8 rows. On 8 x 8 and larger images the antiperiodic one alone is within 2 % of their
+    minimum; on 4 x 4 images trained kernels lose up to a quarter of their budget to it.
 
     Args:
         channels: Channels of the branch's input.
@@ -118,12 +157,17 @@ def training_twists(channels: int) -> tuple[Twist, ...]:
 
 
 @functools.partial(jax.jit, inline=True)
-def _add_bias(h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"]) -> Float[Array, "b *space c"]:
+def _add_bias(
+    h: Float[Array, "b *space c"], bias: Float[Array, "*pixels c"]
+) -> Float[Array, "b *space c"]:
     """``h + bias``, on CPUs as an array of another rank, which XLA does not write over ``h``.
 
-    XLA:CPU's older emitters of fusions (`platforms.CPU_OPTIONS`) vectorise loops only for arrays that do not overlap.
+    XLA:CPU's older emitters of fusions (`platforms.CPU_OPTIONS`) vectorise loops only for arrays
+    that do not overlap.
     """
     if platforms.platform() == "cpu":
         channels = h.shape[-1]
-        return (h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)).reshape(h.shape)
+        return (
+            h.reshape(len(h), math.prod(h.shape[1:-1]), channels) + bias.reshape(1, -1, channels)
+        ).reshape(h.shape)
     return h + bias.reshape((1,) * (h.ndim - bias.ndim) + bias.shape)

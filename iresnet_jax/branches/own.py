@@ -1,8 +1,10 @@
-"""A branch of one's own: any pytree that can be called on a batch and knows an upper bound of its Lipschitz constant.
+"""A branch of one's own: any pytree that can be called on a batch and knows an upper bound of its
+Lipschitz constant.
 
-The user gives a function ``make: key -> module``. ``module(x)`` is ``g(x)`` of a batch, or ``module(x, context)`` in a
-conditional model, and ``module.lipschitz_bound()`` an upper bound of ``Lip(g)`` for every context. Leaves of a module that are
-arrays of JAX with floats are its weights. All other leaves, such as NumPy's arrays, numbers and functions, are constants.
+The user gives a function ``make: key -> module``. ``module(x)`` is ``g(x)`` of a batch, or
+``module(x, context)`` in a conditional model, and ``module.lipschitz_bound()`` an upper bound of
+``Lip(g)`` for every context. Leaves of a module that are arrays of JAX with floats are its weights.
+All other leaves, such as NumPy's arrays, numbers and functions, are constants.
 """
 
 import functools
@@ -21,18 +23,20 @@ from iresnet_jax.maths.upward_rounding import at_least
 
 Make = Callable[[Any], Any]  # key -> module
 
-_RESERVED = "actnorm"  # name that the parameters of a stage's blocks have beside those of its branches
+# name that the parameters of a stage's blocks have beside those of its branches
+_RESERVED = "actnorm"
 
 
 @dataclass(frozen=True)
 class OwnSpec(BranchSpec):
     """The architecture of a branch that a function of the user makes.
 
-    The branch is brought into the budget by a factor on its output. It starts as ``make`` makes it: ``last_scale`` and
-    ``sharpness``, which are about layers, have no part in it.
+    The branch is brought into the budget by a factor on its output. It starts as ``make`` makes it:
+    ``last_scale`` and ``sharpness``, which are about layers, have no part in it.
 
     Attributes:
-        make: ``key -> module``. Specs with the same function are equal, and share compiled programs.
+        make: ``key -> module``. Specs with the same function are equal, and share compiled
+            programs.
     """
 
     make: Make = field(kw_only=True)
@@ -40,8 +44,12 @@ class OwnSpec(BranchSpec):
     def __post_init__(self):
         _try(self)
 
-    def initial_weights(self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0) -> Weights:
-        """Floating-point arrays of a new module, by their path in it, such as ``layers.0.weight``."""
+    def initial_weights(
+        self, key: Array, *, last_scale: float = 1.0, sharpness: float = 0.0
+    ) -> Weights:
+        """Floating-point arrays of a new module, by their path in it, such as
+        ``layers.0.weight``.
+        """
         del last_scale, sharpness
         _structure(self.make)  # raises if there are no weights
         return Structure.of(self.make(key))[1]
@@ -50,7 +58,9 @@ class OwnSpec(BranchSpec):
         """The module with these weights."""
         return _structure(self.make).join(weights)
 
-    def apply(self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None) -> Float[Array, "b ..."]:
+    def apply(
+        self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
+    ) -> Float[Array, "b ..."]:
         """``module(x)``, or ``module(x, context)``.
 
         Raises:
@@ -60,7 +70,10 @@ class OwnSpec(BranchSpec):
         given = (x,) if context is None else (x, context)
         value = jnp.asarray(self.module(weights)(*given))
         if value.shape != x.shape or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"it must return floats of the shape of its batch {x.shape}, got {value.dtype} of {value.shape}")
+            raise ValueError(
+                f"it must return floats of the shape of its batch {x.shape}, got "
+                f"{value.dtype} of {value.shape}"
+            )
         return value.astype(dtype)
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
@@ -72,7 +85,9 @@ class OwnSpec(BranchSpec):
         bound = self.module(weights).lipschitz_bound()
         bound = bound if isinstance(bound, float | np.generic | np.ndarray) else jnp.asarray(bound)
         if np.shape(bound):
-            raise ValueError(f"lipschitz_bound() must return one number, got shape {np.shape(bound)}")
+            raise ValueError(
+                f"lipschitz_bound() must return one number, got shape {np.shape(bound)}"
+            )
         return at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
 
 
@@ -82,7 +97,8 @@ class Structure:
 
     Attributes:
         treedef: Structure of the pytree.
-        names: Name of each leaf among the weights, its path, such as ``layers.0.weight``; None for a constant.
+        names: Name of each leaf among the weights, its path, such as ``layers.0.weight``; None for
+            a constant.
         constants: The constants; None for a weight.
     """
 
@@ -95,7 +111,8 @@ class Structure:
         """The structure and the weights of a pytree.
 
         Raises:
-            ValueError: If a leaf is a traced array that is none of floats, and so neither a weight nor a constant.
+            ValueError: If a leaf is a traced array that is none of floats, and so neither a weight
+                nor a constant.
         """
         leaves, treedef = jax.tree.flatten_with_path(tree)
         names: list[str | None] = []
@@ -105,10 +122,14 @@ class Structure:
             is_weight = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
             if isinstance(leaf, jax.core.Tracer) and not is_weight:
                 raise ValueError(
-                    f"its leaf {name} is {leaf.dtype}, which cannot be trained: make it an array of NumPy, a constant"
+                    f"its leaf {name} is {leaf.dtype}, which cannot be trained: make it an array "
+                    "of NumPy, a constant"
                 )
             if name in weights:
-                raise ValueError(f"two of its leaves are called {name}: a key of a dictionary must not contain a dot")
+                raise ValueError(
+                    f"two of its leaves are called {name}: a key of a dictionary must "
+                    "not contain a dot"
+                )
             names.append(name if is_weight else None)
             constants.append(None if is_weight else leaf)
             if is_weight:
@@ -117,9 +138,15 @@ class Structure:
 
     def join(self, weights: Weights) -> Any:
         """The pytree with these weights."""
-        constants = [constant.copy() if isinstance(constant, np.ndarray) else constant for constant in self.constants]
-        named = zip(self.names, constants, strict=True)  # copies: JAX would give an array it has seen in single precision again
-        return jax.tree.unflatten(self.treedef, [constant if name is None else weights[name] for name, constant in named])
+        constants = [
+            constant.copy() if isinstance(constant, np.ndarray) else constant
+            for constant in self.constants
+        ]
+        # copies: JAX would give an array it has seen in single precision again
+        named = zip(self.names, constants, strict=True)
+        return jax.tree.unflatten(
+            self.treedef, [constant if name is None else weights[name] for name, constant in named]
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -135,22 +162,36 @@ def _structure(make: Make) -> Structure:
         weights = jax.eval_shape(lambda key: weights_of(key), jax.random.key(0))
     for one, other in zip(*(structure.constants for structure in found), strict=True):
         is_number = isinstance(one, np.ndarray | np.generic | float | int)
-        if is_number and not np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind in "fc"):
-            raise ValueError("its constants differ from call to call: draw them outside of the function, once for all blocks")
+        if is_number and not np.array_equal(
+            one, other, equal_nan=np.asarray(one).dtype.kind in "fc"
+        ):
+            raise ValueError(
+                "its constants differ from call to call: draw them outside of the "
+                "function, once for all blocks"
+            )
     if not weights:
-        raise ValueError("it has nothing to train: one of its leaves at least must be an array of JAX with floats")
+        raise ValueError(
+            "it has nothing to train: one of its leaves at least must be an array of "
+            "JAX with floats"
+        )
     if _RESERVED in weights:
-        raise ValueError(f"its array must not be called {_RESERVED!r}, as ActNorm is: give it another name")
+        raise ValueError(
+            f"its array must not be called {_RESERVED!r}, as ActNorm is: give it another name"
+        )
     return found[0]
 
 
 @functools.lru_cache(maxsize=256)
 def _try(spec: OwnSpec) -> None:
-    """Raises ``ValueError`` in one sentence unless a module can be made, called on a batch, and asked for its bound."""
+    """Raises ``ValueError`` in one sentence unless a module can be made, called on a batch, and
+    asked for its bound.
+    """
     floats = jnp.result_type(float)
     x = jax.ShapeDtypeStruct((2, *spec.in_shape), floats)
     context = jax.ShapeDtypeStruct((2, spec.context_dim), floats) if spec.context_dim else None
-    given = f"a batch of shape {x.shape}" + ("" if context is None else f" and contexts of shape {context.shape}")
+    given = f"a batch of shape {x.shape}" + (
+        "" if context is None else f" and contexts of shape {context.shape}"
+    )
 
     def step(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -164,7 +205,9 @@ def _try(spec: OwnSpec) -> None:
 
 
 def name_of(part: Any) -> str:
-    """Name of a function, of a class, or of the class of an instance; of a partial function that of the function."""
+    """Name of a function, of a class, or of the class of an instance; of a partial function that
+    of the function.
+    """
     if not hasattr(part, "__name__") and isinstance(part, functools.partial):
         return name_of(part.func)
     return part.__name__ if hasattr(part, "__name__") else type(part).__name__

@@ -1,12 +1,16 @@
-r"""Gradient steps of convex potentials, which never stretch: networks of them are 1-Lipschitz at any depth.
+r"""Gradient steps of convex potentials, which never stretch: networks of them are 1-Lipschitz at
+any depth.
 
-    g(x; c) = -K^T phi(K x + b + A c) + b' + A' c,        |K|_2^2 <= L < 1,    slopes of phi in [0, 1]
+    g(x; c) = -K^T phi(K x + b + A c) + b' + A' c,        |K|_2^2 <= L < 1,    slopes of phi in [0,
+    1]
 
-The Jacobian ``I + J_g = I - K^T D K`` is symmetric, and its eigenvalues are in ``[1 - L, 1]`` (convex potential layers, Meunier
-et al. 2022, whose step is twice as long). So ``Lip(g) <= L``, as for other kinds, and ``x + g(x)`` stretches nothing: ``n``
-blocks are ``((1 - L)^n, 1)``-bi-Lipschitz.
+The Jacobian ``I + J_g = I - K^T D K`` is symmetric, and its eigenvalues are in ``[1 - L, 1]``
+(convex potential layers, Meunier et al. 2022, whose step is twice as long). So ``Lip(g) <= L``, as
+for other kinds, and ``x + g(x)`` stretches nothing: ``n`` blocks are ``((1 - L)^n,
+1)``-bi-Lipschitz.
 
-A branch is a feed-forward one of two layers with the back layer ``-K^T``: it has the closed forms of that.
+A branch is a feed-forward one of two layers with the back layer ``-K^T``: it has the closed forms
+of that.
 """
 
 from dataclasses import dataclass
@@ -26,8 +30,9 @@ from iresnet_jax.maths.upward_rounding import rounded_up
 class PotentialSpec(FeedforwardSpec):
     """The architecture of a branch, of one hidden layer.
 
-    Attributes are those of `FeedforwardSpec`. Both convolutions have one odd size, ``kernel_sizes=(3, 3)``. Weights are those
-    of a feed-forward branch without the kernel of the last layer.
+    Attributes are those of `FeedforwardSpec`. Both convolutions have one odd size,
+    ``kernel_sizes=(3, 3)``. Weights are those of a feed-forward branch without the kernel of the
+    last layer.
     """
 
     def __post_init__(self):
@@ -36,7 +41,8 @@ class PotentialSpec(FeedforwardSpec):
         if len(self.hidden) != 1 or self.preactivation or len(set(self.kernel_sizes or (1,))) != 1:
             raise ValueError(
                 "potentials have one hidden layer, one kernel size and no activation in front, got "
-                f"hidden={self.hidden}, kernel_sizes={self.kernel_sizes} and preactivation={self.preactivation}"
+                f"hidden={self.hidden}, kernel_sizes={self.kernel_sizes} and "
+                f"preactivation={self.preactivation}"
             )
 
     @cached_property
@@ -50,14 +56,20 @@ class PotentialSpec(FeedforwardSpec):
         general = block_bounds(lipschitz_bound)
         return general._replace(forward=jnp.maximum(1, general.forward - 2))
 
-    def initial_weights(self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharpness: float = 0.0) -> Weights:
-        """The weights of `FeedforwardSpec.initial_weights` with ``K`` times the root of ``last_scale``."""
+    def initial_weights(
+        self, key: Array, *, last_scale: float | Float[Array, ""] = 1.0, sharpness: float = 0.0
+    ) -> Weights:
+        """The weights of `FeedforwardSpec.initial_weights` with ``K`` times the root of
+        ``last_scale``.
+        """
         weights, (first, last) = super().initial_weights(key, sharpness=sharpness), self.layers
         kernel = weights[first.name]["kernel"] * jnp.sqrt(last_scale)
         behind = {name: value for name, value in weights[last.name].items() if name != "kernel"}
         return {first.name: {**weights[first.name], "kernel": kernel}, last.name: behind}
 
-    def apply(self, weights: Weights, x: Float[Array, "b ..."], context: Context = None) -> Float[Array, "b ..."]:
+    def apply(
+        self, weights: Weights, x: Float[Array, "b ..."], context: Context = None
+    ) -> Float[Array, "b ..."]:
         """``g(x)`` or ``g(x; context)`` for weights as they are."""
         return super().apply(self._of_layers(weights), x, context)
 

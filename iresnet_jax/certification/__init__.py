@@ -1,4 +1,5 @@
-"""Guarantees for computed numbers, as functions: inverses, radii of classifiers, and norms of layers.
+"""Guarantees for computed numbers, as functions: inverses, radii of classifiers, and norms of
+layers.
 
 Its users call this folder `certify`: ``from iresnet_jax import certify``.
 """

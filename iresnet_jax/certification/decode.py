@@ -1,6 +1,8 @@
-"""The certified inverse in the units of the data: what `Density.decode` and its like compute, with what is guaranteed of it.
+"""The certified inverse in the units of the data: what `Density.decode` and its like compute, with
+what is guaranteed of it.
 
-`certify.inverse` bounds the error of the flow's input, and the transform's ``enclose_inverse`` what becomes of it.
+`certify.inverse` bounds the error of the flow's input, and the transform's ``enclose_inverse`` what
+becomes of it.
 """
 
 from typing import Any, NamedTuple
@@ -25,17 +27,19 @@ from iresnet_jax.models.density import Density
 
 
 class CertifiedInfo(NamedTuple):
-    """End of a certified inverse, for every example: the fields of `FixedPointInfo`, and what is guaranteed.
+    """End of a certified inverse, for every example: the fields of `FixedPointInfo`, and what is
+    guaranteed.
 
     Attributes:
         num_evals: Evaluations of the branches.
         residual: Largest residual of a block.
-        error_bound: Guaranteed bound of the Euclidean error, preprocessing and rounding included, in the units of continuous
-            data, before levels are rounded: [0, 1) for integer levels, and the scale of [0, 1] for images of a
-            classifier.
+        error_bound: Guaranteed bound of the Euclidean error, preprocessing and rounding included,
+            in the units of continuous data, before levels are rounded: [0, 1) for integer levels,
+            and the scale of [0, 1] for images of a classifier.
         converged: Whether the iteration met its tolerance in all blocks.
-        certain: Entries whose level, or value with a cell, is guaranteed to be that of the exact inverse; pixels of a
-            classifier whose nearest level is. None for continuous data, and False at continuous entries beside others.
+        certain: Entries whose level, or value with a cell, is guaranteed to be that of the exact
+            inverse; pixels of a classifier whose nearest level is. None for continuous data, and
+            False at continuous entries beside others.
         certificate: The guarantee in the units of the flow's input.
     """
 
@@ -71,11 +75,13 @@ def decode(
     *,
     context: Contexts | None = None,
 ) -> tuple[Num[Array, "b ..."], CertifiedInfo]:
-    """Data of latents, with a guaranteed bound of the whole error and the levels that it cannot change.
+    """Data of latents, with a guaranteed bound of the whole error and the levels that it cannot
+    change.
 
     The data are those of `Density.decode`, or the images of `Classifier.reconstruct`. An
-    example takes from some milliseconds at 64 dimensions to many seconds at 784, on the host and outside of ``jit``.
-    ``certificate.error_bound`` also bounds the error of `Reconstruction.padding_residual` of a classifier.
+    example takes from some milliseconds at 64 dimensions to many seconds at 784, on the host and
+    outside of ``jit``. ``certificate.error_bound`` also bounds the error of
+    `Reconstruction.padding_residual` of a classifier.
 
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
@@ -91,13 +97,17 @@ def decode(
     """
     model, context = check(model, z, context=context)
     decoded = _decoded(model, jnp.asarray(z), context)
-    with jax.enable_x64():  # the model may round latents, and the certificate is of those that were given
+    # the model may round latents, and the certificate is of those that were given
+    with jax.enable_x64():
         latents = np.asarray(vectors_of(model, np.asarray(z)))
     return decoded.data, certified(model, decoded._replace(latents=latents), context=context)
 
 
-def to_data(model: Density | Classifier, z: Float[Array, "b ..."], *, context: Contexts | None = None) -> Decoded:
-    """The model's own operations from latents to data, under ``jit`` too, with all that `certified` needs.
+def to_data(
+    model: Density | Classifier, z: Float[Array, "b ..."], *, context: Contexts | None = None
+) -> Decoded:
+    """The model's own operations from latents to data, under ``jit`` too, with all that `certified`
+    needs.
 
     Args:
         model: The model.
@@ -120,14 +130,18 @@ def _decoded(model: Any, z: Array, context: Any) -> Decoded:
 
 
 @on_host()
-def certified(model: Density | Classifier, decoded: Decoded, *, context: Contexts | None = None) -> CertifiedInfo:
+def certified(
+    model: Density | Classifier, decoded: Decoded, *, context: Contexts | None = None
+) -> CertifiedInfo:
     """Guarantees of decoded latents; on the host, outside of ``jit``.
 
     Raises:
         ValueError: For the reasons of `decode`.
     """
     certificate = inverse(model, decoded.latents, decoded.flow_input, context=context)
-    x, u, data = (np.asarray(part) for part in (decoded.flow_input, decoded.continuous, decoded.data))
+    x, u, data = (
+        np.asarray(part) for part in (decoded.flow_input, decoded.continuous, decoded.data)
+    )
     x = x.astype(np.float64)
     if isinstance(model, Classifier):
         spec = model.spec

@@ -1,26 +1,30 @@
-r"""The certified inverse of a whole flow: how far a computed preimage is from the exact one, by shadowing.
+r"""The certified inverse of a whole flow: how far a computed preimage is from the exact one, by
+shadowing.
 
-A trajectory near that of ``x`` is refined to some 80 bits, so its distance from the exact one is far below the error of ``x``,
-and the bound is the distance of ``x`` from it and a little more.
+A trajectory near that of ``x`` is refined to some 80 bits, so its distance from the exact one is
+far below the error of ``x``, and the bound is the distance of ``x`` from it and a little more.
 
-**Theorem.** Let ``x*_t`` be the exact trajectory of bijections ``F_t`` that ends in ``y``, and ``x^_t`` any other one that ends
-there. ``r_t = F_t(x^_t) - x^_{t+1}`` are its residuals, ``J_t`` the Jacobian of ``F_t`` at ``x^_t``, ``n_t`` a bound of
-``|J_t^-1|``, and ``K_t`` a Lipschitz constant of that Jacobian. If ``|x*_{t+1} - x^_{t+1}| <= rho_{t+1}``, then with
+**Theorem.** Let ``x*_t`` be the exact trajectory of bijections ``F_t`` that ends in ``y``, and
+``x^_t`` any other one that ends there. ``r_t = F_t(x^_t) - x^_{t+1}`` are its residuals, ``J_t``
+the Jacobian of ``F_t`` at ``x^_t``, ``n_t`` a bound of ``|J_t^-1|``, and ``K_t`` a Lipschitz
+constant of that Jacobian. If ``|x*_{t+1} - x^_{t+1}| <= rho_{t+1}``, then with
 
     c = n_t (rho_{t+1} + |r_t|),    k = n_t K_t / 2    and    4 k c <= 1
 
 ``|x*_t - x^_t| <= rho_t = 2 c / (1 + sqrt(1 - 4 k c))``, the lesser root of ``c + k rho^2 = rho``.
 
-*Proof.* Taylor's formula gives ``F_t(x^_t + e) = F_t(x^_t) + J_t e + q(e)`` with ``|q(e)| <= K_t / 2 |e|^2``. So
-``F_t(x^_t + e) = x*_{t+1}`` if and only if ``e = Phi(e) = J_t^-1 (x*_{t+1} - x^_{t+1} - r_t - q(e))``. ``|e| <= rho_t`` gives
-``|Phi(e)| <= c + k rho_t^2 = rho_t``: by Brouwer's theorem ``Phi`` has a fixed point in that ball. As ``F_t`` is injective, it
-is ``x*_t - x^_t``.
+*Proof.* Taylor's formula gives ``F_t(x^_t + e) = F_t(x^_t) + J_t e + q(e)`` with ``|q(e)| <= K_t /
+2 |e|^2``. So ``F_t(x^_t + e) = x*_{t+1}`` if and only if ``e = Phi(e) = J_t^-1 (x*_{t+1} - x^_{t+1}
+- r_t - q(e))``. ``|e| <= rho_t`` gives ``|Phi(e)| <= c + k rho_t^2 = rho_t``: by Brouwer's theorem
+``Phi`` has a fixed point in that ball. As ``F_t`` is injective, it is ``x*_t - x^_t``.
 
-The bounds follow from the last step backward, where ``rho`` is 0. Where the quadratic has no root, or ``K_t`` is infinite,
-``(rho_{t+1} + |r_t|) Lip(F_t^-1)`` takes its place and the theorem did not apply.
+The bounds follow from the last step backward, where ``rho`` is 0. Where the quadratic has no root,
+or ``K_t`` is infinite, ``(rho_{t+1} + |r_t|) Lip(F_t^-1)`` takes its place and the theorem did not
+apply.
 
-Bounds are computed on the host's CPU in float64 and double-double and cover all rounding. Sums, products, quotients and roots
-of IEEE arithmetic are trusted, no elementary function and no linear solver is.
+Bounds are computed on the host's CPU in float64 and double-double and cover all rounding. Sums,
+products, quotients and roots of IEEE arithmetic are trusted, no elementary function and no linear
+solver is.
 """
 
 import functools
@@ -31,7 +35,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from iresnet_jax.certification.norms import step_norms
-from iresnet_jax.certification.prepared import PreparedFlow, in_parts, inputs_of, prepared, vectors_of
+from iresnet_jax.certification.prepared import (
+    PreparedFlow,
+    in_parts,
+    inputs_of,
+    prepared,
+    vectors_of,
+)
 from iresnet_jax.certification.residuals import Residuals, ending_at, residuals
 from iresnet_jax.certification.steps import follow, follow_back, newton_step
 from iresnet_jax.maths.double_double import DoubleDouble
@@ -48,8 +58,8 @@ class InverseCertificate(NamedTuple):
 
     Attributes:
         error_bound: Bound of ``|x - F^-1(y)|``; infinite if nothing is known.
-        applied: Whether the theorem applied to the whole trajectory. If not, as for activations whose slopes jump,
-            steps have their global bounds ``Lip(F_t^-1)``.
+        applied: Whether the theorem applied to the whole trajectory. If not, as for activations
+            whose slopes jump, steps have their global bounds ``Lip(F_t^-1)``.
         refined: The preimage that the certificate found, to float64.
         refined_bound: Bound of its distance from the exact one, before rounding to float64.
     """
@@ -67,15 +77,16 @@ def inverse(
     *,
     context: Contexts | None = None,
 ) -> InverseCertificate:
-    r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``, rounding included.
+    r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``,
+    rounding included.
 
-    ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are the numbers that are given: float32
-    numbers are certified in float64, and contexts as they are scaled in float64. The flow is `Density.flow` or
-    `Classifier.flow`, without preprocessing.
+    ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are the numbers
+    that are given: float32 numbers are certified in float64, and contexts as they are scaled in
+    float64. The flow is `Density.flow` or `Classifier.flow`, without preprocessing.
 
-    The norms of the steps' inverses multiply, to 1e6 or so for 22 blocks, where the trajectory is refined to residuals of
-    1e-19. Each is verified from a banded matrix; where that has more than `norms.MOST_ENTRIES` entries, a step counts with its
-    global bound.
+    The norms of the steps' inverses multiply, to 1e6 or so for 22 blocks, where the trajectory is
+    refined to residuals of 1e-19. Each is verified from a banded matrix; where that has more than
+    `norms.MOST_ENTRIES` entries, a step counts with its global bound.
 
     Args:
         model: A model with certified bounds, as `freeze` and `load` give it.
@@ -84,7 +95,8 @@ def inverse(
         context: Contexts of a conditional density, one for all or one for each.
 
     Raises:
-        ValueError: If the model has no certified bounds or a block is no contraction, if shapes do not fit, or under ``jit``.
+        ValueError: If the model has no certified bounds or a block is no contraction, if shapes do
+            not fit, or under ``jit``.
 
     Example:
         >>> x, info = model.flow().inverse(z)  # doctest: +SKIP
@@ -93,7 +105,9 @@ def inverse(
     with prepared(model, y, x, context=context) as (flow, contexts):
         y, x = np.asarray(vectors_of(model, y), np.float64), inputs_of(model, x)
         if len(x) != len(y):
-            raise ValueError(f"x and y must hold the same examples, got {len(x)} and {len(y)} of them")
+            raise ValueError(
+                f"x and y must hold the same examples, got {len(x)} and {len(y)} of them"
+            )
         found = in_parts(functools.partial(_certify, flow), flow.chunk, y, x, contexts)
     return found._replace(refined=found.refined.reshape(len(found.refined), *flow.spec.event_shape))
 
@@ -111,24 +125,37 @@ def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
         error = np.nan_to_num((np.linalg.norm(gap.high, axis=1) * UP + own) * UP, nan=np.inf)
         return InverseCertificate(error, applied, trajectory.high[:, 0], own)
 
-    found = certificates(follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts))
+    found = certificates(
+        follow(flow.spec, flow.weights, start.reshape(-1, *flow.spec.event_shape), contexts)
+    )
     if np.all(found.applied):
         return found
     other = certificates(follow_back(flow.spec, flow.weights, y, contexts))
-    better = (other.applied & ~found.applied) | ((other.applied == found.applied) & (other.error_bound < found.error_bound))
+    better = (other.applied & ~found.applied) | (
+        (other.applied == found.applied) & (other.error_bound < found.error_bound)
+    )
     return _where(better, other, found)
 
 
-def _refined(flow: PreparedFlow, trajectory: DoubleDouble, contexts) -> tuple[DoubleDouble, Residuals]:
+def _refined(
+    flow: PreparedFlow, trajectory: DoubleDouble, contexts
+) -> tuple[DoubleDouble, Residuals]:
     """The trajectories after as many Newton steps as help, and their residuals."""
     found = residuals(flow.stages, trajectory, contexts)
     for _ in range(_MAX_STEPS):
-        size, floor = (np.linalg.norm(part.reshape(len(part), -1), axis=1) for part in (found.values, found.errors))
+        size, floor = (
+            np.linalg.norm(part.reshape(len(part), -1), axis=1)
+            for part in (found.values, found.errors)
+        )
         if np.all(size <= floor):
             break
-        steps = np.array(newton_step(flow.spec, flow.weights, trajectory.high, found.values, contexts))
+        steps = np.array(
+            newton_step(flow.spec, flow.weights, trajectory.high, found.values, contexts)
+        )
         steps = np.where(np.all(np.isfinite(steps), axis=(1, 2), keepdims=True), steps, 0)
-        moved = trajectory + DoubleDouble.of(np.concatenate([steps, np.zeros_like(steps[:, :1])], axis=1))
+        moved = trajectory + DoubleDouble.of(
+            np.concatenate([steps, np.zeros_like(steps[:, :1])], axis=1)
+        )
         after = residuals(flow.stages, moved, contexts)
         smaller = np.linalg.norm(after.values, axis=(1, 2)) < size
         trajectory, found = _where(smaller, (moved, after), (trajectory, found))
@@ -137,9 +164,16 @@ def _refined(flow: PreparedFlow, trajectory: DoubleDouble, contexts) -> tuple[Do
     return trajectory, found
 
 
-def _distance_bounds(flow: PreparedFlow, found: Residuals) -> tuple[Float[np.ndarray, " b"], Bool[np.ndarray, " b"]]:
-    """Distance of each trajectory's first point from the exact one, and whether the theorem applied at every step."""
-    norms, inverse = (flow.chained(own) for own in (step_norms(flow.stages, flow.constants, found), flow.constants.inverse))
+def _distance_bounds(
+    flow: PreparedFlow, found: Residuals
+) -> tuple[Float[np.ndarray, " b"], Bool[np.ndarray, " b"]]:
+    """Distance of each trajectory's first point from the exact one, and whether the theorem
+    applied at every step.
+    """
+    norms, inverse = (
+        flow.chained(own)
+        for own in (step_norms(flow.stages, flow.constants, found), flow.constants.inverse)
+    )
     bound, applied = np.zeros(len(norms)), np.ones(len(norms), bool)
     for t in reversed(range(norms.shape[1])):
         behind = (bound + found.sizes[:, t]) * UP
@@ -147,11 +181,15 @@ def _distance_bounds(flow: PreparedFlow, found: Residuals) -> tuple[Float[np.nda
         root_exists = 4 * k * c <= 1 - _MARGIN
         root = 2 * c / (1 + np.sqrt(1 - 4 * k * c)) * UP
         of_block = behind * inverse[t] * UP
-        bound = np.nan_to_num(np.where(root_exists, np.fmin(root, of_block), of_block), nan=np.inf, posinf=np.inf)
+        bound = np.nan_to_num(
+            np.where(root_exists, np.fmin(root, of_block), of_block), nan=np.inf, posinf=np.inf
+        )
         applied &= root_exists
     return bound, applied
 
 
 def _where(condition: Bool[np.ndarray, " b"], one: Any, other: Any) -> Any:
     """The one tree of arrays for the examples that meet a condition, the other one elsewhere."""
-    return jax.tree.map(lambda a, b: np.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
+    return jax.tree.map(
+        lambda a, b: np.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other
+    )

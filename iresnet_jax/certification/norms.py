@@ -1,10 +1,12 @@
 r"""Guaranteed constants of a flow's steps, everywhere and along a trajectory.
 
-A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g = W_n D_n ... W_1 D_1`` is a
-product of the layers and of slopes ``D_i`` that are known to nearly all their bits, see `residuals`.
+A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g =
+W_n D_n ... W_1 D_1`` is a product of the layers and of slopes ``D_i`` that are known to nearly all
+their bits, see `residuals`.
 
-With the least eigenvalue ``lambda`` of the symmetric part of ``I + J_g``, ``|J_t^-1|_2 <= 1 / (lambda min s)``, see
-`iresnet_jax.maths.least_eigenvalue`. In trained blocks it is near the truth, and ``1 / (1 - L)`` several times that.
+With the least eigenvalue ``lambda`` of the symmetric part of ``I + J_g``, ``|J_t^-1|_2 <= 1 /
+(lambda min s)``, see `iresnet_jax.maths.least_eigenvalue`. In trained blocks it is near the truth,
+and ``1 / (1 - L)`` several times that.
 """
 
 import math
@@ -39,7 +41,8 @@ class StepConstants(NamedTuple):
         curvature: Lipschitz constant of the branch's Jacobian; infinite where a slope jumps.
         largest_scale: Largest scale of the ActNorm.
         least_scale: Least one.
-        own_error: Bound of the 2-norm of the error of the branch's computed Jacobian for exact slopes.
+        own_error: Bound of the 2-norm of the error of the branch's computed Jacobian for exact
+            slopes.
         slope_factor: What an error of all slopes is multiplied by in that norm.
         steepest: Largest Lipschitz constant of a slope.
     """
@@ -69,8 +72,12 @@ class StepConstants(NamedTuple):
         gap = (1 - self.branch) * self.least_scale
         return np.where(gap > 0, UP / np.where(gap > 0, gap, 1), np.inf)
 
-    def jacobian_errors(self, argument_errors: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
-        """Bounds of the error of `jacobian_blocks` in the 2-norm, for such errors of the activations' arguments."""
+    def jacobian_errors(
+        self, argument_errors: Float[np.ndarray, "... t"]
+    ) -> Float[np.ndarray, "... t"]:
+        """Bounds of the error of `jacobian_blocks` in the 2-norm, for such errors of the
+        activations' arguments.
+        """
         slope_errors = 2 * SLOPE_ERROR + self.steepest * argument_errors
         return (self.own_error + self.slope_factor * slope_errors) * UP
 
@@ -84,10 +91,11 @@ def constants_of(stages: Sequence[PreciseStage]) -> StepConstants:
 def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
     """The constants of a step.
 
-    A product with a layer errs by at most ``gamma_n |  |W|  |_2`` times the vector's length, with ``n`` terms in a sum, and
-    ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns and rows. A Jacobian is a product with ``d`` unit
-    vectors. Computed slopes are those of a 1-Lipschitz activation at a computed argument, so an error of all slopes by ``e``
-    changes ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
+    A product with a layer errs by at most ``gamma_n |  |W|  |_2`` times the vector's length, with
+    ``n`` terms in a sum, and ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns
+    and rows. A Jacobian is a product with ``d`` unit vectors. Computed slopes are those of a
+    1-Lipschitz activation at a computed argument, so an error of all slopes by ``e`` changes
+    ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
     """
     norms, curvatures, growth, pushed = [], [], 1.0, 0.0
     for layer in stage.layers:
@@ -103,14 +111,18 @@ def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
     largest, least = float(np.max(scales)) * (1 + 4 * U), float(np.min(scales)) * (1 - 16 * U)
     slopes = [slope or 0.0 for slope in curvatures]
     curvature = branch_jacobian_bound(norms, slopes) * UP
-    own_error = math.sqrt(math.prod(stage.place.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
+    own_error = (
+        math.sqrt(math.prod(stage.place.in_shape)) * (growth * pushed + 4 * U * (1 + growth)) * UP
+    )
     slope_factor = 2 * math.prod(norms) * sum(slope is not None for slope in curvatures) * UP
     constants = float(stage.lipschitz[k]), float(stage.stretch[k])
     return (*constants, curvature, largest, least, own_error, slope_factor, max(slopes))
 
 
 def _curvature(layer: Layer, k: int) -> float | None:
-    """Lipschitz constant of the slope of the activation in front of a layer; None without one, infinite where it jumps."""
+    """Lipschitz constant of the slope of the activation in front of a layer; None without one,
+    infinite where it jumps.
+    """
     if layer.spec.activation is None:
         return None
     known = activations.get(layer.spec.activation).slope_lipschitz
@@ -118,23 +130,34 @@ def _curvature(layer: Layer, k: int) -> float | None:
     return math.inf if known is None else known * sharpness * UP
 
 
-def step_norms(stages: Sequence[PreciseStage], constants: StepConstants, found: Residuals) -> Float[np.ndarray, "b t"]:
-    """Bounds of the norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes in their residuals.
+def step_norms(
+    stages: Sequence[PreciseStage], constants: StepConstants, found: Residuals
+) -> Float[np.ndarray, "b t"]:
+    """Bounds of the norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes
+    in their residuals.
 
-    The global bound stands for a step whose slopes jump, or whose Jacobian has more than `MOST_ENTRIES` entries.
+    The global bound stands for a step whose slopes jump, or whose Jacobian has more than
+    `MOST_ENTRIES` entries.
     """
     errors = constants.jacobian_errors(found.argument_errors)
     bounds, t = np.broadcast_to(constants.inverse, errors.shape).copy(), 0
     for stage, of_stage in zip(stages, found.slopes, strict=True):
         for k in range(stage.num_blocks):
             if np.isfinite(constants.curvature[t]) and _num_entries(stage) <= MOST_ENTRIES:
-                layers = [layer_blocks(layer.kernel[k], layer.spec.in_shape, layer.spec.padding) for layer in stage.layers]
+                layers = [
+                    layer_blocks(layer.kernel[k], layer.spec.in_shape, layer.spec.padding)
+                    for layer in stage.layers
+                ]
                 margin = 1 - constants.branch[t]
                 for i in range(len(bounds)):
                     slopes = [None if own is None else own[i, k] for own in of_stage]
                     if all(slope is None or np.all(np.isfinite(slope)) for slope in slopes):
-                        symmetric = identity_and_symmetric_part(jacobian_blocks(stage, layers, slopes))
-                        least = max(least_eigenvalue_bound(symmetric, margin) - errors[i, t], margin)
+                        symmetric = identity_and_symmetric_part(
+                            jacobian_blocks(stage, layers, slopes)
+                        )
+                        least = max(
+                            least_eigenvalue_bound(symmetric, margin) - errors[i, t], margin
+                        )
                         bounds[i, t] = constants.inverse[t] * margin / least * UP
             t += 1
     return bounds
@@ -150,10 +173,13 @@ def _num_entries(stage: PreciseStage) -> int:
     return height * seen * (width * channels) ** 2
 
 
-def jacobian_blocks(stage: PreciseStage, layers: Sequence[RowBlocks], slopes: Sequence[np.ndarray | None]) -> RowBlocks:
+def jacobian_blocks(
+    stage: PreciseStage, layers: Sequence[RowBlocks], slopes: Sequence[np.ndarray | None]
+) -> RowBlocks:
     """``J_g = W_n D_n ... W_1 D_1`` of one branch at slopes of one example, in front of each layer.
 
-    Every entry of a product is a sum of at most as many terms as a layer has taps and channels, which `StepConstants` bounds.
+    Every entry of a product is a sum of at most as many terms as a layer has taps and channels,
+    which `StepConstants` bounds.
     """
     product = None
     for layer, matrix, slope in zip(stage.layers, layers, slopes, strict=True):

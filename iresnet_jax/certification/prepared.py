@@ -1,4 +1,6 @@
-"""The beginning of all certificates: checks, a prepared flow in float64 on the host, and examples part by part."""
+"""The beginning of all certificates: checks, a prepared flow in float64 on the host, and
+examples part by part.
+"""
 
 import contextlib
 import math
@@ -23,7 +25,8 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.model import M, Model
 
-_CHUNK_ENTRIES = 2**17  # of the widest layer in all blocks of a stage, in the examples that are refined together
+# of the widest layer in all blocks of a stage, in the examples that are refined together
+_CHUNK_ENTRIES = 2**17
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class PreparedFlow:
     def of(cls, model: Model) -> "PreparedFlow":
         """The flow of a model with certified bounds; under ``enable_x64``."""
         spec = model.spec.flow
-        weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights)  # which compiles nothing
+        # which compiles nothing
+        weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights)
         stages = precise_stages(spec, weights)
         return cls(spec, weights, stages, constants_of(stages))
 
@@ -58,12 +62,21 @@ class PreparedFlow:
     @property
     def chunk(self) -> int:
         """Examples that are certified together, at most."""
-        widest = max(stage.num_blocks * math.prod(layer.spec.in_shape) for stage in self.stages for layer in stage.layers)
+        widest = max(
+            stage.num_blocks * math.prod(layer.spec.in_shape)
+            for stage in self.stages
+            for layer in stage.layers
+        )
         return max(1, min(32, _CHUNK_ENTRIES // widest))
 
     def chained(self, norms: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
-        """Norms of steps on the whole vector, of which those of a later stage may leave entries alone."""
-        beside = [np.full(stage.num_blocks, len(stage.place.entries) < self.spec.num_dims) for stage in self.stages]
+        """Norms of steps on the whole vector, of which those of a later stage may leave entries
+        alone.
+        """
+        beside = [
+            np.full(stage.num_blocks, len(stage.place.entries) < self.spec.num_dims)
+            for stage in self.stages
+        ]
         return np.where(np.concatenate(beside), np.maximum(norms, 1), norms)
 
 
@@ -75,14 +88,18 @@ def check(
     Args:
         model: The model.
         given: Batches that are given, which must be arrays of the host, not traced ones.
-        context: Contexts of a conditional density, one for all examples of the batches or one for each.
+        context: Contexts of a conditional density, one for all examples of the batches or one for
+            each.
         contraction: Whether every block must be certified to be a contraction.
 
     Raises:
         ValueError: In one sentence for what cannot be certified.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
-        raise ValueError("certificates are computed on the host, outside of jit, vmap and grad: call certify out there")
+        raise ValueError(
+            "certificates are computed on the host, outside of jit, vmap and grad: "
+            "call certify out there"
+        )
     model = model.with_bounds()
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are those of a batch of examples, got a scalar")
@@ -94,16 +111,23 @@ def check(
         scale, branch = model.weights[stage.name]
         if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):
             raise ValueError(
-                f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: its scale is beyond what "
+                f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: "
+                "its scale is beyond what "
                 "certificates compute with"
             )
         if not branch.spec.chain or branch.norms is None or branch.gain is not None:
             raise ValueError(
-                f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates cannot follow: they take "
+                f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates "
+                "cannot follow: they take "
                 "chains of layers and activations; certificate() has the bounds on that kind's word"
             )
-    if contraction and not all(np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()):
-        raise ValueError("a block is not certified to be a contraction, so the inverse may not be unique: see certificate()")
+    if contraction and not all(
+        np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()
+    ):
+        raise ValueError(
+            "a block is not certified to be a contraction, so the inverse may not be "
+            "unique: see certificate()"
+        )
     return model, context
 
 
@@ -143,28 +167,40 @@ def prepared(
 def vectors_of(
     model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 ) -> Float[Array, "b d"] | Float[np.ndarray, "b d"]:
-    """Latents or features as vectors in the order of the flow's outputs; vectors are taken to have it."""
+    """Latents or features as vectors in the order of the flow's outputs; vectors are taken to
+    have it.
+    """
     num_dims = model.spec.flow.num_dims
     if np.ndim(y) < 2 or math.prod(y.shape[1:]) != num_dims:
-        raise ValueError(f"latents must be a batch with {num_dims} entries an example, got an array of shape {np.shape(y)}")
+        raise ValueError(
+            f"latents must be a batch with {num_dims} entries an example, got an "
+            f"array of shape {np.shape(y)}"
+        )
     return y.reshape(len(y), num_dims)
 
 
-def inputs_of(model: Model, x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]) -> Float[np.ndarray, "b d"]:
+def inputs_of(
+    model: Model, x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
+) -> Float[np.ndarray, "b d"]:
     """Inputs of the flow as vectors in float64."""
     shape = tuple(model.spec.flow.event_shape)
     if np.shape(x)[1:] != shape:
-        raise ValueError(f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's input, got {np.shape(x)}")
+        raise ValueError(
+            f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's "
+            f"input, got {np.shape(x)}"
+        )
     return np.asarray(x, np.float64).reshape(len(x), model.spec.flow.num_dims)
 
 
 def in_parts(certify: Callable[..., Any], size: int, *arrays: Any) -> Any:
-    """``certify(*arrays)`` of examples, some at a time, all parts of the same shapes so that programs are compiled once.
+    """``certify(*arrays)`` of examples, some at a time, all parts of the same shapes so that
+    programs are compiled once.
 
     Args:
         certify: A function of arrays of examples, whose results have one entry an example.
         size: Examples at a time, at most.
-        arrays: Trees of NumPy's arrays with an axis of examples in front. The last part is filled up with its last example.
+        arrays: Trees of NumPy's arrays with an axis of examples in front. The last part is filled
+            up with its last example.
     """
     num = len(jax.tree.leaves(arrays)[0])
     size, parts = min(size, 2 ** math.ceil(math.log2(max(num, 1)))), []

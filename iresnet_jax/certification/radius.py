@@ -1,12 +1,16 @@
-r"""The radius around an image in which a classifier's decision cannot change, from a margin and a Lipschitz constant.
+r"""The radius around an image in which a classifier's decision cannot change, from a margin and a
+Lipschitz constant.
 
-The margin of the predicted class over class ``j`` is ``m = w . h + const``, with ``w`` the difference of two columns of the
-head, so the class stays the same within ``m / Lip(m)`` (Tsuzuku et al. 2018, Proposition 1, for each pair of classes). A linear
-head has ``h = F(x)`` and, in pixels, ``Lip(m) <= |w| Lip(F) / min std``. A pooled one has means of ``relu(u)`` over positions
-with ``u = alpha (F(x) - mean) + bias``; rectifiers are 1-Lipschitz, which makes it ``|w alpha|`` in place of ``|w|``.
+The margin of the predicted class over class ``j`` is ``m = w . h + const``, with ``w`` the
+difference of two columns of the head, so the class stays the same within ``m / Lip(m)`` (Tsuzuku et
+al. 2018, Proposition 1, for each pair of classes). A linear head has ``h = F(x)`` and, in pixels,
+``Lip(m) <= |w| Lip(F) / min std``. A pooled one has means of ``relu(u)`` over positions with ``u =
+alpha (F(x) - mean) + bias``; rectifiers are 1-Lipschitz, which makes it ``|w alpha|`` in place of
+``|w|``.
 
-``Lip(F)`` is the product of the blocks' constants. Only blocks that never stretch, of kind "potential" without ActNorm, keep it
-at 1; of others it is thousands to billions, and radii are as many times smaller than attacks suggest.
+``Lip(F)`` is the product of the blocks' constants. Only blocks that never stretch, of kind
+"potential" without ActNorm, keep it at 1; of others it is thousands to billions, and radii are as
+many times smaller than attacks suggest.
 """
 
 import functools
@@ -32,8 +36,8 @@ class CertifiedRadius(NamedTuple):
     """Guarantees of a classifier's decisions, one entry an image.
 
     Attributes:
-        radius: No perturbation of a smaller 2-norm changes the predicted class, for pixels on the scale of [0, 1], which the
-            perturbed ones may leave.
+        radius: No perturbation of a smaller 2-norm changes the predicted class, for pixels on the
+            scale of [0, 1], which the perturbed ones may leave.
         predicted: The predicted class.
         margin: Logit of the predicted class less the largest other one.
         lipschitz: Certified Lipschitz constant, in pixels, of the margin that gives the radius.
@@ -45,8 +49,11 @@ class CertifiedRadius(NamedTuple):
     lipschitz: Float[np.ndarray, " b"]
 
 
-def radius(model: Classifier, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]) -> CertifiedRadius:
-    """Guaranteed radii around images in which the predicted class stays the same, rounding included.
+def radius(
+    model: Classifier, images: Num[Array, "b h w c"] | Num[np.ndarray, "b h w c"]
+) -> CertifiedRadius:
+    """Guaranteed radii around images in which the predicted class stays the same, rounding
+    included.
 
     The classifier is the map of the model's weights in exact arithmetic.
 
@@ -63,29 +70,42 @@ def radius(model: Classifier, images: Num[Array, "b h w c"] | Num[np.ndarray, "b
     if not isinstance(model, Classifier):
         raise ValueError(f"radii are certified for classifiers, got a {type(model).__name__}")
     with prepared(model, images, contraction=False) as (flow, _):
-        inputs = np.asarray(model.preprocess(np.asarray(images)))  # checks the images' shape and levels
+        # checks the images' shape and levels
+        inputs = np.asarray(model.preprocess(np.asarray(images)))
         return in_parts(functools.partial(_radii, flow, model), _CHUNK, inputs)
 
 
-def _radii(flow: PreparedFlow, model: Classifier, inputs: Float[np.ndarray, "b h w c"]) -> CertifiedRadius:
+def _radii(
+    flow: PreparedFlow, model: Classifier, inputs: Float[np.ndarray, "b h w c"]
+) -> CertifiedRadius:
     """The radii around a part of the images."""
     points = np.array(follow(flow.spec, flow.weights, inputs, None))
     found = residuals(flow.stages, DoubleDouble.of(points))
-    from_pixels = 1 / min(model.spec.std) * UP  # Lipschitz constant of the map from pixels to the flow's input
-    start_error = 8 * U * (1 + max(map(abs, model.spec.mean))) * from_pixels * math.sqrt(inputs[0].size)
-    error = np.full(len(inputs), start_error)  # of the features, from those of the rounded input and of each step
+    # Lipschitz constant of the map from pixels to the flow's input
+    from_pixels = 1 / min(model.spec.std) * UP
+    start_error = (
+        8 * U * (1 + max(map(abs, model.spec.mean))) * from_pixels * math.sqrt(inputs[0].size)
+    )
+    # of the features, from those of the rounded input and of each step
+    error = np.full(len(inputs), start_error)
     for stretch, size in zip(flow.chained(flow.constants.stretch), found.sizes.T, strict=True):
         error = (stretch * error + size) * UP
-    predicted, margins, margin_errors, lipschitz = _margins(model, points[:, -1, flow.places.latents])
+    predicted, margins, margin_errors, lipschitz = _margins(
+        model, points[:, -1, flow.places.latents]
+    )
     sure = margins - (margin_errors + lipschitz * error[:, None]) * UP
     of_flow = float(bilipschitz(flow.spec, flow.weights).forward) * from_pixels * UP
     radii = np.maximum(np.nan_to_num(sure / (lipschitz * of_flow) / UP, posinf=np.inf), 0)
-    of_margin = np.take_along_axis(lipschitz, radii.argmin(axis=1)[:, None], axis=1)[:, 0] * of_flow * UP
+    of_margin = (
+        np.take_along_axis(lipschitz, radii.argmin(axis=1)[:, None], axis=1)[:, 0] * of_flow * UP
+    )
     return CertifiedRadius(radii.min(axis=1), predicted, margins.min(axis=1), of_margin)
 
 
 def _margins(model: Classifier, features: Float[np.ndarray, "b d"]) -> tuple[np.ndarray, ...]:
-    """Predicted classes; margins over all other classes, their rounding errors and Lipschitz constants in the features."""
+    """Predicted classes; margins over all other classes, their rounding errors and Lipschitz
+    constants in the features.
+    """
     linear = {name: np.asarray(a, np.float64) for name, a in model.head["linear"].items()}
     if model.spec.head == "linear":
         h, h_errors, slopes = features, np.zeros_like(features), 1.0
@@ -95,20 +115,26 @@ def _margins(model: Classifier, features: Float[np.ndarray, "b d"]) -> tuple[np.
         columns = linear["kernel"].T
     num_classes = model.spec.num_classes
     predicted = np.argmax(np.nan_to_num(h @ columns.T + linear["bias"], nan=-np.inf), axis=1)
-    others = np.array([np.delete(np.arange(num_classes), i) for i in predicted]).reshape(-1, num_classes - 1)
+    others = np.array([np.delete(np.arange(num_classes), i) for i in predicted]).reshape(
+        -1, num_classes - 1
+    )
     own, other = columns[predicted][:, None], columns[others]  # (b, 1, d) and (b, k, d)
     bias, other_bias = linear["bias"][predicted][:, None], linear["bias"][others]
     margins = np.sum((own - other) * h[:, None], axis=-1) + (bias - other_bias)
     both = np.abs(own) + np.abs(other)
     terms = np.sum(both * np.abs(h)[:, None], axis=-1) + np.abs(bias) + np.abs(other_bias)
-    rounding = gamma(features[0].size + 16)  # of sums, of the mean over positions and of unit columns
+    # of sums, of the mean over positions and of unit columns
+    rounding = gamma(features[0].size + 16)
     errors = np.sum(both * h_errors[:, None], axis=-1) + rounding * terms
-    lipschitz = np.linalg.norm((own - other) * slopes, axis=-1) + rounding * np.linalg.norm(both * slopes, axis=-1)
+    lipschitz = np.linalg.norm((own - other) * slopes, axis=-1) + rounding * np.linalg.norm(
+        both * slopes, axis=-1
+    )
     return predicted, margins, errors * UP, lipschitz * UP
 
 
 def _pooled(model: Classifier, features: Float[np.ndarray, "b d"]) -> tuple[np.ndarray, ...]:
-    """Means of rectified features over positions, bounds of the errors of their terms, and their Lipschitz constants.
+    """Means of rectified features over positions, bounds of the errors of their terms, and their
+    Lipschitz constants.
 
     An entry ``u_k`` errs by at most ``8 U (|alpha_k| (|x_k| + |mean|) + |bias|)``.
     """

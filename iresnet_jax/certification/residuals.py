@@ -1,6 +1,8 @@
-r"""The residuals of trajectories in double-double, with guaranteed errors, and the slopes of activations along them.
+r"""The residuals of trajectories in double-double, with guaranteed errors, and the slopes of
+activations along them.
 
-The map is the one of the weights as real numbers: those of float32 weights are the same in every precision.
+The map is the one of the weights as real numbers: those of float32 weights are the same in every
+precision.
 """
 
 import functools
@@ -31,7 +33,8 @@ class Layer(NamedTuple):
         slices: Its kernel in slices.
         bias: Bias, of a shape that fits outputs ``(k, b, p, c)``.
         norm: Bound of the operator norm.
-        sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k, b, ...)``; None without.
+        sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k,
+            b, ...)``; None without.
         context: Kernel of the context in slices; None without.
     """
 
@@ -73,10 +76,12 @@ class Residuals(NamedTuple):
     """Residuals of trajectories, and the slopes of their activations.
 
     Attributes:
-        values: ``F_t(x_t) - x_{t+1}``, rounded to float64; 0 at entries that a step does not act on.
+        values: ``F_t(x_t) - x_{t+1}``, rounded to float64; 0 at entries that a step does not act
+            on.
         errors: Bounds of the Euclidean norm of the error of `values`.
         argument_errors: Bounds of the error of every argument of an activation.
-        slopes: Slope of every output of an activation, ``(b, k, ...)``, by stage and layer; None in front of a layer without.
+        slopes: Slope of every output of an activation, ``(b, k, ...)``, by stage and layer; None in
+            front of a layer without.
     """
 
     values: Float[np.ndarray, "b t d"]
@@ -102,8 +107,13 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
         (bias, log_scale), branch = own
         by_channel = (len(bias), *(1,) * len(place.in_shape), -1)
-        layer_weights, norms = jax.device_get(_chain_weights(branch.spec, branch.weights, branch.norms))
-        layers = tuple(_layer(layer, layer_weights[layer.name], norms[layer.name]) for layer in branch.spec.chain)
+        layer_weights, norms = jax.device_get(
+            _chain_weights(branch.spec, branch.weights, branch.norms)
+        )
+        layers = tuple(
+            _layer(layer, layer_weights[layer.name], norms[layer.name])
+            for layer in branch.spec.chain
+        )
         stages.append(
             PreciseStage(
                 place=place,
@@ -111,7 +121,9 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
                 scale=exp(DoubleDouble.of(log_scale.reshape(by_channel))),
                 layers=layers,
                 lipschitz=branch.lipschitz_bound,
-                stretch=np.array([branch.spec.block_bounds(bound).forward for bound in branch.lipschitz_bound]),
+                stretch=np.array(
+                    [branch.spec.block_bounds(bound).forward for bound in branch.lipschitz_bound]
+                ),
             )
         )
     return tuple(stages)
@@ -128,12 +140,16 @@ def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
     sharpness = None
     if "beta" in own:
         beta = own["beta"]
-        sharpness = precise_activations.softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
+        sharpness = precise_activations.softplus(
+            DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1))
+        )
     return Layer(
         spec=layer,
         kernel=own["kernel"],
         slices=Sliced.of(own["kernel"]),
-        bias=DoubleDouble.of(bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])),
+        bias=DoubleDouble.of(
+            bias.reshape(num, *(1,) * (len(layer.in_shape) + 2 - bias.ndim), *bias.shape[1:])
+        ),
         norm=np.asarray(norm, np.float64),
         sharpness=sharpness,
         context=Sliced.of(own["context"]) if "context" in own else None,
@@ -141,9 +157,13 @@ def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
 
 
 def ending_at(
-    stages: Sequence[PreciseStage], points: Float[np.ndarray, "b t d"], last: Float[np.ndarray, "b d"]
+    stages: Sequence[PreciseStage],
+    points: Float[np.ndarray, "b t d"],
+    last: Float[np.ndarray, "b d"],
 ) -> Float[np.ndarray, "b t d"]:
-    """The trajectories with another last point: entries that are not acted on any more have its values."""
+    """The trajectories with another last point: entries that are not acted on any more have its
+    values.
+    """
     points = np.concatenate([points[:, :-1], last[:, None]], axis=1)
     places = [stage.place for stage in stages for _ in range(stage.num_blocks)]
     for t, place in reversed(list(enumerate(places))):
@@ -153,14 +173,18 @@ def ending_at(
 
 
 def residuals(
-    stages: Sequence[PreciseStage], trajectory: DoubleDouble, context: Float[np.ndarray, "b k"] | None = None
+    stages: Sequence[PreciseStage],
+    trajectory: DoubleDouble,
+    context: Float[np.ndarray, "b k"] | None = None,
 ) -> Residuals:
-    """The residuals of trajectories ``(b, t, d)``, all steps of a stage at once, with guaranteed bounds of their errors.
+    """The residuals of trajectories ``(b, t, d)``, all steps of a stage at once, with guaranteed
+    bounds of their errors.
 
-    Entries that a step does not act on are taken to be the same in front of it and behind it, see `ending_at`.
+    Entries that a step does not act on are taken to be the same in front of it and behind it, see
+    `ending_at`.
 
-    An error ``delta`` in the input of a layer is ``|W| delta`` behind it, and an activation is 1-Lipschitz; what products,
-    activations and sums add is bounded where it arises.
+    An error ``delta`` in the input of a layer is ``|W| delta`` behind it, and an activation is
+    1-Lipschitz; what products, activations and sums add is bounded where it arises.
     """
     b, num, d = trajectory.high.shape
     values, slopes, start = np.zeros((b, num - 1, d)), [], 0
@@ -193,7 +217,9 @@ def _inputs(stage, trajectory, points):
 
 
 def _branch(stage, h, error, context):
-    """``g``, bounds of its error and of the arguments' of activations, and the slopes; ``error`` bounds that of the input."""
+    """``g``, bounds of its error and of the arguments' of activations, and the slopes; ``error``
+    bounds that of the input.
+    """
     slopes, of_arguments = [], np.zeros_like(error)
     for layer in stage.layers:
         slope = None
@@ -207,7 +233,9 @@ def _branch(stage, h, error, context):
         h = h + layer.bias
         if layer.context is not None:
             contexts = DoubleDouble.of(np.broadcast_to(context, (len(layer.norm), *context.shape)))
-            shift, of_shift = product(contexts, layer.context, lambda inputs, kernels: inputs @ kernels[:, None])
+            shift, of_shift = product(
+                contexts, layer.context, lambda inputs, kernels: inputs @ kernels[:, None]
+            )
             shape = (*shift.high.shape[:2], *(1,) * (h.high.ndim - 3), -1)
             h, own = h + shift.map(lambda part, shape=shape: part.reshape(shape)), own + of_shift
         positions = np.prod(h.high.shape[2:-1])
@@ -217,13 +245,19 @@ def _branch(stage, h, error, context):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(layer: LayerSpec, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]) -> Array:
-    """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their order."""
+def _apply(
+    layer: LayerSpec, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]
+) -> Array:
+    """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their
+    order.
+    """
     apply = layer.linear_map()
 
     def of_block(block):
         h, kernel = block
-        return apply(kernel, h.reshape(-1, *h.shape[2:])).reshape(*h.shape[:2], *layer.in_shape[:-1], -1)
+        return apply(kernel, h.reshape(-1, *h.shape[2:])).reshape(
+            *h.shape[:2], *layer.in_shape[:-1], -1
+        )
 
     return lax.map(of_block, (inputs, kernels))
 

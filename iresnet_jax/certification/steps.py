@@ -1,8 +1,10 @@
-r"""A flow as a chain of steps on one vector, its trajectory in float64, and Newton's corrections of one.
+r"""A flow as a chain of steps on one vector, its trajectory in float64, and Newton's corrections of
+one.
 
-A step is an ActNorm and a residual block. It acts on some entries of a vector of all ``d`` dimensions, read in the order that
-its branch has them in, and leaves the others alone: squeezing and flattening are orders of entries, and a part that left as
-latents is not acted on again. The first point of a trajectory is the flow's input, the last one holds its latents.
+A step is an ActNorm and a residual block. It acts on some entries of a vector of all ``d``
+dimensions, read in the order that its branch has them in, and leaves the others alone: squeezing
+and flattening are orders of entries, and a part that left as latents is not acted on again. The
+first point of a trajectory is the flow's input, the last one holds its latents.
 """
 
 import functools
@@ -30,7 +32,8 @@ class Place:
     """Where the steps of a stage act.
 
     Attributes:
-        entries: Entries of the flow's vector that the steps act on, in the order of the branch's input.
+        entries: Entries of the flow's vector that the steps act on, in the order of the branch's
+            input.
         in_shape: Shape of the branch's input.
     """
 
@@ -46,7 +49,9 @@ class Place:
         """Inputs of the branch."""
         return vectors[:, self.active].reshape(-1, *self.in_shape)
 
-    def write(self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]) -> Float[Array, "n d"]:
+    def write(
+        self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]
+    ) -> Float[Array, "n d"]:
         """The vectors with other values where the steps act."""
         return vectors.at[:, self.active].set(flatten(values))
 
@@ -81,12 +86,18 @@ def places_of(spec: FlowSpec) -> Places:
 
 def blocks_of(spec: FlowSpec, weights: FlowWeights) -> list[tuple[Place, Block]]:
     """The blocks of each stage and their place."""
-    return [(place, weights[stage.name]) for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)]
+    return [
+        (place, weights[stage.name])
+        for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow(
-    spec: FlowSpec, weights: FlowWeights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
+    spec: FlowSpec,
+    weights: FlowWeights,
+    x: Float[Array, "b ..."],
+    context: Float[Array, "b k"] | None,
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory that starts at ``x``, the last one included."""
 
@@ -104,7 +115,10 @@ def follow(
 
 @functools.partial(jax.jit, static_argnums=0)
 def follow_back(
-    spec: FlowSpec, weights: FlowWeights, y: Float[Array, "b d"], context: Float[Array, "b k"] | None
+    spec: FlowSpec,
+    weights: FlowWeights,
+    y: Float[Array, "b d"],
+    context: Float[Array, "b k"] | None,
 ) -> Float[Array, "b t d"]:
     """Every point of the trajectory from the flow's own inverse of the latents ``y``."""
     x, _ = flow_bijection(spec, weights, solver=Solver(atol=1e-13), context=context).inverse(y)
@@ -119,7 +133,8 @@ def newton_step(
     residuals: Float[Array, "b r d"],
     context: Float[Array, "b k"] | None,
 ) -> Float[Array, "b r d"]:
-    """The correction ``e_t = J_t^-1 (e_{t+1} - r_t)`` of every point of a trajectory but the last, where ``e_T = 0``.
+    """The correction ``e_t = J_t^-1 (e_{t+1} - r_t)`` of every point of a trajectory but the last,
+    where ``e_T = 0``.
 
     It promises nothing: residuals say how good it was.
     """
@@ -136,7 +151,9 @@ def newton_step(
 
     later, corrections, end = jnp.zeros_like(residuals[:, 0]), [], residuals.shape[1]
     by_step = jnp.moveaxis(points, 1, 0), jnp.moveaxis(residuals, 1, 0)
-    for stage, (place, block) in reversed(list(zip(spec.layout, blocks_of(spec, weights), strict=True))):
+    for stage, (place, block) in reversed(
+        list(zip(spec.layout, blocks_of(spec, weights), strict=True))
+    ):
         first = end - stage.spec.num_blocks
         own = ((place, block), *(values[first:end] for values in by_step))
         later, found = lax.scan(step, later, own, reverse=True)

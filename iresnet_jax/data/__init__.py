@@ -1,21 +1,25 @@
 """Where examples come from: `load` returns images and toys by name as a `DataSet`.
 
-======================  ==============================================================================================
-``digits``              8x8 images embedded in scikit-learn
-``moons`` ``rings``     2-D toy densities, listed in `toys`
-``mnist`` ``cifar10``   any image classification data set of TensorFlow Datasets by its name there, such as
-                        ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if TensorFlow is installed
+======================
+==============================================================================================
+``digits``              8x8 images embedded in scikit-learn ``moons`` ``rings``     2-D toy
+densities, listed in `toys` ``mnist`` ``cifar10``   any image classification data set of TensorFlow
+Datasets by its name there, such as
+                        ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if
+                        TensorFlow is installed
 ``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` and so on
 ``cifar:FOLDER``        the binary version of CIFAR-10 or CIFAR-100, as its archive is unpacked
-``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to be split; images of 8 bits
+``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to
+be split; images of 8 bits
                         or floats, with contexts ``context_train`` or ``context``
-``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see `sources`
-``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
-======================  ==============================================================================================
+``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see
+`sources` ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
+======================
+==============================================================================================
 
-Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension always belong together. Images
-of TFDS and image files are decoded once (`cache`). `dataset` says how the validation split is made, and `batches` which
-examples a training step sees.
+Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension
+always belong together. Images of TFDS and image files are decoded once (`cache`). `dataset` says
+how the validation split is made, and `batches` which examples a training step sees.
 """
 
 import dataclasses
@@ -34,7 +38,9 @@ _IMAGES = {"idx": images.load_idx, "cifar": images.load_cifar, "folder": images.
 _ARRAYS = {"npz": sources.load_npz, "npy": sources.load_npy, "csv": sources.load_csv}
 
 
-def load(name: str, *, fractions: tuple[float, float] = (0.1, 0.1), num_classes: int | None = None) -> DataSet:
+def load(
+    name: str, *, fractions: tuple[float, float] = (0.1, 0.1), num_classes: int | None = None
+) -> DataSet:
     """Loads a data set or toy by its name.
 
     Example::
@@ -47,8 +53,10 @@ def load(name: str, *, fractions: tuple[float, float] = (0.1, 0.1), num_classes:
 
     Args:
         name: Name as in the table above.
-        fractions: Shares for validation and for the test of arrays in a file that has not split them.
-        num_classes: Classes that arrays in a file may have; by default those of their labels, without gaps.
+        fractions: Shares for validation and for the test of arrays in a file that has not split
+            them.
+        num_classes: Classes that arrays in a file may have; by default those of their labels,
+            without gaps.
 
     Raises:
         ValueError: If no data set has this name, or its files do not make up a data set.
@@ -66,8 +74,10 @@ def load(name: str, *, fractions: tuple[float, float] = (0.1, 0.1), num_classes:
         return _IMAGES[kind](Path(path).expanduser(), name)
     if (found := tfds.load(name)) is None:
         raise ValueError(
-            f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} and others of TFDS, "
-            f"the toys {', '.join(TOYS)}, and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
+            f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} "
+            "and others of TFDS, "
+            f"the toys {', '.join(TOYS)}, and own data as "
+            f"{', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
         )
     return found
 
@@ -80,7 +90,10 @@ def conditioned_on_labels(data: DataSet) -> DataSet:
     """
     if data.num_classes is None or data.contexts:
         problem = "contexts already" if data.contexts else "no labels"
-        raise ValueError(f"data.condition_on_labels makes contexts of labels, and {data.name} has {problem}: switch it off")
+        raise ValueError(
+            f"data.condition_on_labels makes contexts of labels, and {data.name} has "
+            f"{problem}: switch it off"
+        )
     vectors = np.eye(data.num_classes, dtype=np.float32)
     contexts = {split: vectors[labels] for split, labels in data.labels.items()}
     return dataclasses.replace(data, contexts=contexts)

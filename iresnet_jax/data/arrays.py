@@ -1,4 +1,5 @@
-"""Data sets of arrays and data frames in memory: `data_of` what `iresnet_jax.fit` is given, `from_arrays` arrays by split.
+"""Data sets of arrays and data frames in memory: `data_of` what `iresnet_jax.fit` is given,
+`from_arrays` arrays by split.
 
 Integer images are levels, floats are continuous. Columns of vectors are described in `tables`.
 """
@@ -34,7 +35,9 @@ class Arrays(NamedTuple):
 
     def take(self, chosen: Any) -> "Arrays":
         """The chosen examples, by places or by a mask."""
-        labels, context = (None if array is None else array[chosen] for array in (self.labels, self.context))
+        labels, context = (
+            None if array is None else array[chosen] for array in (self.labels, self.context)
+        )
         return Arrays(self.x[chosen], labels, context)
 
 
@@ -54,29 +57,39 @@ def from_arrays(
 
     Args:
         name: Name in messages and reports.
-        arrays: All examples, or those of each split, "train" among them; "validation" is carved from it if it is missing.
-        fractions: Shares of all examples that are set aside for validation and for the test, where they are not split yet.
-            The choice depends on the number of examples alone, see `fraction_masks`.
+        arrays: All examples, or those of each split, "train" among them; "validation" is carved
+            from it if it is missing.
+        fractions: Shares of all examples that are set aside for validation and for the test, where
+            they are not split yet. The choice depends on the number of examples alone, see
+            `fraction_masks`.
         columns: Columns of the data frame or table that vectors are from.
         bounds: Ends of columns of a table, see `tables.describe`.
-        is_table: Whether the density of vectors is to be fitted whose entries keep to their ranges, see `tables`.
-        num_classes: Classes where their publisher says how many there are; by default those of the labels, without gaps.
+        is_table: Whether the density of vectors is to be fitted whose entries keep to their ranges,
+            see `tables`.
+        num_classes: Classes where their publisher says how many there are; by default those of the
+            labels, without gaps.
 
     Raises:
-        ValueError: If the arrays do not fit together, are not finite, or have entries without a density; it says which.
+        ValueError: If the arrays do not fit together, are not finite, or have entries without a
+            density; it says which.
     """
     parts, seen = _by_split(name, arrays, fractions)
     train = parts["train"]
     labels = {split: part.labels for split, part in parts.items() if part.labels is not None}
-    num_classes = _num_classes(np.concatenate(list(labels.values())), num_classes) if labels else None
+    num_classes = (
+        _num_classes(np.concatenate(list(labels.values())), num_classes) if labels else None
+    )
     levels, table = None, Table(None)
-    given = arrays if isinstance(arrays, Arrays) else arrays["train"]  # in the precision of whoever gave them
+    # in the precision of whoever gave them
+    given = arrays if isinstance(arrays, Arrays) else arrays["train"]
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values())
         levels = 256 if largest > 127 else max(largest + 1, 2)
     elif train.x.ndim == 2:
         names = [column.name for column in columns or ()] or list(range(train.x.shape[1]))
-        check_told_apart(np.asarray(given.x), train.x.dtype, lambda column: f"column {names[column]!r}")
+        check_told_apart(
+            np.asarray(given.x), train.x.dtype, lambda column: f"column {names[column]!r}"
+        )
         of_columns = [len(column.categories or ()) for column in columns or ()]
         if np.asarray(given.x).dtype == bool:
             of_columns = [2] * train.x.shape[1]
@@ -97,32 +110,56 @@ def from_arrays(
         num_classes=num_classes,
         cells=table.cells,
     )
-    notes = [*table.notes, *(f"entry {entry} of the context is constant and tells nothing: leave it out" for entry in constant)]
+    notes = [
+        *table.notes,
+        *(
+            f"entry {entry} of the context is constant and tells nothing: leave it out"
+            for entry in constant
+        ),
+    ]
     return dataclasses.replace(data, ends=table.ends, columns=columns, notes=tuple(notes))
 
 
 def _by_split(
     name: str, arrays: Arrays | dict[str, Arrays], fractions: tuple[float, float]
 ) -> tuple[dict[str, Arrays], dict[str, np.ndarray]]:
-    """The checked examples of each split, and the rows that show what columns hold, before a split was carved from another."""
+    """The checked examples of each split, and the rows that show what columns hold, before a
+    split was carved from another.
+    """
     if isinstance(arrays, Arrays):
         checked = _checked(arrays)
         masks = fraction_masks(len(checked.x), fractions)
         return {split: checked.take(mask) for split, mask in masks.items()}, {"train": checked.x}
     if "train" not in arrays:
-        raise ValueError(f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}")
+        raise ValueError(
+            f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}"
+        )
     parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
     if len(parts["train"].x) < 2:
         raise ValueError(f"{name} has one training example: a model is trained on 2 or more")
     shapes = {part.x.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
-        raise ValueError(f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}")
+        raise ValueError(
+            f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}"
+        )
     if len(dtypes := {str(part.x.dtype) for part in parts.values()}) > 1:
-        raise ValueError(f"the splits of {name} must hold examples of one type, got {' and '.join(sorted(dtypes))}")
+        raise ValueError(
+            f"the splits of {name} must hold examples of one type, got "
+            f"{' and '.join(sorted(dtypes))}"
+        )
     if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
         raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
-    if len(lengths := {part.context.shape[1] for part in parts.values() if part.context is not None}) > 1:
-        raise ValueError(f"the splits of {name} must have contexts of one length, got {sorted(lengths)}")
+    if (
+        len(
+            lengths := {
+                part.context.shape[1] for part in parts.values() if part.context is not None
+            }
+        )
+        > 1
+    ):
+        raise ValueError(
+            f"the splits of {name} must have contexts of one length, got {sorted(lengths)}"
+        )
     seen = {split: part.x for split, part in parts.items()}
     if "validation" not in parts:
         chosen = validation_mask(len(seen["train"]))
@@ -131,22 +168,33 @@ def _by_split(
 
 
 def check_channels(images: np.ndarray) -> None:
-    """Raises ``ValueError`` if a channel of continuous images is constant or nearly, or most of its values are equal."""
+    """Raises ``ValueError`` if a channel of continuous images is constant or nearly, or most of
+    its values are equal.
+    """
     for channel in range(images.shape[-1]):
         values = np.asarray(images[..., channel]).reshape(-1)
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) < 2:
-            raise ValueError(f"channel {channel} of the images is constant, so there is no density: drop it")
-        check_told_apart(values[:, None], images.dtype, lambda _, channel=channel: f"channel {channel} of the images")
+            raise ValueError(
+                f"channel {channel} of the images is constant, so there is no density: drop it"
+            )
+        check_told_apart(
+            values[:, None],
+            images.dtype,
+            lambda _, channel=channel: f"channel {channel} of the images",
+        )
         if len(values) >= 1000 and len(distinct) <= 256:
             raise ValueError(
-                f"channel {channel} of the images has {len(distinct)} different values: give images of integer levels as "
+                f"channel {channel} of the images has {len(distinct)} different values: give "
+                "images of integer levels as "
                 "integers, so that their likelihood is one of levels"
             )
         if counts.max() > len(values) / 4:
             raise ValueError(
-                f"{counts.max() / len(values):.0%} of channel {channel} of the images are {distinct[counts.argmax()]:g}, "
-                "where a density would grow without bound: add noise, or give the images as integer levels"
+                f"{counts.max() / len(values):.0%} of channel {channel} of the images are "
+                f"{distinct[counts.argmax()]:g}, "
+                "where a density would grow without bound: add noise, or give the images as "
+                "integer levels"
             )
 
 
@@ -154,31 +202,51 @@ def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
     x = np.asarray(arrays.x)
     if x.ndim not in (2, 4) or not x.size:
-        hints = {1: ": numbers are vectors of length 1 as x[:, None]", 3: ": add a channel axis with x[..., None]"}
+        hints = {
+            1: ": numbers are vectors of length 1 as x[:, None]",
+            3: ": add a channel axis with x[..., None]",
+        }
         hint = ": there are no examples" if x.ndim and not len(x) else hints.get(x.ndim, "")
-        raise ValueError(f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}")
+        raise ValueError(
+            f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}"
+        )
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3] > 4:
-        raise ValueError(f"images have their channels last, got shape {x.shape}: give x.transpose(0, 2, 3, 1)")
+        raise ValueError(
+            f"images have their channels last, got shape {x.shape}: give x.transpose(0, 2, 3, 1)"
+        )
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
-            raise ValueError(f"integer images must have levels 0 to 255, got {x.min()} to {x.max()}: convert them to floats")
+            raise ValueError(
+                f"integer images must have levels 0 to 255, got {x.min()} to "
+                f"{x.max()}: convert them to floats"
+            )
         x = x.astype(np.uint8)
     else:
         x = _finite_floats(x, "the data")
-    labels, context = (None if given is None else np.asarray(given) for given in (arrays.labels, arrays.context))
+    labels, context = (
+        None if given is None else np.asarray(given) for given in (arrays.labels, arrays.context)
+    )
     if labels is not None:
         labels = labels[:, 0] if labels.shape == (len(x), 1) else labels
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
             is_one_hot = labels.ndim == 2 and len(labels) == len(x)
-            numbered = "labels.argmax(axis=1)" if is_one_hot else "np.unique(labels, return_inverse=True)[1]"
+            numbered = (
+                "labels.argmax(axis=1)"
+                if is_one_hot
+                else "np.unique(labels, return_inverse=True)[1]"
+            )
             raise ValueError(
-                f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} of shape {labels.shape}: "
+                f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} "
+                f"of shape {labels.shape}: "
                 f"number the classes with {numbered}"
             )
     if context is not None:
         context = context[:, None] if context.ndim == 1 else context
         if context.ndim != 2 or len(context) != len(x) or not context.shape[1]:
-            raise ValueError(f"context must hold a vector for each of {len(x)} examples, got shape {context.shape}")
+            raise ValueError(
+                f"context must hold a vector for each of {len(x)} examples, got shape "
+                f"{context.shape}"
+            )
         context = _finite_floats(context, "the context")
     return Arrays(x, labels, context)
 
@@ -187,17 +255,24 @@ def _num_classes(labels: np.ndarray, published: int | None) -> int:
     """The number of classes, of labels of all splits.
 
     Raises:
-        ValueError: If there is one class alone, numbers of classes are left out, or there are more than was published.
+        ValueError: If there is one class alone, numbers of classes are left out, or there are more
+            than was published.
     """
     present = np.unique(labels)
     if published is not None and present[-1] >= published:
-        raise ValueError(f"labels must lie in 0 to {published - 1}, got {present[-1]}: correct them, or fetch the file again")
+        raise ValueError(
+            f"labels must lie in 0 to {published - 1}, got {present[-1]}: correct "
+            "them, or fetch the file again"
+        )
     if len(present) < 2 and (published or 0) < 2:
-        raise ValueError(f"labels must be of 2 classes or more, and all are {present[0]}: leave them out")
+        raise ValueError(
+            f"labels must be of 2 classes or more, and all are {present[0]}: leave them out"
+        )
     if published is None and len(present) <= present[-1]:
         lacking = np.setdiff1d(np.arange(len(present)), present)[0]
         raise ValueError(
-            f"labels must number the classes from 0 on without gaps, got none of {lacking} and {present[-1]} as the largest: "
+            f"labels must number the classes from 0 on without gaps, got none of {lacking} and "
+            f"{present[-1]} as the largest: "
             "number the classes with np.unique(labels, return_inverse=True)[1]"
         )
     return published or len(present)
@@ -205,7 +280,10 @@ def _num_classes(labels: np.ndarray, published: int | None) -> int:
 
 def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
     if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
-        raise ValueError(f"{what} must be numbers, got {array.dtype}: encode text, categories and booleans as numbers first")
+        raise ValueError(
+            f"{what} must be numbers, got {array.dtype}: encode text, categories and "
+            "booleans as numbers first"
+        )
     return finite_numbers(array, what, jnp.result_type(float))
 
 
@@ -225,10 +303,12 @@ def data_of(
         x: Examples: an array, or a data frame whose columns are numbers, booleans or categories.
         labels: Classes.
         context: Contexts.
-        validation: Examples that validate, an array or a data frame like ``x``, or ``(x, labels, context)``.
+        validation: Examples that validate, an array or a data frame like ``x``, or ``(x, labels,
+            context)``.
         validation_fraction: Share of the examples that validates, without.
         bounds: Ends of columns, see `tables.describe`.
-        is_density: Whether a density without classes is to be fitted: entries of vectors then keep to their ranges.
+        is_density: Whether a density without classes is to be fitted: entries of vectors then keep
+            to their ranges.
 
     Raises:
         ValueError: If it does not fit together, or has no density; the message names the column.
@@ -240,30 +320,55 @@ def data_of(
         raise ValueError("bounds are for densities of vectors without classes: leave them out")
     splits: Arrays | dict[str, Arrays] = arrays
     if validation is not None:
-        if isinstance(validation, list) and any(np.ndim(part) >= arrays.x.ndim for part in validation):
+        if isinstance(validation, list) and any(
+            np.ndim(part) >= arrays.x.ndim for part in validation
+        ):
             raise ValueError(
-                "validation must be like x, or a tuple (x, labels, context), got a list: None is what there is not"
+                "validation must be like x, or a tuple (x, labels, context), got a list: None is "
+                "what there is not"
             )
-        if isinstance(validation, tuple) and len(validation) == 2 and labels is None and context is not None:
-            raise ValueError("validation of a conditional density is (x, None, context): the second entry holds labels")
+        if (
+            isinstance(validation, tuple)
+            and len(validation) == 2
+            and labels is None
+            and context is not None
+        ):
+            raise ValueError(
+                "validation of a conditional density is (x, None, context): the "
+                "second entry holds labels"
+            )
         held_out = validation if isinstance(validation, tuple) else (validation,)
         if not 1 <= len(held_out) <= 3:
-            raise ValueError(f"validation must be like x, or a tuple (x, labels, context), got {len(held_out)} entries")
+            raise ValueError(
+                "validation must be like x, or a tuple (x, labels, context), got "
+                f"{len(held_out)} entries"
+            )
         splits = {"train": arrays, "validation": _arrays(columns, *held_out)}
     fractions = validation_fraction, 0.0
-    return from_arrays(FITTED_ARRAY, splits, fractions=fractions, columns=columns, bounds=bounds, is_table=is_table)
+    return from_arrays(
+        FITTED_ARRAY, splits, fractions=fractions, columns=columns, bounds=bounds, is_table=is_table
+    )
 
 
-def _arrays(columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None) -> Arrays:
+def _arrays(
+    columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None
+) -> Arrays:
     numbers = x if columns is None or not isinstance(x, Frame) else numbers_of(x, columns)
-    others = (None if given is None else _as_array(given, name) for given, name in ((labels, "labels"), (context, "context")))
+    others = (
+        None if given is None else _as_array(given, name)
+        for given, name in ((labels, "labels"), (context, "context"))
+    )
     return Arrays(_as_array(numbers, "x"), *others)
 
 
 def _as_array(given: Any, name: str) -> np.ndarray:
-    """An array of numbers; ``ValueError`` of anything else, masked values, and what is not known yet under ``jax.jit``."""
+    """An array of numbers; ``ValueError`` of anything else, masked values, and what is not known
+    yet under ``jax.jit``.
+    """
     if isinstance(given, jax.core.Tracer):
-        raise ValueError(f"{name} must be an array of numbers that are known: call fit outside of jax.jit")
+        raise ValueError(
+            f"{name} must be an array of numbers that are known: call fit outside of jax.jit"
+        )
     check_unmasked(given, name)
     try:
         array = np.asarray(given)

@@ -1,8 +1,9 @@
 """Random changes of training images: pure functions for use inside a jitted training step.
 
-Every example has its own key, so a result depends neither on the batch that an example is in nor on the number of devices. The
-usual augmentation of CIFAR-10 is `crop_and_flip`, which keeps classes; digits and house numbers must not be flipped. A density
-may see images that are changed in any way, if it is told how, see `transformed`.
+Every example has its own key, so a result depends neither on the batch that an example is in nor on
+the number of devices. The usual augmentation of CIFAR-10 is `crop_and_flip`, which keeps classes;
+digits and house numbers must not be flipped. A density may see images that are changed in any way,
+if it is told how, see `transformed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +16,28 @@ from jaxtyping import Array, Float, Key, Shaped
 IDENTITY_SHARE = 0.5  # of images that `transformed` leaves as they are
 
 
-def random_crop(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, padding: int = 4) -> Shaped[Array, "b h w c"]:
-    """Shifts each image by up to ``padding`` pixels along both axes, uniformly, and fills the border by reflection.
+def random_crop(
+    keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, padding: int = 4
+) -> Shaped[Array, "b h w c"]:
+    """Shifts each image by up to ``padding`` pixels along both axes, uniformly, and fills the
+    border by reflection.
 
-    Equal to padding all sides symmetrically (the edge itself is repeated) and cutting a window of the old size out at random.
+    Equal to padding all sides symmetrically (the edge itself is repeated) and cutting a window of
+    the old size out at random.
 
     Args:
-        padding: Largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for 32x32.
+        padding: Largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for
+            32x32.
 
     Raises:
         ValueError: If ``padding`` is out of range.
     """
     height, width = images.shape[1:3]
     if not 0 <= padding <= min(height, width):
-        raise ValueError(f"padding must lie in [0, {min(height, width)}] for {height}x{width} images, got {padding}")
+        raise ValueError(
+            f"padding must lie in [0, {min(height, width)}] for {height}x{width} "
+            f"images, got {padding}"
+        )
     margins = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, margins, mode="symmetric")
 
@@ -39,7 +48,9 @@ def random_crop(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, pad
     return jax.vmap(of_example)(keys, padded)
 
 
-def random_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"]) -> Shaped[Array, "b h w c"]:
+def random_flip(
+    keys: Key[Array, " b"], images: Shaped[Array, "b h w c"]
+) -> Shaped[Array, "b h w c"]:
     """Mirrors each image left to right with probability 1/2."""
 
     def of_example(key, image):
@@ -48,7 +59,9 @@ def random_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"]) -> Sha
     return jax.vmap(of_example)(keys, images)
 
 
-def crop_and_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, padding: int = 4) -> Shaped[Array, "b h w c"]:
+def crop_and_flip(
+    keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, padding: int = 4
+) -> Shaped[Array, "b h w c"]:
     """Crops each image by `random_crop` and mirrors it by `random_flip`, independently.
 
     Example::
@@ -61,7 +74,9 @@ def crop_and_flip(keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], *, p
 
 def _moved(down: int, right: int) -> Callable[[Array], Array]:
     """Moves an image by so many pixels; what comes in is zero."""
-    return lambda image: lax.pad(image, image.dtype.type(0), ((down, -down, 0), (right, -right, 0), (0, 0, 0)))
+    return lambda image: lax.pad(
+        image, image.dtype.type(0), ((down, -down, 0), (right, -right, 0), (0, 0, 0))
+    )
 
 
 TRANSFORMATIONS: dict[str, Callable[[Array], Array]] = {
@@ -79,7 +94,10 @@ TRANSFORMATIONS: dict[str, Callable[[Array], Array]] = {
 def check_transformations(names: Sequence[str]) -> None:
     """Raises ``ValueError`` unless the names are among `TRANSFORMATIONS`, each at most once."""
     if not set(names) <= set(TRANSFORMATIONS) or len(set(names)) < len(names):
-        raise ValueError(f"transformations must be some of {', '.join(TRANSFORMATIONS)}, each once, got {tuple(names)}")
+        raise ValueError(
+            f"transformations must be some of {', '.join(TRANSFORMATIONS)}, each "
+            f"once, got {tuple(names)}"
+        )
 
 
 def transformed(
@@ -87,8 +105,9 @@ def transformed(
 ) -> tuple[Shaped[Array, "b h w c"], Float[Array, "b k"]]:
     """Changes each image by a random transformation, and says by which one (Jun et al. 2020).
 
-    A density ``p(T(x) | T)`` that is trained on both learns from more images than there are, and is ``p(x)`` at the identity,
-    which has the probability `IDENTITY_SHARE`; all others are equally likely.
+    A density ``p(T(x) | T)`` that is trained on both learns from more images than there are, and is
+    ``p(x)`` at the identity, which has the probability `IDENTITY_SHARE`; all others are equally
+    likely.
 
     Args:
         keys: Randomness of each image.
@@ -96,19 +115,24 @@ def transformed(
         names: Transformations, see `TRANSFORMATIONS`.
 
     Returns:
-        The images, and for each one a vector with a 1 at the place of its transformation, or of zeros if it is as it was.
+        The images, and for each one a vector with a 1 at the place of its transformation, or of
+        zeros if it is as it was.
 
     Raises:
         ValueError: If images that are not square are to be transposed.
     """
     if "transpose" in names and images.shape[1] != images.shape[2]:
-        raise ValueError(f"the transformation transpose is for square images, got {images.shape[1]}x{images.shape[2]}")
+        raise ValueError(
+            "the transformation transpose is for square images, got "
+            f"{images.shape[1]}x{images.shape[2]}"
+        )
     changes = [lambda image: image, *(TRANSFORMATIONS[name] for name in names)]
 
     def of_example(key, image):
         key_changed, key_which = jax.random.split(key)
         is_changed = jax.random.uniform(key_changed) >= IDENTITY_SHARE
         which = jnp.where(is_changed, jax.random.randint(key_which, (), 1, len(changes)), 0)
-        return lax.switch(which, changes, image), jax.nn.one_hot(which - 1, len(names))  # zeros at -1
+        # zeros at -1
+        return lax.switch(which, changes, image), jax.nn.one_hot(which - 1, len(names))
 
     return jax.vmap(of_example)(keys, images)

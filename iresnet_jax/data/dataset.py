@@ -22,7 +22,8 @@ from iresnet_jax.models.columns import Column
 
 Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
 SPLITS = ("train", "validation", "test")
-_SALT = "iresnet_jax/validation"  # part of the definition of the split: changing it invalidates every reported number
+# part of the definition of the split: changing it invalidates every reported number
+_SALT = "iresnet_jax/validation"
 _MOST_VALIDATION = 5000
 
 
@@ -30,18 +31,23 @@ _MOST_VALIDATION = 5000
 class DataSet:
     """Examples in three disjoint splits, "train", "validation" and "test", or an endless toy.
 
-    Choose hyper-parameters and checkpoints on "validation"; "test" is for the number that is reported.
+    Choose hyper-parameters and checkpoints on "validation"; "test" is for the number that is
+    reported.
 
     Attributes:
         name: Name that `iresnet_jax.data.load` knows it by.
         event_shape: Shape of one example.
-        num_levels: Grey levels of an image, whose entries are integers in ``[0, num_levels)``; None for continuous data.
+        num_levels: Grey levels of an image, whose entries are integers in ``[0, num_levels)``; None
+            for continuous data.
         num_classes: Classes, labelled ``0`` to ``num_classes - 1``; None without labels.
-        fingerprint: Identity of the content in 64 hexadecimal digits. Another pixel, label, order, shape or number of levels
-            gives another fingerprint; name, path, file format and times of change do not matter.
-        examples: Arrays by split; empty for endless data. They may be read-only views of files: index them batch by batch.
+        fingerprint: Identity of the content in 64 hexadecimal digits. Another pixel, label, order,
+            shape or number of levels gives another fingerprint; name, path, file format and times
+            of change do not matter.
+        examples: Arrays by split; empty for endless data. They may be read-only views of files:
+            index them batch by batch.
         labels: Classes by split; empty without labels.
-        contexts: Context vectors by split, on which a density of the examples may depend; empty without.
+        contexts: Context vectors by split, on which a density of the examples may depend; empty
+            without.
         cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
         ends: Map of entries to the line, if some have ends or heavy tails.
         columns: Columns of the data frame or table that the entries are; None for arrays.
@@ -76,15 +82,29 @@ class DataSet:
         cells: Cells | None = None,
         fingerprint: str | None = None,
     ) -> "DataSet":
-        """Makes a data set of arrays by split; the fingerprint is computed from all their bytes unless it is known."""
+        """Makes a data set of arrays by split; the fingerprint is computed from all their bytes
+        unless it is known.
+        """
         if fingerprint is None:
             arrays = {f"{split}_examples": array for split, array in examples.items()}
             arrays |= {f"{split}_labels": array for split, array in labels.items()}
             arrays |= {f"{split}_contexts": array for split, array in (contexts or {}).items()}
             described = {key: _content(array) for key, array in arrays.items()}
-            fingerprint = _hash({"num_levels": num_levels, "num_classes": num_classes, "arrays": described})
+            fingerprint = _hash(
+                {"num_levels": num_levels, "num_classes": num_classes, "arrays": described}
+            )
         event_shape = examples["train"].shape[1:]
-        return cls(name, event_shape, num_levels, num_classes, fingerprint, examples, labels, contexts or {}, cells)
+        return cls(
+            name,
+            event_shape,
+            num_levels,
+            num_classes,
+            fingerprint,
+            examples,
+            labels,
+            contexts or {},
+            cells,
+        )
 
     @classmethod
     def endless(cls, generator: Toy) -> "DataSet":
@@ -104,34 +124,50 @@ class DataSet:
 
     @property
     def entropy(self) -> float | None:
-        """Floor of the expected negative log-likelihood in nats; None unless it is known, as for endless data."""
+        """Floor of the expected negative log-likelihood in nats; None unless it is known, as for
+        endless data.
+        """
         return None if self.generator is None else self.generator.entropy
 
     @property
     def draw(self) -> Callable[[PRNGKeyArray, Any], tuple[Array, Array | None]] | None:
-        """Sampler ``(key, placeholder) -> (example, None)`` of endless data, which have no contexts; None for arrays."""
+        """Sampler ``(key, placeholder) -> (example, None)`` of endless data, which have no
+        contexts; None for arrays.
+        """
         return (lambda key, _: (self._drawn(key, 1)[0], None)) if self.is_endless else None
 
-    def held_out(self, split: str, num: int | None = None, seed: int = 0) -> Shaped[np.ndarray, "_ ..."]:
-        """Returns ``num`` examples of "validation", drawn from all as files may be sorted, or the first ones of "test".
+    def held_out(
+        self, split: str, num: int | None = None, seed: int = 0
+    ) -> Shaped[np.ndarray, "_ ..."]:
+        """Returns ``num`` examples of "validation", drawn from all as files may be sorted, or the
+        first ones of "test".
 
         Args:
             split: "validation" or "test".
-            num: Largest number of examples to return; None returns the whole split, which endless data do not have.
-            seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore it.
+            num: Largest number of examples to return; None returns the whole split, which endless
+                data do not have.
+            seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore
+                it.
 
         Raises:
-            ValueError: If all examples of endless data are asked for, or the data have no such split.
+            ValueError: If all examples of endless data are asked for, or the data have no such
+                split.
         """
         if not self.is_endless:
             return self._taken(self.examples, split, num)
         if num is None:
             raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
         stream = {"validation": 1, "test": 2}[split]
-        return np.asarray(self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num))
+        return np.asarray(
+            self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
+        )
 
-    def held_out_contexts(self, split: str, num: int | None = None) -> Shaped[np.ndarray, "_ k"] | None:
-        """Returns the contexts of what `held_out` returns with the same arguments; None without contexts."""
+    def held_out_contexts(
+        self, split: str, num: int | None = None
+    ) -> Shaped[np.ndarray, "_ k"] | None:
+        """Returns the contexts of what `held_out` returns with the same arguments; None without
+        contexts.
+        """
         return self._taken(self.contexts, split, num) if self.contexts else None
 
     def held_out_labels(self, split: str, num: int | None = None) -> Int32[np.ndarray, " _"]:
@@ -139,19 +175,27 @@ class DataSet:
         return self._taken(self.labels, split, num)
 
     def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
-        """Draws up to ``num`` distinct training examples with their contexts and classes, or None, to initialise a model."""
+        """Draws up to ``num`` distinct training examples with their contexts and classes, or
+        None, to initialise a model.
+        """
         if self.is_endless:
             return self._drawn(key, num), None, None
         chosen = np.asarray(_permutation(len(self.examples["train"]), key))[:num]
         kinds = self.examples, self.contexts, self.labels
-        examples, contexts, labels = (jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds)
+        examples, contexts, labels = (
+            jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds
+        )
         return examples, contexts, labels
 
     def _taken(self, arrays: Splits, split: str, num: int | None) -> np.ndarray:
         """The rows that `held_out` returns."""
         if split not in arrays:
             raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(arrays)}")
-        rows = slice(num) if split != "validation" or num is None else some_rows(len(arrays[split]), num)
+        rows = (
+            slice(num)
+            if split != "validation" or num is None
+            else some_rows(len(arrays[split]), num)
+        )
         return arrays[split][rows]
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> Array:
@@ -175,22 +219,28 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
-    """Chooses the training examples that are set aside for validation: a tenth of them, at most 5000.
+    """Chooses the training examples that are set aside for validation: a tenth of them, at most
+    5000.
 
-    They are those with the smallest SHA-256 of "iresnet_jax/validation:<index>": as good as a random choice with respect to
-    the images, the same for every data set of that size, and independent of any random number generator.
+    They are those with the smallest SHA-256 of "iresnet_jax/validation:<index>": as good as a
+    random choice with respect to the images, the same for every data set of that size, and
+    independent of any random number generator.
 
     Args:
         num_train: Number of published training examples, at least 2.
     """
-    return np.isin(np.arange(num_train), by_digest(num_train)[: min(max(num_train // 10, 1), _MOST_VALIDATION)])
+    return np.isin(
+        np.arange(num_train), by_digest(num_train)[: min(max(num_train // 10, 1), _MOST_VALIDATION)]
+    )
 
 
 def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[np.ndarray, " n"]]:
-    """Splits examples that nobody has split: those with the smallest digests are for the test, the next for validation.
+    """Splits examples that nobody has split: those with the smallest digests are for the test, the
+    next for validation.
 
     Args:
-        fractions: Shares for validation and for the test, each in [0, 1) and together below 1; 0 leaves a split out.
+        fractions: Shares for validation and for the test, each in [0, 1) and together below 1; 0
+            leaves a split out.
 
     Returns:
         Masks by split: each split that is asked for has at least one example, and "train" the rest.
@@ -200,25 +250,36 @@ def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[n
     """
     validation, test = fractions
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
-        raise ValueError(f"the shares for validation and test must lie in [0, 1) and leave some for training, got {fractions}")
+        raise ValueError(
+            "the shares for validation and test must lie in [0, 1) and leave some "
+            f"for training, got {fractions}"
+        )
     sizes = {"test": test, "validation": validation}
     counts = {split: max(round(share * num), 1) for split, share in sizes.items() if share}
     if sum(counts.values()) + 2 > num:
         raise ValueError(
-            f"{num} examples are too few to be split into {', '.join(['train', *counts])}: {sum(counts.values())} would be "
+            f"{num} examples are too few to be split into {', '.join(['train', *counts])}: "
+            f"{sum(counts.values())} would be "
             "held out, and at least 2 must be left for training"
         )
     parts = np.split(by_digest(num), np.cumsum(list(counts.values())))
-    masks = {split: np.isin(np.arange(num), part) for split, part in zip([*counts, "train"], parts, strict=True)}
+    masks = {
+        split: np.isin(np.arange(num), part)
+        for split, part in zip([*counts, "train"], parts, strict=True)
+    }
     return dict(reversed(masks.items()))
 
 
 def by_digest(num: int, salt: str = _SALT) -> Int[np.ndarray, " n"]:
-    """The numbers below ``num`` by the SHA-256 of "<salt>:<number>": an order that looks random and never changes."""
+    """The numbers below ``num`` by the SHA-256 of "<salt>:<number>": an order that looks random
+    and never changes.
+    """
     digests = [hashlib.sha256(f"{salt}:{index}".encode()).digest() for index in range(num)]
     return np.array(sorted(range(num), key=digests.__getitem__), int)
 
 
 def some_rows(num: int, most: int) -> Int[np.ndarray, " _"]:
-    """Places of at most so many of the rows, drawn from all and in their order: files may be sorted, or periodic."""
+    """Places of at most so many of the rows, drawn from all and in their order: files may be
+    sorted, or periodic.
+    """
     return np.sort(np.random.default_rng(0).choice(num, min(num, most), replace=False))

@@ -1,4 +1,6 @@
-"""Images in the formats that they are published in: scikit-learn's digits, IDX files, CIFAR's binary files, image files."""
+"""Images in the formats that they are published in: scikit-learn's digits, IDX files, CIFAR's
+binary files, image files.
+"""
 
 import gzip
 import math
@@ -13,30 +15,37 @@ from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.cache import Contents, decoded
 from iresnet_jax.data.dataset import DataSet, by_digest
 
-# --------------------------------------------------------------------------------------------------------------- digits
+# ------------------------------------------------------------------------------------------- digits
 
-_SALT = "iresnet_jax/digits"  # part of the definition of the split: changing it invalidates every reported number
+# part of the definition of the split: changing it invalidates every reported number
+_SALT = "iresnet_jax/digits"
 
 
 def load_digits() -> DataSet:
-    """The 8x8 digits of scikit-learn: 1257 train, 180 validation and 360 test images with levels 0 to 16.
+    """The 8x8 digits of scikit-learn: 1257 train, 180 validation and 360 test images with levels 0
+    to 16.
 
-    1797 scans of handwritten digits (Alpaydin and Kaynak 1998, the test part of the UCI "optical recognition of handwritten
-    digits"). There is no customary split, so `split_digits` defines one and keeps it fixed for good.
+    1797 scans of handwritten digits (Alpaydin and Kaynak 1998, the test part of the UCI "optical
+    recognition of handwritten digits"). There is no customary split, so `split_digits` defines one
+    and keeps it fixed for good.
     """
     from sklearn import datasets
 
     pixels, classes = datasets.load_digits(return_X_y=True)
     images, labels = np.asarray(pixels).reshape(-1, 8, 8, 1).astype(np.uint8), np.asarray(classes)
-    return from_arrays("digits", {split: Arrays(images[rows], labels[rows]) for split, rows in split_digits(labels).items()})
+    return from_arrays(
+        "digits",
+        {split: Arrays(images[rows], labels[rows]) for split, rows in split_digits(labels).items()},
+    )
 
 
 def split_digits(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray, " _"]]:
     """Splits examples into 70 % train, 10 % validation and 20 % test, stratified by class.
 
-    Order the examples by ``(label, SHA-256 of "iresnet_jax/digits:<index>")`` and deal them out in tens: positions 0 and 1 of
-    every ten go to "test", position 2 to "validation", the rest to "train". Every class is thus divided to within two examples
-    of its exact share, and the result depends on no random number generator, so on no version of NumPy.
+    Order the examples by ``(label, SHA-256 of "iresnet_jax/digits:<index>")`` and deal them out in
+    tens: positions 0 and 1 of every ten go to "test", position 2 to "validation", the rest to
+    "train". Every class is thus divided to within two examples of its exact share, and the result
+    depends on no random number generator, so on no version of NumPy.
 
     Args:
         labels: Class of each example, in the order of the source.
@@ -48,42 +57,53 @@ def split_digits(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray,
     return {split: np.sort(dealt[mask]) for split, mask in chosen.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------ IDX
+# ---------------------------------------------------------------------------------------------- IDX
 
 _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # how the customary file names begin
 
 
 def load_idx(folder: Path, name: str) -> DataSet:
-    """MNIST and its relatives: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-...`` or ``.gz``."""
+    """MNIST and its relatives: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
+    ``t10k-...`` or ``.gz``.
+    """
     images, labels = (
         {split: read_idx(_find_idx(folder, split, kind, name)) for split in _PREFIXES}
         for kind in ("images-idx3", "labels-idx1")
     )
     num_classes = 1 + max(int(found.max(initial=0)) for found in labels.values())
     return from_arrays(
-        name, {split: Arrays(images[split][..., None], labels[split]) for split in images}, num_classes=num_classes
+        name,
+        {split: Arrays(images[split][..., None], labels[split]) for split in images},
+        num_classes=num_classes,
     )
 
 
 def read_idx(path: Path) -> np.ndarray:
     """Reads one IDX file of unsigned bytes, plain or compressed with gzip.
 
-    It is two zero bytes, a byte for the type (8: unsigned byte), a byte for the number of dimensions, each dimension as a
-    big-endian 32-bit integer, and then the bytes (http://yann.lecun.com/exdb/mnist).
+    It is two zero bytes, a byte for the type (8: unsigned byte), a byte for the number of
+    dimensions, each dimension as a big-endian 32-bit integer, and then the bytes
+    (http://yann.lecun.com/exdb/mnist).
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is not an intact gzip file: {error}; fetch it again") from None
+            raise ValueError(
+                f"{path} is not an intact gzip file: {error}; fetch it again"
+            ) from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes, which begins with 0, 0, 8; fetch it again")
+        raise ValueError(
+            f"{path} is not an IDX file of unsigned bytes, which begins with 0, 0, 8; "
+            "fetch it again"
+        )
     start = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">u4").tolist()
     if len(content) - start != math.prod(shape):
         raise ValueError(
-            f"{path} should hold {' x '.join(map(str, shape))} = {math.prod(shape)} bytes after its header "
+            f"{path} should hold {' x '.join(map(str, shape))} = {math.prod(shape)} bytes after "
+            "its header "
             f"but holds {len(content) - start}: fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
@@ -92,17 +112,22 @@ def read_idx(path: Path) -> np.ndarray:
 def _find_idx(folder: Path, split: str, kind: str, name: str) -> Path:
     """Finds a file of a split, the unpacked one where its archive lies beside it."""
     names = [f"{prefix}-{kind}-ubyte" for prefix in _PREFIXES[split]]
-    patterns = [of_name.replace("-idx", "?idx") for of_name in names]  # some archives unpack to train-images.idx3-ubyte
+    # some archives unpack to train-images.idx3-ubyte
+    patterns = [of_name.replace("-idx", "?idx") for of_name in names]
     for ending in ("", ".gz"):
-        found = sorted({path for pattern in patterns for path in folder.glob(f"*{pattern}{ending}")})
+        found = sorted(
+            {path for pattern in patterns for path in folder.glob(f"*{pattern}{ending}")}
+        )
         if len(found) > 1:
             raise ValueError(f"{folder} has {found[0].name} and {found[1].name}: keep one of them")
         if found:
             return found[0]
-    raise ValueError(f"{name} needs the file {' or '.join(names)}[.gz] in {folder} for its {split} split")
+    raise ValueError(
+        f"{name} needs the file {' or '.join(names)}[.gz] in {folder} for its {split} split"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- CIFAR
+# -------------------------------------------------------------------------------------------- CIFAR
 
 _PIXELS = 3 * 32 * 32
 _CIFAR10 = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
@@ -112,70 +137,94 @@ _CIFAR100 = {"train": ["train.bin"], "test": ["test.bin"]}
 def load_cifar(folder: Path, name: str) -> DataSet:
     """CIFAR-10 or CIFAR-100 in the binary version of their authors, as its archive is unpacked.
 
-    A record is the label (CIFAR-100: the coarse and the fine one) and 3 x 32 x 32 bytes, one colour plane after the other
-    (https://www.cs.toronto.edu/~kriz/cifar.html).
+    A record is the label (CIFAR-100: the coarse and the fine one) and 3 x 32 x 32 bytes, one colour
+    plane after the other (https://www.cs.toronto.edu/~kriz/cifar.html).
     """
     found = {file.name: file for file in folder.rglob("*.bin")}
     is_100 = "train.bin" in found
     if is_100 and "test_batch.bin" in found:
-        raise ValueError(f"{folder} holds both CIFAR-10 and CIFAR-100: give the folder of one of them")
+        raise ValueError(
+            f"{folder} holds both CIFAR-10 and CIFAR-100: give the folder of one of them"
+        )
     num_labels = 2 if is_100 else 1
     size, parts = num_labels + _PIXELS, {}
     for split, files in (_CIFAR100 if is_100 else _CIFAR10).items():
         if missing := [file for file in files if file not in found]:
             raise ValueError(
-                f"{folder} lacks {', '.join(missing)}: the binary version of CIFAR is needed, as cifar-10-binary.tar.gz unpacks"
+                f"{folder} lacks {', '.join(missing)}: the binary version of CIFAR is needed, as "
+                "cifar-10-binary.tar.gz unpacks"
             )
         content = b"".join(found[file].read_bytes() for file in files)
         if not content or len(content) % size:
-            raise ValueError(f"{split} files in {folder} have {len(content)} bytes, not a multiple of {size}: fetch them again")
+            raise ValueError(
+                f"{split} files in {folder} have {len(content)} bytes, not a multiple "
+                f"of {size}: fetch them again"
+            )
         records = np.frombuffer(content, np.uint8).reshape(-1, size)
         images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts[split] = Arrays(images, records[:, num_labels - 1])
     return from_arrays(name, parts, num_classes=100 if is_100 else 10)
 
 
-# ---------------------------------------------------------------------------------------------------------- image files
+# -------------------------------------------------------------------------------------- image files
 
 _FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-_GREY, _COLOUR = {"1", "L"}, {"RGB", "P", "CMYK", "YCbCr"}  # modes of Pillow that become one or three channels of 8 bits
+# modes of Pillow that become one or three channels of 8 bits
+_GREY, _COLOUR = {"1", "L"}, {"RGB", "P", "CMYK", "YCbCr"}
 
 
 def load_folder(folder: Path, name: str) -> DataSet:
-    """Image files ``train/CLASS/NAME.png`` and ``test/CLASS/NAME.png``, or without classes ``train/NAME.png``.
+    """Image files ``train/CLASS/NAME.png`` and ``test/CLASS/NAME.png``, or without classes
+    ``train/NAME.png``.
 
-    There may be ``validation/`` or ``val/``, too. Classes are numbered in the order of their folders' names in ``train/``. Grey
-    images get one channel, others three.
+    There may be ``validation/`` or ``val/``, too. Classes are numbered in the order of their
+    folders' names in ``train/``. Grey images get one channel, others three.
     """
     files = {}
     for split, names in _FOLDERS.items():
         found = [folder / candidate for candidate in names if (folder / candidate).is_dir()]
         if len(found) > 1:
-            raise ValueError(f"{folder} has both {found[0].name} and {found[1].name}: remove or rename one of them")
+            raise ValueError(
+                f"{folder} has both {found[0].name} and {found[1].name}: remove or "
+                "rename one of them"
+            )
         for inside in found:
-            files[split] = sorted(path for path in inside.rglob("*") if _is_image(path.relative_to(inside)))
+            files[split] = sorted(
+                path for path in inside.rglob("*") if _is_image(path.relative_to(inside))
+            )
     everything = [path for paths in files.values() for path in paths]
     classes = sorted({_class_of(path, folder) for path in files.get("train", ())})
     is_labelled = classes not in ([], [""])
     for path in everything:
         if is_labelled and not _class_of(path, folder):
-            raise ValueError(f"{path} lies beside the folders of the classes: move it into one, or remove it")
+            raise ValueError(
+                f"{path} lies beside the folders of the classes: move it into one, or remove it"
+            )
         if classes and _class_of(path, folder) not in classes:
             raise ValueError(
-                f"the class of {path} does not occur in {folder / 'train'}: {name} needs training images of every class"
+                f"the class of {path} does not occur in {folder / 'train'}: {name} needs training "
+                "images of every class"
             )
 
     def read(split: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
         for path in files[split]:
-            yield str(path), _pixels(path), classes.index(_class_of(path, folder)) if is_labelled else None
+            yield (
+                str(path),
+                _pixels(path),
+                classes.index(_class_of(path, folder)) if is_labelled else None,
+            )
 
     num = {split: len(paths) for split, paths in files.items()}
-    return decoded(name, folder, everything, lambda: Contents(num, len(classes) if is_labelled else None, read))
+    return decoded(
+        name, folder, everything, lambda: Contents(num, len(classes) if is_labelled else None, read)
+    )
 
 
 def _is_image(path: Path) -> bool:
-    """Tells whether a file is named like an image, and neither it nor a folder above it is hidden."""
+    """Tells whether a file is named like an image, and neither it nor a folder above it is
+    hidden.
+    """
     return path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
@@ -191,7 +240,10 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode not in _GREY | _COLOUR:
-                raise ValueError(f"{path} has pixels of type {image.mode}: convert it to 8-bit grey or opaque RGB")
+                raise ValueError(
+                    f"{path} has pixels of type {image.mode}: convert it to 8-bit "
+                    "grey or opaque RGB"
+                )
             pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
     except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
         raise ValueError(f"{path} is not an intact image: {error}") from None

@@ -1,8 +1,9 @@
 """Arrays in files: ``.npz`` and ``.npy`` of vectors and images, ``.csv`` of vectors.
 
-A folder ``npy:FOLDER`` or ``csv:FOLDER`` holds a file a split, ``train.npy``, ``validation.npy``, ``test.npy``, and may hold
-``train_labels.npy`` and ``train_context.npy`` and so on. A single file holds examples that are not split yet. In a table with a
-header the column ``label`` holds classes, and columns that begin with ``context`` are contexts.
+A folder ``npy:FOLDER`` or ``csv:FOLDER`` holds a file a split, ``train.npy``, ``validation.npy``,
+``test.npy``, and may hold ``train_labels.npy`` and ``train_context.npy`` and so on. A single file
+holds examples that are not split yet. In a table with a header the column ``label`` holds classes,
+and columns that begin with ``context`` are contexts.
 """
 
 import csv
@@ -23,17 +24,24 @@ _MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 # Names that the examples and labels of a split may have: those of Keras and of MedMNIST.
 _KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels")),
-    "validation": (("x_validation", "y_validation"), ("x_val", "y_val"), ("val_images", "val_labels")),
+    "validation": (
+        ("x_validation", "y_validation"),
+        ("x_val", "y_val"),
+        ("val_images", "val_labels"),
+    ),
     "test": (("x_test", "y_test"), ("test_images", "test_labels")),
 }
 
 
-def load_npz(path: Path, name: str, fractions: tuple[float, float], num_classes: int | None) -> DataSet:
+def load_npz(
+    path: Path, name: str, fractions: tuple[float, float], num_classes: int | None
+) -> DataSet:
     """The data set of the arrays of an ``.npz`` file.
 
-    They are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``, ``context_train``, ``x_test`` and so on.
-    Labels and contexts may be left out. The names of MedMNIST, ``train_images``, ``train_labels``, ``val_images`` and so on,
-    are understood too. Images may lack the axis of channels.
+    They are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``,
+    ``context_train``, ``x_test`` and so on. Labels and contexts may be left out. The names of
+    MedMNIST, ``train_images``, ``train_labels``, ``val_images`` and so on, are understood too.
+    Images may lack the axis of channels.
     """
     arrays = _read(path, ".npz")
 
@@ -43,20 +51,29 @@ def load_npz(path: Path, name: str, fractions: tuple[float, float], num_classes:
         examples = examples[..., None] if examples.ndim == 3 else examples
         return Arrays(examples, arrays.pop(y, None), arrays.pop(f"context{ending}", None))
 
-    present = {split: [keys for keys in names if keys[0] in arrays] for split, names in _KEYS.items()}
+    present = {
+        split: [keys for keys in names if keys[0] in arrays] for split, names in _KEYS.items()
+    }
     splits = {split: part(*keys[0]) for split, keys in present.items() if keys}
     if "x" not in arrays and not splits:
-        raise ValueError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: the array x is needed, or x_train and x_test")
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: the array x is "
+            "needed, or x_train and x_test"
+        )
     read = splits or part("x", "y")
     if arrays:
         raise ValueError(
-            f"{path} holds {', '.join(sorted(arrays))}, which nothing reads beside {' and '.join(splits) or 'x'}: leave it "
-            "out, or call it x, y and context, or x_train, y_train, context_train, x_validation, x_test and so on"
+            f"{path} holds {', '.join(sorted(arrays))}, which nothing reads beside "
+            f"{' and '.join(splits) or 'x'}: leave it "
+            "out, or call it x, y and context, or x_train, y_train, context_train, x_validation, "
+            "x_test and so on"
         )
     return from_arrays(name, read, fractions=fractions, num_classes=num_classes)
 
 
-def load_npy(path: Path, name: str, fractions: tuple[float, float], num_classes: int | None) -> DataSet:
+def load_npy(
+    path: Path, name: str, fractions: tuple[float, float], num_classes: int | None
+) -> DataSet:
     """The data set of one ``.npy`` file, or of a folder with one per split."""
 
     def read(file: Path) -> Arrays:
@@ -64,35 +81,53 @@ def load_npy(path: Path, name: str, fractions: tuple[float, float], num_classes:
         others = {kind: _read(other, ".npy") for kind, other in beside.items() if other.is_file()}
         return Arrays(_read(file, ".npy"), **others)
 
-    return from_arrays(name, _by_split(path, ".npy", read), fractions=fractions, num_classes=num_classes)
+    return from_arrays(
+        name, _by_split(path, ".npy", read), fractions=fractions, num_classes=num_classes
+    )
 
 
-def load_csv(path: Path, name: str, fractions: tuple[float, float], num_classes: int | None) -> DataSet:
-    """The data set of one table of numbers separated by commas, or of a folder with one per split."""
+def load_csv(
+    path: Path, name: str, fractions: tuple[float, float], num_classes: int | None
+) -> DataSet:
+    """The data set of one table of numbers separated by commas, or of a folder with one per
+    split.
+    """
     headers = []
 
     def read(file: Path) -> Arrays:
         header, numbers = _read_table(file)
         headers.append(header)
         if headers[0] != header:
-            raise ValueError(f"{file} has the columns {header}, and the tables before it {headers[0]}: give all the same")
+            raise ValueError(
+                f"{file} has the columns {header}, and the tables before it "
+                f"{headers[0]}: give all the same"
+            )
         labels = [i for i, column in enumerate(header) if column == "label"]
         context = [i for i, column in enumerate(header) if column.startswith("context")]
         x = np.delete(numbers, labels + context, axis=1)
         classes = numbers[:, labels[0]] if labels else None
         if classes is not None:
             if np.any(classes % 1):
-                raise ValueError(f"the column label of {file} must hold whole numbers, got {classes[classes % 1 > 0][0]:g}")
+                raise ValueError(
+                    f"the column label of {file} must hold whole numbers, got "
+                    f"{classes[classes % 1 > 0][0]:g}"
+                )
             classes = classes.astype(np.int64)
         return Arrays(x, classes, numbers[:, context] if context else None)
 
     arrays = _by_split(path, ".csv", read)
-    named = [column for column in headers[0] if column != "label" and not column.startswith("context")] if headers else []
+    named = (
+        [column for column in headers[0] if column != "label" and not column.startswith("context")]
+        if headers
+        else []
+    )
     columns = tuple(Column(column, "float64") for column in named) or None
     return from_arrays(name, arrays, fractions=fractions, columns=columns, num_classes=num_classes)
 
 
-def _by_split(path: Path, ending: str, read: Callable[[Path], Arrays]) -> Arrays | dict[str, Arrays]:
+def _by_split(
+    path: Path, ending: str, read: Callable[[Path], Arrays]
+) -> Arrays | dict[str, Arrays]:
     if not path.is_dir():
         return read(path)
     files = {split: path / f"{split}{ending}" for split in SPLITS}
@@ -101,7 +136,8 @@ def _by_split(path: Path, ending: str, read: Callable[[Path], Arrays]) -> Arrays
     if other := sorted({each.stem for each in path.glob(f"[!.]*{ending}")} - known):
         raise ValueError(
             f"{path} holds {other[0]}{ending}, which nothing reads: call it {', '.join(SPLITS)}"
-            f"{' or, say, train_labels or train_context' if ending == '.npy' else ''}, or move it elsewhere"
+            f"{' or, say, train_labels or train_context' if ending == '.npy' else ''}, or move it "
+            "elsewhere"
         )
     return {split: read(file) for split, file in files.items() if file.is_file()}
 
@@ -112,8 +148,11 @@ def _read(path: Path, ending: str) -> Any:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
             return dict(found) if ending == ".npz" else found
-    except (EOFError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: one array
-        raise ValueError(f"{path} is not an intact {ending} file of plain arrays: {error}") from None
+    # TypeError: one array
+    except (EOFError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is not an intact {ending} file of plain arrays: {error}"
+        ) from None
 
 
 def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
@@ -125,31 +164,47 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"{path} is no table in UTF-8: {error}") from None
     if len(lines) > 1 and len(lines[0]) > 1 and lines[0] == [str(i) for i in range(len(lines[0]))]:
         raise ValueError(
-            f"the first line of {path} numbers the columns, as the header that pandas writes for an array: write "
-            "it with header=False, or name the columns; a row of data with these numbers can stand further down"
+            f"the first line of {path} numbers the columns, as the header that pandas writes for "
+            "an array: write "
+            "it with header=False, or name the columns; a row of data with these numbers can stand "
+            "further down"
         )
-    header = [column.strip() for column in lines[0]] if lines and None in map(_number, lines[0]) else []
+    header = (
+        [column.strip() for column in lines[0]] if lines and None in map(_number, lines[0]) else []
+    )
     if len(set(header)) < len(header):
-        raise ValueError(f"two columns of {path} have the same name, of {header}: rename one of them")
+        raise ValueError(
+            f"two columns of {path} have the same name, of {header}: rename one of them"
+        )
     if "" in header:
         raise ValueError(
-            f"column {header.index('') + 1} of {path} has no name, as the row numbers that pandas writes: write the table with "
+            f"column {header.index('') + 1} of {path} has no name, as the row numbers that pandas "
+            "writes: write the table with "
             "index=False, or name the column"
         )
     if typo := next((cell for cell in header if (_number(cell) or 0) % 1), None):
-        raise ValueError(f"the first line of {path} holds {typo} beside other text: correct it, or name all columns in words")
+        raise ValueError(
+            f"the first line of {path} holds {typo} beside other text: correct it, or "
+            "name all columns in words"
+        )
     rows = lines[1:] if header else lines
     if not rows:
         raise ValueError(f"{path} has no rows: it needs a row of numbers an example")
     numbers = np.empty((len(rows), len(lines[0])))
     for i, row in enumerate(rows):
         if len(row) != len(lines[0]):
-            raise ValueError(f"row {i + 1} of {path} has {len(row)} columns, the first line {len(lines[0])}: complete it")
+            raise ValueError(
+                f"row {i + 1} of {path} has {len(row)} columns, the first line "
+                f"{len(lines[0])}: complete it"
+            )
         for j, text in enumerate(row):
             number = _number(text)
             if number is None or not math.isfinite(number):
                 where = f"row {i + 1}, column {header[j] if header else j + 1} of {path}"
-                raise ValueError(f"{where} holds {text!r}, no finite number: fill it in, or drop the row or column")
+                raise ValueError(
+                    f"{where} holds {text!r}, no finite number: fill it in, or drop "
+                    "the row or column"
+                )
             numbers[i, j] = number
     return header, numbers
 

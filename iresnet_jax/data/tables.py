@@ -1,8 +1,8 @@
 """Columns of vectors: which values own cells, which are atoms, and what ends or tails columns have.
 
-Columns of decimals, whole numbers among them, lie on a regular grid of cells, see `values_of`, and so do levels of booleans
-and categories. Ends are those that the user gives, and those of levels; other columns have a map of their tails where these are
-heavy, see `tails_of`.
+Columns of decimals, whole numbers among them, lie on a regular grid of cells, see `values_of`, and
+so do levels of booleans and categories. Ends are those that the user gives, and those of levels;
+other columns have a map of their tails where these are heavy, see `tails_of`.
 """
 
 import math
@@ -26,7 +26,9 @@ Numbers = Float[np.ndarray, " n"]
 
 
 class Table(NamedTuple):
-    """What columns were found to be: their cells, the map of their ends and tails to the line, and sentences on them."""
+    """What columns were found to be: their cells, the map of their ends and tails to the line,
+    and sentences on them.
+    """
 
     cells: Cells | None
     ends: Bounded | None = None
@@ -41,23 +43,29 @@ def describe(
     bounds: Any = None,
     is_density: bool = True,
 ) -> Table:
-    """Finds the cells and atoms of columns and, where their density is to be fitted, their ends and heavy tails.
+    """Finds the cells and atoms of columns and, where their density is to be fitted, their ends and
+    heavy tails.
 
     Args:
         splits: Rows by split, those to train with first.
-        names: Names of the columns, by which bounds and messages speak of them; by default their numbers.
+        names: Names of the columns, by which bounds and messages speak of them; by default their
+            numbers.
         levels: Number of levels of each column, 0 of numbers; none without booleans and categories.
-        bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None where there is no end.
+        bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None where there is
+            no end.
         is_density: Whether a density is to be fitted; otherwise columns have cells and atoms alone.
 
     Raises:
-        ValueError: If a value is out of its bounds, or single precision cannot tell values apart beside them; it says which.
+        ValueError: If a value is out of its bounds, or single precision cannot tell values apart
+            beside them; it says which.
     """
     x = next(iter(splits.values()))
     names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
     values, atoms = [], []
     for numbers, num_levels in zip(np.asarray(x, np.float64).T, levels, strict=True):
-        values.append((0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps)))
+        values.append(
+            (0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps))
+        )
         atoms.append({} if num_levels else atoms_of(numbers, values[-1]))
     cells = Cells.of(values, atoms) if any(map(len, values)) or any(atoms) else None
     if not is_density:
@@ -67,31 +75,46 @@ def describe(
         outside = (rows < low.astype(rows.dtype)) | (rows > high.astype(rows.dtype))
         for row, column in np.argwhere(outside)[:1].tolist():
             raise ValueError(
-                f"{rows[row, column]:g} in row {row} of the split {split}, column {names[column]!r}, is outside of its bounds "
+                f"{rows[row, column]:g} in row {row} of the split {split}, column "
+                f"{names[column]!r}, is outside of its bounds "
                 f"{low[column]:g} and {high[column]:g}: correct the value or the bounds"
             )
     ends = _on_line(x, cells, low, high)
     is_bounded = np.isfinite(low) | np.isfinite(high)
-    is_faint = np.std(x, axis=0, dtype=np.float64) < 128 * np.finfo(x.dtype).eps * np.asarray(ends.scale)
+    is_faint = np.std(x, axis=0, dtype=np.float64) < 128 * np.finfo(x.dtype).eps * np.asarray(
+        ends.scale
+    )
     for column in np.flatnonzero(is_bounded & is_faint & (np.ptp(x, axis=0) > 0)).tolist():
         raise ValueError(
-            f"{x.dtype} cannot tell the values of column {names[column]!r} apart beside its bounds {low[column]:g} and "
+            f"{x.dtype} cannot tell the values of column {names[column]!r} apart beside its bounds "
+            f"{low[column]:g} and "
             f"{high[column]:g}: give closer ones, or None in place of one"
         )
     heavy = np.isinf(low) & np.isinf(high) & (np.asarray(ends.scale) > 0)
-    kinds = {"cells": map(len, values), "atoms": atoms, "hard ends": is_bounded, "heavy tails": heavy}
-    chosen = {kind: [name for name, has in zip(names, having, strict=True) if has] for kind, having in kinds.items()}
-    notes = tuple(f"columns with {kind}: {listed(those)}" for kind, those in chosen.items() if those)
+    kinds = {
+        "cells": map(len, values),
+        "atoms": atoms,
+        "hard ends": is_bounded,
+        "heavy tails": heavy,
+    }
+    chosen = {
+        kind: [name for name, has in zip(names, having, strict=True) if has]
+        for kind, having in kinds.items()
+    }
+    notes = tuple(
+        f"columns with {kind}: {listed(those)}" for kind, those in chosen.items() if those
+    )
     return Table(cells, ends if chosen["hard ends"] or chosen["heavy tails"] else None, notes)
 
 
 def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
-    """Values of a column that own cells: two of a regular grid, those that were seen off a grid, none of others.
+    """Values of a column that own cells: two of a regular grid, those that were seen off a grid,
+    none of others.
 
-    A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the relative rounding ``eps`` of floats,
-    and the greatest common divisor of their differences is the spacing; numbers whose spacing is that of floats of their size,
-    between which there is no room for noise, have none. The cell of a constant has a width of 1, or of the constant if that is
-    larger.
+    A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the relative
+    rounding ``eps`` of floats, and the greatest common divisor of their differences is the spacing;
+    numbers whose spacing is that of floats of their size, between which there is no room for noise,
+    have none. The cell of a constant has a width of 1, or of the constant if that is larger.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     largest = np.abs(distinct).max()
@@ -100,20 +123,26 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     digits = max(math.floor(-math.log10(FINEST_GRID * largest)), 0)
     multiples = distinct * 10.0**digits
     whole = np.rint(multiples)
-    if np.all(np.abs(multiples - whole) <= np.minimum(eps * np.abs(multiples), 2.0**-6)) and np.abs(whole).max() < 2**53:
+    if (
+        np.all(np.abs(multiples - whole) <= np.minimum(eps * np.abs(multiples), 2.0**-6))
+        and np.abs(whole).max() < 2**53
+    ):
         spacing = float(np.gcd.reduce(np.diff(whole).astype(np.int64))) / 10.0**digits
         if spacing <= eps * largest:
             return ()
         return distinct[0], distinct[0] + spacing
     rare = counts[~_is_often(counts)]  # others may be atoms of a continuous column
     are_few = 1.5 * len(rare) <= rare.sum() or 2 * len(rare) <= len(distinct)
-    return distinct.tolist() if are_few and len(distinct) <= 1024 else ()  # more are as good as continuous
+    # more are as good as continuous
+    return distinct.tolist() if are_few and len(distinct) <= 1024 else ()
 
 
 def atoms_of(numbers: Numbers, values: Sequence[float]) -> dict[float, float]:
-    """Atoms of a column, at most 8, and the width of line for each: as dense as the other numbers are on average.
+    """Atoms of a column, at most 8, and the width of line for each: as dense as the other numbers
+    are on average.
 
-    An atom has 10 rows and .5 % of them, and in the cell of a value its density would be more than 8 times that of the others.
+    An atom has 10 rows and .5 % of them, and in the cell of a value its density would be more than
+    8 times that of the others.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     spacing = np.min(np.diff(values)) if len(values) else 0.0
@@ -135,41 +164,61 @@ def _is_often(counts: np.ndarray) -> np.ndarray:
     return counts >= max(10, 0.005 * counts.sum())
 
 
-def ends_given(bounds: Any, names: Sequence[Any], levels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper ends of columns, infinite where there are none, of levels and of bounds by name or number."""
+def ends_given(
+    bounds: Any, names: Sequence[Any], levels: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper ends of columns, infinite where there are none, of levels and of bounds by
+    name or number.
+    """
     if not isinstance(bounds, Mapping):
         raise ValueError(f'bounds must be a dictionary such as {{"share": (0, 1)}}, got {bounds!r}')
     found = np.array([(0, num - 1) if num else (-np.inf, np.inf) for num in levels], float)
     for name, ends in bounds.items():
         column = names.index(name) if name in names else name
         if column not in range(len(names)):
-            raise ValueError(f"bounds are for the columns {listed(names)}, by name or number, got {name!r}")
+            raise ValueError(
+                f"bounds are for the columns {listed(names)}, by name or number, got {name!r}"
+            )
         try:
-            low, high = (float(none if end is None else end) for end, none in zip(ends, (-np.inf, np.inf), strict=True))
+            low, high = (
+                float(none if end is None else end)
+                for end, none in zip(ends, (-np.inf, np.inf), strict=True)
+            )
         except (TypeError, ValueError):
             low = high = math.nan
         if not low < high:
-            raise ValueError(f"bounds of column {name!r} must be two rising numbers, or None in place of one, got {ends!r}")
+            raise ValueError(
+                f"bounds of column {name!r} must be two rising numbers, or None in "
+                f"place of one, got {ends!r}"
+            )
         found[int(column)] = low, high
     return found[:, 0], found[:, 1]
 
 
 def _on_line(x: Rows, cells: Cells | None, low: np.ndarray, high: np.ndarray) -> Bounded:
-    """The map of ends, with all of their cells, and of heavy tails; it takes the median distance from a single end to 0."""
+    """The map of ends, with all of their cells, and of heavy tails; it takes the median distance
+    from a single end to 0.
+    """
     line = x
     if cells is not None:
-        line = np.asarray(jax.jit(cells.bijection().forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0])
+        line = np.asarray(
+            jax.jit(cells.bijection().forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0]
+        )
         with jax.enable_x64():
             _, start, width, _ = map(np.asarray, cells.places(jnp.asarray([low, high])))
         low, high = start[0], start[1] + width[1]
     center, scale = np.array([tails_of(column) for column in line.T]).T
     distance = np.median(np.minimum(line - low, high - line), axis=0)
     is_bounded = np.isfinite(distance)
-    return Bounded(low, high, np.where(is_bounded, 0, center), np.where(is_bounded, distance, scale))
+    return Bounded(
+        low, high, np.where(is_bounded, 0, center), np.where(is_bounded, distance, scale)
+    )
 
 
 def tails_of(numbers: Numbers) -> tuple[float, float]:
-    """Center and scale of the heavy tails of a column; the scale is 0 if asinh makes it less than .05 nats a row likelier."""
+    """Center and scale of the heavy tails of a column; the scale is 0 if asinh makes it less
+    than .05 nats a row likelier.
+    """
     numbers = np.asarray(numbers, np.float64)
     low, center, high = np.quantile(numbers, (0.25, 0.5, 0.75)).tolist()
     scale = (high - low) / 2
@@ -179,7 +228,10 @@ def tails_of(numbers: Numbers) -> tuple[float, float]:
 
     def log_likelihood(values):  # by moments
         z = (values - values.mean()) / values.std()
-        logpdfs = scipy.stats.norm.logpdf(z), scipy.stats.logistic.logpdf(z, scale=math.sqrt(3) / math.pi)
+        logpdfs = (
+            scipy.stats.norm.logpdf(z),
+            scipy.stats.logistic.logpdf(z, scale=math.sqrt(3) / math.pi),
+        )
         return max(float(each.mean()) for each in logpdfs) - math.log(values.std())
 
     gain = log_likelihood(mapped[:, 0]) + log_slopes.mean() - log_likelihood(numbers)

@@ -1,7 +1,9 @@
-"""Image classification data sets of TensorFlow Datasets (TFDS), read from array_record files without TensorFlow.
+"""Image classification data sets of TensorFlow Datasets (TFDS), read from array_record files
+without TensorFlow.
 
-Only preparing a data set, which downloads it and is done once, needs TensorFlow; where it is not installed, the data set can be
-prepared elsewhere and its folder copied. A data set that is prepared and decoded is found again without importing TFDS either.
+Only preparing a data set, which downloads it and is done once, needs TensorFlow; where it is not
+installed, the data set can be prepared elsewhere and its folder copied. A data set that is prepared
+and decoded is found again without importing TFDS either.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ from iresnet_jax.data.dataset import DataSet, Splits
 _FORMAT = "array_record"
 _CHUNK = 1024  # images read at once
 _SQUARE, _COLOUR = (28, 28, 1), (32, 32, 3)
-CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {  # shape of an image, and number of classes
+# shape of an image, and number of classes
+CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {
     "mnist": (_SQUARE, 10),
     "fashion_mnist": (_SQUARE, 10),
     "kmnist": (_SQUARE, 10),
@@ -35,13 +38,15 @@ _NUM_STAND_INS = 256
 
 
 def load(name: str) -> DataSet | None:
-    """A data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or ``cifar10:3.0.2``.
+    """A data set by its TFDS name, such as ``mnist``, ``downsampled_imagenet/32x32`` or
+    ``cifar10:3.0.2``.
 
-    The newest version that is prepared in ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, is used. If none is, it is
-    downloaded and prepared, with the progress bar of TFDS.
+    The newest version that is prepared in ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, is
+    used. If none is, it is downloaded and prepared, with the progress bar of TFDS.
 
     Args:
-        name: Data set, ``/`` and configuration where it has several, ``:`` and version where it must be a certain one.
+        name: Data set, ``/`` and configuration where it has several, ``:`` and version where it
+            must be a certain one.
 
     Returns:
         The data set; None if TFDS has no such data set and none was prepared under that name.
@@ -52,12 +57,16 @@ def load(name: str) -> DataSet | None:
     folder = _find(root, name) or _prepare(root, name)
     if folder is None:
         return None
-    files = [path for path in folder.iterdir() if path.suffix == ".json" or f".{_FORMAT}-" in path.name]
+    files = [
+        path for path in folder.iterdir() if path.suffix == ".json" or f".{_FORMAT}-" in path.name
+    ]
     return decoded(name, folder, files, lambda: _contents(name, folder))
 
 
 def stand_in(name: str) -> DataSet | None:
-    """Random images with the shape and the classes of a customary data set, for who does not have it; None of another name."""
+    """Random images with the shape and the classes of a customary data set, for who does not
+    have it; None of another name.
+    """
     if name not in CUSTOMARY:
         return None
     shape, num_classes = CUSTOMARY[name]
@@ -87,7 +96,8 @@ def _prepare(root: Path, name: str) -> Path | None:
         builder = tfds.builder(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
         return None
-    except (AssertionError, ValueError) as error:  # a version or a configuration that it does not have
+    # a version or a configuration that it does not have
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"TFDS has no {name}: {' '.join(str(error).split())}") from None
     folder = Path(builder.data_path)
     if (folder / "dataset_info.json").is_file():  # the default configuration
@@ -95,15 +105,20 @@ def _prepare(root: Path, name: str) -> Path | None:
     _keys(builder.info, name)
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
-            f"{name} is not prepared in {root}, and preparing needs TensorFlow, once: run pip install 'iresnet_jax[prepare]' "
-            "and start again to download it, or set TFDS_DATA_DIR to a folder in which it is prepared"
+            f"{name} is not prepared in {root}, and preparing needs TensorFlow, once: run pip "
+            "install 'iresnet_jax[prepare]' "
+            "and start again to download it, or set TFDS_DATA_DIR to a folder in which it is "
+            "prepared"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / "iresnet_jax"):
-            builder.download_and_prepare(file_format=_FORMAT)  # which returns at once if another process has done it
+            # which returns at once if another process has done it
+            builder.download_and_prepare(file_format=_FORMAT)
     except Exception as error:  # whatever servers, archives and disks come up with
-        raise RuntimeError(f"TFDS could not download and prepare {name} in {root}: {' '.join(str(error).split())}") from error
+        raise RuntimeError(
+            f"TFDS could not download and prepare {name} in {root}: {' '.join(str(error).split())}"
+        ) from error
     return folder
 
 
@@ -121,19 +136,31 @@ def _contents(name: str, folder: Path) -> Contents:
                 examples = records.__getitems__(range(start, min(start + _CHUNK, len(records))))
                 for number, example in enumerate(examples, start):
                     label = int(example[label_key]) if label_key else None
-                    yield f"image {number} of the split {split!r} of {name}", example[image_key], label
+                    yield (
+                        f"image {number} of the split {split!r} of {name}",
+                        example[image_key],
+                        label,
+                    )
 
     num_classes = builder.info.features[label_key].num_classes if label_key else None
-    return Contents({split: found.num_examples for split, found in builder.info.splits.items()}, num_classes, read)
+    return Contents(
+        {split: found.num_examples for split, found in builder.info.splits.items()},
+        num_classes,
+        read,
+    )
 
 
 @contextlib.contextmanager
 def _explaining(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # array_record, protobuf, Pillow and TFDS each have their own, also for files of another format
+    # array_record, protobuf, Pillow and TFDS each have their own, also for files of another format
+    except Exception as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"cannot read {name} in {folder}, delete that folder to have it prepared again: {problem}") from error
+        raise ValueError(
+            f"cannot read {name} in {folder}, delete that folder to have it prepared "
+            f"again: {problem}"
+        ) from error
 
 
 def _keys(info: Any, name: str) -> tuple[str, str | None]:
@@ -145,7 +172,12 @@ def _keys(info: Any, name: str) -> tuple[str, str | None]:
     features, keys = dict(info.features.items()), info.supervised_keys or ("image", None)
     image_key, label_key = keys if len(keys) == 2 else ("image", None)
     if not isinstance(image_key, str) or len(getattr(features.get(image_key), "shape", ())) != 3:
-        raise ValueError(f"{name} is not a data set of images with classes: its features are {', '.join(sorted(features))}")
+        raise ValueError(
+            f"{name} is not a data set of images with classes: its features are "
+            f"{', '.join(sorted(features))}"
+        )
     if label_key is not None and not hasattr(features[label_key], "num_classes"):
-        raise ValueError(f"{name} is not a classification data set: its feature {label_key!r} is not a class")
+        raise ValueError(
+            f"{name} is not a classification data set: its feature {label_key!r} is not a class"
+        )
     return image_key, label_key

@@ -1,8 +1,9 @@
-"""2-D toy densities with samplers and known entropies, which no model's expected negative log-likelihood is below.
+"""2-D toy densities with samplers and known entropies, which no model's expected negative
+log-likelihood is below.
 
-The shapes and scales are those of the FFJORD (Grathwohl et al. 2019) and Residual Flow (Chen et al. 2019) experiments, so
-negative log-likelihoods compare with published ones. The samplers of those experiments mostly draw equal counts from each
-component. Here every point is independent.
+The shapes and scales are those of the FFJORD (Grathwohl et al. 2019) and Residual Flow (Chen et al.
+2019) experiments, so negative log-likelihoods compare with published ones. The samplers of those
+experiments mostly draw equal counts from each component. Here every point is independent.
 """
 
 import math
@@ -22,9 +23,11 @@ class Toy(NamedTuple):
 
     Attributes:
         name: Name in `TOYS`.
-        sample: Sampler ``(key, n) ->`` ``n`` independent points; a pure function, which jit can compile with a static ``n``.
-        entropy: Differential entropy in nats, from an integral of the density over a fine grid, correct to 1e-4. A model whose
-            test negative log-likelihood is clearly below the entropy has a bug.
+        sample: Sampler ``(key, n) ->`` ``n`` independent points; a pure function, which jit can
+            compile with a static ``n``.
+        entropy: Differential entropy in nats, from an integral of the density over a fine grid,
+            correct to 1e-4. A model whose test negative log-likelihood is clearly below the entropy
+            has a bug.
     """
 
     name: str
@@ -40,7 +43,9 @@ def _normal(key: PRNGKeyArray, n: int) -> Points:
     return jax.random.normal(key, (n, 2), jnp.float32)
 
 
-def _uniform(key: PRNGKeyArray, n: int, low: float = 0.0, high: float = 1.0) -> Float32[Array, " n"]:
+def _uniform(
+    key: PRNGKeyArray, n: int, low: float = 0.0, high: float = 1.0
+) -> Float32[Array, " n"]:
     return jax.random.uniform(key, (n,), jnp.float32, low, high)
 
 
@@ -96,13 +101,16 @@ def _sample_2spirals(key: PRNGKeyArray, n: int) -> Points:
     key_angle, key_jitter, key_arm, key_noise = jax.random.split(key, 4)
     angle = 3 * np.pi * jnp.sqrt(_uniform(key_angle, n))
     jitter = 0.5 / 3 * jax.random.uniform(key_jitter, (n, 2), jnp.float32)
-    arm = _polar(angle / 3, np.pi - angle) + jitter  # the mean of the jitter shifts both arms off the centre
+    # the mean of the jitter shifts both arms off the centre
+    arm = _polar(angle / 3, np.pi - angle) + jitter
     sign = jax.random.rademacher(key_arm, (n, 1), jnp.float32)
     return sign * arm + 0.1 * _normal(key_noise, n)
 
 
 def _sample_pinwheel(key: PRNGKeyArray, n: int) -> Points:
-    """A Gaussian whose points are turned by an angle that grows with their first coordinate, on one of five arms."""
+    """A Gaussian whose points are turned by an angle that grows with their first coordinate, on
+    one of five arms.
+    """
     key_arm, key_noise = jax.random.split(key)
     arm = jax.random.randint(key_arm, (n,), 0, 5).astype(jnp.float32)
     a, b = (_normal(key_noise, n) * jnp.asarray([[0.3, 0.1]], jnp.float32)).T
@@ -117,8 +125,10 @@ TOYS: dict[str, Toy] = {
         Toy("8gaussians", _sample_8gaussians, 2.8319),
         Toy("checkerboard", _sample_checkerboard, math.log(32)),
         Toy("moons", _sample_moons, 2.3939),
-        _rings("circles", (3.0, 1.5), 3 * 0.08, 3.2681),  # the customary sampler adds the noise before it scales by 3
-        _rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08, 2.6232),  # the customary sampler adds the noise after it scales by 3
+        # the customary sampler adds the noise before it scales by 3
+        _rings("circles", (3.0, 1.5), 3 * 0.08, 3.2681),
+        # the customary sampler adds the noise after it scales by 3
+        _rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08, 2.6232),
         Toy("pinwheel", _sample_pinwheel, 2.3178),
         Toy("2spirals", _sample_2spirals, 2.6455),
         Toy("swissroll", _sample_swissroll, 2.6696),

@@ -1,11 +1,13 @@
-r"""Simulation-based calibration of a conditional density: do its posteriors hold the truth as often as they say?
+r"""Simulation-based calibration of a conditional density: do its posteriors hold the truth as often
+as they say?
 
-For held-out pairs of parameters and a context, the rank of each true parameter among ``L`` samples of the model given the
-context is uniform on ``0, ..., L`` if the model is the posterior (Talts et al. 2018). Ranks of the log-density of the truth
-among those of the samples show what ranks of single parameters cannot: wrong correlations (Modrak et al. 2023).
+For held-out pairs of parameters and a context, the rank of each true parameter among ``L`` samples
+of the model given the context is uniform on ``0, ..., L`` if the model is the posterior (Talts et
+al. 2018). Ranks of the log-density of the truth among those of the samples show what ranks of
+single parameters cannot: wrong correlations (Modrak et al. 2023).
 
-Ranks are those of one context each, over many contexts: a model that ignores contexts and gives the prior passes by its
-parameters, and its likelihood shows it.
+Ranks are those of one context each, over many contexts: a model that ignores contexts and gives the
+prior passes by its parameters, and its likelihood shows it.
 """
 
 import functools
@@ -32,7 +34,8 @@ class RankTest:
     Attributes:
         name: What the ranks are of, "entry 0" and so on, or "log p".
         counts: Ranks in bins of equal width, from the lowest.
-        p_value: Twice the smaller p-value of the chi-square test of ``counts`` and the Kolmogorov-Smirnov test of the ranks.
+        p_value: Twice the smaller p-value of the chi-square test of ``counts`` and the
+            Kolmogorov-Smirnov test of the ranks.
         mean_rank: Mean of the ranks from 0 to 1; below .5 samples are too high.
     """
 
@@ -60,12 +63,16 @@ class Calibration:
 
     @property
     def p_value(self) -> float:
-        """Smallest p-value times the number of tests, at most 1: a bound of the probability by chance."""
+        """Smallest p-value times the number of tests, at most 1: a bound of the probability by
+        chance.
+        """
         return min(1.0, len(self.tests) * min(test.p_value for test in self.tests))
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the tests together do not refuse the ranks, as they refuse those of one calibrated model in a thousand."""
+        """Whether the tests together do not refuse the ranks, as they refuse those of one
+        calibrated model in a thousand.
+        """
         return self.p_value >= 1e-3
 
     def band(self) -> tuple[int, int]:
@@ -84,31 +91,49 @@ class Calibration:
     def __str__(self) -> str:
         lines = [self.headline, f"{'':10}{'mean rank':>10}{'p':>10}   counts"]
         for test in self.tests:
-            lines.append(f"{test.name:10}{test.mean_rank:10.3f}{test.p_value:10.2g}   {' '.join(map(str, test.counts))}")
-        lines.append("counts of a calibrated model are {} to {} in 99 % of the bins".format(*self.band()))
+            lines.append(
+                f"{test.name:10}{test.mean_rank:10.3f}{test.p_value:10.2g}   "
+                f"{' '.join(map(str, test.counts))}"
+            )
+        lines.append(
+            "counts of a calibrated model are {} to {} in 99 % of the bins".format(*self.band())
+        )
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
         """Sentences about a model that is refused, and about samples that are none."""
         found, num = [], self.num_examples * self.num_samples
         if not self.is_calibrated:
-            found.append("Ranks of test examples among samples are not uniform: given contexts, the model is not calibrated.")
+            found.append(
+                "Ranks of test examples among samples are not uniform: given contexts, "
+                "the model is not calibrated."
+            )
         if self.num_failed:
-            found.append(f"The inverse did not converge for {self.num_failed} of {num} samples that ranks are among.")
+            found.append(
+                f"The inverse did not converge for {self.num_failed} of {num} samples "
+                "that ranks are among."
+            )
         return found
 
 
-def calibrate_run(run: Run, num_examples: int = NUM_EXAMPLES, num_samples: int = NUM_SAMPLES) -> Calibration:
+def calibrate_run(
+    run: Run, num_examples: int = NUM_EXAMPLES, num_samples: int = NUM_SAMPLES
+) -> Calibration:
     """Calibration of a run's model on its first test examples, see `calibrate`.
 
     Raises:
-        ValueError: If the model is no density of vectors given contexts, or there are too few test examples.
+        ValueError: If the model is no density of vectors given contexts, or there are too few test
+            examples.
     """
     contexts = run.test_contexts()
     if not isinstance(run.model, Density) or contexts is None:
-        raise ValueError(f"{run.folder} holds no density given contexts: calibration is that of posteriors")
+        raise ValueError(
+            f"{run.folder} holds no density given contexts: calibration is that of posteriors"
+        )
     examples, contexts = run.test_examples()[:num_examples], contexts[:num_examples]
-    return calibrate(run.model, examples, contexts, num_samples, run.config.evaluation, run.config.seed)
+    return calibrate(
+        run.model, examples, contexts, num_samples, run.config.evaluation, run.config.seed
+    )
 
 
 def calibrate(
@@ -119,7 +144,8 @@ def calibrate(
     settings: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
 ) -> Calibration:
-    """Ranks of held-out examples among a model's samples given their contexts, and tests that they are uniform.
+    """Ranks of held-out examples among a model's samples given their contexts, and tests that they
+    are uniform.
 
     Args:
         model: A conditional density of vectors.
@@ -130,23 +156,34 @@ def calibrate(
         seed: Seed of the samples, in [0, 2^32).
 
     Raises:
-        ValueError: If the examples are no vectors, fewer than `LEAST_EXAMPLES`, or have no context each.
+        ValueError: If the examples are no vectors, fewer than `LEAST_EXAMPLES`, or have no context
+            each.
 
     Example:
         >>> print(calibrate(model, theta_test, context_test))  # doctest: +SKIP
     """
     examples = np.asarray(examples)
     if examples.ndim != 2 or len(examples) < LEAST_EXAMPLES:
-        raise ValueError(f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of shape {examples.shape}")
+        raise ValueError(
+            f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of "
+            f"shape {examples.shape}"
+        )
     contexts = for_examples(contexts, len(examples))
     repeated = np.repeat(contexts, num_samples, axis=0)
-    drawn, convergence = samples.draw(model, len(repeated), settings.batch_size, seed=seed, contexts=repeated)
+    drawn, convergence = samples.draw(
+        model, len(repeated), settings.batch_size, seed=seed, contexts=repeated
+    )
     log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
     of_samples, of_truth = log_prob(drawn, contexts=repeated), log_prob(examples, contexts=contexts)
-    values, truth = _places(model, drawn).reshape(len(examples), num_samples, -1), _places(model, examples)
+    values, truth = (
+        _places(model, drawn).reshape(len(examples), num_samples, -1),
+        _places(model, examples),
+    )
     generator = np.random.default_rng(seed)
     tests = [
-        rank_test(f"entry {i}", _ranks(values[:, :, i], truth[:, i], generator), num_samples, generator)
+        rank_test(
+            f"entry {i}", _ranks(values[:, :, i], truth[:, i], generator), num_samples, generator
+        )
         for i in range(examples.shape[1])
     ]
     of_density = _ranks(of_samples.reshape(len(examples), num_samples), of_truth, generator)
@@ -155,16 +192,21 @@ def calibrate(
 
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
-    """Vectors with the number of a value that owns a cell in its place, which precisions round in ways of their own."""
+    """Vectors with the number of a value that owns a cell in its place, which precisions round
+    in ways of their own.
+    """
     cells = model.spec.cells
     return np.asarray(x if cells is None else cells.places(jnp.asarray(x))[0], np.float64)
 
 
-def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator) -> RankTest:
-    """Tests that ranks are uniform on ``0, ..., num_samples``, with noise in their cells that makes them so on an interval.
+def rank_test(
+    name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator
+) -> RankTest:
+    """Tests that ranks are uniform on ``0, ..., num_samples``, with noise in their cells that makes
+    them so on an interval.
 
-    The Kolmogorov-Smirnov test finds samples that are too high or too low, the chi-square test, of at most 20 bins with ten
-    ranks or more on average, those that are too wide or too narrow.
+    The Kolmogorov-Smirnov test finds samples that are too high or too low, the chi-square test, of
+    at most 20 bins with ten ranks or more on average, those that are too wide or too narrow.
     """
     from scipy.stats import chisquare, kstest
 
@@ -177,7 +219,9 @@ def rank_test(name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generat
 def _ranks(
     values: Float[np.ndarray, "n m"], truth: Float[np.ndarray, " n"], generator: np.random.Generator
 ) -> Int[np.ndarray, " n"]:
-    """Number of values below the truth; among equal ones, which grids have, the place is drawn at random."""
+    """Number of values below the truth; among equal ones, which grids have, the place is drawn
+    at random.
+    """
     below = np.sum(values < truth[:, None], axis=1)
     equal = np.sum(values == truth[:, None], axis=1)
     return below + generator.integers(0, equal + 1)

@@ -1,4 +1,6 @@
-"""Top-1 test error of a classifier or a density with classes, with an interval, and which class is taken for which."""
+"""Top-1 test error of a classifier or a density with classes, with an interval, and which class
+is taken for which.
+"""
 
 import math
 from dataclasses import dataclass
@@ -48,25 +50,42 @@ class Classification:
     def __str__(self) -> str:
         low, high = self.interval
         line = (
-            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} examples; "
-            f"{100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {self.loss:.4f} nats"
+            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} "
+            "examples; "
+            f"{100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), "
+            f"cross-entropy {self.loss:.4f} nats"
         )
         return "\n".join([line, *self.warnings()])
 
     def warnings(self) -> list[str]:
         """A sentence about logits that are not finite."""
-        return [] if math.isfinite(self.loss) else ["The cross-entropy is not finite: the test error means nothing."]
+        return (
+            []
+            if math.isfinite(self.loss)
+            else ["The cross-entropy is not finite: the test error means nothing."]
+        )
 
 
 def evaluate(
-    model: Density | Classifier, examples: Num[np.ndarray, "n ..."], labels: Int[np.ndarray, " n"], batch_size: int
+    model: Density | Classifier,
+    examples: Num[np.ndarray, "n ..."],
+    labels: Int[np.ndarray, " n"],
+    batch_size: int,
 ) -> Classification:
-    """Top-1 error of a classifier of images of integer levels, or of a density with classes on its data."""
+    """Top-1 error of a classifier of images of integer levels, or of a density with classes on
+    its data.
+    """
     outputs = classify(model, examples, labels, batch_size)
-    return summarize(outputs["logits"].astype(np.float64), labels, loss=float(outputs["loss"].mean(dtype=np.float64)))
+    return summarize(
+        outputs["logits"].astype(np.float64),
+        labels,
+        loss=float(outputs["loss"].mean(dtype=np.float64)),
+    )
 
 
-def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, loss: float) -> Classification:
+def summarize(
+    logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, loss: float
+) -> Classification:
     """Counts the mistakes that logits make, with the Wilson (1927) interval of their fraction.
 
     Args:
@@ -83,12 +102,16 @@ def summarize(logits: Num[np.ndarray, "n k"], labels: Int[np.ndarray, " n"], *, 
         num_examples=len(labels),
         loss=loss,
         confusion=tuple(map(tuple, confusion.tolist())),
-        mistakes=tuple(Mistake(int(i), int(labels[i]), int(predictions[i])) for i in wrong[:NUM_MISTAKES]),
+        mistakes=tuple(
+            Mistake(int(i), int(labels[i]), int(predictions[i])) for i in wrong[:NUM_MISTAKES]
+        ),
     )
 
 
 def fraction_interval(count: int, total: int) -> tuple[float, float]:
-    """Wilson's (1927) interval of a probability, from ``count`` events in ``total`` trials, at `CONFIDENCE`."""
+    """Wilson's (1927) interval of a probability, from ``count`` events in ``total`` trials, at
+    `CONFIDENCE`.
+    """
     from scipy.stats import binomtest  # late: half a second, for which training should not wait
 
     interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")

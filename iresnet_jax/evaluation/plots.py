@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GREY = "#2a2f36", "#727b87"
-BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"  # distinct to readers with the common colour deficiencies
-OBJECTIVES = {"bits_per_dim": "bits/dim", "nll": "NLL [nats]", "accuracy": "accuracy", "loss": "loss"}
+# distinct to readers with the common colour deficiencies
+BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"
+OBJECTIVES = {
+    "bits_per_dim": "bits/dim",
+    "nll": "NLL [nats]",
+    "accuracy": "accuracy",
+    "loss": "loss",
+}
 COLUMNS = 8  # images in a row
 MAX_PAIRS, MAX_RANKS = 5, 12  # entries of a vector whose pairs and whose ranks are drawn
 
@@ -37,7 +43,9 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def data_uri(figure: "Figure") -> str:
-    """A figure as the address of an image that is its own content, for a page that needs no other file."""
+    """A figure as the address of an image that is its own content, for a page that needs no
+    other file.
+    """
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -50,25 +58,47 @@ def write_png(figure: "Figure", path: Path) -> Path:
     return path
 
 
-# --- training and bounds --------------------------------------------------------------------------------------------
+# --- training and bounds --------------------------------------------------------------------------
 
 
 def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -> "Figure":
-    """Every logged quantity against the step, the objective first: training as a line, validation with markers.
+    """Every logged quantity against the step, the objective first: training as a line, validation
+    with markers.
 
     Args:
-        records: Lines of the metrics log, in any order: ``step``, ``split``, and numbers that may be missing.
+        records: Lines of the metrics log, in any order: ``step``, ``split``, and numbers that may
+            be missing.
         evaluated_step: Step of the evaluated checkpoint, a vertical line.
     """
-    logged = {name for record in records for name, value in record.items() if isinstance(value, int | float)}
-    names = [*(name for name in OBJECTIVES if name in logged), *sorted(logged - {"step", "wall_time_s", *OBJECTIVES})]
+    logged = {
+        name
+        for record in records
+        for name, value in record.items()
+        if isinstance(value, int | float)
+    }
+    names = [
+        *(name for name in OBJECTIVES if name in logged),
+        *sorted(logged - {"step", "wall_time_s", *OBJECTIVES}),
+    ]
     figure, grid = panels(len(names), columns=4, height=1.9)
     for axes, name in zip(grid, names, strict=True):
         for split, color, marker in (("train", BLUE, ""), ("validation", ORANGE, "o")):
-            found = [(r["step"], r[name]) for r in records if r.get("split") == split and isinstance(r.get(name), int | float)]
+            found = [
+                (r["step"], r[name])
+                for r in records
+                if r.get("split") == split and isinstance(r.get(name), int | float)
+            ]
             if found:
                 steps, values = np.array(sorted(found), np.float64).T
-                axes.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.2, label=split)
+                axes.plot(
+                    steps,
+                    values,
+                    color=color,
+                    marker=marker,
+                    markersize=3,
+                    linewidth=1.2,
+                    label=split,
+                )
         axes.axvline(evaluated_step, color=GREY, linewidth=0.8)
         axes.ticklabel_format(axis="y", useOffset=False)
         label(axes, "step", "", OBJECTIVES.get(name, name.replace("_", " ")))
@@ -77,33 +107,45 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -
 
 
 def lipschitz_bars(certificate: Certificate) -> "Figure":
-    """Lipschitz estimate of every block, its certified bound, the target and the limit of invertibility.
+    """Lipschitz estimate of every block, its certified bound, the target and the limit of
+    invertibility.
 
-    An estimate comes from power iteration, which approaches the norm from below: only the bound proves anything.
+    An estimate comes from power iteration, which approaches the norm from below: only the bound
+    proves anything.
     """
-    estimates, bounds = ([getattr(block, kind) for block in certificate.blocks] for kind in ("estimate", "bound"))
+    estimates, bounds = (
+        [getattr(block, kind) for block in certificate.blocks] for kind in ("estimate", "bound")
+    )
     figure = new_figure(10.0, 3.2)
     axes = figure.add_subplot()
     place = np.arange(len(bounds))
     axes.bar(place, estimates, width=0.7, color=BLUE, alpha=0.85, label="estimate (from below)")
     axes.scatter(place, bounds, s=26, marker="D", color=ORANGE, zorder=3, label="certified bound")
     if certificate.target is not None:
-        axes.axhline(certificate.target, color=PLUM, linestyle="--", label=f"target {certificate.target:g}")
+        axes.axhline(
+            certificate.target, color=PLUM, linestyle="--", label=f"target {certificate.target:g}"
+        )
     axes.axhline(1.0, color=INK, linewidth=1.0, label="invertible below 1")
-    axes.set_ylim(0.0, 1.04 * max(value for value in (1.0, *estimates, *bounds) if math.isfinite(value)))
+    axes.set_ylim(
+        0.0, 1.04 * max(value for value in (1.0, *estimates, *bounds) if math.isfinite(value))
+    )
     label(axes, "block, from the data to the latents", "Lipschitz constant of g", "")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
-# --- vectors --------------------------------------------------------------------------------------------------------
+# --- vectors --------------------------------------------------------------------------------------
 
 
-def density_map(log_density: Float[np.ndarray, "n n"], extent: tuple[float, float, float, float]) -> "Figure":
-    """A density on the plane, in colours that end at its 99.5 % quantile: narrow ridges would leave the rest black.
+def density_map(
+    log_density: Float[np.ndarray, "n n"], extent: tuple[float, float, float, float]
+) -> "Figure":
+    """A density on the plane, in colours that end at its 99.5 % quantile: narrow ridges would leave
+    the rest black.
 
     Args:
-        log_density: Natural log of the density on a grid; rows run along the second coordinate, upwards.
+        log_density: Natural log of the density on a grid; rows run along the second coordinate,
+            upwards.
         extent: (left, right, bottom, top) of the grid.
     """
     figure = new_figure(5.4, 4.6)
@@ -118,14 +160,17 @@ def density_map(log_density: Float[np.ndarray, "n n"], extent: tuple[float, floa
 
 
 def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
-    """Marginals of the first entries of vectors on the diagonal, pairs of entries below it, on the range of the first ones.
+    """Marginals of the first entries of vectors on the diagonal, pairs of entries below it, on the
+    range of the first ones.
 
     Args:
         points: One or two sets of vectors by name, such as test data and samples.
     """
     first = next(iter(points.values()))
     finite = first[np.isfinite(first).all(axis=1)]
-    low, high = np.quantile(finite if len(finite) else np.zeros((1, first.shape[1])), [0.001, 0.999], axis=0)
+    low, high = np.quantile(
+        finite if len(finite) else np.zeros((1, first.shape[1])), [0.001, 0.999], axis=0
+    )
     margin = 0.1 * np.maximum(high - low, 1e-12)
     low, high, shown = low - margin, high + margin, min(first.shape[1], MAX_PAIRS)
     figure = new_figure(10.0, max(1.9 * shown, 3.0))
@@ -138,18 +183,34 @@ def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
         for (name, values), color in zip(points.items(), (BLUE, ORANGE), strict=False):
             if row == column:
                 bins = np.linspace(low[row], high[row], 41).tolist()
-                axes.hist(values[:, row], bins=bins, density=True, histtype="step", color=color, label=name)
+                axes.hist(
+                    values[:, row],
+                    bins=bins,
+                    density=True,
+                    histtype="step",
+                    color=color,
+                    label=name,
+                )
             else:
-                axes.scatter(values[:, column], values[:, row], s=2.0, color=color, alpha=0.35, linewidths=0)
+                axes.scatter(
+                    values[:, column], values[:, row], s=2.0, color=color, alpha=0.35, linewidths=0
+                )
                 axes.set_ylim(low[row], high[row])
         axes.set_xlim(low[column], high[column])
-        label(axes, f"entry {column}" if row == shown - 1 else "", f"entry {row}" if column == 0 and row else "", "")
+        label(
+            axes,
+            f"entry {column}" if row == shown - 1 else "",
+            f"entry {row}" if column == 0 and row else "",
+            "",
+        )
     grid[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
 def rank_histograms(calibration: Calibration) -> "Figure":
-    """Histograms of ranks, of the first entries and of the log-density, with the band of a calibrated model."""
+    """Histograms of ranks, of the first entries and of the log-density, with the band of a
+    calibrated model.
+    """
     tests = [*calibration.tests[:-1][: MAX_RANKS - 1], calibration.tests[-1]]
     figure, grid = panels(len(tests), columns=6, height=2.1)
     for axes, test in zip(grid, tests, strict=True):
@@ -160,11 +221,13 @@ def rank_histograms(calibration: Calibration) -> "Figure":
     return figure
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
-    """Number of examples of each class, by row, taken for each, by column; colour is the share of the class on a log scale."""
+    """Number of examples of each class, by row, taken for each, by column; colour is the share
+    of the class on a log scale.
+    """
     figure = new_figure(5.6, 5.0)
     axes = figure.add_subplot()
     scaled = np.log10(np.maximum(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), 1e-4))
@@ -173,26 +236,45 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
         axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
         for row, column in np.argwhere(counts > 0):
             ink = "white" if scaled[row, column] > -1.5 else INK
-            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", size=8, color=ink)
+            axes.text(
+                column, row, f"{counts[row, column]}", ha="center", va="center", size=8, color=ink
+            )
     label(axes, "taken for", "class", "")
     axes.grid(visible=False)
     return figure
 
 
 def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Figure":
-    """Verified accuracy by radius, of certified radii that are 0 for images classified wrongly, and accuracy under attack."""
+    """Verified accuracy by radius, of certified radii that are 0 for images classified wrongly,
+    and accuracy under attack.
+    """
     figure = new_figure(5.6, 3.6)
     axes = figure.add_subplot()
-    axes.plot(np.sort(radii)[::-1], np.arange(1, len(radii) + 1) / len(radii), color=BLUE, label="verified")
+    axes.plot(
+        np.sort(radii)[::-1],
+        np.arange(1, len(radii) + 1) / len(radii),
+        color=BLUE,
+        label="verified",
+    )
     left = np.array([(own.fraction, *own.interval) for own in found.attacked]).T
-    axes.errorbar(found.radii, left[0], np.abs(left[1:] - left[0]), fmt="o", markersize=3, color=ORANGE, label="under attack")
+    axes.errorbar(
+        found.radii,
+        left[0],
+        np.abs(left[1:] - left[0]),
+        fmt="o",
+        markersize=3,
+        color=ORANGE,
+        label="under attack",
+    )
     axes.set(xlim=(0, 1.1 * max(found.radii)), ylim=(0, 1))
     label(axes, "radius (2-norm of pixels in [0, 1])", "accuracy", "")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def images(values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, captions: Sequence[str] = ()) -> "Figure":
+def images(
+    values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, captions: Sequence[str] = ()
+) -> "Figure":
     """Images in reading order, continuous ones from their 1 % to their 99 % quantile."""
     if num_levels is not None:
         pixels = values / (num_levels - 1)
@@ -209,14 +291,20 @@ def images(values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, captio
     return figure
 
 
-def reconstructions(originals: Float[np.ndarray, "n ..."], back: Float[np.ndarray, "n ..."]) -> "Figure | None":
-    """First originals above their reconstructions and the largest difference of each; None for points and other units."""
+def reconstructions(
+    originals: Float[np.ndarray, "n ..."], back: Float[np.ndarray, "n ..."]
+) -> "Figure | None":
+    """First originals above their reconstructions and the largest difference of each; None for
+    points and other units.
+    """
     if originals.ndim != 4 or originals.min() < 0 or originals.max() > 1:
         return None
     originals, back = originals[:COLUMNS], back[:COLUMNS]
     figure = new_figure(10.0, 2.6 * max(originals.shape[1] / originals.shape[2], 0.5) + 0.4)
     grid: Any = figure.subplots(2, len(originals), squeeze=False)
-    for axes, original, inverted, error in zip(grid.T, rgb(originals), rgb(back), np.abs(back - originals), strict=True):
+    for axes, original, inverted, error in zip(
+        grid.T, rgb(originals), rgb(back), np.abs(back - originals), strict=True
+    ):
         for place, image in zip(axes, (original, inverted), strict=True):
             place.imshow(image, interpolation="nearest")
             place.set_axis_off()
@@ -225,13 +313,23 @@ def reconstructions(originals: Float[np.ndarray, "n ..."], back: Float[np.ndarra
 
 
 def rgb(pixels: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w 3"]:
-    """RGB images in [0, 1] of pixels on this scale, black where not finite; the mean of channels neither grey nor RGB."""
-    three = pixels if pixels.shape[-1] == 3 else np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
+    """RGB images in [0, 1] of pixels on this scale, black where not finite; the mean of channels
+    neither grey nor RGB.
+    """
+    three = (
+        pixels
+        if pixels.shape[-1] == 3
+        else np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
+    )
     return np.clip(np.nan_to_num(three), 0.0, 1.0)
 
 
-def write_samples(values: Num[np.ndarray, "n ..."], num_levels: int | None, folder: Path) -> tuple[Path, Path]:
-    """Writes ``samples.png`` and ``samples.npy`` (levels as uint8, points as float32) into a folder."""
+def write_samples(
+    values: Num[np.ndarray, "n ..."], num_levels: int | None, folder: Path
+) -> tuple[Path, Path]:
+    """Writes ``samples.png`` and ``samples.npy`` (levels as uint8, points as float32) into a
+    folder.
+    """
     figure = images(values, num_levels) if values.ndim == 4 else pairs({"samples": values})
     png, npy = write_png(figure, folder / "samples.png"), folder / "samples.npy"
     with replacing(npy) as incoming, incoming.open("wb") as file:
@@ -239,8 +337,12 @@ def write_samples(values: Num[np.ndarray, "n ..."], num_levels: int | None, fold
     return png, npy
 
 
-def panels(num: int, columns: int, height: float, *, width: float = 10.0) -> tuple["Figure", list["Axes"]]:
-    """A figure of so many axes in rows of one height, in inches; the rest of the last row stays empty."""
+def panels(
+    num: int, columns: int, height: float, *, width: float = 10.0
+) -> tuple["Figure", list["Axes"]]:
+    """A figure of so many axes in rows of one height, in inches; the rest of the last row stays
+    empty.
+    """
     rows = math.ceil(num / columns)
     figure = new_figure(width, rows * height)
     grid: Any = figure.subplots(rows, columns, squeeze=False)

@@ -1,6 +1,8 @@
-"""Report of a run: every result as ``report.json``, and with pictures as the page ``report.html`` that needs nothing else.
+"""Report of a run: every result as ``report.json``, and with pictures as the page ``report.html``
+that needs nothing else.
 
-A result is a dataclass beside the computation that fills it, and its ``str`` is its line on the page and in the terminal.
+A result is a dataclass beside the computation that fills it, and its ``str`` is its line on the
+page and in the terminal.
 """
 
 import datetime
@@ -21,7 +23,15 @@ from jaxtyping import Float
 
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.evaluation import calibration, classification, likelihood, plots, robustness, round_trips, samples
+from iresnet_jax.evaluation import (
+    calibration,
+    classification,
+    likelihood,
+    plots,
+    robustness,
+    round_trips,
+    samples,
+)
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.classification import Classification
 from iresnet_jax.evaluation.likelihood import Likelihood
@@ -56,7 +66,8 @@ TITLES = {  # of the fields of `Report` that are sections of the page, in its or
 }
 
 Results = dict[str, Any]  # fields of `Report`
-Figures = dict[str, dict[str, "Figure"]]  # figures by their caption, by the field of `Report` that they belong to
+# figures by their caption, by the field of `Report` that they belong to
+Figures = dict[str, dict[str, "Figure"]]
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,14 @@ class TrainingTimes:
         )
 
     def __str__(self) -> str:
-        times = {"in all": self.total_seconds, "a step": self.seconds_per_step, "to compile": self.compile_seconds}
-        known = "".join(f", {seconds:.3g} s {what}" for what, seconds in times.items() if seconds is not None)
+        times = {
+            "in all": self.total_seconds,
+            "a step": self.seconds_per_step,
+            "to compile": self.compile_seconds,
+        }
+        known = "".join(
+            f", {seconds:.3g} s {what}" for what, seconds in times.items() if seconds is not None
+        )
         return f"training: {self.steps} steps of {self.total_steps}{known}"
 
 
@@ -103,8 +120,10 @@ class Report:
 
     Attributes:
         environment: Devices, versions, date and commit, see `describe_environment`.
-        calibration: Ranks of test examples among samples given their contexts, of a conditional density of vectors.
-        noise_lipschitz: Lipschitz constants of the flow that makes the noise of variational dequantisation.
+        calibration: Ranks of test examples among samples given their contexts, of a conditional
+            density of vectors.
+        noise_lipschitz: Lipschitz constants of the flow that makes the noise of variational
+            dequantisation.
         notes: Sentences about the parameters, such as which checkpoint had to be used instead.
     """
 
@@ -125,43 +144,78 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        parts = (self.likelihood, self.calibration, self.classification, self.robustness, self.samples, self.inverse)
+        parts = (
+            self.likelihood,
+            self.calibration,
+            self.classification,
+            self.robustness,
+            self.samples,
+            self.inverse,
+        )
         for part in parts:
             found += part.warnings() if part else ()
         if self.samples_by_class:
             found += self.samples_by_class.warnings("samples by class")
-        return found + [known.verdict for known in (self.lipschitz, self.noise_lipschitz) if known and not known.certified]
+        return found + [
+            known.verdict
+            for known in (self.lipschitz, self.noise_lipschitz)
+            if known and not known.certified
+        ]
 
     def __str__(self) -> str:
         verdict = self.lipschitz and self.lipschitz.verdict
         calibration = self.calibration and self.calibration.headline
-        headlines = [self.likelihood, calibration, self.classification, self.robustness, self.inverse, verdict]
+        headlines = [
+            self.likelihood,
+            calibration,
+            self.classification,
+            self.robustness,
+            self.inverse,
+            verdict,
+        ]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``report.json``; numbers that are not finite become None."""
-        facts = {name: value for name, value in asdict(self).items() if value is not None and name != "notes"}
+        facts = {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and name != "notes"
+        }
         if self.likelihood:
-            facts["nll" if self.likelihood.unit == "nats" else "bits_per_dim"] = facts.pop("likelihood")
+            facts["nll" if self.likelihood.unit == "nats" else "bits_per_dim"] = facts.pop(
+                "likelihood"
+            )
         if self.calibration:
-            facts["calibration"] |= {"p_value": self.calibration.p_value, "calibrated": self.calibration.is_calibrated}
-        for name, known in (("lipschitz", self.lipschitz), ("noise_lipschitz", self.noise_lipschitz)):
+            facts["calibration"] |= {
+                "p_value": self.calibration.p_value,
+                "calibrated": self.calibration.is_calibrated,
+            }
+        for name, known in (
+            ("lipschitz", self.lipschitz),
+            ("noise_lipschitz", self.noise_lipschitz),
+        ):
             if known:
                 facts[name] |= {"certified": known.certified, "max_block": known.max_block}
         facts |= {"warnings": self.warnings()}
-        return json.loads(json.dumps(facts), parse_constant=lambda _: None)  # None for numbers that JSON does not have
+        # None for numbers that JSON does not have
+        return json.loads(json.dumps(facts), parse_constant=lambda _: None)
 
     @property
     def headline(self) -> str:
         """The number that is compared with published ones; empty of a model without one."""
         if self.likelihood:
-            return f"{self.likelihood.mean:.4f} ± {self.likelihood.stderr:.4f} {self.likelihood.unit}"
+            return (
+                f"{self.likelihood.mean:.4f} ± {self.likelihood.stderr:.4f} {self.likelihood.unit}"
+            )
         return f"{100 * self.classification.error:.2f} % error" if self.classification else ""
 
 
 def describe_environment() -> dict[str, Any]:
-    """Devices, versions and date of this process and, in a checkout, the commit; None for what is not known."""
+    """Devices, versions and date of this process and, in a checkout, the commit; None for what
+    is not known.
+    """
     versions = {}
     for package in ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy"):
         try:
@@ -186,18 +240,30 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty= with changes",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
         return None
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------
 
 
 def write(run: Run) -> Report:
-    """Computes everything that a report holds and writes ``report.json`` and ``report.html`` into the folder of the run.
+    """Computes everything that a report holds and writes ``report.json`` and ``report.html`` into
+    the folder of the run.
 
     Example:
         >>> report = write(load("runs/digits_density"))  # doctest: +SKIP
@@ -208,7 +274,11 @@ def write(run: Run) -> Report:
     results: Results = {}
     figures: Figures = {}
     if curves := [record for record in records if record["split"] != "timing"]:
-        figures["train"] = {"Learning curves; the line is the evaluated step": plots.learning_curves(curves, run.step)}
+        figures["train"] = {
+            "Learning curves; the line is the evaluated step": plots.learning_curves(
+                curves, run.step
+            )
+        }
     if isinstance(run.model, Density):
         results |= _density(run, run.model, examples, figures)
     if run.model.spec.num_classes is not None:
@@ -216,7 +286,12 @@ def write(run: Run) -> Report:
     results |= _inverse(run, examples, figures)
     times = TrainingTimes.from_metrics(records, run.step)
     report = Report(times, describe_environment(), to_plain(run.config), notes=run.notes, **results)
-    html = render(report, figures, title=run.folder.absolute().name, references=dict(run.config.references.values))
+    html = render(
+        report,
+        figures,
+        title=run.folder.absolute().name,
+        references=dict(run.config.references.values),
+    )
     content = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
     for name, text in {"report.json": content, "report.html": html}.items():
         with replacing(run.folder / name) as incoming:
@@ -229,29 +304,45 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
     settings, seed, contexts = run.config.evaluation, run.config.seed, run.test_contexts()
     is_image = len(model.spec.flow.event_shape) == 3
     values, convergence = samples.draw(
-        model, NUM_IMAGES if is_image else NUM_POINTS, settings.batch_size, seed=seed, contexts=contexts
+        model,
+        NUM_IMAGES if is_image else NUM_POINTS,
+        settings.batch_size,
+        seed=seed,
+        contexts=contexts,
     )
-    measured = likelihood.measure(model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy)
+    measured = likelihood.measure(
+        model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy
+    )
     results: Results = {"likelihood": measured, "samples": convergence}
     if is_image:
         figures["samples"] = {"Samples": plots.images(values, model.spec.num_levels)}
         return results
-    figures["samples"] = {"Samples beside test data": plots.pairs({"test data": examples[:NUM_POINTS], "samples": values})}
+    figures["samples"] = {
+        "Samples beside test data": plots.pairs(
+            {"test data": examples[:NUM_POINTS], "samples": values}
+        )
+    }
     if model.spec.flow.event_shape == (2,) and contexts is None:
-        figures["samples"]["Density"] = plots.density_map(*log_density_on_grid(model, examples[:NUM_POINTS]))
+        figures["samples"]["Density"] = plots.density_map(
+            *log_density_on_grid(model, examples[:NUM_POINTS])
+        )
     if contexts is not None and len(examples) >= calibration.LEAST_EXAMPLES:
         results["calibration"] = calibration.calibrate_run(run)
-        figures["calibration"] = {"Ranks of test examples": plots.rank_histograms(results["calibration"])}
+        figures["calibration"] = {
+            "Ranks of test examples": plots.rank_histograms(results["calibration"])
+        }
     return results
 
 
 def log_density_on_grid(
     model: Density, points: Float[np.ndarray, "n 2"], side: int = 128
 ) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
-    """Exact log-density of a model of the plane on a grid around points, of dequantised data if they own cells.
+    """Exact log-density of a model of the plane on a grid around points, of dequantised data if
+    they own cells.
 
     Returns:
-        Natural log of the density, rows along the second coordinate, and (left, right, bottom, top).
+        Natural log of the density, rows along the second coordinate, and (left, right, bottom,
+        top).
     """
     points = np.asarray(cells(model.spec).forward(jnp.asarray(points)), np.float64)
     low, high = points.min(axis=0), points.max(axis=0)
@@ -265,25 +356,37 @@ def log_density_on_grid(
 
 
 def _classes(run: Run, examples: np.ndarray, figures: Figures) -> Results:
-    """Test error of a model with classes; robustness of a classifier, and of a density samples of each class."""
+    """Test error of a model with classes; robustness of a classifier, and of a density samples
+    of each class.
+    """
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
     is_image = examples.ndim == 4
     result = classification.evaluate(model, examples, run.data.labels["test"], size)
-    figures["classification"] = {"Classes and what they were taken for": plots.confusion_matrix(np.array(result.confusion))}
+    figures["classification"] = {
+        "Classes and what they were taken for": plots.confusion_matrix(np.array(result.confusion))
+    }
     if result.mistakes and is_image:
         chosen = examples[[mistake.index for mistake in result.mistakes]]
         captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
-        figures["classification"]["First mistakes"] = plots.images(chosen, levels, captions=captions)
+        figures["classification"]["First mistakes"] = plots.images(
+            chosen, levels, captions=captions
+        )
     if not isinstance(model, Density):
         results: Results = {"classification": result}
         if run.config.evaluation.radii:
             labels = run.data.labels["test"]
-            found, radii = robustness.measure(model, examples, labels, run.config.evaluation, run.config.seed)
+            found, radii = robustness.measure(
+                model, examples, labels, run.config.evaluation, run.config.seed
+            )
             results["robustness"] = found
             figures["robustness"] = {"Accuracy by radius": plots.robustness_curves(found, radii)}
         return results
-    labels = np.repeat(range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), plots.COLUMNS).tolist()
-    values, convergence = samples.draw(model, len(labels), size, seed=run.config.seed + 1, labels=labels)
+    labels = np.repeat(
+        range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), plots.COLUMNS
+    ).tolist()
+    values, convergence = samples.draw(
+        model, len(labels), size, seed=run.config.seed + 1, labels=labels
+    )
     if is_image:
         figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels)}
     return {"classification": result, "samples_by_class": convergence}
@@ -295,8 +398,13 @@ def _inverse(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     # The solver of a model without a certificate runs to its cap.
     chosen = examples[: round_trips.NUM_EXAMPLES if certificate.certified else 64]
     contexts = None if contexts is None else contexts[: len(chosen)]
-    size, num_certified = run.config.evaluation.batch_size, round_trips.affordable(model.spec.flow, CERTIFY_S)
-    result = round_trips.reconstruct(model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified)
+    size, num_certified = (
+        run.config.evaluation.batch_size,
+        round_trips.affordable(model.spec.flow, CERTIFY_S),
+    )
+    result = round_trips.reconstruct(
+        model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified
+    )
     if shown := plots.reconstructions(result.originals, result.reconstructions):
         figures["inverse"] = {"Test images and what came back": shown}
     figures["lipschitz"] = {"Lipschitz constants of the blocks": plots.lipschitz_bars(certificate)}
@@ -304,10 +412,12 @@ def _inverse(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     return {"inverse": result.summary, "lipschitz": certificate, "noise_lipschitz": of_noise}
 
 
-# --- the page -------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
-def render(report: Report, figures: Figures, *, title: str, references: Mapping[str, float | int]) -> str:
+def render(
+    report: Report, figures: Figures, *, title: str, references: Mapping[str, float | int]
+) -> str:
     """The report of a run as one HTML page without scripts that needs no other file.
 
     Args:
@@ -316,12 +426,19 @@ def render(report: Report, figures: Figures, *, title: str, references: Mapping[
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(files("iresnet_jax.evaluation").joinpath("page.html.jinja").read_text("utf-8"))
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    template = environment.from_string(
+        files("iresnet_jax.evaluation").joinpath("page.html.jinja").read_text("utf-8")
+    )
     return template.render(
         title=title,
         report=report,
-        sections=[(heading, getattr(report, name), figures.get(name, {})) for name, heading in TITLES.items()],
+        sections=[
+            (heading, getattr(report, name), figures.get(name, {}))
+            for name, heading in TITLES.items()
+        ],
         data_uri=plots.data_uri,
         references=references if report.headline else {},
         config=json.dumps(report.config, indent=2),

@@ -1,6 +1,8 @@
-"""Accuracy of a classifier when pixels may move by a distance: what radii prove, and what attacks leave.
+"""Accuracy of a classifier when pixels may move by a distance: what radii prove, and what attacks
+leave.
 
-The accuracy against every attack lies between the verified one, of `certify.radius`, and the one under these attacks.
+The accuracy against every attack lies between the verified one, of `certify.radius`, and the one
+under these attacks.
 """
 
 from dataclasses import dataclass
@@ -72,8 +74,10 @@ class Robustness:
         rows = zip(self.radii, self.verified, self.attacked, strict=True)
         steps, starts = self.attack
         lines = [
-            f"robustness: {self.clean.fraction:.2%} of {self.num_examples} images right, median certified radius "
-            f"{self.median_radius:.4g}; {self.num_broken} of {self.num_checked} radii broken by attacks ({steps} steps, "
+            f"robustness: {self.clean.fraction:.2%} of {self.num_examples} images right, median "
+            "certified radius "
+            f"{self.median_radius:.4g}; {self.num_broken} of {self.num_checked} radii broken by "
+            f"attacks ({steps} steps, "
             f"{starts} starts)",
             f"{'radius':>8}   {'verified':24} under attack",
             *(f"{size:8.4g}   {proven!s:24} {left}" for size, proven, left in rows),
@@ -81,22 +85,34 @@ class Robustness:
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
-        """Sentences about radii that were broken, and about constants that leave nothing to verify."""
+        """Sentences about radii that were broken, and about constants that leave nothing to
+        verify.
+        """
         found = []
         if self.num_broken:
-            found.append(f"{self.num_broken} certified radii were broken: a bound is wrong, please report it.")
-        if self.lipschitz > 20:  # of a linear head on potentials it is at most 2 over the least divisor of pixels
             found.append(
-                f"Radii are small because the certified Lipschitz constant of margins is {self.lipschitz:.2g}, a product over "
+                f"{self.num_broken} certified radii were broken: a bound is wrong, please "
+                "report it."
+            )
+        # of a linear head on potentials it is at most 2 over the least divisor of pixels
+        if self.lipschitz > 20:
+            found.append(
+                "Radii are small because the certified Lipschitz constant of margins is "
+                f"{self.lipschitz:.2g}, a product over "
                 'all blocks: only blocks of kind "potential" without ActNorm keep it near 1.'
             )
         return found
 
 
 def measure(
-    model: Classifier, images: Num[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"], settings: EvaluationConfig, seed: int
+    model: Classifier,
+    images: Num[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    settings: EvaluationConfig,
+    seed: int,
 ) -> tuple[Robustness, Float[np.ndarray, " n"]]:
-    """The robustness of a classifier on images of integer levels, and their radii, 0 where they are classified wrongly.
+    """The robustness of a classifier on images of integer levels, and their radii, 0 where they are
+    classified wrongly.
 
     Images that are verified at a radius, or wrong at a smaller one, are not attacked at it.
     """
@@ -107,11 +123,15 @@ def measure(
     radii, verified, attacked = sorted(settings.radii), [], []
     for radius in radii:
         tried = np.flatnonzero(left & (proven < radius))
-        left[tried] = 0 < least_margins(model, images[tried], labels[tried], np.full(len(tried), radius), attack, seed, size)
+        left[tried] = 0 < least_margins(
+            model, images[tried], labels[tried], np.full(len(tried), radius), attack, seed, size
+        )
         verified.append(Accuracy.of(proven >= radius))
         attacked.append(Accuracy.of(left))
     own = slice(0, NUM_CHECKED)
-    margins = least_margins(model, images[own], found.predicted[own], INSIDE * found.radius[own], attack, seed, size)
+    margins = least_margins(
+        model, images[own], found.predicted[own], INSIDE * found.radius[own], attack, seed, size
+    )
     return Robustness(
         num_examples=len(images),
         clean=Accuracy.of(right),
@@ -135,9 +155,11 @@ def least_margins(
     seed: int,
     batch_size: int,
 ) -> Float[np.ndarray, " n"]:
-    """The least margins of classes that projected gradient descent finds within radii (Madry et al. 2018).
+    """The least margins of classes that projected gradient descent finds within radii (Madry et al.
+    2018).
 
-    The margin is the class' logit less the largest other one. A step has the length of 2.5 radii over the number of steps.
+    The margin is the class' logit less the largest other one. A step has the length of 2.5 radii
+    over the number of steps.
 
     Args:
         model: The classifier.
@@ -151,9 +173,17 @@ def least_margins(
     if not len(images):
         return np.zeros(0)
     state = (model, np.asarray(attack, np.int32), np.uint32(seed))
-    places = np.resize(np.arange(len(images)), -(-len(images) // batch_size) * batch_size)  # one shape of batches, one program
-    rows = images[places], classes[places].astype(np.int32), radii[places].astype(np.float32), places
-    return parallel.over_batches(_descend, state, parallel.rows_of(*rows), len(places), batch_size)[: len(images)]
+    # one shape of batches, one program
+    places = np.resize(np.arange(len(images)), -(-len(images) // batch_size) * batch_size)
+    rows = (
+        images[places],
+        classes[places].astype(np.int32),
+        radii[places].astype(np.float32),
+        places,
+    )
+    return parallel.over_batches(_descend, state, parallel.rows_of(*rows), len(places), batch_size)[
+        : len(images)
+    ]
 
 
 def _descend(state: Any, batch: Any) -> Float[Array, " b"]:
@@ -176,10 +206,14 @@ def _descend(state: Any, batch: Any) -> Float[Array, " b"]:
     def into_ball(x):
         moves = x - pixels
         inside, norms = along(moves, radii)
-        return jnp.clip(pixels + jnp.where((norms > radii).reshape(-1, 1, 1, 1), inside, moves), 0, 1)
+        return jnp.clip(
+            pixels + jnp.where((norms > radii).reshape(-1, 1, 1, 1), inside, moves), 0, 1
+        )
 
     def descend(start, least):
-        draws = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, start), pixels.shape[1:]))(keys)
+        draws = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, start), pixels.shape[1:])
+        )(keys)
         first = into_ball(pixels + along(draws, radii)[0])
 
         def step(_, state):

@@ -1,4 +1,6 @@
-"""Samples of a trained model by all devices, and where their inverse, which is iterative, failed."""
+"""Samples of a trained model by all devices, and where their inverse, which is iterative,
+failed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,14 +31,19 @@ class SampleConvergence:
 
     def __str__(self) -> str:
         line = f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}"
-        return "\n".join([line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()])
+        return "\n".join(
+            [line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()]
+        )
 
     def warnings(self, name: str = "samples") -> list[str]:
         """A sentence that numbers the samples whose inverse did not converge."""
         if not self.failed:
             return []
         named = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self.failed) > 10 else "")
-        return [f"The inverse did not converge for {len(self.failed)} of {self.num} {name}, numbers {named}."]
+        return [
+            f"The inverse did not converge for {len(self.failed)} of {self.num} {name}, "
+            f"numbers {named}."
+        ]
 
 
 def draw(
@@ -57,25 +64,35 @@ def draw(
         batch_size: Most samples that are inverted at once.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
         seed: Seed of the latents.
-        labels: Class of each sample, of a model whose classes have priors; the model draws them by default.
-        contexts: Context of each sample, of a conditional density; fewer than samples are taken again and again.
-        num_certified: Samples that are certified by `certify.inverse`, from the first; 0 says that one takes too long, None
-            that nobody asked.
+        labels: Class of each sample, of a model whose classes have priors; the model draws them by
+            default.
+        contexts: Context of each sample, of a conditional density; fewer than samples are taken
+            again and again.
+        num_certified: Samples that are certified by `certify.inverse`, from the first; 0 says that
+            one takes too long, None that nobody asked.
 
     Raises:
-        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has no classes, or it needs
-            contexts and has none.
+        ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has
+            no classes, or it needs contexts and has none.
 
     Example:
         >>> values, convergence = draw(model, 64, 64, temperature=0.8)  # doctest: +SKIP
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 4294967296), as JAX would cut off further bits, got {seed}")
+        raise ValueError(
+            f"seed must lie in [0, 4294967296), as JAX would cut off further bits, got {seed}"
+        )
     of_classes = None if labels is None else np.asarray(labels)
-    latents = np.asarray(model.sample_latents(jax.random.key(seed), num, temperature=temperature, labels=of_classes))
+    latents = np.asarray(
+        model.sample_latents(jax.random.key(seed), num, temperature=temperature, labels=of_classes)
+    )
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
-    decoded = parallel.over_batches(_decode, model.with_bounds(), parallel.rows_of(latents, taken), num, batch_size)
-    guarantee = None if num_certified is None else bound_inverses(model, decoded, num_certified, taken)
+    decoded = parallel.over_batches(
+        _decode, model.with_bounds(), parallel.rows_of(latents, taken), num, batch_size
+    )
+    guarantee = (
+        None if num_certified is None else bound_inverses(model, decoded, num_certified, taken)
+    )
     failed = np.flatnonzero(~decoded.info.converged).tolist()
     return decoded.data, SampleConvergence(num, tuple(failed), guarantee)
 

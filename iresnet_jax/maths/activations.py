@@ -1,8 +1,9 @@
 r"""1-Lipschitz activations, by name.
 
-A residual branch with weights of operator norm at most ``c < 1`` is a contraction if its activations do not expand distances
-(Behrmann et al. 2019, section 2). Every activation in this file has a Jacobian of Euclidean operator norm at most 1 for every
-input and every ``beta``; its docstring has the proof. Channels are on the last axis.
+A residual branch with weights of operator norm at most ``c < 1`` is a contraction if its
+activations do not expand distances (Behrmann et al. 2019, section 2). Every activation in this file
+has a Jacobian of Euclidean operator norm at most 1 for every input and every ``beta``; its
+docstring has the proof. Channels are on the last axis.
 """
 
 import math
@@ -24,12 +25,14 @@ class Activation(NamedTuple):
 
     Attributes:
         function: ``x -> phi(x)``, or ``(x, beta) -> phi(x)`` in the Swish family.
-        slope_lipschitz: Lipschitz constant of the Jacobian in the 2-norm, of elementwise activations the largest slope of the
-            slope; times ``softplus(beta)`` for those with a ``beta``. None where the Jacobian jumps: training a density
-            differentiates it, and the slopes of a piecewise linear activation have no gradient.
-        initial_beta: Initial value of ``beta``, the raw parameter of the Swish family; None without one.
-        channel_factor: Output channels for each input channel, one copy of all after the other: of ``c`` channels, output
-            ``k c + i`` depends on input ``i``.
+        slope_lipschitz: Lipschitz constant of the Jacobian in the 2-norm, of elementwise
+            activations the largest slope of the slope; times ``softplus(beta)`` for those with a
+            ``beta``. None where the Jacobian jumps: training a density differentiates it, and the
+            slopes of a piecewise linear activation have no gradient.
+        initial_beta: Initial value of ``beta``, the raw parameter of the Swish family; None without
+            one.
+        channel_factor: Output channels for each input channel, one copy of all after the other: of
+            ``c`` channels, output ``k c + i`` depends on input ``i``.
         elementwise: Whether each output entry depends on one input entry alone.
         monotone: Whether it is elementwise with slopes in [0, 1], for every input.
     """
@@ -46,8 +49,11 @@ class Activation(NamedTuple):
         """Whether the activation has a ``beta``."""
         return self.initial_beta is not None
 
-    def apply(self, x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
-        """``phi(x)``; ``beta`` has the shape ``()`` or ``(c,)``, and its initial value if it is left out.
+    def apply(
+        self, x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None
+    ) -> Float[Array, "..."]:
+        """``phi(x)``; ``beta`` has the shape ``()`` or ``(c,)``, and its initial value if it is
+        left out.
 
         Raises:
             ValueError: If the activation has no ``beta`` and one is given.
@@ -55,33 +61,44 @@ class Activation(NamedTuple):
         if self.has_beta:
             return self.function(x, beta)
         if beta is not None:
-            raise ValueError(f"beta must be None for {self.function.__name__}, got a value: only the Swish family takes one")
+            raise ValueError(
+                f"beta must be None for {self.function.__name__}, got a value: only "
+                "the Swish family takes one"
+            )
         return self.function(x)
 
 
-def _positive_beta(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None) -> Float[Array, "..."]:
+def _positive_beta(
+    x: Float[Array, "..."], beta: Float[Array, "..."] | float | None
+) -> Float[Array, "..."]:
     """Returns ``softplus(beta)`` with the shape and dtype of ``x``."""
     beta = jnp.asarray(_INITIAL_BETA if beta is None else beta, x.dtype)
     if beta.shape not in ((), x.shape[-1:]):
         raise ValueError(
-            f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got {beta.shape}: "
+            f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got "
+            f"{beta.shape}: "
             "use one value per layer or one per channel"
         )
     return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
 
 
-def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "..."]:
+def lipswish(
+    x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None
+) -> Float[Array, "..."]:
     r"""Swish divided by its Lipschitz constant, with a learnable sharpness.
 
-    ``LipSwish(x) = x sigmoid(b x) / 1.1`` with ``b = softplus(beta)`` (Chen et al. 2019, section 3.3).
+    ``LipSwish(x) = x sigmoid(b x) / 1.1`` with ``b = softplus(beta)`` (Chen et al. 2019, section
+    3.3).
 
-    Guaranteed 1-Lipschitz: with ``t = b x`` the numerator has the slope ``s(t) = sigmoid(t) (1 + t sigmoid(-t))``. It depends
-    on ``t`` alone, so its extreme values are the same for every ``b > 0``. ``s'(t) = 0`` means ``t tanh(t / 2) = 2``, hence
-    ``t = +-2.39936`` and ``s`` lies in ``[-0.09984, 1.09984]``. Not monotone.
+    Guaranteed 1-Lipschitz: with ``t = b x`` the numerator has the slope ``s(t) = sigmoid(t) (1 + t
+    sigmoid(-t))``. It depends on ``t`` alone, so its extreme values are the same for every ``b >
+    0``. ``s'(t) = 0`` means ``t tanh(t / 2) = 2``, hence ``t = +-2.39936`` and ``s`` lies in
+    ``[-0.09984, 1.09984]``. Not monotone.
 
     Args:
         x: Input.
-        beta: Raw sharpness, any real number, one per layer or one per input channel; 0.5 if ``None``.
+        beta: Raw sharpness, any real number, one per layer or one per input channel; 0.5 if
+            ``None``.
 
     Raises:
         ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
@@ -89,25 +106,33 @@ def lipswish(x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = 
     Example:
         >>> lipswish(jnp.array([-1.0, 0.0, 1.0]), beta=0.5)
     """
-    # sigmoid(y) = (1 + tanh(y / 2)) / 2, whose second derivatives are twice as fast on XLA:CPU as those of the former.
+    # sigmoid(y) = (1 + tanh(y / 2)) / 2, whose second derivatives are twice as fast on XLA:CPU as
+    # those of the former.
     return x * (0.5 + 0.5 * jnp.tanh(0.5 * _positive_beta(x, beta) * x)) / _LIPSWISH_BOUND
 
 
-def clipswish(x: Float[Array, "... c"], beta: Float[Array, "..."] | float | None = None) -> Float[Array, "... 2*c"]:
-    r"""Concatenates LipSwish of both signs, which keeps more of the gradient norm at the price of twice the channels.
+def clipswish(
+    x: Float[Array, "... c"], beta: Float[Array, "..."] | float | None = None
+) -> Float[Array, "... 2*c"]:
+    r"""Concatenates LipSwish of both signs, which keeps more of the gradient norm at the price of
+    twice the channels.
 
-    ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` along the last axis (Perugachi-Diaz et al. 2021). Arguments and
-    errors are those of `lipswish`.
+    ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` along the last axis (Perugachi-Diaz et
+    al. 2021). Arguments and errors are those of `lipswish`.
 
-    Guaranteed 1-Lipschitz: each input channel feeds two outputs, so without the factor 1.004 the Jacobian has the singular
-    values ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in `lipswish`. As ``s(t) + s(-t) = 1``, the root grows with
-    the distance of ``s`` from 1/2, up to ``sqrt(1.09984^2 + 0.09984^2) / 1.1 = 1.00397``.
+    Guaranteed 1-Lipschitz: each input channel feeds two outputs, so without the factor 1.004 the
+    Jacobian has the singular values ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in
+    `lipswish`. As ``s(t) + s(-t) = 1``, the root grows with the distance of ``s`` from 1/2, up to
+    ``sqrt(1.09984^2 + 0.09984^2) / 1.1 = 1.00397``.
 
     Example:
         >>> clipswish(jnp.ones((8, 16, 16, 32))).shape
         (8, 16, 16, 64)
     """
-    half, odd = 0.5 / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND), jnp.tanh(0.5 * _positive_beta(x, beta) * x)  # see `lipswish`
+    half, odd = (
+        0.5 / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND),
+        jnp.tanh(0.5 * _positive_beta(x, beta) * x),
+    )  # see `lipswish`
     return jnp.concatenate([x * (half + half * odd), x * (half * odd - half)], axis=-1)
 
 
@@ -116,8 +141,9 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
 
     ``(x_2i, x_2i+1) -> (max, min)`` (Anil et al. 2019, GroupSort with groups of two).
 
-    Guaranteed 1-Lipschitz and gradient-norm preserving: away from ties the Jacobian is a permutation. At a tie each of the
-    two channels gets half of the gradient, by the projection ``[[.5, .5], [.5, .5]]``, of norm 1.
+    Guaranteed 1-Lipschitz and gradient-norm preserving: away from ties the Jacobian is a
+    permutation. At a tie each of the two channels gets half of the gradient, by the projection
+    ``[[.5, .5], [.5, .5]]``, of norm 1.
 
     Raises:
         ValueError: If the number of channels is odd.
@@ -128,19 +154,25 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
     """
     c = x.shape[-1]
     if c % 2:
-        raise ValueError(f"maxmin sorts pairs of channels and needs an even number of them, got {c}: add one channel")
+        raise ValueError(
+            "maxmin sorts pairs of channels and needs an even number of them, got "
+            f"{c}: add one channel"
+        )
     is_first = jnp.arange(c) % 2 == 0
-    neighbour = jnp.where(is_first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))  # faster on XLA:CPU than pairs
+    # faster on XLA:CPU than pairs
+    neighbour = jnp.where(is_first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
     return jnp.where(is_first, jnp.maximum(x, neighbour), jnp.minimum(x, neighbour))
 
 
 @jax.custom_jvp
 def elu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    r"""``x`` above 0 and ``exp(x) - 1`` below: slope ``exp(min(x, 0))`` in (0, 1], hence 1-Lipschitz and monotone.
+    r"""``x`` above 0 and ``exp(x) - 1`` below: slope ``exp(min(x, 0))`` in (0, 1], hence
+    1-Lipschitz and monotone.
 
-    Written as ``2 t / (1 - t)`` with ``t = tanh(x / 2)``, which is accurate near 0 and costs XLA:CPU little more than half of
-    ``expm1``. The slope ``1 + min(y, 0)`` is one of the value ``y``, which the next layer keeps anyway. XLA repeats a
-    cheap last operation, such as a selection, in all that uses it, and keeps its operands: so the division comes last.
+    Written as ``2 t / (1 - t)`` with ``t = tanh(x / 2)``, which is accurate near 0 and costs
+    XLA:CPU little more than half of ``expm1``. The slope ``1 + min(y, 0)`` is one of the value
+    ``y``, which the next layer keeps anyway. XLA repeats a cheap last operation, such as a
+    selection, in all that uses it, and keeps its operands: so the division comes last.
 
     Example:
         >>> elu(jnp.array([-1.0, 2.0]))
@@ -157,7 +189,9 @@ def _elu_jvp(primals, tangents):
 
 
 def softplus4(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Sharper softplus, ``softplus(4 x) / 4``: slope ``sigmoid(4 x)`` in (0, 1), hence 1-Lipschitz and monotone."""
+    """Sharper softplus, ``softplus(4 x) / 4``: slope ``sigmoid(4 x)`` in (0, 1), hence
+    1-Lipschitz and monotone.
+    """
     return jax.nn.softplus(4 * x) / 4
 
 
@@ -166,27 +200,34 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x
 
 
-# The slope s(t) of `lipswish` has the derivative s'(t) = sigmoid'(t) (2 - t tanh(t / 2)), which is even, 1/2 at 0, where both
-# factors are largest, and at least -0.08: |s'| <= 1/2. Slopes of the two outputs of `clipswish` differ by a constant.
+# The slope s(t) of `lipswish` has the derivative s'(t) = sigmoid'(t) (2 - t tanh(t / 2)), which is
+# even, 1/2 at 0, where both factors are largest, and at least -0.08: |s'| <= 1/2. Slopes of the two
+# outputs of `clipswish` differ by a constant.
 _SWISH_SLOPE = 0.5 / _LIPSWISH_BOUND
 _activations: dict[str, Activation] = {
-    "elu": Activation(elu, 1.0, monotone=True),  # slope exp(min(x, 0)): continuous, its own slope at most 1
+    # slope exp(min(x, 0)): continuous, its own slope at most 1
+    "elu": Activation(elu, 1.0, monotone=True),
     "softplus": Activation(jax.nn.softplus, 0.25, monotone=True),  # slope sigmoid(x)
     "softplus4": Activation(softplus4, 1.0, monotone=True),
-    "tanh": Activation(jnp.tanh, 4 / (3 * math.sqrt(3)), monotone=True),  # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
+    # slope 1 - tanh(x)^2, steepest where tanh(x)^2 = 1/3
+    "tanh": Activation(jnp.tanh, 4 / (3 * math.sqrt(3)), monotone=True),
     "relu": Activation(jax.nn.relu, None, monotone=True),  # slope 0 or 1
     "lipswish": Activation(lipswish, _SWISH_SLOPE, _INITIAL_BETA),
-    "clipswish": Activation(clipswish, math.sqrt(2) * _SWISH_SLOPE / _CLIPSWISH_BOUND, _INITIAL_BETA, channel_factor=2),
+    "clipswish": Activation(
+        clipswish, math.sqrt(2) * _SWISH_SLOPE / _CLIPSWISH_BOUND, _INITIAL_BETA, channel_factor=2
+    ),
     "maxmin": Activation(maxmin, None, elementwise=False),
     "identity": Activation(identity, 0.0, monotone=True),
 }
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(_activations)  # `register_activation` adds to it
+# `register_activation` adds to it
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(_activations)
 
 
 def register_activation(name: str, activation: Activation) -> None:
     """Gives an activation a name, by which specs, configs and files know it in this process.
 
-    A name means one activation for as long as the process lives: compiled programs know activations by their names.
+    A name means one activation for as long as the process lives: compiled programs know activations
+    by their names.
 
     Args:
         name: The name.
@@ -199,7 +240,10 @@ def register_activation(name: str, activation: Activation) -> None:
         >>> register_activation("sine", Activation(jnp.sin, slope_lipschitz=1.0))
     """
     if ACTIVATIONS.get(name, activation) != activation:
-        raise ValueError(f"there is another activation {name!r} already: choose another name, or start a new process")
+        raise ValueError(
+            f"there is another activation {name!r} already: choose another name, or "
+            "start a new process"
+        )
     _activations[name] = activation
 
 
@@ -214,5 +258,8 @@ def get(name: str) -> Activation:
         >>> activation.apply(jnp.array([-1.0, 2.0]))
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}: register one's own first")
+        raise ValueError(
+            f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got "
+            f"{name!r}: register one's own first"
+        )
     return ACTIVATIONS[name]

@@ -1,4 +1,6 @@
-"""Anderson's method (1965, type II): the last few steps of an iteration predict the next. Examples are vectors."""
+"""Anderson's method (1965, type II): the last few steps of an iteration predict the next.
+Examples are vectors.
+"""
 
 from typing import NamedTuple
 
@@ -7,7 +9,8 @@ from jaxtyping import Array, Float
 
 
 class History(NamedTuple):
-    """The last ``m`` steps of an iteration, in rings: the newest step takes the place of the oldest.
+    """The last ``m`` steps of an iteration, in rings: the newest step takes the place of the
+    oldest.
 
     Attributes:
         image: ``y - g(x)`` at the last evaluation.
@@ -32,7 +35,8 @@ class History(NamedTuple):
     def extend(self, step: Array, image: Array, r: Array) -> "History":
         """Adds the step from the last evaluation to this one."""
         slot = step % self.images.shape[1]
-        moved = (step > 0).astype(r.dtype)  # the first evaluation is no step, and a zero step explains nothing
+        # the first evaluation is no step, and a zero step explains nothing
+        moved = (step > 0).astype(r.dtype)
         latest = moved * (r - self.r)
         residuals = self.residuals.at[:, slot].set(latest)
         products = _inner_products(residuals, latest)
@@ -45,7 +49,8 @@ class History(NamedTuple):
         )
 
     def extrapolate(self) -> tuple[Array, Array]:
-        """``image`` less what past steps explain of it, and the part of ``|r|^2`` that they explain, one per example.
+        """``image`` less what past steps explain of it, and the part of ``|r|^2`` that they
+        explain, one per example.
 
         The explained part is NaN if the least-squares problem for ``gamma`` has no solution.
         """
@@ -61,18 +66,23 @@ def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Flo
 
 
 def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """Solves ``(gram + ridge I) gamma = b`` for every example; the ridge is a few units of rounding.
+    """Solves ``(gram + ridge I) gamma = b`` for every example; the ridge is a few units of
+    rounding.
 
-    Gauss-Jordan elimination in which each entry is a vector over examples; a library's solver would run once an example. The
-    matrix is positive definite, so no pivots are needed.
+    Gauss-Jordan elimination in which each entry is a vector over examples; a library's solver would
+    run once an example. The matrix is positive definite, so no pivots are needed.
     """
     m, dtype = b.shape[1], b.dtype
     ridge = 10 * jnp.finfo(dtype).eps * sum(gram[:, i, i] for i in range(m)) + jnp.finfo(dtype).tiny
-    rows = [[gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)]
+    rows = [
+        [gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)
+    ]
     for k in range(m):
         scaled = [entry / rows[k][k] for entry in rows[k]]
         rows = [
-            scaled if i == k else [entry - row[k] * above for entry, above in zip(row, scaled, strict=True)]
+            scaled
+            if i == k
+            else [entry - row[k] * above for entry, above in zip(row, scaled, strict=True)]
             for i, row in enumerate(rows)
         ]
     return jnp.stack([row[m] for row in rows], axis=1)

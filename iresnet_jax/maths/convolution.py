@@ -1,13 +1,15 @@
-"""The one convolution of the library: every k x k layer, its norm and its transpose go through `conv`.
+"""The one convolution of the library: every k x k layer, its norm and its transpose go through
+`conv`.
 
-Three implementations compute the same sum and differ in speed only: XLA's own convolution, patches times a matrix, and one
-matrix product for all taps followed by shifted sums. The last two are plain matrix products, which stay fast under ``vmap``
-over kernels.
+Three implementations compute the same sum and differ in speed only: XLA's own convolution, patches
+times a matrix, and one matrix product for all taps followed by shifted sums. The last two are plain
+matrix products, which stay fast under ``vmap`` over kernels.
 
-XLA:CPU has a fast kernel for one layout of a convolution. It brings gradients into that layout outside of loops only: inside of
-``lax.scan`` and ``lax.while_loop`` they are up to fifty times slower. So on CPU the convolution is a primitive of our own with
-gradients in the fast layout. Few output channels from many input channels are slow in that kernel too, so the primitive
-rearranges them (measured in ``benchmarks/convolution.py``).
+XLA:CPU has a fast kernel for one layout of a convolution. It brings gradients into that layout
+outside of loops only: inside of ``lax.scan`` and ``lax.while_loop`` they are up to fifty times
+slower. So on CPU the convolution is a primitive of our own with gradients in the fast layout. Few
+output channels from many input channels are slow in that kernel too, so the primitive rearranges
+them (measured in ``benchmarks/convolution.py``).
 """
 
 import functools
@@ -44,7 +46,10 @@ def pads_of(padding: Padding, kernel_shape: Sequence[int]) -> Pads:
         ValueError: If the padding is unknown.
     """
     if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, which keep the image's size, got {padding!r}")
+        raise ValueError(
+            f"padding must be one of {', '.join(PADDINGS)}, which keep the image's "
+            f"size, got {padding!r}"
+        )
     height, width = kernel_shape[:2]
     return ((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2)
 
@@ -56,7 +61,8 @@ def conv(
     padding: Padding = "SAME",
     implementation: Implementation = "auto",
 ) -> Float[Array, "b h w cout"]:
-    """Cross-correlation ``y[i] = sum_t x[i + t - p] K[t]``, the linear map of a convolutional layer.
+    """Cross-correlation ``y[i] = sum_t x[i + t - p] K[t]``, the linear map of a convolutional
+    layer.
 
     Args:
         x: Images.
@@ -68,10 +74,16 @@ def conv(
         ValueError: If shapes or channels do not match or the padding is unknown.
     """
     if (x.ndim, kernel.ndim) != (4, 4):
-        raise ValueError(f"conv takes x (b, h, w, c) and a kernel (kh, kw, cin, cout), got shapes {x.shape} and {kernel.shape}")
+        raise ValueError(
+            "conv takes x (b, h, w, c) and a kernel (kh, kw, cin, cout), got shapes "
+            f"{x.shape} and {kernel.shape}"
+        )
     kernel_height, kernel_width, cin, _ = kernel.shape
     if x.shape[-1] != cin:
-        raise ValueError(f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the layer's widths")
+        raise ValueError(
+            f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the "
+            "layer's widths"
+        )
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     pads = pads_of(padding, kernel.shape)
@@ -91,10 +103,11 @@ def conv(
 
 
 def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
-    """The implementation for a kernel of shape ``(kh, kw, cin, cout)``: on CPUs the fastest in ``benchmarks/convolution.py``.
+    """The implementation for a kernel of shape ``(kh, kw, cin, cout)``: on CPUs the fastest in
+    ``benchmarks/convolution.py``.
 
-    On TPUs all taps of few channels fill the matrix unit in one product, where XLA's convolution uses a part of it for each
-    tap, and takes far longer to compile.
+    On TPUs all taps of few channels fill the matrix unit in one product, where XLA's convolution
+    uses a part of it for each tap, and takes far longer to compile.
     """
     *taps, cin, cout = kernel_shape
     if math.prod(taps) == 1:
@@ -112,17 +125,23 @@ def _window(x, tap, kernel_size, channels=slice(None)):
 
 def _conv_by_patches(x, kernel):
     *kernel_size, _, cout = kernel.shape
-    patches = jnp.concatenate([_window(x, tap, kernel_size) for tap in np.ndindex(*kernel_size)], axis=-1)
+    patches = jnp.concatenate(
+        [_window(x, tap, kernel_size) for tap in np.ndindex(*kernel_size)], axis=-1
+    )
     return _product(patches, kernel.reshape(-1, cout))
 
 
 def _product(x, matrix):
-    """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @ matrix`` more slowly."""
+    """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @
+    matrix`` more slowly.
+    """
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def _convolve(x, kernel, *, pads):
-    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def _output_aval(x, kernel, *, pads):
@@ -132,25 +151,37 @@ def _output_aval(x, kernel, *, pads):
 
 
 def _pads_of_gradient(x, kernel, y, pads, rule):
-    """Pads by a rule of the sides of image, kernel and result and of the pad in front, along each axis."""
+    """Pads by a rule of the sides of image, kernel and result and of the pad in front, along
+    each axis.
+    """
     sizes = zip(x.shape[1:3], kernel.shape[:2], y.shape[1:3], pads, strict=True)
     return tuple(rule(n, k, m, before) for n, k, m, (before, _) in sizes)
 
 
 def _gradient_of_x(y, x, kernel, *, pads):
     """The transpose in ``x``: a convolution of the cotangent ``y`` with the flipped kernel."""
-    pads = _pads_of_gradient(x.aval, kernel, y, pads, lambda n, k, m, before: (k - 1 - before, n - m + before))
+    pads = _pads_of_gradient(
+        x.aval, kernel, y, pads, lambda n, k, m, before: (k - 1 - before, n - m + before)
+    )
     return _convolution.bind(y, lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2), pads=pads)
 
 
 def _gradient_of_kernel(y, x, kernel, *, pads):
-    """The transpose in the kernel: a convolution of ``x`` with the cotangent ``y`` in which the batch acts as channels."""
-    pads = _pads_of_gradient(x, kernel.aval, y, pads, lambda n, k, m, before: (before, m + k - 1 - n - before))
-    return _convolution.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), pads=pads).transpose(1, 2, 0, 3)
+    """The transpose in the kernel: a convolution of ``x`` with the cotangent ``y`` in which the
+    batch acts as channels.
+    """
+    pads = _pads_of_gradient(
+        x, kernel.aval, y, pads, lambda n, k, m, before: (before, m + k - 1 - n - before)
+    )
+    return _convolution.bind(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), pads=pads).transpose(
+        1, 2, 0, 3
+    )
 
 
 def _batched(arguments, axes, *, pads):
-    """``vmap``: images join the batch, kernels join the output channels; pairs of both are computed one after the other."""
+    """``vmap``: images join the batch, kernels join the output channels; pairs of both are
+    computed one after the other.
+    """
     (x, kernel), (x_axis, kernel_axis) = arguments, axes
     convolve = functools.partial(_convolution.bind, pads=pads)
     if kernel_axis is None:
@@ -161,11 +192,16 @@ def _batched(arguments, axes, *, pads):
         kernel = jnp.moveaxis(kernel, kernel_axis, 3)
         y = convolve(x, kernel.reshape(*kernel.shape[:3], -1))
         return y.reshape(*y.shape[:3], *kernel.shape[3:]), 3
-    return lax.map(lambda pair: convolve(*pair), (jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(kernel, kernel_axis, 0))), 0
+    return lax.map(
+        lambda pair: convolve(*pair),
+        (jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(kernel, kernel_axis, 0)),
+    ), 0
 
 
 def _compute(x, kernel, *, pads):
-    """The primitive's value: XLA's convolution, rearranged for few output channels from many input channels."""
+    """The primitive's value: XLA's convolution, rearranged for few output channels from many
+    input channels.
+    """
     y = jax.eval_shape(functools.partial(_convolve, pads=pads), x, kernel)
     if math.prod(kernel.shape[:2]) >= math.prod(y.shape[1:3]):  # the gradient of a kernel
         if _narrows(y.shape[1:3], pads, x.shape[0], y.shape[3]):
@@ -183,14 +219,23 @@ def _narrows(taps, pads, cin, cout):
 def _conv_by_taps(x, kernel, pads=((0, 0), (0, 0))):
     """One matrix product for all taps, then shifted sums of the few output channels."""
     *taps, cin, cout = kernel.shape
-    products = jnp.pad(_product(x, kernel.transpose(2, 0, 1, 3).reshape(cin, -1)), ((0, 0), *pads, (0, 0)))
-    views = [_window(products, tap, taps, slice(t * cout, (t + 1) * cout)) for t, tap in enumerate(np.ndindex(*taps))]
+    products = jnp.pad(
+        _product(x, kernel.transpose(2, 0, 1, 3).reshape(cin, -1)), ((0, 0), *pads, (0, 0))
+    )
+    views = [
+        _window(products, tap, taps, slice(t * cout, (t + 1) * cout))
+        for t, tap in enumerate(np.ndindex(*taps))
+    ]
     return sum(views[1:], views[0])
 
 
 def _gradient_of_narrowing_kernel(x, y, pads, taps):
-    """The convolution of `_gradient_of_kernel` with ``x (cin, h, w, b)`` as kernel and ``y (h2, w2, b, cout)`` as images."""
-    rows, columns = ((k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True))
+    """The convolution of `_gradient_of_kernel` with ``x (cin, h, w, b)`` as kernel and ``y (h2,
+    w2, b, cout)`` as images.
+    """
+    rows, columns = (
+        (k - 1 - before, k - 1 - after) for (before, after), k in zip(pads, taps, strict=True)
+    )
     gradient = _convolve(y.transpose(3, 0, 1, 2), x.transpose(1, 2, 3, 0), pads=(rows, columns))
     return lax.rev(gradient, (1, 2)).transpose(3, 1, 2, 0)
 

@@ -1,9 +1,10 @@
 """Guaranteed upper bounds of layers' operator norms: dense matrices and convolutions.
 
-Power iteration approaches a norm from below, so it promises nothing. A bound of this file is never below the truth, rounding
-included; it can be jitted and differentiated. `gram_iteration` bounds norms of matrices without an eigensolver. A convolution
-is written out as a matrix, or bounded frequency by frequency by the symbols of a circulant that contains it. The weights are
-those that JAX holds: NumPy's float64 is rounded first.
+Power iteration approaches a norm from below, so it promises nothing. A bound of this file is never
+below the truth, rounding included; it can be jitted and differentiated. `gram_iteration` bounds
+norms of matrices without an eigensolver. A convolution is written out as a matrix, or bounded
+frequency by frequency by the symbols of a circulant that contains it. The weights are those that
+JAX holds: NumPy's float64 is rounded first.
 """
 
 import functools
@@ -23,7 +24,8 @@ from iresnet_jax.maths.upward_rounding import gamma, power_of_two, rounded_up
 Pair = tuple[int, int]
 Twist = Pair
 
-# Phase of the embedding after one period along rows and columns, in half turns: periodic (0) or antiperiodic (1).
+# Phase of the embedding after one period along rows and columns, in half turns: periodic (0) or
+# antiperiodic (1).
 TWISTS: tuple[Twist, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 _CHUNK_NUMBERS = 2**21  # numbers in the symbols that are held in memory at a time
@@ -31,16 +33,21 @@ _DENSE_SIDE = 256  # a layer with at most so many inputs or outputs is written o
 
 
 @functools.partial(jax.jit, static_argnames="num_squarings")
-def dense_norm_bound(matrix: Float[Array, "m n"], *, num_squarings: int | None = None) -> Float[Array, ""]:
+def dense_norm_bound(
+    matrix: Float[Array, "m n"], *, num_squarings: int | None = None
+) -> Float[Array, ""]:
     r"""Bounds the largest singular value of a matrix from above.
 
-    Guaranteed, with the rounding bound of `gram_iteration`: ``|M|_2 <= bound``. The slack is at most a factor of
-    ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation. Differentiable.
+    Guaranteed, with the rounding bound of `gram_iteration`: ``|M|_2 <= bound``. The slack is at
+    most a factor of ``min(m, n)^(2^-(num_squarings + 2))`` and the rounding inflation.
+    Differentiable.
 
     Args:
-        matrix: A dense layer's weights, or a 1x1 convolution's, in either orientation; 0, subnormal or huge entries are safe.
-        num_squarings: How often the Gram matrix is squared; 4 is 10 % of slack for 512 equal singular values, usually a few
-            percent, and cheap enough for training. None squares until the slack is 1.2e-4 in float32, 2.3e-13 in float64.
+        matrix: A dense layer's weights, or a 1x1 convolution's, in either orientation; 0, subnormal
+            or huge entries are safe.
+        num_squarings: How often the Gram matrix is squared; 4 is 10 % of slack for 512 equal
+            singular values, usually a few percent, and cheap enough for training. None squares
+            until the slack is 1.2e-4 in float32, 2.3e-13 in float64.
 
     Returns:
         The bound; infinite from entries of some 1e30 on in float32, nan if an entry is not finite.
@@ -67,39 +74,48 @@ def conv_norm_bound(
 ) -> Float[Array, ""]:
     r"""Bounds the operator norm of a convolution on images of a given size from above.
 
-    A small zero-padded layer (at most 256 inputs or outputs, and 2^21 entries) is written out as a matrix, whose norm
-    `dense_norm_bound` bounds; unless squarings or twists are asked for. Otherwise, with the symbol
-    ``F(w) = sum_t K[t] exp(i w.t)``, a complex cin x cout matrix, the bound is
+    A small zero-padded layer (at most 256 inputs or outputs, and 2^21 entries) is written out as a
+    matrix, whose norm `dense_norm_bound` bounds; unless squarings or twists are asked for.
+    Otherwise, with the symbol ``F(w) = sum_t K[t] exp(i w.t)``, a complex cin x cout matrix, the
+    bound is
 
-        ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low, pad_high)`` on each axis.
+        ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low,
+        pad_high)`` on each axis.
 
-    Proof for zero padding, one axis. Let ``C`` act on sequences with ``x[m + N] = exp(i pi a) x[m]`` by
-    ``(C x)[i] = sum_t K[t] x[i + t - pad_low]``. The sequences ``exp(i w m)``, ``w = (2 pi j + pi a)/N``, are an orthogonal
-    basis in which ``C`` is block diagonal with blocks ``F(w)`` up to phases, so ``|C|_2`` is the maximum above. Take ``x`` that
-    vanishes outside ``[0, n)``. An output of the layer reads positions in ``[-pad_low, n + pad_high)``; those outside the
-    image fall, modulo ``N``, into ``[n, N)``, where ``x`` is zero, as the padding wants it. And the outputs are at most ``N``,
-    since both pads are less than the kernel. So the layer is a submatrix of ``C``, for every ``a``: each maximum is a bound,
-    hence so is the minimum. Both axes together: the same with pairs. The plain circulant (``N = n``, Sedghi et al. 2019)
-    is *not* a bound for zero padding. Periodic padding is ``C`` with ``N = n`` and ``a = 0``: exact.
+    Proof for zero padding, one axis. Let ``C`` act on sequences with ``x[m + N] = exp(i pi a)
+    x[m]`` by ``(C x)[i] = sum_t K[t] x[i + t - pad_low]``. The sequences ``exp(i w m)``, ``w = (2
+    pi j + pi a)/N``, are an orthogonal basis in which ``C`` is block diagonal with blocks ``F(w)``
+    up to phases, so ``|C|_2`` is the maximum above. Take ``x`` that vanishes outside ``[0, n)``. An
+    output of the layer reads positions in ``[-pad_low, n + pad_high)``; those outside the image
+    fall, modulo ``N``, into ``[n, N)``, where ``x`` is zero, as the padding wants it. And the
+    outputs are at most ``N``, since both pads are less than the kernel. So the layer is a submatrix
+    of ``C``, for every ``a``: each maximum is a bound, hence so is the minimum. Both axes together:
+    the same with pairs. The plain circulant (``N = n``, Sedghi et al. 2019) is *not* a bound for
+    zero padding. Periodic padding is ``C`` with ``N = n`` and ``a = 0``: exact.
 
-    Taps that no output can use on so small an image are cut off first. What is left with a single tap is a plain matrix.
+    Taps that no output can use on so small an image are cut off first. What is left with a single
+    tap is a plain matrix.
 
-    Rounding: the computed symbol is off by at most ``gamma_{taps + 10} |sum_t |K[t]||_F``, which is added; the norm of
-    each block is bounded by `gram_iteration.norm_bound`. The bound concerns exact application of the layer.
+    Rounding: the computed symbol is off by at most ``gamma_{taps + 10} |sum_t |K[t]||_F``, which is
+    added; the norm of each block is bounded by `gram_iteration.norm_bound`. The bound concerns
+    exact application of the layer.
 
-    Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the truth by .8 %, 1.4 % on
-    16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15 % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %.
-    Trained 3x3 layers of 7 x 7 images with 16 to 64 channels: up to 4.3 %. They pass low frequencies best, of which zero-padded
-    images hold a little less than sequences of period 8; eight twists an axis instead of two gain nothing. `dense_norm_bound`
-    of the layer as a matrix comes within .03 %, at 50 times the cost (.6 s against .01 s for 1,568 inputs).
+    Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the
+    truth by .8 %, 1.4 % on 16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15
+    % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %. Trained 3x3 layers of 7 x 7 images with 16 to 64
+    channels: up to 4.3 %. They pass low frequencies best, of which zero-padded images hold a little
+    less than sequences of period 8; eight twists an axis instead of two gain nothing.
+    `dense_norm_bound` of the layer as a matrix comes within .03 %, at 50 times the cost (.6 s
+    against .01 s for 1,568 inputs).
 
     Args:
         kernel: Taps as in ``jax.lax``'s "HWIO".
         spatial_shape: Height and width of the images, in pixels.
         padding: "SAME" (zeros) or "CIRCULAR" (periodic).
-        num_squarings: Squarings of the Gram matrices, see `dense_norm_bound`; the slack is that of ``min(cin, cout)``.
-        twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by default; one pair is four
-            times cheaper.
+        num_squarings: Squarings of the Gram matrices, see `dense_norm_bound`; the slack is that of
+            ``min(cin, cout)``.
+        twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by
+            default; one pair is four times cheaper.
 
     Returns:
         The bound; nan if a weight is not finite.
@@ -112,33 +128,51 @@ def conv_norm_bound(
         >>> conv_norm_bound(kernel, (8, 8))  # 0.921; on an infinite image it would be 1
     """
     _check(kernel, num_squarings, ("kh", "kw", "cin", "cout"))
-    if twists is not None and (not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)):
-        raise ValueError(f"twists must be pairs of 0 and 1, at least one, got {twists}: the default takes all four")
+    if twists is not None and (
+        not twists or any(half_turns not in (0, 1) for twist in twists for half_turns in twist)
+    ):
+        raise ValueError(
+            f"twists must be pairs of 0 and 1, at least one, got {twists}: the "
+            "default takes all four"
+        )
     if len(spatial_shape) != 2 or min(spatial_shape) < 1:
-        raise ValueError(f"spatial_shape must be two positive numbers, the input's (h, w), got {spatial_shape}")
+        raise ValueError(
+            f"spatial_shape must be two positive numbers, the input's (h, w), got {spatial_shape}"
+        )
     spatial_shape = (spatial_shape[0], spatial_shape[1])
     pads_of(padding, kernel.shape)  # raises for an unknown one
     if padding == "CIRCULAR":
-        return _embedded_bound(kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=num_squarings)
+        return _embedded_bound(
+            kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=num_squarings
+        )
     sides = [math.prod(spatial_shape) * channels for channels in kernel.shape[2:]]
     small = min(sides) <= _DENSE_SIDE and math.prod(sides) <= _CHUNK_NUMBERS
     if small and kernel.shape[:2] != (1, 1) and num_squarings is None and twists is None:
         return dense_norm_bound(_written_out(kernel, spatial_shape))
     twists = TWISTS if twists is None else tuple((a, b) for a, b in twists)
-    return _embedded_bound(kernel, spatial_shape, periodic=False, twists=twists, num_squarings=num_squarings)
+    return _embedded_bound(
+        kernel, spatial_shape, periodic=False, twists=twists, num_squarings=num_squarings
+    )
 
 
 def _check(weights, num_squarings, axes):
     if weights.ndim != len(axes):
         raise ValueError(f"weights must have the shape ({', '.join(axes)}), got {weights.shape}")
     if weights.size == 0:
-        raise ValueError(f"a layer needs at least one weight, got shape {weights.shape}: check its number of channels")
+        raise ValueError(
+            f"a layer needs at least one weight, got shape {weights.shape}: check its "
+            "number of channels"
+        )
     if num_squarings is not None and num_squarings < 0:
-        raise ValueError(f"num_squarings must not be negative, got {num_squarings}: 4 is enough in training")
+        raise ValueError(
+            f"num_squarings must not be negative, got {num_squarings}: 4 is enough in training"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _written_out(kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair) -> Float[Array, "m n"]:
+def _written_out(
+    kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair
+) -> Float[Array, "m n"]:
     """The matrix of a zero-padded layer: entries are picked from the kernel, so they are exact."""
     picks = []  # by axis and (output, input): the tap that connects them, or one past the last
     for taps, size in zip(kernel.shape, spatial_shape, strict=False):
@@ -146,12 +180,15 @@ def _written_out(kernel: Float[Array, "kh kw cin cout"], spatial_shape: Pair) ->
         picks.append(np.where((tap >= 0) & (tap < taps), tap, taps))
     rows, columns = picks
     kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
-    matrix = kernel[rows[:, None, :, None], columns[None, :, None, :]]  # output rows and columns, input ones, cin, cout
+    # output rows and columns, input ones, cin, cout
+    matrix = kernel[rows[:, None, :, None], columns[None, :, None, :]]
     matrix = jnp.moveaxis(matrix, -1, 2)
     return matrix.reshape(math.prod(spatial_shape) * kernel.shape[3], -1)
 
 
-@functools.partial(jax.jit, static_argnums=1, static_argnames=("periodic", "twists", "num_squarings"))
+@functools.partial(
+    jax.jit, static_argnums=1, static_argnames=("periodic", "twists", "num_squarings")
+)
 def _embedded_bound(
     kernel: Float[Array, "kh kw cin cout"],
     spatial_shape: Pair,
@@ -165,9 +202,12 @@ def _embedded_bound(
     if not periodic:
         for axis, size in enumerate(spatial_shape):
             kernel, periods[axis] = _reaching_taps(kernel, axis, size)
-    # With one tap along an axis the symbol is constant along it, so the axis needs one frequency and no twist.
+    # With one tap along an axis the symbol is constant along it, so the axis needs one frequency
+    # and no twist.
     active = [taps > 1 for taps in kernel.shape[:2]]
-    rows, columns = (period if axis_active else 1 for period, axis_active in zip(periods, active, strict=True))
+    rows, columns = (
+        period if axis_active else 1 for period, axis_active in zip(periods, active, strict=True)
+    )
     twists = tuple(sorted({(a * active[0], b * active[1]) for a, b in twists}))
     return _grid_bound(kernel, periods=(rows, columns), twists=twists, num_squarings=num_squarings)
 
@@ -176,29 +216,46 @@ def _reaching_taps(kernel, axis, size):
     """The taps that reach the image along a zero-padded axis, and the period of the embedding."""
     taps = kernel.shape[axis]
     low = (taps - 1) // 2
-    # Output i reads pixel i + t - low, so tap t meets the image only if low - (size - 1) <= t <= low + size - 1.
+    # Output i reads pixel i + t - low, so tap t meets the image only if low - (size - 1) <= t <=
+    # low + size - 1.
     first, stop = max(0, low - size + 1), min(taps, low + size)
     low = low - first
     return lax.slice_in_dim(kernel, first, stop, axis=axis), size + max(low, stop - first - 1 - low)
 
 
 def _phases(taps, periods, twist):
-    """``(cos, sin)(w.t)`` on the grid, one frequency of each pair ``+-w`` (a real kernel's symbol there is conjugate)."""
-    j = np.stack(np.meshgrid(*(np.arange(n) for n in periods), indexing="ij"), axis=-1).reshape(-1, 2)
+    """``(cos, sin)(w.t)`` on the grid, one frequency of each pair ``+-w`` (a real kernel's
+    symbol there is conjugate).
+    """
+    j = np.stack(np.meshgrid(*(np.arange(n) for n in periods), indexing="ij"), axis=-1).reshape(
+        -1, 2
+    )
     mirrored = (-j - np.array(twist)) % np.array(periods)
-    j = j[np.ravel_multi_index(tuple(j.T), periods) <= np.ravel_multi_index(tuple(mirrored.T), periods)]
+    j = j[
+        np.ravel_multi_index(tuple(j.T), periods)
+        <= np.ravel_multi_index(tuple(mirrored.T), periods)
+    ]
     t = np.stack(np.meshgrid(*(np.arange(k) for k in taps), indexing="ij"), axis=-1).reshape(-1, 2)
-    # w.t = pi * turns / (N1 N2); an integer modulo a full turn, so the angle is known to the last bits.
-    turns = ((2 * j + np.array(twist)) * np.array(periods[::-1])) @ t.T % (2 * periods[0] * periods[1])
+    # w.t = pi * turns / (N1 N2); an integer modulo a full turn, so the angle is known to the last
+    # bits.
+    turns = (
+        ((2 * j + np.array(twist)) * np.array(periods[::-1])) @ t.T % (2 * periods[0] * periods[1])
+    )
     angle = np.pi * (turns / (periods[0] * periods[1]))
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("periods", "twists", "num_squarings"))
 def _grid_bound(
-    kernel: Float[Array, "kh kw cin cout"], *, periods: Pair, twists: tuple[Twist, ...], num_squarings: int | None
+    kernel: Float[Array, "kh kw cin cout"],
+    *,
+    periods: Pair,
+    twists: tuple[Twist, ...],
+    num_squarings: int | None,
 ) -> Float[Array, ""]:
-    """Minimum over twists of the maximum over a frequency grid of the symbol's norm, as an upper bound."""
+    """Minimum over twists of the maximum over a frequency grid of the symbol's norm, as an upper
+    bound.
+    """
     height, width, cin, cout = kernel.shape
     if height == width == 1:
         return dense_norm_bound(kernel[0, 0], num_squarings=num_squarings)
@@ -210,7 +267,9 @@ def _grid_bound(
     phases = np.concatenate(grids)
     chunk = min(len(phases), max(1, _CHUNK_NUMBERS // (2 * rows * columns)))
     fill = -len(phases) % chunk
-    phases = np.concatenate([phases, np.repeat(phases[-1:], fill, axis=0)]).reshape(-1, chunk, 2, num_taps)
+    phases = np.concatenate([phases, np.repeat(phases[-1:], fill, axis=0)]).reshape(
+        -1, chunk, 2, num_taps
+    )
 
     def symbol_norm(kernel, phase):
         symbol = jnp.matmul(phase, kernel.reshape(num_taps, -1), precision=lax.Precision.HIGHEST)
@@ -220,7 +279,9 @@ def _grid_bound(
     frozen = lax.stop_gradient(kernel)
     norms = lax.map(jax.vmap(lambda phase: symbol_norm(frozen, phase)), phases).reshape(-1)
     ends = np.cumsum([len(grid) for grid in grids])
-    per_twist = jnp.stack([jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)])
+    per_twist = jnp.stack(
+        [jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)]
+    )
     bound = jnp.min(per_twist)
     # Only the frequency that attains the bound has a gradient, so only there is it computed.
     attained = symbol_norm(kernel, phases.reshape(-1, 2, num_taps)[jnp.argmax(norms == bound)])
@@ -231,19 +292,25 @@ def _grid_bound(
 
 
 def _normalized(kernel):
-    """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the norm that may be lost.
+    """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the
+    norm that may be lost.
 
-    Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at most the sum of the absolute
-    entries, so twice their number times ``tiny`` covers them and the rounding of a sum. Of entries beyond some 1e30 the loss is
-    infinite: compilers divide by a product of two powers at once, and may take its reciprocal for 0.
+    Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at
+    most the sum of the absolute entries, so twice their number times ``tiny`` covers them and the
+    rounding of a sum. Of entries beyond some 1e30 the loss is infinite: compilers divide by a
+    product of two powers at once, and may take its reciprocal for 0.
     """
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scale = power_of_two(jnp.max(jnp.abs(kernel)))
     unsigned = jnp.dtype(f"uint{8 * kernel.dtype.itemsize}").type
     info = jnp.finfo(kernel.dtype)
     bits = lax.bitcast_convert_type(lax.stop_gradient(kernel), unsigned)
-    # The barrier keeps the compiler from comparing the entries as floats, among which subnormal ones may equal 0.
-    magnitude = lax.optimization_barrier(bits & unsigned(~(1 << (info.bits - 1)) & (2**info.bits - 1)))
-    subnormal = magnitude - unsigned(1) < unsigned((1 << info.nmant) - 1)  # 0 wraps around to the largest number
+    # The barrier keeps the compiler from comparing the entries as floats, among which subnormal
+    # ones may equal 0.
+    magnitude = lax.optimization_barrier(
+        bits & unsigned(~(1 << (info.bits - 1)) & (2**info.bits - 1))
+    )
+    # 0 wraps around to the largest number
+    subnormal = magnitude - unsigned(1) < unsigned((1 << info.nmant) - 1)
     lost = jnp.sum(subnormal).astype(kernel.dtype) * (2 * float(info.tiny))
     return kernel / scale, scale, jnp.where(scale > 2.0 ** (info.maxexp - 28), jnp.inf, lost)

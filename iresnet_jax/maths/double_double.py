@@ -1,16 +1,19 @@
-r"""Arithmetic of about 100 bits on the host: a number is the unevaluated sum of two float64 numbers (Dekker 1971).
+r"""Arithmetic of about 100 bits on the host: a number is the unevaluated sum of two float64 numbers
+(Dekker 1971).
 
-It measures residuals that float64 would round away. NumPy computes it, one IEEE operation after the other: a compiler that
-fuses a product into a sum would break the error terms. No elementary function of the platform is trusted: `exp` and `log` are
-made of sums and products, and what `numpy.log` contributes is a first guess that is verified.
+It measures residuals that float64 would round away. NumPy computes it, one IEEE operation after the
+other: a compiler that fuses a product into a sum would break the error terms. No elementary
+function of the platform is trusted: `exp` and `log` are made of sums and products, and what
+`numpy.log` contributes is a first guess that is verified.
 
-Numbers are pairs ``(high, low)`` of arrays with ``|low| <= ulp(high) / 2``. Sums and products err by a few units of
-``2^-104`` of their result (Joldes et al. 2017); `UNIT`, ``2^-90``, bounds the relative error of every function in this file
-with a wide margin.
+Numbers are pairs ``(high, low)`` of arrays with ``|low| <= ulp(high) / 2``. Sums and products err
+by a few units of ``2^-104`` of their result (Joldes et al. 2017); `UNIT`, ``2^-90``, bounds the
+relative error of every function in this file with a wide margin.
 
-Products of matrices have about 80 bits, from products of float64 that are exact (Ozaki et al. 2012). Both factors are cut into
-slices of few bits on one grid each. Sums of products of slices fit 53 bits, whatever the order in which a library adds them up,
-and only the sum over pairs of slices rounds. Grids are relative to the largest entry, and so is the bound of what is left out.
+Products of matrices have about 80 bits, from products of float64 that are exact (Ozaki et al.
+2012). Both factors are cut into slices of few bits on one grid each. Sums of products of slices fit
+53 bits, whatever the order in which a library adds them up, and only the sum over pairs of slices
+rounds. Grids are relative to the largest entry, and so is the bound of what is left out.
 """
 
 import math
@@ -25,7 +28,8 @@ from iresnet_jax.maths.upward_rounding import UP
 
 Array = Any  # float64 arrays of NumPy, and the scalars that operations make of those without axes
 UNIT = 2.0**-90  # relative error of any function in this file is at most this
-LARGEST_EXPONENT = 600.0  # largest argument of `exp`, up or down; beyond, low parts leave float64's range
+# largest argument of `exp`, up or down; beyond, low parts leave float64's range
+LARGEST_EXPONENT = 600.0
 
 _LEFT, _RIGHT = 4, 3  # slices of the left and of the right factor of a product of matrices
 _HALVINGS = 10  # of the argument of exp's series, after which it is at most 0.00034
@@ -68,7 +72,9 @@ class DoubleDouble(NamedTuple):
 
     def __mul__(self, other: "DoubleDouble") -> "DoubleDouble":
         high, error = _two_prod(self.high, other.high)
-        return DoubleDouble(*_fast_two_sum(high, error + (self.high * other.low + self.low * other.high)))
+        return DoubleDouble(
+            *_fast_two_sum(high, error + (self.high * other.low + self.low * other.high))
+        )
 
     def times(self, factor: float) -> "DoubleDouble":
         """The product with a power of two, exactly."""
@@ -117,15 +123,17 @@ def _two_prod(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 # log 2 = -log(1 - 1/2), from the series of 2 atanh(1/3) in rational arithmetic.
-LOG2 = DoubleDouble.constant(sum((2 * Fraction(1, 3) ** (2 * k + 1) / (2 * k + 1) for k in range(40)), Fraction(0)))
+LOG2 = DoubleDouble.constant(
+    sum((2 * Fraction(1, 3) ** (2 * k + 1) / (2 * k + 1) for k in range(40)), Fraction(0))
+)
 
 
 def exp(x: DoubleDouble) -> DoubleDouble:
     r"""``e^x`` for ``|x| <= 600``.
 
-    ``x = k log 2 + 2^10 r`` with ``|r| <= 0.00034``. ``e^r - 1`` is ``r + r^2/2 + r^3/6`` and a rest below ``2^-39`` of it,
-    for which float64 does; then ``e^2r - 1 = 2 (e^r - 1) + (e^r - 1)^2`` ten times. Arguments out of range become the nearest
-    one in it.
+    ``x = k log 2 + 2^10 r`` with ``|r| <= 0.00034``. ``e^r - 1`` is ``r + r^2/2 + r^3/6`` and a
+    rest below ``2^-39`` of it, for which float64 does; then ``e^2r - 1 = 2 (e^r - 1) + (e^r -
+    1)^2`` ten times. Arguments out of range become the nearest one in it.
     """
     inside = np.abs(x.high) <= LARGEST_EXPONENT
     x = where(inside, x, DoubleDouble.of(np.clip(x.high, -LARGEST_EXPONENT, LARGEST_EXPONENT)))
@@ -134,7 +142,12 @@ def exp(x: DoubleDouble) -> DoubleDouble:
     h = r.high
     rest = h * h * h * h * (1 / 24 + h * (1 / 120 + h * (1 / 720 + h * (1 / 5040 + h / 40320))))
     square = r * r
-    m = r + square.times(0.5) + square * r * DoubleDouble.constant(Fraction(1, 6)) + DoubleDouble.of(rest)
+    m = (
+        r
+        + square.times(0.5)
+        + square * r * DoubleDouble.constant(Fraction(1, 6))
+        + DoubleDouble.of(rest)
+    )
     for _ in range(_HALVINGS):
         m = m.times(2.0) + m * m
     k = k.astype(np.int64)
@@ -142,10 +155,11 @@ def exp(x: DoubleDouble) -> DoubleDouble:
 
 
 def log(x: DoubleDouble) -> DoubleDouble:
-    """``log x`` of positive numbers, to `UNIT` of ``max(1, |log x|)``: a Newton step ``y + (x e^-y - 1)`` from float64's guess.
+    """``log x`` of positive numbers, to `UNIT` of ``max(1, |log x|)``: a Newton step ``y + (x e^-y
+    - 1)`` from float64's guess.
 
-    The step's error is half the square of its size, which is looked at: a platform's logarithm that errs by more than ``2^-46``
-    gives NaN.
+    The step's error is half the square of its size, which is looked at: a platform's logarithm that
+    errs by more than ``2^-46`` gives NaN.
     """
     guess = np.log(x.high)
     step = x * exp(DoubleDouble.of(-guess)) - DoubleDouble.of(1.0)
@@ -159,7 +173,8 @@ class Sliced(NamedTuple):
     Attributes:
         slices: Three slices, the largest first.
         largest: Power of two that no entry of an output's kernel exceeds.
-        rest: Largest entry of it that is left behind the slices; 0 for kernels of float32 without tiny entries.
+        rest: Largest entry of it that is left behind the slices; 0 for kernels of float32 without
+            tiny entries.
         num_terms: Terms of the sum for an output.
     """
 
@@ -176,29 +191,42 @@ class Sliced(NamedTuple):
         *slices, (_, rest) = _cut(DoubleDouble.of(kernel), largest, _bits(num_terms), _RIGHT)
         shape = (len(kernel), kernel.shape[-1])
         left_out = np.max(np.abs(rest.high), axis=axes, initial=0)
-        return cls(tuple(part for part, _ in slices), largest.reshape(shape), left_out.reshape(shape), num_terms)
+        return cls(
+            tuple(part for part, _ in slices),
+            largest.reshape(shape),
+            left_out.reshape(shape),
+            num_terms,
+        )
 
 
 def product(
     x: DoubleDouble, kernel: Sliced, apply: Callable[[Array, Array], Any]
 ) -> tuple[DoubleDouble, Float[Array, "k b m"]]:
-    r"""``W x`` of double-double inputs ``(k, b, ...)``, and a bound of the error of each entry, by output.
+    r"""``W x`` of double-double inputs ``(k, b, ...)``, and a bound of the error of each entry, by
+    output.
 
-    With ``beta`` bits a slice, the entries behind the first ``i`` slices are at most ``2^(-i beta - 1)`` times the largest one.
-    Pairs ``(i, j)`` of slices with ``i + j <= 5`` are multiplied: nine products of float64. Those left out are the tail behind
-    four slices of ``x`` with the first one of ``W``, behind three with the second, and behind two with the third. Together they
-    are at most ``(1/2 + 1/4 + 1/4) 2^(-4 beta)`` of the product of the largest entries, for each of ``n`` terms.
+    With ``beta`` bits a slice, the entries behind the first ``i`` slices are at most ``2^(-i beta -
+    1)`` times the largest one. Pairs ``(i, j)`` of slices with ``i + j <= 5`` are multiplied: nine
+    products of float64. Those left out are the tail behind four slices of ``x`` with the first one
+    of ``W``, behind three with the second, and behind two with the third. Together they are at most
+    ``(1/2 + 1/4 + 1/4) 2^(-4 beta)`` of the product of the largest entries, for each of ``n``
+    terms.
 
     Args:
         x: Inputs.
         kernel: The linear maps.
-        apply: ``(inputs (k, i, b, ...), kernels (k, ...)) -> outputs (k, i, b, ..., m)``, the linear maps in float64. Every
-            output is a sum of at most ``num_terms`` products; as all partial sums are exact, their order is free.
+        apply: ``(inputs (k, i, b, ...), kernels (k, ...)) -> outputs (k, i, b, ..., m)``, the
+            linear maps in float64. Every output is a sum of at most ``num_terms`` products; as all
+            partial sums are exact, their order is free.
     """
     beta = _bits(kernel.num_terms)
-    scale = _power_of_two(np.max(np.abs(x.high), axis=tuple(range(2, x.high.ndim)), keepdims=True, initial=0))
+    scale = _power_of_two(
+        np.max(np.abs(x.high), axis=tuple(range(2, x.high.ndim)), keepdims=True, initial=0)
+    )
     left = np.stack([part for part, _ in list(_cut(x, scale, beta, _LEFT))[:_LEFT]], axis=1)
-    parts = [np.asarray(apply(left[:, : _LEFT - j], right)) for j, right in enumerate(kernel.slices)]
+    parts = [
+        np.asarray(apply(left[:, : _LEFT - j], right)) for j, right in enumerate(kernel.slices)
+    ]
     total = None
     for size in range(_LEFT):
         for j in range(min(size + 1, _RIGHT)):
@@ -214,8 +242,12 @@ def _bits(num_terms: int) -> int:
     return (53 - int(np.ceil(np.log2(max(num_terms, 1))))) // 2
 
 
-def _cut(x: DoubleDouble, scale: Array, bits: int, num: int) -> Iterator[tuple[Array, DoubleDouble]]:
-    """Slices of ``x`` and what is left behind each, and last nothing with the rest; ``|x| <= scale``, a power of two."""
+def _cut(
+    x: DoubleDouble, scale: Array, bits: int, num: int
+) -> Iterator[tuple[Array, DoubleDouble]]:
+    """Slices of ``x`` and what is left behind each, and last nothing with the rest; ``|x| <=
+    scale``, a power of two.
+    """
     rest = x
     for i in range(1, num + 1):
         grid = scale * 2.0 ** (-bits * i)

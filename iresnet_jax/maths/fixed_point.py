@@ -1,7 +1,9 @@
-"""The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for every example.
+"""The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for
+every example.
 
-Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method) and differentiable (implicit function theorem).
-An example stops on its own residual, never on that of its batch mates, and rounding apart its result does not depend on them.
+Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method) and differentiable
+(implicit function theorem). An example stops on its own residual, never on that of its batch mates,
+and rounding apart its result does not depend on them.
 
 The iteration is `init`, `step` and `finish`, for whoever wants to watch it:
 
@@ -32,9 +34,10 @@ class FixedPointInfo(NamedTuple):
 
     Attributes:
         num_evals: Evaluations of the branch.
-        residual: ``|y - x' - g(x')|`` (Euclidean norm), as computed, at the best iterate ``x'``. If converged,
-            ``x = y - g(x')``; otherwise ``x = x'``.
-        error_bound: Upper bound of ``|x - x*|``, rounding of the residual included, if ``lipschitz_bound`` is true.
+        residual: ``|y - x' - g(x')|`` (Euclidean norm), as computed, at the best iterate ``x'``. If
+            converged, ``x = y - g(x')``; otherwise ``x = x'``.
+        error_bound: Upper bound of ``|x - x*|``, rounding of the residual included, if
+            ``lipschitz_bound`` is true.
         converged: Whether the residual met the tolerance, or is lost in rounding.
     """
 
@@ -56,43 +59,47 @@ def invert_residual(
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     r"""Solves ``y = x + g(x)`` for ``x``, example by example.
 
-    The Banach step is ``x + r`` with the residual ``r = y - x - g(x)``; it shrinks ``|r|`` by ``L`` at least. Anderson's step
-    (type II) subtracts what the last ``memory`` steps ``dx_j``, ``dr_j`` can explain:
+    The Banach step is ``x + r`` with the residual ``r = y - x - g(x)``; it shrinks ``|r|`` by ``L``
+    at least. Anderson's step (type II) subtracts what the last ``memory`` steps ``dx_j``, ``dr_j``
+    can explain:
 
     ``x + r - sum_j gamma_j (dx_j + dr_j)``, ``gamma = argmin |r - sum_j gamma_j dr_j|``,
 
-    and is followed by a Banach step from the best iterate if ``|r|`` exceeds ``L`` times the least one so far. With
-    ``Lip(g) <= L < 1`` every ``x``, and the Banach step from it, satisfy
+    and is followed by a Banach step from the best iterate if ``|r|`` exceeds ``L`` times the least
+    one so far. With ``Lip(g) <= L < 1`` every ``x``, and the Banach step from it, satisfy
 
     ``|x - x*| <= |r| / (1 - L)``,    ``|x + r - x*| = |g(x) - g(x*)| <= L |r| / (1 - L)``,
 
-    the first because ``(x - x*) + (g(x) - g(x*))`` is minus the residual. An example stops when the second bound is at most
-    ``atol``, when its residual is lost in its own rounding, or when the residual has stopped shrinking, as under a false ``L``.
-    ``info.error_bound`` is guaranteed if ``lipschitz_bound`` is, up to rounding inside the branch. Failure raises nothing:
-    read ``info.converged``.
+    the first because ``(x - x*) + (g(x) - g(x*))`` is minus the residual. An example stops when the
+    second bound is at most ``atol``, when its residual is lost in its own rounding, or when the
+    residual has stopped shrinking, as under a false ``L``. ``info.error_bound`` is guaranteed if
+    ``lipschitz_bound`` is, up to rounding inside the branch. Failure raises nothing: read
+    ``info.converged``.
 
-    Derivatives, forward and reverse, are those of the exact solution at the returned ``x`` (implicit function theorem):
-    ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all that ``branch`` closes over. They are solved for by the same
-    iteration; their memory does not depend on the number of evaluations. An example whose derivative converges neither within
+    Derivatives, forward and reverse, are those of the exact solution at the returned ``x``
+    (implicit function theorem): ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all
+    that ``branch`` closes over. They are solved for by the same iteration; their memory does not
+    depend on the number of evaluations. An example whose derivative converges neither within
     ``max_evals`` nor to a guaranteed error of a thousandth of its right-hand side gets NaN for it.
 
     Args:
         branch: ``g``, acting on each example of a batch alone.
         y: Outputs of the block, a batch; integers and lists become floats.
-        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``; from 1 on, or if a traced one is negative or NaN, every example
-            reports ``converged=False`` and an infinite ``error_bound``.
+        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``; from 1 on, or if a traced one is
+            negative or NaN, every example reports ``converged=False`` and an infinite
+            ``error_bound``.
         atol: Wanted bound of ``|x - x*|`` (Euclidean norm of an example).
         max_evals: Cap on evaluations of ``g``; Banach iteration needs about ``log(atol) / log(L)``.
-        memory: Steps that Anderson's method remembers, usually 3 to 5, at most an example's size; 0 is plain Banach iteration.
-            It helps where few directions are slow, as in trained blocks.
+        memory: Steps that Anderson's method remembers, usually 3 to 5, at most an example's size; 0
+            is plain Banach iteration. It helps where few directions are slow, as in trained blocks.
         start: Where to begin; ``y`` by default.
 
     Returns:
         ``x`` and how the iteration ended.
 
     Raises:
-        ValueError: If ``y`` is no batch, ``max_evals`` or ``atol`` is not positive, ``memory`` is negative, or a concrete
-            ``lipschitz_bound`` is negative or NaN.
+        ValueError: If ``y`` is no batch, ``max_evals`` or ``atol`` is not positive, ``memory`` is
+            negative, or a concrete ``lipschitz_bound`` is negative or NaN.
 
     Example:
         >>> x, info = invert_residual(lambda x: 0.5 * jnp.tanh(x), y, lipschitz_bound=0.5)
@@ -102,7 +109,10 @@ def invert_residual(
     if max_evals < 1:
         raise ValueError(f"max_evals must be at least 1, got {max_evals}")
     if not atol > 0:
-        raise ValueError(f"atol must be positive, got {atol}: it is the wanted Euclidean distance to the solution")
+        raise ValueError(
+            f"atol must be positive, got {atol}: it is the wanted Euclidean distance "
+            "to the solution"
+        )
     if memory < 0:
         raise ValueError(f"memory must not be negative, got {memory}; 0 is plain Banach iteration")
     y = as_floats(y, "y")
@@ -110,12 +120,16 @@ def invert_residual(
     limits: dict[str, Any] = {"lipschitz_bound": bound, "max_evals": max_evals, "memory": memory}
 
     def solve(_, x0):
-        x, info = _iterate(branch, lax.stop_gradient(y), x0, atol=jnp.asarray(atol, y.dtype), **limits)
-        return x, tuple(field.astype(y.dtype) for field in info)  # JAX wants tangents for what comes along
+        x, info = _iterate(
+            branch, lax.stop_gradient(y), x0, atol=jnp.asarray(atol, y.dtype), **limits
+        )
+        # JAX wants tangents for what comes along
+        return x, tuple(field.astype(y.dtype) for field in info)
 
     def solve_tangent(linear, b):  # NaN marks examples that did not converge
         u, info = solve_linear(lambda u: linear(u) - u, b, **limits)
-        # Rounding inside the branch may stop an iteration above its tolerance, at a derivative that is as good as any.
+        # Rounding inside the branch may stop an iteration above its tolerance, at a derivative that
+        # is as good as any.
         usable = info.converged | (info.error_bound <= 1e-3 * example_norm(b))
         return jnp.where(usable.reshape(-1, *(1,) * (b.ndim - 1)), u, jnp.nan)
 
@@ -123,17 +137,26 @@ def invert_residual(
         return lax.custom_linear_solve(linear, b, solve_tangent, transpose_solve=solve_tangent)
 
     start = y if start is None else lax.stop_gradient(start.astype(y.dtype))
-    x, info = lax.custom_root(lambda x: (x + branch(x) - y).astype(y.dtype), start, solve, tangent_solve, has_aux=True)
+    x, info = lax.custom_root(
+        lambda x: (x + branch(x) - y).astype(y.dtype), start, solve, tangent_solve, has_aux=True
+    )
     num_evals, residual, error_bound, converged = (lax.stop_gradient(field) for field in info)
     return x, FixedPointInfo(num_evals.astype(jnp.int32), residual, error_bound, converged > 0)
 
 
 def solve_linear(
-    product: Branch, b: Float[Array, "b ..."], *, lipschitz_bound: Float[Array, ""], max_evals: int = 2000, memory: int = 4
+    product: Branch,
+    b: Float[Array, "b ..."],
+    *,
+    lipschitz_bound: Float[Array, ""],
+    max_evals: int = 2000,
+    memory: int = 4,
 ) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
-    """Solves ``(I + J) u = b`` for a linear map ``J`` of norm at most ``L``, to a hundred units of rounding of ``|b|``.
+    """Solves ``(I + J) u = b`` for a linear map ``J`` of norm at most ``L``, to a hundred units of
+    rounding of ``|b|``.
 
-    This is the solve behind every derivative of `invert_residual`: ``J`` is the branch's Jacobian or its transpose.
+    This is the solve behind every derivative of `invert_residual`: ``J`` is the branch's Jacobian
+    or its transpose.
 
     Args:
         product: ``u -> J u``.
@@ -143,7 +166,9 @@ def solve_linear(
         memory: Steps that Anderson's method remembers.
     """
     atol = 100 * jnp.finfo(b.dtype).eps * example_norm(b)
-    return _iterate(product, b, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals, memory=memory)
+    return _iterate(
+        product, b, lipschitz_bound=lipschitz_bound, atol=atol, max_evals=max_evals, memory=memory
+    )
 
 
 def example_norm(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
@@ -152,7 +177,8 @@ def example_norm(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 
 class Equation(NamedTuple):
-    """The equation ``y = x + g(x)`` on examples as vectors ``(b, d)``, and the tolerance of its solution.
+    """The equation ``y = x + g(x)`` on examples as vectors ``(b, d)``, and the tolerance of its
+    solution.
 
     Attributes:
         shape: Shape of the batch.
@@ -160,7 +186,8 @@ class Equation(NamedTuple):
         y: Right-hand side.
         y_norm: Norm of ``y``, one per example.
         lipschitz_bound: ``L``; infinite promises nothing.
-        small_enough: Largest residual at which a Banach step is within ``atol``: ``atol (1 - L) / L``.
+        small_enough: Largest residual at which a Banach step is within ``atol``: ``atol (1 - L) /
+            L``.
     """
 
     shape: tuple[int, ...]
@@ -179,8 +206,13 @@ class Equation(NamedTuple):
         lipschitz_bound: float | Float[Array, ""],
         atol: float | Float[Array, "..."],
     ) -> "Equation":
-        """The equation of a branch and a batch; arguments are those of `invert_residual`, ``atol`` may be one an example."""
-        bound, flat = lipschitz_at_least(lipschitz_bound, y.dtype), y.reshape(len(y), math.prod(y.shape[1:]))
+        """The equation of a branch and a batch; arguments are those of `invert_residual`,
+        ``atol`` may be one an example.
+        """
+        bound, flat = (
+            lipschitz_at_least(lipschitz_bound, y.dtype),
+            y.reshape(len(y), math.prod(y.shape[1:])),
+        )
         return cls(
             shape=y.shape,
             branch=lambda x: branch(x.reshape(y.shape)).reshape(flat.shape).astype(y.dtype),
@@ -197,7 +229,9 @@ class Equation(NamedTuple):
 
 
 class _Evaluation(NamedTuple):
-    """One evaluation at ``x``: ``image = y - g(x)``, the norm of ``r = image - x``, and the bound of its rounding."""
+    """One evaluation at ``x``: ``image = y - g(x)``, the norm of ``r = image - x``, and the
+    bound of its rounding.
+    """
 
     x: Array
     image: Array
@@ -240,8 +274,12 @@ def _iterate(branch, y, start=None, *, lipschitz_bound, atol, max_evals, memory)
     return finish(equation, lax.while_loop(go_on, lambda state: step(equation, state), state))
 
 
-def init(equation: Equation, start: Float[Array, "b ..."] | None = None, *, memory: int = 4) -> State:
-    """The state before the first evaluation, whose best residual is infinite; ``start`` is ``y`` by default."""
+def init(
+    equation: Equation, start: Float[Array, "b ..."] | None = None, *, memory: int = 4
+) -> State:
+    """The state before the first evaluation, whose best residual is infinite; ``start`` is ``y``
+    by default.
+    """
     x = equation.y if start is None else start.reshape(equation.y.shape)
     memory = min(memory, x.shape[1])  # as many steps explain everything that is linear
     zero, nothing = jnp.zeros(len(x), x.dtype), jnp.zeros(len(x), jnp.int32)
@@ -261,11 +299,14 @@ def step(equation: Equation, state: State) -> State:
     """Evaluates the branch once, keeps the best, decides who is done and where to evaluate next."""
     now = _evaluate(equation, state.x)
     better = ~state.done & (now.residual < state.best.residual)
-    best = jax.tree.map(lambda a, b: jnp.where(better if a.ndim == 1 else better[:, None], a, b), now, state.best)
+    best = jax.tree.map(
+        lambda a, b: jnp.where(better if a.ndim == 1 else better[:, None], a, b), now, state.best
+    )
     first_residual = jnp.where(state.step == 0, now.residual, state.first_residual)
     stalled_evals = jnp.where(better, 0, state.stalled_evals + 1)
     rate = _rate(first_residual, state)
-    target = jnp.maximum(equation.small_enough, 0.25 * best.rounding)  # below it a residual is noise
+    # below it a residual is noise
+    target = jnp.maximum(equation.small_enough, 0.25 * best.rounding)
     done = state.done | (best.residual <= target) | _hopeless(rate, stalled_evals, now.residual)
     next_x, history = _next_iterate(equation, state, now, best)
     return State(
@@ -281,9 +322,12 @@ def step(equation: Equation, state: State) -> State:
 
 
 def _evaluate(equation: Equation, x: Array) -> _Evaluation:
-    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, plus what entries lose that are too small for the format."""
+    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, plus what entries lose that are too small for
+    the format.
+    """
     image = equation.y - equation.branch(x)
-    r, g = image - x, equation.y - image  # the branch's own output would be a second result, which XLA:CPU computes twice
+    # the branch's own output would be a second result, which XLA:CPU computes twice
+    r, g = image - x, equation.y - image
     info = jnp.finfo(x.dtype)
     lost = 4 * math.sqrt(x.shape[1]) * float(info.tiny)
     rounding = info.eps * (example_norm(x) + equation.y_norm + example_norm(g)) + lost
@@ -291,24 +335,31 @@ def _evaluate(equation: Equation, x: Array) -> _Evaluation:
 
 
 def _rate(first_residual: Array, state: State) -> Array:
-    """``log(|r_0| / |r_best|)`` an evaluation before the present one, at least one unit of rounding."""
+    """``log(|r_0| / |r_best|)`` an evaluation before the present one, at least one unit of
+    rounding.
+    """
     eps = jnp.finfo(first_residual.dtype).eps
     shrunk = jnp.log(first_residual / jnp.maximum(state.best.residual, eps * eps))
     return jnp.maximum(shrunk / jnp.maximum(state.num_evals, 1), eps)
 
 
 def _hopeless(rate: Array, stalled_evals: Array, residual: Array) -> Array:
-    """No progress in ``1 / rate`` evaluations, in which residuals shrank e-fold before (2 to 1000): rounding, or a false L."""
+    """No progress in ``1 / rate`` evaluations, in which residuals shrank e-fold before (2 to
+    1000): rounding, or a false L.
+    """
     return (stalled_evals >= jnp.clip(1 / rate, 2, 1000)) | ~jnp.isfinite(residual)
 
 
-def _next_iterate(equation: Equation, state: State, now: _Evaluation, best: _Evaluation) -> tuple[Array, History | None]:
+def _next_iterate(
+    equation: Equation, state: State, now: _Evaluation, best: _Evaluation
+) -> tuple[Array, History | None]:
     """Anderson's step; a Banach step from the best iterate where ``|r| > L |r_best|``."""
     next_x, history = now.image, state.history
     if history is not None:
         history = history.extend(state.step, now.image, now.image - now.x)
         accelerated, share = history.extrapolate()
-        # Steps that explain less than (1 - L) |r|^2 / 2, or whose share is NaN, are worse than a Banach step.
+        # Steps that explain less than (1 - L) |r|^2 / 2, or whose share is NaN, are worse than a
+        # Banach step.
         worthwhile = share >= 0.5 * equation.margin * now.residual**2
         next_x = jnp.where(worthwhile[:, None], accelerated, next_x)
     as_good_as_banach = now.residual <= equation.lipschitz_bound * state.best.residual
@@ -318,18 +369,23 @@ def _next_iterate(equation: Equation, state: State, now: _Evaluation, best: _Eva
 def finish(equation: Equation, end: State) -> tuple[Float[Array, "b ..."], FixedPointInfo]:
     """The solution so far, and how the iteration ended.
 
-    ``|x - x*| <= |r| / (1 - L)`` at the best iterate, ``L |r| / (1 - L)`` after the Banach step that follows
-    convergence.
+    ``|x - x*| <= |r| / (1 - L)`` at the best iterate, ``L |r| / (1 - L)`` after the Banach step
+    that follows convergence.
     """
     best, margin = end.best, equation.margin
     contraction = margin > 0
-    # A residual that stopped shrinking within 8 roundings counts as converged: the branch rounds inside, too.
-    converged = contraction & (best.residual <= jnp.maximum(equation.small_enough, 8 * best.rounding))
+    # A residual that stopped shrinking within 8 roundings counts as converged: the branch rounds
+    # inside, too.
+    converged = contraction & (
+        best.residual <= jnp.maximum(equation.small_enough, 8 * best.rounding)
+    )
     to_go = jnp.where(converged, equation.lipschitz_bound, 1) * best.residual
     info = FixedPointInfo(
         num_evals=end.num_evals,
         residual=best.residual,
-        error_bound=jnp.where(contraction, (to_go + best.rounding) / jnp.where(contraction, margin, 1), jnp.inf),
+        error_bound=jnp.where(
+            contraction, (to_go + best.rounding) / jnp.where(contraction, margin, 1), jnp.inf
+        ),
         converged=converged,
     )
     return jnp.where(converged[:, None], best.image, best.x).reshape(equation.shape), info

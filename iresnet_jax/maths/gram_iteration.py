@@ -1,25 +1,29 @@
-r"""Norms of matrices from above, by Gram iteration that carries its own rounding bound (Delattre et al. 2023).
+r"""Norms of matrices from above, by Gram iteration that carries its own rounding bound (Delattre et
+al. 2023).
 
-For any matrix, ``|M|_2^2 = |M M*|_2``. So with ``M_0 = M`` and ``M_{i+1} = N_i N_i*``, ``N_i = M_i / s_i``,
+For any matrix, ``|M|_2^2 = |M M*|_2``. So with ``M_0 = M`` and ``M_{i+1} = N_i N_i*``, ``N_i = M_i
+/ s_i``,
 
     ``|M_i|_2 = s_i |M_{i+1}|_2^{1/2}``   and, at the end,   ``|M_t|_2 <= |M_t|_F``.
 
-Unwinding the ``t`` roots gives a bound that is too large by a factor of at most ``rank^(2^-(t+1))``. The ``s_i`` are powers
-of two, so dividing is exact.
+Unwinding the ``t`` roots gives a bound that is too large by a factor of at most
+``rank^(2^-(t+1))``. The ``s_i`` are powers of two, so dividing is exact.
 
-**Rounding.** Let ``u`` be half of machine epsilon and ``gamma_n = n u / (1 - n u)``. A floating-point inner product of length
-``d`` summed in blocks of ``b`` is off by at most ``gamma_{b + d/b}`` times the sum of the absolute products, in any order
-within and across blocks (Higham 2002, sec. 3.1). So with ``N = A + iB`` and ``H = |A| + |B|`` the computed ``N N*``, two real
-products, is off by at most ``gamma H H^T`` entry by entry, and also by at most ``sqrt(2) gamma |N|_F^2`` in the Frobenius norm
-(``gamma |N|_F^2`` if ``B = 0``). The latter and the largest row sum of the former bound its spectral norm; with ``e_i`` the
-smaller of the two,
+**Rounding.** Let ``u`` be half of machine epsilon and ``gamma_n = n u / (1 - n u)``. A
+floating-point inner product of length ``d`` summed in blocks of ``b`` is off by at most ``gamma_{b
++ d/b}`` times the sum of the absolute products, in any order within and across blocks (Higham 2002,
+sec. 3.1). So with ``N = A + iB`` and ``H = |A| + |B|`` the computed ``N N*``, two real products, is
+off by at most ``gamma H H^T`` entry by entry, and also by at most ``sqrt(2) gamma |N|_F^2`` in the
+Frobenius norm (``gamma |N|_F^2`` if ``B = 0``). The latter and the largest row sum of the former
+bound its spectral norm; with ``e_i`` the smaller of the two,
 
-    ``|M_i|_2 <= s_i (|M_{i+1}|_2 + e_i)^{1/2}``   with the computed ``M_{i+1}``, which is what is unwound.
+    ``|M_i|_2 <= s_i (|M_{i+1}|_2 + e_i)^{1/2}``   with the computed ``M_{i+1}``, which is what is
+    unwound.
 
-The scalar operations left over (two roundings a level, halved by every root) are covered by a factor ``1 + 8 eps``. The
-arithmetic assumed is IEEE with true float32 products (``Precision.HIGHEST``; CPUs and GPUs). Measured up to 512
-channels, rounding and the slack of "exact" together cost at most 6e-4 in float32 (2.5e-4 for random weights) and 2e-12 in
-float64.
+The scalar operations left over (two roundings a level, halved by every root) are covered by a
+factor ``1 + 8 eps``. The arithmetic assumed is IEEE with true float32 products
+(``Precision.HIGHEST``; CPUs and GPUs). Measured up to 512 channels, rounding and the slack of
+"exact" together cost at most 6e-4 in float32 (2.5e-4 for random weights) and 2e-12 in float64.
 """
 
 import math
@@ -30,18 +34,21 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.maths.upward_rounding import gamma, power_of_two
 
-_EXACT_SLACK = 2.0**10  # "exact" squares until the rank factor is below 1 + _EXACT_SLACK eps: 1.2e-4 or 2.3e-13
+# "exact" squares until the rank factor is below 1 + _EXACT_SLACK eps: 1.2e-4 or 2.3e-13
+_EXACT_SLACK = 2.0**10
 MARGIN = 1.01  # covers the rounding of the rounding terms themselves, up to 5e4 rows in float32
 _BLOCK = 32  # shortest block of a blocked inner product
 
 
 def norm_bound(matrix: Float[Array, "parts r d"], num_squarings: int | None) -> Float[Array, ""]:
-    """Bounds the largest singular value of one matrix from above, rounding included; differentiable.
+    """Bounds the largest singular value of one matrix from above, rounding included;
+    differentiable.
 
     Args:
-        matrix: One part, or the real and the imaginary part, with ``r <= d`` rows; entries of moderate size.
-        num_squarings: How often the Gram matrix is squared; None squares until the slack is 1.2e-4 in float32, 2.3e-13 in
-            float64.
+        matrix: One part, or the real and the imaginary part, with ``r <= d`` rows; entries of
+            moderate size.
+        num_squarings: How often the Gram matrix is squared; None squares until the slack is 1.2e-4
+            in float32, 2.3e-13 in float64.
     """
     eps = float(jnp.finfo(matrix.dtype).eps)
     parts, rows, _ = matrix.shape
@@ -70,15 +77,22 @@ def _gram(matrix):
     """``M M*`` in blocked inner products, for a matrix given by its one or two parts."""
     parts, rows, _ = matrix.shape
     right = jnp.concatenate(list(matrix), axis=-1)
-    left = right if parts == 1 else jnp.concatenate([right, jnp.concatenate([matrix[1], -matrix[0]], axis=-1)])
+    left = (
+        right
+        if parts == 1
+        else jnp.concatenate([right, jnp.concatenate([matrix[1], -matrix[0]], axis=-1)])
+    )
     block, num_blocks = _blocks(matrix)
     pad = ((0, 0), (0, block * num_blocks - right.shape[1]))
-    left, right = (jnp.moveaxis(jnp.pad(x, pad).reshape(-1, num_blocks, block), 1, 0) for x in (left, right))
+    left, right = (
+        jnp.moveaxis(jnp.pad(x, pad).reshape(-1, num_blocks, block), 1, 0) for x in (left, right)
+    )
 
     def add_block(total, pair):
         return total + jnp.matmul(pair[0], pair[1].T, precision=lax.Precision.HIGHEST), None
 
-    # A loop, not a sum over a batched product: the compiler may merge the latter into one long inner product.
+    # A loop, not a sum over a batched product: the compiler may merge the latter into one long
+    # inner product.
     total = jnp.matmul(left[0], right[0].T, precision=lax.Precision.HIGHEST)
     if num_blocks > 1:
         total, _ = lax.scan(add_block, total, (left[1:], right[1:]))
@@ -93,16 +107,22 @@ def _blocks(matrix):
 
 
 def _gram_error(matrix):
-    """Bound of ``|fl(M M*) - M M*|_2`` for `_gram`, as a constant; the ``e_i`` of the module's docstring."""
+    """Bound of ``|fl(M M*) - M M*|_2`` for `_gram`, as a constant; the ``e_i`` of the module's
+    docstring.
+    """
     matrix = lax.stop_gradient(matrix)
     absolute = jnp.sum(jnp.abs(matrix), axis=0)
     row_sums = absolute @ jnp.sum(absolute, axis=0)
     squared = math.sqrt(matrix.shape[0]) * jnp.square(frobenius(matrix))
-    return MARGIN * gamma(sum(_blocks(matrix)), matrix.dtype) * jnp.minimum(squared, jnp.max(row_sums))
+    return (
+        MARGIN * gamma(sum(_blocks(matrix)), matrix.dtype) * jnp.minimum(squared, jnp.max(row_sums))
+    )
 
 
 def frobenius(matrix: Float[Array, "... d"]) -> Float[Array, ""]:
-    """Frobenius norm in two stages, so that it rounds like a sum of rows + columns terms; gradient 0 at 0."""
+    """Frobenius norm in two stages, so that it rounds like a sum of rows + columns terms;
+    gradient 0 at 0.
+    """
     rows = lax.optimization_barrier(jnp.sum(jnp.square(matrix), axis=-1))
     return _safe_sqrt(jnp.sum(rows))
 

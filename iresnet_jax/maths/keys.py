@@ -19,7 +19,9 @@ def typed_key(key: Any) -> Key[Array, "..."]:
     if dtype == jnp.uint32 and key.shape[-1:] == (2,):
         return jax.random.wrap_key_data(key)
     got = repr(key) if isinstance(key, int) else f"a {type(key).__name__}"
-    raise ValueError(f"key must be a key such as jax.random.key({key if isinstance(key, int) else 0}), got {got}")
+    raise ValueError(
+        f"key must be a key such as jax.random.key({key if isinstance(key, int) else 0}), got {got}"
+    )
 
 
 def single_key(key: Any) -> Key[Array, ""]:
@@ -29,7 +31,10 @@ def single_key(key: Any) -> Key[Array, ""]:
         ValueError: If it is no key, or several.
     """
     if (key := typed_key(key)).shape:
-        raise ValueError(f"key must be a single key, got keys of shape {key.shape}: choose one, or loop over them")
+        raise ValueError(
+            f"key must be a single key, got keys of shape {key.shape}: choose one, or "
+            "loop over them"
+        )
     return key
 
 
@@ -37,5 +42,8 @@ def check_keys(key: Any, num: int) -> Key[Array, "..."]:
     """One typed key, or one for each of so many examples; others raise ``ValueError``."""
     key = typed_key(key)
     if key.shape not in ((), (num,)):
-        raise ValueError(f"there must be one key, or one for each of {num} examples, got keys of shape {key.shape}")
+        raise ValueError(
+            f"there must be one key, or one for each of {num} examples, got keys of "
+            f"shape {key.shape}"
+        )
     return key

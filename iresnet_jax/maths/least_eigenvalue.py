@@ -1,15 +1,18 @@
-r"""A verified lower bound of the least eigenvalue of the symmetric part of ``I + G``, for Jacobians ``G`` of layers.
+r"""A verified lower bound of the least eigenvalue of the symmetric part of ``I + G``, for Jacobians
+``G`` of layers.
 
-For ``|G|_2 < 1`` the symmetric part of ``I + G`` is positive definite, and ``<x, (I + G) x> >= lambda |x|^2`` gives
-``|(I + G)^-1|_2 <= 1 / lambda`` with the least eigenvalue ``lambda`` of that part.
+For ``|G|_2 < 1`` the symmetric part of ``I + G`` is positive definite, and ``<x, (I + G) x> >=
+lambda |x|^2`` gives ``|(I + G)^-1|_2 <= 1 / lambda`` with the least eigenvalue ``lambda`` of that
+part.
 
-If ``H - s I = L L^T + E`` for any matrix ``L``, then ``H >= s - |E|_2``, as ``L L^T`` is positive semidefinite (Rump 2006). A
-Cholesky factor proves a bound so, and nothing is assumed of how it was computed: ``E`` is computed from it by products, and its
-Frobenius norm bounds ``|E|_2``.
+If ``H - s I = L L^T + E`` for any matrix ``L``, then ``H >= s - |E|_2``, as ``L L^T`` is positive
+semidefinite (Rump 2006). A Cholesky factor proves a bound so, and nothing is assumed of how it was
+computed: ``E`` is computed from it by products, and its Frobenius norm bounds ``|E|_2``.
 
-Jacobians of convolutions are matrices of few blocks: one block for each pair of image rows that see each other. A layer with
-``k`` taps joins a row with ``k`` rows, and a chain of layers reaches as far as they do together. A dense layer is a matrix of
-one block. All arrays are NumPy's in float64; what rounding contributes is bounded where they are used.
+Jacobians of convolutions are matrices of few blocks: one block for each pair of image rows that see
+each other. A layer with ``k`` taps joins a row with ``k`` rows, and a chain of layers reaches as
+far as they do together. A dense layer is a matrix of one block. All arrays are NumPy's in float64;
+what rounding contributes is bounded where they are used.
 """
 
 import itertools
@@ -56,11 +59,14 @@ class RowBlocks(NamedTuple):
         return float(np.sqrt(sum(np.vdot(block, block) for block in self.blocks.values())))
 
 
-def layer_blocks(kernel: Float[Array, "..."], in_shape: Sequence[int], padding: Padding) -> RowBlocks:
+def layer_blocks(
+    kernel: Float[Array, "..."], in_shape: Sequence[int], padding: Padding
+) -> RowBlocks:
     """The matrix of a linear layer, with entries of images in the order ``(h, w, c)``.
 
     Args:
-        kernel: ``(kh, kw, cin, cout)`` of a convolution without stride, ``(cin, cout)`` of a dense layer.
+        kernel: ``(kh, kw, cin, cout)`` of a convolution without stride, ``(cin, cout)`` of a dense
+            layer.
         in_shape: Shape of one input.
         padding: Padding of a convolution.
     """
@@ -85,8 +91,11 @@ def layer_blocks(kernel: Float[Array, "..."], in_shape: Sequence[int], padding: 
     return RowBlocks(blocks, height)
 
 
-def behind_activation(layer: RowBlocks, slopes: Float[Array, "..."], num_channels: int) -> RowBlocks:
-    """``W D`` of a layer and the Jacobian ``D`` of the activation in front, which may make several channels of one.
+def behind_activation(
+    layer: RowBlocks, slopes: Float[Array, "..."], num_channels: int
+) -> RowBlocks:
+    """``W D`` of a layer and the Jacobian ``D`` of the activation in front, which may make several
+    channels of one.
 
     Args:
         layer: ``W``, whose inputs are the activation's outputs.
@@ -99,7 +108,11 @@ def behind_activation(layer: RowBlocks, slopes: Float[Array, "..."], num_channel
         scaled = block * by_row[j]
         copies = slopes.shape[-1] // num_channels
         if copies > 1:
-            scaled = scaled.reshape(len(block), -1, copies, num_channels).sum(axis=2).reshape(len(block), -1)
+            scaled = (
+                scaled.reshape(len(block), -1, copies, num_channels)
+                .sum(axis=2)
+                .reshape(len(block), -1)
+            )
         blocks[i, j] = scaled
     return RowBlocks(blocks, layer.num_rows)
 
@@ -116,8 +129,11 @@ def identity_and_symmetric_part(matrix: RowBlocks) -> RowBlocks:
     return RowBlocks(blocks, matrix.num_rows)
 
 
-def least_eigenvalue_estimate(apply: Callable[[Array], Array], num_dims: int) -> tuple[float, float]:
-    """Lanczos' estimate of the least eigenvalue of a symmetric map, and the residual of its eigenvector; guaranteed is neither.
+def least_eigenvalue_estimate(
+    apply: Callable[[Array], Array], num_dims: int
+) -> tuple[float, float]:
+    """Lanczos' estimate of the least eigenvalue of a symmetric map, and the residual of its
+    eigenvector; guaranteed is neither.
 
     Args:
         apply: The map of vectors ``(d,)``.
@@ -159,7 +175,9 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
 
 
 def _bound_at(matrix: RowBlocks, shift: float) -> float:
-    """``s - |E|`` with the factor of ``H - s I``, for matrices within two roundings of the given entries; no factor is -inf."""
+    """``s - |E|`` with the factor of ``H - s I``, for matrices within two roundings of the given
+    entries; no factor is -inf.
+    """
     shifted = {place: block for place, block in matrix.blocks.items() if place[0] >= place[1]}
     for i in range(matrix.num_rows):
         shifted[i, i] = shifted[i, i] - shift * np.eye(len(shifted[i, i]))
@@ -174,15 +192,20 @@ def _bound_at(matrix: RowBlocks, shift: float) -> float:
             common = [k for k in rows[j] if k in rows[i]]
             if not common and (i, j) not in shifted:
                 continue
-            rest = shifted.get((i, j), 0.0) - sum(factor.blocks[i, k] @ factor.blocks[j, k].T for k in common)
+            rest = shifted.get((i, j), 0.0) - sum(
+                factor.blocks[i, k] @ factor.blocks[j, k].T for k in common
+            )
             total += (1 if i == j else 2) * float(np.vdot(rest, rest))
     size, of_factor = matrix.frobenius() * UP, factor.frobenius() * UP
-    rounding = gamma(num_dims + 4) * (size + abs(shift) * num_dims**0.5 + of_factor**2) + 4 * U * size
+    rounding = (
+        gamma(num_dims + 4) * (size + abs(shift) * num_dims**0.5 + of_factor**2) + 4 * U * size
+    )
     return float(shift * (1 - 4 * U) - (np.sqrt(total) + rounding) * UP)
 
 
 def cholesky(matrix: RowBlocks) -> RowBlocks:
-    """The lower triangular factor ``L`` with ``L L^T`` near the matrix, of which the lower half is read.
+    """The lower triangular factor ``L`` with ``L L^T`` near the matrix, of which the lower half is
+    read.
 
     Raises:
         LinAlgError: If the matrix is not positive definite to rounding.
@@ -214,7 +237,12 @@ def _product(matrix: RowBlocks) -> Callable[[Array], Array]:
 
     def apply(v: Float[Array, " d"]) -> Float[Array, " d"]:
         parts = [v[start:end] for start, end in itertools.pairwise(ends)]
-        return np.concatenate([rows @ np.concatenate([parts[j] for j in own]) for rows, own in zip(wide, columns, strict=True)])
+        return np.concatenate(
+            [
+                rows @ np.concatenate([parts[j] for j in own])
+                for rows, own in zip(wide, columns, strict=True)
+            ]
+        )
 
     return apply
 

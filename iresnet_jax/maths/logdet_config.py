@@ -14,8 +14,9 @@ from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
 class LogdetConfig:
     """An estimator of log-determinants; each kind reads only the fields that name it."""
 
-    # "series": the power series, truncated after num_terms. "roulette": a series without bias. "krylov": Krylov subspaces, for
-    # blocks close to the limit of their constraint. "exact": the whole Jacobian.
+    # "series": the power series, truncated after num_terms. "roulette": a series without bias.
+    # "krylov": Krylov subspaces, for blocks close to the limit of their constraint. "exact": the
+    # whole Jacobian.
     kind: Literal["exact", "series", "roulette", "krylov"] = "series"
     num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
     num_probes: Count = 1  # probe vectors per example; all kinds but "exact"
@@ -35,4 +36,8 @@ class LogdetConfig:
             return ExactLogdet()
         if self.kind == "roulette":
             return RouletteLogdet(self.distribution, self.parameter, self.num_exact_terms, **probes)
-        return KrylovLogdet(count, **probes) if self.kind == "krylov" else SeriesLogdet(count, **probes)
+        return (
+            KrylovLogdet(count, **probes)
+            if self.kind == "krylov"
+            else SeriesLogdet(count, **probes)
+        )

@@ -1,4 +1,6 @@
-"""What log-determinant estimators share: their interface, the error that they report, probes, and products with a Jacobian."""
+"""What log-determinant estimators share: their interface, the error that they report, probes,
+and products with a Jacobian.
+"""
 
 import functools
 import math
@@ -20,13 +22,15 @@ Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
 Jacobian = Callable[[Array], Array]
 Logdet = Callable[[Array], Array]
-Keys = Key[Array, "..."] | UInt32[Array, "..."]  # one, or one per example; typed, or of jax.random.PRNGKey
+# one, or one per example; typed, or of jax.random.PRNGKey
+Keys = Key[Array, "..."] | UInt32[Array, "..."]
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
 
 
 class Linearized(NamedTuple):
-    """A branch ``g`` at a batch ``x``: value and products evaluate activations, and differentiate them, once.
+    """A branch ``g`` at a batch ``x``: value and products evaluate activations, and differentiate
+    them, once.
 
     Attributes:
         value: ``g(x)``.
@@ -59,7 +63,8 @@ def transposed_jacobian(at: Linearized, num_probes: int) -> Callable[[Array], Ar
 def with_gradient(
     value: Float[Array, "p b"], pushed: Float[Array, "p b ..."], w: Float[Array, "p b ..."]
 ) -> Float[Array, "p b"]:
-    """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held fixed.
+    """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held
+    fixed.
 
     The second derivative is not that of the log-determinant, as ``w`` depends on the point too.
     """
@@ -76,10 +81,10 @@ class LogdetInfo(NamedTuple):
     """Error of a log-determinant, in nats, one per example.
 
     Attributes:
-        stderr: Standard error over the probes; 0 if exact, infinite for a single probe. That of `RouletteLogdet` is given its
-            random length, which all probes of an example share.
-        truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0 if exact, infinite without a
-            Lipschitz bound below 1.
+        stderr: Standard error over the probes; 0 if exact, infinite for a single probe. That of
+            `RouletteLogdet` is given its random length, which all probes of an example share.
+        truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0
+            if exact, infinite without a Lipschitz bound below 1.
     """
 
     stderr: Float[Array, " b"]
@@ -90,14 +95,16 @@ class LogdetEstimator(ABC):
     """Estimates ``log det(I + J)`` of a branch at every example of a batch.
 
     Attributes:
-        unbiased: True if the mean over all random choices is the log-determinant, of `RouletteLogdet` the series up to its last
-            weight; False for a truncated estimate.
+        unbiased: True if the mean over all random choices is the log-determinant, of
+            `RouletteLogdet` the series up to its last weight; False for a truncated estimate.
     """
 
     unbiased: ClassVar[bool]
 
     def fix_length(self, key: Keys) -> "LogdetEstimator":
-        """The estimator with its random length drawn once for all blocks, examples and devices; itself if it has none."""
+        """The estimator with its random length drawn once for all blocks, examples and devices;
+        itself if it has none.
+        """
         del key
         return self
 
@@ -121,7 +128,8 @@ class LogdetEstimator(ABC):
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
             jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
-            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than ``d`` products with ``J``.
+            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than
+                ``d`` products with ``J``.
         """
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
         x, key = as_floats(x, "x"), None if key is None else check_keys(key, len(x))
@@ -146,7 +154,8 @@ class ProbingEstimator(LogdetEstimator):
 
     Attributes:
         num_probes: Probes for each example.
-        exact_trace: Whether a trace in closed form replaces the estimate of ``tr J`` where there is one.
+        exact_trace: Whether a trace in closed form replaces the estimate of ``tr J`` where there is
+            one.
     """
 
     num_probes: int = 1
@@ -156,22 +165,31 @@ class ProbingEstimator(LogdetEstimator):
         del jacobian, logdet
         if key is None:
             raise ValueError("key must be given: the estimator draws random probes")
-        samples, bound = self._samples(branch, x, key, lipschitz_bound, trace if self.exact_trace else None)
+        samples, bound = self._samples(
+            branch, x, key, lipschitz_bound, trace if self.exact_trace else None
+        )
         value, stderr = mean_and_stderr(samples)
         return value, LogdetInfo(stderr, bound)
 
     @abstractmethod
     def _samples(
-        self, branch: Branch | Linearized, x: Float[Array, "b ..."], key: Keys, lipschitz_bound: Scalar, trace: Trace | None
+        self,
+        branch: Branch | Linearized,
+        x: Float[Array, "b ..."],
+        key: Keys,
+        lipschitz_bound: Scalar,
+        trace: Trace | None,
     ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
         """One estimate a probe, and the bound of what they leave out."""
 
 
 def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[Array, "p b ..."]:
-    """Probes of independent signs, which have the least variance among probes of independent entries.
+    """Probes of independent signs, which have the least variance among probes of independent
+    entries.
 
     Args:
-        key: One key, or one for each example; the latter gives an example the same probes in whatever batch it stands.
+        key: One key, or one for each example; the latter gives an example the same probes in
+            whatever batch it stands.
         x: The batch, for shape and type.
         num_probes: Probes for each example.
 
@@ -188,7 +206,9 @@ def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[A
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
-    """Independent signs, a bit each: `jax.random.rademacher` makes a whole word of random bits for one."""
+    """Independent signs, a bit each: `jax.random.rademacher` makes a whole word of random bits
+    for one.
+    """
     with jax.named_scope("random_signs"):
         size, place = math.prod(shape), jnp.arange(32, dtype=jnp.uint32)[None]
         bits = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32) >> place & 1
@@ -196,8 +216,12 @@ def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Mean over probes, and its standard error: infinite for a single probe, which says nothing about it."""
+    """Mean over probes, and its standard error: infinite for a single probe, which says nothing
+    about it.
+    """
     mean = jnp.mean(samples, axis=0)
     if len(samples) == 1:
         return mean, jnp.full_like(mean, jnp.inf)
-    return mean, lax.stop_gradient(jnp.std(samples, axis=0, ddof=1)) / np.sqrt(len(samples)).astype(samples.dtype)
+    return mean, lax.stop_gradient(jnp.std(samples, axis=0, ddof=1)) / np.sqrt(len(samples)).astype(
+        samples.dtype
+    )

@@ -1,16 +1,20 @@
-r"""Exact ``log det(I + J)`` of a residual block, from its full Jacobian or from the stencil of a branch of convolutions.
+r"""Exact ``log det(I + J)`` of a residual block, from its full Jacobian or from the stencil of a
+branch of convolutions.
 
-An output of convolutions depends on inputs at most ``reach`` pixels away. The Jacobian is then a stencil: for each pixel one
-matrix of channels for each of its ``(2 reach + 1)^2`` neighbours. Columns whose pixels are ``2 reach + 1`` rows or columns of
-the image apart share no row, so one product with the sum of their unit vectors gives all of them (Curtis, Powell and Reid
-1974): ``(2 reach + 1)^2 c`` products in place of ``h w c``.
+An output of convolutions depends on inputs at most ``reach`` pixels away. The Jacobian is then a
+stencil: for each pixel one matrix of channels for each of its ``(2 reach + 1)^2`` neighbours.
+Columns whose pixels are ``2 reach + 1`` rows or columns of the image apart share no row, so one
+product with the sum of their unit vectors gives all of them (Curtis, Powell and Reid 1974): ``(2
+reach + 1)^2 c`` products in place of ``h w c``.
 
-With ``reach`` rows of pixels as a block, ``I + J`` is block tridiagonal, and elimination block by block gives
+With ``reach`` rows of pixels as a block, ``I + J`` is block tridiagonal, and elimination block by
+block gives
 
-    S_1 = A_11,    S_(i+1) = A_(i+1,i+1) - A_(i+1,i) S_i^-1 A_(i,i+1),    log det(I + J) = sum_i log det S_i
+    S_1 = A_11,    S_(i+1) = A_(i+1,i+1) - A_(i+1,i) S_i^-1 A_(i,i+1),    log det(I + J) = sum_i log
+    det S_i
 
-in ``6 m^3`` operations for each block of ``m = reach w c`` rows; a dense matrix takes ``2/3 (h w c)^3``. For ``|J|_2 < 1`` no
-rows need to be exchanged, see `log_abs_det`.
+in ``6 m^3`` operations for each block of ``m = reach w c`` rows; a dense matrix takes ``2/3 (h w
+c)^3``. For ``|J|_2 < 1`` no rows need to be exchanged, see `log_abs_det`.
 """
 
 import functools
@@ -25,7 +29,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from iresnet_jax.maths.logdet_estimator import Batch, Branch, Jacobian, Linearized, LogdetEstimator, LogdetInfo, linearize
+from iresnet_jax.maths.logdet_estimator import (
+    Batch,
+    Branch,
+    Jacobian,
+    Linearized,
+    LogdetEstimator,
+    LogdetInfo,
+    linearize,
+)
 from iresnet_jax.maths.upward_rounding import as_floats
 
 INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that chooses what to keep
@@ -34,16 +46,21 @@ SMALL = 32  # rows up to which a matrix is eliminated row by row, not by halves
 
 MOST_ENTRIES = 2**24  # entries of blocks that are in memory together
 
-Stencil = Float[Array, "b h w s t c c"]  # of an output pixel: neighbour's row, column and channel, then the output's channel
+# of an output pixel: neighbour's row, column and channel, then the output's channel
+Stencil = Float[Array, "b h w s t c c"]
 
-product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators' default would be coarser
+# accelerators' default would be coarser
+product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-def dense_logdet(branch: Branch | Linearized, x: Batch, *, jacobian: Jacobian | None = None) -> Float[Array, " b"]:
+def dense_logdet(
+    branch: Branch | Linearized, x: Batch, *, jacobian: Jacobian | None = None
+) -> Float[Array, " b"]:
     """``log det(I + J)`` from the full Jacobian by elimination; exact to rounding, differentiable.
 
-    Costs ``d`` Jacobian-vector products, or the closed form, and ``O(d^3)`` per example: for dimensions up to about a thousand.
-    Rows are not exchanged, which needs a contraction, see `log_abs_det`.
+    Costs ``d`` Jacobian-vector products, or the closed form, and ``O(d^3)`` per example: for
+    dimensions up to about a thousand. Rows are not exchanged, which needs a contraction, see
+    `log_abs_det`.
 
     Args:
         branch: ``g``, acting on each example alone, or linearised at ``x``.
@@ -67,7 +84,8 @@ def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Float[
     def column(direction):
         return at.push(jnp.broadcast_to(direction, x.shape)).reshape(len(x), num_dims)
 
-    if num_dims <= 4:  # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
+    # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
+    if num_dims <= 4:
         columns = jnp.stack([column(direction) for direction in basis])
     else:
         columns = lax.map(column, basis, batch_size=min(COLUMNS_AT_ONCE, num_dims))
@@ -76,11 +94,13 @@ def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Float[
 
 @jax.custom_jvp
 def log_abs_det(matrices: Float[Array, "b d d"]) -> Float[Array, " b"]:
-    r"""``log |det|`` of matrices ``I + J`` with ``|J|_2 < 1``, by elimination without exchanges of rows.
+    r"""``log |det|`` of matrices ``I + J`` with ``|J|_2 < 1``, by elimination without exchanges of
+    rows.
 
-    The symmetric part of ``I + J`` is positive definite. A Schur complement inherits that: its inverse is a diagonal block of
-    the inverse. So all pivots are positive, and they are at least ``1 - |J|_2``, as the inverse of a pivot is at most
-    ``|(I + J)^-1|``. The derivative is ``tr((I + J)^-1 dJ)``.
+    The symmetric part of ``I + J`` is positive definite. A Schur complement inherits that: its
+    inverse is a diagonal block of the inverse. So all pivots are positive, and they are at least
+    ``1 - |J|_2``, as the inverse of a pivot is at most ``|(I + J)^-1|``. The derivative is ``tr((I
+    + J)^-1 dJ)``.
     """
     return logdet_and_inverse(matrices)[0]
 
@@ -92,17 +112,24 @@ def _derivative(primals, tangents):
     return logdet, jnp.sum(jnp.swapaxes(inverses, 1, 2) * tangents[0], axis=(1, 2))
 
 
-def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
+def logdet_and_inverse(
+    matrices: Float[Array, "b d d"],
+) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
     """Logarithm of the determinant and inverse of matrices as `log_abs_det` takes them, by halves.
 
-    With ``[[A, B], [C, D]]`` and ``S = D - C A^-1 B`` the determinant is ``det A det S``. All but the smallest blocks are
-    products of matrices, which wait for no thread as LAPACK's batches of factorisations do, see `platforms.one_at_a_time`.
+    With ``[[A, B], [C, D]]`` and ``S = D - C A^-1 B`` the determinant is ``det A det S``. All but
+    the smallest blocks are products of matrices, which wait for no thread as LAPACK's batches of
+    factorisations do, see `platforms.one_at_a_time`.
     """
     num = matrices.shape[-1]
     if num <= SMALL:
         return eliminate(matrices)
     half = num // 2
-    a, b, c, d = (matrices[:, i, j] for i in (slice(half), slice(half, None)) for j in (slice(half), slice(half, None)))
+    a, b, c, d = (
+        matrices[:, i, j]
+        for i in (slice(half), slice(half, None))
+        for j in (slice(half), slice(half, None))
+    )
     logdet_a, inverse = logdet_and_inverse(a)
     right, left = product(inverse, b), product(c, inverse)
     logdet_s, schur = logdet_and_inverse(d - product(c, right))
@@ -112,7 +139,9 @@ def logdet_and_inverse(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " 
 
 
 def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Float[Array, "b d d"]]:
-    """Result of `logdet_and_inverse`, row by row: Gauss-Jordan elimination with the examples on the last axis."""
+    """Result of `logdet_and_inverse`, row by row: Gauss-Jordan elimination with the examples on
+    the last axis.
+    """
     num_dims = matrices.shape[-1]
 
     def step(k, carry):
@@ -132,7 +161,9 @@ def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Floa
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ExactLogdet(LogdetEstimator):
-    """`dense_logdet`, or a shorter way where a branch has one, as an estimator without randomness and without error."""
+    """`dense_logdet`, or a shorter way where a branch has one, as an estimator without
+    randomness and without error.
+    """
 
     unbiased: ClassVar[bool] = True
 
@@ -160,7 +191,8 @@ def stencil_by_products(branch: Branch, x: Float[Array, "b h w c"], reach: int) 
     probes = np.einsum("sh,tw,kc->stkhwc", rows, columns, np.eye(c)).reshape(-1, 1, h, w, c)
     _, push = jax.linearize(branch, x)
     products = jax.vmap(lambda v: push(jnp.broadcast_to(v, x.shape)))(jnp.asarray(probes, x.dtype))
-    products = jnp.moveaxis(products.reshape(s, t, c, *x.shape), (3, 4, 5), (0, 1, 2))  # (b, h, w, s, t, c, c)
+    # (b, h, w, s, t, c, c)
+    products = jnp.moveaxis(products.reshape(s, t, c, *x.shape), (3, 4, 5), (0, 1, 2))
     offsets = np.arange(-reach, reach + 1)
     for axis, (n, k) in enumerate(((h, s), (w, t))):
         source = np.arange(n)[:, None] + offsets[None]  # (place, neighbour)
@@ -172,7 +204,8 @@ def stencil_by_products(branch: Branch, x: Float[Array, "b h w c"], reach: int) 
 
 
 def stencil_logdet(stencil: Stencil) -> Float[Array, " b"]:
-    """``log det(I + J)`` of the Jacobian with this stencil, ``|J|_2 < 1``; neighbours beyond the border are ignored.
+    """``log det(I + J)`` of the Jacobian with this stencil, ``|J|_2 < 1``; neighbours beyond the
+    border are ignored.
 
     Exact to rounding, and differentiable.
     """
@@ -181,7 +214,9 @@ def stencil_logdet(stencil: Stencil) -> Float[Array, " b"]:
     at_once = max(MOST_ENTRIES // (3 * -(-h // rows) * (rows * w * c) ** 2), 1)
     if len(stencil) <= at_once:
         return _block_elimination(*_blocks(stencil))
-    return lax.map(lambda one: _block_elimination(*_blocks(one[None]))[0], stencil, batch_size=at_once)
+    return lax.map(
+        lambda one: _block_elimination(*_blocks(one[None]))[0], stencil, batch_size=at_once
+    )
 
 
 def _block_rows(height, reach):
@@ -189,16 +224,28 @@ def _block_rows(height, reach):
 
 
 def _blocks(stencil):
-    """The blocks ``(i, b, m, m)`` of ``I + J`` below the diagonal, on it and above it; ones on the diagonal fill the last."""
+    """The blocks ``(i, b, m, m)`` of ``I + J`` below the diagonal, on it and above it; ones on
+    the diagonal fill the last.
+    """
     b, h, w, s, t, c, _ = stencil.shape
     rows = _block_rows(h, s // 2)
     number = -(-h // rows)
-    wide = jnp.swapaxes(stencil, 2, 3)  # (b, output row, neighbour's row, output column, neighbour's column, ...)
-    # Row q of a matrix (w, t), padded to w + t entries and read in rows of w + t - 1, moves to the right by q.
-    wide = jnp.pad(wide, ((0, 0),) * 4 + ((0, w), (0, 0), (0, 0))).reshape(b, h, s, w * (w + t), c, c)
-    wide = wide[:, :, :, : w * (w + t - 1)].reshape(b, h, s, w, w + t - 1, c, c)[:, :, :, :, t // 2 : t // 2 + w]
-    wide = jnp.transpose(wide, (1, 2, 0, 3, 6, 4, 5))  # (output row, neighbour's row, b, output column and channel, input's)
-    wide = jnp.pad(wide.reshape(h, s, b, w * c, w * c), ((0, number * rows - h), (0, 0), (0, 0), (0, 0), (0, 0)))
+    # (b, output row, neighbour's row, output column, neighbour's column, ...)
+    wide = jnp.swapaxes(stencil, 2, 3)
+    # Row q of a matrix (w, t), padded to w + t entries and read in rows of w + t - 1, moves to the
+    # right by q.
+    wide = jnp.pad(wide, ((0, 0),) * 4 + ((0, w), (0, 0), (0, 0))).reshape(
+        b, h, s, w * (w + t), c, c
+    )
+    wide = wide[:, :, :, : w * (w + t - 1)].reshape(b, h, s, w, w + t - 1, c, c)[
+        :, :, :, :, t // 2 : t // 2 + w
+    ]
+    # (output row, neighbour's row, b, output column and channel, input's)
+    wide = jnp.transpose(wide, (1, 2, 0, 3, 6, 4, 5))
+    wide = jnp.pad(
+        wide.reshape(h, s, b, w * c, w * c),
+        ((0, number * rows - h), (0, 0), (0, 0), (0, 0), (0, 0)),
+    )
     wide = wide.reshape(number, rows, s, b, w * c, w * c)
     first = rows * np.arange(number)
 
@@ -209,7 +256,9 @@ def _blocks(stencil):
             for v in range(rows):
                 neighbour, source = shift * rows + v - u + s // 2, first + shift * rows + v
                 if 0 <= neighbour < s:
-                    inside = jnp.asarray((source >= 0) & (source < h), wide.dtype).reshape(-1, 1, 1, 1)
+                    inside = jnp.asarray((source >= 0) & (source < h), wide.dtype).reshape(
+                        -1, 1, 1, 1
+                    )
                     line.append(wide[:, u, neighbour] * inside)
                 else:
                     line.append(jnp.zeros_like(wide[:, 0, 0]))

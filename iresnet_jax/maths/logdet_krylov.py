@@ -1,22 +1,26 @@
-r"""``log det(I + J)`` of a residual block from Krylov subspaces: few products with ``J^T``, even for ``Lip(g)`` close to 1.
+r"""``log det(I + J)`` of a residual block from Krylov subspaces: few products with ``J^T``, even
+for ``Lip(g)`` close to 1.
 
-The power series cut after ``n`` terms misses a share ``|z|^n`` of the derivative of ``log(1 + z)`` at an eigenvalue ``z`` near
--1. With 8 terms at ``|z| = .94`` this is most of the derivative, and training then shrinks directions that it should not.
-Arnoldi's method uses the same number of products for a polynomial that fits the spectrum of ``J``. It builds an orthonormal
-basis ``V`` of ``span{v, J^T v, ..., (J^T)^(n-1) v}`` and the upper Hessenberg matrix ``H = V^T J^T V``. Value and gradient are
-small problems in this basis (Saad 1992), exact for polynomials of degree ``n`` in place of ``log(1 + z)`` and of degree
-``n - 1`` in place of ``1 / (1 + z)``:
+The power series cut after ``n`` terms misses a share ``|z|^n`` of the derivative of ``log(1 + z)``
+at an eigenvalue ``z`` near -1. With 8 terms at ``|z| = .94`` this is most of the derivative, and
+training then shrinks directions that it should not. Arnoldi's method uses the same number of
+products for a polynomial that fits the spectrum of ``J``. It builds an orthonormal basis ``V`` of
+``span{v, J^T v, ..., (J^T)^(n-1) v}`` and the upper Hessenberg matrix ``H = V^T J^T V``. Value and
+gradient are small problems in this basis (Saad 1992), exact for polynomials of degree ``n`` in
+place of ``log(1 + z)`` and of degree ``n - 1`` in place of ``1 / (1 + z)``:
 
     v^T log(I + J) v = |v|^2 e_1^T log(I + H) e_1,    w = (I + J^T)^-1 v = |v| V (I + H)^-1 e_1
 
-The gradient is ``<w, dJ v>`` as in `logdet_series`. Logarithm and inverses exist if ``|J| < 1``, as ``|H| <= |J|``. With
-``y_t = (I + t H)^-1 e_1`` the value and an a posteriori bound of its error are
+The gradient is ``<w, dJ v>`` as in `logdet_series`. Logarithm and inverses exist if ``|J| < 1``, as
+``|H| <= |J|``. With ``y_t = (I + t H)^-1 e_1`` the value and an a posteriori bound of its error are
 
-    e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t| t L / (1 - t L) dt
+    e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t|
+    t L / (1 - t L) dt
 
-Proof of the bound. The exact solution ``x`` of ``(I + t J^T) x = v`` has ``v^T J^T x = (|v|^2 - v^T x) / t``. The approximation
-``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t) v_(n+1)`` in this equation. As ``v`` and ``v_(n+1)`` are
-orthogonal, ``v^T (I + t J^T)^-1 v_(n+1) = -t v^T J^T (I + t J^T)^-1 v_(n+1)``.
+Proof of the bound. The exact solution ``x`` of ``(I + t J^T) x = v`` has ``v^T J^T x = (|v|^2 - v^T
+x) / t``. The approximation ``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t)
+v_(n+1)`` in this equation. As ``v`` and ``v_(n+1)`` are orthogonal, ``v^T (I + t J^T)^-1 v_(n+1) =
+-t v^T J^T (I + t J^T)^-1 v_(n+1)``.
 """
 
 import math
@@ -45,10 +49,18 @@ from iresnet_jax.maths.logdet_estimator import (
 from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
 NUM_NODES = 24  # nodes of the quadrature
-# Most that it errs beside ``|v|^2`` up to such a Lipschitz constant: its largest error for ``log(1 + z)`` on ``|z| = L``, by
-# von Neumann's inequality.
-QUADRATURE_ERRORS = ((0.95, 1e-12), (0.98, 5e-10), (0.99, 3e-8), (0.995, 8e-7), (0.999, 2.3e-4), (0.9999, 1.8e-2))
-EXHAUSTED = 30.0  # a new direction shorter than this many roundings is noise: the Krylov space is exhausted
+# Most that it errs beside ``|v|^2`` up to such a Lipschitz constant: its largest error for ``log(1
+# + z)`` on ``|z| = L``, by von Neumann's inequality.
+QUADRATURE_ERRORS = (
+    (0.95, 1e-12),
+    (0.98, 5e-10),
+    (0.99, 3e-8),
+    (0.995, 8e-7),
+    (0.999, 2.3e-4),
+    (0.9999, 1.8e-2),
+)
+# a new direction shorter than this many roundings is noise: the Krylov space is exhausted
+EXHAUSTED = 30.0
 
 
 def arnoldi(
@@ -59,14 +71,16 @@ def arnoldi(
     Args:
         apply: A linear map of each ``v[i, j]`` alone.
         v: Start vectors, not 0.
-        num_steps: Applications of the map, ``n``. If a Krylov space has fewer dimensions, its further basis vectors are 0.
+        num_steps: Applications of the map, ``n``. If a Krylov space has fewer dimensions, its
+            further basis vectors are 0.
 
     Returns:
-        The basis, and ``H`` with ``m = n + 1`` rows: ``apply(basis[j]) = sum_i H[i, j] basis[i]``. The last row belongs to the
-        direction ``v_(n+1)`` outside of the space.
+        The basis, and ``H`` with ``m = n + 1`` rows: ``apply(basis[j]) = sum_i H[i, j] basis[i]``.
+        The last row belongs to the direction ``v_(n+1)`` outside of the space.
     """
     shape, num_vectors = v.shape, v.shape[0] * v.shape[1]
-    v = v.reshape(num_vectors, math.prod(shape[2:]))  # XLA:CPU adds over several axes at once ten times more slowly
+    # XLA:CPU adds over several axes at once ten times more slowly
+    v = v.reshape(num_vectors, math.prod(shape[2:]))
     eps = jnp.finfo(v.dtype).eps
 
     def norm(u):
@@ -91,10 +105,14 @@ def arnoldi(
     basis = jnp.zeros((num_steps + 1, *v.shape), v.dtype).at[0].set(first)
     hessenberg = jnp.zeros((num_steps + 1, num_steps, num_vectors), v.dtype)
     basis, hessenberg = lax.fori_loop(0, num_steps, step, (basis, hessenberg))
-    return basis[:num_steps].reshape(num_steps, *shape), hessenberg.reshape(*hessenberg.shape[:2], *shape[:2])
+    return basis[:num_steps].reshape(num_steps, *shape), hessenberg.reshape(
+        *hessenberg.shape[:2], *shape[:2]
+    )
 
 
-def _combine(coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d"]) -> Float[Array, "... d"]:
+def _combine(
+    coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d"]
+) -> Float[Array, "... d"]:
     """``sum_i c_i v_i``, written out because XLA:CPU reduces over a leading axis slowly."""
     total = coefficients[0][..., None] * vectors[0]
     for coefficient, vector in zip(coefficients[1:], vectors[1:], strict=True):
@@ -103,17 +121,20 @@ def _combine(coefficients: Float[Array, "n ..."], vectors: Float[Array, "n ... d
 
 
 def quadrature() -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " q"]]:
-    """Gauss-Legendre nodes and weights for ``t = 1 - s^2`` in [0, 1], dense near 1, as integrands have poles above 1."""
+    """Gauss-Legendre nodes and weights for ``t = 1 - s^2`` in [0, 1], dense near 1, as
+    integrands have poles above 1.
+    """
     roots, weights = np.polynomial.legendre.leggauss(NUM_NODES)
     s = (1 - roots) / 2
     return 1 - s**2, weights * s  # dt = 2 s ds, on an interval of half the length
 
 
 def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
-    """``A^-1 e_1`` for upper Hessenberg matrices ``A (row, column, ...)`` with a positive definite symmetric part.
+    """``A^-1 e_1`` for upper Hessenberg matrices ``A (row, column, ...)`` with a positive definite
+    symmetric part.
 
-    All pivots are then positive, and elimination needs no exchange of rows. Written out, it takes XLA:CPU a seventieth of the
-    time of loops over rows.
+    All pivots are then positive, and elimination needs no exchange of rows. Written out, it takes
+    XLA:CPU a seventieth of the time of loops over rows.
     """
     rows, rhs = [matrix[0]], [jnp.ones_like(matrix[0, 0])]
     for k, below in enumerate(matrix[1:]):
@@ -133,9 +154,10 @@ def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
 class KrylovLogdet(ProbingEstimator):
     """Arnoldi's method with ``num_steps`` products (Saad 1992).
 
-    Its bias is at most ``info.truncation_bound``, the module's a posteriori bound for the same probes and that of its
-    quadrature, and usually far smaller. No polynomial converges faster than the power series if the spectrum fills the whole
-    disk of radius L; spectra of trained blocks do not.
+    Its bias is at most ``info.truncation_bound``, the module's a posteriori bound for the same
+    probes and that of its quadrature, and usually far smaller. No polynomial converges faster than
+    the power series if the spectrum fills the whole disk of radius L; spectra of trained blocks do
+    not.
 
     Attributes:
         num_steps: Products with the transposed Jacobian.
@@ -151,28 +173,41 @@ class KrylovLogdet(ProbingEstimator):
 
     def _samples(self, branch, x, key, lipschitz_bound, trace):
         probes = draw_probes(key, x, self.num_probes)
-        samples, bounds = quadratic_form(branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace)
+        samples, bounds = quadratic_form(
+            branch, x, probes, self.num_steps, lipschitz_bound=lipschitz_bound, trace=trace
+        )
         return samples, jnp.mean(bounds, axis=0)
 
 
 def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order):
-    """``v^T log(I + J) v`` in a subspace, or without ``v^T J v``; the module's bound of its error; ``(I + H)^-1 e_1``."""
+    """``v^T log(I + J) v`` in a subspace, or without ``v^T J v``; the module's bound of its
+    error; ``(I + H)^-1 e_1``.
+    """
     inner, leaving, dtype = hessenberg[:-1], hessenberg[-1, -1], probes.dtype
     squared = jnp.sum(probes**2, axis=tuple(range(2, probes.ndim)))
     nodes, weights = quadrature()
     weights = jnp.asarray(weights, dtype).reshape(-1, 1, 1)
-    times = jnp.asarray([*nodes, 1.0], dtype).reshape(1, 1, -1, 1, 1)  # row, column, node, probe, example
-    solutions = solve_hessenberg(jnp.eye(len(inner), dtype=dtype)[:, :, None, None, None] + times * inner[:, :, None])
+    # row, column, node, probe, example
+    times = jnp.asarray([*nodes, 1.0], dtype).reshape(1, 1, -1, 1, 1)
+    solutions = solve_hessenberg(
+        jnp.eye(len(inner), dtype=dtype)[:, :, None, None, None] + times * inner[:, :, None]
+    )
     resolvents, solution = solutions[:, :-1], solutions[:, -1]
     of_node = jnp.sum(inner[0][:, None] * resolvents, axis=0)  # e_1^T H y_t
-    value = squared * (jnp.sum(weights * of_node, axis=0) - (inner[0, 0] if without_first_order else 0))
+    value = squared * (
+        jnp.sum(weights * of_node, axis=0) - (inner[0, 0] if without_first_order else 0)
+    )
 
     ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1
     margins = 1 - times[0, 0, :-1] * jnp.where(contraction, ell, 0)
     ends, errors = np.array(QUADRATURE_ERRORS).T
-    of_quadrature = jnp.asarray([*errors, np.inf], dtype)[jnp.searchsorted(jnp.asarray(ends + 1e-6, dtype), ell)]
-    of_space = leaving * jnp.sum(weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0)
+    of_quadrature = jnp.asarray([*errors, np.inf], dtype)[
+        jnp.searchsorted(jnp.asarray(ends + 1e-6, dtype), ell)
+    ]
+    of_space = leaving * jnp.sum(
+        weights * jnp.abs(resolvents[-1]) * (1 - margins) / margins, axis=0
+    )
     bounds = squared * (of_space + of_quadrature)
     return value, lax.stop_gradient(jnp.where(contraction, bounds, jnp.inf)), solution
 
@@ -189,9 +224,11 @@ def quadratic_form(
     """``v^T log(I + J) v`` for every probe ``v``, with the gradient ``<w, dJ v>``.
 
     Args:
-        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced parameters.
+        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced
+            parameters.
         x: Where to evaluate.
-        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
+        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact
+            trace.
         num_steps: Products with the transposed Jacobian.
         lipschitz_bound: Upper bound of ``Lip(g)``, for the bound of the error.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first-order term.
@@ -201,7 +238,9 @@ def quadratic_form(
     """
     at = linearize(branch, x)
     basis, hessenberg = arnoldi(transposed_jacobian(at, len(probes)), probes, num_steps)
-    value, bounds, solution = _forms(hessenberg, probes, lipschitz_bound, without_first_order=trace is not None)
+    value, bounds, solution = _forms(
+        hessenberg, probes, lipschitz_bound, without_first_order=trace is not None
+    )
     size = jnp.sqrt(jnp.sum(probes**2, axis=tuple(range(2, probes.ndim))))
     coefficients = (solution if trace is None else solution.at[0].add(-1)) * size[None]
     flat = basis.reshape(*coefficients.shape, math.prod(x.shape[1:]))

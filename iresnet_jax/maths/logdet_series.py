@@ -1,13 +1,16 @@
-r"""``log det(I + J)`` of a residual block as a series, truncated or cut at a random length; ``J`` is its branch's Jacobian.
+r"""``log det(I + J)`` of a residual block as a series, truncated or cut at a random length; ``J``
+is its branch's Jacobian.
 
-    log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019, eq. 4)
-    d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al. 2019, Theorem 2)
+    log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019,
+    eq. 4) d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al.
+    2019, Theorem 2)
 
-Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian products ``u_k = (J^T)^k v``
-gives the terms ``<u_k, v>`` of the value. It also gives ``w = sum_k (-1)^k u_k``; the gradient is that of ``<w, J v>`` with
-``w`` and ``v`` fixed. The chain is not differentiated, so memory does not depend on its length. Second derivatives are not
-those of the log-determinant. The estimate of ``tr J`` carries most of the variance; a closed form replaces it if there is one.
-`logdet_krylov` needs fewer products.
+Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian
+products ``u_k = (J^T)^k v`` gives the terms ``<u_k, v>`` of the value. It also gives ``w = sum_k
+(-1)^k u_k``; the gradient is that of ``<w, J v>`` with ``w`` and ``v`` fixed. The chain is not
+differentiated, so memory does not depend on its length. Second derivatives are not those of the
+log-determinant. The estimate of ``tr J`` carries most of the variance; a closed form replaces it if
+there is one. `logdet_krylov` needs fewer products.
 """
 
 import math
@@ -38,20 +41,31 @@ from iresnet_jax.maths.logdet_estimator import (
 from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
 
 _MOST_SUMMED = 10_000  # terms of the tail
-LARGEST_MEAN = 500.0  # a Poisson distribution with a larger mean would underflow in the table of its probabilities
+# a Poisson distribution with a larger mean would underflow in the table of its probabilities
+LARGEST_MEAN = 500.0
 
 
 def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> float:
-    """``d (-log(1 - L) - sum_{k<=n} L^k / k)``: a priori bound of the truncated series' error, in nats.
+    """``d (-log(1 - L) - sum_{k<=n} L^k / k)``: a priori bound of the truncated series' error, in
+    nats.
 
-    It follows from ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). The tail is summed, which avoids cancellation.
+    It follows from ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). The tail is summed,
+    which avoids cancellation.
     """
     if not 0 <= lipschitz_bound < 1:
-        raise ValueError(f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series only converges there")
+        raise ValueError(
+            f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series "
+            "only converges there"
+        )
     bound, k, power = 0.0, num_terms + 1, lipschitz_bound ** (num_terms + 1)
-    while power > 1e-17 * bound * (1 - lipschitz_bound) and power > 0 and k <= num_terms + _MOST_SUMMED:
+    while (
+        power > 1e-17 * bound * (1 - lipschitz_bound)
+        and power > 0
+        and k <= num_terms + _MOST_SUMMED
+    ):
         bound, k, power = bound + power / k, k + 1, power * lipschitz_bound
-    rest = min(power / (k * (1 - lipschitz_bound)), -math.log1p(-lipschitz_bound))  # what is left is below both
+    # what is left is below both
+    rest = min(power / (k * (1 - lipschitz_bound)), -math.log1p(-lipschitz_bound))
     return num_dims * (bound + rest) * (1 + 1e-11)  # and rounding
 
 
@@ -64,21 +78,27 @@ def weighted_series(
     *,
     trace: Trace | None = None,
 ) -> tuple[Float[Array, "p b"], Float[Array, "p b"]]:
-    r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the matching Neumann gradient.
+    r"""``sum_{k <= length} weights[k-1] (-1)^(k+1)/k <v, J^k v>`` for every probe, with the
+    matching Neumann gradient.
 
-    With all weights 1 this is the truncated series. The gradient is ``sum_k weights[k] (-1)^k <v, J^k dJ v>``. In expectation
-    over probes it is the derivative of the value.
+    With all weights 1 this is the truncated series. The gradient is ``sum_k weights[k] (-1)^k <v,
+    J^k dJ v>``. In expectation over probes it is the derivative of the value.
 
     Args:
-        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced parameters.
+        branch: ``g``, acting on each example alone, or linearised at ``x``. May close over traced
+            parameters.
         x: Where to evaluate.
-        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact trace.
+        probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact
+            trace.
         weights: One weight a term, at least ``length`` of them.
-        length: Number of terms. A static number, a traced one (one compiled loop then serves every length), or one per example.
-        trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight must be 1 in expectation.
+        length: Number of terms. A static number, a traced one (one compiled loop then serves every
+            length), or one per example.
+        trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight
+            must be 1 in expectation.
 
     Returns:
-        The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound of the remainder.
+        The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound
+        of the remainder.
     """
     at = linearize(branch, x)
     pushed, pull = jacobian_product(at, probes), transposed_jacobian(at, len(probes))
@@ -107,15 +127,23 @@ def weighted_series(
         neumann = neumann + expand(signed(k)) * u
         u = pull(u)
         coefficient = signed(k) / k
-        return u, value + (coefficient[None] if per_example else coefficient) * dot(u, probes), neumann
+        return (
+            u,
+            value + (coefficient[None] if per_example else coefficient) * dot(u, probes),
+            neumann,
+        )
 
     carry = (probes, jnp.zeros(probes.shape[:2], x.dtype), jnp.zeros_like(probes))
     if isinstance(length, int):
         if not 0 <= length <= len(weights):
-            raise ValueError(f"length must lie between 0 and the number of weights {len(weights)}, got {length}")
+            raise ValueError(
+                f"length must lie between 0 and the number of weights {len(weights)}, got {length}"
+            )
         u, value, neumann = lax.fori_loop(1, length, term, carry)
         tail = norm(probes)
-        if length > 0:  # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another product
+        # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another
+        # product
+        if length > 0:
             neumann = neumann + signed(length) * u
             value, tail = value + signed(length) / length * dot(u, pushed), norm(pull(u))
     else:
@@ -124,20 +152,34 @@ def weighted_series(
         def term_and_tail(state):
             k, carry, tail = state
             carry = term(k, carry)
-            return k + 1, carry, jnp.where((k <= length)[None], norm(carry[0]), tail) if per_example else norm(carry[0])
+            return (
+                k + 1,
+                carry,
+                jnp.where((k <= length)[None], norm(carry[0]), tail)
+                if per_example
+                else norm(carry[0]),
+            )
 
         state = (jnp.ones_like(longest), carry, norm(probes))
-        _, (_, value, neumann), tail = lax.while_loop(lambda state: state[0] <= longest, term_and_tail, state)
+        _, (_, value, neumann), tail = lax.while_loop(
+            lambda state: state[0] <= longest, term_and_tail, state
+        )
     value, neumann, tail = lax.stop_gradient((value, neumann, tail))
     value = with_gradient(value, pushed, neumann)
     return value if trace is None else value + trace(x)[None], tail * norm(probes)
 
 
-def remainder_factor(lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any) -> Float[Array, ""]:
-    """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite for ``L >= 1``."""
+def remainder_factor(
+    lipschitz_bound: Scalar, num_terms: int, power: int, dtype: Any
+) -> Float[Array, ""]:
+    """``L^p / ((n + 1)(1 - L)) >= sum_{k>n} L^(k - n - 1 + p) / k`` with ``p = power``; infinite
+    for ``L >= 1``.
+    """
     ell = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, dtype))
     contraction = ell < 1
-    return jnp.where(contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf)
+    return jnp.where(
+        contraction, ell**power / ((num_terms + 1) * jnp.where(contraction, 1 - ell, 1)), jnp.inf
+    )
 
 
 @jax.tree_util.register_static
@@ -147,7 +189,8 @@ class SeriesLogdet(ProbingEstimator):
 
     Its bias is at most ``info.truncation_bound``, the mean over probes of the a posteriori bound
 
-    ``|sum_{k>n} (-1)^(k+1)/k v^T J^k v| <= |v| |(J^T)^n v| sum_{k>n} L^(k-n)/k <= |v| |(J^T)^n v| L / ((n+1)(1-L))``.
+    ``|sum_{k>n} (-1)^(k+1)/k v^T J^k v| <= |v| |(J^T)^n v| sum_{k>n} L^(k-n)/k <= |v| |(J^T)^n v| L
+    / ((n+1)(1-L))``.
 
     Attributes:
         num_terms: Terms of the series; the authors use 5.
@@ -165,7 +208,8 @@ class SeriesLogdet(ProbingEstimator):
         probes, n = draw_probes(key, x, self.num_probes), self.num_terms
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
         factor = remainder_factor(lipschitz_bound, n, 1, x.dtype)
-        return samples, jnp.where(jnp.isfinite(factor), factor * jnp.mean(tail, axis=0), jnp.inf)  # also where the tail is 0
+        # also where the tail is 0
+        return samples, jnp.where(jnp.isfinite(factor), factor * jnp.mean(tail, axis=0), jnp.inf)
 
 
 @partial(
@@ -177,35 +221,48 @@ class SeriesLogdet(ProbingEstimator):
 class RouletteLogdet(ProbingEstimator):
     r"""The power series cut at a random length, with weights that keep its expectation.
 
-    With ``m = num_exact_terms`` and a random ``n``, terms ``k <= m + n`` are kept and term ``k > m`` is divided by
-    ``P(n >= k - m)`` (Chen et al. 2019, Theorem 1 and eq. 7). So each term has the expected weight 1, in the value and in the
-    gradient. The table of weights ends where ``P(n >= j)`` falls under 1e-12 (geometric: 1e-9), after 20 terms for the
-    defaults. The expectation is the series up to this term, and ``info.truncation_bound`` bounds the later terms a priori.
+    With ``m = num_exact_terms`` and a random ``n``, terms ``k <= m + n`` are kept and term ``k >
+    m`` is divided by ``P(n >= k - m)`` (Chen et al. 2019, Theorem 1 and eq. 7). So each term has
+    the expected weight 1, in the value and in the gradient. The table of weights ends where ``P(n
+    >= j)`` falls under 1e-12 (geometric: 1e-9), after 20 terms for the defaults. The expectation is
+    the series up to this term, and ``info.truncation_bound`` bounds the later terms a priori.
 
-    The tail of a Poisson distribution falls faster than any ``L^k``: its rare long draws have large weights, and a standard
-    error computed without them is too small. A geometric distribution with ``1 - parameter > L^2`` has finite variance.
+    The tail of a Poisson distribution falls faster than any ``L^k``: its rare long draws have large
+    weights, and a standard error computed without them is too small. A geometric distribution with
+    ``1 - parameter > L^2`` has finite variance.
 
     Attributes:
-        distribution: "poisson" with mean ``parameter``, or "geometric", ``P(n >= j) = (1 - parameter)^j``.
+        distribution: "poisson" with mean ``parameter``, or "geometric", ``P(n >= j) = (1 -
+            parameter)^j``.
         parameter: Mean of the Poisson distribution, or stopping probability of the geometric one.
-        num_exact_terms: Terms that are always computed and have weight 1; more of them reduce the variance.
-        length: Length from `fix_length`. None draws one length for each key of a call: for each example, or for the batch.
+        num_exact_terms: Terms that are always computed and have weight 1; more of them reduce the
+            variance.
+        length: Length from `fix_length`. None draws one length for each key of a call: for each
+            example, or for the batch.
     """
 
     distribution: str = "poisson"
     parameter: float = 2.0
     num_exact_terms: int = 2
-    length: Any = None  # Int[Array, ""] | None, or a placeholder for the array that JAX puts into pytrees
+    # Int[Array, ""] | None, or a placeholder for the array that JAX puts into pytrees
+    length: Any = None
 
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.distribution not in ("poisson", "geometric"):
-            raise ValueError(f"distribution must be poisson or geometric, got {self.distribution!r}")
+            raise ValueError(
+                f"distribution must be poisson or geometric, got {self.distribution!r}"
+            )
         if self.distribution == "geometric" and not 0 < self.parameter < 1:
-            raise ValueError(f"the geometric distribution's parameter must lie in (0, 1), got {self.parameter}")
+            raise ValueError(
+                f"the geometric distribution's parameter must lie in (0, 1), got {self.parameter}"
+            )
         if not 0 < self.parameter <= LARGEST_MEAN:
-            raise ValueError(f"the Poisson distribution's parameter must lie in (0, {LARGEST_MEAN:g}], got {self.parameter}")
+            raise ValueError(
+                "the Poisson distribution's parameter must lie in (0, "
+                f"{LARGEST_MEAN:g}], got {self.parameter}"
+            )
         if self.num_exact_terms < 0:
             raise ValueError(f"num_exact_terms must not be negative, got {self.num_exact_terms}")
 
@@ -228,12 +285,16 @@ class RouletteLogdet(ProbingEstimator):
     def draw_length(self, key: Keys) -> Int[Array, ""]:
         """A random number of terms, exact ones included."""
         if self.distribution == "poisson":
-            # JAX draws means of 10 or more by a rejection in which every length has a chance of 2^-23, smaller ones exactly.
+            # JAX draws means of 10 or more by a rejection in which every length has a chance of
+            # 2^-23, smaller ones exactly.
             parts = math.ceil(self.parameter / 9)
-            n = jnp.sum(jax.random.poisson(key, self.parameter / parts, (parts,) if parts > 1 else ()))
+            n = jnp.sum(
+                jax.random.poisson(key, self.parameter / parts, (parts,) if parts > 1 else ())
+            )
         else:
-            # JAX counts the trials, we count the failures. It draws nothing that has a chance below 2^-23: lengths of a chance
-            # of 2^-10 go on by a second draw, as a geometric distribution has no memory.
+            # JAX counts the trials, we count the failures. It draws nothing that has a chance below
+            # 2^-23: lengths of a chance of 2^-10 go on by a second draw, as a geometric
+            # distribution has no memory.
             first, second = jax.random.geometric(key, self.parameter, (2,)) - 1
             enough = math.ceil(math.log(2**-10) / math.log1p(-self.parameter))
             n = jnp.where(first < enough, first, enough + second)
@@ -248,9 +309,13 @@ class RouletteLogdet(ProbingEstimator):
         key_length, key_probe = keys[..., 0], keys[..., 1]
         length = self.length
         if length is None:
-            length = jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
+            length = (
+                jax.vmap(self.draw_length)(key_length) if key.ndim else self.draw_length(key_length)
+            )
         weights = self.weights()
         n, probes = len(weights), draw_probes(key_probe, x, self.num_probes)
-        samples, _ = weighted_series(branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace)
+        samples, _ = weighted_series(
+            branch, x, probes, jnp.asarray(weights, x.dtype), length, trace=trace
+        )
         bound = math.prod(x.shape[1:]) * remainder_factor(lipschitz_bound, n, n + 1, x.dtype)
         return samples, jnp.full(len(x), bound)

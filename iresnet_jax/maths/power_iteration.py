@@ -1,10 +1,13 @@
-"""Operator norms of linear maps by power and Lanczos iteration, and the soft normalisation that makes a layer a contraction.
+"""Operator norms of linear maps by power and Lanczos iteration, and the soft normalisation that
+makes a layer a contraction.
 
-A linear map is any function ``apply(kernel, x)`` that is linear in ``x`` and in ``kernel``; its transpose comes from
-``jax.linear_transpose``, so dense layers and convolutions of every padding and size share this one implementation
-(Behrmann et al. 2019, sec. 2.1 and appendix; Gouk et al. 2018). The iterate ``v`` is explicit state: read in, returned, saved.
+A linear map is any function ``apply(kernel, x)`` that is linear in ``x`` and in ``kernel``; its
+transpose comes from ``jax.linear_transpose``, so dense layers and convolutions of every padding and
+size share this one implementation (Behrmann et al. 2019, sec. 2.1 and appendix; Gouk et al. 2018).
+The iterate ``v`` is explicit state: read in, returned, saved.
 
-Both iterations approach the norm from below. They return estimates; `convolution_certificate` has upper bounds.
+Both iterations approach the norm from below. They return estimates; `convolution_certificate` has
+upper bounds.
 """
 
 import math
@@ -22,11 +25,14 @@ from iresnet_jax.maths.platforms import one_at_a_time
 LinearMap = Callable[[Array, Array], Array]
 
 
-# Vectors of a Lanczos cycle: memory of that many inputs, and an eigenproblem that GPUs solve in batches.
+# Vectors of a Lanczos cycle: memory of that many inputs, and an eigenproblem that GPUs solve in
+# batches.
 _CYCLE = 32
-# Most steps that a tolerance may ask for; in up to so many dimensions the whole matrix is made instead.
+# Most steps that a tolerance may ask for; in up to so many dimensions the whole matrix is made
+# instead.
 _MOST_STEPS, _WHOLE_SPACE = 20_000, 256
-# Chance, over the start, that an iteration to a tolerance misses it (as far as the theory of `_least_cycles` goes).
+# Chance, over the start, that an iteration to a tolerance misses it (as far as the theory of
+# `_least_cycles` goes).
 _MISS = 1e-3
 
 
@@ -34,8 +40,10 @@ class PowerIterationInfo(NamedTuple):
     """End of an iteration.
 
     Attributes:
-        num_steps: Applications of the map and its transpose; the power step that ends tolerance mode is not counted.
-        converged: Whether the tolerance is met; always False for a fixed number of steps, which has none.
+        num_steps: Applications of the map and its transpose; the power step that ends tolerance
+            mode is not counted.
+        converged: Whether the tolerance is met; always False for a fixed number of steps, which has
+            none.
     """
 
     num_steps: Int[Array, ""]
@@ -59,23 +67,28 @@ def spectral_norm(
     num_steps: int | None = None,
     rtol: float = 1e-3,
 ) -> tuple[Float[Array, ""], Float[Array, "..."], PowerIterationInfo]:
-    r"""Estimates the operator norm of ``x -> apply(kernel, x)`` from below, by products with the map and its transpose.
+    r"""Estimates the operator norm of ``x -> apply(kernel, x)`` from below, by products with the
+    map and its transpose.
 
-    One power step is ``u = A v / |A v|``, ``v' = A^T u / |A^T u|``, and the estimate ``|A^T u| = <u, A v'>`` never decreases.
-    Its gradient with respect to ``kernel`` treats ``u`` and ``v'`` as constants, which is exact at convergence.
+    One power step is ``u = A v / |A v|``, ``v' = A^T u / |A^T u|``, and the estimate ``|A^T u| =
+    <u, A v'>`` never decreases. Its gradient with respect to ``kernel`` treats ``u`` and ``v'`` as
+    constants, which is exact at convergence.
 
-    With ``num_steps`` these steps are all. In tolerance mode (``num_steps=None``) the estimate ends within ``rtol`` of the
-    norm for every spectrum, but for a chance of about one in a thousand over the start. No rule that watches the growth of
-    the estimate alone can promise this: a norm that stands 1 % above a crowd of singular values shows only once the iteration
-    has found it. So cycles of Lanczos on ``A^T A`` are repeated as often as the theory of a random start asks for
-    (Kuczynski & Wozniakowski 1992), and then until a cycle adds less than ``rtol / 4``; a power step ends it. The start is
-    the sum of ``v`` and a fixed random vector, so that this holds whatever ``v`` is. In up to 32 dimensions the eigenvectors of
-    ``A^T A`` are computed instead. If ``A v`` has fewer dimensions than ``v``, all of this is of ``A A^T`` and ``A v``.
+    With ``num_steps`` these steps are all. In tolerance mode (``num_steps=None``) the estimate ends
+    within ``rtol`` of the norm for every spectrum, but for a chance of about one in a thousand over
+    the start. No rule that watches the growth of the estimate alone can promise this: a norm that
+    stands 1 % above a crowd of singular values shows only once the iteration has found it. So
+    cycles of Lanczos on ``A^T A`` are repeated as often as the theory of a random start asks for
+    (Kuczynski & Wozniakowski 1992), and then until a cycle adds less than ``rtol / 4``; a power
+    step ends it. The start is the sum of ``v`` and a fixed random vector, so that this holds
+    whatever ``v`` is. In up to 32 dimensions the eigenvectors of ``A^T A`` are computed instead. If
+    ``A v`` has fewer dimensions than ``v``, all of this is of ``A A^T`` and ``A v``.
 
     Args:
         apply: Linear in ``x``, and in ``kernel`` for the gradient to be right.
         kernel: The layer's weights; zero, tiny and huge ones are safe.
-        v: The iterate of the last call, or a random start; shape of the map's input. Must not be zero if ``num_steps`` is set.
+        v: The iterate of the last call, or a random start; shape of the map's input. Must not be
+            zero if ``num_steps`` is set.
         num_steps: Fixed number of power steps, for training with a warm start.
         rtol: Relative tolerance of the estimate when ``num_steps`` is None, in (0, 1).
 
@@ -83,8 +96,8 @@ def spectral_norm(
         The estimate, the new iterate and how the iteration ended.
 
     Raises:
-        ValueError: If ``num_steps`` is less than one, ``rtol`` is not in (0, 1), or the theory asks for more than 20,000 steps
-            (``rtol`` below about 1e-5 in more than 256 dimensions).
+        ValueError: If ``num_steps`` is less than one, ``rtol`` is not in (0, 1), or the theory asks
+            for more than 20,000 steps (``rtol`` below about 1e-5 in more than 256 dimensions).
 
     Example:
         >>> sigma, v, info = spectral_norm(lambda w, x: x @ w, kernel, v, num_steps=5)
@@ -108,15 +121,21 @@ def singular_vectors(
     num_steps: int | None = None,
     rtol: float = 1e-3,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], PowerIterationInfo]:
-    """The unit vectors ``u`` and ``v`` of `spectral_norm`, without a gradient; arguments and errors are the same."""
+    """The unit vectors ``u`` and ``v`` of `spectral_norm`, without a gradient; arguments and
+    errors are the same.
+    """
     if num_steps is not None and num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}; use num_steps=None to iterate to a tolerance")
+        raise ValueError(
+            f"num_steps must be at least 1, got {num_steps}; use num_steps=None to "
+            "iterate to a tolerance"
+        )
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must lie in (0, 1), got {rtol}: it is relative to the norm")
     v = lax.stop_gradient(v)
     frozen = lax.stop_gradient(kernel)
     largest = jnp.max(jnp.abs(frozen))
-    frozen = frozen / jnp.where(largest > 0, largest, 1)  # keeps the squares in A^T A within the number range
+    # keeps the squares in A^T A within the number range
+    frozen = frozen / jnp.where(largest > 0, largest, 1)
 
     def forward(x):
         return apply(frozen, x)
@@ -132,7 +151,8 @@ def singular_vectors(
         return right(u, v), u
 
     if num_steps is None:
-        if jax.eval_shape(forward, v).size < v.size:  # the norm is that of the transpose: in the space of fewer dimensions
+        # the norm is that of the transpose: in the space of fewer dimensions
+        if jax.eval_shape(forward, v).size < v.size:
             u, info = _iterate_to_tolerance(lambda y: forward(transpose(y)[0]), forward(v), rtol)
             v = right(u, v)
         else:
@@ -150,7 +170,9 @@ def singular_vectors(
 
 
 def _iterate_to_tolerance(gram, v, rtol):
-    """Cycles of Lanczos on ``gram`` from the sum of ``v`` and a random vector: a Ritz vector, and how it ended."""
+    """Cycles of Lanczos on ``gram`` from the sum of ``v`` and a random vector: a Ritz vector,
+    and how it ended.
+    """
     if v.size <= _CYCLE:
         return _in_whole_space(gram, v)
     least_steps = _CYCLE * _least_cycles(v.size, rtol)
@@ -158,12 +180,15 @@ def _iterate_to_tolerance(gram, v, rtol):
         return _in_whole_space(gram, v)
     if least_steps > _MOST_STEPS:
         raise ValueError(
-            f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than {_MOST_STEPS:,}: pass "
+            f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than "
+            f"{_MOST_STEPS:,}: pass "
             "rtol >= 1e-5, or bound the norm from above with iresnet_jax.certify"
         )
     most_steps = max(5000, 4 * least_steps)
-    signs = np.random.default_rng(v.size).choice(np.array([-1, 1], np.int8), v.shape)  # XLA is slow to fold jax.random's
-    start = unit(v)[0] / 2 + unit(jnp.asarray(signs, v.dtype))[0]  # in unequal parts, lest they cancel
+    # XLA is slow to fold jax.random's
+    signs = np.random.default_rng(v.size).choice(np.array([-1, 1], np.int8), v.shape)
+    # in unequal parts, lest they cancel
+    start = unit(v)[0] / 2 + unit(jnp.asarray(signs, v.dtype))[0]
 
     def advance(state):
         k, x, previous, _ = state
@@ -175,7 +200,9 @@ def _iterate_to_tolerance(gram, v, rtol):
         return (k > 0) & ((sigma == 0) | ((k >= least_steps) & (change <= rtol / 4)))
 
     zero = jnp.zeros((), v.dtype)
-    state = lax.while_loop(lambda s: (s[0] < most_steps) & ~finished(s), advance, (jnp.int32(0), start, zero, zero))
+    state = lax.while_loop(
+        lambda s: (s[0] < most_steps) & ~finished(s), advance, (jnp.int32(0), start, zero, zero)
+    )
     k, x, sigma, _ = state
     return jnp.where(sigma > 0, x, v), PowerIterationInfo(k, finished(state))
 
@@ -184,8 +211,12 @@ _eigh = one_at_a_time(jnp.linalg.eigh)
 
 
 def _in_whole_space(gram, v):
-    """An eigenvector of the whole matrix of ``gram``, for as many products as one cycle takes and less to compile."""
-    matrix = jax.vmap(gram)(jnp.eye(v.size, dtype=v.dtype).reshape(-1, *v.shape)).reshape(v.size, v.size)
+    """An eigenvector of the whole matrix of ``gram``, for as many products as one cycle takes
+    and less to compile.
+    """
+    matrix = jax.vmap(gram)(jnp.eye(v.size, dtype=v.dtype).reshape(-1, *v.shape)).reshape(
+        v.size, v.size
+    )
     eigenvalues, eigenvectors = _eigh(matrix)
     largest = eigenvalues[-1]
     v = jnp.where(largest > 0, eigenvectors[:, -1].reshape(v.shape), v)
@@ -195,16 +226,19 @@ def _in_whole_space(gram, v):
 def _least_cycles(num_dims: int, rtol: float) -> int:
     """Cycles after which a random start has found the norm, whatever the other singular values are.
 
-    A cycle of ``m`` vectors multiplies the leading component, relative to those of all singular values more than ``rtol``
-    below the norm, by a Chebyshev polynomial: at least ``T_n(1 + 4 rtol) = cosh(n acosh(1 + 4 rtol))`` with ``n = m - 1``. A
-    random start in ``d`` dimensions has a leading component above ``miss / sqrt(d)`` with probability about ``1 - miss``.
+    A cycle of ``m`` vectors multiplies the leading component, relative to those of all singular
+    values more than ``rtol`` below the norm, by a Chebyshev polynomial: at least ``T_n(1 + 4 rtol)
+    = cosh(n acosh(1 + 4 rtol))`` with ``n = m - 1``. A random start in ``d`` dimensions has a
+    leading component above ``miss / sqrt(d)`` with probability about ``1 - miss``.
     """
     gain = math.log(math.cosh(min((_CYCLE - 1) * math.acosh(1 + 4 * rtol), 300.0)))
     return math.ceil(math.log(math.sqrt(num_dims) / _MISS) / gain)
 
 
 def _lanczos_cycle(gram, v):
-    """The largest Ritz value of ``gram = A^T A`` in the Krylov space of ``v``: its vector, and its root, a norm of ``A``."""
+    """The largest Ritz value of ``gram = A^T A`` in the Krylov space of ``v``: its vector, and
+    its root, a norm of ``A``.
+    """
 
     def extend(carry, j):
         basis, v = carry
@@ -213,7 +247,8 @@ def _lanczos_cycle(gram, v):
         column = basis @ image
         rest, _ = unit(image - column @ basis)
         rest, kept = unit(rest - (basis @ rest) @ basis)
-        # Rounding loses much of its length when it is orthogonalised again: then the Krylov space is exhausted.
+        # Rounding loses much of its length when it is orthogonalised again: then the Krylov space
+        # is exhausted.
         return (basis, jnp.where(kept > 0.5, rest, 0)), column
 
     shape = v.shape
@@ -224,10 +259,14 @@ def _lanczos_cycle(gram, v):
     return (eigenvectors[:, -1] @ basis).reshape(shape), jnp.sqrt(jnp.maximum(eigenvalues[-1], 0))
 
 
-def soft_normalize(kernel: Float[Array, "..."], sigma: Float[Array, ""], coeff: float) -> Float[Array, "..."]:
-    """``W * min(1, c / sigma)``: shrinks a layer to norm ``c`` and never stretches it (Behrmann et al. 2019, eq. 9).
+def soft_normalize(
+    kernel: Float[Array, "..."], sigma: Float[Array, ""], coeff: float
+) -> Float[Array, "..."]:
+    """``W * min(1, c / sigma)``: shrinks a layer to norm ``c`` and never stretches it (Behrmann et
+    al. 2019, eq. 9).
 
-    The gradient flows through ``sigma``; a layer inside the ball is returned unchanged. A zero layer is safe.
+    The gradient flows through ``sigma``; a layer inside the ball is returned unchanged. A zero
+    layer is safe.
 
     Raises:
         ValueError: If ``coeff`` is not positive.

@@ -1,7 +1,9 @@
-r"""The activations of `activations` in double-double arithmetic, with their slopes: what residuals and Jacobians are made of.
+r"""The activations of `activations` in double-double arithmetic, with their slopes: what residuals
+and Jacobians are made of.
 
-Values err by at most ``ERROR (1 + |x|)``, slopes by at most ``SLOPE_ERROR``. They are the functions of the docstrings there, in
-which 1.1 and 1.004 are decimal numbers. Only arithmetic is trusted, no elementary function of the platform.
+Values err by at most ``ERROR (1 + |x|)``, slopes by at most ``SLOPE_ERROR``. They are the functions
+of the docstrings there, in which 1.1 and 1.004 are decimal numbers. Only arithmetic is trusted, no
+elementary function of the platform.
 """
 
 from collections.abc import Callable
@@ -55,7 +57,9 @@ def _tanh(x: DoubleDouble, beta: None) -> Value:
 
 
 def _relu(x: DoubleDouble, beta: None) -> Value:
-    return where(x.high > 0, x, DoubleDouble.of(np.zeros_like(x.high))), (x.high > 0).astype(np.float64)
+    return where(x.high > 0, x, DoubleDouble.of(np.zeros_like(x.high))), (x.high > 0).astype(
+        np.float64
+    )
 
 
 def _identity(x: DoubleDouble, beta: None) -> Value:
@@ -78,7 +82,9 @@ def _clipswish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
     first, _, slope = _swish(x, sharpness)
     second = first - x  # -x sigmoid(-b x)
     factor = DoubleDouble.constant(_CLIPSWISH)
-    both = DoubleDouble(*(np.concatenate(parts, axis=-1) for parts in zip(first, second, strict=True)))
+    both = DoubleDouble(
+        *(np.concatenate(parts, axis=-1) for parts in zip(first, second, strict=True))
+    )
     return both * factor, np.concatenate([slope, slope - 1], axis=-1) * float(_CLIPSWISH)
 
 
@@ -87,7 +93,9 @@ def _maxmin(x: DoubleDouble, beta: None) -> Value:
     first, second = (x.map(lambda part, i=i: part[..., i::2]) for i in (0, 1))
     ascending = (first - second).high < 0
     sorted_pairs = (where(ascending, second, first), where(ascending, first, second))
-    high, low = (np.stack([pair[i] for pair in sorted_pairs], axis=-1).reshape(x.high.shape) for i in (0, 1))
+    high, low = (
+        np.stack([pair[i] for pair in sorted_pairs], axis=-1).reshape(x.high.shape) for i in (0, 1)
+    )
     return DoubleDouble(high, low), np.full_like(x.high, np.nan)
 
 
@@ -119,5 +127,7 @@ def activate(name: str, x: DoubleDouble, sharpness: DoubleDouble | None = None) 
         ValueError: If the activation is none of this library's.
     """
     if name not in _FUNCTIONS:
-        raise ValueError(f"certified errors know the activations {', '.join(_FUNCTIONS)}, got {name!r}")
+        raise ValueError(
+            f"certified errors know the activations {', '.join(_FUNCTIONS)}, got {name!r}"
+        )
     return _FUNCTIONS[name](x, sharpness)

@@ -1,9 +1,10 @@
 r"""Rounding upwards, for numbers that must not end below the bound that they stand for.
 
-Float64 arithmetic of certificates multiplies what it has computed of a bound by `UP`. A sum of ``n`` positive terms rounds by
-at most ``gamma_n = n u / (1 - n u)`` of it (Higham 2002, Lemma 3.1), less than ``2^-32`` for a million: `UP` covers such a
-sum and what a few operations around it round. Sums whose terms cancel take `gamma` times the sum of the absolute terms instead.
-`at_least` and `rounded_up` round numbers of any float type up, traced ones too.
+Float64 arithmetic of certificates multiplies what it has computed of a bound by `UP`. A sum of
+``n`` positive terms rounds by at most ``gamma_n = n u / (1 - n u)`` of it (Higham 2002, Lemma 3.1),
+less than ``2^-32`` for a million: `UP` covers such a sum and what a few operations around it round.
+Sums whose terms cancel take `gamma` times the sum of the absolute terms instead. `at_least` and
+`rounded_up` round numbers of any float type up, traced ones too.
 """
 
 import decimal
@@ -23,7 +24,9 @@ U = 2.0**-53  # relative error of one rounding to float64
 
 
 def gamma(num_roundings: int, dtype: Any = np.float64) -> float:
-    """``gamma_n = n u / (1 - n u)``, rounded up: the relative error that ``n`` roundings can add up to (Higham 2002)."""
+    """``gamma_n = n u / (1 - n u)``, rounded up: the relative error that ``n`` roundings can add
+    up to (Higham 2002).
+    """
     nu = num_roundings * float(jnp.finfo(dtype).eps) / 2
     return nu / (1 - nu) * (1 + 8 * U)
 
@@ -33,7 +36,8 @@ def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
 
     Args:
         value: Numbers of Python or NumPy, or a JAX array, which may be traced.
-        dtype: The type; by default the value's if that is one of floats which JAX uses, else JAX's default.
+        dtype: The type; by default the value's if that is one of floats which JAX uses, else JAX's
+            default.
     """
     largest = jnp.dtype(jnp.result_type(float))
     given = getattr(value, "dtype", largest)
@@ -49,7 +53,9 @@ def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
     exact = np.asarray(value, np.float64)
     with np.errstate(over="ignore"):
         nearest = exact.astype(dtype)
-    return jnp.asarray(np.where(nearest < exact, np.nextafter(nearest, dtype.type(np.inf)), nearest))
+    return jnp.asarray(
+        np.where(nearest < exact, np.nextafter(nearest, dtype.type(np.inf)), nearest)
+    )
 
 
 def said_up(value: float, digits: int) -> str:
@@ -61,13 +67,16 @@ def said_up(value: float, digits: int) -> str:
 
 
 def rounded_up(value: Any, num_roundings: int = 4) -> Shaped[Array, "..."]:
-    """`value` times enough to make up for that many roundings of relative size eps/2, and for this product's."""
+    """`value` times enough to make up for that many roundings of relative size eps/2, and for
+    this product's.
+    """
     value = jnp.asarray(value)
     return value * (1 + (num_roundings + 2) * float(jnp.finfo(value.dtype).eps))
 
 
 def lipschitz_at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
-    """A Lipschitz bound by `at_least`; infinite, so that it promises nothing, where a traced one is negative or NaN.
+    """A Lipschitz bound by `at_least`; infinite, so that it promises nothing, where a traced one is
+    negative or NaN.
 
     Raises:
         ValueError: If a concrete bound is negative or NaN.
@@ -76,7 +85,9 @@ def lipschitz_at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
     if isinstance(value, Tracer):
         return jnp.where(bound >= 0, bound, jnp.inf)
     if not np.all(np.asarray(value) >= 0):
-        raise ValueError(f"a Lipschitz bound must be at least 0, got {value}: pass inf if none is known")
+        raise ValueError(
+            f"a Lipschitz bound must be at least 0, got {value}: pass inf if none is known"
+        )
     return bound
 
 
@@ -89,20 +100,28 @@ def as_floats(batch: Any, name: str) -> Float[Array, "b ..."]:
     batch = jnp.asarray(batch)
     if batch.ndim == 0:
         raise ValueError(f"{name} must have a batch axis first, got a scalar: pass {name}[None]")
-    return batch if jnp.issubdtype(batch.dtype, jnp.floating) else batch.astype(jnp.result_type(float))
+    return (
+        batch if jnp.issubdtype(batch.dtype, jnp.floating) else batch.astype(jnp.result_type(float))
+    )
 
 
 def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The largest power of two up to ``x > 0``, exactly (the exponent's bits), as a constant; 1 at 0 and below ``tiny``."""
+    """The largest power of two up to ``x > 0``, exactly (the exponent's bits), as a constant; 1
+    at 0 and below ``tiny``.
+    """
     wide = lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    integer, mask = (jnp.int32, 0x7F800000) if wide.dtype == jnp.float32 else (jnp.int64, 0x7FF0000000000000)
+    integer, mask = (
+        (jnp.int32, 0x7F800000) if wide.dtype == jnp.float32 else (jnp.int64, 0x7FF0000000000000)
+    )
     bits = lax.bitcast_convert_type(wide, integer)
     power = lax.bitcast_convert_type(bits & integer(mask), wide.dtype)
     return jnp.where(power > 0, power, 1).astype(x.dtype)
 
 
 def euclidean_norm(x: Float[Array, "..."], axis: int | Sequence[int]) -> Float[Array, "..."]:
-    """``sqrt(sum x^2)`` over some axes; squares neither overflow nor underflow, as a power of two is taken out of them."""
+    """``sqrt(sum x^2)`` over some axes; squares neither overflow nor underflow, as a power of
+    two is taken out of them.
+    """
     axis = (axis,) if isinstance(axis, int) else tuple(axis)
     largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axis, keepdims=True, initial=0)
     scale = power_of_two(jnp.where(jnp.isfinite(largest), largest, 1))

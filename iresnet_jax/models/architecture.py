@@ -1,4 +1,6 @@
-"""The architecture of a multi-scale residual flow as data: stages of equal blocks, each in its place."""
+"""The architecture of a multi-scale residual flow as data: stages of equal blocks, each in its
+place.
+"""
 
 import dataclasses
 import functools
@@ -29,19 +31,23 @@ class StageSpec:
 
     Attributes:
         num_blocks: Number of blocks, each an ActNorm and a residual branch.
-        hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of the branches, see
-            `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened arrays.
+        hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of
+        the branches, see
+            `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened
+            arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
-        channel_order: Order of the channels in front of the blocks, after the squeeze: channel ``i`` is the one that was
-            ``channel_order[i]``. It decides which half leaves as latents. None keeps their order.
-        actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the symmetries of its branches.
-        kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich", of `SandwichSpec`, whose
-            bound of the Lipschitz constant is smaller for the same weights; "potential", of `PotentialSpec`, whose blocks
-            never stretch.
-        branch: Branches of one's own instead: a function ``key -> module``, see `iresnet_jax.branches.own`, whose modules get
-            arrays of the stage's shape; or a class of `BranchSpec`, or an instance. Models with the same function share
-            compiled programs.
+        channel_order: Order of the channels in front of the blocks, after the squeeze: channel
+            ``i`` is the one that was ``channel_order[i]``. It decides which half leaves as latents.
+            None keeps their order.
+        actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the
+            symmetries of its branches.
+        kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich",
+            of `SandwichSpec`, whose bound of the Lipschitz constant is smaller for the same
+            weights; "potential", of `PotentialSpec`, whose blocks never stretch.
+        branch: Branches of one's own instead: a function ``key -> module``, see
+            `iresnet_jax.branches.own`, whose modules get arrays of the stage's shape; or a class of
+            `BranchSpec`, or an instance. Models with the same function share compiled programs.
     """
 
     num_blocks: Count
@@ -60,14 +66,24 @@ class StageSpec:
 
     def __post_init__(self):
         several = tuple[Count, ...]
-        kinds_of = {"num_blocks": Count, "squeeze": Count, "hidden": several, "kernel_sizes": several | None}
+        kinds_of = {
+            "num_blocks": Count,
+            "squeeze": Count,
+            "hidden": several,
+            "kernel_sizes": several | None,
+        }
         for name, kind in (*kinds_of.items(), ("channel_order", tuple[int, ...] | None)):
-            object.__setattr__(self, name, checked(kind, getattr(self, name), name))  # a list could not be a program's key
+            # a list could not be a program's key
+            object.__setattr__(self, name, checked(kind, getattr(self, name), name))
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)
-        if self.channel_order is not None and sorted(self.channel_order) != list(range(len(self.channel_order))):
-            raise ValueError(f"channel_order must name every channel from 0 once, got {self.channel_order}")
+        if self.channel_order is not None and sorted(self.channel_order) != list(
+            range(len(self.channel_order))
+        ):
+            raise ValueError(
+                f"channel_order must name every channel from 0 once, got {self.channel_order}"
+            )
 
     @property
     def branch_name(self) -> str:
@@ -83,7 +99,8 @@ class PlacedStage(NamedTuple):
         spec: Blocks and what happens around them.
         in_shape: Shape of one example as the stage before hands it on.
         branch: Residual branch of its blocks, whose ``in_shape`` is the squeezed or flattened one.
-        reshapes: The squeeze, the order of channels and the flattening in front of the blocks, where there are any.
+        reshapes: The squeeze, the order of channels and the flattening in front of the blocks,
+            where there are any.
         scale: Factor in front of every block without ActNorm.
     """
 
@@ -95,7 +112,9 @@ class PlacedStage(NamedTuple):
     scale: float = 1.0
 
     @classmethod
-    def of(cls, name: str, spec: StageSpec, in_shape: tuple[int, ...], context_dim: int, scale: float) -> "PlacedStage":
+    def of(
+        cls, name: str, spec: StageSpec, in_shape: tuple[int, ...], context_dim: int, scale: float
+    ) -> "PlacedStage":
         """The stage for examples of a shape and contexts of a length.
 
         Raises:
@@ -104,18 +123,27 @@ class PlacedStage(NamedTuple):
         reshapes, shape = [], in_shape
         if (factor := spec.squeeze) > 1:
             if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
-                raise ValueError(f"{name} cannot squeeze {shape} by {factor}: it takes images with sides divisible by {factor}")
+                raise ValueError(
+                    f"{name} cannot squeeze {shape} by {factor}: it takes images with "
+                    f"sides divisible by {factor}"
+                )
             shape = (shape[0] // factor, shape[1] // factor, shape[2] * factor**2)
             reshapes.append(reshape.squeeze_bijection(factor))
         if spec.channel_order is not None:
             if len(spec.channel_order) != shape[-1]:
-                raise ValueError(f"{name} has {shape[-1]} channels, and its channel_order {len(spec.channel_order)}")
+                raise ValueError(
+                    f"{name} has {shape[-1]} channels, and its channel_order "
+                    f"{len(spec.channel_order)}"
+                )
             reshapes.append(reshape.order_bijection(spec.channel_order))
         branch = kinds.branch_of(spec, shape, context_dim)
         if len(branch.in_shape) != len(shape):
             reshapes.append(reshape.flatten_bijection(shape))
         if spec.factor_out and branch.in_shape[-1] % 2:
-            raise ValueError(f"{name} factors out half of its channels but has {branch.in_shape[-1]}: squeeze before it")
+            raise ValueError(
+                f"{name} factors out half of its channels but has "
+                f"{branch.in_shape[-1]}: squeeze before it"
+            )
         return cls(name, spec, in_shape, branch, tuple(reshapes), scale)
 
     @property
@@ -124,9 +152,15 @@ class PlacedStage(NamedTuple):
         *space, channels = self.branch.in_shape
         return (*space, channels // 2 if self.spec.factor_out else channels)
 
-    def initial_params(self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0) -> dict[str, Any]:
-        """Random weights of all blocks, stacked, see `BranchSpec.initial_weights`, and an ActNorm that is the identity."""
-        initial = functools.partial(self.branch.initial_weights, sharpness=sharpness, last_scale=last_scale)
+    def initial_params(
+        self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0
+    ) -> dict[str, Any]:
+        """Random weights of all blocks, stacked, see `BranchSpec.initial_weights`, and an
+        ActNorm that is the identity.
+        """
+        initial = functools.partial(
+            self.branch.initial_weights, sharpness=sharpness, last_scale=last_scale
+        )
         zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
         weights = jax.vmap(initial)(jax.random.split(key, self.spec.num_blocks))
         return {"blocks": {**weights, "actnorm": {"bias": zeros, "log_scale": zeros}}}
@@ -136,7 +170,9 @@ class PlacedStage(NamedTuple):
         return jax.vmap(self.branch.initial_iterates)(jax.random.split(key, self.spec.num_blocks))
 
     def actnorm(self, params: ActNormParams) -> ActNormParams:
-        """The parameters of the blocks' ActNorm; in a stage without one those of the fixed `scale`."""
+        """The parameters of the blocks' ActNorm; in a stage without one those of the fixed
+        `scale`.
+        """
         if self.spec.actnorm:
             return params
         fixed = np.float32(math.log(self.scale))  # the same number in float64
@@ -147,9 +183,11 @@ class PlacedStage(NamedTuple):
 class NoiseSpec:
     """Noise of variational dequantisation, see `iresnet_jax.models.noise`."""
 
-    num_blocks: Count = 4  # residual blocks of the flow of noise, convolutions of 3 x 3 pixels for images
+    # residual blocks of the flow of noise, convolutions of 3 x 3 pixels for images
+    num_blocks: Count = 4
     hidden: tuple[Count, ...] = (32,)  # widths of their hidden layers
-    network: tuple[Count, ...] = (64, 32)  # widths of the network on the levels around a pixel, which the blocks depend on
+    # widths of the network on the levels around a pixel, which the blocks depend on
+    network: tuple[Count, ...] = (64, 32)
     window: Count = 5  # width and height of its window of pixels
 
 
@@ -161,10 +199,13 @@ class FlowSpec:
         event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
         stages: Stages from the data to the latents.
         coeff: Largest operator norm, in (0, 1).
-        budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the norms of every block.
-        context_dim: Length of an example's context vector, on which every branch then depends; 0 for none.
+        budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the
+            norms of every block.
+        context_dim: Length of an example's context vector, on which every branch then depends; 0
+            for none.
         scale: Fixed factor in front of every block, of a flow without ActNorm, see `bilipschitz`.
-        noise: Flow of the noise of dequantisation, whose weights stand beside this one's; None for uniform noise.
+        noise: Flow of the noise of dequantisation, whose weights stand beside this one's; None for
+            uniform noise.
     """
 
     event_shape: tuple[int, ...]
@@ -176,19 +217,30 @@ class FlowSpec:
     noise: NoiseSpec | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "event_shape", checked(tuple[Count, ...], self.event_shape, "event_shape"))
-        object.__setattr__(self, "stages", tuple(self.stages))  # a list could not be a program's key
+        object.__setattr__(
+            self, "event_shape", checked(tuple[Count, ...], self.event_shape, "event_shape")
+        )
+        # a list could not be a program's key
+        object.__setattr__(self, "stages", tuple(self.stages))
         check_budget(self.coeff, self.budget)
         if not self.stages:
             raise ValueError("a flow needs at least one stage, got none")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be a positive number, got {self.scale}")
         if self.scale != 1 and any(stage.actnorm for stage in self.stages):
-            raise ValueError("scale takes the place of ActNorm's: set actnorm of every stage to False, or scale to 1")
+            raise ValueError(
+                "scale takes the place of ActNorm's: set actnorm of every stage to "
+                "False, or scale to 1"
+            )
         if self.noise is not None and not (self.noise.hidden and self.noise.network):
-            raise ValueError(f"the flow of noise needs hidden layers and a network, got {self.noise}")
+            raise ValueError(
+                f"the flow of noise needs hidden layers and a network, got {self.noise}"
+            )
         if self.noise is not None and len(self.event_shape) not in (1, 3):
-            raise ValueError(f"a flow of noise is for vectors and images with channels, got {self.event_shape}: add an axis")
+            raise ValueError(
+                "a flow of noise is for vectors and images with channels, got "
+                f"{self.event_shape}: add an axis"
+            )
         self.all_stages  # noqa: B018 (checks every shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,34 +257,47 @@ class FlowSpec:
         nu: float,
         context_dim: int = 0,
     ) -> "FlowSpec":
-        r"""A flow with ``mu |x - x'| <= |F(x) - F(x')| <= nu |x - x'|`` by construction, whatever it learns.
+        r"""A flow with ``mu |x - x'| <= |F(x) - F(x')| <= nu |x - x'|`` by construction, whatever
+        it learns.
 
-        A block of ``s x`` with ``Lip(g) <= c`` stretches by ``s (1 - c)`` to ``s (1 + c)``. The ``n`` blocks of
+        A block of ``s x`` with ``Lip(g) <= c`` stretches by ``s (1 - c)`` to ``s (1 + c)``. The
+        ``n`` blocks of
 
         ``c = tanh(log(nu / mu) / (2 n))``,    ``s^n = sqrt(mu nu) (1 - c^2)^(-n / 2)``
 
-        together stretch by ``mu`` to ``nu``. One block has ``c = (nu - mu)/(nu + mu)`` and ``s = (mu + nu)/2``, which is a
-        layer of BiLipNet (Wang et al. 2024, sec. 4) with any branch. Constants are taken closer by some roundings, so that the
-        certificate's are within them. Stages get no ActNorm; the other arguments are those of `FlowSpec`.
+        together stretch by ``mu`` to ``nu``. One block has ``c = (nu - mu)/(nu + mu)`` and ``s =
+        (mu + nu)/2``, which is a layer of BiLipNet (Wang et al. 2024, sec. 4) with any branch.
+        Constants are taken closer by some roundings, so that the certificate's are within them.
+        Stages get no ActNorm; the other arguments are those of `FlowSpec`.
 
         Raises:
             ValueError: If ``0 < mu < nu`` does not hold, or a stage factors out.
         """
         if not 0 < mu < nu < math.inf:
-            raise ValueError(f"mu and nu must satisfy 0 < mu < nu, got {mu} and {nu}: a flow stretches by mu to nu")
+            raise ValueError(
+                f"mu and nu must satisfy 0 < mu < nu, got {mu} and {nu}: a flow "
+                "stretches by mu to nu"
+            )
         if not stages:
             raise ValueError("a flow needs at least one stage, got none")
         if any(stage.factor_out for stage in stages):
-            raise ValueError("mu and nu are constants of the whole flow: no stage may factor_out channels")
+            raise ValueError(
+                "mu and nu are constants of the whole flow: no stage may factor_out channels"
+            )
         num = sum(stage.num_blocks for stage in stages)
         width = math.log(nu / mu) / (2 * num)
-        width -= 4e-6 * (1 + math.exp(2 * width))  # for roundings: 1 / (1 - c) is (1 + exp(2 width)) / 2
+        # for roundings: 1 / (1 - c) is (1 + exp(2 width)) / 2
+        width -= 4e-6 * (1 + math.exp(2 * width))
         if not width > 0:
-            raise ValueError(f"mu and nu must differ by more than roundings, got {mu} and {nu} for {num} blocks")
+            raise ValueError(
+                f"mu and nu must differ by more than roundings, got {mu} and {nu} for {num} blocks"
+            )
         coeff = math.tanh(width)
         log_scale = (math.log(mu) + math.log(nu)) / 2 + num * math.log(math.cosh(width))
         without = tuple(dataclasses.replace(stage, actnorm=False) for stage in stages)
-        return cls(tuple(event_shape), without, coeff, "block", context_dim, math.exp(log_scale / num))
+        return cls(
+            tuple(event_shape), without, coeff, "block", context_dim, math.exp(log_scale / num)
+        )
 
     @property
     def num_dims(self) -> int:
@@ -246,7 +311,9 @@ class FlowSpec:
 
     @functools.cached_property
     def layout(self) -> tuple[PlacedStage, ...]:
-        """The stages in their places: the one walk over the architecture that everything else follows."""
+        """The stages in their places: the one walk over the architecture that everything else
+        follows.
+        """
         placed, shape = [], tuple(self.event_shape)
         for i, stage in enumerate(self.stages):
             placed.append(PlacedStage.of(f"stage{i}", stage, shape, self.context_dim, self.scale))
@@ -255,7 +322,9 @@ class FlowSpec:
 
     @functools.cached_property
     def noise_flow(self) -> "FlowSpec | None":
-        """The flow of the noise, with the budget of this one; its contexts are the network's outputs."""
+        """The flow of the noise, with the budget of this one; its contexts are the network's
+        outputs.
+        """
         if self.noise is None:
             return None
         sizes = (3,) * (len(self.noise.hidden) + 1) if len(self.event_shape) == 3 else None
@@ -268,28 +337,44 @@ class FlowSpec:
         of_noise = () if self.noise_flow is None else self.noise_flow.layout
         return (*self.layout, *(stage._replace(name=PREFIX + stage.name) for stage in of_noise))
 
-    def initial_params(self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0) -> dict[str, Any]:
-        """Random parameters of all stages, as `contractions.constrain` takes them; ActNorm is the identity, noise is uniform.
+    def initial_params(
+        self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0
+    ) -> dict[str, Any]:
+        """Random parameters of all stages, as `contractions.constrain` takes them; ActNorm is the
+        identity, noise is uniform.
 
         Arguments are those of `BranchSpec.initial_weights`.
         """
         keys = iter(jax.random.split(key, len(self.all_stages)))
         params = {
-            stage.name: stage.initial_params(next(keys), sharpness=sharpness, last_scale=last_scale) for stage in self.layout
+            stage.name: stage.initial_params(next(keys), sharpness=sharpness, last_scale=last_scale)
+            for stage in self.layout
         }
         of_noise = self.all_stages[len(self.layout) :]
-        return params | {stage.name: stage.initial_params(next(keys), last_scale=0.0) for stage in of_noise}
+        return params | {
+            stage.name: stage.initial_params(next(keys), last_scale=0.0) for stage in of_noise
+        }
 
     def initial_iterates(self, key: Key[Array, ""]) -> dict[str, Any]:
-        """Random starts of the power iterations of all layers, as `contractions.constrain` takes them."""
+        """Random starts of the power iterations of all layers, as `contractions.constrain` takes
+        them.
+        """
         stages = zip(self.all_stages, jax.random.split(key, len(self.all_stages)), strict=True)
         found = {stage.name: stage.initial_iterates(own) for stage, own in stages}
         return {name: {"blocks": iterates} for name, iterates in found.items() if iterates}
 
 
 def check_names(spec: FlowSpec) -> None:
-    """Raises ``ValueError`` if branches of one's own that are not the same have the same name, by which a file knows them."""
+    """Raises ``ValueError`` if branches of one's own that are not the same have the same name,
+    by which a file knows them.
+    """
     known: dict[str, Any] = {}
     for stage in spec.stages:
-        if stage.branch is not None and known.setdefault(stage.branch_name, stage.branch) != stage.branch:
-            raise ValueError(f"two branches of the model are called {stage.branch_name!r}: a file knows them by their names")
+        if (
+            stage.branch is not None
+            and known.setdefault(stage.branch_name, stage.branch) != stage.branch
+        ):
+            raise ValueError(
+                f"two branches of the model are called {stage.branch_name!r}: a file "
+                "knows them by their names"
+            )

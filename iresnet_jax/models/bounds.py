@@ -1,7 +1,9 @@
-"""Guaranteed bounds of a flow's weights: computed from the weights that are given, when somebody asks.
+"""Guaranteed bounds of a flow's weights: computed from the weights that are given, when somebody
+asks.
 
-Models carry no bounds, so that new weights cannot have old ones. Methods that need them compute them outside of programs, and
-hand them to programs as arrays of the branches. A program that is handed none promises nothing.
+Models carry no bounds, so that new weights cannot have old ones. Methods that need them compute
+them outside of programs, and hand them to programs as arrays of the branches. A program that is
+handed none promises nothing.
 """
 
 import dataclasses
@@ -23,8 +25,8 @@ from iresnet_jax.models.flow import Block, FlowWeights, blocks_of, is_traced
 def with_bounds(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
     """The weights as they are, with guaranteed bounds of their norms, which may be 1 or more.
 
-    Bounds that the weights carry do not count. Within another program the computation is a part of it; outside, bounds of the
-    very same arrays of JAX are remembered.
+    Bounds that the weights carry do not count. Within another program the computation is a part of
+    it; outside, bounds of the very same arrays of JAX are remembered.
     """
     blocks = blocks_of(spec, weights)
     return {name: block._replace(branch=_bounded(block.branch)) for name, block in blocks.items()}
@@ -39,30 +41,38 @@ def without_bounds(weights: Any) -> Any:
 
 
 def bilipschitz(spec: FlowSpec, weights: FlowWeights) -> BiLipschitz:
-    """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of a whole flow, guaranteed for weights `with_bounds`; pessimistic in depth."""
+    """Bounds of ``Lip(F)`` and ``Lip(F^-1)`` of a whole flow, guaranteed for weights
+    `with_bounds`; pessimistic in depth.
+    """
     bounds = model_bounds([])
     for stage in reversed(spec.layout):
         block = weights[stage.name]
-        blocks = [stage.branch.block_bounds(lipschitz_bound) for lipschitz_bound in jnp.asarray(block.branch.lipschitz_bound)]
+        blocks = [
+            stage.branch.block_bounds(lipschitz_bound)
+            for lipschitz_bound in jnp.asarray(block.branch.lipschitz_bound)
+        ]
         own = model_bounds(blocks, list(jnp.asarray(block.actnorm.log_scale)))
         bounds = own.compose(bounds.beside_identity() if stage.spec.factor_out else bounds)
     return bounds
 
 
-_remembered: dict[Any, tuple[Any, Norms | None]] = {}  # bounds of branches, by the identity of their arrays
+# bounds of branches, by the identity of their arrays
+_remembered: dict[Any, tuple[Any, Norms | None]] = {}
 
 
 def remember(branch: Branch) -> None:
     """Remembers the bounds that branches carry, which were computed from their very arrays.
 
-    JAX's arrays do not change, so they are known by their identity. NumPy's do, and are not remembered.
+    JAX's arrays do not change, so they are known by their identity. NumPy's do, and are not
+    remembered.
     """
     leaves = jax.tree.leaves((branch.weights, branch.gain, branch.lipschitz_bound, branch.norms))
     if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
         key, arrays = _identity(branch)
         _remembered[key] = branch.lipschitz_bound, branch.norms
         for array in arrays:
-            weakref.finalize(array, _remembered.pop, key, None)  # before another array can have its identity
+            # before another array can have its identity
+            weakref.finalize(array, _remembered.pop, key, None)
 
 
 def _identity(branch: Branch) -> tuple[Any, list[Any]]:

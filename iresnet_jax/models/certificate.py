@@ -1,7 +1,8 @@
-"""The certificate of a model: the Lipschitz constants of its layers, of its blocks and of the whole map.
+"""The certificate of a model: the Lipschitz constants of its layers, of its blocks and of the whole
+map.
 
-Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above; every block has their
-products. The bounds concern the stored weights in exact arithmetic.
+Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above;
+every block has their products. The bounds concern the stored weights in exact arithmetic.
 """
 
 import functools
@@ -27,10 +28,12 @@ class Constant:
     Attributes:
         name: "conv0" of a layer, "stage0/block03" of a block.
         target: Largest constant that the constraint allows; None without one.
-        estimate: Norm by power iteration, or the product of the layers', from below; NaN of a branch without layers.
+        estimate: Norm by power iteration, or the product of the layers', from below; NaN of a
+            branch without layers.
         bound: Upper bound, guaranteed if ``word`` says so.
         layers: Constants of a block's layers; none of a layer.
-        word: Whose word the bound is, see `Branch`: "certified", or "user" for a bound that a kind of branch says of itself.
+        word: Whose word the bound is, see `Branch`: "certified", or "user" for a bound that a kind
+            of branch says of itself.
     """
 
     name: str
@@ -67,25 +70,40 @@ class Certificate:
     @property
     def max_block(self) -> float:
         """The largest bound of a block; NaN if one is."""
-        return max((block.bound for block in self.blocks), key=lambda bound: (math.isnan(bound), bound))
+        return max(
+            (block.bound for block in self.blocks), key=lambda bound: (math.isnan(bound), bound)
+        )
 
     @property
     def target(self) -> float | None:
-        """Largest Lipschitz constant that the constraint allows a block; None without a constraint."""
-        return max((block.target for block in self.blocks if block.target is not None), default=None)
+        """Largest Lipschitz constant that the constraint allows a block; None without a
+        constraint.
+        """
+        return max(
+            (block.target for block in self.blocks if block.target is not None), default=None
+        )
 
     @property
     def verdict(self) -> str:
         """One line: whether every block is certified a contraction."""
         failed = [block.name for block in self.blocks if not block.bound < 1]
         if failed:
-            found = f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first is {failed[0]}"
+            found = (
+                f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first "
+                f"is {failed[0]}"
+            )
             return f"NOT CERTIFIED: {found}"
         claimed = [block.name for block in self.blocks if block.word == "user"]
-        words = f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}" if claimed else ""
+        words = (
+            f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}"
+            if claimed
+            else ""
+        )
         return (
-            f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= {said_up(self.max_block, 5)}; "
-            f"whole model: Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) <= {said_up(self.inverse, 3)}{words}"
+            f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= "
+            f"{said_up(self.max_block, 5)}; "
+            f"whole model: Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) <= "
+            f"{said_up(self.inverse, 3)}{words}"
         )
 
     @property
@@ -100,7 +118,10 @@ class Certificate:
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
             word = "" if row.word == "certified" else f"  {row.word}'s word"
-            lines.append(f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  {said_up(row.bound, 5):>15}{word}")
+            lines.append(
+                f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  "
+                f"{said_up(row.bound, 5):>15}{word}"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -112,7 +133,8 @@ def certificate_of(
 ) -> Certificate:
     """The certificate of a flow's weights behind a map with the constants of its preprocessing.
 
-    Bounds that the weights carry do not count. They are ``constrained`` if they are meant to satisfy ``spec.coeff``.
+    Bounds that the weights carry do not count. They are ``constrained`` if they are meant to
+    satisfy ``spec.coeff``.
     """
     weights = with_bounds(spec, weights)
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
@@ -124,13 +146,22 @@ def certificate_of(
         of_parts, estimates = jax.device_get((branch.norms or {}, estimates_of[stage.name]))
         for k in range(stage.spec.num_blocks):
             parts = tuple(
-                Constant(part.name, per_layer, float(estimates[part.name][k]), float(of_parts[part.name][k]))
+                Constant(
+                    part.name,
+                    per_layer,
+                    float(estimates[part.name][k]),
+                    float(of_parts[part.name][k]),
+                )
                 for part in stage.branch.parts
             )
             target = math.prod([per_layer] * len(parts)) if per_layer and parts else per_block
             estimate = math.prod(part.estimate for part in parts) if parts else math.nan
             bound = float(np.asarray(branch.lipschitz_bound)[k])
-            blocks.append(Constant(f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.spec.word))
+            blocks.append(
+                Constant(
+                    f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.spec.word
+                )
+            )
     whole = preprocessing.compose(flow)
     coeff, budget = (spec.coeff, spec.budget) if constrained else (None, None)
     return Certificate(coeff, budget, tuple(blocks), float(whole.forward), float(whole.inverse))
@@ -138,6 +169,8 @@ def certificate_of(
 
 @functools.partial(fast_compile, static_argnums=(0,))
 def _estimates_and_bounds(spec: FlowSpec, weights: FlowWeights) -> tuple[FlowNorms, BiLipschitz]:
-    """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow, compiled as one program."""
+    """Norms of all layers by power iteration to a tolerance, and the bounds of the whole flow,
+    compiled as one program.
+    """
     estimated = constrain(spec, as_params(weights), spec.initial_iterates(jax.random.key(0)))
     return estimated.norms, bilipschitz(spec, weights)

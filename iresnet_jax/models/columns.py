@@ -1,7 +1,7 @@
 """Columns of a data frame as numbers, and back: booleans and categories by their place in a list.
 
-Data frames are those of pandas, and tables with a method ``to_pandas`` such as those of polars and Arrow. pandas is imported
-only where one is given or made.
+Data frames are those of pandas, and tables with a method ``to_pandas`` such as those of polars and
+Arrow. pandas is imported only where one is given or made.
 """
 
 import json
@@ -20,7 +20,8 @@ class Column:
     Attributes:
         name: Text or number, or a tuple of them where columns have names of several levels.
         dtype: Name of its type in pandas, which `table_of` gives back.
-        categories: All categories, text or numbers, or both booleans; a value is its place among them. None of numbers.
+        categories: All categories, text or numbers, or both booleans; a value is its place among
+            them. None of numbers.
         is_ordered: Whether a column of pandas' categories has an order.
     """
 
@@ -45,13 +46,17 @@ def columns_of(frame: Any) -> tuple[Column, ...]:
     """The columns of a data frame.
 
     Raises:
-        ValueError: If there are none, or one holds missing values, or neither numbers nor categories; it names the column.
+        ValueError: If there are none, or one holds missing values, or neither numbers nor
+            categories; it names the column.
     """
     series = _series(frame)
     if not series:
         raise ValueError("the data frame has no columns: give at least one")
     if unnamed := [name for name in series if str(name).startswith("Unnamed: ")]:
-        raise ValueError(f"column {unnamed[0]!r} holds row numbers of a written table: read it with index_col=0, or drop it")
+        raise ValueError(
+            f"column {unnamed[0]!r} holds row numbers of a written table: read it "
+            "with index_col=0, or drop it"
+        )
     return tuple(_column(name, values) for name, values in series.items())
 
 
@@ -59,7 +64,8 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
     """A data frame as numbers, its columns found by name.
 
     Raises:
-        ValueError: If a column is missing, unknown or there twice, or holds missing values, text or an unknown category.
+        ValueError: If a column is missing, unknown or there twice, or holds missing values, text or
+            an unknown category.
     """
     series = _series(frame)
     names = [column.name for column in columns]
@@ -70,20 +76,29 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
 
 
 def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
-    """Numbers as a data frame of the columns' types: whole numbers and categories are the nearest ones that a type holds."""
+    """Numbers as a data frame of the columns' types: whole numbers and categories are the
+    nearest ones that a type holds.
+    """
     import pandas as pd
 
     if np.isnan(x).any():
-        raise ValueError("rows hold NaN, which whole numbers and categories cannot be: leave those rows out")
+        raise ValueError(
+            "rows hold NaN, which whole numbers and categories cannot be: leave those rows out"
+        )
     made = {}
     for numbers, column in zip(np.asarray(x, np.float64).T, columns, strict=True):
         values, dtype = numbers, pd.api.types.pandas_dtype(column.dtype)
         if column.categories is not None:
             codes = np.clip(np.rint(numbers), 0, len(column.categories) - 1).astype(int)
-            values = pd.Categorical.from_codes(codes, list(column.categories), ordered=column.is_ordered)
-        elif pd.api.types.is_integer_dtype(dtype):  # a continuous density does not end where the type does
+            values = pd.Categorical.from_codes(
+                codes, list(column.categories), ordered=column.is_ordered
+            )
+        # a continuous density does not end where the type does
+        elif pd.api.types.is_integer_dtype(dtype):
             info = np.iinfo(getattr(dtype, "numpy_dtype", dtype))
-            values = np.rint(np.clip(numbers, info.min, np.nextafter(float(info.max), 0))).astype(info.dtype)
+            values = np.rint(np.clip(numbers, info.min, np.nextafter(float(info.max), 0))).astype(
+                info.dtype
+            )
         made[column.name] = pd.Series(values).astype(column.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return pd.DataFrame(made)
 
@@ -99,19 +114,28 @@ def _series(frame: Any) -> dict[Any, Any]:
     """The columns of a data frame by their names, if these differ and no value is missing."""
     frame = frame.to_pandas() if hasattr(frame, "to_pandas") else frame
     if not hasattr(frame, "iloc"):
-        raise ValueError(f"tables must be data frames of pandas, or have a method to_pandas, got a {type(frame).__name__}")
+        raise ValueError(
+            "tables must be data frames of pandas, or have a method to_pandas, got a "
+            f"{type(frame).__name__}"
+        )
     names = list(frame.columns)
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"column names must differ, and two columns are called {repeated[0]!r}: rename one of them")
+        raise ValueError(
+            f"column names must differ, and two columns are called {repeated[0]!r}: "
+            "rename one of them"
+        )
     try:
         json.dumps(names)
     except TypeError as error:
-        raise ValueError(f"column names must be text or numbers ({error}): rename the columns") from None
+        raise ValueError(
+            f"column names must be text or numbers ({error}): rename the columns"
+        ) from None
     for place, name in enumerate(names):
         missing = np.asarray(frame.iloc[:, place].isna(), bool)
         if missing.any():
             raise ValueError(
-                f"column {name!r} has {missing.sum()} missing values, the first in row {missing.argmax()}: fill them in or "
+                f"column {name!r} has {missing.sum()} missing values, the first in row "
+                f"{missing.argmax()}: fill them in or "
                 "drop their rows"
             )
     return {name: frame.iloc[:, place] for place, name in enumerate(names)}
@@ -126,7 +150,10 @@ def _column(name: Any, values: Any) -> Column:
     if isinstance(dtype, pd.CategoricalDtype):
         categories = tuple(dtype.categories.tolist())
         if wrong := [each for each in categories if not isinstance(each, str | int | float)]:
-            raise ValueError(f"categories must be text or numbers, and column {name!r} has {wrong[0]!r}: convert it to text")
+            raise ValueError(
+                f"categories must be text or numbers, and column {name!r} has "
+                f"{wrong[0]!r}: convert it to text"
+            )
         return Column(name, "category", categories, bool(dtype.ordered))
     if check.is_bool_dtype(dtype):
         return Column(name, str(dtype), (False, True))
@@ -134,7 +161,8 @@ def _column(name: Any, values: Any) -> Column:
         return Column(name, str(dtype))
     if not all(isinstance(value, str) for value in values):
         raise ValueError(
-            f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one of them, or drop it"
+            f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one "
+            "of them, or drop it"
         )
     return Column(name, str(values.dtype), tuple(sorted(set(values))))
 
@@ -145,13 +173,16 @@ def _numbers(values: Any, column: Column) -> Float[np.ndarray, " n"]:
         try:
             return values.to_numpy(np.float64)
         except (TypeError, ValueError):
-            raise ValueError(f"column {column.name!r} must hold numbers, got {values.dtype}") from None
+            raise ValueError(
+                f"column {column.name!r} must hold numbers, got {values.dtype}"
+            ) from None
     places = {category: place for place, category in enumerate(column.categories)}
     codes = [places.get(value, -1) for value in values]
     if -1 in codes:
         row = codes.index(-1)
         raise ValueError(
-            f"{values.iloc[row]!r} in row {row} of column {column.name!r} is none of the categories of the model: these are "
+            f"{values.iloc[row]!r} in row {row} of column {column.name!r} is none of the "
+            "categories of the model: these are "
             f"{listed(column.categories)}"
         )
     return np.array(codes, np.float64)

@@ -1,11 +1,14 @@
-r"""Contexts of conditional densities: as vectors, their scale, and a network between them and what depends on them.
+r"""Contexts of conditional densities: as vectors, their scale, and a network between them and what
+depends on them.
 
-**Scale.** Observations of simulators have counts over many orders of magnitude, and outliers. An entry of a `ContextScale` is
-``(asinh((c - center) / width) - mean) / scale``: linear near its centre and logarithmic far from it, on both sides. Its width
-is the one, among several and linear, after which the training data look most like a normal distribution.
+**Scale.** Observations of simulators have counts over many orders of magnitude, and outliers. An
+entry of a `ContextScale` is ``(asinh((c - center) / width) - mean) / scale``: linear near its
+centre and logarithmic far from it, on both sides. Its width is the one, among several and linear,
+after which the training data look most like a normal distribution.
 
-**Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it makes of a context, blocks
-remain contractions of the example. A branch alone depends on contexts by linear maps, and learns products of entries slowly.
+**Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it
+makes of a context, blocks remain contractions of the example. A branch alone depends on contexts by
+linear maps, and learns products of entries slowly.
 """
 
 import functools
@@ -36,7 +39,9 @@ def numbers(context: Any) -> Any:
 
 
 def as_vectors(context: Any, dim: int) -> Any:
-    """Contexts as vectors ``(..., dim)``: one number, or one per example, is a context of length 1."""
+    """Contexts as vectors ``(..., dim)``: one number, or one per example, is a context of length
+    1.
+    """
     context = numbers(context)
     are_numbers = dim == 1 and context.ndim < 2 and context.shape != (1,)
     return context[..., None] if are_numbers else context
@@ -52,7 +57,9 @@ def for_examples(context: Any, num: int) -> Float[np.ndarray, "n k"]:
     context = np.asarray(context, float)
     context = context[:, None] if context.ndim == 1 else context
     if context.ndim != 2 or len(context) != num:
-        raise ValueError(f"context must be a vector for each of {num} examples, got shape {context.shape}")
+        raise ValueError(
+            f"context must be a vector for each of {num} examples, got shape {context.shape}"
+        )
     return context
 
 
@@ -86,30 +93,45 @@ class ContextScale(Standardize):
     def __post_init__(self):
         super().__post_init__()
         set_floats(self, "center", "width")
-        if not self.center.shape == self.width.shape == self.mean.shape or not np.all(np.asarray(self.width) > 0):
-            raise ValueError(f"center and width need one number an entry, widths positive, got {self.center} and {self.width}")
+        if not self.center.shape == self.width.shape == self.mean.shape or not np.all(
+            np.asarray(self.width) > 0
+        ):
+            raise ValueError(
+                "center and width need one number an entry, widths positive, got "
+                f"{self.center} and {self.width}"
+            )
 
     @classmethod
     def fit(cls, x: Float[np.ndarray, "n k"]) -> "ContextScale":
-        """Centres and widths that make every entry as normal as they can, and the scale behind them; constants keep theirs."""
+        """Centres and widths that make every entry as normal as they can, and the scale behind
+        them; constants keep theirs.
+        """
         rows = np.asarray(x, np.float64)
-        some = np.random.default_rng(0).choice(len(rows), min(10_000, len(rows)), replace=False)  # they may be sorted
+        # they may be sorted
+        some = np.random.default_rng(0).choice(len(rows), min(10_000, len(rows)), replace=False)
         center, width = np.array([_likeliest(column) for column in rows[np.sort(some)].T]).T
         squeezed = np.arcsinh((rows - center) / width)
         std = squeezed.std(axis=0)
         return cls(squeezed.mean(axis=0), np.where(std > 0, std, 1), center, width)
 
-    def forward_and_logdet(self, x: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+    def forward_and_logdet(
+        self, x: Float[Array, "b k"]
+    ) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
         """The scaled contexts."""
         center, width = (values.astype(x.dtype)[None] for values in (self.center, self.width))
         t = (x - center) / width
         y, log_det = super().forward_and_logdet(jnp.arcsinh(t))
         return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(width), axis=1)
 
-    def inverse_and_logdet(self, y: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+    def inverse_and_logdet(
+        self, y: Float[Array, "b k"]
+    ) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
         """The contexts."""
         squeezed, _ = super().inverse_and_logdet(y)
-        x = jnp.sinh(squeezed) * self.width.astype(y.dtype)[None] + self.center.astype(y.dtype)[None]
+        x = (
+            jnp.sinh(squeezed) * self.width.astype(y.dtype)[None]
+            + self.center.astype(y.dtype)[None]
+        )
         return x, -self.forward_and_logdet(x)[1]
 
     def bilipschitz(self) -> BiLipschitz:
@@ -119,7 +141,8 @@ class ContextScale(Standardize):
 
 
 def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """Centre and width of an entry: linear, unless others have a clearly straighter quantile-quantile plot (Filliben 1975).
+    """Centre and width of an entry: linear, unless others have a clearly straighter
+    quantile-quantile plot (Filliben 1975).
 
     Entries of one sign are also tried with zero as their centre.
     """
@@ -139,16 +162,22 @@ def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
     mean = float(distances.mean())
     linear, deviation = (median, 1e4 * mean), float(np.median(distances)) or mean
     centers = [0.0, median] if ordered[0] >= 0 or ordered[-1] <= 0 else [median]
-    pairs = [(center, width * deviation) for center in centers for width in (1.0, 0.1, 0.01, 1e-3, 1e-4)]
-    smallest = float(np.quantile(np.abs(column), 0.01)) / 10  # narrower ones around zero are logarithms already
+    pairs = [
+        (center, width * deviation) for center in centers for width in (1.0, 0.1, 0.01, 1e-3, 1e-4)
+    ]
+    # narrower ones around zero are logarithms already
+    smallest = float(np.quantile(np.abs(column), 0.01)) / 10
     curved = [(center, width) for center, width in pairs if center != 0 or width >= smallest]
     best = max(curved, key=lambda pair: straightness(*pair), default=linear)
     return best if straightness(*best) > straightness(*linear) + 2e-3 else linear
 
 
 @functools.partial(fast_compile, static_argnums=(1, 2))
-def initial_network(key: Key[Array, ""], num_observed: int, hidden: tuple[int, ...]) -> dict[str, dict[str, Array]]:
-    """Random weights of variance ``1 / fan_in`` and zero biases, of a network with these widths, the last of its output.
+def initial_network(
+    key: Key[Array, ""], num_observed: int, hidden: tuple[int, ...]
+) -> dict[str, dict[str, Array]]:
+    """Random weights of variance ``1 / fan_in`` and zero biases, of a network with these widths,
+    the last of its output.
 
     No widths are no network.
     """
@@ -159,7 +188,10 @@ def initial_network(key: Key[Array, ""], num_observed: int, hidden: tuple[int, .
     for i, (cin, cout) in enumerate(zip((num_observed, *hidden), hidden, strict=False)):
         kernel = jax.random.normal(next(keys), (cin, cout)) / math.sqrt(cin)
         weights[f"dense{i}"] = {"kernel": kernel, "bias": jnp.zeros(cout)}
-    weights["skip"] = {"kernel": jax.random.normal(next(keys), (num_observed, hidden[-1])) / math.sqrt(num_observed)}
+    weights["skip"] = {
+        "kernel": jax.random.normal(next(keys), (num_observed, hidden[-1]))
+        / math.sqrt(num_observed)
+    }
     return weights
 
 
@@ -172,8 +204,12 @@ def apply_network(weights: Network, c: Float[Array, "b k"]) -> Float[Array, "b f
     return h + c @ weights["skip"]["kernel"]
 
 
-def linear_regression(c: Float[np.ndarray, "n k"], y: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
-    """Coefficients of the regression of centred data on scaled contexts, with the ridge of the best leave-one-out error."""
+def linear_regression(
+    c: Float[np.ndarray, "n k"], y: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "k d"]:
+    """Coefficients of the regression of centred data on scaled contexts, with the ridge of the
+    best leave-one-out error.
+    """
     from sklearn.linear_model import RidgeCV
 
     found = RidgeCV(np.geomspace(1e-3, 1e4, 15)).fit(c, y)
@@ -181,7 +217,9 @@ def linear_regression(c: Float[np.ndarray, "n k"], y: Float[np.ndarray, "n d"]) 
 
 
 def with_linear_mean(network: Network, coefficients: Float[np.ndarray, "k d"]) -> Network:
-    """Weights of a network whose first outputs are the conditional means of such a regression, before it is trained."""
+    """Weights of a network whose first outputs are the conditional means of such a regression,
+    before it is trained.
+    """
     last = f"dense{len(network) - 2}"
     skip = np.array(network["skip"]["kernel"])
     skip[:, : coefficients.shape[1]] = coefficients[:, : skip.shape[1]]

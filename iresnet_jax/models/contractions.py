@@ -1,11 +1,14 @@
 """The weights of a flow: within the budget of the constraint, in training and after it.
 
-    parameters --constrain--> weights (every block a contraction, as power iteration sees it)                 in training
-    parameters --freeze--> weights (every block certified a contraction)                                      after it
+    parameters --constrain--> weights (every block a contraction, as power iteration sees it)
+    in training parameters --freeze--> weights (every block certified a contraction)
+    after it
 
-`unconstrained` is the way around both, to an ordinary residual network for comparison: no inverse is promised.
+`unconstrained` is the way around both, to an ordinary residual network for comparison: no inverse
+is promised.
 
-Blocks of one stage have one shape, and each of their arrays is stacked on a leading axis. All functions are pure.
+Blocks of one stage have one shape, and each of their arrays is stacked on a leading axis. All
+functions are pure.
 """
 
 import dataclasses
@@ -30,7 +33,8 @@ from iresnet_jax.models.flow import Block, FlowWeights, as_params
 
 Tree = Mapping[str, Any]
 
-FlowNorms = Mapping[str, Mapping[str, Any]]  # by stage and part of its branches, such as a layer, one per block
+# by stage and part of its branches, such as a layer, one per block
+FlowNorms = Mapping[str, Mapping[str, Any]]
 
 
 class ConstrainedFlow(NamedTuple):
@@ -39,7 +43,8 @@ class ConstrainedFlow(NamedTuple):
     Attributes:
         weights: ``{"stage0": Block, ...}``: what `flow_bijection` runs.
         spectral: Power iterates for the next call, in the form they were given.
-        norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0": (num_blocks,), ...}, ...}``.
+        norms: Operator norms before normalisation, estimated or bounded: ``{"stage0": {"conv0":
+            (num_blocks,), ...}, ...}``.
     """
 
     weights: FlowWeights
@@ -47,20 +52,25 @@ class ConstrainedFlow(NamedTuple):
     norms: FlowNorms
 
 
-def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None) -> ConstrainedFlow:
+def constrain(
+    spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | None = None
+) -> ConstrainedFlow:
     """Brings every block into the budget of ``spec.coeff``, as power iteration estimates norms.
 
     Args:
         spec: The architecture.
-        params: ``{"stage0": {"blocks": {"actnorm": {...}, "conv0": {...}, ...}}, ...}``, unconstrained.
+        params: ``{"stage0": {"blocks": {"actnorm": {...}, "conv0": {...}, ...}}, ...}``,
+            unconstrained.
         spectral: ``{"stage0": {"blocks": {"conv0": v, ...}}, ...}``, the power iterates.
-        num_steps: Power iterations a layer (training, warm start); None iterates until norms change by less than .1 %
-            (everything else).
+        num_steps: Power iterations a layer (training, warm start); None iterates until norms change
+            by less than .1 % (everything else).
     """
 
     def of_stage(stage, weights):
         def of_block(weights, iterates):
-            vectors = stage.branch.singular_vectors(lax.stop_gradient(weights), iterates, num_steps=num_steps)
+            vectors = stage.branch.singular_vectors(
+                lax.stop_gradient(weights), iterates, num_steps=num_steps
+            )
             return stage.branch.constrained(weights, vectors, coeff=spec.coeff, budget=spec.budget)
 
         iterates = spectral[stage.name]["blocks"] if spectral.get(stage.name) else {}
@@ -70,7 +80,8 @@ def constrain(spec: FlowSpec, params: Tree, spectral: Tree, *, num_steps: int | 
 
 
 def constrain_certified(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
-    """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms, for training.
+    """Brings every block into the budget of ``spec.coeff`` by guaranteed upper bounds of its norms,
+    for training.
 
     Arguments are those of `constrain`; power iterates are returned unchanged.
     """
@@ -88,7 +99,9 @@ def constrain_certified(spec: FlowSpec, params: Tree, spectral: Tree) -> Constra
 
 
 def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFlow:
-    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no inverse reports convergence."""
+    """Parameters and power iterates of `constrain` unchanged; the bounds are infinite, so no
+    inverse reports convergence.
+    """
 
     def as_they_are(stage, weights):
         branch = Branch(stage.branch, weights, jnp.full(stage.spec.num_blocks, jnp.inf))
@@ -98,7 +111,10 @@ def unconstrained(spec: FlowSpec, params: Tree, spectral: Tree) -> ConstrainedFl
 
 
 def _constrain(
-    spec: FlowSpec, params: Tree, spectral: Tree, of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch]
+    spec: FlowSpec,
+    params: Tree,
+    spectral: Tree,
+    of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch],
 ) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
     for stage in spec.all_stages:
@@ -119,10 +135,12 @@ def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
-    """Weights to use after training, from the parameters of `constrain`: every block is certified to be within the budget.
+    """Weights to use after training, from the parameters of `constrain`: every block is certified
+    to be within the budget.
 
-    Kernels are scaled by guaranteed bounds of their norms; the branches' bounds are those of the scaled and rounded kernels.
-    Blocks are computed one after the other, so memory does not grow with depth.
+    Kernels are scaled by guaranteed bounds of their norms; the branches' bounds are those of the
+    scaled and rounded kernels. Blocks are computed one after the other, so memory does not grow
+    with depth.
     """
     weights = {}
     for stage in spec.all_stages:
@@ -135,12 +153,15 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
 def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
     """Weights of parameters that were stored as `flow.as_params` gives them, unchanged.
 
-    If they are ``constrained``, a kind of branch that is scaled by its output is brought into the budget, as `constrain` does.
+    If they are ``constrained``, a kind of branch that is scaled by its output is brought into the
+    budget, as `constrain` does.
     """
     weights = {}
     for stage in spec.all_stages:
         scale, blocks = _parts(stage, params)
-        weights[stage.name] = Block(scale, _of_stored(stage.branch, spec.coeff if constrained else math.inf, blocks))
+        weights[stage.name] = Block(
+            scale, _of_stored(stage.branch, spec.coeff if constrained else math.inf, blocks)
+        )
     return weights
 
 
@@ -149,13 +170,20 @@ def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:
 
     def shapes(params):
         leaves = jax.tree.leaves_with_path(params)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf) for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+            for path, leaf in leaves
+        }
 
-    found, wanted = shapes(as_params(weights)), shapes(jax.eval_shape(spec.initial_params, jax.random.key(0)))
+    found, wanted = (
+        shapes(as_params(weights)),
+        shapes(jax.eval_shape(spec.initial_params, jax.random.key(0))),
+    )
     for name in {**wanted, **found}:
         if found.get(name) != wanted.get(name):
             raise ValueError(
-                f"the weights do not fit the new spec: {name} has shape {found.get(name)} and needs {wanted.get(name)}; make a "
+                f"the weights do not fit the new spec: {name} has shape {found.get(name)} and "
+                f"needs {wanted.get(name)}; make a "
                 "new model with init"
             )
 
@@ -163,13 +191,19 @@ def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:
 @functools.partial(fast_compile, static_argnums=(0, 1, 2))
 def _frozen(branch: BranchSpec, coeff: float, budget: str, blocks: Tree) -> Branch:
     def of_block(block):
-        def bound(state, is_scaled):  # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
+        # pass 1 scales, pass 2 bounds the scaled kernels; a scan compiles the bound once
+        def bound(state, is_scaled):
             weights, _ = state
             found = branch.norm_bounds(weights)
             scaled = branch.certified(weights, found, coeff=coeff, budget=budget).branch.weights
-            return (jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), weights, scaled), found), None
+            return (
+                jax.tree.map(lambda old, new: jnp.where(is_scaled, old, new), weights, scaled),
+                found,
+            ), None
 
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block))
+        nothing = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(branch.norm_bounds, block)
+        )
         weights, bounds = jax.lax.scan(bound, (block, nothing), jnp.array([False, True]))[0]
         return branch.of_stored(weights, coeff=coeff).with_bounds(bounds)
 
@@ -178,11 +212,19 @@ def _frozen(branch: BranchSpec, coeff: float, budget: str, blocks: Tree) -> Bran
 
 @functools.partial(fast_compile, static_argnums=(0, 1))
 def _of_stored(branch: BranchSpec, coeff: float, blocks: Tree) -> Branch:
-    return jax.lax.map(lambda block: dataclasses.replace(branch.of_stored(block, coeff=coeff), lipschitz_bound=None), blocks)
+    return jax.lax.map(
+        lambda block: dataclasses.replace(
+            branch.of_stored(block, coeff=coeff), lipschitz_bound=None
+        ),
+        blocks,
+    )
 
 
-def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " k"]) -> dict[str, Block]:
-    """Weights without contexts of a conditional flow given one context, as it takes it; kernels stay, and so do their bounds.
+def under_context(
+    spec: FlowSpec, weights: FlowWeights, context: Float[Array, " k"]
+) -> dict[str, Block]:
+    """Weights without contexts of a conditional flow given one context, as it takes it; kernels
+    stay, and so do their bounds.
 
     Raises:
         ValueError: If a branch does not define `BranchSpec.folded`.
@@ -192,5 +234,7 @@ def under_context(spec: FlowSpec, weights: FlowWeights, context: Float[Array, " 
         block = weights[stage.name]
         folded = jax.vmap(stage.branch.folded, in_axes=(0, None))(block.branch.weights, context)
         without = dataclasses.replace(stage.branch, context_dim=0)
-        found[stage.name] = block._replace(branch=dataclasses.replace(block.branch, spec=without, weights=folded))
+        found[stage.name] = block._replace(
+            branch=dataclasses.replace(block.branch, spec=without, weights=folded)
+        )
     return found

@@ -1,11 +1,13 @@
 r"""A density model as a value: data through preprocessing and a residual flow into a simple prior.
 
-    log p(x) = log p_Z(F(t(u))) + log|det dF| + log|det dt| + log|det du/dx|            (Behrmann et al. 2019, eq. 3)
+    log p(x) = log p_Z(F(t(u))) + log|det dF| + log|det dt| + log|det du/dx|            (Behrmann et
+    al. 2019, eq. 3)
 
-``u`` is the data made continuous (integer levels with noise, in [0, 1), uniform or made by a flow, see `noise`) and ``t`` maps
-it to where the flow ``F`` starts.
+``u`` is the data made continuous (integer levels with noise, in [0, 1), uniform or made by a flow,
+see `noise`) and ``t`` maps it to where the flow ``F`` starts.
 
-With a prior for every class the model is one of data and labels, which classifies by Bayes' rule (Izmailov et al. 2020):
+With a prior for every class the model is one of data and labels, which classifies by Bayes' rule
+(Izmailov et al. 2020):
 
     p_Z(z) = sum_y p(y) p_Z(z | y),    p(y | x) = p(y) p_Z(F(t(u)) | y) / p_Z(F(t(u)))
 
@@ -50,7 +52,9 @@ from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch
 from iresnet_jax.models.model import Model
 
-OF_NOISE = 2**16  # folded into the key of probes for the flow of noise; stages of the other flow fold in their numbers
+# folded into the key of probes for the flow of noise; stages of the other flow fold in their
+# numbers
+OF_NOISE = 2**16
 
 Data = Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | Frame
 Keys = Key[Array, "..."]
@@ -64,8 +68,8 @@ class LogProb(NamedTuple):
         log_prob: Sum of all terms.
         log_prior: Log-density of the latents.
         log_det: Log-determinant of the flow.
-        log_det_transform: Log-determinant of the preprocessing, with the cells of integer levels, and ``-log q`` of their noise
-            if that is not uniform.
+        log_det_transform: Log-determinant of the preprocessing, with the cells of integer levels,
+            and ``-log q`` of their noise if that is not uniform.
         info: Error of the log-determinants of the flow and of that of noise.
         log_prior_by_class: ``log p(y) + log p_Z(z | y)`` for every class; None without classes.
     """
@@ -101,26 +105,31 @@ class Samples(NamedTuple):
 )
 @dataclass(frozen=True, eq=False)
 class Density(Model):
-    """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take it as an argument.
+    """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take
+    it as an argument.
 
-    Methods take and give data as the data set has them: integer levels for models of images, floats for continuous data. The
-    density of an image model on [0, 1) itself is `continuous`.
+    Methods take and give data as the data set has them: integer levels for models of images, floats
+    for continuous data. The density of an image model on [0, 1) itself is `continuous`.
 
-    `log_prob`, `terms`, `class_log_probs`, `encode` and `decode` take one example, a batch or any leading axes, which their
-    results have too. The axes of contexts broadcast against those of examples, so that one context serves a whole batch. There
-    is one key, or there are keys of the result's leading axes. Other methods take batches.
+    `log_prob`, `terms`, `class_log_probs`, `encode` and `decode` take one example, a batch or any
+    leading axes, which their results have too. The axes of contexts broadcast against those of
+    examples, so that one context serves a whole batch. There is one key, or there are keys of the
+    result's leading axes. Other methods take batches.
 
     Attributes:
         spec: All that defines the model but its weights.
-        weights: Constrained weights of the flow, as `contractions.freeze` or `contractions.constrain` give them.
+        weights: Constrained weights of the flow, as `contractions.freeze` or
+            `contractions.constrain` give them.
         prior: Density of the latents, see `priors`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
         history: What the training of a fitted model saw.
-        network: Weights of the network on contexts, see `contexts.apply_network`; empty without one.
-        noise_network: Weights of the network that noise depends on, see `noise.features`; empty if it is uniform.
+        network: Weights of the network on contexts, see `contexts.apply_network`; empty without
+            one.
+        noise_network: Weights of the network that noise depends on, see `noise.features`; empty if
+            it is uniform.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ("prior", "network", "noise_network")
@@ -158,47 +167,58 @@ class Density(Model):
         noise: NoiseSpec | None = None,
         estimator: LogdetEstimator | None = None,
     ) -> "Density":
-        """A density with random weights, ActNorm and preprocessing fitted to examples: certified, and ready to train.
+        """A density with random weights, ActNorm and preprocessing fitted to examples: certified,
+        and ready to train.
 
         Args:
             key: Source of the weights.
-            x: Examples as the model will see them, some hundred or more: vectors, or images with channels last. For a model
-                that is trained without data, draws from a rough guess.
+            x: Examples as the model will see them, some hundred or more: vectors, or images with
+                channels last. For a model that is trained without data, draws from a rough guess.
             stages: Stages of the flow, from the data to the latents.
             coeff: See `FlowSpec`, also for ``budget``.
-            constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of ``coeff`` and ``budget``, see
-                `FlowSpec.bilipschitz`; None prescribes none.
-            sharpness: How sharp activations of the Swish family start, see `FeedforwardSpec.initial_weights`: sharper ones
-                learn sooner what is narrow.
-            last_scale: Initial factor on the last layer of each branch; a small one starts near the identity.
-            prior: A prior, see `iresnet_jax.models.priors`, or the name of a family: "gaussian" and "logistic" start standard;
-                "mixture", "scales" and "marginals" have components, and are fitted to the examples.
+            constants: Least and largest stretch ``(mu, nu)`` of the flow, which take the place of
+                ``coeff`` and ``budget``, see `FlowSpec.bilipschitz`; None prescribes none.
+            sharpness: How sharp activations of the Swish family start, see
+                `FeedforwardSpec.initial_weights`: sharper ones learn sooner what is narrow.
+            last_scale: Initial factor on the last layer of each branch; a small one starts near the
+                identity.
+            prior: A prior, see `iresnet_jax.models.priors`, or the name of a family: "gaussian" and
+                "logistic" start standard; "mixture", "scales" and "marginals" have components, and
+                are fitted to the examples.
             num_components: Components of a family that has them; 16 are many scales.
             num_classes: Classes, if each has a prior of its own.
             num_levels: Integer levels of images of integers, 256 by default.
-            transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit` of images of integers.
+            transform: Preprocessing; by default `Standardize` of floats and of vectors, and `Logit`
+                of images of integers.
             context: Contexts of the examples, of a conditional density.
             context_hidden: Widths of a network on them, see `DensitySpec`.
-            noise: Variational dequantisation of integer levels, which starts uniform; uniform by default.
-            estimator: Log-determinant of the blocks; exact by default, which takes time and memory of images.
+            noise: Variational dequantisation of integer levels, which starts uniform; uniform by
+                default.
+            estimator: Log-determinant of the blocks; exact by default, which takes time and memory
+                of images.
 
         Raises:
-            ValueError: If examples, contexts and stages do not fit together, or a branch of one's own stretches examples by
-                more than it claims.
+            ValueError: If examples, contexts and stages do not fit together, or a branch of one's
+                own stretches examples by more than it claims.
 
         Example:
-            >>> model = Density.init(jax.random.key(0), x[:256], stages=[StageSpec(6, (64,), activation="clipswish")])
+            >>> stages = [StageSpec(6, (64,), activation="clipswish")]
+            >>> model = Density.init(jax.random.key(0), x[:256], stages=stages)
         """
         key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
         x, num_levels = preprocessing.examples(x, num_levels)
         if context is not None:
             context = contexts.for_examples(context, len(x))
-            preprocessing.check_told_apart(context, jnp.result_type(float), "entry {} of context".format)
+            preprocessing.check_told_apart(
+                context, jnp.result_type(float), "entry {} of context".format
+            )
         if transform is None:
             transform = Standardize.fit(x) if num_levels is None else Logit()
         stages = checked(tuple[StageSpec, ...], stages, "stages")
         num_classes = None if num_classes is None else checked(Count, num_classes, "num_classes")
-        num_components = None if num_components is None else checked(Count, num_components, "num_components")
+        num_components = (
+            None if num_components is None else checked(Count, num_components, "num_components")
+        )
         family = prior
         if not isinstance(prior, str):
             family = priors.family_of(prior)
@@ -208,7 +228,9 @@ class Density(Model):
         if constants is None:
             flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
         else:
-            flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken)
+            flow = FlowSpec.bilipschitz(
+                x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken
+            )
         spec = DensitySpec(
             dataclasses.replace(flow, noise=noise),
             prior_family=family,
@@ -219,47 +241,72 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        model = cls(spec, {}, estimator=estimator or ExactLogdet(), **spec.initial_arrays(key_network))
+        model = cls(
+            spec, {}, estimator=estimator or ExactLogdet(), **spec.initial_arrays(key_network)
+        )
         context = None if context is None else initial.some(context)
         u = model.dequantize(initial.some(x), key_noise)
         y, log_det, _ = preprocessing.transform(spec).forward_and_logdet(u, key_noise)
         if not (np.all(np.isfinite(y)) and np.all(np.isfinite(log_det))):
-            raise ValueError(f"examples are out of the range of their transform, {type(spec.transform).__name__}")
+            raise ValueError(
+                f"examples are out of the range of their transform, {type(spec.transform).__name__}"
+            )
         given = y, model.scale_context(context)
-        start = [checked(NotNegative, value, what) for value, what in ((sharpness, "sharpness"), (last_scale, "last_scale"))]
+        start = [
+            checked(NotNegative, value, what)
+            for value, what in ((sharpness, "sharpness"), (last_scale, "last_scale"))
+        ]
         weights, z = initial.initial_weights(spec.flow, key_weights, *given, *start)
         check_claims(spec.flow, weights, *given)
         if isinstance(prior, str):
             is_mixture = family in priors.MIXTURES
-            prior = priors.MIXTURES[family].fit(np.asarray(z), num_components) if is_mixture else model.prior
+            prior = (
+                priors.MIXTURES[family].fit(np.asarray(z), num_components)
+                if is_mixture
+                else model.prior
+            )
         model = model.with_(weights=weights, prior=priors.trainable(prior))
         jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
         return model
 
     def learned(self, name: str) -> Any:
-        """The arrays of a field in `arrays`; those of a prior of one's own without its constants."""
+        """The arrays of a field in `arrays`; those of a prior of one's own without its
+        constants.
+        """
         return priors.trainable(self.prior) if name == "prior" else super().learned(name)
 
     @property
     def continuous(self) -> "Density":
-        """The density of the dequantised data: of points of [0, 1) instead of integer levels, of the line instead of cells."""
-        spec = dataclasses.replace(self.spec, flow=dataclasses.replace(self.spec.flow, noise=None), num_levels=None, cells=None)
+        """The density of the dequantised data: of points of [0, 1) instead of integer levels, of
+        the line instead of cells.
+        """
+        spec = dataclasses.replace(
+            self.spec,
+            flow=dataclasses.replace(self.spec.flow, noise=None),
+            num_levels=None,
+            cells=None,
+        )
         own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
         return self.with_(spec=spec, weights=own, noise_network={})
 
     def given(self, context: Contexts) -> "Density":
-        """The density ``x -> p(x | context)`` of a conditional model as a model that takes no contexts.
+        """The density ``x -> p(x | context)`` of a conditional model as a model that takes no
+        contexts.
 
         It is the same function: the shift of a layer by the context is added to its bias.
 
         Raises:
-            ValueError: If the model takes no contexts or not one of this shape, or has branches of one's own.
+            ValueError: If the model takes no contexts or not one of this shape, or has branches of
+                one's own.
         """
         dim, vector = self.spec.context_dim, contexts.as_vectors(context, self.spec.context_dim)
         if not dim:
             raise ValueError("the model takes no contexts: there is none that it could be given")
         if vector.shape != (dim,):
-            raise ValueError(f"the model must be given one context of shape ({dim},), got shape {np.shape(context)}")
+            raise ValueError(
+                f"the model must be given one context of shape ({dim},), got shape "
+                f"{np.shape(context)}"
+            )
         scaled = self.scale_context(vector[None])
         assert scaled is not None
         weights = under_context(self.spec.flow, self.weights, scaled[0])
@@ -267,42 +314,59 @@ class Density(Model):
         spec = dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=())
         return self.with_(spec=spec, weights=weights, network={})
 
-    # ------------------------------------------------------------------------------------------------ likelihood
+    # ----------------------------------------------------------------------------------- likelihood
 
-    def log_prob(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "..."]:
-        """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of noise, see `terms`.
+    def log_prob(
+        self, x: Data, key: Keys | None = None, *, context: Contexts | None = None
+    ) -> Float[Array, "..."]:
+        """Log-likelihood in nats, one per example; of integer levels a lower bound for one draw of
+        noise, see `terms`.
 
         Args:
             x: Data.
-            key: Source of noise and probes; None gives every example the same ones, so that its result does not depend on the
-                others. Their errors then add up in means: evaluations pass keys.
+            key: Source of noise and probes; None gives every example the same ones, so that its
+                result does not depend on the others. Their errors then add up in means: evaluations
+                pass keys.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         examples = self._examples(x, context)
         return examples.restore(_log_prob(self, examples.x, examples.context, examples.keys(key)))
 
-    def terms(self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None) -> LogProb:
-        """The log-likelihood with all its terms, by keys of the noise of integer levels and of the estimator's probes."""
+    def terms(
+        self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None
+    ) -> LogProb:
+        """The log-likelihood with all its terms, by keys of the noise of integer levels and of
+        the estimator's probes.
+        """
         examples = self._examples(x, context)
         keys = examples.keys(key_noise), examples.keys(key_probe)
         return examples.restore(_terms(self._for_programs(), examples.x, examples.context, *keys))
 
-    def log_prior(self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None) -> Float[Array, " n"]:
+    def log_prior(
+        self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None
+    ) -> Float[Array, " n"]:
         """Log-density of latents, given their classes if there are labels.
 
         Raises:
             ValueError: If the prior does not give one number for each.
         """
-        found = jnp.asarray(self.prior.log_prob(z) if labels is None else self.prior.log_prob(z, labels))
+        found = jnp.asarray(
+            self.prior.log_prob(z) if labels is None else self.prior.log_prob(z, labels)
+        )
         if found.shape != z.shape[:1]:
             raise ValueError(
-                f"log_prob of the prior must give one number for each of {len(z)} latents of {z.shape[1]} dimensions, got "
-                f"shape {found.shape}: it is the density of whole vectors, with an event of one axis"
+                f"log_prob of the prior must give one number for each of {len(z)} latents of "
+                f"{z.shape[1]} dimensions, got "
+                f"shape {found.shape}: it is the density of whole vectors, with an event of one "
+                "axis"
             )
         return found.astype(z.dtype)
 
-    def class_log_probs(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "... k"]:
-        """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no determinants.
+    def class_log_probs(
+        self, x: Data, key: Keys | None = None, *, context: Contexts | None = None
+    ) -> Float[Array, "... k"]:
+        """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no
+        determinants.
 
         Arguments are those of `encode`.
 
@@ -316,12 +380,17 @@ class Density(Model):
     @property
     def _class_priors(self) -> priors.ClassPriors:
         if self.spec.num_classes is None:
-            raise ValueError("this density has one prior for all, and no classes: fit one to labels with the objective hybrid")
+            raise ValueError(
+                "this density has one prior for all, and no classes: fit one to "
+                "labels with the objective hybrid"
+            )
         return self.prior
 
-    # ---------------------------------------------------------------------------------------------- there and back
+    # ------------------------------------------------------------------------------- there and back
 
-    def encode(self, x: Data, key: Keys | None = None, *, context: Contexts | None = None) -> Float[Array, "... d"]:
+    def encode(
+        self, x: Data, key: Keys | None = None, *, context: Contexts | None = None
+    ) -> Float[Array, "... d"]:
         """Latents of data.
 
         Args:
@@ -333,14 +402,21 @@ class Density(Model):
         return examples.restore(_encode(self, examples.x, examples.context, examples.keys(key)))
 
     def decode(
-        self, z: Float[Array, "... d"] | Float[np.ndarray, "... d"], *, context: Contexts | None = None
+        self,
+        z: Float[Array, "... d"] | Float[np.ndarray, "... d"],
+        *,
+        context: Contexts | None = None,
     ) -> tuple[Num[Array, "..."], FixedPointInfo]:
-        """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the same data.
+        """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the
+        same data.
 
-        Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels, before they are rounded down. It is
-        the product of the blocks' bounds, without the rounding of the preprocessing, and says little about a deep flow.
+        Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels, before
+        they are rounded down. It is the product of the blocks' bounds, without the rounding of the
+        preprocessing, and says little about a deep flow.
         """
-        examples = as_batch(jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim)
+        examples = as_batch(
+            jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim
+        )
         return examples.restore(_decode(self._for_programs(), examples.x, examples.context))
 
     def sample(
@@ -359,12 +435,14 @@ class Density(Model):
             num: Number of samples, at least 1.
             temperature: Factor on the prior's scale, at least 0; 1 samples the model.
             context: One context for all samples, or one for each.
-            labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default. Classes that do not exist,
-                which cannot be refused under ``jit``, give an inverse that did not converge.
+            labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default.
+                Classes that do not exist, which cannot be refused under ``jit``, give an inverse
+                that did not converge.
 
         Raises:
-            ValueError: If labels are given to a model without classes or are not ``num`` integers, if ``num`` or
-                ``temperature`` is out of range, or if a label is and it is known, outside of ``jit``.
+            ValueError: If labels are given to a model without classes or are not ``num`` integers,
+                if ``num`` or ``temperature`` is out of range, or if a label is and it is known,
+                outside of ``jit``.
         """
         z = self.sample_latents(key, num, temperature=temperature, labels=labels)
         return self.decode(z, context=contexts.of_samples(context, num, self.spec.context_dim))
@@ -377,52 +455,73 @@ class Density(Model):
         context: Contexts | None = None,
         labels: Labels | None = None,
     ) -> Samples:
-        """The samples that `sample` draws from the same key, and their log-densities, by one pass through the inverse.
+        """The samples that `sample` draws from the same key, and their log-densities, by one pass
+        through the inverse.
 
-        Both are differentiable functions of weights, prior and context, by the implicit function theorem, as variational
-        objectives and importance weights need. With labels the log-density is ``log p(x | label)``. Arguments are those of
-        `sample`.
+        Both are differentiable functions of weights, prior and context, by the implicit function
+        theorem, as variational objectives and importance weights need. With labels the log-density
+        is ``log p(x | label)``. Arguments are those of `sample`.
 
         Raises:
-            ValueError: If data are integer levels or have cells, whose samples have probabilities and no densities; otherwise
-                as `sample`.
+            ValueError: If data are integer levels or have cells, whose samples have probabilities
+                and no densities; otherwise as `sample`.
         """
         if self.spec.is_discrete:
             kind = "of integer levels" if self.spec.num_levels is not None else "with cells"
-            raise ValueError(f"samples {kind} have no density: model.continuous.sample_and_log_prob gives continuous ones")
+            raise ValueError(
+                f"samples {kind} have no density: "
+                "model.continuous.sample_and_log_prob gives continuous ones"
+            )
         if labels is not None:
             labels = self._class_priors.checked_labels(labels, checked(Count, num, "num"))
         z = self.sample_latents(key, num, labels=labels)
-        key_probe = jax.random.fold_in(typed_key(key), 2)  # latents are drawn from the key itself, or from its first two parts
+        # latents are drawn from the key itself, or from its first two parts
+        key_probe = jax.random.fold_in(typed_key(key), 2)
         context = contexts.of_samples(context, num, self.spec.context_dim)
         return _decode_and_log_prob(self._for_programs(), z, context, labels, key_probe)
 
     def sample_latents(
-        self, key: Key[Array, ""], num: int, *, temperature: float = 1.0, labels: Labels | None = None
+        self,
+        key: Key[Array, ""],
+        num: int,
+        *,
+        temperature: float = 1.0,
+        labels: Labels | None = None,
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
         num, key = checked(Count, num, "num"), single_key(key)
         options: dict[str, Any] = {"temperature": checked(NotNegative, temperature, "temperature")}
         if self.spec.prior_family == priors.OWN:
             if options.pop("temperature") != 1:
-                raise ValueError(f"a prior of one's own has no temperature, got {temperature}: leave it at 1")
+                raise ValueError(
+                    f"a prior of one's own has no temperature, got {temperature}: leave it at 1"
+                )
         if labels is not None:
             options["labels"] = self._class_priors.checked_labels(labels, num)
         z = _sample(self.prior, key, num, options)
         if z.shape != (num, self.spec.flow.num_dims):
-            raise ValueError(f"sample of the prior must give {num} latents as rows, got shape {z.shape}")
+            raise ValueError(
+                f"sample of the prior must give {num} latents as rows, got shape {z.shape}"
+            )
         return z
 
-    # --------------------------------------------------------------------------------------------------- its parts
+    # ------------------------------------------------------------------------------------ its parts
 
     def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
         """Data and contexts as one batch, checked."""
-        batch = as_batch(preprocessing.numbers(self.spec, x), self.spec.flow.event_shape, context, self.spec.context_dim)
+        batch = as_batch(
+            preprocessing.numbers(self.spec, x),
+            self.spec.flow.event_shape,
+            context,
+            self.spec.context_dim,
+        )
         return batch._replace(x=preprocessing.checked(self.spec, batch.x))
 
     def flow(self, context: Contexts | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
-        return self._flow_of(self.spec.flow, self._for_programs().weights, self.scale_context(context))
+        return self._flow_of(
+            self.spec.flow, self._for_programs().weights, self.scale_context(context)
+        )
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them: scaled, and through the network on them if there is one.
@@ -433,11 +532,18 @@ class Density(Model):
         if context is None:
             return None
         vectors = jnp.asarray(contexts.as_vectors(context, self.spec.context_dim))
-        vectors = vectors if jnp.issubdtype(vectors.dtype, jnp.floating) else vectors.astype(jnp.result_type(float))
+        vectors = (
+            vectors
+            if jnp.issubdtype(vectors.dtype, jnp.floating)
+            else vectors.astype(jnp.result_type(float))
+        )
         if self.spec.context is None:
             return vectors
         if vectors.shape[1:] != (self.spec.context_dim,):
-            raise ValueError(f"the model takes contexts of length {self.spec.context_dim}, got shape {vectors.shape}")
+            raise ValueError(
+                f"the model takes contexts of length {self.spec.context_dim}, got "
+                f"shape {vectors.shape}"
+            )
         scaled, _ = jax.lax.stop_gradient(self.spec.context).forward_and_logdet(vectors)
         return contexts.apply_network(self.network, scaled) if self.spec.context_hidden else scaled
 
@@ -446,25 +552,35 @@ class Density(Model):
         return preprocessing.transform(self.spec).forward(self.dequantize(x, key))
 
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
-        """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle of their cells without one."""
+        """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle
+        of their cells without one.
+        """
         if key is not None:
             return self.dequantize_and_logdet(x, key, key)[0]
-        return self.promoted(preprocessing.cells(self.spec).forward(preprocessing.checked(self.spec, x)))
+        return self.promoted(
+            preprocessing.cells(self.spec).forward(preprocessing.checked(self.spec, x))
+        )
 
     def dequantize_and_logdet(
         self, x: Data, key_noise: Keys, key_probe: Keys
     ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
-        """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels ``-log q - d log(num_levels)``."""
+        """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels
+        ``-log q - d log(num_levels)``.
+        """
         x, levels = preprocessing.checked(self.spec, x), self.spec.num_levels
-        if self.spec.flow.noise is not None and self.weights and levels is not None:  # noise of first weights is uniform
+        # noise of first weights is uniform
+        if self.spec.flow.noise is not None and self.weights and levels is not None:
             dtype = jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
             key_probe = fold_in(typed_key(key_probe), OF_NOISE)
-            return noises.place_and_logdet(self.noise_flow(x), x, key_noise, key_probe, levels, dtype)
+            return noises.place_and_logdet(
+                self.noise_flow(x), x, key_noise, key_probe, levels, dtype
+            )
         u, log_det, info = preprocessing.cells(self.spec).forward_and_logdet(x, key_noise)
         return self.promoted(u), log_det, info
 
     def noise_flow(self, x: Data) -> Bijection:
-        """The flow from logistic numbers to the logits of the noise of these levels, see `iresnet_jax.models.noise`.
+        """The flow from logistic numbers to the logits of the noise of these levels, see
+        `iresnet_jax.models.noise`.
 
         Raises:
             ValueError: If the model has uniform noise, or no weights yet.
@@ -472,16 +588,25 @@ class Density(Model):
         flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
         if flow is None or levels is None or not self.weights:
             raise ValueError("the noise of this model is uniform: there is no flow that makes it")
-        features = noises.features(self.spec.flow, self.noise_network, preprocessing.checked(self.spec, x), levels)
+        features = noises.features(
+            self.spec.flow, self.noise_network, preprocessing.checked(self.spec, x), levels
+        )
         return self._flow_of(flow, noises.weights_of(self.weights), features)
 
     def noise_certificate(self) -> Certificate | None:
-        """The `certificate` of the flow of noise, of a map from logistic numbers to logits; None if noise is uniform."""
+        """The `certificate` of the flow of noise, of a map from logistic numbers to logits; None
+        if noise is uniform.
+        """
         flow = self.spec.flow.noise_flow
-        return None if flow is None else certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
+        return (
+            None
+            if flow is None
+            else certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
+        )
 
     def to_frame(self, x: Data) -> Any:
-        """Samples, or other arrays of data, as a pandas data frame with the columns and types that the model was fitted to.
+        """Samples, or other arrays of data, as a pandas data frame with the columns and types that
+        the model was fitted to.
 
         Raises:
             ValueError: If the model was not fitted to a data frame.
@@ -491,13 +616,18 @@ class Density(Model):
         return table_of(np.asarray(x), self.spec.columns)
 
 
-# One program each: outside of ``jit``, every operation would be one of its own, and every loop one at every call.
+# One program each: outside of ``jit``, every operation would be one of its own, and every loop one
+# at every call.
 
 
 @fast_compile
 def _log_prob(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, " b"]:
     key = jnp.broadcast_to(jax.random.key(0), len(x)) if key is None else key
-    key_noise, key_probe = jax.random.split(key) if key.ndim == 0 else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
+    key_noise, key_probe = (
+        jax.random.split(key)
+        if key.ndim == 0
+        else jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
+    )
     return _terms(model, x, context, key_noise, key_probe).log_prob
 
 
@@ -510,7 +640,14 @@ def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: K
     log_prior = model.log_prior(z) if by_class is None else jax.nn.logsumexp(by_class, axis=1)
     log_det_transform += log_det_cells
     info = add_logdet_info(info, info_of_noise)
-    return LogProb(log_prior + log_det + log_det_transform, log_prior, log_det, log_det_transform, info, by_class)
+    return LogProb(
+        log_prior + log_det + log_det_transform,
+        log_prior,
+        log_det,
+        log_det_transform,
+        info,
+        by_class,
+    )
 
 
 @fast_compile
@@ -520,12 +657,16 @@ def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[A
 
 @fast_compile
 def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
-    u, info = chain([preprocessing.transform(model.spec), model.flow(context)]).inverse(model.promoted(z))
+    u, info = chain([preprocessing.transform(model.spec), model.flow(context)]).inverse(
+        model.promoted(z)
+    )
     return preprocessing.rounded(model.spec, u), info
 
 
 @fast_compile
-def _decode_and_log_prob(model: Density, z: Array, context: Any, labels: Any, key_probe: Keys) -> Samples:
+def _decode_and_log_prob(
+    model: Density, z: Array, context: Any, labels: Any, key_probe: Keys
+) -> Samples:
     whole = chain([preprocessing.transform(model.spec), model.flow(context)])
     x, log_det, logdet_info, info = whole.inverse_and_logdet(z, key_probe)
     return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)

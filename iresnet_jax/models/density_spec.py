@@ -1,4 +1,6 @@
-"""All that defines a density but its weights: architecture, preprocessing, prior, and what the data are."""
+"""All that defines a density but its weights: architecture, preprocessing, prior, and what the
+data are.
+"""
 
 import math
 from dataclasses import field
@@ -28,17 +30,22 @@ class DensitySpec:
 
     Attributes:
         flow: Architecture of the flow.
-        prior_family: Family of the prior, one of `priors.FAMILIES`; "own" if it is a prior of one's own.
-        transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize` or `Whiten` of other
-            continuous data, `Bounded` in front of them where entries have hard ends or heavy tails, `Identity` of either.
+        prior_family: Family of the prior, one of `priors.FAMILIES`; "own" if it is a prior of one's
+            own.
+        transform: Preprocessing: `Center`, `Logit` or `Equalize` of images in [0, 1), `Standardize`
+            or `Whiten` of other continuous data, `Bounded` in front of them where entries have hard
+            ends or heavy tails, `Identity` of either.
         num_levels: Integer levels of the data, at least 2; None for continuous data.
         num_classes: Classes that have a prior each, at least 2; None for one prior of all.
         cells: Entries of vectors whose values own cells; None if all are continuous.
-        columns: Columns of the data frame or table that the entries of vectors are; None for arrays.
+        columns: Columns of the data frame or table that the entries of vectors are; None for
+            arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
-        num_components: Components of a prior of `priors.MIXTURES`, which has no classes; None for other priors.
-        context_hidden: Widths of a network on the scaled contexts, the last one of its output, which the flow then takes, see
-            `iresnet_jax.models.contexts`; none gives the flow the contexts themselves.
+        num_components: Components of a prior of `priors.MIXTURES`, which has no classes; None for
+            other priors.
+        context_hidden: Widths of a network on the scaled contexts, the last one of its output,
+            which the flow then takes, see `iresnet_jax.models.contexts`; none gives the flow the
+            contexts themselves.
     """
 
     constrained: ClassVar[bool] = True
@@ -55,37 +62,73 @@ class DensitySpec:
     context_hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.cells is not None and (self.num_levels is not None or self.flow.event_shape != (self.cells.num_entries,)):
-            raise ValueError(f"cells are those of vectors: there are {self.cells.num_entries} for {self.flow.event_shape}")
+        if self.cells is not None and (
+            self.num_levels is not None or self.flow.event_shape != (self.cells.num_entries,)
+        ):
+            raise ValueError(
+                f"cells are those of vectors: there are {self.cells.num_entries} for "
+                f"{self.flow.event_shape}"
+            )
         if self.flow.noise is not None and self.num_levels is None:
-            raise ValueError("variational dequantisation is for data of integer levels: leave the noise uniform")
+            raise ValueError(
+                "variational dequantisation is for data of integer levels: leave the noise uniform"
+            )
         if self.columns is not None and self.flow.event_shape != (len(self.columns),):
-            raise ValueError(f"there are {len(self.columns)} columns for examples of shape {self.flow.event_shape}")
+            raise ValueError(
+                f"there are {len(self.columns)} columns for examples of shape "
+                f"{self.flow.event_shape}"
+            )
         taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
         if taken != self.flow.context_dim:
-            made = "the network on contexts gives" if self.context_hidden else "the scale of contexts has"
-            raise ValueError(f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}")
+            made = (
+                "the network on contexts gives"
+                if self.context_hidden
+                else "the scale of contexts has"
+            )
+            raise ValueError(
+                f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}"
+            )
         if self.context_hidden and self.context is None:
-            raise ValueError("a network on contexts needs their scale: give context=Standardize.fit_contexts(contexts)")
+            raise ValueError(
+                "a network on contexts needs their scale: give "
+                "context=Standardize.fit_contexts(contexts)"
+            )
         entries, shape = getattr(self.transform, "num_entries", None), self.flow.event_shape
-        if entries is not None and (entries != shape[-1] or not (len(shape) == 1 or isinstance(self.transform, Standardize))):
-            raise ValueError(f"the transform has {entries} entries, which do not fit examples of shape {shape}")
+        if entries is not None and (
+            entries != shape[-1] or not (len(shape) == 1 or isinstance(self.transform, Standardize))
+        ):
+            raise ValueError(
+                f"the transform has {entries} entries, which do not fit examples of shape {shape}"
+            )
         if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}: labels must be of several classes")
+            raise ValueError(
+                f"num_classes must be at least 2, got {self.num_classes}: labels must "
+                "be of several classes"
+            )
         priors.check(self.prior_family, self.num_components, self.num_classes)
         if isinstance(self.transform, Equalize):
             levels, shares = self.transform.num_levels, self.transform.shares
             if self.num_levels not in (None, levels):
-                raise ValueError(f"equalize needs the frequency of each of {self.num_levels} levels, got {levels}")
+                raise ValueError(
+                    f"equalize needs the frequency of each of {self.num_levels} "
+                    f"levels, got {levels}"
+                )
             if shares is not None and len(shares) != self.flow.num_dims:
-                raise ValueError(f"equalize needs a share for each entry of {self.flow.event_shape}, got {len(shares)}")
+                raise ValueError(
+                    "equalize needs a share for each entry of "
+                    f"{self.flow.event_shape}, got {len(shares)}"
+                )
 
     def standard_prior(self) -> Any:
         """The standard member of the prior's family, which has the structure of all its members."""
-        return priors.standard(self.prior_family, self.flow.num_dims, self.num_components, self.num_classes)
+        return priors.standard(
+            self.prior_family, self.flow.num_dims, self.num_components, self.num_classes
+        )
 
     def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
-        """Fresh arrays of a `Density` beside its weights, by its fields: a standard prior, random networks."""
+        """Fresh arrays of a `Density` beside its weights, by its fields: a standard prior,
+        random networks.
+        """
         return {
             "prior": {} if self.prior_family == priors.OWN else self.standard_prior(),
             "network": initial_network(key, self.context_dim, self.context_hidden),
@@ -99,19 +142,25 @@ class DensitySpec:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether data, or some of their entries, are integer levels or own cells, and get noise."""
+        """Whether data, or some of their entries, are integer levels or own cells, and get
+        noise.
+        """
         return self.num_levels is not None or self.cells is not None
 
     @property
     def bound(self) -> str:
-        """Name of the bound that the mean over noise is, "uniform mean" or "variational mean"; "" for continuous data."""
+        """Name of the bound that the mean over noise is, "uniform mean" or "variational mean";
+        "" for continuous data.
+        """
         if not self.is_discrete:
             return ""
         return "uniform mean" if self.flow.noise is None else "variational mean"
 
     @property
     def unit(self) -> str:
-        """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous data."""
+        """Unit of reported likelihoods: "bits/dim" for integer levels, "nats" for continuous
+        data.
+        """
         return "nats" if self.num_levels is None else "bits/dim"
 
     @property

@@ -15,7 +15,14 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import actnorm, reshape
 from iresnet_jax.bijections.actnorm import ActNormParams
 from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import Rematerialize, Stage, chain, in_precision, multiscale, repeat
+from iresnet_jax.bijections.chain import (
+    Rematerialize,
+    Stage,
+    chain,
+    in_precision,
+    multiscale,
+    repeat,
+)
 from iresnet_jax.bijections.residual import Solver, residual_bijection
 from iresnet_jax.branches.branch import Branch
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
@@ -24,7 +31,8 @@ from iresnet_jax.models.architecture import FlowSpec
 
 
 class Block(NamedTuple):
-    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one block.
+    """The blocks of a stage, every array stacked over blocks; scans run over it, a slice is one
+    block.
 
     Attributes:
         actnorm: ActNorm in front of the branch.
@@ -39,9 +47,13 @@ FlowWeights = Mapping[str, Block]  # by stage
 
 
 def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
-    """The blocks as ``spec`` has them: it alone says what branches compute, and which ActNorm is a fixed scale."""
+    """The blocks as ``spec`` has them: it alone says what branches compute, and which ActNorm is
+    a fixed scale.
+    """
     return {
-        stage.name: Block(stage.actnorm(block.actnorm), dataclasses.replace(block.branch, spec=stage.branch))
+        stage.name: Block(
+            stage.actnorm(block.actnorm), dataclasses.replace(block.branch, spec=stage.branch)
+        )
         for stage in spec.all_stages
         if (block := weights.get(stage.name)) is not None
     }
@@ -54,7 +66,10 @@ def is_traced(weights: Any) -> bool:
 
 def as_params(weights: FlowWeights) -> dict[str, Any]:
     """Weights in the form of the parameters of `constrain`."""
-    return {name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}} for name, block in weights.items()}
+    return {
+        name: {"blocks": {**block.branch.weights, "actnorm": block.actnorm._asdict()}}
+        for name, block in weights.items()
+    }
 
 
 def flow_bijection(
@@ -71,11 +86,12 @@ def flow_bijection(
 
     Args:
         spec: The architecture.
-        weights: Weights from `freeze`, `constrain` or `constrain_certified`. Inverses report infinite error bounds without
-            bounds, see `iresnet_jax.models.bounds`.
+        weights: Weights from `freeze`, `constrain` or `constrain_certified`. Inverses report
+            infinite error bounds without bounds, see `iresnet_jax.models.bounds`.
         estimator: Log-determinant of the blocks.
         solver: Inverse of the blocks.
-        context: Context of every example that the bijection will see, if the model is conditional, or of every pixel.
+        context: Context of every example that the bijection will see, if the model is conditional,
+            or of every pixel.
         unroll: Whether blocks are unrolled instead of scanned.
         rematerialize: What the backward pass recomputes, see `repeat`.
     """
@@ -90,7 +106,9 @@ def flow_bijection(
         return Stage(chain([*stage.reshapes, blocks]), stage.spec.factor_out)
 
     batch_size = 1 if context is None else len(context)
-    whole = multiscale([stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size)
+    whole = multiscale(
+        [stage_of(stage) for stage in spec.layout], spec.event_shape, batch_size=batch_size
+    )
     dtype = jnp.result_type(*jax.tree.leaves(as_params(weights)))
     return in_precision(whole, dtype, jnp.float64 if solver.refine else dtype)
 
@@ -101,7 +119,8 @@ def branch_inputs(
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
 ) -> dict[str, Float[Array, "k b ..."]]:
-    """Inputs of the blocks' branches as ``x`` passes through the flow, by stage, stacked over blocks.
+    """Inputs of the blocks' branches as ``x`` passes through the flow, by stage, stacked over
+    blocks.
 
     Arguments are those of `flow_bijection`.
     """
@@ -112,7 +131,9 @@ def branch_inputs(
 
     inputs = {}
     for stage in spec.layout:
-        x, inputs[stage.name] = jax.lax.scan(step, chain(stage.reshapes).forward(x), weights[stage.name])
+        x, inputs[stage.name] = jax.lax.scan(
+            step, chain(stage.reshapes).forward(x), weights[stage.name]
+        )
         if stage.spec.factor_out:
             x, _ = reshape.split_channels(x)
     return inputs

@@ -29,11 +29,12 @@ class Attempt(NamedTuple):
 class History:
     """Measurements of a training run.
 
-    All histories are equal to each other: models that differ in nothing else run the same compiled programs. What
-    returns a model from ``jit`` therefore returns the history of the first one.
+    All histories are equal to each other: models that differ in nothing else run the same compiled
+    programs. What returns a model from ``jit`` therefore returns the history of the first one.
 
     Attributes:
-        train: Measurements of training steps, averaged between two of them: a list of values by name, "step" among them.
+        train: Measurements of training steps, averaged between two of them: a list of values by
+            name, "step" among them.
         validation: Measurements on the validation split, likewise.
         step: Step whose parameters the model has, the best on validation.
         attempts: Runs that were tried, in their order; empty if there was one run only.
@@ -55,21 +56,35 @@ class History:
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]], step: int) -> "History":
         """The history in the records of `runs.metrics.read_metrics`."""
-        train, validation = (_columns([r for r in records if r["split"] == split]) for split in ("train", "validation"))
+        train, validation = (
+            _columns([r for r in records if r["split"] == split])
+            for split in ("train", "validation")
+        )
         return cls(train, validation, step)
 
     def __str__(self) -> str:
         names = [name for name in self.validation if name not in ("step", "wall_time_s")]
-        lines = ["step  seconds  " + "  ".join(names)] if names else [f"step {self.step}, no validation"]
+        lines = (
+            ["step  seconds  " + "  ".join(names)]
+            if names
+            else [f"step {self.step}, no validation"]
+        )
         for i, step in enumerate(self.validation.get("step", [])):
             values = "  ".join(f"{self.validation[name][i]:.4f}" for name in names)
             best = "  <- this model" if step == self.step else ""
             lines.append(f"{step:.0f}  {self.validation['wall_time_s'][i]:.1f}  {values}{best}")
         for run in self.attempts:
-            lines.append(f"{run.what}: {run.loss:.4f} at step {run.best_step} of {run.num_steps}, {run.seconds:.1f} s")
+            lines.append(
+                f"{run.what}: {run.loss:.4f} at step {run.best_step} of {run.num_steps}, "
+                f"{run.seconds:.1f} s"
+            )
         return "\n".join(lines + [f"ended, as {self.ended}"] * bool(self.ended))
 
 
 def _columns(records: list[Mapping[str, Any]]) -> dict[str, list[float]]:
-    names = [name for name in (records[0] if records else {}) if name != "split" and all(name in r for r in records)]
+    names = [
+        name
+        for name in (records[0] if records else {})
+        if name != "split" and all(name in r for r in records)
+    ]
     return {name: [float(record[name]) for record in records] for name in names}

@@ -1,4 +1,6 @@
-"""A flow's first weights: random parameters, brought into the budget, and ActNorm fitted to a batch."""
+"""A flow's first weights: random parameters, brought into the budget, and ActNorm fitted to a
+batch.
+"""
 
 import functools
 from typing import Any
@@ -23,7 +25,8 @@ def fit_actnorm(
     *,
     axis_name: str | None = None,
 ) -> tuple[dict[str, Block], Float[Array, "b d"]]:
-    """Weights with ActNorm from data, each block's from what the blocks before it make of the batch, and the batch's latents.
+    """Weights with ActNorm from data, each block's from what the blocks before it make of the
+    batch, and the batch's latents.
 
     Args:
         spec: The architecture. Stages without ActNorm keep their fixed scale.
@@ -52,7 +55,10 @@ def fit_actnorm(
 def with_actnorm(params: Tree, weights: FlowWeights) -> dict[str, Any]:
     """Parameters with the ActNorm of weights."""
     fitted = {name: block.actnorm._asdict() for name, block in weights.items()}
-    return {name: {"blocks": {**stage["blocks"], "actnorm": fitted[name]}} for name, stage in params.items()}
+    return {
+        name: {"blocks": {**stage["blocks"], "actnorm": fitted[name]}}
+        for name, stage in params.items()
+    }
 
 
 @functools.partial(fast_compile, static_argnums=(0, 4, 5))
@@ -64,11 +70,13 @@ def initial_weights(
     sharpness: float = 0.0,
     last_scale: float = 1.0,
 ) -> tuple[dict[str, Block], Float[Array, "b d"]]:
-    """Fresh weights as `contractions.freeze` gives them, and the latents of the batch that ActNorm is fitted to.
+    """Fresh weights as `contractions.freeze` gives them, and the latents of the batch that ActNorm
+    is fitted to.
 
     Arguments are those of `FlowSpec.initial_params` and of `fit_actnorm`.
     """
-    key_params, _ = jax.random.split(key)  # as in training, which draws power iterates from the second one
+    # as in training, which draws power iterates from the second one
+    key_params, _ = jax.random.split(key)
     params = spec.initial_params(key_params, sharpness=sharpness, last_scale=last_scale)
     return fit_actnorm(spec, freeze(spec, params), x, context)
 

@@ -1,7 +1,9 @@
-"""Leading axes: models run one example, a batch, or any axes of examples as one batch, and give the axes back.
+"""Leading axes: models run one example, a batch, or any axes of examples as one batch, and give the
+axes back.
 
-Axes of examples and of their contexts broadcast against each other: ``(b, d)`` and ``(k,)`` are a batch under one context,
-``(d,)`` and ``(n, k)`` are one example under ``n`` contexts. A batch with a context for each example takes no operation.
+Axes of examples and of their contexts broadcast against each other: ``(b, d)`` and ``(k,)`` are a
+batch under one context, ``(d,)`` and ``(n, k)`` are one example under ``n`` contexts. A batch with
+a context for each example takes no operation.
 """
 
 import math
@@ -40,7 +42,10 @@ class Examples(NamedTuple):
             return None
         key = typed_key(key)
         if key.shape not in ((), self.axes):
-            raise ValueError(f"there must be one key, or one per example in shape {self.axes}, got keys of shape {key.shape}")
+            raise ValueError(
+                f"there must be one key, or one per example in shape {self.axes}, got "
+                f"keys of shape {key.shape}"
+            )
         return key.reshape(-1) if key.ndim > 1 else key
 
     def restore(self, results: T) -> T:
@@ -50,7 +55,9 @@ class Examples(NamedTuple):
         return jax.tree.map(lambda a: a.reshape(*self.axes, *a.shape[1:]), results)
 
 
-def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_dim: int = 0) -> Examples:
+def as_batch(
+    x: Any, event_shape: tuple[int, ...], context: Any = None, context_dim: int = 0
+) -> Examples:
     """Examples ``(..., *event_shape)`` and contexts ``(..., context_dim)`` as one batch.
 
     Arrays that do not end in these shapes are left as they are, for the model to refuse.
@@ -58,7 +65,10 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
     Raises:
         ValueError: If the leading axes of examples and contexts do not fit together.
     """
-    event_shape, x = tuple(event_shape), x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+    event_shape, x = (
+        tuple(event_shape),
+        x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x),
+    )
     axes = x.shape[: -len(event_shape)]
     if x.shape != (*axes, *event_shape):
         return Examples(x, context, x.shape[:1])
@@ -69,7 +79,8 @@ def as_batch(x: Any, event_shape: tuple[int, ...], context: Any = None, context_
                 axes = np.broadcast_shapes(axes, context.shape[:-1])
             except ValueError:
                 raise ValueError(
-                    f"contexts of shape {context.shape} do not fit examples of shape {x.shape}: give one context for all, one "
+                    f"contexts of shape {context.shape} do not fit examples of shape {x.shape}: "
+                    "give one context for all, one "
                     "for each example, or leading axes that broadcast"
                 ) from None
             context = _flat(context, axes, (context_dim,))
@@ -80,5 +91,6 @@ def _flat(array: Any, axes: tuple[int, ...], own: tuple[int, ...]) -> Any:
     """An array of ``own`` shape behind axes that broadcast to ``axes``, as a batch."""
     if len(axes) == 1 and array.shape == (*axes, *own):
         return array
-    xp = jnp if isinstance(array, jax.Array) else np  # known numbers stay known under jit, and are checked
+    # known numbers stay known under jit, and are checked
+    xp = jnp if isinstance(array, jax.Array) else np
     return xp.broadcast_to(array, (*axes, *own)).reshape(math.prod(axes), *own)

@@ -1,8 +1,8 @@
 """Flax modules of the networks, for Flax's users: the only file that imports Linen.
 
-A module holds no mathematics: it gives names to the arrays that the pure functions of `initial` make and those of `flow` take,
-stacked over the blocks of a stage. Collections: "params", trained; "spectral", the power iterates; "batch_stats", running
-averages of a classifier's BatchNorm.
+A module holds no mathematics: it gives names to the arrays that the pure functions of `initial`
+make and those of `flow` take, stacked over the blocks of a stage. Collections: "params", trained;
+"spectral", the power iterates; "batch_stats", running averages of a classifier's BatchNorm.
 """
 
 from flax import linen as nn
@@ -22,7 +22,8 @@ from iresnet_jax.models.priors import Gaussian
 class ResidualFlow(nn.Module):
     """A multi-scale residual flow with a normal prior whose means and scales are learned.
 
-    ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power iterations to convergence:
+    ``init(key, x)`` or ``init(key, x, context)`` fits ActNorm to ``x`` and runs the power
+    iterations to convergence:
 
         >>> variables = ResidualFlow(spec).init(key, x)
         >>> weights = freeze(spec, variables["params"])
@@ -38,12 +39,20 @@ class ResidualFlow(nn.Module):
     sharpness: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None) -> Float[Array, "b d"]:
-        """The latents of ``x``. Under ``init``, which needs a representative batch, creates all variables on the way."""
+    def __call__(
+        self, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None = None
+    ) -> Float[Array, "b d"]:
+        """The latents of ``x``. Under ``init``, which needs a representative batch, creates all
+        variables on the way.
+        """
         if self.is_initializing():
             self.param("prior", lambda key: Gaussian.standard(self.spec.num_dims))
-            return _create(self, self.spec, x, context, last_scale=self.last_scale, sharpness=self.sharpness)
-        weights = constrain(self.spec, self.variables["params"], self.variables.get("spectral", {})).weights
+            return _create(
+                self, self.spec, x, context, last_scale=self.last_scale, sharpness=self.sharpness
+            )
+        weights = constrain(
+            self.spec, self.variables["params"], self.variables.get("spectral", {})
+        ).weights
         return flow_bijection(self.spec, weights, context=context).forward(x)
 
 
@@ -70,7 +79,12 @@ class Classifier(nn.Module):
         if self.is_initializing():
             z = _create(self, flow, x, last_scale=self.last_scale, is_constrained=is_constrained)
             features = reshape.unflatten(z, self.spec.feature_shape)
-            head = self.param("head", lambda key: initial_head(key, features.shape[1:], self.spec.num_classes, self.spec.head))
+            head = self.param(
+                "head",
+                lambda key: initial_head(
+                    key, features.shape[1:], self.spec.num_classes, self.spec.head
+                ),
+            )
             statistics = statistics_of(head, features)
             for name, own in statistics.items():
                 self.variable("batch_stats", name, lambda own=own: own)
@@ -90,7 +104,9 @@ def _create(
     is_constrained: bool = True,
     **options: bool | float,
 ) -> Float[Array, "b d"]:
-    """Creates a flow's variables in a module, named ``stage0/blocks/conv0/kernel`` and so on. Returns the latents of ``x``."""
+    """Creates a flow's variables in a module, named ``stage0/blocks/conv0/kernel`` and so on.
+    Returns the latents of ``x``.
+    """
     params = spec.initial_params(module.make_rng("params"), **options)  # pyright: ignore[reportArgumentType]
     spectral = spec.initial_iterates(module.make_rng("params")) if is_constrained else {}
     weights, spectral, _ = (constrain if is_constrained else unconstrained)(spec, params, spectral)

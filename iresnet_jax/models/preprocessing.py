@@ -1,9 +1,10 @@
 """Data as the flow takes them, and back.
 
-    data  --numbers, checked-->  levels or vectors  --cells-->  continuous data  --transform-->  the flow's input
+    data  --numbers, checked-->  levels or vectors  --cells-->  continuous data  --transform-->  the
+    flow's input
 
-`cells` and `transform` are bijections, the first one in distribution: forward adds noise, the inverse rounds. Their numbers
-come from the data and are no parameters: their gradients are 0.
+`cells` and `transform` are bijections, the first one in distribution: forward adds noise, the
+inverse rounds. Their numbers come from the data and are no parameters: their gradients are 0.
 """
 
 from collections.abc import Callable
@@ -27,10 +28,12 @@ from iresnet_jax.models.density_spec import DensitySpec
 
 
 def numbers(spec: DensitySpec, x: Any) -> Any:
-    """Data as an array of numbers: a data frame by the names, categories and order of the columns that were fitted.
+    """Data as an array of numbers: a data frame by the names, categories and order of the columns
+    that were fitted.
 
     Raises:
-        ValueError: If a column is missing or unknown, or holds a missing value or an unknown category.
+        ValueError: If a column is missing or unknown, or holds a missing value or an unknown
+            category.
     """
     if spec.columns is not None and isinstance(x, Frame):
         return numbers_of(x, spec.columns)
@@ -39,36 +42,51 @@ def numbers(spec: DensitySpec, x: Any) -> Any:
 
 
 def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
-    """Examples that a new model is made for, as it will take them, and the number of integer levels of images that have them.
+    """Examples that a new model is made for, as it will take them, and the number of integer levels
+    of images that have them.
 
     By default these are 256, and 2 of booleans.
 
     Raises:
-        ValueError: If they are no batch, hold missing or infinite numbers, or have no levels and ``num_levels`` is given.
+        ValueError: If they are no batch, hold missing or infinite numbers, or have no levels and
+            ``num_levels`` is given.
     """
     check_unmasked(x, "x")
     x = np.asarray(x)
     if x.ndim < 2 or not len(x):
-        raise ValueError(f"x must be a batch of examples, got shape {x.shape}; numbers, one an example, are x[:, None]")
+        raise ValueError(
+            f"x must be a batch of examples, got shape {x.shape}; numbers, one an "
+            "example, are x[:, None]"
+        )
     if x.ndim > 2 and x.dtype == bool:
         x, num_levels = x.astype(np.uint8), num_levels or 2
     if x.ndim > 2 and np.issubdtype(x.dtype, np.integer):
         return x, num_levels or 256
     if num_levels is not None:
-        raise ValueError(f"num_levels is for images of integer levels, got {x.dtype} of shape {x.shape}: leave it out")
+        raise ValueError(
+            f"num_levels is for images of integer levels, got {x.dtype} of shape "
+            f"{x.shape}: leave it out"
+        )
     x = finite_numbers(x, "x", x.dtype if np.issubdtype(x.dtype, np.floating) else float)
     check_told_apart(x.reshape(-1, x.shape[-1]), jnp.result_type(float), "entry {} of x".format)
     return x, None
 
 
-def check_told_apart(rows: Shaped[np.ndarray, "n d"], dtype: Any, name_of: Callable[[int], str]) -> None:
-    """Raises ``ValueError`` if a column varies by less than 128 roundings of its mean in this type; the message names it."""
+def check_told_apart(
+    rows: Shaped[np.ndarray, "n d"], dtype: Any, name_of: Callable[[int], str]
+) -> None:
+    """Raises ``ValueError`` if a column varies by less than 128 roundings of its mean in this
+    type; the message names it.
+    """
     rows, info = np.asarray(rows, np.float64), jnp.finfo(dtype)
     std, mean = rows.std(axis=0), rows.mean(axis=0)
-    is_faint = std < np.maximum(128 * float(info.eps) * np.abs(mean), float(info.tiny) / float(info.eps))
+    is_faint = std < np.maximum(
+        128 * float(info.eps) * np.abs(mean), float(info.tiny) / float(info.eps)
+    )
     for column in np.flatnonzero(is_faint & (np.ptp(rows, axis=0) > 0)).tolist():
         raise ValueError(
-            f"{info.dtype} cannot tell the values of {name_of(column)} apart: subtract its mean, and divide by its standard "
+            f"{info.dtype} cannot tell the values of {name_of(column)} apart: subtract its mean, "
+            "and divide by its standard "
             "deviation"
         )
 
@@ -77,7 +95,8 @@ def checked(spec: DensitySpec, x: Any) -> Array:
     """The data as an array, if it is what the model takes.
 
     Raises:
-        ValueError: If data have another shape or type; where they are known, also if a value is out of range.
+        ValueError: If data have another shape or type; where they are known, also if a value is out
+            of range.
     """
     shape, x = tuple(spec.flow.event_shape), numbers(spec, x)
     is_table = len(shape) == 1 and x.shape[1:] == shape
@@ -90,7 +109,8 @@ def checked(spec: DensitySpec, x: Any) -> Array:
         wanted = f"floats of shape (batch, {', '.join(map(str, shape))})"
         raise ValueError(f"the model takes {wanted}, got {x.dtype} of shape {x.shape}")
     else:
-        x = x.astype(jnp.promote_types(x.dtype, np.float32))  # as cells are: 16 bits have other numbers
+        # as cells are: 16 bits have other numbers
+        x = x.astype(jnp.promote_types(x.dtype, np.float32))
     if isinstance(spec.transform, Bounded):
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in (x, *jax.tree.leaves(spec))):
             check_ranges(spec, x)
@@ -98,17 +118,22 @@ def checked(spec: DensitySpec, x: Any) -> Array:
 
 
 def check_ranges(spec: DensitySpec, x: Any) -> None:
-    """Raises ``ValueError`` if an entry of vectors is out of its bounds; the message names the first one."""
+    """Raises ``ValueError`` if an entry of vectors is out of its bounds; the message names the
+    first one.
+    """
     if not isinstance(spec.transform, Bounded):
         return
     with np.errstate(over="ignore"):  # in the precision of the ends
         u = np.asarray(_in_cells(spec.cells, np.asarray(x).astype(jnp.result_type(float))))
         _, log_slopes = spec.transform.to_line(u, np)
     for row, column in np.argwhere(np.isneginf(log_slopes))[:1].tolist():
-        low, high = rounded(spec, jnp.stack([spec.transform.low, spec.transform.high]))[:, column].tolist()
+        low, high = rounded(spec, jnp.stack([spec.transform.low, spec.transform.high]))[
+            :, column
+        ].tolist()
         name = "" if spec.columns is None else f" ({spec.columns[column].name!r})"
         raise ValueError(
-            f"{x[row, column]:g} in row {row}, column {column}{name}, is not within the range {low:g} to {high:g} of the "
+            f"{x[row, column]:g} in row {row}, column {column}{name}, is not within the range "
+            f"{low:g} to {high:g} of the "
             "model: its density is 0"
         )
 
@@ -119,7 +144,9 @@ def _in_cells(cells: Cells | None, x: Array) -> Array:
 
 
 def cells(spec: DensitySpec) -> Bijection:
-    """From levels to points of [0, 1), or from values to points of their cells; the identity of continuous data."""
+    """From levels to points of [0, 1), or from values to points of their cells; the identity of
+    continuous data.
+    """
     if spec.num_levels is not None:
         return dequantize_bijection(spec.num_levels)
     return jax.lax.stop_gradient(spec.cells or Identity()).bijection()
@@ -131,7 +158,9 @@ def transform(spec: DensitySpec) -> Bijection:
 
 
 def rounded(spec: DensitySpec, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
-    """Levels, or values that own cells, of continuous data; continuous data of a model without either as they are."""
+    """Levels, or values that own cells, of continuous data; continuous data of a model without
+    either as they are.
+    """
     if spec.cells is not None and isinstance(spec.transform, Bounded):
         u = spec.transform.clip(u, spec.cells.margins(u.dtype))
     return cells(spec).inverse(u)[0]

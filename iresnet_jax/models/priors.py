@@ -1,8 +1,9 @@
 """Priors of latents: values that have a log-density and are sampled, and whose arrays are trained.
 
-A prior is a pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as distributions of NumPyro and flowjax
-are. Those of `FAMILIES` also have ``standard``, to start from, ``fit`` to latents, and a temperature, the factor on the scale
-of their samples: 1 samples the prior, and at 0 every sample is a mean.
+A prior is a pytree with ``log_prob(z) -> (b,)`` and ``sample(key, (n,)) -> (n, d)``, as
+distributions of NumPyro and flowjax are. Those of `FAMILIES` also have ``standard``, to start from,
+``fit`` to latents, and a temperature, the factor on the scale of their samples: 1 samples the
+prior, and at 0 every sample is a mean.
 """
 
 import math
@@ -36,7 +37,8 @@ class LocationScale:
     Attributes:
         mean: Mean of each entry.
         log_scale: Logarithm of the scale of each entry.
-        unit_std, log_density, draw: The standard member's standard deviation, log-density and source of numbers.
+        unit_std, log_density, draw: The standard member's standard deviation, log-density and
+            source of numbers.
     """
 
     unit_std: ClassVar[float]
@@ -67,7 +69,9 @@ class LocationScale:
         t = (z - self.mean[None]) * jnp.exp(-self.log_scale[None])
         return jnp.sum(self.log_density(t) - self.log_scale[None], axis=1)
 
-    def sample(self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0) -> Float[Array, "n d"]:
+    def sample(
+        self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0
+    ) -> Float[Array, "n d"]:
         """Draws ``mean + temperature * scale * e``."""
         drawn = self.draw(key, (*shape, *self.mean.shape), self.mean.dtype)
         return self.mean[None] + temperature * jnp.exp(self.log_scale[None]) * drawn
@@ -88,7 +92,9 @@ class Gaussian(LocationScale):
 
 @pytree(arrays=("mean", "log_scale"))
 class Logistic(LocationScale):
-    """Independent logistic entries, ``log p(t) = log sigmoid(t) + log sigmoid(-t)``: its tails are linear in ``|t|``."""
+    """Independent logistic entries, ``log p(t) = log sigmoid(t) + log sigmoid(-t)``: its tails
+    are linear in ``|t|``.
+    """
 
     unit_std = math.pi / math.sqrt(3)
     log_density = staticmethod(log_logistic)
@@ -96,7 +102,11 @@ class Logistic(LocationScale):
 
 
 LOCATION_SCALE: dict[str, Any] = {"gaussian": Gaussian, "logistic": Logistic}
-MIXTURES: dict[str, Any] = {"mixture": GaussianMixture, "scales": ScaleMixture, "marginals": Marginals}  # of components
+MIXTURES: dict[str, Any] = {
+    "mixture": GaussianMixture,
+    "scales": ScaleMixture,
+    "marginals": Marginals,
+}  # of components
 FAMILIES = {**LOCATION_SCALE, **MIXTURES}
 OWN = "own"  # the family of a prior of one's own
 
@@ -123,20 +133,31 @@ class ClassPriors:
         return cls(stacked, floats(np.zeros(num_classes)))
 
     @classmethod
-    def fit(cls, family: str, z: ArrayLike, labels: Int[np.ndarray, " n"], num_classes: int) -> "ClassPriors":
+    def fit(
+        cls, family: str, z: ArrayLike, labels: Int[np.ndarray, " n"], num_classes: int
+    ) -> "ClassPriors":
         """Priors of classes whose variance is 1, as it is within classes behind `Whiten`.
 
-        The means are those of the latents of each class, as in linear discriminant analysis. If its classes are less likely by
-        cross-validation than those of logistic regression, whose weights are means up to a shift of all of them, they are the
-        ones nearest to the mean of all latents that leave ``p(y)`` near the frequencies of classes. A class without examples
-        has the mean of all latents. Frequencies count one more example a class.
+        The means are those of the latents of each class, as in linear discriminant analysis. If its
+        classes are less likely by cross-validation than those of logistic regression, whose weights
+        are means up to a shift of all of them, they are the ones nearest to the mean of all latents
+        that leave ``p(y)`` near the frequencies of classes. A class without examples has the mean
+        of all latents. Frequencies count one more example a class.
         """
         z = np.asarray(z, np.float64)
         counts = np.bincount(labels, minlength=num_classes)
-        mean = np.stack([z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0) for label in range(num_classes)])
+        mean = np.stack(
+            [
+                z[labels == label].mean(axis=0) if counts[label] else z.mean(axis=0)
+                for label in range(num_classes)
+            ]
+        )
         logits = np.log((counts + 1) / (counts.sum() + num_classes))
         some = slice(0, NUM_REGRESSED)
-        has_all = family == "gaussian" and np.bincount(labels[some], minlength=num_classes).min() >= NUM_FOLDS
+        has_all = (
+            family == "gaussian"
+            and np.bincount(labels[some], minlength=num_classes).min() >= NUM_FOLDS
+        )
         if has_all and (found := _better_logits(z[some], labels[some])) is not None:
             weights, bias = found
             mean = weights - weights.mean(axis=0) + z.mean(axis=0)
@@ -146,11 +167,15 @@ class ClassPriors:
         return cls(LOCATION_SCALE[family].of_moments(mean, np.ones_like(mean)), floats(logits))
 
     def log_prob_by_class(self, z: Float[Array, "b d"]) -> Float[Array, "b k"]:
-        """``log p(y) + log p(z | y)`` for every class ``y``: logits of the classes, whose log-sum-exp is the log-density."""
+        """``log p(y) + log p(z | y)`` for every class ``y``: logits of the classes, whose
+        log-sum-exp is the log-density.
+        """
         of_classes = jax.vmap(lambda prior: prior.log_prob(z), out_axes=1)(self.by_class)
         return of_classes + jax.nn.log_softmax(self.logits)[None]
 
-    def log_prob(self, z: Float[Array, "b d"], labels: Integer[Array, " b"] | None = None) -> Float[Array, " b"]:
+    def log_prob(
+        self, z: Float[Array, "b d"], labels: Integer[Array, " b"] | None = None
+    ) -> Float[Array, " b"]:
         """``log p(z)``, or ``log p(z | y)`` with labels ``y``, NaN for a label that is no class."""
         by_class = self.log_prob_by_class(z)
         if labels is None:
@@ -167,14 +192,24 @@ class ClassPriors:
         """Classes of so many samples, if they are that; under ``jit`` their range is not known."""
         labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
         if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be {num} integers, one per sample, got {labels.dtype} of shape {labels.shape}")
-        known, last = [] if isinstance(labels, jax.core.Tracer) else labels.tolist(), len(self.logits) - 1
+            raise ValueError(
+                f"labels must be {num} integers, one per sample, got {labels.dtype} "
+                f"of shape {labels.shape}"
+            )
+        known, last = (
+            [] if isinstance(labels, jax.core.Tracer) else labels.tolist(),
+            len(self.logits) - 1,
+        )
         if wrong := [label for label in known if not 0 <= label <= last]:
             raise ValueError(f"labels must be classes from 0 to {last}, got {wrong[0]}")
         return jnp.asarray(labels).astype(int)  # 256 is no number of 8 bits
 
     def sample(
-        self, key: Key[Array, ""], shape: tuple[int], temperature: Any = 1.0, labels: Integer[Array, " n"] | None = None
+        self,
+        key: Key[Array, ""],
+        shape: tuple[int],
+        temperature: Any = 1.0,
+        labels: Integer[Array, " n"] | None = None,
     ) -> Float[Array, "n d"]:
         """Draws of classes from ``p(y)``, or of these labels; NaN for a label that is no class."""
         key_label, key_noise = jax.random.split(key)
@@ -182,11 +217,17 @@ class ClassPriors:
         labels = drawn if labels is None else jnp.asarray(labels).astype(int)
         chosen = jax.tree.map(lambda stacked: stacked[labels], self.by_class)
         one = jax.vmap(lambda prior, key: prior.sample(key, (1,), temperature)[0])
-        return jnp.where(self._exist(labels)[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan)
+        return jnp.where(
+            self._exist(labels)[:, None], one(chosen, jax.random.split(key_noise, *shape)), jnp.nan
+        )
 
 
-def _better_logits(z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> tuple[Any, Any] | None:
-    """Weights ``(k, d)`` and biases ``(k,)`` of logistic regression if it is better than linear discriminant analysis."""
+def _better_logits(
+    z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]
+) -> tuple[Any, Any] | None:
+    """Weights ``(k, d)`` and biases ``(k,)`` of logistic regression if it is better than linear
+    discriminant analysis.
+    """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score
@@ -195,7 +236,8 @@ def _better_logits(z: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -
     regression, analysis = LogisticRegression(max_iter=1000), LinearDiscriminantAnalysis()
     with threadpool_limits(1):
         scores = [
-            cross_val_score(each, z, labels, scoring="neg_log_loss", cv=NUM_FOLDS).mean() for each in (regression, analysis)
+            cross_val_score(each, z, labels, scoring="neg_log_loss", cv=NUM_FOLDS).mean()
+            for each in (regression, analysis)
         ]
         if scores[0] < scores[1]:
             return None
@@ -235,25 +277,37 @@ class OwnPrior:
 def check(family: str, num_components: int | None, num_classes: int | None) -> None:
     """Raises ``ValueError`` unless a family exists and has such a member."""
     if family not in (*FAMILIES, OWN):
-        raise ValueError(f"prior_family must be one of {', '.join((*FAMILIES, OWN))}, got {family!r}")
+        raise ValueError(
+            f"prior_family must be one of {', '.join((*FAMILIES, OWN))}, got {family!r}"
+        )
     if (family in MIXTURES) != ((num_components or 0) > 0):
         raise ValueError(
-            f"num_components is for the priors {', '.join(MIXTURES)}, which need at least 1, and for no other: got "
+            f"num_components is for the priors {', '.join(MIXTURES)}, which need at least 1, and "
+            "for no other: got "
             f"{num_components} for the prior {family}"
         )
     if num_classes is not None and family not in LOCATION_SCALE:
         raise ValueError(
-            f"priors of classes are {' or '.join(LOCATION_SCALE)}, got {family} with num_classes={num_classes}: leave it out"
+            f"priors of classes are {' or '.join(LOCATION_SCALE)}, got {family} with "
+            f"num_classes={num_classes}: leave it out"
         )
 
 
-def standard(family: str, num_dims: int, num_components: int | None = None, num_classes: int | None = None) -> Any:
-    """The standard member of a family, of so many components or for each class, which all members have the structure of."""
+def standard(
+    family: str, num_dims: int, num_components: int | None = None, num_classes: int | None = None
+) -> Any:
+    """The standard member of a family, of so many components or for each class, which all
+    members have the structure of.
+    """
     if family == OWN:
-        raise ValueError("a prior of one's own has no standard member: give it to the model, as prior=...")
+        raise ValueError(
+            "a prior of one's own has no standard member: give it to the model, as prior=..."
+        )
     if num_classes is not None:
         return ClassPriors.standard(family, num_dims, num_classes)
-    return FAMILIES[family].standard(num_dims, *([] if num_components is None else [num_components]))
+    return FAMILIES[family].standard(
+        num_dims, *([] if num_components is None else [num_components])
+    )
 
 
 def family_of(prior: Any) -> str:
@@ -262,15 +316,20 @@ def family_of(prior: Any) -> str:
 
 
 def trainable(prior: Any) -> Any:
-    """A prior as a pytree of arrays of floats: itself, or an `OwnPrior` if it is one's own and has other leaves.
+    """A prior as a pytree of arrays of floats: itself, or an `OwnPrior` if it is one's own and has
+    other leaves.
 
-    As in branches of one's own, arrays of JAX are trained; arrays of NumPy, numbers and functions are constants.
+    As in branches of one's own, arrays of JAX are trained; arrays of NumPy, numbers and functions
+    are constants.
 
     Raises:
         ValueError: If it has not the methods of a prior.
     """
     if not all(callable(getattr(prior, name, None)) for name in ("log_prob", "sample")):
-        raise ValueError(f"a prior has the methods log_prob(z) and sample(key, (n,)), got a {type(prior).__name__}")
+        raise ValueError(
+            "a prior has the methods log_prob(z) and sample(key, (n,)), got a "
+            f"{type(prior).__name__}"
+        )
     if isinstance(prior, (*FAMILIES.values(), ClassPriors)):
         return jax.tree.map(floats, prior)
     structure, weights = Structure.of(prior)

@@ -1,4 +1,6 @@
-"""Models read from their files, see `model`: every array must be what the model that the header describes has."""
+"""Models read from their files, see `model`: every array must be what the model that the header
+describes has.
+"""
 
 import contextlib
 import json
@@ -38,38 +40,55 @@ def read(
     Args:
         path: The file, or a folder that holds ``model.npz``.
         branches: Branches of one's own by their names, see `StageSpec.branch`.
-        prior: A prior of one's own with the structure of the one that was saved; its numbers do not count.
+        prior: A prior of one's own with the structure of the one that was saved; its numbers do not
+            count.
 
     Raises:
-        ValueError: If there is no such file, or it is damaged or from another version, or a part of one's own is not given.
+        ValueError: If there is no such file, or it is damaged or from another version, or a part of
+            one's own is not given.
     """
     with _opened(path) as (archive, header):
         spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
         is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
         if is_own != (prior is not None):
-            raise _RefusedError("its prior is one's own: give one like it, as prior=..." if is_own else "it takes no prior=...")
+            raise _RefusedError(
+                "its prior is one's own: give one like it, as prior=..."
+                if is_own
+                else "it takes no prior=..."
+            )
 
         def empty():
             key = jax.random.key(0)
             own_prior = {"prior": priors.trainable(prior)} if is_own else {}
-            return {"params": spec.flow.initial_params(key), **spec.initial_arrays(key), **own_prior}
+            return {
+                "params": spec.flow.initial_params(key),
+                **spec.initial_arrays(key),
+                **own_prior,
+            }
 
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
             expected = jax.eval_shape(empty)
-        arrays = jax.tree.map_with_path(lambda key, leaf: _read_array(archive, array_name(key), leaf), expected)
+        arrays = jax.tree.map_with_path(
+            lambda key, leaf: _read_array(archive, array_name(key), leaf), expected
+        )
         names = {array_name(key) for key, _ in jax.tree.leaves_with_path(expected)}
         if left_over := set(archive.files) - {HEADER} - names:
             raise ValueError(f"it holds {sorted(left_over)[0]}, which such a model does not have")
-    if jnp.result_type(float) != np.float64 and any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(arrays)):
+    if jnp.result_type(float) != np.float64 and any(
+        leaf.dtype == np.float64 for leaf in jax.tree.leaves(arrays)
+    ):
         warnings.warn(
-            f"{path} is in float64, and JAX computes in float32: its weights are rounded; set JAX_ENABLE_X64=1 to keep them",
+            f"{path} is in float64, and JAX computes in float32: its weights are rounded; set "
+            "JAX_ENABLE_X64=1 to keep them",
             stacklevel=3,
         )
     return model_of(spec, jax.device_put(arrays)), header["about"]
 
 
 def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads ``about`` of `Model.save`, which starts no device; arguments and errors are those of `read`."""
+    """Reads ``about`` of `Model.save`, which starts no device; arguments and errors are those of
+    `read`.
+    """
     with _opened(path) as (_, header):
         return header["about"]
 
@@ -84,17 +103,31 @@ def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dic
     def with_branch(stage):
         name = stage.get("branch")
         if name is not None and name not in branches:
-            raise _RefusedError(f"it has a branch {name!r} of one's own: give what makes it, as branches={{{name!r}: ...}}")
+            raise _RefusedError(
+                f"it has a branch {name!r} of one's own: give what makes it, as "
+                f"branches={{{name!r}: ...}}"
+            )
         if name is None and stage.get("kind", "feedforward") not in KINDS:
-            raise _RefusedError(f"it has branches of the kind {stage['kind']!r}: give them that name by kinds.register first")
+            raise _RefusedError(
+                f"it has branches of the kind {stage['kind']!r}: give them that "
+                "name by kinds.register first"
+            )
         return stage if name is None else {**stage, "branch": branches[name]}
 
-    return {**plain, "flow": {**plain["flow"], "stages": [with_branch(stage) for stage in plain["flow"]["stages"]]}}
+    return {
+        **plain,
+        "flow": {
+            **plain["flow"],
+            "stages": [with_branch(stage) for stage in plain["flow"]["stages"]],
+        },
+    }
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file of a model and its header; whatever is wrong in it, until the context ends, is a ``ValueError``."""
+    """The file of a model and its header; whatever is wrong in it, until the context ends, is a
+    ``ValueError``.
+    """
     path = path_of(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -102,7 +135,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if HEADER not in archive:
-                raise _RefusedError("it holds no model that was saved: of a run, give the folder that holds config.json")
+                raise _RefusedError(
+                    "it holds no model that was saved: of a run, give the folder "
+                    "that holds config.json"
+                )
             header = json.loads(archive[HEADER].tobytes())
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')}, not {FORMAT}")
@@ -113,14 +149,22 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
         raise
     except Exception as error:  # there is no list of what a damaged file makes others raise
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} is damaged or was written by another version ({reason}): save the model again") from error
+        raise ValueError(
+            f"{path} is damaged or was written by another version ({reason}): save the model again"
+        ) from error
 
 
 def _read_array(archive: Any, name: str, expected: Any) -> np.ndarray:
     """One array of the file, which must be what such a model has."""
     array = archive[name]
-    if array.shape != expected.shape or array.dtype not in (expected.dtype, _DOUBLE.get(expected.dtype)):
-        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, not {expected.dtype} of shape {expected.shape}")
+    if array.shape != expected.shape or array.dtype not in (
+        expected.dtype,
+        _DOUBLE.get(expected.dtype),
+    ):
+        raise ValueError(
+            f"{name} is {array.dtype} of shape {array.shape}, not {expected.dtype} of "
+            f"shape {expected.shape}"
+        )
     if not np.all(np.isfinite(array)):
         raise ValueError(f"{name} holds numbers that are not finite")
     return array
@@ -131,7 +175,10 @@ def model_of(spec: Spec, arrays: Mapping[str, Any]) -> Model:
 
     Args:
         spec: All that defines the model but its weights.
-        arrays: ``params`` as `contractions.of_stored` takes them, and the rest of the fields of the model's class by name.
+        arrays: ``params`` as `contractions.of_stored` takes them, and the rest of the fields of the
+            model's class by name.
     """
     rest = {name: value for name, value in arrays.items() if name != "params"}
-    return MODELS[type(spec)](spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest)
+    return MODELS[type(spec)](
+        spec, of_stored(spec.flow, arrays["params"], constrained=spec.constrained), **rest
+    )

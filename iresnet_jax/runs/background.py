@@ -11,8 +11,9 @@ from typing import Any
 class Background(contextlib.AbstractContextManager["Background"]):
     """Makes calls in their order, beside the code of the ``with``, at whose end all are done.
 
-    After a call that fails, those that wait are dropped, and its error is raised by the next one that is asked for, or at the
-    end. An error of the ``with`` itself comes first, and Ctrl-C waits for nothing.
+    After a call that fails, those that wait are dropped, and its error is raised by the next one
+    that is asked for, or at the end. An error of the ``with`` itself comes first, and Ctrl-C waits
+    for nothing.
     """
 
     def __init__(self):

@@ -1,8 +1,10 @@
-"""Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file of named arrays, whole or absent.
+"""Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file of named
+arrays, whole or absent.
 
-A file is written under another name and renamed at the end: a killed process or a full disk cannot damage what was there
-before. The format keeps a checksum of each array, which finds what a failing disk did since. The name of an array is its path
-in the pytree of the state, such as ``params/stage0/blocks/conv1/kernel``.
+A file is written under another name and renamed at the end: a killed process or a full disk cannot
+damage what was there before. The format keeps a checksum of each array, which finds what a failing
+disk did since. The name of an array is its path in the pytree of the state, such as
+``params/stage0/blocks/conv1/kernel``.
 """
 
 import contextlib
@@ -40,7 +42,8 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints ``workdir/checkpoints/<step>.npz``: the newest to resume from, the best to evaluate.
+    """The checkpoints ``workdir/checkpoints/<step>.npz``: the newest to resume from, the best to
+    evaluate.
 
     Args:
         workdir: Folder of the run, which exists when something is saved.
@@ -62,12 +65,14 @@ class Checkpoints:
     def save(self, step: int, state: Any, *, metric: SupportsFloat | None = None) -> None:
         """Writes the checkpoint of a step, then deletes those that are no longer needed.
 
-        Checkpoints of later steps are deleted too: resuming from an earlier step gave up their future.
+        Checkpoints of later steps are deleted too: resuming from an earlier step gave up their
+        future.
 
         Args:
             step: Finished updates, >= 0.
             state: A pytree of arrays, without a device axis.
-            metric: What model selection goes by, lower is better, e.g. validation bits/dim. NaN is never the best.
+            metric: What model selection goes by, lower is better, e.g. validation bits/dim. NaN is
+                never the best.
 
         Raises:
             OSError: If the disk is full or not writable; the checkpoints already there are kept.
@@ -83,19 +88,28 @@ class Checkpoints:
                 np.savez(file, **named)  # pyright: ignore[reportArgumentType]: of names that no state has
         except OSError as error:
             raise OSError(
-                f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}): "
-                "free space, check permissions or the connection, and resume; the checkpoints written before are kept"
+                f"the checkpoint of step {step} could not be written to {self._folder} "
+                f"({_reason(error)}): "
+                "free space, check permissions or the connection, and resume; the checkpoints "
+                "written before are kept"
             ) from error
         self._metrics[step] = value
-        with contextlib.suppress(OSError):  # what cannot be read or deleted now is so after the next one
+        # what cannot be read or deleted now is so after the next one
+        with contextlib.suppress(OSError):
             self._prune(step)
 
     def _prune(self, step: int) -> None:
         """Deletes all checkpoints but the newest up to this step and the best."""
         steps = self.steps()
         past = [other for other in steps if other <= step]
-        self._metrics = {other: self._metrics[other] if other in self._metrics else self._metric(other) for other in past}
-        best = sorted((other for other in past if math.isfinite(self._metrics[other])), key=self._metrics.__getitem__)
+        self._metrics = {
+            other: self._metrics[other] if other in self._metrics else self._metric(other)
+            for other in past
+        }
+        best = sorted(
+            (other for other in past if math.isfinite(self._metrics[other])),
+            key=self._metrics.__getitem__,
+        )
         for other in {*steps} - {*past[:KEPT], *best[:1]}:
             with contextlib.suppress(OSError):
                 self.path(other).unlink()
@@ -104,15 +118,18 @@ class Checkpoints:
         """Reads the newest checkpoint that is intact, or the one with the lowest metric.
 
         Args:
-            target: A state, or its ``jax.eval_shape``, that says what structure, shapes and dtypes to restore.
-            best: Whether the one with the lowest metric is wanted; without metrics it is the newest.
+            target: A state, or its ``jax.eval_shape``, that says what structure, shapes and dtypes
+                to restore.
+            best: Whether the one with the lowest metric is wanted; without metrics it is the
+                newest.
 
         Returns:
             The checkpoint; None if nothing was saved yet.
 
         Raises:
             RuntimeError: If there are checkpoints and all of them are damaged.
-            ValueError: If the first intact one does not fit ``target``; it names the first difference.
+            ValueError: If the first intact one does not fit ``target``; it names the first
+                difference.
         """
         steps, damage = self.steps(), []
         for step in sorted(steps, key=self._metric) if best else steps:
@@ -122,7 +139,8 @@ class Checkpoints:
                 metric = float(named.pop(_METRIC))
             except FileNotFoundError:  # deleted by its training just now, for a later one
                 continue
-            except (ConnectionError, PermissionError):  # of a bucket, which says nothing of its objects
+            # of a bucket, which says nothing of its objects
+            except (ConnectionError, PermissionError):
                 raise
             except Exception as error:  # Damage shows as whatever zipfile or NumPy trips over.
                 damage.append(f"The checkpoint {self.path(step)} is damaged ({_reason(error)})")
@@ -130,15 +148,24 @@ class Checkpoints:
             notes = tuple(f"{sentence}: step {step} takes its place." for sentence in damage)
             return Restored(from_named(named, target), step, metric, notes)
         if damage:
-            raise RuntimeError(f"{damage[-1]}, and no other can be read: put back a copy, or delete its folder to start again")
+            raise RuntimeError(
+                f"{damage[-1]}, and no other can be read: put back a copy, or "
+                "delete its folder to start again"
+            )
         return None
 
     def steps(self) -> list[int]:
-        """Lists the steps of complete checkpoints, newest first; unfinished ones have other names."""
-        return sorted((int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdecimal()), reverse=True)
+        """Lists the steps of complete checkpoints, newest first; unfinished ones have other
+        names.
+        """
+        return sorted(
+            (int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdecimal()),
+            reverse=True,
+        )
 
     def _metric(self, step: int) -> float:
-        """Reads a metric; infinity if there is none, and minus infinity of a damaged file, so that restoring it can say so.
+        """Reads a metric; infinity if there is none, and minus infinity of a damaged file, so that
+        restoring it can say so.
 
         Raises:
             OSError: If a bucket cannot be reached, or refuses.
@@ -158,17 +185,25 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     """Shortens an error to a phrase: the system's own words where it has some."""
     cause = error.__cause__ or error
-    return getattr(cause, "strerror", None) or " ".join(str(cause).split())[:160] or type(cause).__name__
+    return (
+        getattr(cause, "strerror", None)
+        or " ".join(str(cause).split())[:160]
+        or type(cause).__name__
+    )
 
 
 def to_named(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays of a pytree on the host, by name. They may share memory with it: copy what must outlive a donation.
+    """The arrays of a pytree on the host, by name. They may share memory with it: copy what must
+    outlive a donation.
 
     Example:
         >>> list(to_named({"stage0": {"bias": np.zeros((2, 4))}, "step": np.int32(7)}))
         ['stage0/bias', 'step']
     """
-    return {array_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree))}
+    return {
+        array_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(jax.device_get(tree))
+    }
 
 
 def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
@@ -176,10 +211,12 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
 
     Args:
         named: Arrays by name, as `to_named` returns them.
-        target: A pytree with the structure, shapes and dtypes to restore, such as the result of ``jax.eval_shape``.
+        target: A pytree with the structure, shapes and dtypes to restore, such as the result of
+            ``jax.eval_shape``.
 
     Raises:
-        ValueError: If a name is missing or left over, or a shape or dtype differs; it names the first difference.
+        ValueError: If a name is missing or left over, or a shape or dtype differs; it names the
+            first difference.
     """
 
     def restored(path: Any, leaf: Any) -> jax.Array:
@@ -189,9 +226,14 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
         dtype, shape = named[name].dtype, named[name].shape
         if {dtype, leaf.dtype} == {np.dtype(np.float32), np.dtype(np.float64)}:
             setting = "set" if dtype == np.float64 else "unset"
-            raise ValueError(f"the run was trained in {dtype}: {setting} JAX_ENABLE_X64 to go on with it or to read it")
+            raise ValueError(
+                f"the run was trained in {dtype}: {setting} JAX_ENABLE_X64 to go on "
+                "with it or to read it"
+            )
         if (dtype, shape) != expected:
-            raise _misfit(f"{name!r} is {dtype}{list(shape)} in it, not {leaf.dtype}{list(leaf.shape)}")
+            raise _misfit(
+                f"{name!r} is {dtype}{list(shape)} in it, not {leaf.dtype}{list(leaf.shape)}"
+            )
         return jnp.array(named[name])
 
     tree = jax.tree.map_with_path(restored, target)
@@ -202,4 +244,7 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
 
 
 def _misfit(difference: str) -> ValueError:
-    return ValueError(f"the checkpoint does not fit this state, {difference}: build the state from the config of its run")
+    return ValueError(
+        f"the checkpoint does not fit this state, {difference}: build the state from "
+        "the config of its run"
+    )

@@ -25,7 +25,9 @@ _LONGEST = 600  # characters of a message; compilers append whole programs to th
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of command lines that raises ``ValueError`` with a sentence instead of printing its usage."""
+    """A parser of command lines that raises ``ValueError`` with a sentence instead of printing
+    its usage.
+    """
 
     def error(self, message: str) -> NoReturn:
         """Says what was wrong and where to look."""
@@ -33,13 +35,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Runs a command and returns its exit status; failures and warnings are shown as one sentence each on stderr.
+    """Runs a command and returns its exit status; failures and warnings are shown as one sentence
+    each on stderr.
 
-    ``ValueError``, ``RuntimeError`` and ``OSError`` are failures that a user can mend and give status 2. `Stopped` gives the
-    status of a death by its signal, such as 143. Other exceptions are bugs and pass through, as failures do with ``debug``.
+    ``ValueError``, ``RuntimeError`` and ``OSError`` are failures that a user can mend and give
+    status 2. `Stopped` gives the status of a death by its signal, such as 143. Other exceptions are
+    bugs and pass through, as failures do with ``debug``.
     """
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {message}", file=sys.stderr
+        )
         try:
             return command()
         except Stopped as stopped:
@@ -48,7 +54,10 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
         except ModuleNotFoundError as error:
             if debug or (error.name or "").startswith("iresnet_jax"):
                 raise
-            print(f"error: there is no package {error.name}: pip install 'iresnet_jax[train]'", file=sys.stderr)
+            print(
+                f"error: there is no package {error.name}: pip install 'iresnet_jax[train]'",
+                file=sys.stderr,
+            )
             return MISTAKE
         except (ValueError, RuntimeError, OSError) as error:
             if debug:
@@ -61,24 +70,31 @@ def one_sentence(error: Exception) -> str:
     """Message of an exception on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "RESOURCE_EXHAUSTED" in text:
-        advice = "lower training.batch_size or evaluation.batch_size or --num, or raise training.num_parts"
+        advice = (
+            "lower training.batch_size or evaluation.batch_size or --num, or raise "
+            "training.num_parts"
+        )
         text = f"the device is out of memory: {advice} ({text})"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ... (--debug shows all)"
 
 
 def quiet_backends() -> None:
-    """Silences what JAX says, below warnings, about accelerators that this machine does not have."""
+    """Silences what JAX says, below warnings, about accelerators that this machine does not
+    have.
+    """
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the flags of `train.py`, which describes them, and the overrides ``--config.FIELD=VALUE``.
+    """Reads the flags of `train.py`, which describes them, and the overrides
+    ``--config.FIELD=VALUE``.
 
     Args:
         argv: The command line, program name first.
 
     Returns:
-        The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of `hosts.initialize`.
+        The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of
+            `hosts.initialize`.
 
     Raises:
         ValueError: If a flag or a field is unknown, a value does not fit, or the config file fails.
@@ -94,7 +110,9 @@ def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--process_id", type=int)
     given = parser.parse_args([argument for argument in arguments if argument not in overrides])
     file, _, variant = given.config.partition(":")
-    given.workdir = path_of(given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant))))
+    given.workdir = path_of(
+        given.workdir or Path("runs") / "_".join(filter(None, (Path(file).stem, variant)))
+    )
     given.config = read_config(given.config, overrides)
     return given
 
@@ -104,13 +122,14 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> "Config":
 
     Args:
         file: The file; a variant follows after a colon, as in ``configs/toy_2d.py:moons``.
-        overrides: Changes such as ``--config.model.stages[0].num_blocks=8``; ``--config.FIELD`` is true, ``--noconfig.FIELD``
-            false.
+        overrides: Changes such as ``--config.model.stages[0].num_blocks=8``; ``--config.FIELD`` is
+            true, ``--noconfig.FIELD`` false.
 
     Raises:
         ValueError: If the file fails, a field is unknown or a value does not fit.
     """
-    from iresnet_jax.runs.config import parse, with_field  # late: --help and mistakes are answered without it
+    # late: --help and mistakes are answered without it
+    from iresnet_jax.runs.config import parse, with_field
 
     name, _, variant = file.partition(":")
     settings = _settings_of(Path(name), variant)
@@ -127,23 +146,31 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
     from ml_collections import ConfigDict
 
     if not path.is_file():
-        raise ValueError(f"there is no config file {path}: those that come with the library are in configs/")
+        raise ValueError(
+            f"there is no config file {path}: those that come with the library are in configs/"
+        )
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         if variant and not inspect.signature(get_config).parameters:
-            raise ValueError("the config file has no variants: leave out the colon and what follows it")
+            raise ValueError(
+                "the config file has no variants: leave out the colon and what follows it"
+            )
         config = get_config(*([variant] if variant else []))
     except (ValueError, OSError):  # in the words of the file
         raise
     except Exception as error:  # whatever a program raises
-        raise ValueError(f"the config file {path} fails: {type(error).__name__}: {one_sentence(error)}") from error
+        raise ValueError(
+            f"the config file {path} fails: {type(error).__name__}: {one_sentence(error)}"
+        ) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() of {path} must return a ConfigDict, got {config!r}")
     return to_plain(config)
 
 
 def _read(text: str, kind: type) -> Any:
-    """The value that a text means where one of this type stood, `tuple` for none; the text itself if it means none."""
+    """The value that a text means where one of this type stood, `tuple` for none; the text
+    itself if it means none.
+    """
     words = {"true": True, "false": False}
     if kind in (bool, tuple) and text.lower() in words:
         return words[text.lower()]

@@ -1,10 +1,11 @@
 """Training that writes to a folder and resumes from it.
 
-A workdir belongs to one config. Running the same command again resumes from the newest intact checkpoint, and goes on bit for
-bit as if it had not been stopped: batches and random numbers are functions of (seed, step). A run that is told to stop saves
-the step it has reached; the first log line after a resume then averages only the steps since. A run that is killed loses the
-steps since its last checkpoint. Between validations, a checkpoint follows the first log line after `SAVE_SECONDS`: lost are at
-most the steps of that time and ``log_every_steps`` more.
+A workdir belongs to one config. Running the same command again resumes from the newest intact
+checkpoint, and goes on bit for bit as if it had not been stopped: batches and random numbers are
+functions of (seed, step). A run that is told to stop saves the step it has reached; the first log
+line after a resume then averages only the steps since. A run that is killed loses the steps since
+its last checkpoint. Between validations, a checkpoint follows the first log line after
+`SAVE_SECONDS`: lost are at most the steps of that time and ``log_every_steps`` more.
 """
 
 import contextlib
@@ -51,33 +52,44 @@ def train(
     data: DataSet | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TrainState:
-    """Starts from the newest checkpoint, if any, and trains to ``total_steps`` or until ``minutes`` have passed.
+    """Starts from the newest checkpoint, if any, and trains to ``total_steps`` or until ``minutes``
+    have passed.
 
     Args:
         config: All settings, from `config.parse`.
         workdir: Folder of the run: config, model, metrics, checkpoints.
         data: The data; by default what ``config.data`` names.
-        say: Takes a line of progress at every validation; by default the log, beside a bar on a terminal.
+        say: Takes a line of progress at every validation; by default the log, beside a bar on a
+            terminal.
 
     Returns:
         The last state.
 
     Raises:
-        ValueError: If settings contradict each other or the data, or the workdir belongs to another config or other data.
+        ValueError: If settings contradict each other or the data, or the workdir belongs to another
+            config or other data.
         RuntimeError: If training blows up; the last good checkpoint stays.
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
-    # 1. Data and folder. All processes of a run have one config and one data set; the first one writes.
+    # 1. Data and folder. All processes of a run have one config and one data set; the first one
+    # writes.
     workdir, settings = path_of(workdir), config.training
     prepare_backend(settings.matmul_precision)
     dataset = load_data(config.data) if data is None else data
     if data is None and dataset.examples and len(dataset.examples.get("test", ())) < 2:
         raise ValueError(
-            f"{dataset.name} has not the two test examples that a report needs: add a split called test or, where there are no "
+            f"{dataset.name} has not the two test examples that a report needs: add a split called "
+            "test or, where there are no "
             "splits, set data.test_fraction"
         )
     check_batch_size(settings, dataset)
-    hosts.agree_on("run", {"config": to_plain(config), "data": {"name": dataset.name, "fingerprint": dataset.fingerprint}})
+    hosts.agree_on(
+        "run",
+        {
+            "config": to_plain(config),
+            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        },
+    )
 
     with contextlib.ExitStack() as stack:
         # 2. Model and objective. From here on the folder is this run's alone.
@@ -96,7 +108,9 @@ def train(
                 background(check_claim)
                 background(writer.write, trainer.records[-1])
             if split == "train":
-                progress.update(trainer.step, trainer.horizon, {objective.name: metrics[objective.name]})
+                progress.update(
+                    trainer.step, trainer.horizon, {objective.name: metrics[objective.name]}
+                )
 
         def save(loss: float | None = None) -> None:
             nonlocal saved_at
@@ -104,7 +118,8 @@ def train(
                 background.wait()  # for the one before: memory holds one copy of the state
                 state = jax.tree.map(np.array, jax.device_get(trainer.state._replace(constants={})))
                 background(check_claim)
-                background(writer.publish)  # first, so that a checkpoint has the measurements that led to it
+                # first, so that a checkpoint has the measurements that led to it
+                background(writer.publish)
                 background(checkpoints.save, trainer.step, state, metric=loss)
             saved_at = time.monotonic()
 
@@ -119,17 +134,29 @@ def train(
             validated=save,
             say=say or (lambda line: _logger.info("%s", line)),
         )
-        progress = stack.enter_context(Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None))
+        progress = stack.enter_context(
+            Progress(trainer.horizon, trainer.step, shown=hosts.is_first() and say is None)
+        )
 
         # 5. One batch after the other; stop if somebody asked any of the processes.
         first_step = trainer.step
-        batches = device_batches(objective.examples, seed=config.seed, batch_size=settings.batch_size, first_step=first_step)
+        batches = device_batches(
+            objective.examples,
+            seed=config.seed,
+            batch_size=settings.batch_size,
+            first_step=first_step,
+        )
         try:
             for step in trainer.steps(batches):
-                if step == first_step + 1:  # until now there was nothing to save: signals ended the process
+                # until now there was nothing to save: signals ended the process
+                if step == first_step + 1:
                     stack.enter_context(stop)
                     return_freed_memory()  # of the compiler
-                if parallel.num_processes() > 1 and step % hosts.AGREE_EVERY and not trainer.is_logged:
+                if (
+                    parallel.num_processes() > 1
+                    and step % hosts.AGREE_EVERY
+                    and not trainer.is_logged
+                ):
                     continue
                 is_save_due = trainer.is_logged and time.monotonic() - saved_at > SAVE_SECONDS
                 wish = hosts.largest(stop.received or (SAVE if is_save_due else 0))
@@ -138,48 +165,70 @@ def train(
                     save()
                 if wish > SAVE:
                     hosts.from_first(background.wait)
-                    received, there = signal.Signals(wish), f"after step {step} of {trainer.horizon}"
-                    raise Stopped(f"stopped by {received.name} {there}: the same command goes on from it", received)
+                    received, there = (
+                        signal.Signals(wish),
+                        f"after step {step} of {trainer.horizon}",
+                    )
+                    raise Stopped(
+                        f"stopped by {received.name} {there}: the same command goes on from it",
+                        received,
+                    )
         except BlowUpError as error:
             if writer is not None:
                 background(writer.publish)  # measurements before it tell what went wrong
-            raise BlowUpError(f"{error}, in another workdir; the old workdir keeps its checkpoints") from error
+            raise BlowUpError(
+                f"{error}, in another workdir; the old workdir keeps its checkpoints"
+            ) from error
         hosts.from_first(background.wait)
         return trainer.state
 
 
 def check_batch_size(settings: TrainingConfig, data: DataSet) -> None:
-    """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger than the training data."""
+    """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger
+    than the training data.
+    """
     settings.check_splits(parallel.all_devices())
     if data.examples and (size := settings.batch_size) > (num := len(data.examples["train"])):
-        raise ValueError(f"config.training.batch_size must be at most {num}, the training examples of {data.name}, got {size}")
+        raise ValueError(
+            f"config.training.batch_size must be at most {num}, the training examples "
+            f"of {data.name}, got {size}"
+        )
 
 
-def _claim(workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack) -> tuple[Objective, Callable[[], None]]:
-    """Process 0 claims the folder, until the stack ends, and makes the model; the others receive it.
+def _claim(
+    workdir: Path, config: Config, data: DataSet, stack: contextlib.ExitStack
+) -> tuple[Objective, Callable[[], None]]:
+    """Process 0 claims the folder, until the stack ends, and makes the model; the others receive
+    it.
 
     The function that comes with it raises ``OSError`` once another process has taken the folder.
     """
     made, checks = list[Objective](), list[Callable[[], None]]()
-    without_start = replace(config, training=replace(config.training, initial_model=""))  # from a checkpoint or from process 0
+    # from a checkpoint or from process 0
+    without_start = replace(config, training=replace(config.training, initial_model=""))
 
     def claim():
         run_folder.check_belongs_to(workdir, config)
         spec = run_folder.model_of_run(workdir, data) or model_spec(config, data)
         settings = without_start if Checkpoints(workdir).steps() else config
-        made.append(build_objective(settings, data, spec))  # which raises before anything is written
+        # which raises before anything is written
+        made.append(build_objective(settings, data, spec))
         checks.append(stack.enter_context(run_folder.claimed(workdir, config, spec, data)))
         return tagged(spec) if parallel.num_processes() > 1 else None
 
     plain = hosts.from_first(claim)
-    objective = made[0] if made else build_objective(without_start, data, checked(Spec, plain, "model"))
+    objective = (
+        made[0] if made else build_objective(without_start, data, checked(Spec, plain, "model"))
+    )
     return objective, next(iter(checks), lambda: None)
 
 
 def _newest(
     workdir: Path, objective: Objective, stack: contextlib.ExitStack
 ) -> tuple[TrainState, list[float], float, MetricWriter | None]:
-    """The newest checkpoint of process 0 or the first state, losses and seconds that led to it, and in process 0 the log."""
+    """The newest checkpoint of process 0 or the first state, losses and seconds that led to it,
+    and in process 0 the log.
+    """
     fresh = objective.initial_state()
     _logger.info("%d parameters on %s", num_parameters(fresh.params), device_summary())
     states, writers = [fresh], []

@@ -1,4 +1,5 @@
-"""JAX on this machine: a CPU's cores and memory, the precision of products, and compiled programs on disk.
+"""JAX on this machine: a CPU's cores and memory, the precision of products, and compiled programs
+on disk.
 
 What has to be set before JAX touches a device says so.
 """
@@ -33,23 +34,27 @@ def start_backend() -> None:
     """
     try:
         jax.devices()
-    except (AssertionError, RuntimeError) as error:  # JAX asserts that there is a backend, if CUDA's is not installed
+    # JAX asserts that there is a backend, if CUDA's is not installed
+    except (AssertionError, RuntimeError) as error:
         reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
         raise RuntimeError(
-            f"JAX was told to use {_settings.jax_platforms!r} and finds no such device{reason}: unset JAX_PLATFORMS to use "
+            f"JAX was told to use {_settings.jax_platforms!r} and finds no such device{reason}: "
+            "unset JAX_PLATFORMS to use "
             "what there is, or install JAX's plugin for it"
         ) from None
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's allocator hold on to memory that is freed, where there is glibc; call it before JAX starts its threads.
+    """Makes glibc's allocator hold on to memory that is freed, where there is glibc; call it before
+    JAX starts its threads.
 
-    On a CPU, XLA allocates the temporary arrays of every step again. By default the system finds and clears their memory at
-    every step, which takes much of its time.
+    On a CPU, XLA allocates the temporary arrays of every step again. By default the system finds
+    and clears their memory at every step, which takes much of its time.
     """
     most = 2**31 - 1
     settings = {-1: most, -2: 2**26, -3: most}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-    if num_cores() == 1:  # all threads share the first thread's arena, which alone keeps arrays of more than 64 MiB
+    # all threads share the first thread's arena, which alone keeps arrays of more than 64 MiB
+    if num_cores() == 1:
         settings[-8] = 1  # M_ARENA_MAX
     for parameter, value in settings.items():
         _glibc("mallopt", parameter, value)
@@ -71,16 +76,24 @@ def num_cores() -> int:
 
 
 def use_all_cores(config: Any) -> int:
-    """Makes as many CPU devices as `num_devices` says; call it before JAX touches a device, in a run of one process.
+    """Makes as many CPU devices as `num_devices` says; call it before JAX touches a device, in a
+    run of one process.
 
-    XLA runs few operations of a step on several cores at once, while devices that share the batch keep a core each.
-    ``JAX_NUM_CPU_DEVICES``, and ``XLA_FLAGS`` with ``--xla_force_host_platform_device_count``, take precedence.
+    XLA runs few operations of a step on several cores at once, while devices that share the batch
+    keep a core each. ``JAX_NUM_CPU_DEVICES``, and ``XLA_FLAGS`` with
+    ``--xla_force_host_platform_device_count``, take precedence.
 
     Returns:
-        The number of devices; 0 if the user's own setting holds, JAX has started, or there may be an accelerator.
+        The number of devices; 0 if the user's own setting holds, JAX has started, or there may be
+        an accelerator.
     """
-    is_set = _settings.jax_num_cpu_devices >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    may_have_others = entry_points(group="jax_plugins") or any(map(find_spec, ("jax_plugins", "libtpu")))
+    is_set = (
+        _settings.jax_num_cpu_devices >= 0
+        or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    )
+    may_have_others = entry_points(group="jax_plugins") or any(
+        map(find_spec, ("jax_plugins", "libtpu"))
+    )
     if is_set or (_settings.jax_platforms or ("" if may_have_others else "cpu")) != "cpu":
         return 0
     devices = num_devices(config, num_cores())
@@ -92,15 +105,22 @@ def use_all_cores(config: Any) -> int:
 
 
 def num_devices(config: Any, cores: int) -> int:
-    """The most devices, up to one per core, that share batches and their parts evenly, with at least `LEAST_EXAMPLES` each."""
+    """The most devices, up to one per core, that share batches and their parts evenly, with at
+    least `LEAST_EXAMPLES` each.
+    """
     size, num_parts = config.training.batch_size, config.training.num_parts
-    return max(n for n in range(1, cores + 1) if n == 1 or (size % (n * num_parts) == 0 and size >= LEAST_EXAMPLES * n))
+    return max(
+        n
+        for n in range(1, cores + 1)
+        if n == 1 or (size % (n * num_parts) == 0 and size >= LEAST_EXAMPLES * n)
+    )
 
 
 def prepare_backend(matmul_precision: str) -> None:
     """Sets the precision of matrix products and convolutions on the accelerators of this process.
 
-    Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be trusted.
+    Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be
+    trusted.
 
     Raises:
         RuntimeError: If JAX cannot start, see `start_backend`.
@@ -118,36 +138,48 @@ def device_summary() -> str:
 
 
 def cache_programs() -> Path | None:
-    """Switches on JAX's cache of compiled programs on disk, unless JAX's settings name another folder or switch it off.
+    """Switches on JAX's cache of compiled programs on disk, unless JAX's settings name another
+    folder or switch it off.
 
     JAX removes the programs that were not used for longest beyond `MOST_CACHED_BYTES`.
 
     Returns:
-        The folder, under the user's cache folder; None where the user's settings hold, or the folder cannot be written.
+        The folder, under the user's cache folder; None where the user's settings hold, or the
+        folder cannot be written.
     """
-    if not _settings.jax_enable_compilation_cache or _settings.jax_compilation_cache_dir is not None:
+    if (
+        not _settings.jax_enable_compilation_cache
+        or _settings.jax_compilation_cache_dir is not None
+    ):
         return None
     folder = user_folder() / "programs" / _processor()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can have code run here
+        # who can write there can have code run here
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return None
     if not os.access(folder, os.W_OK):
         return None
-    for program in folder.glob("*-cache"):  # without its time, as a killed process leaves it, JAX would write no others
+    # without its time, as a killed process leaves it, JAX would write no others
+    for program in folder.glob("*-cache"):
         if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
             program.unlink(missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_CACHED_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)  # to look for a program takes time, too
+    # to look for a program takes time, too
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
     compilation_cache.reset_cache()  # which programs that were compiled before have fixed
     return folder
 
 
 def _processor() -> str:
-    """A name for processors that can run each other's programs: homes are shared by unlike machines."""
+    """A name for processors that can run each other's programs: homes are shared by unlike
+    machines.
+    """
     try:
-        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        flags = re.search(
+            r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:  # not Linux
         flags = None
     known = flags[1] if flags else platform.processor()

@@ -17,19 +17,23 @@ _RESERVED = ("step", "split", "wall_time_s")
 
 
 class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
-    """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in ``workdir/tensorboard``.
+    """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in
+    ``workdir/tensorboard``.
 
-    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is flushed at once: a killed
-    process loses at most the line that it was writing. A bucket has the lines until the last `publish`. Non-finite values are
-    written as Python's ``NaN`` and ``Infinity``.
+    A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is
+    flushed at once: a killed process loses at most the line that it was writing. A bucket has the
+    lines until the last `publish`. Non-finite values are written as Python's ``NaN`` and
+    ``Infinity``.
 
     Args:
         workdir: Folder of the run.
-        step: Finished updates of the state that the run goes on from; measurements of later steps are dropped.
+        step: Finished updates of the state that the run goes on from; measurements of later steps
+            are dropped.
 
     Attributes:
         kept: Measurements that led to this state.
-        publish: Function that puts all lines in a bucket; on a disk it does nothing, see `atomic_files.growing`.
+        publish: Function that puts all lines in a bucket; on a disk it does nothing, see
+            `atomic_files.growing`.
 
     Raises:
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
@@ -42,7 +46,9 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._folder, self.publish = self._stack.enter_context(growing(workdir))
         path = self._folder / FILENAME
         with replacing(path) as incoming:
-            incoming.write_text("".join(json.dumps(record) + "\n" for record in self.kept), encoding="utf-8")
+            incoming.write_text(
+                "".join(json.dumps(record) + "\n" for record in self.kept), encoding="utf-8"
+            )
         self._lines, self._events = path.open("a", encoding="utf-8"), None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -57,7 +63,10 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
             self._write_event(record)
         except OSError as error:
             reason = error.strerror or error
-            message = f"{self._workdir} cannot be written to ({reason}): free disk space, then give the command again"
+            message = (
+                f"{self._workdir} cannot be written to ({reason}): free disk space, then "
+                "give the command again"
+            )
             raise OSError(message) from error
 
     def __exit__(self, *exc_info: object) -> None:
@@ -68,8 +77,8 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
                         file.close()
 
     def _write_event(self, record: Mapping[str, Any]) -> None:
-        # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread that a full disk ends, and
-        # then waits for it for ever.
+        # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread
+        # that a full disk ends, and then waits for it for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: made at run time
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,9 +88,17 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
             folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(folder / "events"))
             # TensorBoard discards older events of these steps.
-            self._events.write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
-        values = {f"{record['split']}/{name}": value for name, value in record.items() if name not in _RESERVED}
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+            self._events.write_event(
+                Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START))
+            )
+        values = {
+            f"{record['split']}/{name}": value
+            for name, value in record.items()
+            if name not in _RESERVED
+        }
+        summary = Summary(
+            value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
         self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
         self._events.flush()
 
@@ -104,14 +121,18 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             records.append({**{name: record[name] for name in _RESERVED}, **record})
-        except (ValueError, TypeError, KeyError):  # not JSON, not UTF-8, not an object, or without a field that all have
+        # not JSON, not UTF-8, not an object, or without a field that all have
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not a measurement: delete or repair that line") from None
+                raise ValueError(
+                    f"line {number} of {path} is not a measurement: delete or repair that line"
+                ) from None
     return records
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """A progress bar with the newest measurements, the time of a step and the time left, if stderr is a terminal.
+    """A progress bar with the newest measurements, the time of a step and the time left, if stderr
+    is a terminal.
 
     Args:
         total_steps: Updates in the whole run, as far as is known.
@@ -122,16 +143,28 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     def __init__(self, total_steps: int, initial_step: int = 0, *, shown: bool = True):
         from tqdm import tqdm  # late, as above
 
-        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        layout = (
+            "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
+            "{rate_fmt}{postfix}]"
+        )
         disable = None if shown else True  # None asks whether there is a terminal
         self._bar = tqdm(
-            total=total_steps, initial=initial_step, unit="step", bar_format=layout, disable=disable, dynamic_ncols=True
+            total=total_steps,
+            initial=initial_step,
+            unit="step",
+            bar_format=layout,
+            disable=disable,
+            dynamic_ncols=True,
         )
 
     def update(self, step: int, total_steps: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Moves the bar to ``step`` of ``total_steps`` and shows ``values``, once that step's results are on the host."""
+        """Moves the bar to ``step`` of ``total_steps`` and shows ``values``, once that step's
+        results are on the host.
+        """
         self._bar.total = total_steps
-        self._bar.set_postfix_str(", ".join(f"{name} {float(value):.4g}" for name, value in values.items()), refresh=False)
+        self._bar.set_postfix_str(
+            ", ".join(f"{name} {float(value):.4g}" for name, value in values.items()), refresh=False
+        )
         self._bar.update(step - self._bar.n)
         self._bar.refresh()
 

@@ -33,35 +33,56 @@ def model_spec(config: Config, data: DataSet) -> Spec:
     Raises:
         ValueError: If settings do not fit the data.
     """
-    return classifier_spec(config, data) if config.objective == "classification" else density_spec(config, data)
+    return (
+        classifier_spec(config, data)
+        if config.objective == "classification"
+        else density_spec(config, data)
+    )
 
 
 def density_spec(config: Config, data: DataSet) -> DensitySpec:
     """The density of a data set, with a prior for every class if the objective is hybrid."""
     is_hybrid = config.objective == "hybrid"
     if is_hybrid and data.num_classes is None:
-        raise ValueError(f"a hybrid needs labels, and {data.name} has none: choose another data.name")
+        raise ValueError(
+            f"a hybrid needs labels, and {data.name} has none: choose another data.name"
+        )
     if is_hybrid and data.context_dim:
-        raise ValueError(f"a hybrid takes no contexts, and {data.name} has them: choose the objective density")
+        raise ValueError(
+            f"a hybrid takes no contexts, and {data.name} has them: choose the objective density"
+        )
     hidden = config.model.context_hidden
     if hidden and not data.context_dim:
-        raise ValueError(f"config.model.context_hidden is a network on contexts, and {data.name} has none: leave it out")
-    transformations = config.augmentation.transformations
-    if transformations and (data.num_levels is None or len(data.event_shape) != 3 or data.context_dim):
         raise ValueError(
-            "config.augmentation.transformations are for images of grey levels without contexts, which "
+            f"config.model.context_hidden is a network on contexts, and {data.name} "
+            "has none: leave it out"
+        )
+    transformations = config.augmentation.transformations
+    if transformations and (
+        data.num_levels is None or len(data.event_shape) != 3 or data.context_dim
+    ):
+        raise ValueError(
+            "config.augmentation.transformations are for images of grey levels without contexts, "
+            "which "
             f"{data.name} has not: leave them out"
         )
     if config.evaluation.num_importance_draws and data.num_levels is None and data.cells is None:
         raise ValueError(
-            f"config.evaluation.num_importance_draws is for discrete data, and {data.name} is continuous: make it 0"
+            f"config.evaluation.num_importance_draws is for discrete data, and {data.name} is "
+            "continuous: make it 0"
         )
     context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
     flow = build_flow_spec(config.model, data.event_shape, context_dim)
     # Contexts of a network are squeezed.
-    context = (ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"]) if data.contexts else None
+    context = (
+        (ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"])
+        if data.contexts
+        else None
+    )
     return DensitySpec(
-        flow=replace(flow, noise=config.model.noise if config.model.dequantization == "variational" else None),
+        flow=replace(
+            flow, noise=config.model.noise if config.model.dequantization == "variational" else None
+        ),
         prior_family=config.model.prior,
         transform=build_transform(config.preprocessing, data, context=context, by_class=is_hybrid),
         num_levels=data.num_levels,
@@ -75,7 +96,9 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
 
 
 def identity_context(config: Config) -> np.ndarray | None:
-    """Context that says of images that they are as they are, where ``augmentation.transformations`` are contexts, or None."""
+    """Context that says of images that they are as they are, where
+    ``augmentation.transformations`` are contexts, or None.
+    """
     num = len(config.augmentation.transformations)
     return np.zeros(num, np.float32) if num else None
 
@@ -83,14 +106,26 @@ def identity_context(config: Config) -> np.ndarray | None:
 def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     """The classifier of a data set."""
     if data.num_classes is None:
-        raise ValueError(f"classification needs labelled images, and {data.name} has none: choose another data.name")
+        raise ValueError(
+            f"classification needs labelled images, and {data.name} has none: choose "
+            "another data.name"
+        )
     if data.context_dim:
-        raise ValueError(f"classification takes no contexts, and {data.name} has them: choose the objective density")
+        raise ValueError(
+            f"classification takes no contexts, and {data.name} has them: choose the "
+            "objective density"
+        )
     settings = config.classifier
     if len(data.event_shape) != 3:
-        raise ValueError(f"classification is for images, and {data.name} has vectors: choose the objective hybrid")
+        raise ValueError(
+            f"classification is for images, and {data.name} has vectors: choose the "
+            "objective hybrid"
+        )
     if data.num_levels is None:
-        raise ValueError(f"classification is for images of integer grey levels, and {data.name} has floats: make them integers")
+        raise ValueError(
+            f"classification is for images of integer grey levels, and {data.name} "
+            "has floats: make them integers"
+        )
     height, width, channels = data.event_shape
     return ClassifierSpec(
         flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
@@ -105,23 +140,34 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     )
 
 
-def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0) -> FlowSpec:
+def build_flow_spec(
+    settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0
+) -> FlowSpec:
     """The architecture for examples of one shape, with contexts of some length."""
     if settings.constants:
         mu, nu = settings.constants
-        return FlowSpec.bilipschitz(event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim)
-    return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim)
+        return FlowSpec.bilipschitz(
+            event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim
+        )
+    return FlowSpec(
+        tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim
+    )
 
 
 def build_transform(
-    settings: PreprocessingConfig, data: DataSet, *, context: Standardize | None = None, by_class: bool = False
+    settings: PreprocessingConfig,
+    data: DataSet,
+    *,
+    context: Standardize | None = None,
+    by_class: bool = False,
 ) -> Transform:
     """The preprocessing of a data set; "equalize" counts the levels of its training images.
 
     Args:
         settings: The kind of preprocessing.
         data: The data.
-        context: Scale of contexts; "whiten" is by the covariance of residuals of a regression on them.
+        context: Scale of contexts; "whiten" is by the covariance of residuals of a regression on
+            them.
         by_class: Whether "whiten" is by the covariance within classes.
 
     Raises:
@@ -130,9 +176,14 @@ def build_transform(
     kind, then = settings.transform, Identity()
     if kind in ("standardize", "whiten"):
         if data.num_levels is not None or data.is_endless:
-            raise ValueError(f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}")
+            raise ValueError(
+                f"preprocessing.transform {kind} is for arrays of continuous data, not {data.name}"
+            )
         if kind == "whiten" and len(data.event_shape) != 1:
-            raise ValueError(f"preprocessing.transform whiten is for vectors, and {data.name} has images: standardize them")
+            raise ValueError(
+                f"preprocessing.transform whiten is for vectors, and {data.name} has "
+                "images: standardize them"
+            )
         line = data_on_the_line(data)
         then = (
             Standardize.fit(line)
@@ -143,7 +194,8 @@ def build_transform(
         return then if data.ends is None else replace(data.ends, then=then)
     if data.num_levels is None:
         raise ValueError(
-            f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has not: "
+            f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has "
+            "not: "
             "set it to standardize, whiten or none"
         )
     if kind == "center":
@@ -157,7 +209,9 @@ def build_transform(
 def _residuals(
     line: np.ndarray, data: DataSet, context: Standardize | None, *, by_class: bool
 ) -> Float[np.ndarray, "n d"] | None:
-    """Examples less the mean of their class, or less what a linear regression on contexts says; None without either."""
+    """Examples less the mean of their class, or less what a linear regression on contexts says;
+    None without either.
+    """
     centred = line - line.mean(axis=0, dtype=np.float64)
     if by_class:
         labels = data.labels["train"]
@@ -171,7 +225,9 @@ def _residuals(
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:
-    """Training examples as standardize and whiten see them: on the line, with noise in their cells that is always the same."""
+    """Training examples as standardize and whiten see them: on the line, with noise in their
+    cells that is always the same.
+    """
     examples = np.asarray(data.examples["train"])
     if data.cells is not None:
         spread = jax.jit(data.cells.bijection().forward_and_logdet)

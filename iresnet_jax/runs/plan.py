@@ -1,7 +1,9 @@
-"""Whether a config fits a machine that is not there: its training step compiled for a TPU topology, on a CPU.
+"""Whether a config fits a machine that is not there: its training step compiled for a TPU topology,
+on a CPU.
 
-The step is the one that training runs, with its optimizer. For TPUs it is compiled for all chips; that needs the extra ``tpu``,
-whose compiler knows how much memory a step takes. For GPUs one device's share is lowered only: their compiler asks the GPU.
+The step is the one that training runs, with its optimizer. For TPUs it is compiled for all chips;
+that needs the extra ``tpu``, whose compiler knows how much memory a step takes. For GPUs one
+device's share is lowered only: their compiler asks the GPU.
 """
 
 import math
@@ -46,7 +48,8 @@ class Machine:
 
 
 def machine(topology: str) -> Machine:
-    """The machine of a name: ``v5e:4x8`` and other TPU topologies, ``cuda`` for one GPU or ``cuda:8``.
+    """The machine of a name: ``v5e:4x8`` and other TPU topologies, ``cuda`` for one GPU or
+    ``cuda:8``.
 
     Raises:
         ValueError: If there is none of this name.
@@ -57,7 +60,9 @@ def machine(topology: str) -> Machine:
         return Machine(topology, "cuda", (jax.devices("cpu")[0],), int(layout or 1))
     if kind not in TPUS or not layout:
         known = ", ".join(f"{name}:2x2" for name in TPUS)
-        raise ValueError(f"there is no topology {topology!r}: give one such as {known}, or cuda:8 for eight GPUs")
+        raise ValueError(
+            f"there is no topology {topology!r}: give one such as {known}, or cuda:8 for eight GPUs"
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine is asked what it is
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", TPUS[kind])
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -68,10 +73,17 @@ def machine(topology: str) -> Machine:
     except Exception as error:  # whatever the plugin raises
         text = " ".join(str(error).split())
         if "not installed" in text:
-            raise RuntimeError(f"compiling for TPUs needs pip install '.[tpu]': {text[:200]}") from None
+            raise RuntimeError(
+                f"compiling for TPUs needs pip install '.[tpu]': {text[:200]}"
+            ) from None
         if "lockfile" in text:
-            raise RuntimeError("another process uses the compiler for TPUs, which serves one at a time: wait for it") from None
-        raise ValueError(f"the compiler for TPUs knows no topology {topology!r}: {text[:200]}") from None
+            raise RuntimeError(
+                "another process uses the compiler for TPUs, which serves one at a "
+                "time: wait for it"
+            ) from None
+        raise ValueError(
+            f"the compiler for TPUs knows no topology {topology!r}: {text[:200]}"
+        ) from None
     return Machine(topology, "tpu", tuple(devices), len(devices))
 
 
@@ -86,8 +98,10 @@ class Plan:
         num_parameters: Parameters of the model.
         argument_bytes: Bytes on each device of the state and of its share of the batch.
         seconds: Time to trace, lower and compile the step here.
-        temporary_bytes: Bytes on each device of what the step makes on the way; None if the compiler was not asked.
-        problem: Why the step does not fit, in the compiler's words; None if it does, or was not compiled.
+        temporary_bytes: Bytes on each device of what the step makes on the way; None if the
+            compiler was not asked.
+        problem: Why the step does not fit, in the compiler's words; None if it does, or was not
+            compiled.
     """
 
     topology: str
@@ -101,18 +115,28 @@ class Plan:
 
     def __str__(self) -> str:
         where = f"{self.topology} with {self.batch_size // self.num_devices} examples a device"
-        memory = f"{self.num_parameters:,} parameters; a device: {self.argument_bytes / 1e9:.3g} GB of state and batch"
+        memory = (
+            f"{self.num_parameters:,} parameters; a device: {self.argument_bytes / 1e9:.3g} "
+            "GB of state and batch"
+        )
         if self.problem is not None:
             verdict = f"does NOT fit {where}: {self.problem}"
         elif self.temporary_bytes is None:
-            verdict = f"lowers for {where}; what it takes on the way is known after a step on the machine"
+            verdict = (
+                f"lowers for {where}; what it takes on the way is known after a step on the machine"
+            )
         else:
-            verdict, memory = f"fits {where}", f"{memory}, {self.temporary_bytes / 1e9:.3g} GB on the way"
+            verdict, memory = (
+                f"fits {where}",
+                f"{memory}, {self.temporary_bytes / 1e9:.3g} GB on the way",
+            )
         return f"{verdict}\n{memory}\nplanned in {self.seconds:.0f} s"
 
 
 def data_for(config: Config) -> DataSet:
-    """The data of a config; random ones of the same shape in place of those of TensorFlow Datasets."""
+    """The data of a config; random ones of the same shape in place of those of TensorFlow
+    Datasets.
+    """
     data = tfds.stand_in(config.data.name)
     if data is None:
         return load_data(config.data)
@@ -128,17 +152,24 @@ def make(config: Config, on: Machine, *, say: Callable[[str], None] = print) -> 
         say: Takes a line of progress of the compilation, which may take minutes.
 
     Raises:
-        ValueError: If the batch does not split over the devices, or settings contradict each other or the data.
+        ValueError: If the batch does not split over the devices, or settings contradict each other
+            or the data.
     """
     began = time.monotonic()
     config.training.check_splits(on.num_devices)
     lowered, about = lower(config, on, data_for(config))
     temporary_bytes, problem = None, None
     if on.platform == "tpu":
-        say(f"compiling a step of {config.training.batch_size} examples for {on.topology}: a deep model takes minutes")
+        say(
+            f"compiling a step of {config.training.batch_size} examples for {on.topology}: a deep "
+            "model takes minutes"
+        )
         try:
-            with warnings.catch_warnings():  # JAX's cache on disk cannot read programs for devices that are not here
-                warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+            # JAX's cache on disk cannot read programs for devices that are not here
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "Error (reading|writing) persistent compilation cache"
+                )
                 temporary_bytes = lowered.compile().memory_analysis().temp_size_in_bytes
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -156,7 +187,9 @@ def make(config: Config, on: Machine, *, say: Callable[[str], None] = print) -> 
 
 
 def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, dict[str, int]]:
-    """The training step lowered for a machine, and its parameters and the bytes of its arguments."""
+    """The training step lowered for a machine, and its parameters and the bytes of its
+    arguments.
+    """
     share = config.training.batch_size // on.num_devices
     with compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):
         objective = build_objective(config, data)
@@ -164,8 +197,13 @@ def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, dict[str, in
         traced = parallel.for_devices(objective.training_step, on.devices).trace(state, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
     argument_bytes = _num_bytes(state) + _num_bytes(batch) // len(on.devices)
-    return lowered, {"num_parameters": num_parameters(state.params), "argument_bytes": argument_bytes}
+    return lowered, {
+        "num_parameters": num_parameters(state.params),
+        "argument_bytes": argument_bytes,
+    }
 
 
 def _num_bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )

@@ -1,7 +1,9 @@
-"""The folder of a run: its settings and its model, written once when training starts, and the lock of whoever trains in it.
+"""The folder of a run: its settings and its model, written once when training starts, and the lock
+of whoever trains in it.
 
-``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and classes, and the fingerprint of
-the data they came from. A resume reads the model from there and computes nothing from data files again.
+``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and
+classes, and the fingerprint of the data they came from. A resume reads the model from there and
+computes nothing from data files again.
 """
 
 import contextlib
@@ -21,12 +23,15 @@ from iresnet_jax.runs.config import Config, parse
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
-# Settings that change how a step is computed and not what: a run may go on with others, as on other devices.
+# Settings that change how a step is computed and not what: a run may go on with others, as on other
+# devices.
 WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
 
 
 def check_belongs_to(workdir: Path, config: Config) -> None:
-    """Raises ``ValueError`` if the folder holds a run with another config; names the first difference that counts."""
+    """Raises ``ValueError`` if the folder holds a run with another config; names the first
+    difference that counts.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: choose another --workdir")
     if not has_run(workdir):
@@ -35,7 +40,10 @@ def check_belongs_to(workdir: Path, config: Config) -> None:
     ways = {name: getattr(theirs.training, name) for name in WAYS_TO_COMPUTE}
     ours = dataclasses.replace(config, training=dataclasses.replace(config.training, **ways))
     if difference := first_difference(to_plain(ours), to_plain(theirs), "config"):
-        raise ValueError(f"{workdir} holds a run with another config: {difference}; choose another --workdir or delete it")
+        raise ValueError(
+            f"{workdir} holds a run with another config: {difference}; choose another "
+            "--workdir or delete it"
+        )
 
 
 def read_config(workdir: Path) -> Config:
@@ -47,7 +55,9 @@ def read_config(workdir: Path) -> Config:
     if not workdir.is_dir():
         raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
     if not has_run(workdir):
-        raise ValueError(f"{workdir} has no {CONFIG_FILE}, so it is not the workdir of a training run")
+        raise ValueError(
+            f"{workdir} has no {CONFIG_FILE}, so it is not the workdir of a training run"
+        )
     return _read(workdir / CONFIG_FILE, parse)
 
 
@@ -58,7 +68,8 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
         ValueError: If there is none, it is damaged or written by another version.
     """
     return _read(
-        workdir / MODEL_FILE, lambda plain: (checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"]))
+        workdir / MODEL_FILE,
+        lambda plain: (checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"])),
     )
 
 
@@ -73,20 +84,33 @@ def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
     spec, fingerprint = read_model(workdir)
     if fingerprint != data.fingerprint:
         raise ValueError(
-            f"{workdir} was trained on other data: {data.name} has the fingerprint {data.fingerprint[:12]} now and had "
-            f"{fingerprint[:12]} when training began; bring those data back, or choose another --workdir"
+            f"{workdir} was trained on other data: {data.name} has the fingerprint "
+            f"{data.fingerprint[:12]} now and had "
+            f"{fingerprint[:12]} when training began; bring those data back, or choose another "
+            "--workdir"
         )
     transform = getattr(spec, "transform", None)
-    if data.ends != (dataclasses.replace(transform, then=Identity()) if isinstance(transform, Bounded) else None):
-        raise ValueError(f"{workdir} holds a fit with other bounds of columns: give the same, or choose another workdir")
+    if data.ends != (
+        dataclasses.replace(transform, then=Identity()) if isinstance(transform, Bounded) else None
+    ):
+        raise ValueError(
+            f"{workdir} holds a fit with other bounds of columns: give the same, or "
+            "choose another workdir"
+        )
     if data.columns != getattr(spec, "columns", None):
-        raise ValueError(f"{workdir} holds a fit with other columns or categories: give the same, or choose another workdir")
+        raise ValueError(
+            f"{workdir} holds a fit with other columns or categories: give the same, "
+            "or choose another workdir"
+        )
     return spec
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterator[Callable[[], None]]:
-    """Within ``with``, no other process trains in the folder, which holds settings and model; the lock dies with its process.
+def claimed(
+    workdir: Path, config: Config, spec: Spec, data: DataSet
+) -> Iterator[Callable[[], None]]:
+    """Within ``with``, no other process trains in the folder, which holds settings and model; the
+    lock dies with its process.
 
     Yields what `atomic_files.locked` does.
 
@@ -98,16 +122,25 @@ def claimed(workdir: Path, config: Config, spec: Spec, data: DataSet) -> Iterato
         try:
             check = stack.enter_context(locked(workdir / "training", timeout_s=0.0))
         except TimeoutError:
-            message = f"another process is training in {workdir}: wait until it has ended, or choose another --workdir"
+            message = (
+                f"another process is training in {workdir}: wait until it has ended, or "
+                "choose another --workdir"
+            )
             raise ValueError(message) from None
         if has_run(workdir):
             check_belongs_to(workdir, config)  # it may have begun since the last look
         else:
-            model = {"model": tagged(spec), "data": {"name": data.name, "fingerprint": data.fingerprint}}
-            # The model first: a folder with a config is one of a run, and a model alone was left by a start that failed.
+            model = {
+                "model": tagged(spec),
+                "data": {"name": data.name, "fingerprint": data.fingerprint},
+            }
+            # The model first: a folder with a config is one of a run, and a model alone was left by
+            # a start that failed.
             for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
                 with replacing(workdir / name) as incoming:
-                    incoming.write_text(json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8")
+                    incoming.write_text(
+                        json.dumps({"format": FORMAT, **plain}, indent=2) + "\n", encoding="utf-8"
+                    )
         yield check
 
 
@@ -117,7 +150,9 @@ def has_run(workdir: Path) -> bool:
 
 
 def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
-    """Reads the JSON object in a file of the present version and gives what ``understand`` makes of it."""
+    """Reads the JSON object in a file of the present version and gives what ``understand`` makes
+    of it.
+    """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
@@ -127,5 +162,9 @@ def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: restore it, or choose another --workdir") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): restore it, or choose another --workdir") from None
-    raise ValueError(f"{path} was written by another version of iresnet_jax: train again, or use that version")
+        raise ValueError(
+            f"{path} cannot be read ({error}): restore it, or choose another --workdir"
+        ) from None
+    raise ValueError(
+        f"{path} was written by another version of iresnet_jax: train again, or use that version"
+    )

@@ -1,9 +1,12 @@
-"""Requests to stop a process: by Ctrl-C, or by the SIGTERM that schedulers send some time before they kill.
+"""Requests to stop a process: by Ctrl-C, or by the SIGTERM that schedulers send some time before
+they kill.
 
-A library leaves signals to the program that calls it, but for one: who sits in front of a notebook and interrupts `fit` wants
-the model. So `heard_in_memory` names Ctrl-C there, and nothing in a script, which ends as Python's own code would.
+A library leaves signals to the program that calls it, but for one: who sits in front of a notebook
+and interrupts `fit` wants the model. So `heard_in_memory` names Ctrl-C there, and nothing in a
+script, which ends as Python's own code would.
 
-Python runs handlers between its own instructions: during a compilation, a signal counts when the compiler returns.
+Python runs handlers between its own instructions: during a compilation, a signal counts when the
+compiler returns.
 """
 
 from __future__ import annotations
@@ -20,12 +23,17 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-REPEAT_S = 1.0  # the same signal within this time is the same request: timeout(1) signals a process and then its whole group
-_raised: ContextVar[bool] = ContextVar("raised", default=False)  # within `interrupts_raised`, of one thread of several
+# the same signal within this time is the same request: timeout(1) signals a process and then its
+# whole group
+REPEAT_S = 1.0
+# within `interrupts_raised`, of one thread of several
+_raised: ContextVar[bool] = ContextVar("raised", default=False)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended early because of the signal ``received``; ``message`` is a sentence for the user."""
+    """A run ended early because of the signal ``received``; ``message`` is a sentence for the
+    user.
+    """
 
     def __init__(self, message: str, received: signal.Signals):
         super().__init__(message)
@@ -34,10 +42,12 @@ class Stopped(KeyboardInterrupt):
 
 
 def end_at_signals(advice: str) -> None:
-    """Makes Ctrl-C and SIGTERM end this process in one sentence, with status 130 or 143; ignored signals stay ignored.
+    """Makes Ctrl-C and SIGTERM end this process in one sentence, with status 130 or 143; ignored
+    signals stay ignored.
 
-    An exception would unwind through XLA, whose threads go on while the interpreter shuts down, and that crashes. Cutting a
-    write short is safe: files are written under another name and renamed, as they must be to survive SIGKILL.
+    An exception would unwind through XLA, whose threads go on while the interpreter shuts down, and
+    that crashes. Cutting a write short is safe: files are written under another name and renamed,
+    as they must be to survive SIGKILL.
 
     Args:
         advice: What the sentence tells the user after "stopped by SIGINT: ".
@@ -54,8 +64,8 @@ def end_at_signals(advice: str) -> None:
 class StopRequests:
     """Within ``with``, the first signal is noted, so that a training loop can save and stop.
 
-    A second signal does what it did before, such as to raise ``KeyboardInterrupt``. Ignored signals stay ignored. A thread that
-    is not the main one notes nothing.
+    A second signal does what it did before, such as to raise ``KeyboardInterrupt``. Ignored signals
+    stay ignored. A thread that is not the main one notes nothing.
 
     Args:
         consequence: What the user is told to follow from the first signal.
@@ -70,14 +80,22 @@ class StopRequests:
         ...         break
     """
 
-    def __init__(self, consequence: str = "saving after this step", heard: Collection[signal.Signals] = SIGNALS):
+    def __init__(
+        self,
+        consequence: str = "saving after this step",
+        heard: Collection[signal.Signals] = SIGNALS,
+    ):
         self.received: signal.Signals | None = None
         self._consequence, self._heard, self._noted_at = consequence, heard, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _not_ignored() if number in self._heard}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in _not_ignored()
+                if number in self._heard
+            }
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -94,13 +112,17 @@ class StopRequests:
 
 
 def heard_in_memory() -> tuple[signal.Signals, ...]:
-    """Signals that training in memory notes: Ctrl-C where somebody sits, at Python's prompt or in a notebook; else none."""
+    """Signals that training in memory notes: Ctrl-C where somebody sits, at Python's prompt or
+    in a notebook; else none.
+    """
     return (signal.SIGINT,) if hasattr(sys, "ps1") and not _raised.get() else ()
 
 
 @contextlib.contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Within ``with``, Ctrl-C is a ``KeyboardInterrupt`` in a notebook, too, which ends a search and not one of its fits."""
+    """Within ``with``, Ctrl-C is a ``KeyboardInterrupt`` in a notebook, too, which ends a search
+    and not one of its fits.
+    """
     before = _raised.set(True)
     try:
         yield
@@ -113,6 +135,8 @@ def _not_ignored() -> list[signal.Signals]:
 
 
 def say(sentence: str) -> None:
-    """Writes a line past Python's buffers, whose locks the interrupted code may hold; below a progress bar, not into it."""
+    """Writes a line past Python's buffers, whose locks the interrupted code may hold; below a
+    progress bar, not into it.
+    """
     with contextlib.suppress(OSError):
         os.write(2, f"{chr(10) if os.isatty(2) else ''}{sentence}\n".encode())

@@ -1,7 +1,9 @@
-"""A run after training: its model, its settings and its data, from the folder of a run or of a model alone.
+"""A run after training: its model, its settings and its data, from the folder of a run or of a
+model alone.
 
-The parameters are the moving average of the checkpoint that was best on validation, and the weights are frozen: scaled by
-guaranteed bounds of their norms, so that every block is a certified contraction whatever training used (`contractions.freeze`).
+The parameters are the moving average of the checkpoint that was best on validation, and the weights
+are frozen: scaled by guaranteed bounds of their norms, so that every block is a certified
+contraction whatever training used (`contractions.freeze`).
 """
 
 import functools
@@ -44,7 +46,8 @@ class Run:
         config: Settings that it was trained with.
         fingerprint: Fingerprint of the data that it was trained on; empty for a converted model.
         step: Number of updates that led to the parameters.
-        notes: Sentences that a reader of any result must know, such as which checkpoint had to be used instead.
+        notes: Sentences that a reader of any result must know, such as which checkpoint had to be
+            used instead.
     """
 
     folder: Path
@@ -63,7 +66,8 @@ class Run:
         """
         if self.config.data.name == FITTED_ARRAY:
             raise ValueError(
-                f"{self.folder} does not hold the array that its model was fitted to: save the array with numpy.save and add "
+                f"{self.folder} does not hold the array that its model was fitted to: save the "
+                "array with numpy.save and add "
                 "--data npy:FILE"
             )
         return load_data(self.config.data, self._num_classes)
@@ -95,48 +99,80 @@ class Run:
         """The same run, with a note if its data have changed since training.
 
         Raises:
-            ValueError: If the model cannot take them: shape, levels, classes or columns are others, or values are out of range.
+            ValueError: If the model cannot take them: shape, levels, classes or columns are others,
+                or values are out of range.
         """
         spec, found = self.model.spec, self.data
-        names, given = ([column.name for column in getattr(each, "columns", None) or ()] for each in (spec, found))
+        names, given = (
+            [column.name for column in getattr(each, "columns", None) or ()]
+            for each in (spec, found)
+        )
         if names and given and names != given:
-            raise ValueError(f"the model takes columns {listed(names)}, in this order, and {found.name} has {listed(given)}")
+            raise ValueError(
+                f"the model takes columns {listed(names)}, in this order, and "
+                f"{found.name} has {listed(given)}"
+            )
         if found.fingerprint == self.fingerprint:
             return self
-        for column, own in zip(getattr(spec, "columns", None) or (), found.columns or (), strict=False):
+        for column, own in zip(
+            getattr(spec, "columns", None) or (), found.columns or (), strict=False
+        ):
             known = tuple(column.categories or ())
             are_numbers = any(not isinstance(category, str) for category in known)
             if own.categories is None and are_numbers and known != tuple(range(len(known))):
                 raise ValueError(
-                    f"the model takes column {column.name} as places among {known}, from 0, and {found.name} has numbers: give "
+                    f"the model takes column {column.name} as places among {known}, from 0, and "
+                    f"{found.name} has numbers: give "
                     "places, as npy:FILE"
                 )
         if isinstance(spec, DensitySpec) and spec.context_dim != found.context_dim:
             lengths = f"{spec.context_dim}, and {found.name} has them of {found.context_dim}"
-            raise ValueError(f"the model takes contexts of length {lengths}: bring its data back, or give --data with contexts")
+            raise ValueError(
+                f"the model takes contexts of length {lengths}: bring its data back, "
+                "or give --data with contexts"
+            )
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
         fits = tuple(shape) == found.event_shape and _may_be(found.num_levels, spec.num_levels)
-        # Classes of folders are numbered in their order: without one of them others have its number.
+        # Classes of folders are numbered in their order: without one of them others have its
+        # number.
         classes_fit = operator.eq if found.name.startswith("folder:") else _may_be
-        if not fits or (spec.num_classes is not None and not classes_fit(found.num_classes, spec.num_classes)):
+        if not fits or (
+            spec.num_classes is not None and not classes_fit(found.num_classes, spec.num_classes)
+        ):
             taken = f"{tuple(shape)}, {spec.num_levels} levels and {spec.num_classes} classes"
             got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
-            raise ValueError(f"the model takes examples of shape {taken}, and {found.name} has {got} now: bring its data back")
+            raise ValueError(
+                f"the model takes examples of shape {taken}, and {found.name} has "
+                f"{got} now: bring its data back"
+            )
         if isinstance(self.model, Density) and "test" in found.examples:
             try:
                 preprocessing.check_ranges(self.model.spec, found.examples["test"])
             except ValueError as error:
-                raise ValueError(f"test examples of {found.name} are none that the model can give: {error}") from None
+                raise ValueError(
+                    f"test examples of {found.name} are none that the model can give: {error}"
+                ) from None
         if not self.fingerprint:
-            return self._with_note(f"The model says nothing of its training data; these are {found.name}.")
+            return self._with_note(
+                f"The model says nothing of its training data; these are {found.name}."
+            )
         note = (
-            f"These are other data than the model was trained on, or other parts of them: {found.name} has the fingerprint "
-            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then. Give examples that training has not seen."
+            "These are other data than the model was trained on, or other parts of them: "
+            f"{found.name} has the fingerprint "
+            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then. Give examples "
+            "that training has not seen."
         )
         if self._validated_on_the_test():
             fractions = self.config.data.validation_fraction, self.config.data.test_fraction
-            use = "the checkpoint was chosen on them" if fractions[1] <= fractions[0] else "many of them were trained on"
-            note = f"Training has seen the test examples of {found.name}: {use}. Give --data of others."
+            use = (
+                "the checkpoint was chosen on them"
+                if fractions[1] <= fractions[0]
+                else "many of them were trained on"
+            )
+            note = (
+                f"Training has seen the test examples of {found.name}: {use}. Give --data of "
+                "others."
+            )
         return self._with_note(note)
 
     def _with_note(self, note: str) -> "Run":
@@ -150,7 +186,10 @@ class Run:
         Test and validation examples are then the first of one order, see `dataset.fraction_masks`.
         """
         undivided = replace(self.config.data, test_fraction=0.0)
-        return not self.data.is_endless and load_data(undivided, self._num_classes).fingerprint == self.fingerprint
+        return (
+            not self.data.is_endless
+            and load_data(undivided, self._num_classes).fingerprint == self.fingerprint
+        )
 
 
 def _may_be(shown: int | None, taken: int | None) -> bool:
@@ -159,10 +198,11 @@ def _may_be(shown: int | None, taken: int | None) -> bool:
 
 
 def load(folder: str | os.PathLike[str]) -> Run:
-    """Loads the best checkpoint of a run, or the latest where there is no best one, which `Run.notes` then says.
+    """Loads the best checkpoint of a run, or the latest where there is no best one, which
+    `Run.notes` then says.
 
-    A folder with ``model.npz`` and no checkpoints will do as well. On an accelerator this also sets the precision of
-    matrix products in this process, see `machine.prepare_backend`.
+    A folder with ``model.npz`` and no checkpoints will do as well. On an accelerator this also sets
+    the precision of matrix products in this process, see `machine.prepare_backend`.
 
     Args:
         folder: Folder of the run, as `loop.train` filled it, or of a model.
@@ -180,25 +220,38 @@ def load(folder: str | os.PathLike[str]) -> Run:
         model, about = saved.read(folder / FILE_NAME)
         config, fingerprint, step = _parsed(folder / FILE_NAME, about)
         prepare_backend(config.training.matmul_precision)
-        return Run(folder, model.with_(solver=config.evaluation.solver()), config, fingerprint, step)
+        return Run(
+            folder, model.with_(solver=config.evaluation.solver()), config, fingerprint, step
+        )
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
-    best = Checkpoints(folder).restore(abstract_state(spec, make_optimizer(config.optimizer)), best=True)
+    best = Checkpoints(folder).restore(
+        abstract_state(spec, make_optimizer(config.optimizer)), best=True
+    )
     if best is None:
         raise RuntimeError(
-            f"{folder} has no checkpoints: its training has not reached the first validation, or they were removed"
+            f"{folder} has no checkpoints: its training has not reached the first validation, or "
+            "they were removed"
         )
     notes = best.notes
     if math.isnan(best.metric):
-        notes = (*notes, f"These are the parameters of step {best.step}: there is no checkpoint chosen on validation.")
+        notes = (
+            *notes,
+            f"These are the parameters of step {best.step}: there is no checkpoint "
+            "chosen on validation.",
+        )
     given = identity_context(config)
-    model = certified_model(spec, best.state.ema, best.state.batch_stats, config.evaluation.solver(), given=given)
+    model = certified_model(
+        spec, best.state.ema, best.state.batch_stats, config.evaluation.solver(), given=given
+    )
     return Run(folder, model, config, fingerprint, best.step, notes)
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
-    """Reads the settings of a folder that `load` takes, of which it raises the errors; no device starts."""
+    """Reads the settings of a folder that `load` takes, of which it raises the errors; no device
+    starts.
+    """
     folder = path_of(folder)
     if not _is_model_alone(folder):
         return run_folder.read_config(folder)
@@ -211,19 +264,28 @@ def _is_model_alone(folder: Path) -> bool:
 
 
 def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the model of a run to one file, with the settings and the data that it was trained with.
+    """Writes the model of a run to one file, with the settings and the data that it was trained
+    with.
 
     Args:
         path: File to write; by default ``model.npz`` in the folder of the run.
     """
-    about = {"format": run_folder.FORMAT, "config": to_plain(run.config), "fingerprint": run.fingerprint, "step": run.step}
+    about = {
+        "format": run_folder.FORMAT,
+        "config": to_plain(run.config),
+        "fingerprint": run.fingerprint,
+        "step": run.step,
+    }
     return run.model.save(run.folder / FILE_NAME if path is None else path, about)
 
 
 def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
     """Settings, fingerprint of the data and step, of what `save` wrote beside a model."""
     if about.get("format") != run_folder.FORMAT:
-        raise ValueError(f"{path} says nothing of a training in this version: iresnet_jax.load reads the model alone")
+        raise ValueError(
+            f"{path} says nothing of a training in this version: iresnet_jax.load "
+            "reads the model alone"
+        )
     try:
         return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
     except (KeyError, TypeError, ValueError) as error:

@@ -1,1 +1,3 @@
-"""Parts of a training run around its loss: optimisers, devices, checkpoints, metrics and the loop itself."""
+"""Parts of a training run around its loss: optimisers, devices, checkpoints, metrics and the
+loop itself.
+"""

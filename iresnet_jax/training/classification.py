@@ -22,8 +22,9 @@ class Margin(NamedTuple):
     """The margin that a loss asks for (Lipschitz-margin training, Tsuzuku et al. 2018).
 
     Attributes:
-        radius: Distance in pixels of [0, 1], for a linear head. Differences of logits grow by at most ``|w_i - w_j|`` times it,
-            over the divisor of pixels, if features never stretch: by that the loss raises the logits of wrong classes.
+        radius: Distance in pixels of [0, 1], for a linear head. Differences of logits grow by at
+            most ``|w_i - w_j|`` times it, over the divisor of pixels, if features never stretch: by
+            that the loss raises the logits of wrong classes.
         temperature: Divisor of the logits then.
     """
 
@@ -38,7 +39,11 @@ class Margin(NamedTuple):
 
 
 def make_loss(
-    augment: Augment | None = None, *, label_smoothing: float = 0.0, margin: Margin = Margin(), num_parts: int = 1
+    augment: Augment | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    margin: Margin = Margin(),
+    num_parts: int = 1,
 ) -> Callable[[Classifier, Any, StepKeys], Loss]:
     """The loss ``(model, (images, labels), keys) -> Loss``: the cross-entropy.
 
@@ -48,23 +53,37 @@ def make_loss(
         augment: Random change of the images; None classifies them as they are.
         label_smoothing: Smoothing of the labels, see `head.cross_entropy`.
         margin: Margin by which images are to be classified.
-        num_parts: Parts of the batch whose features are computed one after the other. The head's statistics are those of the
-            whole batch, so the step itself must not split it.
+        num_parts: Parts of the batch whose features are computed one after the other. The head's
+            statistics are those of the whole batch, so the step itself must not split it.
     """
 
     def loss(model: Classifier, batch: Any, keys: StepKeys) -> Loss:
         images, labels = batch
         x = model.preprocess(images if augment is None else augment(keys.examples, images))
         logits, statistics = training_logits(model, x, axis_name=AXIS, num_parts=num_parts)
-        value = jnp.mean(cross_entropy(margin.apply(model, logits, labels), labels, label_smoothing=label_smoothing))
-        return Loss(value, {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels)}, statistics)
+        value = jnp.mean(
+            cross_entropy(
+                margin.apply(model, logits, labels), labels, label_smoothing=label_smoothing
+            )
+        )
+        return Loss(
+            value,
+            {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels)},
+            statistics,
+        )
 
     return loss
 
 
 def selection(held_out: Any) -> float:
-    """The error, that of images without their margin where there is one, and where errors tie the cross-entropy."""
-    return 1 - held_out.get("accuracy_at_margin", held_out["accuracy"]) + 1e-6 * min(held_out["loss"], 10.0)
+    """The error, that of images without their margin where there is one, and where errors tie
+    the cross-entropy.
+    """
+    return (
+        1
+        - held_out.get("accuracy_at_margin", held_out["accuracy"])
+        + 1e-6 * min(held_out["loss"], 10.0)
+    )
 
 
 def make_validation(
@@ -76,7 +95,8 @@ def make_validation(
     batch_size: int,
     margin: Margin = Margin(),
 ) -> Callable[[TrainState], ValidationResult]:
-    """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated to their tolerance.
+    """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated
+    to their tolerance.
 
     Args:
         spec: The model.
@@ -84,36 +104,62 @@ def make_validation(
         labels: Their classes.
         constraint: How blocks are constrained.
         batch_size: Most images at once.
-        margin: Margin of the loss. "accuracy_at_margin" is the share of images that are classified rightly with it.
+        margin: Margin of the loss. "accuracy_at_margin" is the share of images that are classified
+            rightly with it.
     """
 
     def validate(state: TrainState) -> ValidationResult:
         template = Classifier(spec, {}, {}, {})
-        model = validated_model(template, constraint, state.ema, state.spectral, statistics=state.batch_stats)
+        model = validated_model(
+            template, constraint, state.ema, state.spectral, statistics=state.batch_stats
+        )
         return ValidationResult(accuracy_and_loss(model, images, labels, batch_size, margin))
 
     return validate
 
 
 def accuracy_and_loss(
-    model: Classifier | Density, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
+    model: Classifier | Density,
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    margin: Margin = Margin(),
 ) -> dict[str, float]:
-    """Share of images that are classified rightly, also with a margin, and their mean cross-entropy."""
+    """Share of images that are classified rightly, also with a margin, and their mean
+    cross-entropy.
+    """
     outputs = classify(model, images, labels, batch_size, margin)
     correct = outputs["logits"].argmax(axis=1) == labels
-    found = {"accuracy": float(correct.mean()), "loss": float(outputs["loss"].mean(dtype=np.float64))}
-    return found | ({"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.radius else {})
+    found = {
+        "accuracy": float(correct.mean()),
+        "loss": float(outputs["loss"].mean(dtype=np.float64)),
+    }
+    return found | (
+        {"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.radius else {}
+    )
 
 
 def classify(
-    model: Classifier | Density, x: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin = Margin()
+    model: Classifier | Density,
+    x: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    margin: Margin = Margin(),
 ) -> dict[str, np.ndarray]:
-    """Cross-entropies in nats, logits, and who is right with the margin; a density takes the middle of grey levels."""
-    return parallel.over_batches(_classify, (model, margin), parallel.rows_of(x, labels), len(x), batch_size)
+    """Cross-entropies in nats, logits, and who is right with the margin; a density takes the
+    middle of grey levels.
+    """
+    return parallel.over_batches(
+        _classify, (model, margin), parallel.rows_of(x, labels), len(x), batch_size
+    )
 
 
 def _classify(own: tuple[Classifier | Density, Margin], batch: tuple[Any, Any]) -> dict[str, Any]:
     (model, margin), (x, labels) = own, batch
     logits = model.logits(x) if isinstance(model, Classifier) else model.class_log_probs(x)
     less = margin.apply(model, logits, labels)
-    return {"loss": cross_entropy(less, labels), "logits": logits, "at_margin": jnp.argmax(less, axis=1) == labels}
+    return {
+        "loss": cross_entropy(less, labels),
+        "logits": logits,
+        "at_margin": jnp.argmax(less, axis=1) == labels,
+    }

@@ -1,4 +1,6 @@
-"""Constraints that make blocks contractions: in training steps, in validation, and by certificate in the trained model."""
+"""Constraints that make blocks contractions: in training steps, in validation, and by
+certificate in the trained model.
+"""
 
 import dataclasses
 import functools
@@ -20,17 +22,22 @@ from iresnet_jax.models.saved import MODELS, Model, Spec
 from iresnet_jax.training import parallel
 
 M = TypeVar("M", bound=Model)
-Constrain = Callable[[Any, Any], contractions.ConstrainedFlow]  # (params, spectral) -> constrained weights
+# (params, spectral) -> constrained weights
+Constrain = Callable[[Any, Any], contractions.ConstrainedFlow]
 
 
 @dataclass(frozen=True)
 class ConstraintConfig:
-    """Settings that keep blocks contractions in training; a trained model is certified in any case."""
+    """Settings that keep blocks contractions in training; a trained model is certified in any
+    case.
+    """
 
-    # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step. "none": an ordinary residual
-    # network without an inverse, for the objective "classification".
+    # "estimated": norms by power iteration. "certified": guaranteed upper bounds at every step.
+    # "none": an ordinary residual network without an inverse, for the objective "classification".
     norms: Literal["estimated", "certified", "none"] = "estimated"
-    num_steps: Count = 1  # power iterations per training step; validation iterates until the norm changes by less than .1 %
+    # power iterations per training step; validation iterates until the norm changes by less than .1
+    # %
+    num_steps: Count = 1
 
 
 def training_constraint(settings: ConstraintConfig, spec: Spec) -> Constrain:
@@ -45,7 +52,8 @@ def training_constraint(settings: ConstraintConfig, spec: Spec) -> Constrain:
 
 @functools.lru_cache(maxsize=64)
 def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constrain:
-    """``(params, spectral) ->`` the weights that run in validation, norms iterated to their tolerance.
+    """``(params, spectral) ->`` the weights that run in validation, norms iterated to their
+    tolerance.
 
     One function for all models of one architecture, which share its program.
     """
@@ -53,9 +61,16 @@ def validation_constraint(settings: ConstraintConfig, spec: FlowSpec) -> Constra
 
 
 def validated_model(
-    template: Any, settings: ConstraintConfig, params: Any, spectral: Any, *, given: Any = None, **rest: Any
+    template: Any,
+    settings: ConstraintConfig,
+    params: Any,
+    spectral: Any,
+    *,
+    given: Any = None,
+    **rest: Any,
 ) -> Any:
-    """The model of averaged parameters, as validation runs it: blocks are scanned, which compiles in half the time.
+    """The model of averaged parameters, as validation runs it: blocks are scanned, which compiles
+    in half the time.
 
     Args:
         template: The model without weights.
@@ -66,16 +81,22 @@ def validated_model(
         rest: Other fields of the model.
     """
     constrain = validation_constraint(settings, template.spec.flow)
-    weights = constrain(*parallel.on_first_device((_stages(template.spec, params), spectral))).weights
+    weights = constrain(
+        *parallel.on_first_device((_stages(template.spec, params), spectral))
+    ).weights
     model = with_params(template, params, weights, **rest)
     return model if given is None else model.given(given)
 
 
-def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = Solver(), *, given: Any = None) -> Model:
-    """The model of averaged parameters after training: certified to be within its budget, whatever training used.
+def certified_model(
+    spec: Spec, params: Any, batch_stats: Any, solver: Solver = Solver(), *, given: Any = None
+) -> Model:
+    """The model of averaged parameters after training: certified to be within its budget, whatever
+    training used.
 
-    Where training had no constraint, the weights stay as they are and their bounds are certified. Arguments are those of
-    `validated_model`, ``batch_stats`` the running averages of a classifier's BatchNorm.
+    Where training had no constraint, the weights stay as they are and their bounds are certified.
+    Arguments are those of `validated_model`, ``batch_stats`` the running averages of a classifier's
+    BatchNorm.
     """
     rest = {"statistics": batch_stats} if isinstance(spec, ClassifierSpec) else {}
     template = MODELS[type(spec)](spec, {}, {}, **{name: {} for name in rest}, solver=solver)
@@ -84,8 +105,14 @@ def certified_model(spec: Spec, params: Any, batch_stats: Any, solver: Solver = 
 
 
 def with_params(template: Any, params: Any, weights: Any, **rest: Any) -> Any:
-    """The model with the weights of its stages, and with the parameters that have no constraint, such as the prior's."""
-    return template.with_(weights=weights, **{name: leaf for name, leaf in params.items() if name not in weights}, **rest)
+    """The model with the weights of its stages, and with the parameters that have no constraint,
+    such as the prior's.
+    """
+    return template.with_(
+        weights=weights,
+        **{name: leaf for name, leaf in params.items() if name not in weights},
+        **rest,
+    )
 
 
 def _certified_weights(spec: Spec, params: Any) -> Any:
@@ -106,13 +133,19 @@ def _constraint(settings: ConstraintConfig, spec: FlowSpec, **iteration: Any) ->
     return functools.partial(contractions.constrain, spec, **iteration)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "iterates", "template"], meta_fields=["settings"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "iterates", "template"],
+    meta_fields=["settings"],
+)
 @dataclass(frozen=True)
 class Unconstrained(Generic[M]):
-    """Parameters of a model without their constraint, for loops of one's own. A pytree: ``jit`` takes it as an argument.
+    """Parameters of a model without their constraint, for loops of one's own. A pytree: ``jit``
+    takes it as an argument.
 
     Attributes:
-        params: What an optimizer changes: weights of the flow's stages, and whatever else the model learns, such as the prior.
+        params: What an optimizer changes: weights of the flow's stages, and whatever else the model
+            learns, such as the prior.
         iterates: Power iterates of all layers, from one step to the next.
         template: The model without what `params` holds.
         settings: How its blocks are constrained.
@@ -131,7 +164,8 @@ class Unconstrained(Generic[M]):
 
             gradient, iterates = jax.grad(loss, has_aux=True)(free.params)
             updates, state = optimizer.update(gradient, state, free.params)
-            return free.with_(params=optax.apply_updates(free.params, updates), iterates=iterates), state
+            params = optax.apply_updates(free.params, updates)
+            return free.with_(params=params, iterates=iterates), state
 
         for batch in batches:
             free, state = step(free, state, batch)
@@ -168,10 +202,12 @@ class Unconstrained(Generic[M]):
         return dataclasses.replace(self, **changes)
 
     def constrain(self, params: Any = None) -> tuple[M, Any]:
-        """The model whose blocks are contractions, as power iteration sees it, and the power iterates of the next step.
+        """The model whose blocks are contractions, as power iteration sees it, and the power
+        iterates of the next step.
 
         Args:
-            params: Parameters to take instead of `params`, by which the result can be differentiated.
+            params: Parameters to take instead of `params`, by which the result can be
+                differentiated.
         """
         params = self.params if params is None else params
         constrained = training_constraint(self.settings, self.template.spec)(params, self.iterates)
@@ -179,4 +215,6 @@ class Unconstrained(Generic[M]):
 
     def certified(self) -> M:
         """The model to use after training: every block is certified to be within the budget."""
-        return with_params(self.template, self.params, _certified_weights(self.template.spec, self.params))
+        return with_params(
+            self.template, self.params, _certified_weights(self.template.spec, self.params)
+        )

@@ -26,34 +26,45 @@ from iresnet_jax.training.classification import classify
 from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
 
-TOLERATED_BIAS = 0.002  # of what is trained, in bits/dim or nats; beyond it training raises its number of terms
+# of what is trained, in bits/dim or nats; beyond it training raises its number of terms
+TOLERATED_BIAS = 0.002
 REFERENCE_TERMS = 60  # of the series: at an eigenvalue of -.9 they leave .0002 of -2.3
 SIGNIFICANT = 3.0  # standard errors by which a bias must differ from 0 to count
 ALARMING_BIAS = 0.01  # beyond it a warning is logged
 MORE_TERMS = 1.5  # factor on the number of terms
 WARNING = (
-    "on validation data the log-determinant of training reads %s lower by %.3f than one that is not cut off: training "
-    "exploited what its %d terms cut off; start with a larger logdet.num_terms, lower model.coeff or use logdet.kind = roulette"
+    "on validation data the log-determinant of training reads %s lower by %.3f than one that is "
+    "not cut off: training "
+    "exploited what its %d terms cut off; start with a larger logdet.num_terms, lower model.coeff "
+    "or use logdet.kind = roulette"
 )
 _logger = logging.getLogger(__name__)
 
 
 def make_loss(
-    draw: Callable[[Any, Any], Any] | None = None, *, noise: float = 0.0, transform: Callable[..., Any] | None = None
+    draw: Callable[[Any, Any], Any] | None = None,
+    *,
+    noise: float = 0.0,
+    transform: Callable[..., Any] | None = None,
 ) -> Callable[[Density, Any, StepKeys], Loss]:
-    """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the model's unit.
+    """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the
+    model's unit.
 
     A random series length is one of the step, so blocks and devices share it.
 
     Args:
-        draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those of the batch.
+        draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those
+            of the batch.
         noise: Standard deviation of noise on entries, in units of their `noise_scales`.
-        transform: ``(keys, examples) -> (changed examples, contexts)``, a random change that the model is told of by contexts,
-            such as `augment.transformed`; None leaves examples and contexts as they are.
+        transform: ``(keys, examples) -> (changed examples, contexts)``, a random change that the
+            model is told of by contexts, such as `augment.transformed`; None leaves examples and
+            contexts as they are.
     """
 
     def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
-        key_draw, key_dequantise, key_probe = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0)
+        key_draw, key_dequantise, key_probe = jnp.moveaxis(
+            jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0
+        )
         x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if transform is not None:
             x, context = transform(key_draw, x)
@@ -70,7 +81,9 @@ def make_loss(
 
 
 def _moved(model: Density, x: Any, noise: Any, key: Key[Array, " b"]) -> Array:
-    """Examples with noise on the real line, so that entries stay within bounds, and values that own cells are some again."""
+    """Examples with noise on the real line, so that entries stay within bounds, and values that
+    own cells are some again.
+    """
     transform, u = model.spec.transform, model.dequantize(x, key)
     if not isinstance(transform, Bounded):
         return preprocessing.rounded(model.spec, u + noise)
@@ -81,10 +94,11 @@ def _moved(model: Density, x: Any, noise: Any, key: Key[Array, " b"]) -> Array:
 def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
     """Standard deviations of entries, which noise of size 1 has: 1 without preprocessing.
 
-    Those of entries within bounds or with heavy tails are in the units of the real line, see `Bounded.to_line`.
+    Those of entries within bounds or with heavy tails are in the units of the real line, see
+    `Bounded.to_line`.
 
-    Training on few examples with noise is training on a kernel density of them (Rothfuss et al. 2019, sec. 4): it keeps the
-    flow from enclosing each one by itself.
+    Training on few examples with noise is training on a kernel density of them (Rothfuss et al.
+    2019, sec. 4): it keeps the flow from enclosing each one by itself.
 
     Args:
         spec: The model.
@@ -93,29 +107,40 @@ def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
         ValueError: If the data are not vectors whose scale the model knows.
     """
     transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
-    if not isinstance(transform, Identity | Standardize | Whiten) or len(spec.flow.event_shape) != 1:
+    if (
+        not isinstance(transform, Identity | Standardize | Whiten)
+        or len(spec.flow.event_shape) != 1
+    ):
         raise ValueError(
-            "config.augmentation.noise is for continuous vectors with preprocessing.transform standardize, whiten or none, got "
+            "config.augmentation.noise is for continuous vectors with preprocessing.transform "
+            "standardize, whiten or none, got "
             f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
         )
-    scales = np.ones(spec.flow.event_shape) if isinstance(transform, Identity) else transform.entry_scales()
+    scales = (
+        np.ones(spec.flow.event_shape)
+        if isinstance(transform, Identity)
+        else transform.entry_scales()
+    )
     return jnp.asarray(scales, jnp.float32)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean objective of held-out data under the averaged parameters, norms iterated to their tolerance.
+    """Mean objective of held-out data under the averaged parameters, norms iterated to their
+    tolerance.
 
-    Training may learn to widen the gap between a log-determinant that is cut off and the true one, and nothing else shows it
-    before the loss on held-out data rises. ``training_bias`` shows it: the objective by the log-determinant of training less
-    the objective by `REFERENCE_TERMS` terms of the series, on one batch with the same noise and probes. While it is below
-    `-TOLERATED_BIAS`, training goes on with more terms.
+    Training may learn to widen the gap between a log-determinant that is cut off and the true one,
+    and nothing else shows it before the loss on held-out data rises. ``training_bias`` shows it:
+    the objective by the log-determinant of training less the objective by `REFERENCE_TERMS` terms
+    of the series, on one batch with the same noise and probes. While it is below `-TOLERATED_BIAS`,
+    training goes on with more terms.
 
     Attributes:
         spec: The model.
         examples: Held-out examples.
         contexts: Their contexts, of a conditional density.
-        labels: Their classes, which the objective "hybrid" measures accuracy and cross-entropy with; None of other objectives.
+        labels: Their classes, which the objective "hybrid" measures accuracy and cross-entropy
+            with; None of other objectives.
         constraint: How blocks are constrained.
         estimator: Log-determinant of the validation.
         logdet: Log-determinant of training.
@@ -140,13 +165,17 @@ class Validation:
     label_smoothing: float = 0.0
 
     def __call__(self, state: TrainState) -> ValidationResult:
-        """The mean of every term, and the terms of the log-determinant that training goes on with."""
+        """The mean of every term, and the terms of the log-determinant that training goes on
+        with.
+        """
         return self.measure(state, self.model(state))
 
     def model(self, state: TrainState) -> Density:
         """The model of the averaged parameters."""
         template = Density(self.spec, {}, {}, estimator=self.estimator)
-        return validated_model(template, self.constraint, state.ema, state.spectral, given=self.given)
+        return validated_model(
+            template, self.constraint, state.ema, state.spectral, given=self.given
+        )
 
     def measure(self, state: TrainState, model: Density) -> ValidationResult:
         """Result of `__call__`, under the `model` of a training state."""
@@ -155,8 +184,13 @@ class Validation:
         losses = outputs[model.spec.metric]
         if self.labels is not None:
             logits = classify(model, self.examples, self.labels, self.batch_size)["logits"]
-            entropy = cross_entropy(jnp.asarray(logits), jnp.asarray(self.labels), label_smoothing=self.label_smoothing)
-            means |= {"accuracy": float(np.mean(logits.argmax(axis=1) == self.labels)), "cross_entropy": float(entropy.mean())}
+            entropy = cross_entropy(
+                jnp.asarray(logits), jnp.asarray(self.labels), label_smoothing=self.label_smoothing
+            )
+            means |= {
+                "accuracy": float(np.mean(logits.argmax(axis=1) == self.labels)),
+                "cross_entropy": float(entropy.mean()),
+            }
             losses = np.asarray(entropy)
         num_terms = int(state.num_terms)
         if self.logdet.build().unbiased:
@@ -169,26 +203,47 @@ class Validation:
                 num_terms = min(math.ceil(MORE_TERMS * num_terms), self.max_num_terms)
                 _, is_exploited = self._bias(model, num_terms)
             if num_terms > int(state.num_terms):
-                _logger.info("training goes on with %d terms of the log-determinant: it exploits what fewer cut off", num_terms)
-        return ValidationResult({**means, "training_bias": bias, "num_terms": num_terms}, num_terms, losses)
+                _logger.info(
+                    "training goes on with %d terms of the log-determinant: it exploits "
+                    "what fewer cut off",
+                    num_terms,
+                )
+        return ValidationResult(
+            {**means, "training_bias": bias, "num_terms": num_terms}, num_terms, losses
+        )
 
     def _bias(self, model: Density, num_terms: int) -> tuple[float, bool]:
-        """Objective by so many terms less the one by many, and whether it is lower by more than is tolerated."""
+        """Objective by so many terms less the one by many, and whether it is lower by more than
+        is tolerated.
+        """
         without_cut = dataclasses.replace(self.logdet, kind="series").build(REFERENCE_TERMS)
         cut, reference = (
-            self._outputs(model.with_(estimator=estimator), self.batch_size)[model.spec.metric].astype(np.float64)
+            self._outputs(model.with_(estimator=estimator), self.batch_size)[
+                model.spec.metric
+            ].astype(np.float64)
             for estimator in (self.logdet.build(num_terms), without_cut)
         )
         differences = cut - reference
-        bias, stderr = float(differences.mean()), float(differences.std() / math.sqrt(len(differences)))
+        bias, stderr = (
+            float(differences.mean()),
+            float(differences.std() / math.sqrt(len(differences))),
+        )
         return bias, bias < -max(TOLERATED_BIAS, SIGNIFICANT * stderr)
 
     def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
-        """Objective and terms of held-out examples: of all, or of so many, spread over all as they are in files' order."""
-        rows = slice(None) if num is None else np.unique(np.linspace(0, len(self.examples) - 1, num, dtype=int))
+        """Objective and terms of held-out examples: of all, or of so many, spread over all as
+        they are in files' order.
+        """
+        rows = (
+            slice(None)
+            if num is None
+            else np.unique(np.linspace(0, len(self.examples) - 1, num, dtype=int))
+        )
         contexts = None if self.contexts is None else self.contexts[rows]
         key = jax.random.key(self.seed)
-        outputs = evaluate_examples(model, self.examples[rows], key, self.batch_size, contexts=contexts)
+        outputs = evaluate_examples(
+            model, self.examples[rows], key, self.batch_size, contexts=contexts
+        )
         del outputs["truncation_bound"]
         return outputs
 
@@ -208,7 +263,8 @@ def evaluate_examples(
     Args:
         model: The density.
         examples: The examples.
-        key: Source of randomness; the random numbers of an example depend on the key, its place and the draw, not on batches.
+        key: Source of randomness; the random numbers of an example depend on the key, its place and
+            the draw, not on batches.
         batch_size: Most examples at once, see `parallel.over_batches`.
         contexts: Context of each example, of a conditional density.
         draw: Number of the noise draw, and of the probe draw within it.
@@ -219,7 +275,12 @@ def evaluate_examples(
         key_noise, key_probe = evaluation_keys(key, indices, *draw)
         if same_probes:
             _, key_probe = evaluation_keys(key, indices, 0, draw[1])
-        return examples[indices], None if contexts is None else contexts[indices], key_noise, key_probe
+        return (
+            examples[indices],
+            None if contexts is None else contexts[indices],
+            key_noise,
+            key_probe,
+        )
 
     return parallel.over_batches(_evaluate_batch, model, batch_of, len(examples), batch_size)
 
@@ -244,7 +305,8 @@ def evaluation_keys(
 ) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
     """The keys of examples' dequantisation noise, and of their probes and series lengths.
 
-    Probe draws of one noise draw share its noise and are otherwise independent, as everything else is.
+    Probe draws of one noise draw share its noise and are otherwise independent, as everything else
+    is.
 
     Args:
         key: Source of randomness of the evaluation.
@@ -254,7 +316,9 @@ def evaluation_keys(
     """
 
     def of_example(example):
-        key_noise, key_probe = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, example), noise_draw))
+        key_noise, key_probe = jax.random.split(
+            jax.random.fold_in(jax.random.fold_in(key, example), noise_draw)
+        )
         return key_noise, jax.random.fold_in(key_probe, probe_draw)
 
     return jax.vmap(of_example)(jnp.asarray(examples))

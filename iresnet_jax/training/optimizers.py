@@ -1,4 +1,5 @@
-"""Learning-rate schedules and optimisers from optax, weight decay of kernels, and the moving average of parameters.
+"""Learning-rate schedules and optimisers from optax, weight decay of kernels, and the moving
+average of parameters.
 
 Convention: ``step`` counts finished updates; the first update uses the learning rate of step 0.
 """
@@ -13,8 +14,10 @@ import optax
 
 from iresnet_jax.checked_dataclasses import CountOrNone, Decay, NotNegative, Positive, Range
 
-ADAM_RMS = 0.2  # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
-STACKED = "blocks"  # dictionary key under which arrays of identical blocks are stacked along their first axis
+# root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
+ADAM_RMS = 0.2
+# dictionary key under which arrays of identical blocks are stacked along their first axis
+STACKED = "blocks"
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,20 @@ class OptimizerConfig:
     # "muon" is steepest descent in the operator norm; .95 is its usual momentum.
     name: Literal["adam", "adamw", "adamax", "muon", "sgd"] = "adam"
     learning_rate: Positive = 1e-3  # peak of the schedule
-    schedule: Literal["constant", "cosine", "step"] = "cosine"  # of the learning rate after the warm-up; "cosine" ends at 0
+    # of the learning rate after the warm-up; "cosine" ends at 0
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
     warmup_steps: CountOrNone = 100  # steps of the linear warm-up from 0 to the peak
-    boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()  # decays of "step", as fractions of training.total_steps
+    # decays of "step", as fractions of training.total_steps
+    boundaries: tuple[Annotated[float, Range("(0, 1)")], ...] = ()
     decay_factor: Annotated[float, Range("(0, 1]")] = 0.1  # factor of "step" at each boundary
-    weight_decay: NotNegative = 0.0  # of kernels only; decoupled from the gradient in "adamw" and "muon"
+    # of kernels only; decoupled from the gradient in "adamw" and "muon"
+    weight_decay: NotNegative = 0.0
     momentum: Decay = 0.9  # of "sgd" and "muon"
     nesterov: bool = False  # of "sgd" and "muon"
-    b1: Decay = 0.9  # decay of the first moment in the Adam family, and of "muon" for all but kernels
-    b2: Decay = 0.99  # decay of the second moment in the Adam family, and of "muon" for all but kernels
+    # decay of the first moment in the Adam family, and of "muon" for all but kernels
+    b1: Decay = 0.9
+    # decay of the second moment in the Adam family, and of "muon" for all but kernels
+    b2: Decay = 0.99
     clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0 does not clip
 
     def __post_init__(self):
@@ -45,9 +53,9 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule
 
     .. math:: \eta(t) = \eta \cdot \min(t / t_w, 1) \cdot d(t)
 
-    The decay ``d`` is 1 ("constant"); half a cosine from 1 at the end of the warm-up ``t_w`` to 0 at
-    ``total_steps`` ("cosine"); or ``decay_factor`` to the power of the number of boundaries reached ("step"). The learning rate
-    is the peak exactly at step ``t_w``, and never above it.
+    The decay ``d`` is 1 ("constant"); half a cosine from 1 at the end of the warm-up ``t_w`` to 0
+    at ``total_steps`` ("cosine"); or ``decay_factor`` to the power of the number of boundaries
+    reached ("step"). The learning rate is the peak exactly at step ``t_w``, and never above it.
 
     Args:
         settings: Peak, warm-up and decay. A warm-up longer than the run is cut to it.
@@ -60,7 +68,8 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule
         ValueError: If a boundary lies in the warm-up.
 
     Example:
-        >>> eta = make_schedule(OptimizerConfig(schedule="step", warmup_steps=0, boundaries=(0.3, 0.6)), total_steps=100)
+        >>> config = OptimizerConfig(schedule="step", warmup_steps=0, boundaries=(0.3, 0.6))
+        >>> eta = make_schedule(config, total_steps=100)
         >>> [round(float(eta(step)), 6) for step in (0, 29, 30, 60)]
         [0.001, 0.001, 0.0001, 1e-05]
     """
@@ -68,38 +77,47 @@ def make_schedule(settings: OptimizerConfig, total_steps: int) -> optax.Schedule
     if settings.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
     elif settings.schedule == "step":
-        decay_steps = [round(boundary * total_steps) - warmup_steps for boundary in settings.boundaries]
+        decay_steps = [
+            round(boundary * total_steps) - warmup_steps for boundary in settings.boundaries
+        ]
         if min(decay_steps, default=0) < 0:
             raise ValueError(
-                f"boundaries must not lie in the warm-up, the first {warmup_steps} of {total_steps} steps, "
+                f"boundaries must not lie in the warm-up, the first {warmup_steps} of "
+                f"{total_steps} steps, "
                 f"got {settings.boundaries}: shorten the warm-up or decay later"
             )
-        factors = {step: settings.decay_factor ** decay_steps.count(step) for step in decay_steps}  # some may round to one step
+        # some may round to one step
+        factors = {step: settings.decay_factor ** decay_steps.count(step) for step in decay_steps}
         decay = optax.piecewise_constant_schedule(peak, factors)
     else:
         decay = optax.constant_schedule(peak)
     if not warmup_steps:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps]
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
-    r"""Builds an optimiser at a learning rate of 1, which `make_schedule` sets; one object for equal settings.
+    r"""Builds an optimiser at a learning rate of 1, which `make_schedule` sets; one object for
+    equal settings.
 
-    The gradient of the loss is clipped first. Weight decay then adds ``weight_decay * w`` for kernels, see `decay_mask`. In
-    "adamw" and "muon" it is decoupled, ``w <- w - lr * weight_decay * w`` (Loshchilov and Hutter, 2019,
-    Alg. 2). In "sgd", "adam" and "adamax" it is the gradient of an L2 penalty, which passes through the momentum and the
-    preconditioner (Kingma and Ba, 2015, Alg. 1 and 2).
+    The gradient of the loss is clipped first. Weight decay then adds ``weight_decay * w`` for
+    kernels, see `decay_mask`. In "adamw" and "muon" it is decoupled, ``w <- w - lr * weight_decay *
+    w`` (Loshchilov and Hutter, 2019, Alg. 2). In "sgd", "adam" and "adamax" it is the gradient of
+    an L2 penalty, which passes through the momentum and the preconditioner (Kingma and Ba, 2015,
+    Alg. 1 and 2).
 
-    "muon" (Jordan et al., 2024) replaces the averaged gradient of each kernel by the nearest matrix with equal singular values:
-    steepest descent in the operator norm, which this library constrains. The update is scaled to the root mean square of an
-    Adam update (Liu et al., 2025, Eq. 4), so learning rates carry over. Other parameters than kernels
-    move by AdamW without decay, or by NAdam if ``nesterov``.
+    "muon" (Jordan et al., 2024) replaces the averaged gradient of each kernel by the nearest matrix
+    with equal singular values: steepest descent in the operator norm, which this library
+    constrains. The update is scaled to the root mean square of an Adam update (Liu et al., 2025,
+    Eq. 4), so learning rates carry over. Other parameters than kernels move by AdamW without decay,
+    or by NAdam if ``nesterov``.
 
     Returns:
-        An optax transformation whose ``update`` needs the parameters. Its ``init`` raises ``ValueError`` if ``weight_decay`` is
-        positive and no parameter is called ``kernel``.
+        An optax transformation whose ``update`` needs the parameters. Its ``init`` raises
+        ``ValueError`` if ``weight_decay`` is positive and no parameter is called ``kernel``.
 
     Example:
         >>> optimizer = make_optimizer(OptimizerConfig(name="adamax"))
@@ -124,7 +142,9 @@ def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
         "adam": optax.scale_by_adam(settings.b1, settings.b2),
         "adamw": optax.scale_by_adam(settings.b1, settings.b2),
         "adamax": optax.scale_by_adamax(settings.b1, settings.b2),
-        "sgd": optax.trace(settings.momentum, settings.nesterov) if settings.momentum else optax.identity(),
+        "sgd": optax.trace(settings.momentum, settings.nesterov)
+        if settings.momentum
+        else optax.identity(),
     }[name]
     penalty = [optax.add_decayed_weights(decay, mask=decay_mask)] if decay else []
     parts = [precondition, *penalty] if name == "adamw" else [*penalty, precondition]
@@ -132,23 +152,29 @@ def make_optimizer(settings: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters that weight decay acts on, which are called ``kernel``, in a pytree of booleans like ``params``.
+    """Marks the parameters that weight decay acts on, which are called ``kernel``, in a pytree of
+    booleans like ``params``.
 
-    A penalty towards zero would distort the others: biases, ActNorm, priors and slopes of activations.
+    A penalty towards zero would distort the others: biases, ActNorm, priors and slopes of
+    activations.
 
     Raises:
         ValueError: If no parameter is called ``kernel``.
     """
     mask = jax.tree.map_with_path(lambda path, _: _is_kernel(path), params)
     if not any(jax.tree.leaves(mask)):
-        raise ValueError("weight_decay would act on nothing, as no parameter is called 'kernel': set it to 0")
+        raise ValueError(
+            "weight_decay would act on nothing, as no parameter is called 'kernel': set it to 0"
+        )
     return mask
 
 
 def _kernels_as_matrices(params: Any) -> Any:
-    """The axes by which "muon" reads each kernel as a matrix: columns are output channels, rows are inputs of one.
+    """The axes by which "muon" reads each kernel as a matrix: columns are output channels, rows are
+    inputs of one.
 
-    A pytree like ``params``, with None for other parameters. The leading axis of stacked blocks belongs to neither.
+    A pytree like ``params``, with None for other parameters. The leading axis of stacked blocks
+    belongs to neither.
     """
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:

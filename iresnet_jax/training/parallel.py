@@ -1,12 +1,13 @@
 """Data parallelism over the devices of all processes: the only file that mentions ``jax.pmap``.
 
-A step is written for one device and its share of the batch: it differentiates the loss of that share, then averages gradients
-and metrics over ``AXIS`` with ``jax.lax.pmean``. Its results under ``jax.pmap`` (many devices) and ``jax.vmap(...,
-axis_name=AXIS)`` (one device, in tests) are equal. The state goes in and out without a device axis. If a ``pmean`` is
-forgotten, pmap returns the first device's value and vmap raises: test every step under both.
+A step is written for one device and its share of the batch: it differentiates the loss of that
+share, then averages gradients and metrics over ``AXIS`` with ``jax.lax.pmean``. Its results under
+``jax.pmap`` (many devices) and ``jax.vmap(..., axis_name=AXIS)`` (one device, in tests) are equal.
+The state goes in and out without a device axis. If a ``pmean`` is forgotten, pmap returns the first
+device's value and vmap raises: test every step under both.
 
-Devices are in the order of their processes, so a process's share of a batch is contiguous. A process that has parted from the
-others (`hosts.ending_together`) goes on with its own devices.
+Devices are in the order of their processes, so a process's share of a batch is contiguous. A
+process that has parted from the others (`hosts.ending_together`) goes on with its own devices.
 """
 
 import functools
@@ -24,15 +25,19 @@ AXIS = "batch"
 _is_alone = False
 
 
-def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+def parallelize(
+    step_fn: Callable[[Any, Any], tuple[Any, Any]],
+) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Compiles a training step for all devices of all processes, once for each shape of batches.
 
     Args:
-        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it returns must be equal on all
-            devices: ``pmean`` the loss, the gradients and all statistics over ``AXIS``.
+        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it
+            returns must be equal on all devices: ``pmean`` the loss, the gradients and all
+            statistics over ``AXIS``.
 
     Returns:
-        The same function for this process's share of a batch, from `shard`. It donates the state that it is given.
+        The same function for this process's share of a batch, from `shard`. It donates the state
+        that it is given.
 
     Example:
         >>> def step_fn(state, batch):
@@ -41,7 +46,12 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
         >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
     """
     mapped = jax.pmap(
-        step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,), devices=_devices()
+        step_fn,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        donate_argnums=(0,),
+        devices=_devices(),
     )
     programs: dict[Any, Any] = {}
 
@@ -53,12 +63,17 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
             programs[shapes] = mapped
             if (
                 jax.process_count() == 1
-            ):  # ``pmap`` takes no options of the compiler, and what it compiles no shares of processes
-                programs[shapes] = mapped.lower(state, batch).compile(compiler_options=platforms.compile_options())
+                # ``pmap`` takes no options of the compiler, and what it compiles no shares of
+                # processes
+            ):
+                programs[shapes] = mapped.lower(state, batch).compile(
+                    compiler_options=platforms.compile_options()
+                )
         outputs = programs[shapes](state, batch)
         if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
-            # Threads are as many as the devices. One that waits in a reduction and one that waits for the step before its own
-            # leave none to go on (jaxlib 0.10): a step must end before the next one is queued.
+            # Threads are as many as the devices. One that waits in a reduction and one that waits
+            # for the step before its own leave none to go on (jaxlib 0.10): a step must end before
+            # the next one is queued.
             jax.block_until_ready(outputs)
         return outputs
 
@@ -66,14 +81,17 @@ def parallelize(step_fn: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any
 
 
 def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:
-    """The mapping of `parallelize` for devices that this process need not have, of whole batches: to trace and compile.
+    """The mapping of `parallelize` for devices that this process need not have, of whole batches:
+    to trace and compile.
 
     ``pmap`` lowers for devices of this process alone, and does not say what it traced.
     """
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     split, whole = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
     # With `check_vma`, gradients by the replicated state would come summed over devices already.
-    mapped = jax.shard_map(step_fn, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False)
+    mapped = jax.shard_map(
+        step_fn, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False
+    )
     return jax.jit(mapped, donate_argnums=0)
 
 
@@ -94,7 +112,9 @@ def go_on_alone() -> None:
 
 
 def _devices() -> tuple[Any, ...] | None:
-    """All devices by process, or those of a process that is alone; None, JAX's own choice, where there is one process."""
+    """All devices by process, or those of a process that is alone; None, JAX's own choice, where
+    there is one process.
+    """
     if jax.process_count() == 1:
         return None
     if _is_alone:
@@ -105,18 +125,25 @@ def _devices() -> tuple[Any, ...] | None:
 def own_share(indices: Any) -> Any:
     """This process's share of the places of a batch: contiguous, in the order of the processes."""
     count = num_processes()
-    return indices if count == 1 else indices.reshape(count, -1, *indices.shape[1:])[jax.process_index()]
+    return (
+        indices
+        if count == 1
+        else indices.reshape(count, -1, *indices.shape[1:])[jax.process_index()]
+    )
 
 
 def shard(batch: Any, *, num_devices: int | None = None) -> Any:
-    """Splits a batch into a contiguous share for each device: ``(n, ...)`` becomes ``(num_devices, n / num_devices, ...)``.
+    """Splits a batch into a contiguous share for each device: ``(n, ...)`` becomes ``(num_devices,
+    n / num_devices, ...)``.
 
     Args:
         batch: Pytree of arrays whose first axis counts the same ``n`` examples.
         num_devices: Devices to use, from the first; all local ones by default.
     """
     num_devices = jax.local_device_count() if num_devices is None else num_devices
-    return jax.tree.map(lambda leaf: leaf.reshape((num_devices, len(leaf) // num_devices, *leaf.shape[1:])), batch)
+    return jax.tree.map(
+        lambda leaf: leaf.reshape((num_devices, len(leaf) // num_devices, *leaf.shape[1:])), batch
+    )
 
 
 def over_batches(
@@ -129,12 +156,14 @@ def over_batches(
     """Evaluates all examples by all devices; the same function twice compiles once.
 
     Args:
-        evaluate: ``(state, batch) -> outputs`` on one device's share of a batch; the first axis of every output counts its
-            examples.
+        evaluate: ``(state, batch) -> outputs`` on one device's share of a batch; the first axis of
+            every output counts its examples.
         state: What the evaluation takes beside examples, such as a model. It is not donated.
-        batch_of: Function that makes a pytree of the examples in given places, such as `rows_of` arrays.
+        batch_of: Function that makes a pytree of the examples in given places, such as `rows_of`
+            arrays.
         num_examples: Number of all examples.
-        batch_size: Most examples at once, rounded up to a multiple of the number of devices; batches are equally large.
+        batch_size: Most examples at once, rounded up to a multiple of the number of devices;
+            batches are equally large.
 
     Returns:
         The outputs of all examples in order, on the host.
@@ -147,9 +176,14 @@ def over_batches(
     num_devices, is_shared = all_devices(), num_processes() > 1
     num_batches = -(-num_examples // batch_size)
     size = -(-num_examples // (num_batches * num_devices)) * num_devices
-    mapped, state, parts = _mapped_eval(evaluate, _devices(), is_shared), on_local_devices(state), []
+    mapped, state, parts = (
+        _mapped_eval(evaluate, _devices(), is_shared),
+        on_local_devices(state),
+        [],
+    )
     for first in range(0, num_examples, size):
-        places = np.minimum(np.arange(first, first + size), num_examples - 1)  # the last batch is filled up
+        # the last batch is filled up
+        places = np.minimum(np.arange(first, first + size), num_examples - 1)
         outputs = jax.device_get(mapped(state, shard(batch_of(own_share(places)))))
         if not is_shared:
             outputs = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), outputs)
@@ -174,23 +208,30 @@ def _mapped_eval(fn, devices, is_shared):
 
 
 def example_keys(key: PRNGKeyArray, local_batch_size: int) -> Shaped[Array, "b ..."]:
-    """A random key for each example in a step, the same for any number of devices: ``fold_in(key, place in the whole batch)``.
+    """A random key for each example in a step, the same for any number of devices: ``fold_in(key,
+    place in the whole batch)``.
 
     Args:
         key: Key of the step, equal on all devices, such as ``fold_in(run_key, step)``.
         local_batch_size: Examples on one device.
     """
     first = jax.lax.axis_index(AXIS) * local_batch_size
-    return jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(local_batch_size))
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(
+        first + jnp.arange(local_batch_size)
+    )
 
 
 def on_first_device(tree: Any) -> Any:
-    """Arrays that are equal on all devices, on the first one alone: what follows is then computed once."""
+    """Arrays that are equal on all devices, on the first one alone: what follows is then
+    computed once.
+    """
     return jax.device_put(tree, jax.local_devices()[0])
 
 
 def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
-    """Arrays on each device of this process, or on its first ``num_devices``; an evaluation has to copy a state that is not."""
+    """Arrays on each device of this process, or on its first ``num_devices``; an evaluation has
+    to copy a state that is not.
+    """
     placement = _replicated(jax.local_device_count() if num_devices is None else num_devices)
 
     def placed(leaf):  # no alias, which a step could not free

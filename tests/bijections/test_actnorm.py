@@ -1,4 +1,6 @@
-"""ActNorm whitens the batch it is initialised from, on one device or several, and inverts with the right log-det."""
+"""ActNorm whitens the batch it is initialised from, on one device or several, and inverts with
+the right log-det.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,9 @@ def images(seed=0, shape=(6, 3, 4, 5), mean=3.0, std=0.2):
 
 
 def whitening_error(params, x):
-    """Distance of the output's per-channel moments from mean 0 and variance var / (var + eps), in NumPy float64."""
+    """Distance of the output's per-channel moments from mean 0 and variance var / (var + eps),
+    in NumPy float64.
+    """
     flat = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
     variance = flat.var(axis=0)
     y = (flat + np.asarray(params.bias)) * np.exp(np.asarray(params.log_scale))
@@ -55,7 +59,9 @@ def test_constant_channels_keep_their_scale_and_finite_gradients():
     np.testing.assert_allclose(np.exp(np.asarray(initialize(nearly).log_scale)[0]), 316, rtol=1e-3)
     y, logdet = forward_and_logdet(params, x)
     np.testing.assert_allclose(np.asarray(y)[..., :2], 0, atol=SINGLE)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(actnorm.forward_and_logdet(actnorm.initialize(x), x)[0] ** 2)))(x)
+    gradient = jax.jit(
+        jax.grad(lambda x: jnp.sum(actnorm.forward_and_logdet(actnorm.initialize(x), x)[0] ** 2))
+    )(x)
     assert np.isfinite(logdet).all()
     assert np.isfinite(gradient).all()
 
@@ -64,10 +70,14 @@ def test_statistics_of_shards_are_those_of_the_whole_batch(x64):
     x = images(shape=(8, 3, 3, 2)) + np.arange(8).reshape(8, 1, 1, 1)  # the shards' means differ
     whole = initialize(x)
     shards = x.reshape(2, 4, 3, 3, 2)
-    spread = jax.jit(jax.vmap(lambda x: actnorm.initialize(x, axis_name="batch"), axis_name="batch"))(shards)
+    spread = jax.jit(
+        jax.vmap(lambda x: actnorm.initialize(x, axis_name="batch"), axis_name="batch")
+    )(shards)
     for device in range(2):
         for name in ActNormParams._fields:
-            np.testing.assert_allclose(np.asarray(getattr(spread, name))[device], getattr(whole, name), rtol=0, atol=EXACT)
+            np.testing.assert_allclose(
+                np.asarray(getattr(spread, name))[device], getattr(whole, name), rtol=0, atol=EXACT
+            )
     local = jax.jit(jax.vmap(actnorm.initialize))(shards)
     # The comparison can fail: without the mean over devices the statistics are those of one shard.
     assert np.abs(np.asarray(local.log_scale) - np.asarray(whole.log_scale)).max() > 0.1
@@ -75,5 +85,7 @@ def test_statistics_of_shards_are_those_of_the_whole_batch(x64):
 
 def test_the_logdet_has_the_precision_of_the_data(x64):
     log_scale = np.random.default_rng(1).normal(-2.3, 0.3, 12).astype(np.float32)
-    _, logdet = forward_and_logdet(ActNormParams(jnp.zeros(12, np.float32), jnp.asarray(log_scale)), np.zeros((1, 16, 16, 12)))
+    _, logdet = forward_and_logdet(
+        ActNormParams(jnp.zeros(12, np.float32), jnp.asarray(log_scale)), np.zeros((1, 16, 16, 12))
+    )
     np.testing.assert_allclose(logdet, 256 * np.sum(log_scale, dtype=np.float64), rtol=EXACT)

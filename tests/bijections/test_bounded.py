@@ -12,7 +12,15 @@ from iresnet_jax.bijections.standardize import Standardize
 SINGLE = 1e-5  # float32
 LOW, HIGH = (-1.0, -np.inf, 1e3, -0.5), (3.0, np.inf, 1e3 + 0.5, 4.5)
 RNG = np.random.default_rng(0)
-POINTS = np.stack([RNG.uniform(-1, 3, 50), RNG.normal(size=50), RNG.uniform(1e3, 1e3 + 0.5, 50), RNG.uniform(-0.5, 4.5, 50)], 1)
+POINTS = np.stack(
+    [
+        RNG.uniform(-1, 3, 50),
+        RNG.normal(size=50),
+        RNG.uniform(1e3, 1e3 + 0.5, 50),
+        RNG.uniform(-0.5, 4.5, 50),
+    ],
+    1,
+)
 LINE = Bounded(LOW, HIGH).to_line(POINTS, np)[0]
 TRANSFORM = Bounded(LOW, HIGH, then=Standardize.fit(LINE))
 
@@ -28,17 +36,32 @@ def test_the_constant_of_the_inverse_is_attained_in_the_middle(x64):
 
 def test_values_at_the_ends_have_a_density_and_values_outside_have_none():
     transform = Bounded((0.0, 100.0, -np.inf), (1.0, 101.0, 5.0))
-    x = jnp.array([[0.0, 100.0, 5.0], [1.0, 101.0, -9.0], [0.5, 100.5, 0.0], [1.001, 100.5, 0.0], [0.5, 99.9, 5.1]])
-    y, log_det, _ = map(np.asarray, jax.jit(transform.bijection().forward_and_logdet)(x, jax.random.key(0)))
+    x = jnp.array(
+        [
+            [0.0, 100.0, 5.0],
+            [1.0, 101.0, -9.0],
+            [0.5, 100.5, 0.0],
+            [1.001, 100.5, 0.0],
+            [0.5, 99.9, 5.1],
+        ]
+    )
+    y, log_det, _ = map(
+        np.asarray, jax.jit(transform.bijection().forward_and_logdet)(x, jax.random.key(0))
+    )
     assert np.isfinite(y).all()
     assert np.isfinite(log_det).tolist() == [True, True, True, False, False]
     assert np.isneginf(log_det[3:]).all()
 
 
 def test_slopes_next_to_an_end_at_zero_have_gradients():
-    transform, distances = Bounded([0.0], [np.inf]), jnp.array([1e-3, 1e-18, 1e-20, 1e-30], jnp.float32)
+    transform, distances = (
+        Bounded([0.0], [np.inf]),
+        jnp.array([1e-3, 1e-18, 1e-20, 1e-30], jnp.float32),
+    )
     for i in range(2):  # the point, and the logarithm of its slope
-        grad = jax.vmap(jax.grad(lambda x, i=i: transform.to_line(x[None, None])[i][0, 0]))(distances)
+        grad = jax.vmap(jax.grad(lambda x, i=i: transform.to_line(x[None, None])[i][0, 0]))(
+            distances
+        )
         np.testing.assert_allclose(grad, (1 - 2 * i) / distances, rtol=SINGLE)
 
 
@@ -68,7 +91,10 @@ def test_no_latent_leaves_its_interval_and_single_precision_comes_back():
         (lambda: Bounded([0.0, 1.0], 1.0), "must be below the upper one, got 1.0 and 1.0"),
         (lambda: Bounded([1e6], [1e6 + 1.0]), "subtract their mean"),
         (lambda: Bounded([1e6], np.inf, 0.0, 2.0), "subtract their mean"),
-        (lambda: Bounded([0.0], [1.0], then=Standardize((0.0, 0.0), (1.0, 1.0))), "1 entries and a transform of 2"),
+        (
+            lambda: Bounded([0.0], [1.0], then=Standardize((0.0, 0.0), (1.0, 1.0))),
+            "1 entries and a transform of 2",
+        ),
     ],
 )
 def test_intervals_that_cannot_be_are_refused(make, message):

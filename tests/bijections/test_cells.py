@@ -13,9 +13,16 @@ from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.models import preprocessing
 
 SINGLE = 1e-5  # float32
-# A regular grid, a continuous entry, values off any grid, a continuous entry with two atoms, and a grid with one.
-CELLS = Cells.of([(20.0, 21.0), (), (0.0, 1.0, 4.0, 5.0), (), (0.0, 0.05)], [{}, {}, {}, {0.0: 2.0, 1.0: 0.5}, {0.1: 3.0}])
-SEEN = np.array([[25, -0.3, 4, 0, 0.1], [17, 0.7, 0, 1, 0.05], [20, 9, 1, 0.5, -3.0], [21, 0, 7, -2.5, 0.15]], np.float32)
+# A regular grid, a continuous entry, values off any grid, a continuous entry with two atoms, and a
+# grid with one.
+CELLS = Cells.of(
+    [(20.0, 21.0), (), (0.0, 1.0, 4.0, 5.0), (), (0.0, 0.05)],
+    [{}, {}, {}, {0.0: 2.0, 1.0: 0.5}, {0.1: 3.0}],
+)
+SEEN = np.array(
+    [[25, -0.3, 4, 0, 0.1], [17, 0.7, 0, 1, 0.05], [20, 9, 1, 0.5, -3.0], [21, 0, 7, -2.5, 0.15]],
+    np.float32,
+)
 
 
 def test_values_are_spread_over_their_cells_and_come_back():
@@ -24,12 +31,15 @@ def test_values_are_spread_over_their_cells_and_come_back():
     _, start, width, _ = map(np.asarray, CELLS.places(jnp.asarray(x)))
     noise = ((np.asarray(u, np.float64) - start) / np.where(width > 0, width, 1)).reshape(4, 500, 5)
     np.testing.assert_allclose(width[0], [1, 0, 2, 2, 3.05], rtol=SINGLE)
-    np.testing.assert_allclose(np.asarray(start)[::500, 2], [2.5, -0.5, 0.5, 6.5])  # half-way, and the gaps go on
-    np.testing.assert_allclose(np.asarray(start)[::500, 3], [0, 3, 2.5, -2.5])  # what is above an atom moves up
+    # half-way, and the gaps go on
+    np.testing.assert_allclose(np.asarray(start)[::500, 2], [2.5, -0.5, 0.5, 6.5])
+    # what is above an atom moves up
+    np.testing.assert_allclose(np.asarray(start)[::500, 3], [0, 3, 2.5, -2.5])
     for row, column in np.argwhere(width[::500] > 0):
         assert stats.kstest(noise[row, :, column], "uniform").pvalue > 1e-3
     assert np.all(noise.transpose(0, 2, 1)[width[::500] == 0] == 0)
-    # An atom of a continuous entry and a whole number have a mass, and an atom of another grid a mass by the spacing.
+    # An atom of a continuous entry and a whole number have a mass, and an atom of another grid a
+    # mass by the spacing.
     expected = [2 * np.log(2) + np.log(3.05 / 0.05), np.log(0.5), np.log(2), 0]
     np.testing.assert_allclose(np.asarray(log_ratio)[::500], expected, rtol=SINGLE, atol=SINGLE)
     back, of_inverse, _, info = jax.jit(bijection.inverse_and_logdet)(u, jax.random.key(0))
@@ -37,7 +47,9 @@ def test_values_are_spread_over_their_cells_and_come_back():
     np.testing.assert_array_equal(np.asarray(back)[:, 3], x[:, 3])
     np.testing.assert_allclose(of_inverse, -log_ratio, rtol=SINGLE, atol=SINGLE)
     assert np.all(info.error_bound == 0)
-    np.testing.assert_allclose(bijection.inverse(bijection.forward(jnp.asarray(SEEN)))[0], SEEN, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        bijection.inverse(bijection.forward(jnp.asarray(SEEN)))[0], SEEN, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_noise_that_is_rounded_stays_in_its_cell():
@@ -50,14 +62,24 @@ def test_noise_that_is_rounded_stays_in_its_cell():
 def test_other_numbers_count_as_the_value_whose_cell_they_lie_in():
     x = jnp.array([[20.4, 0.123, 2.4, 1e-3, 0.07], [-3.6, 5.0, 2.6, -1e-3, 9.01]], jnp.float32)
     back, _ = CELLS.bijection().inverse(CELLS.bijection().forward(x))
-    np.testing.assert_allclose(back, [[20, 0.123, 1, 1e-3, 0.05], [-4, 5.0, 4, -1e-3, 9.0]], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        back, [[20, 0.123, 1, 1e-3, 0.05], [-4, 5.0, 4, -1e-3, 9.0]], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_density_bounds_the_number_of_its_values():
-    """Uniform on [0, 3) in cells of width 1/2: every value has probability 1/6, 1/3 per unit, which the bound attains."""
-    u, log_ratio, _ = Cells.of([(0.25, 0.75)]).bijection().forward_and_logdet(jnp.asarray([[0.25], [2.75]]), jax.random.key(0))
+    """Uniform on [0, 3) in cells of width 1/2: every value has probability 1/6, 1/3 per unit,
+    which the bound attains.
+    """
+    u, log_ratio, _ = (
+        Cells.of([(0.25, 0.75)])
+        .bijection()
+        .forward_and_logdet(jnp.asarray([[0.25], [2.75]]), jax.random.key(0))
+    )
     inside = (u[:, 0] >= 0) & (u[:, 0] < 3)
-    np.testing.assert_allclose(jnp.where(inside, -np.log(3), -np.inf) + log_ratio, np.log(1 / 6 / 0.5), rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.where(inside, -np.log(3), -np.inf) + log_ratio, np.log(1 / 6 / 0.5), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("wrong", [(0.0,), (1.0, 0.0), (0.0, np.inf)])
@@ -75,7 +97,12 @@ def test_numbers_of_16_bits_keep_their_cells(dtype):
 
 
 def test_noise_takes_one_key_or_one_an_example():
-    forward, x = Cells.of([(0.0, 1.0)]).bijection().forward_and_logdet, jnp.array([[3.0], [4.0], [5.0]])
+    forward, x = (
+        Cells.of([(0.0, 1.0)]).bijection().forward_and_logdet,
+        jnp.array([[3.0], [4.0], [5.0]]),
+    )
     with pytest.raises(ValueError, match=r"one for each of 3 examples, got keys of shape \(1,\)"):
         forward(x, jax.random.split(jax.random.key(0), 1))
-    np.testing.assert_array_equal(forward(x, jax.random.PRNGKey(0))[0], forward(x, jax.random.key(0))[0])
+    np.testing.assert_array_equal(
+        forward(x, jax.random.PRNGKey(0))[0], forward(x, jax.random.key(0))[0]
+    )

@@ -1,4 +1,6 @@
-"""Bijections: one dictionary of cases drives the generic tests, and how information composes is tested by hand."""
+"""Bijections: one dictionary of cases drives the generic tests, and how information composes is
+tested by hand.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +14,13 @@ import oracles
 import pytest
 
 from iresnet_jax.bijections.actnorm import ActNormParams, actnorm_bijection
-from iresnet_jax.bijections.bijection import Bijection, fold_in, follow_inverse_info, isometric_bijection, no_inverse_error
+from iresnet_jax.bijections.bijection import (
+    Bijection,
+    fold_in,
+    follow_inverse_info,
+    isometric_bijection,
+    no_inverse_error,
+)
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
 from iresnet_jax.bijections.equalize import Equalize
@@ -55,12 +63,20 @@ def chain_case():
 
 
 def network_weights(num_blocks, width=4, dim=3):
-    """Blocks ``x + W2 tanh(W1 x)`` behind an ActNorm each, away from the identity, with ``|W2| |W1| = 0.8``."""
+    """Blocks ``x + W2 tanh(W1 x)`` behind an ActNorm each, away from the identity, with ``|W2|
+    |W1| = 0.8``.
+    """
     rng = np.random.default_rng(2)
-    first, second = rng.normal(size=(num_blocks, dim, width)), rng.normal(size=(num_blocks, width, dim))
+    first, second = (
+        rng.normal(size=(num_blocks, dim, width)),
+        rng.normal(size=(num_blocks, width, dim)),
+    )
     first, second = (w / np.linalg.norm(w, 2, axis=(1, 2))[:, None, None] for w in (first, second))
     actnorm = 0.3 * rng.normal(size=(2, num_blocks, dim))
-    return jax.tree.map(jnp.asarray, {"first": 0.8 * first, "second": second, "bias": actnorm[0], "log_scale": actnorm[1]})
+    return jax.tree.map(
+        jnp.asarray,
+        {"first": 0.8 * first, "second": second, "bias": actnorm[0], "log_scale": actnorm[1]},
+    )
 
 
 def network(weights, estimator=ExactLogdet(), **layout):
@@ -72,8 +88,13 @@ def network(weights, estimator=ExactLogdet(), **layout):
 
 
 def multiscale_case():
-    first = chain([squeeze_bijection(2), actnorm_bijection(random_actnorm(np.random.default_rng(4), 8))])
-    return multiscale([Stage(first, factor_out=True), Stage(residual(lambda x: 0.6 * jnp.tanh(x), 0.6))], (2, 4, 2))
+    first = chain(
+        [squeeze_bijection(2), actnorm_bijection(random_actnorm(np.random.default_rng(4), 8))]
+    )
+    return multiscale(
+        [Stage(first, factor_out=True), Stage(residual(lambda x: 0.6 * jnp.tanh(x), 0.6))],
+        (2, 4, 2),
+    )
 
 
 def model_case():
@@ -86,9 +107,14 @@ def model_case():
 
 
 FREQUENCIES = (0.15, 0.5, 0.1, 0.25)
-DATA = np.random.default_rng(6).normal(size=(50, 4)) @ np.random.default_rng(7).normal(size=(4, 4)) * [1, 4, 0.5, 2]
+DATA = (
+    np.random.default_rng(6).normal(size=(50, 4))
+    @ np.random.default_rng(7).normal(size=(4, 4))
+    * [1, 4, 0.5, 2]
+)
 INTERVALS = (-1.0, -np.inf, 0.0, -0.5), (3.0, np.inf, 1.0, 4.5)
-# Shape of an example, and the bijection, or a transform, whose data are uniform on [0, 1). A new bijection is one line here.
+# Shape of an example, and the bijection, or a transform, whose data are uniform on [0, 1). A new
+# bijection is one line here.
 CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "actnorm": ((2, 3, 4), lambda: actnorm_bijection(random_actnorm(np.random.default_rng(0), 4))),
     "chain": ((2, 4, 1), chain_case),
@@ -96,15 +122,28 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "multi-scale": ((2, 4, 2), multiscale_case),
     "image model": ((4, 2, 2), model_case),
     "logit .05": ((2, 2, 1), lambda: Logit(0.05)),
-    "equalize, entrywise": ((2, 2, 1), lambda: Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6)),
+    "equalize, entrywise": (
+        (2, 2, 1),
+        lambda: Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6),
+    ),
     "standardize": ((4,), lambda: Standardize.fit(DATA)),
     "standardize images": ((2, 2, 4), lambda: Standardize.fit(DATA)),
     "whiten": ((4,), lambda: Whiten.fit(DATA)),
     "bounded": ((4,), lambda: Bounded(*INTERVALS)),
-    "one end": ((4,), lambda: Bounded((-9.0, 0.0, -np.inf, -np.inf), (np.inf, np.inf, 9.0, np.inf), 0.0, (0.1, 0.0, 3.0, 2.0))),
+    "one end": (
+        (4,),
+        lambda: Bounded(
+            (-9.0, 0.0, -np.inf, -np.inf), (np.inf, np.inf, 9.0, np.inf), 0.0, (0.1, 0.0, 3.0, 2.0)
+        ),
+    ),
     "heavy tails": (
         (4,),
-        lambda: Bounded((-np.inf, -np.inf, 0.0, -np.inf), (np.inf, np.inf, 1.0, np.inf), (0.3, 0, 0, -2), (0.01, 0, 0, 5)),
+        lambda: Bounded(
+            (-np.inf, -np.inf, 0.0, -np.inf),
+            (np.inf, np.inf, 1.0, np.inf),
+            (0.3, 0, 0, -2),
+            (0.01, 0, 0, 5),
+        ),
     ),
     "bounded, whitened": ((4,), lambda: Bounded(*INTERVALS, then=Whiten.fit(DATA))),
 }
@@ -130,7 +169,9 @@ def measure(name) -> Measured:
     with jax.enable_x64(True):
         made = make()
         bijection = made if isinstance(made, Bijection) else made.bijection()
-        lipschitz = jnp.asarray(jnp.inf if isinstance(made, Bijection) else made.bilipschitz().forward)
+        lipschitz = jnp.asarray(
+            jnp.inf if isinstance(made, Bijection) else made.bilipschitz().forward
+        )
         x = jnp.asarray(np.random.default_rng(5).uniform(size=(BATCH, *shape)))
 
         @jax.jit
@@ -140,7 +181,9 @@ def measure(name) -> Measured:
             jacobian = jax.vmap(jax.jacfwd(lambda row: bijection.forward(row[None])[0].ravel()))(x)
             jacobian = jacobian.reshape(BATCH, x[0].size, -1)
             constants = lipschitz, jnp.asarray(bijection.inverse_lipschitz)
-            return Measured(x, y, logdet, logdet_info, jacobian, back, inverse_logdet, inverse_info, *constants)
+            return Measured(
+                x, y, logdet, logdet_info, jacobian, back, inverse_logdet, inverse_info, *constants
+            )
 
         return jax.tree.map(np.asarray, run(x, jax.random.key(0)))
 
@@ -161,7 +204,9 @@ def test_without_logdet_the_maps_are_the_same(name):
     m = measure(name)
     with jax.enable_x64(True):
         bijection = CASES[name][1]()
-        y, (back, info) = jax.jit(lambda x, y: (bijection.forward(x), bijection.inverse(y)))(m.x, m.y)
+        y, (back, info) = jax.jit(lambda x, y: (bijection.forward(x), bijection.inverse(y)))(
+            m.x, m.y
+        )
     np.testing.assert_allclose(y, m.y, rtol=EXACT)
     np.testing.assert_allclose(back, m.back, rtol=EXACT)
     np.testing.assert_array_equal(info.num_evals, m.inverse_info.num_evals)
@@ -175,10 +220,12 @@ def test_logdet_and_lipschitz_constants_against_the_jacobian(name):
     np.testing.assert_array_equal(m.logdet_info.truncation_bound, 0)
     np.testing.assert_allclose(m.inverse_logdet, -m.logdet, atol=PREIMAGE)
     assert np.all(np.linalg.norm(m.jacobian, 2, axis=(1, 2)) <= m.lipschitz * (1 + EXACT))
-    assert np.all(1 / np.linalg.norm(m.jacobian, -2, axis=(1, 2)) <= m.inverse_lipschitz * (1 + EXACT))
+    assert np.all(
+        1 / np.linalg.norm(m.jacobian, -2, axis=(1, 2)) <= m.inverse_lipschitz * (1 + EXACT)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def test_layouts_change_neither_values_nor_gradients(x64):
@@ -188,26 +235,39 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         @jax.jit
         @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         def run(weights, x):
-            bijection = network(weights, SeriesLogdet(2), **layout)  # with random probes: every layout must draw the same
+            # with random probes: every layout must draw the same
+            bijection = network(weights, SeriesLogdet(2), **layout)
             z, logdet, info = bijection.forward_and_logdet(x, jax.random.key(0))
-            return jnp.sum(jnp.sin(z)) + jnp.sum(logdet * jnp.arange(1.0, 4.0)), (z, logdet, info.truncation_bound)
+            return jnp.sum(jnp.sin(z)) + jnp.sum(logdet * jnp.arange(1.0, 4.0)), (
+                z,
+                logdet,
+                info.truncation_bound,
+            )
 
         return run(weights, x)
 
     scanned = results()
     for unroll, kind in ((True, "elementwise"), (False, "blocks")):
         found = results(unroll=unroll, rematerialize=kind)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=LAYOUT, atol=LAYOUT), found, scanned)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=LAYOUT, atol=LAYOUT), found, scanned
+        )
 
 
 def compiled_gradient(bijection_of, weights, batch_size):
-    """The gradient by the weights of a number that depends on outputs and log-determinants, as a program."""
+    """The gradient by the weights of a number that depends on outputs and log-determinants, as a
+    program.
+    """
 
     def loss(weights, x):
         z, logdet, _ = bijection_of(weights).forward_and_logdet(x, jax.random.key(0))
         return jnp.mean(logdet) - jnp.mean(z**2)
 
-    return jax.jit(jax.grad(loss)).lower(weights, jax.ShapeDtypeStruct((batch_size, 3), jnp.float32)).compile()
+    return (
+        jax.jit(jax.grad(loss))
+        .lower(weights, jax.ShapeDtypeStruct((batch_size, 3), jnp.float32))
+        .compile()
+    )
 
 
 def test_a_backward_pass_keeps_less_the_more_it_computes_anew():
@@ -229,7 +289,9 @@ def test_work_of_unrolled_blocks_grows_with_their_number_not_its_square():
         return repeat(make, weights, unroll=True)
 
     slopes = [jax.ShapeDtypeStruct((num_blocks, 3), jnp.float32) for num_blocks in (2, 3, 4)]
-    few, more, most = (compiled_gradient(bijection_of, own, BATCH).cost_analysis()["flops"] for own in slopes)
+    few, more, most = (
+        compiled_gradient(bijection_of, own, BATCH).cost_analysis()["flops"] for own in slopes
+    )
     assert (most - more) / (more - few) == pytest.approx(1, rel=0.05)
 
 
@@ -241,13 +303,18 @@ def test_program_size_does_not_depend_on_the_number_of_blocks():
             return logdet, bijection.inverse(z)
 
         weights = jax.eval_shape(lambda: network_weights(num_blocks))
-        return len(jax.jit(run).lower(weights, jax.ShapeDtypeStruct((2, 3), jnp.float32)).as_text().splitlines())
+        return len(
+            jax.jit(run)
+            .lower(weights, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+            .as_text()
+            .splitlines()
+        )
 
     assert num_lines(12, unroll=False) == num_lines(3, unroll=False)
     assert num_lines(2, unroll=True) > 1.5 * num_lines(1, unroll=True)
 
 
-# ---------------------------------------------------------------------------------------------------- information
+# -------------------------------------------------------------------------------------- information
 
 
 def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inverses(x64):
@@ -269,7 +336,9 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
 
     (back, info), (by_hand, first, last) = run(x)
     np.testing.assert_allclose(back, by_hand, rtol=LAYOUT)
-    np.testing.assert_allclose(info.error_bound, first.error_bound + np.e / (1 - 0.8) * last.error_bound, rtol=EXACT)
+    np.testing.assert_allclose(
+        info.error_bound, first.error_bound + np.e / (1 - 0.8) * last.error_bound, rtol=EXACT
+    )
     np.testing.assert_array_equal(info.num_evals, first.num_evals + last.num_evals)
     np.testing.assert_allclose(info.residual, np.maximum(first.residual, last.residual), rtol=EXACT)
     np.testing.assert_allclose(chained.inverse_lipschitz, 5 * np.e * 2, rtol=EXACT)
@@ -280,7 +349,9 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
 
 
 def test_one_failed_block_fails_the_chain():
-    good, bad = (residual(lambda x: 0.5 * x, bound, solver=Solver(max_evals=50)) for bound in (0.5, 1.0))
+    good, bad = (
+        residual(lambda x: 0.5 * x, bound, solver=Solver(max_evals=50)) for bound in (0.5, 1.0)
+    )
     _, info = jax.jit(chain([good, bad, good]).inverse)(jnp.ones((1, 2)))
     assert not info.converged[0]
     assert jnp.isinf(info.error_bound[0])
@@ -289,8 +360,12 @@ def test_one_failed_block_fails_the_chain():
 def test_a_bound_that_is_no_number_is_not_taken_for_no_error():
     later = no_inverse_error(jnp.ones((3, 1)))._replace(error_bound=jnp.array([0.0, jnp.nan, 1.0]))
     own = no_inverse_error(jnp.ones((3, 1)))._replace(error_bound=jnp.ones(3))
-    np.testing.assert_array_equal(follow_inverse_info(later, own, 2.0).error_bound, [1.0, np.nan, 3.0])
-    np.testing.assert_array_equal(follow_inverse_info(later, own, jnp.inf).error_bound, [1.0, np.nan, np.inf])
+    np.testing.assert_array_equal(
+        follow_inverse_info(later, own, 2.0).error_bound, [1.0, np.nan, 3.0]
+    )
+    np.testing.assert_array_equal(
+        follow_inverse_info(later, own, jnp.inf).error_bound, [1.0, np.nan, np.inf]
+    )
 
 
 def test_errors_of_logdets_add_up(x64):
@@ -300,13 +375,23 @@ def test_errors_of_logdets_add_up(x64):
     @jax.jit
     def run(x):
         middle, *first = part.forward_and_logdet(x, fold_in(key, 0))
-        return chain([part, part]).forward_and_logdet(x, key), first, part.forward_and_logdet(middle, fold_in(key, 1))
+        return (
+            chain([part, part]).forward_and_logdet(x, key),
+            first,
+            part.forward_and_logdet(middle, fold_in(key, 1)),
+        )
 
     (y, total, info), (first, first_info), (last_y, second, second_info) = run(x)
     np.testing.assert_allclose(y, last_y, rtol=LAYOUT)
     np.testing.assert_allclose(total, first + second, rtol=EXACT)
-    np.testing.assert_allclose(info.stderr, np.hypot(first_info.stderr, second_info.stderr), rtol=EXACT)
-    np.testing.assert_allclose(info.truncation_bound, first_info.truncation_bound + second_info.truncation_bound, rtol=EXACT)
+    np.testing.assert_allclose(
+        info.stderr, np.hypot(first_info.stderr, second_info.stderr), rtol=EXACT
+    )
+    np.testing.assert_allclose(
+        info.truncation_bound,
+        first_info.truncation_bound + second_info.truncation_bound,
+        rtol=EXACT,
+    )
 
 
 def test_a_latent_that_leaves_early_skips_the_later_inverses(x64):
@@ -318,13 +403,17 @@ def test_a_latent_that_leaves_early_skips_the_later_inverses(x64):
     np.testing.assert_allclose(split.inverse_lipschitz, 1, rtol=EXACT)
 
 
-# ---------------------------------------------------------------------------------------------------- multi-scale
+# -------------------------------------------------------------------------------------- multi-scale
 
 
 def test_latents_are_the_parts_in_the_order_in_which_they_leave():
     x = jnp.arange(2 * 16.0).reshape(2, 2, 4, 2)
     bijection = multiscale(
-        [Stage(squeeze_bijection(2), factor_out=True), Stage(squeeze_bijection(1), factor_out=True)], (2, 4, 2)
+        [
+            Stage(squeeze_bijection(2), factor_out=True),
+            Stage(squeeze_bijection(1), factor_out=True),
+        ],
+        (2, 4, 2),
     )
     squeezed = squeeze_bijection(2).forward(x)  # (2, 1, 2, 8)
     first, rest = squeezed[..., 4:], squeezed[..., :4]
@@ -336,12 +425,17 @@ def test_latents_are_the_parts_in_the_order_in_which_they_leave():
 
 def test_a_log_determinant_has_a_key_of_either_kind():
     """Without one, a chain would leave log-determinants out and say 0."""
-    bijection, x = chain([residual(lambda x: 0.5 * jnp.sin(x), 0.5, SeriesLogdet(2))]), jnp.ones((BATCH, 2))
+    bijection, x = (
+        chain([residual(lambda x: 0.5 * jnp.sin(x), 0.5, SeriesLogdet(2))]),
+        jnp.ones((BATCH, 2)),
+    )
     legacy = jax.random.PRNGKey(3)
     for of_key in (bijection.forward_and_logdet, bijection.inverse_and_logdet):
         with pytest.raises(ValueError, match="key must be a key"):
             of_key(x, None)
-        np.testing.assert_array_equal(of_key(x, legacy)[1], of_key(x, jax.random.wrap_key_data(legacy))[1])
+        np.testing.assert_array_equal(
+            of_key(x, legacy)[1], of_key(x, jax.random.wrap_key_data(legacy))[1]
+        )
 
 
 def test_float32_data_stay_float32_in_a_float64_session():
@@ -351,16 +445,24 @@ def test_float32_data_stay_float32_in_a_float64_session():
         x, key = jax.ShapeDtypeStruct((1, 3), jnp.float32), jax.random.key(0)
         z, logdet, info = jax.eval_shape(lambda x: bijection.forward_and_logdet(x, key), x)
         back, solver_info = jax.eval_shape(bijection.inverse, z)
-        assert {a.dtype for a in (z, logdet, *info, back, solver_info.error_bound)} == {jnp.dtype("float32")}
+        assert {a.dtype for a in (z, logdet, *info, back, solver_info.error_bound)} == {
+            jnp.dtype("float32")
+        }
 
 
 def test_mistakes_are_named():
     bijection, key = multiscale_case(), jax.random.key(0)
     images, latents = jnp.zeros((2, 2, 4, 3)), jnp.zeros((2, 21))
-    for call in (lambda: bijection.forward(images), lambda: bijection.forward_and_logdet(images, key)):
+    for call in (
+        lambda: bijection.forward(images),
+        lambda: bijection.forward_and_logdet(images, key),
+    ):
         with pytest.raises(ValueError, match="the flow takes examples of shape"):
             call()
-    for call in (lambda: bijection.inverse(latents), lambda: bijection.inverse_and_logdet(latents, key)):
+    for call in (
+        lambda: bijection.inverse(latents),
+        lambda: bijection.inverse_and_logdet(latents, key),
+    ):
         with pytest.raises(ValueError, match=r"inverse takes latents of shape \(16,\)"):
             call()
     with pytest.raises(ValueError, match="half of its channels has 3: squeeze"):

@@ -1,4 +1,6 @@
-"""Integers and the unit interval: exact cells, uniform noise, and a lower bound of the levels' log-likelihood."""
+"""Integers and the unit interval: exact cells, uniform noise, and a lower bound of the levels'
+log-likelihood.
+"""
 
 import inspect
 
@@ -30,7 +32,8 @@ def test_every_edge_of_every_cell_returns_its_level(x64, num_levels, dtype):
     smallest, largest = cells(num_levels, np.dtype(dtype))
     levels = np.arange(num_levels)
     assert largest[-1] < 1
-    np.testing.assert_array_equal(smallest[1:], np.nextafter(largest[:-1], np.ones((), dtype)))  # no gap, no overlap
+    # no gap, no overlap
+    np.testing.assert_array_equal(smallest[1:], np.nextafter(largest[:-1], np.ones((), dtype)))
     for edges in (smallest, largest):
         np.testing.assert_array_equal(levels_of(edges, num_levels), levels)
 
@@ -100,7 +103,9 @@ def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
         (lambda: dequantize(jax.random.key(0), jnp.zeros((2, 3), jnp.uint8), 1), "got 1"),
         (lambda: quantize(jnp.zeros(3), 257), r"\[2, 256\], got 257"),
         (
-            lambda: dequantize(jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 3), jnp.uint8)),
+            lambda: dequantize(
+                jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 3), jnp.uint8)
+            ),
             r"one for each of 2 examples, got keys of shape \(3,\)",
         ),
         # Without the tests' import hook, which refuses the kind of key first.
@@ -108,8 +113,14 @@ def test_uniform_dequantisation_bounds_the_discrete_bits_from_above(x64):
             lambda: inspect.unwrap(dequantize)(np.arange(3), jnp.zeros((2, 3), jnp.uint8)),
             "key must be a key .* got a ndarray",
         ),
-        (lambda: check_levels(jnp.zeros((2, 4), jnp.uint8), 8, (3,)), r"shape \(batch, 3\) .* got an array of shape \(2, 4\)"),
-        (lambda: check_levels(jnp.zeros((2, 3)), 8, (3,)), "integer levels 0 to 7, got float32: undo the scaling"),
+        (
+            lambda: check_levels(jnp.zeros((2, 4), jnp.uint8), 8, (3,)),
+            r"shape \(batch, 3\) .* got an array of shape \(2, 4\)",
+        ),
+        (
+            lambda: check_levels(jnp.zeros((2, 3)), 8, (3,)),
+            "integer levels 0 to 7, got float32: undo the scaling",
+        ),
         (lambda: check_levels(jnp.array([[0, 3, 8]]), 8, (3,)), "got levels from 0 to 8"),
     ],
 )
@@ -122,7 +133,9 @@ def test_every_8_bit_level_has_its_centre_and_no_other_number_has_one():
     levels = jnp.arange(256, dtype=jnp.uint8)
     for num_levels, known in ((256, 256), (17, 17)):
         centers = np.asarray(jax.jit(cell_centers, static_argnums=1)(levels, num_levels))
-        np.testing.assert_allclose(centers[:known], (np.arange(known) + 0.5) / num_levels, rtol=1e-6)
+        np.testing.assert_allclose(
+            centers[:known], (np.arange(known) + 0.5) / num_levels, rtol=1e-6
+        )
         assert np.isnan(centers[known:]).all()
         np.testing.assert_array_equal(levels_of(centers[:known], num_levels), levels[:known])
     assert np.isnan(cell_centers(jnp.array([-1, 256]))).all()

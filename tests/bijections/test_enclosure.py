@@ -1,4 +1,6 @@
-"""Enclosures of the preprocessing and of its inverse against numbers of many digits, and which rounded values are certain."""
+"""Enclosures of the preprocessing and of its inverse against numbers of many digits, and which
+rounded values are certain.
+"""
 
 import decimal
 from decimal import Decimal
@@ -26,24 +28,42 @@ TRANSFORMS = {
     "logit, small alpha": Logit(1e-6),
     "standardize": Standardize((1.0, -2.0, 1e3), (0.1, 3.0, 7.0)),
     "whiten": Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
-    "bounded": Bounded((-1.0, -np.inf, 1e3), (3.0, np.inf, 1e3 + 0.5), then=Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7))),
+    "bounded": Bounded(
+        (-1.0, -np.inf, 1e3),
+        (3.0, np.inf, 1e3 + 0.5),
+        then=Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7)),
+    ),
     "bounded and whitened": Bounded(
         (0.0, -0.5, -np.inf),
         (1e-3, 9.5, np.inf),
         then=Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
     ),
     "one end": Bounded(
-        (-2.0, -np.inf, 0.0), (np.inf, 1e3, np.inf), 0.0, (3.0, 0.5, 0.0), Standardize((0.2, -2.0, 0.0), (0.9, 0.5, 0.7))
+        (-2.0, -np.inf, 0.0),
+        (np.inf, 1e3, np.inf),
+        0.0,
+        (3.0, 0.5, 0.0),
+        Standardize((0.2, -2.0, 0.0), (0.9, 0.5, 0.7)),
     ),
     "heavy tails": Bounded(
-        (-np.inf, -np.inf, 0.0), (np.inf, np.inf, 1.0), (5.0, 0, 0), (0.1, 0, 0), Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7))
+        (-np.inf, -np.inf, 0.0),
+        (np.inf, np.inf, 1.0),
+        (5.0, 0, 0),
+        (0.1, 0, 0),
+        Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7)),
     ),
     "equalize": Equalize(FEW, alpha=0.05),
     "equalize by entry": Equalize(FEW, (0.5, 0.99, 0.02), alpha=1e-3),
 }
-# By how much a constant may exceed what is attained in the directions that are tried: none is that of a matrix, and the largest
-# slopes of two maps may be those of two entries.
-LOOSE = {"whiten": 1.4, "bounded": np.inf, "bounded and whitened": np.inf, "one end": np.inf, "heavy tails": np.inf}
+# By how much a constant may exceed what is attained in the directions that are tried: none is that
+# of a matrix, and the largest slopes of two maps may be those of two entries.
+LOOSE = {
+    "whiten": 1.4,
+    "bounded": np.inf,
+    "bounded and whitened": np.inf,
+    "one end": np.inf,
+    "heavy tails": np.inf,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +76,19 @@ def exact_inverse(transform, y):
     """``t^-1`` of one vector of decimal numbers."""
     if isinstance(transform, Bounded):
         line = exact_inverse(transform.then, y)
-        rows = zip(*(of.tolist() for of in (transform.low, transform.high, transform.center, transform.scale)), strict=True)
+        rows = zip(
+            *(
+                of.tolist()
+                for of in (transform.low, transform.high, transform.center, transform.scale)
+            ),
+            strict=True,
+        )
         return [within(*row, v) for v, row in zip(line, rows, strict=True)]
     if isinstance(transform, Standardize):
-        return [v * Decimal(float(s)) + Decimal(float(m)) for v, s, m in zip(y, transform.scale, transform.mean, strict=True)]
+        return [
+            v * Decimal(float(s)) + Decimal(float(m))
+            for v, s, m in zip(y, transform.scale, transform.mean, strict=True)
+        ]
     if isinstance(transform, Whiten):
         rows = [[Decimal(float(a)) for a in row] for row in transform.factor]
         products = [sum(a * v for a, v in zip(row, y, strict=True)) for row in rows]
@@ -68,11 +97,15 @@ def exact_inverse(transform, y):
         return [v + Decimal("0.5") * isinstance(transform, Center) for v in y]
     alpha = Decimal(float(transform.alpha))
     u = [(1 / (1 + (-v).exp()) - alpha) / (1 - 2 * alpha) for v in y]
-    return u if isinstance(transform, Logit) else [quantile(transform, i, v) for i, v in enumerate(u)]
+    return (
+        u if isinstance(transform, Logit) else [quantile(transform, i, v) for i, v in enumerate(u)]
+    )
 
 
 def within(low, high, center, scale, v):
-    """The logistic function between ends, the exponential function from one on, and beyond both the hyperbola of a tail."""
+    """The logistic function between ends, the exponential function from one on, and beyond both
+    the hyperbola of a tail.
+    """
     ends, is_both = [end for end in (low, high) if np.isfinite(end)], np.isfinite(high - low)
     if not ends:
         return Decimal(center) + Decimal(scale) * (v.exp() - (-v).exp()) / 2 if scale else v
@@ -108,7 +141,9 @@ def distance(x, y):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_the_map_leads_back_from_its_exact_inverse(name):
     y = np.random.default_rng(0).normal(size=(8, 3))
-    x = np.array([exact_inverse(TRANSFORMS[name], list(map(Decimal, one.tolist()))) for one in y], float)
+    x = np.array(
+        [exact_inverse(TRANSFORMS[name], list(map(Decimal, one.tolist()))) for one in y], float
+    )
     with jax.enable_x64(True):
         found = jax.jit(TRANSFORMS[name].bijection().forward)(jnp.asarray(x))
     np.testing.assert_allclose(found, y, rtol=1e-9, atol=1e-9)
@@ -118,7 +153,9 @@ def test_the_map_leads_back_from_its_exact_inverse(name):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_point_of_the_ball_is_enclosed(name, radius):
     transform, rng = TRANSFORMS[name], np.random.default_rng(0)
-    y = np.concatenate([rng.normal(size=(8, 3)), 10 * rng.normal(size=(4, 3)), [[0.0, 700.0, -700.0]]])
+    y = np.concatenate(
+        [rng.normal(size=(8, 3)), 10 * rng.normal(size=(4, 3)), [[0.0, 700.0, -700.0]]]
+    )
     found = transform.enclose_inverse(y, np.full(len(y), radius))
     bounds = found.distance_bound(found.center, np.full(len(y), radius))
     steepest = np.zeros(len(y))
@@ -129,9 +166,13 @@ def test_every_point_of_the_ball_is_enclosed(name, radius):
         assert found.error[i] <= EXACT * max(1, np.linalg.norm(center))
         directions = np.concatenate([np.eye(3), -np.eye(3), rng.normal(size=(6, 3))])
         for direction in directions / np.linalg.norm(directions, axis=1, keepdims=True):
-            lengths = (Decimal(radius * part) * Decimal("0.999999999999999") for part in (1, 1 / 3))  # the direction is rounded
+            # the direction is rounded
+            lengths = (Decimal(radius * part) * Decimal("0.999999999999999") for part in (1, 1 / 3))
             for length in lengths:
-                moved = [Decimal(a) + length * Decimal(b) for a, b in zip(y[i].tolist(), direction.tolist(), strict=True)]
+                moved = [
+                    Decimal(a) + length * Decimal(b)
+                    for a, b in zip(y[i].tolist(), direction.tolist(), strict=True)
+                ]
                 image = exact_inverse(transform, moved)
                 inside = zip(found.low[i].tolist(), image, found.high[i].tolist(), strict=True)
                 assert all(Decimal(low) <= v <= Decimal(high) for low, v, high in inside)
@@ -139,7 +180,8 @@ def test_every_point_of_the_ball_is_enclosed(name, radius):
                 assert change <= found.lipschitz[i] * radius + BELOW
                 assert change <= bounds[i] + BELOW
                 steepest[i] = max(steepest[i], change / radius if radius else 0)
-    if radius == 1e-7:  # the constants are attained; that of a matrix nearly, by no direction that was tried
+    # the constants are attained; that of a matrix nearly, by no direction that was tried
+    if radius == 1e-7:
         assert np.all(found.lipschitz[:8] <= LOOSE.get(name, 1.001) * steepest[:8])
 
 
@@ -161,10 +203,13 @@ def test_levels_are_certain_where_no_edge_is_near():
     x = np.array([[0.1, 0.25, 0.2501, 0.7, -0.1, 1.2]])
     found = Identity().enclose_inverse(x, np.full(1, 1e-3))
     levels = np.array([[0, 1, 1, 2, 0, 3]], np.uint8)  # of 4: edges at .25, .5, .75
-    np.testing.assert_array_equal(certain_levels(levels, found, 4), [[True, False, False, True, True, True]])
+    np.testing.assert_array_equal(
+        certain_levels(levels, found, 4), [[True, False, False, True, True, True]]
+    )
     assert not certain_levels(levels + 1, found, 4)[0, :1].any()  # a wrong level is not certain
     at_edge = Identity().enclose_inverse(x, np.zeros(1))
-    assert not certain_levels(levels, at_edge, 4)[0, 1]  # without any error the edge itself is within the rounding
+    # without any error the edge itself is within the rounding
+    assert not certain_levels(levels, at_edge, 4)[0, 1]
 
 
 def test_values_are_certain_where_the_ends_of_their_cells_are_far():
@@ -172,5 +217,7 @@ def test_values_are_certain_where_the_ends_of_their_cells_are_far():
     x = np.array([[10.6, 0.3, 2.9], [10.74, 0.3, 2.9995]])
     found = Identity().enclose_inverse(x, np.full(2, 1e-3))
     rounded = np.array([[10.5, 0.3, 2.0], [10.5, 0.3, 2.0]])
-    np.testing.assert_array_equal(cells.certain(rounded, found), [[True, False, True], [True, False, False]])
+    np.testing.assert_array_equal(
+        cells.certain(rounded, found), [[True, False, True], [True, False, False]]
+    )
     assert not cells.certain(rounded + 0.5, found)[0, 0]

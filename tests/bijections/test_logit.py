@@ -44,7 +44,11 @@ def test_beyond_the_interval_there_is_no_density(transform):
         (Center(), 1, 1),
         (Logit(0.05), 0.9 / (0.05 * 0.95), 1 / (4 * 0.9)),
         (Equalize((0.8, 0.2), alpha=0.05), 1.6 * 0.9 / (0.05 * 0.95), 1 / (0.4 * 4 * 0.9)),
-        (Equalize((0.8, 0.2), (0.9, 0.9, 0.4), 0.05), 2 * 0.9 * 0.9 / (0.05 * 0.95), 1 / (2 * 0.1 * 4 * 0.9)),
+        (
+            Equalize((0.8, 0.2), (0.9, 0.9, 0.4), 0.05),
+            2 * 0.9 * 0.9 / (0.05 * 0.95),
+            1 / (2 * 0.1 * 4 * 0.9),
+        ),
     ],
 )
 def test_lipschitz_constants_in_closed_form(transform, forward, inverse):

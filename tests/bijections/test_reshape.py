@@ -9,7 +9,8 @@ import pytest
 
 from iresnet_jax.bijections import reshape
 
-# Entries are moved, not computed: every comparison of values is exact. Only the norm in padding_residual rounds.
+# Entries are moved, not computed: every comparison of values is exact. Only the norm in
+# padding_residual rounds.
 NORM_RTOL = 1e-6
 
 
@@ -27,7 +28,9 @@ def numbered(shape):
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-@pytest.mark.parametrize(("shape", "factor"), [((1, 1, 1, 1), 1), ((2, 6, 4, 3), 2), ((3, 3, 9, 2), 3)])
+@pytest.mark.parametrize(
+    ("shape", "factor"), [((1, 1, 1, 1), 1), ((2, 6, 4, 3), 2), ((3, 3, 9, 2), 3)]
+)
 def test_squeeze_follows_its_formula_and_unsqueeze_inverts_it(shape, factor):
     x = numbered(shape)
     y = reshape.squeeze(jnp.asarray(x), factor)
@@ -40,7 +43,9 @@ def test_padding_residual_is_the_distance_to_the_nearest_padded_array():
     y[1, ..., 3:] = 0
     distance = np.linalg.norm(y[..., 3:].reshape(4, -1), axis=1)
     assert distance[1] == 0 < distance[0]
-    np.testing.assert_allclose(reshape.padding_residual(jnp.asarray(y), 2), distance, rtol=NORM_RTOL)
+    np.testing.assert_allclose(
+        reshape.padding_residual(jnp.asarray(y), 2), distance, rtol=NORM_RTOL
+    )
     gradient = jax.grad(lambda y: jnp.sum(reshape.padding_residual(y, 2)))(jnp.asarray(y))
     np.testing.assert_array_equal(gradient[1], 0)
     np.testing.assert_allclose(np.linalg.norm(gradient[0]), 1, rtol=NORM_RTOL)

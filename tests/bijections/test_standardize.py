@@ -24,10 +24,12 @@ def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_corre
         single = transform.bijection().forward(x)
         assert single.dtype == jnp.float32
         error = np.abs(np.asarray(transform.bijection().inverse(single)[0] - x)) / DATA.std(axis=0)
-        assert error.max() < 100 * SINGLE  # the third entry is a thousand of its standard deviations away from 0
+        # the third entry is a thousand of its standard deviations away from 0
+        assert error.max() < 100 * SINGLE
         y = np.asarray(single, np.float64)
         np.testing.assert_allclose(y.mean(axis=0), 0, atol=1e-3)
-        np.testing.assert_allclose(y.var(axis=0), 1, atol=2e-2)  # correlations shrink by about 1/5000
+        # correlations shrink by about 1/5000
+        np.testing.assert_allclose(y.var(axis=0), 1, atol=2e-2)
         off = np.corrcoef(y.T)[~np.eye(4, dtype=bool)]
         assert (np.abs(off).max() < 2e-2) == (name == "whiten")
 
@@ -35,7 +37,11 @@ def test_standardized_data_have_mean_0_and_variance_1_and_whitened_ones_no_corre
 @pytest.mark.parametrize(
     "transform",
     [
-        *(Center(), Standardize((2.5, 0.0), (0.5, 1.5)), Whiten((2.5, 0.0), ((0.5, 0.0), (0.3, 1.0)))),
+        *(
+            Center(),
+            Standardize((2.5, 0.0), (0.5, 1.5)),
+            Whiten((2.5, 0.0), ((0.5, 0.0), (0.3, 1.0))),
+        ),
         *(Equalize((0.5, 0.5), alpha=0.05), Bounded((-1.0, -2.0), (2.0, np.inf), scale=1.0)),
     ],
 )
@@ -48,11 +54,15 @@ def test_integers_count_as_floats(transform):
 
 def test_images_have_one_scale_a_channel(x64):
     images = RNG.normal(size=(50, 4, 4, 2)) * [1, 5] + [3, 0]
-    np.testing.assert_allclose(Standardize.fit(images).scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT)
+    np.testing.assert_allclose(
+        Standardize.fit(images).scale, images.reshape(-1, 2).std(axis=0), rtol=EXACT
+    )
 
 
 def test_few_examples_are_whitened_better_than_by_linear_shrinkage():
-    """Low-rank normal data with noise: new examples are likelier, also with fewer examples than entries."""
+    """Low-rank normal data with noise: new examples are likelier, also with fewer examples than
+    entries.
+    """
     factor = RNG.normal(size=(5, 50))
     truth = factor.T @ factor + 0.25 * np.eye(50)
     for num in (30, 200):
@@ -60,7 +70,10 @@ def test_few_examples_are_whitened_better_than_by_linear_shrinkage():
         own = np.asarray(Whiten.fit(x).factor, np.float64) / np.geomspace(1e-3, 1e3, 50)[:, None]
         divergences = [
             np.trace(np.linalg.solve(found, truth)) + np.linalg.slogdet(found)[1]
-            for found in (own @ own.T, LedoitWolf().fit(x / np.geomspace(1e-3, 1e3, 50)).covariance_)
+            for found in (
+                own @ own.T,
+                LedoitWolf().fit(x / np.geomspace(1e-3, 1e3, 50)).covariance_,
+            )
         ]
         assert divergences[0] < divergences[1] - 1
     many = RNG.normal(size=(20_000, 3)) @ np.array([[1, 0.9, 0], [0, 0.5, 0], [0, 0, 1]])
@@ -73,7 +86,10 @@ def test_few_examples_are_whitened_better_than_by_linear_shrinkage():
     [
         (lambda: Standardize((0.0,), (0.0,)), "scale positive"),
         (lambda: Standardize((0.0,), (1.0, 1.0)), "one number an entry"),
-        (lambda: Standardize((0.0,), (2.0,)).forward_and_logdet(jnp.ones((2, 3))), r"for 1 entries, got .* \(2, 3\)"),
+        (
+            lambda: Standardize((0.0,), (2.0,)).forward_and_logdet(jnp.ones((2, 3))),
+            r"for 1 entries, got .* \(2, 3\)",
+        ),
         (lambda: Whiten((0.0, 0.0), ((1.0, 0.0),)), "square"),
         (lambda: Whiten((0.0, 0.0), ((1.0, 0.5), (0.0, 1.0))), "lower triangular"),
         (lambda: Whiten((float("nan"),), ((1.0,),)), "finite"),
@@ -89,7 +105,10 @@ def test_bounds_hold_for_columns_of_very_different_scales():
         a, b = 1e-6 * factor, 7e5
         forward, inverse = Whiten((0.0, 0.0), ((a, 0.0), (b, b))).bilipschitz()
         with mpmath.workdps(50):
-            largest, least = (float(value) for value in mpmath.svd_r(mpmath.matrix([[a, 0], [b, b]]), compute_uv=False))
+            largest, least = (
+                float(value)
+                for value in mpmath.svd_r(mpmath.matrix([[a, 0], [b, b]]), compute_uv=False)
+            )
         assert 1 / least <= float(forward) <= 1.01 / least
         assert largest <= float(inverse) <= 1.0001 * largest
     forward, inverse = Whiten((0.0, 0.0), ((1e-7, 0.0), (0.0, 1e14))).bilipschitz()

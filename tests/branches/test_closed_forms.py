@@ -1,4 +1,6 @@
-"""Closed forms of feed-forward branches, against dense Jacobians and their determinants in float64."""
+"""Closed forms of feed-forward branches, against dense Jacobians and their determinants in
+float64.
+"""
 
 import functools
 import math
@@ -21,9 +23,24 @@ BATCH, NORM = 3, 0.98
 
 TRACE = {
     "dense, narrow": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish"},
-    "dense, preactivation": {"in_shape": (5,), "hidden": (7,), "activation": "clipswish", "preactivation": True},
-    "dense, narrow, preactivation": {"in_shape": (7,), "hidden": (3,), "activation": "clipswish", "preactivation": True},
-    "dense, context": {"in_shape": (3,), "hidden": (4,), "activation": "lipswish", "context_dim": 2},
+    "dense, preactivation": {
+        "in_shape": (5,),
+        "hidden": (7,),
+        "activation": "clipswish",
+        "preactivation": True,
+    },
+    "dense, narrow, preactivation": {
+        "in_shape": (7,),
+        "hidden": (3,),
+        "activation": "clipswish",
+        "preactivation": True,
+    },
+    "dense, context": {
+        "in_shape": (3,),
+        "hidden": (4,),
+        "activation": "lipswish",
+        "context_dim": 2,
+    },
     "conv": {"in_shape": (7, 8, 2), "hidden": (3,), "kernel_sizes": (3, 3), "activation": "tanh"},
     "conv, preactivation, two channels of one": {
         "in_shape": (7, 6, 2),
@@ -33,21 +50,46 @@ TRACE = {
         "preactivation": True,
         "positional_bias": True,
     },
-    "conv, context": {"in_shape": (6, 7, 1), "hidden": (3,), "kernel_sizes": (3, 3), "context_dim": 2},
-    "conv, circular": {"in_shape": (4, 5, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
+    "conv, context": {
+        "in_shape": (6, 7, 1),
+        "hidden": (3,),
+        "kernel_sizes": (3, 3),
+        "context_dim": 2,
+    },
+    "conv, circular": {
+        "in_shape": (4, 5, 1),
+        "hidden": (4,),
+        "kernel_sizes": (3, 3),
+        "padding": "CIRCULAR",
+    },
     "conv, larger than the image": {"in_shape": (3, 2, 2), "hidden": (4,), "kernel_sizes": (5, 5)},
     "conv, lower than the reach": {"in_shape": (2, 9, 1), "hidden": (3,), "kernel_sizes": (3, 3)},
-    "conv, within reach of every pixel": {"in_shape": (4, 3, 3), "hidden": (4,), "kernel_sizes": (3, 3), "activation": "tanh"},
+    "conv, within reach of every pixel": {
+        "in_shape": (4, 3, 3),
+        "hidden": (4,),
+        "kernel_sizes": (3, 3),
+        "activation": "tanh",
+    },
 }
 LOGDET_ALONE = {
-    "three convolutions": {"in_shape": (6, 9, 1), "hidden": (3, 2), "kernel_sizes": (3, 1, 3), "activation": "clipswish"},
+    "three convolutions": {
+        "in_shape": (6, 9, 1),
+        "hidden": (3, 2),
+        "kernel_sizes": (3, 1, 3),
+        "activation": "clipswish",
+    },
     "channels that an activation mixes": {
         "in_shape": (7, 6, 1),
         "hidden": (4,),
         "kernel_sizes": (3, 3),
         "activation": "maxmin",
     },
-    "kernels of two sizes": {"in_shape": (9, 8, 1), "hidden": (3,), "kernel_sizes": (5, 3), "activation": "tanh"},
+    "kernels of two sizes": {
+        "in_shape": (9, 8, 1),
+        "hidden": (3,),
+        "kernel_sizes": (5, 3),
+        "activation": "tanh",
+    },
     "two sandwich layers": {
         "kind": SandwichSpec,
         "in_shape": (8, 11, 1),
@@ -59,8 +101,17 @@ LOGDET_ALONE = {
 }
 NOTHING = {
     "two hidden layers": {"in_shape": (7,), "hidden": (3, 3)},
-    "a torus smaller than the kernel": {"in_shape": (2, 2, 1), "hidden": (4,), "kernel_sizes": (3, 3), "padding": "CIRCULAR"},
-    "three convolutions within reach": {"in_shape": (4, 5, 2), "hidden": (3, 3), "kernel_sizes": (3, 1, 3)},
+    "a torus smaller than the kernel": {
+        "in_shape": (2, 2, 1),
+        "hidden": (4,),
+        "kernel_sizes": (3, 3),
+        "padding": "CIRCULAR",
+    },
+    "three convolutions within reach": {
+        "in_shape": (4, 5, 2),
+        "hidden": (3, 3),
+        "kernel_sizes": (3, 1, 3),
+    },
 }
 
 
@@ -83,8 +134,12 @@ def draw(spec):
 
 
 def make(case):
-    """Architecture, weights whose Jacobians have a norm of at most `NORM`, inputs, contexts and dense Jacobians."""
-    spec = case.get("kind", FeedforwardSpec)(**{name: value for name, value in case.items() if name != "kind"})
+    """Architecture, weights whose Jacobians have a norm of at most `NORM`, inputs, contexts and
+    dense Jacobians.
+    """
+    spec = case.get("kind", FeedforwardSpec)(
+        **{name: value for name, value in case.items() if name != "kind"}
+    )
     weights, x, context = draw(spec)
     factor = NORM / np.linalg.norm(dense_jacobian(spec, weights, x, context), 2, axis=(1, 2)).max()
     last = spec.layers[-1].name
@@ -97,21 +152,28 @@ def make(case):
 def test_log_determinants_of_the_smallest_batches(x64, name, num):
     spec, weights, x, context, jacobians = make(TRACE[name])
     found = jax.jit(spec.logdet)(weights, x[:num], None if context is None else context[:num])
-    np.testing.assert_allclose(found, np.linalg.slogdet(np.eye(x[0].size) + jacobians[:num])[1], rtol=EXACT, atol=EXACT)
+    np.testing.assert_allclose(
+        found, np.linalg.slogdet(np.eye(x[0].size) + jacobians[:num])[1], rtol=EXACT, atol=EXACT
+    )
 
 
-@pytest.mark.parametrize("case", [*TRACE.values(), *LOGDET_ALONE.values()], ids=[*TRACE, *LOGDET_ALONE])
+@pytest.mark.parametrize(
+    "case", [*TRACE.values(), *LOGDET_ALONE.values()], ids=[*TRACE, *LOGDET_ALONE]
+)
 def test_what_a_branch_knows_is_that_of_its_dense_jacobian(x64, case):
     spec, weights, x, context, jacobians = make(case)
     assert ("trace" in spec.knows) == (case in TRACE.values())
     if case is TRACE["conv, within reach of every pixel"]:
-        assert "logdet" in spec.knows  # its stencil takes fewer operations than products with unit vectors
+        # its stencil takes fewer operations than products with unit vectors
+        assert "logdet" in spec.knows
     expected = {
         "trace": np.trace(jacobians, axis1=1, axis2=2),
         "jacobian": jacobians,
         "logdet": np.linalg.slogdet(np.eye(x[0].size) + jacobians)[1],
     }
-    is_narrow = len(spec.hidden) == 1 and spec.hidden[0] < spec.in_shape[0] and spec.kernel_sizes is None
+    is_narrow = (
+        len(spec.hidden) == 1 and spec.hidden[0] < spec.in_shape[0] and spec.kernel_sizes is None
+    )
     names = sorted(spec.knows | ({"logdet"} if is_narrow else set()))
 
     @jax.jit
@@ -144,16 +206,25 @@ def test_gradients_are_those_of_dense_jacobians(x64, name):
 
     assert getattr(branch, known) is not None
     run = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnames="closed_form")
-    chex.assert_trees_all_close(run(weights, x, closed_form=True), run(weights, x, closed_form=False), rtol=1e-8, atol=EXACT)
+    chex.assert_trees_all_close(
+        run(weights, x, closed_form=True), run(weights, x, closed_form=False), rtol=1e-8, atol=EXACT
+    )
 
 
-@pytest.mark.parametrize("estimator", [SeriesLogdet(12, num_probes=16), RouletteLogdet(num_exact_terms=12, num_probes=16)])
+@pytest.mark.parametrize(
+    "estimator",
+    [SeriesLogdet(12, num_probes=16), RouletteLogdet(num_exact_terms=12, num_probes=16)],
+)
 def test_estimates_by_the_trace_are_steadier_and_right(x64, estimator):
     spec, weights, x, _, jacobians = make(TRACE["dense, preactivation"])
     last = spec.layers[-1].name
-    branch = Branch(spec, {**weights, last: {**weights[last], "kernel": 0.3 * weights[last]["kernel"]}}, 0.3)
+    branch = Branch(
+        spec, {**weights, last: {**weights[last], "kernel": 0.3 * weights[last]["kernel"]}}, 0.3
+    )
     exact = np.linalg.slogdet(np.eye(x[0].size) + 0.3 * jacobians)[1]
-    run = jax.jit(lambda x, key: (estimator(branch, x, key), estimator(branch, x, key, trace=branch.trace)))
+    run = jax.jit(
+        lambda x, key: (estimator(branch, x, key), estimator(branch, x, key, trace=branch.trace))
+    )
     (plain, plain_info), (logdet, info) = run(x, jax.random.key(1))
     assert np.all(info.stderr < 0.5 * plain_info.stderr)
     assert np.all(np.abs(logdet - exact) < 5 * info.stderr + 1e-6)  # what a dozen terms leave out
@@ -172,10 +243,14 @@ def test_a_stencil_that_is_too_small_is_rejected(x64, monkeypatch):
     expected = np.linalg.slogdet(np.eye(x[0].size) + jacobians)[1]
 
     def by_products(x, reach):
-        return banded.stencil_logdet(banded.stencil_by_products(functools.partial(spec.apply, weights), x, reach))
+        return banded.stencil_logdet(
+            banded.stencil_by_products(functools.partial(spec.apply, weights), x, reach)
+        )
 
     found = {reach: jax.jit(by_products, static_argnums=1)(x, reach) for reach in (1, 2)}
     np.testing.assert_allclose(found[2], expected, rtol=EXACT)
     assert np.abs(found[1] - expected).max() > 1e-3
     monkeypatch.setattr(banded, "MOST_ENTRIES", 1)  # examples one after the other
-    np.testing.assert_allclose(jax.jit(functools.partial(spec.logdet, weights))(x), expected, rtol=EXACT)
+    np.testing.assert_allclose(
+        jax.jit(functools.partial(spec.logdet, weights))(x), expected, rtol=EXACT
+    )

@@ -1,4 +1,5 @@
-"""Branches of every kind in a small flow: what the library says of each is held against dense Jacobians in float64.
+"""Branches of every kind in a small flow: what the library says of each is held against dense
+Jacobians in float64.
 
 A kind that has a line in `CASES` has these tests.
 """
@@ -41,7 +42,9 @@ def shifted(key):
 
 @dataclasses.dataclass(frozen=True)
 class WaveSpec(ir.BranchSpec):
-    """``g(x) = B sin(A x + b)``, with ``Lip(g) <= |A|_F |B|_F``: a kind of one's own with a name in configs."""
+    """``g(x) = B sin(A x + b)``, with ``Lip(g) <= |A|_F |B|_F``: a kind of one's own with a name
+    in configs.
+    """
 
     width: int = 4
 
@@ -66,9 +69,15 @@ CONV = {"hidden": (3,), "kernel_sizes": (3, 3), "squeeze": 2}
 DENSE = ir.StageSpec(1, (4,), activation="clipswish")
 CASES = {
     "dense": ir.FlowSpec((3,), (ir.StageSpec(2, (4,), activation="clipswish"),)),
-    "pre-activated": ir.FlowSpec((3,), (ir.StageSpec(2, (4, 5), preactivation=True),), budget="block"),
-    "convolutional": ir.FlowSpec((4, 4, 1), (ir.StageSpec(1, **CONV, activation="lipswish", factor_out=True), DENSE)),
-    "periodic": ir.FlowSpec((2, 3, 1), (ir.StageSpec(2, (3,), (3, 1), padding="CIRCULAR", activation="tanh"),)),
+    "pre-activated": ir.FlowSpec(
+        (3,), (ir.StageSpec(2, (4, 5), preactivation=True),), budget="block"
+    ),
+    "convolutional": ir.FlowSpec(
+        (4, 4, 1), (ir.StageSpec(1, **CONV, activation="lipswish", factor_out=True), DENSE)
+    ),
+    "periodic": ir.FlowSpec(
+        (2, 3, 1), (ir.StageSpec(2, (3,), (3, 1), padding="CIRCULAR", activation="tanh"),)
+    ),
     "sandwich": ir.FlowSpec(
         (4, 4, 1),
         (
@@ -79,13 +88,25 @@ CASES = {
     ),
     "contexts": ir.FlowSpec(
         (4, 4, 1),
-        (ir.StageSpec(1, **CONV, activation="tanh", positional_bias=True, kind="sandwich", factor_out=True), DENSE),
+        (
+            ir.StageSpec(
+                1, **CONV, activation="tanh", positional_bias=True, kind="sandwich", factor_out=True
+            ),
+            DENSE,
+        ),
         context_dim=CONTEXT_DIM,
     ),
     "potential": ir.FlowSpec(
         (4, 4, 1),
         (
-            ir.StageSpec(1, **CONV, activation="softplus4", positional_bias=True, kind="potential", factor_out=True),
+            ir.StageSpec(
+                1,
+                **CONV,
+                activation="softplus4",
+                positional_bias=True,
+                kind="potential",
+                factor_out=True,
+            ),
             ir.StageSpec(1, (9,), activation="tanh", kind="potential"),
         ),
         coeff=0.7,  # roulette has an infinite variance for eigenvalues beyond the root of 1/2
@@ -125,17 +146,23 @@ def each(context):
 
 @functools.cache
 def found(name):
-    """What a model says of the examples, and Jacobians of the whole flow and of each block's branch, in float64."""
+    """What a model says of the examples, and Jacobians of the whole flow and of each block's
+    branch, in float64.
+    """
 
     def branch_jacobians(block, x, context):
-        return jax.vmap(jax.jacfwd(lambda x, c: block.branch.given(each(c))(x[None])[0]))(x, context)
+        return jax.vmap(jax.jacfwd(lambda x, c: block.branch.given(each(c))(x[None])[0]))(
+            x, context
+        )
 
     @jax.jit
     def run(model, x, context, points):
         z, log_det, _ = model.flow(context).forward_and_logdet(x, key)
         one = jax.jacfwd(lambda x, c: model.encode(x[None], context=each(c))[0])
         own = [
-            jax.vmap(branch_jacobians, in_axes=(0, None, None))(model.weights[stage.name], points[stage.name], context)
+            jax.vmap(branch_jacobians, in_axes=(0, None, None))(
+                model.weights[stage.name], points[stage.name], context
+            )
             for stage in model.spec.flow.layout
         ]
         return log_det, model.decode(z, context=context), jax.vmap(one)(x, context), own
@@ -144,7 +171,10 @@ def found(name):
         key = jax.random.key(0)
         exact = kept.exact_model(ir.DensitySpec(CASES[name]))
         rng = np.random.default_rng(1)
-        points = {stage.name: rng.normal(size=(NUM, *stage.branch.in_shape)) for stage in CASES[name].layout}
+        points = {
+            stage.name: rng.normal(size=(NUM, *stage.branch.in_shape))
+            for stage in CASES[name].layout
+        }
         return jax.device_get(run(exact, *examples(name), points))
 
 
@@ -160,10 +190,14 @@ def test_bounds_hold_for_dense_jacobians(name):
     for stage, of_stage in zip(flow.layout, own, strict=True):
         for jacobians in of_stage:
             block = next(blocks)
-            largest = np.linalg.norm(matrices(jacobians, np.prod(stage.branch.in_shape)), 2, axis=(1, 2)).max()
+            largest = np.linalg.norm(
+                matrices(jacobians, np.prod(stage.branch.in_shape)), 2, axis=(1, 2)
+            ).max()
             assert 0.02 < largest <= block.bound <= flow.coeff * (1 + 1e-6)
             assert block.word == ("user" if on_its_word(name) else "certified")
-            assert [part.name for part in block.layers] == [part.name for part in stage.branch.parts]
+            assert [part.name for part in block.layers] == [
+                part.name for part in stage.branch.parts
+            ]
     sizes = np.linalg.svd(matrices(whole, flow.num_dims), compute_uv=False)
     assert sizes.max() <= certificate(name).forward < 1e5
     assert 1 / sizes.min() <= certificate(name).inverse
@@ -193,7 +227,10 @@ def test_every_estimator_finds_the_log_determinant(name):
 
     @jax.jit
     def run(model, x):
-        return [model.with_(estimator=estimator).terms(x, key, key, context=context) for estimator in estimators]
+        return [
+            model.with_(estimator=estimator).terms(x, key, key, context=context)
+            for estimator in estimators
+        ]
 
     for terms in run(model(name), x):
         stderr = np.nan_to_num(terms.info.stderr, posinf=0)
@@ -204,8 +241,12 @@ def test_every_estimator_finds_the_log_determinant(name):
 def test_every_weight_has_a_gradient_and_is_in_the_file(name, tmp_path):
     """The gradient of the latents of a training step, with kernels that are beyond the budget."""
     flow, (x, context) = CASES[name], examples(name)
-    params = jax.tree.map(lambda a: np.float32(1.5) * a, jax.device_get(as_params(model(name).weights)))
-    iterates = {stage.name: {"blocks": stage.initial_iterates(jax.random.key(0))} for stage in flow.layout}
+    params = jax.tree.map(
+        lambda a: np.float32(1.5) * a, jax.device_get(as_params(model(name).weights))
+    )
+    iterates = {
+        stage.name: {"blocks": stage.initial_iterates(jax.random.key(0))} for stage in flow.layout
+    }
 
     @jax.jit
     def gradient(params, x):
@@ -215,18 +256,24 @@ def test_every_weight_has_a_gradient_and_is_in_the_file(name, tmp_path):
 
         return jax.grad(loss)(params)
 
-    for path, leaf in jax.tree.leaves_with_path(jax.device_get(gradient(params, x.astype(np.float32)))):
+    for path, leaf in jax.tree.leaves_with_path(
+        jax.device_get(gradient(params, x.astype(np.float32)))
+    ):
         assert np.all(np.isfinite(leaf)), path
         assert np.any(leaf != 0) or (name == "registered" and "actnorm" in str(path)), path
     loaded = ir.load(model(name).save(tmp_path / "model.npz"), branches={"shifted": shifted})
     assert loaded.spec == model(name).spec
-    jax.tree.map(np.testing.assert_array_equal, as_params(loaded.weights), as_params(model(name).weights))
+    jax.tree.map(
+        np.testing.assert_array_equal, as_params(loaded.weights), as_params(model(name).weights)
+    )
 
 
 def test_certificates_of_inverses_say_which_kinds_they_cannot_follow():
     x, _ = examples("registered")
     for call in (lambda m: ir.certify.inverse(m, x, x), lambda m: ir.certify.decode(m, x)):
-        with pytest.raises(ValueError, match="branches of kind 'wave', which certificates cannot follow"):
+        with pytest.raises(
+            ValueError, match="branches of kind 'wave', which certificates cannot follow"
+        ):
             call(model("registered"))
 
 

@@ -1,4 +1,6 @@
-"""The budget of feed-forward branches, estimated and certified, and freezing, against singular values in float64."""
+"""The budget of feed-forward branches, estimated and certified, and freezing, against singular
+values in float64.
+"""
 
 import functools
 
@@ -20,13 +22,17 @@ COEFF = 0.9
 TIGHT = 0.03  # how far below the bound a norm may lie
 SPECS = {
     "dense": FeedforwardSpec((5,), (7, 6), activation="clipswish"),
-    "convolutional": FeedforwardSpec((4, 5, 3), (6, 8), (3, 1, 3), activation="lipswish", preactivation=True),
+    "convolutional": FeedforwardSpec(
+        (4, 5, 3), (6, 8), (3, 1, 3), activation="lipswish", preactivation=True
+    ),
     "periodic": FeedforwardSpec((4, 4, 2), (5,), (3, 2), activation="tanh", padding="CIRCULAR"),
 }
 FLOW = FlowSpec(
     (4, 4, 2),
     (
-        StageSpec(2, hidden=(6,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True),
+        StageSpec(
+            2, hidden=(6,), kernel_sizes=(3, 3), activation="lipswish", squeeze=2, factor_out=True
+        ),
         StageSpec(2, hidden=(8,), activation="elu"),
     ),
     coeff=0.8,
@@ -35,7 +41,9 @@ FLOW = FlowSpec(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("budget", "num_squarings"))
 def certified(spec, weights, *, budget="layer", num_squarings=None):
-    return spec.certified(weights, spec.norm_bounds(weights, num_squarings=num_squarings), coeff=COEFF, budget=budget).branch
+    return spec.certified(
+        weights, spec.norm_bounds(weights, num_squarings=num_squarings), coeff=COEFF, budget=budget
+    ).branch
 
 
 def true_norms(spec, weights):
@@ -80,8 +88,13 @@ def test_a_certified_budget_holds_for_any_weights(name, num_squarings, budget):
         assert np.prod(list(norms.values())) <= product <= COEFF
         if budget == "layer":
             assert max(norms.values()) <= COEFF
-        if scale >= 1 and num_squarings is None:  # nothing of the budget is given away beyond the bounds' slack
-            used = min(norms.values()) if budget == "layer" else np.prod(list(norms.values())) ** (1 / len(norms))
+        # nothing of the budget is given away beyond the bounds' slack
+        if scale >= 1 and num_squarings is None:
+            used = (
+                min(norms.values())
+                if budget == "layer"
+                else np.prod(list(norms.values())) ** (1 / len(norms))
+            )
             assert used >= (COEFF if budget == "layer" else COEFF ** (1 / len(norms))) * (1 - TIGHT)
         if scale < 1:
             for layer, own in weights.items():
@@ -99,9 +112,13 @@ def test_a_budget_by_block_scales_all_layers_by_one_factor():
 
     estimated = by_estimate(weights, spec.initial_iterates(jax.random.key(5)))
     for branch in (certified(spec, weights, budget="block"), estimated):
-        factors = [float(branch.weights[n]["kernel"][0, 0] / weights[n]["kernel"][0, 0]) for n in weights]
+        factors = [
+            float(branch.weights[n]["kernel"][0, 0] / weights[n]["kernel"][0, 0]) for n in weights
+        ]
         np.testing.assert_allclose(factors, factors[0], rtol=1e-6)
-        np.testing.assert_allclose(np.prod(list(true_norms(spec, branch.weights).values())), COEFF, rtol=2e-3)
+        np.testing.assert_allclose(
+            np.prod(list(true_norms(spec, branch.weights).values())), COEFF, rtol=2e-3
+        )
 
 
 SANDWICH = SandwichSpec((1,), hidden=(1, 1), activation="elu")
@@ -111,7 +128,8 @@ def sandwich(first, rest):
     """Weights with one number in all kernels of the first part, and one in all others."""
     weights, small = SANDWICH.initial_weights(jax.random.key(0)), SANDWICH.parts[0].layers
     return {
-        name: {**own, "kernel": jnp.full_like(own["kernel"], first if name in small else rest)} for name, own in weights.items()
+        name: {**own, "kernel": jnp.full_like(own["kernel"], first if name in small else rest)}
+        for name, own in weights.items()
     }
 
 
@@ -127,7 +145,9 @@ def test_squares_that_underflow_are_not_taken_for_zeros():
 
 def test_gradients_at_a_sandwich_of_zeros_are_finite():
     def total(weights):
-        found = SANDWICH.certified(weights, SANDWICH.norm_bounds(weights, num_squarings=4), coeff=COEFF).branch.weights
+        found = SANDWICH.certified(
+            weights, SANDWICH.norm_bounds(weights, num_squarings=4), coeff=COEFF
+        ).branch.weights
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(sandwich(0.0, 0.0))):
@@ -152,7 +172,12 @@ def test_weights_of_nothing_and_not_numbers(budget):
     assert float(certified(spec, zero, budget=budget).lipschitz_bound) == 0
 
     def total(weights):
-        return sum(jnp.sum(a) for a in jax.tree.leaves(certified(spec, weights, budget=budget, num_squarings=4).weights))
+        return sum(
+            jnp.sum(a)
+            for a in jax.tree.leaves(
+                certified(spec, weights, budget=budget, num_squarings=4).weights
+            )
+        )
 
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(jax.jit(jax.grad(total))(zero)))
     weights = random_weights(spec)
@@ -162,7 +187,9 @@ def test_weights_of_nothing_and_not_numbers(budget):
 
 def test_certified_training_holds_at_every_step():
     params = random_params()
-    constrained = jax.jit(functools.partial(model.constrain_certified, FLOW))(params, {name: {} for name in params})
+    constrained = jax.jit(functools.partial(model.constrain_certified, FLOW))(
+        params, {name: {} for name in params}
+    )
     for branch in each_block(FLOW, constrained.weights):
         norms = true_norms(branch.spec, branch.weights)
         assert max(norms.values()) <= FLOW.coeff
@@ -170,29 +197,41 @@ def test_certified_training_holds_at_every_step():
 
 
 def test_sharp_activations_see_what_others_see_of_unconstrained_layers():
-    """`sharpness * input` of a wide constrained layer is as large as for a layer of norm about 1 without a wide side."""
+    """`sharpness * input` of a wide constrained layer is as large as for a layer of norm about 1
+    without a wide side.
+    """
     spec = FeedforwardSpec((6,), hidden=(512,), activation="clipswish", preactivation=True)
-    plain, sharp = (spec.initial_weights(jax.random.key(0), sharpness=sharpness) for sharpness in (0.0, 1.0))
+    plain, sharp = (
+        spec.initial_weights(jax.random.key(0), sharpness=sharpness) for sharpness in (0.0, 1.0)
+    )
     first, second = (layer.name for layer in spec.layers)
     np.testing.assert_array_equal(plain[first]["kernel"], sharp[first]["kernel"])
     assert float(plain[first]["beta"]) == float(sharp[first]["beta"])  # in front of any layer
     kernel = np.asarray(plain[first]["kernel"], np.float64)
-    shrunk = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)  # an output's size over the layer's norm
-    ratio = np.log1p(np.exp(float(sharp[second]["beta"]))) / np.log1p(np.exp(float(plain[second]["beta"])))
+    # an output's size over the layer's norm
+    shrunk = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)
+    ratio = np.log1p(np.exp(float(sharp[second]["beta"]))) / np.log1p(
+        np.exp(float(plain[second]["beta"]))
+    )
     np.testing.assert_allclose(ratio * shrunk, np.linalg.norm(kernel, axis=0).mean(), rtol=0.1)
 
 
 def test_activations_that_are_sharper_still_bend_in_different_places():
-    """A third as wide as their inputs at a sharpness of 3, and over two thirds of where these lie."""
+    """A third as wide as their inputs at a sharpness of 3, and over two thirds of where these
+    lie.
+    """
     spec = FeedforwardSpec((6,), hidden=(512,), activation="clipswish")
-    plain, sharp = (spec.initial_weights(jax.random.key(0), sharpness=sharpness) for sharpness in (1.0, 3.0))
+    plain, sharp = (
+        spec.initial_weights(jax.random.key(0), sharpness=sharpness) for sharpness in (1.0, 3.0)
+    )
     np.testing.assert_array_equal(plain["dense0"]["kernel"], sharp["dense0"]["kernel"])
     assert not np.any(plain["dense0"]["bias"])
     assert not np.any(sharp["dense1"]["bias"])  # of the output
     softplus = [np.log1p(np.exp(float(weights["dense1"]["beta"]))) for weights in (plain, sharp)]
     np.testing.assert_allclose(softplus[1], 3 * softplus[0], rtol=1e-5)
     kernel = np.asarray(plain["dense0"]["kernel"], np.float64)
-    inputs = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)  # standard deviation for data of variance 1
+    # standard deviation for data of variance 1
+    inputs = np.linalg.norm(kernel, axis=0).mean() / np.linalg.norm(kernel, ord=2)
     np.testing.assert_allclose(np.std(sharp["dense0"]["bias"]), 2 / 3 * inputs, rtol=0.1)
 
 
@@ -200,7 +239,10 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
     shared = FeedforwardSpec((3, 2, 1), (4,), (3, 3))
     by_pixel = FeedforwardSpec((3, 2, 1), (4,), (3, 3), positional_bias=True)
     weights = by_pixel.initial_weights(jax.random.key(0))
-    assert [weights[layer.name]["bias"].shape for layer in by_pixel.layers] == [(3, 2, 4), (3, 2, 1)]
+    assert [weights[layer.name]["bias"].shape for layer in by_pixel.layers] == [
+        (3, 2, 4),
+        (3, 2, 1),
+    ]
     x = jax.random.normal(jax.random.key(1), (2, 3, 2, 1))
     same = {name: {**layer, "bias": layer["bias"][0, 0]} for name, layer in weights.items()}
     np.testing.assert_array_equal(by_pixel.apply(weights, x), shared.apply(same, x))
@@ -215,17 +257,38 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_jacobian_alone(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: FlowSpec((2,), (StageSpec(1, (4,)),), coeff=1.0), r"coeff must lie in \(0, 1\), got 1.0"),
+        (
+            lambda: FlowSpec((2,), (StageSpec(1, (4,)),), coeff=1.0),
+            r"coeff must lie in \(0, 1\), got 1.0",
+        ),
         (lambda: FlowSpec((2,), ()), "at least one stage"),
-        (lambda: FlowSpec((3,), (StageSpec(1, (4,), factor_out=True),)), "stage0 factors out half .* has 3"),
-        (lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)), "stage0 cannot squeeze"),
-        (lambda: FlowSpec((3,), (StageSpec(1, (4,), channel_order=(1, 0)),)), "has 3 channels, and its channel_order 2"),
+        (
+            lambda: FlowSpec((3,), (StageSpec(1, (4,), factor_out=True),)),
+            "stage0 factors out half .* has 3",
+        ),
+        (
+            lambda: FlowSpec((5, 4, 1), (StageSpec(1, (4,), (3, 3), squeeze=2),)),
+            "stage0 cannot squeeze",
+        ),
+        (
+            lambda: FlowSpec((3,), (StageSpec(1, (4,), channel_order=(1, 0)),)),
+            "has 3 channels, and its channel_order 2",
+        ),
         (lambda: StageSpec(0, (4,)), r"num_blocks must lie in \[1, inf\), got 0"),
-        (lambda: FeedforwardSpec((4, 4, 1), (4,)), "a dense branch takes vectors, got examples of shape"),
+        (
+            lambda: FeedforwardSpec((4, 4, 1), (4,)),
+            "a dense branch takes vectors, got examples of shape",
+        ),
         (lambda: FeedforwardSpec((4,), (4,), (3, 3)), "a convolutional branch takes images"),
         (lambda: FeedforwardSpec((4, 4, 1), (4,), (3,)), "kernel_sizes needs 2 entries"),
-        (lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"), "padding must be one of SAME, CIRCULAR"),
-        (lambda: FeedforwardSpec((4,), (4,), activation="swish"), "activation must be one of .* got 'swish'"),
+        (
+            lambda: FeedforwardSpec((4, 4, 1), (4,), (3, 3), padding="VALID"),
+            "padding must be one of SAME, CIRCULAR",
+        ),
+        (
+            lambda: FeedforwardSpec((4,), (4,), activation="swish"),
+            "activation must be one of .* got 'swish'",
+        ),
         (lambda: FeedforwardSpec((4,), ()), "hidden must name at least one positive width"),
         (lambda: StageSpec(1, (3,), kind="dens"), "kind must be one of feedforward"),
     ],

@@ -1,4 +1,6 @@
-"""Branches that a function of the user makes: their weights and constants, their files, and what is no branch."""
+"""Branches that a function of the user makes: their weights and constants, their files, and what
+is no branch.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +23,9 @@ DIMS, BLOCKS, COEFF = 3, 3, 0.8
 GRAPH = np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]])  # a constant, which is not trained
 
 
-@functools.partial(register_dataclass, data_fields=["there", "back", "bias", "graph"], meta_fields=[])
+@functools.partial(
+    register_dataclass, data_fields=["there", "back", "bias", "graph"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """``g(x) = tanh(x (graph there) + bias) back``."""
@@ -55,7 +59,9 @@ def model_of(flow):
 def test_its_constants_are_no_weights():
     branch = model_of(FLOW).weights["stage0"].branch
     assert set(branch.weights) == {"there", "back", "bias"}
-    np.testing.assert_array_equal(branch.spec.module(jax.tree.map(lambda a: a[0], branch.weights)).graph, GRAPH)
+    np.testing.assert_array_equal(
+        branch.spec.module(jax.tree.map(lambda a: a[0], branch.weights)).graph, GRAPH
+    )
 
 
 def test_constants_of_any_type_are_refined_in_double_precision():
@@ -75,7 +81,9 @@ def test_constants_of_any_type_are_refined_in_double_precision():
             return jnp.linalg.norm(self.weight)
 
     def make(key):
-        return Moved(jax.random.normal(key, (DIMS, DIMS)), np.array([2, 0, 1]), np.array([0.5, 0.25, 1.0]))
+        return Moved(
+            jax.random.normal(key, (DIMS, DIMS)), np.array([2, 0, 1]), np.array([0.5, 0.25, 1.0])
+        )
 
     flow = ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),), coeff=COEFF)
     model = model_of(flow)
@@ -95,9 +103,18 @@ def test_a_file_knows_it_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"branches=\{'masked': \.\.\.\}"):
         ir.load(path)
     with pytest.raises(ValueError, match="damaged"):
-        ir.load(path, branches={"masked": lambda key: dataclasses.replace(masked(key), bias=jnp.zeros(DIMS + 1)[:, None])})
+        ir.load(
+            path,
+            branches={
+                "masked": lambda key: dataclasses.replace(
+                    masked(key), bias=jnp.zeros(DIMS + 1)[:, None]
+                )
+            },
+        )
     one, other = functools.partial(masked), functools.partial(masked)
-    twice = ir.DensitySpec(ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=one), ir.StageSpec(1, branch=other))))
+    twice = ir.DensitySpec(
+        ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=one), ir.StageSpec(1, branch=other)))
+    )
     with pytest.raises(ValueError, match="two branches of the model are called 'masked'"):
         ir.Density(twice, {}, PRIOR).save(tmp_path / "twice.npz")
 
@@ -131,10 +148,20 @@ def test_a_stage_takes_a_class_of_specs_an_instance_or_a_registered_name():
     kinds.register("scaled", ScaledSpec)
     kinds.register("masked", masked)
     image = (4, 4, 1)
-    stages = [{"branch": ScaledSpec}, {"branch": ScaledSpec((16,))}, {"branch": ScaledSpec(image)}, {"kind": "scaled"}]
-    branches = [ir.FlowSpec(image, (ir.StageSpec(1, **stage),)).layout[0].branch for stage in stages]
+    stages = [
+        {"branch": ScaledSpec},
+        {"branch": ScaledSpec((16,))},
+        {"branch": ScaledSpec(image)},
+        {"kind": "scaled"},
+    ]
+    branches = [
+        ir.FlowSpec(image, (ir.StageSpec(1, **stage),)).layout[0].branch for stage in stages
+    ]
     assert [branch.in_shape for branch in branches] == [(16,), (16,), image, (16,)]
-    assert ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, kind="masked"),)).layout[0].branch == FLOW.layout[0].branch
+    assert (
+        ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, kind="masked"),)).layout[0].branch
+        == FLOW.layout[0].branch
+    )
     with pytest.raises(ValueError, match="there is a kind of branch 'scaled' already"):
         kinds.register("scaled", masked)
     with pytest.raises(ValueError, match=r"examples of shape \(3,\) .* takes \(16,\)"):
@@ -153,7 +180,9 @@ def test_without_actnorm_the_density_of_odd_branches_is_even():
         model = ir.Density(ir.DensitySpec(flow), weights, PRIOR)
         np.testing.assert_array_equal(model.log_prob(X), model.log_prob(-X))
         shifted = jax.tree.map(lambda leaf: leaf + 0.5, PRIOR)
-        assert np.all(model.with_(prior=shifted).log_prob(X) != model.with_(prior=shifted).log_prob(-X))
+        assert np.all(
+            model.with_(prior=shifted).log_prob(X) != model.with_(prior=shifted).log_prob(-X)
+        )
 
 
 def of_flax():
@@ -199,18 +228,32 @@ def test_modules_of_other_libraries_are_branches(library):
 def odd_one(**methods):
     """A function that makes modules with other methods than `Masked`."""
     changed = register_dataclass(type("Changed", (Masked,), methods))
-    return lambda key: changed(**{field.name: getattr(masked(key), field.name) for field in dataclasses.fields(Masked)})
+    return lambda key: changed(
+        **{field.name: getattr(masked(key), field.name) for field in dataclasses.fields(Masked)}
+    )
 
 
 WRONG = {
     "no array": (lambda key: GRAPH, "nothing to train"),
-    "an integer": (lambda key: dataclasses.replace(masked(key), bias=jnp.arange(DIMS)), "leaf bias is int32"),
-    "one name twice": (lambda key: {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}}, "two of its leaves are called a.b"),
+    "an integer": (
+        lambda key: dataclasses.replace(masked(key), bias=jnp.arange(DIMS)),
+        "leaf bias is int32",
+    ),
+    "one name twice": (
+        lambda key: {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}},
+        "two of its leaves are called a.b",
+    ),
     "the name of ActNorm": (lambda key: {"actnorm": jnp.zeros(2)}, "must not be called 'actnorm'"),
     "no call": (lambda key: {"weight": jnp.zeros(2)}, "cannot be called on a batch of shape"),
-    "another shape": (odd_one(__call__=lambda self, x: x[:, :2]), r"floats of the shape of its batch \(2, 3\)"),
+    "another shape": (
+        odd_one(__call__=lambda self, x: x[:, :2]),
+        r"floats of the shape of its batch \(2, 3\)",
+    ),
     "no bound": (odd_one(lipschitz_bound=None), "cannot say the bound of its Lipschitz constant"),
-    "two bounds": (odd_one(lipschitz_bound=lambda self: self.bias), r"one number, got shape \(3,\)"),
+    "two bounds": (
+        odd_one(lipschitz_bound=lambda self: self.bias),
+        r"one number, got shape \(3,\)",
+    ),
     "another mask at every call": (
         lambda key: {"weight": jnp.zeros(2), "mask": np.random.default_rng().random(2)},
         "differ from call to call",
@@ -228,7 +271,9 @@ def test_what_is_no_branch_is_refused_in_one_sentence(name):
 
 
 def test_a_constant_that_is_nan_is_the_same_at_every_call():
-    stage = ir.StageSpec(1, branch=lambda key: dataclasses.replace(masked(key), graph=np.nan * GRAPH))
+    stage = ir.StageSpec(
+        1, branch=lambda key: dataclasses.replace(masked(key), graph=np.nan * GRAPH)
+    )
     assert ir.FlowSpec((DIMS,), (stage,)).layout
 
 
@@ -251,11 +296,16 @@ def test_without_a_constraint_branches_run_as_they_are_after_training_too():
     assert free.gain is None
     np.testing.assert_allclose(free.lipschitz_bound, bounds, rtol=1e-6)
     assert bounds.max() > COEFF
-    assert with_bounds(FLOW, of_stored(FLOW, params))["stage0"].branch.lipschitz_bound.max() <= COEFF
+    assert (
+        with_bounds(FLOW, of_stored(FLOW, params))["stage0"].branch.lipschitz_bound.max() <= COEFF
+    )
 
 
 def test_a_bound_that_training_made_negative_promises_nothing():
-    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=odd_one(lipschitz_bound=lambda self: jnp.sum(self.there))),))
+    flow = ir.FlowSpec(
+        (DIMS,),
+        (ir.StageSpec(1, branch=odd_one(lipschitz_bound=lambda self: jnp.sum(self.there))),),
+    )
     params = kept.random_params(flow)
     negative = jax.tree.map(lambda leaf: -jnp.abs(leaf), params)
     for weights in (freeze(flow, negative), of_stored(flow, negative)):

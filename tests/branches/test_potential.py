@@ -1,4 +1,6 @@
-"""Gradient steps of convex potentials: spectra of dense Jacobians, and blocks that never stretch, in float64."""
+"""Gradient steps of convex potentials: spectra of dense Jacobians, and blocks that never
+stretch, in float64.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,9 @@ COEFF = 0.95
 SPECS = {
     "wide": PotentialSpec((3,), (7,), activation="relu"),
     "contexts": PotentialSpec((5,), (2,), activation="softplus4", context_dim=2),
-    "convolutional": PotentialSpec((4, 3, 2), (3,), (3, 3), activation="tanh", positional_bias=True),
+    "convolutional": PotentialSpec(
+        (4, 3, 2), (3,), (3, 3), activation="tanh", positional_bias=True
+    ),
     "periodic": PotentialSpec((4, 4, 1), (3,), (3, 3), activation="softplus4", padding="CIRCULAR"),
 }
 
@@ -35,7 +39,9 @@ def test_eigenvalues_are_between_1_minus_the_bound_and_1(name, x64):
     def jacobians(x):
         return jax.jacfwd(lambda x: x + branch.given(context)(x[None])[0])(x)
 
-    found = np.asarray(jacobians(3 * rng.normal(size=(50, *spec.in_shape)))).reshape(50, *2 * (np.prod(spec.in_shape),))
+    found = np.asarray(jacobians(3 * rng.normal(size=(50, *spec.in_shape)))).reshape(
+        50, *2 * (np.prod(spec.in_shape),)
+    )
     np.testing.assert_allclose(found, found.swapaxes(1, 2), atol=1e-14)
     values = np.linalg.eigvalsh(found)
     bound = float(branch.lipschitz_bound)
@@ -49,7 +55,9 @@ def test_eigenvalues_are_between_1_minus_the_bound_and_1(name, x64):
 def test_a_network_of_any_depth_is_1_lipschitz():
     x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     stage = ir.StageSpec(20, (8,), activation="softplus4", kind="potential", actnorm=False)
-    network = ir.Density.init(jax.random.key(0), x, stages=[stage], coeff=COEFF, transform=ir.Identity())
+    network = ir.Density.init(
+        jax.random.key(0), x, stages=[stage], coeff=COEFF, transform=ir.Identity()
+    )
     certificate = network.certificate()
     assert certificate.certified
     assert 1 <= certificate.forward < 1 + 1e-4
@@ -60,7 +68,10 @@ def test_a_network_of_any_depth_is_1_lipschitz():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"hidden": (4,), "activation": "clipswish"}, r"slopes lie in \[0, 1\], and those of clipswish do not"),
+        (
+            {"hidden": (4,), "activation": "clipswish"},
+            r"slopes lie in \[0, 1\], and those of clipswish do not",
+        ),
         ({"hidden": (4, 4)}, "one hidden layer"),
     ],
 )

@@ -23,7 +23,9 @@ from iresnet_jax.models.density_spec import DensitySpec
 EXACT = 1e-11  # error of inverses in float64, and of the references made of them
 DENSITIES = {
     "images": DensitySpec(
-        FlowSpec((4, 4, 1), (StageSpec(1, hidden=(6,)),)), transform=Equalize((0.1, 0.2, 0.6, 0.1), alpha=0.05), num_levels=4
+        FlowSpec((4, 4, 1), (StageSpec(1, hidden=(6,)),)),
+        transform=Equalize((0.1, 0.2, 0.6, 0.1), alpha=0.05),
+        num_levels=4,
     ),
     "cells and a context": DensitySpec(
         FlowSpec((2,), (StageSpec(2, hidden=(8,)),), context_dim=3),
@@ -35,19 +37,25 @@ DENSITIES = {
 
 @functools.cache
 def case(name):
-    """A model, latents, contexts, and what the flow's inverse makes of them in float64: its continuous data."""
+    """A model, latents, contexts, and what the flow's inverse makes of them in float64: its
+    continuous data.
+    """
     spec = DENSITIES[name]
     model = kept.model(spec)
     z = jax.random.normal(jax.random.key(1), (3, spec.flow.num_dims))
     context = jax.random.normal(jax.random.key(2), (3, 3)) if spec.flow.context_dim else None
     with jax.enable_x64(True):
         precise = in_float64(model).continuous
-        x, _ = jax.jit(Density.decode)(precise, np.float64(z), context=None if context is None else np.float64(context))
+        x, _ = jax.jit(Density.decode)(
+            precise, np.float64(z), context=None if context is None else np.float64(context)
+        )
         return model, z, context, np.asarray(x)
 
 
 def in_float64(model):
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model).with_(solver=Solver(atol=1e-13, refine=True))
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), model).with_(
+        solver=Solver(atol=1e-13, refine=True)
+    )
 
 
 def distance(x, exact):
@@ -62,7 +70,10 @@ def levels_of(model, exact):
 @pytest.mark.parametrize("name", DENSITIES)
 def test_bounds_hold_in_the_units_of_the_data_and_certain_levels_are_those_of_float64(name):
     model, z, context, exact = case(name)
-    (continuous, info), (x, found) = model.continuous.decode(z, context=context), certify.decode(model, z, context=context)
+    (continuous, info), (x, found) = (
+        model.continuous.decode(z, context=context),
+        certify.decode(model, z, context=context),
+    )
     np.testing.assert_array_equal(preprocessing.rounded(model.spec, continuous), x)
     np.testing.assert_array_equal(info.num_evals, found.num_evals)
     assert found.certificate.applied.all()
@@ -100,7 +111,9 @@ def test_a_classifier_bounds_its_images_and_their_padding():
     np.testing.assert_array_equal(plain.images, reconstructed)
     assert found.certificate.applied.all()
     with jax.enable_x64(True):
-        wanted = np.asarray(jax.jit(Classifier.reconstruct)(in_float64(model), np.float64(features)).images)
+        wanted = np.asarray(
+            jax.jit(Classifier.reconstruct)(in_float64(model), np.float64(features)).images
+        )
     error = distance(reconstructed, wanted)
     assert np.all(error <= found.error_bound + EXACT)
     assert np.all(found.error_bound <= 20 * error + 1e-6)
@@ -116,7 +129,10 @@ def test_the_certificate_is_of_the_latents_and_contexts_that_were_given():
     _, given = certify.decode(model, beside, context=context)
     _, rounded = certify.decode(model, z, context=context)
     _, under = certify.decode(model, z, context=np.float64(context) * (1 + 2e-8))
-    one, each = (certify.decode(model, z, context=given) for given in (context[0], np.tile(context[:1], (len(z), 1))))
+    one, each = (
+        certify.decode(model, z, context=given)
+        for given in (context[0], np.tile(context[:1], (len(z), 1)))
+    )
     chex.assert_trees_all_equal(one, each)
     exact = rounded.certificate.refined  # to the last bits of float64
     for other in (given, under):

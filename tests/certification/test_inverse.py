@@ -1,4 +1,6 @@
-"""Certified inverses against Newton's method in decimal numbers of 50 digits, on small flows of every kind."""
+"""Certified inverses against Newton's method in decimal numbers of 50 digits, on small flows of
+every kind.
+"""
 
 import functools
 
@@ -28,8 +30,12 @@ def exact_inverse(name, scale):
     for one, latents in zip(x, y, strict=True):
         slopes = [(latents_of(one + move) - latents_of(one - move)) / 2e-4 for move in moves]
         step = np.linalg.inv(np.transpose(slopes))
-        preimage = plain.invert(plain.DECIMAL, flow, own.weights, plain.DECIMAL.of(latents), one, step, num_steps=5)
-        wrong = plain.forward(plain.DECIMAL, flow, own.weights, preimage) - plain.DECIMAL.of(latents)
+        preimage = plain.invert(
+            plain.DECIMAL, flow, own.weights, plain.DECIMAL.of(latents), one, step, num_steps=5
+        )
+        wrong = plain.forward(plain.DECIMAL, flow, own.weights, preimage) - plain.DECIMAL.of(
+            latents
+        )
         assert max(abs(wrong)) < 1e-25
         preimages.append(preimage)
     return y, preimages
@@ -40,14 +46,20 @@ def rounded(preimages, dtype: type = np.float64):
 
 
 def errors_of(x, preimages):
-    return np.array([plain.distance(plain.DECIMAL, one, exact) for one, exact in zip(x, preimages, strict=True)])
+    return np.array(
+        [plain.distance(plain.DECIMAL, one, exact) for one, exact in zip(x, preimages, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_bounds_hold_and_are_sharp_from_float32_to_the_last_bit_of_float64(name):
     y, preimages = exact_inverse(name, 1.0)
     noise = np.random.default_rng(3).normal(size=rounded(preimages).shape)
-    for x in (rounded(preimages), rounded(preimages, np.float32), rounded(preimages) + 1e-4 * noise):
+    for x in (
+        rounded(preimages),
+        rounded(preimages, np.float32),
+        rounded(preimages) + 1e-4 * noise,
+    ):
         found, errors = certify.inverse(density(name), y, x), errors_of(x, preimages)
         assert found.applied.all()
         assert np.all(errors <= found.error_bound)
@@ -96,11 +108,18 @@ def test_what_is_no_number_has_an_infinite_bound():
 
 
 def test_contexts_are_scaled_in_float64():
-    """By a network on them, whatever the precision in which they are given: there is one preimage."""
+    """By a network on them, whatever the precision in which they are given: there is one
+    preimage.
+    """
     flow = FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),), context_dim=2)
-    model = kept.model(DensitySpec(flow, context=Standardize((0.1,) * 3, (0.3,) * 3), context_hidden=(4, 2)))
+    model = kept.model(
+        DensitySpec(flow, context=Standardize((0.1,) * 3, (0.3,) * 3), context_hidden=(4, 2))
+    )
     x, context = np.random.default_rng(4).normal(size=(2, 2, 3)).astype(np.float32)
-    one, other = (certify.inverse(model, x[:, :2], x[:, :2], context=given) for given in (context, context.astype(np.float64)))
+    one, other = (
+        certify.inverse(model, x[:, :2], x[:, :2], context=given)
+        for given in (context, context.astype(np.float64))
+    )
     np.testing.assert_array_equal(one.refined, other.refined)
 
 
@@ -109,7 +128,9 @@ lipswish = functools.partial(density, "lipswish")
 
 
 def conditional():
-    return density(DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),), context_dim=3)))
+    return density(
+        DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),), context_dim=3))
+    )
 
 
 def huge():
@@ -130,7 +151,12 @@ WRONG = {
     "one axis": (lipswish, X[0], None, "got.* \\(2,\\)"),
     "a context that is not taken": (lipswish, X, np.zeros((2, 3), np.float32), "takes no context"),
     "no contexts": (conditional, X, None, "got none"),
-    "other contexts": (conditional, X, np.zeros((3, 3), np.float32), "one context of length 3 for all 2 samples"),
+    "other contexts": (
+        conditional,
+        X,
+        np.zeros((3, 3), np.float32),
+        "one context of length 3 for all 2 samples",
+    ),
 }
 
 
@@ -151,7 +177,9 @@ def test_inside_of_jit_nothing_is_certified(call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_no_examples_have_no_certificates(call):
-    assert all(len(part) == 0 for part in jax.tree.leaves(CALLS[call](lipswish(), X[:0])) if np.ndim(part))
+    assert all(
+        len(part) == 0 for part in jax.tree.leaves(CALLS[call](lipswish(), X[:0])) if np.ndim(part)
+    )
 
 
 def test_examples_come_in_batches():

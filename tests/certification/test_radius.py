@@ -47,8 +47,13 @@ def model(name):
     channels, rng = spec.feature_shape[-1], np.random.default_rng(1)
     head, statistics = spec.initial_arrays(jax.random.key(4)).values()
     if spec.head == "pooled":
-        statistics = {"head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}}
-        head["norm"] = {"scale": jnp.linspace(0.5, 1.5, channels), "bias": jnp.linspace(-0.5, 0.5, channels)}
+        statistics = {
+            "head": {"mean": rng.normal(0, 0.3, channels), "var": rng.uniform(0.3, 1, channels)}
+        }
+        head["norm"] = {
+            "scale": jnp.linspace(0.5, 1.5, channels),
+            "bias": jnp.linspace(-0.5, 0.5, channels),
+        }
     head["linear"]["bias"] = jnp.array([0.05, -0.05, 0.0])  # no ties where all rectifiers are off
     as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
     return Classifier(spec, as_float32(frozen), as_float32(head), as_float32(statistics))
@@ -66,7 +71,9 @@ def logits_of(own, pixels):
 
 @jax.jit
 def least_margins(own, pixels, classes, radii, key):
-    """The least margins that projected gradient descent from many starts finds in balls around some images."""
+    """The least margins that projected gradient descent from many starts finds in balls around
+    some images.
+    """
 
     def margins(moves):
         found = logits_of(own, pixels + moves)
@@ -86,7 +93,9 @@ def least_margins(own, pixels, classes, radii, key):
             moves, least = state
             slopes, found = jax.grad(summed, has_aux=True)(moves)
             slopes /= jnp.sqrt(jnp.sum(slopes**2, axis=(1, 2, 3), keepdims=True)) + 1e-300
-            return onto(moves - 0.1 * radii[:, None, None, None] * slopes), jnp.minimum(least, found)
+            return onto(moves - 0.1 * radii[:, None, None, None] * slopes), jnp.minimum(
+                least, found
+            )
 
         moves = onto(jax.random.normal(key, pixels.shape) * radii[:, None, None, None])
         return jax.lax.fori_loop(0, NUM_STEPS, step, (moves, jnp.full_like(radii, jnp.inf)))[1]
@@ -96,10 +105,16 @@ def least_margins(own, pixels, classes, radii, key):
 
 def searched(own, classes, radii):
     with jax.enable_x64():
-        precise = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (own.weights, own.head, own.statistics))
+        precise = jax.tree.map(
+            lambda a: jnp.asarray(a, jnp.float64), (own.weights, own.head, own.statistics)
+        )
         precise = own.with_(**dict(zip(("weights", "head", "statistics"), precise, strict=True)))
         pixels = jnp.asarray(images() / (LEVELS - 1), jnp.float64)
-        return np.asarray(least_margins(precise, pixels, jnp.asarray(classes), jnp.asarray(radii), jax.random.key(0)))
+        return np.asarray(
+            least_margins(
+                precise, pixels, jnp.asarray(classes), jnp.asarray(radii), jax.random.key(0)
+            )
+        )
 
 
 @functools.cache
@@ -112,7 +127,10 @@ def test_no_search_breaks_a_certified_radius(name):
     own, found = model(name), certified(name)
     assert np.all(found.radius == np.maximum(found.radius, 0))
     assert np.all(found.radius[found.margin > 1e-3] > 0)
-    np.testing.assert_array_equal(found.predicted, np.asarray(logits_of(own, images() / np.float32(LEVELS - 1))).argmax(axis=1))
+    np.testing.assert_array_equal(
+        found.predicted,
+        np.asarray(logits_of(own, images() / np.float32(LEVELS - 1))).argmax(axis=1),
+    )
     assert np.all(searched(own, found.predicted, found.radius) > 0)
     assert np.mean(searched(own, found.predicted, 50 * found.radius + 3) < 0) > 0.5, (
         "a search that finds nothing proves nothing"
@@ -123,7 +141,8 @@ def test_constants_are_those_of_the_head_for_potentials_alone():
     own, found = model("potentials"), certified("potentials")
     kernel = np.asarray(own.head["linear"]["kernel"], np.float64)
     unit = kernel / np.linalg.norm(kernel, axis=0)
-    distances = np.linalg.norm(unit[:, found.predicted].T[:, :, None] - unit, axis=1) / 0.3  # the divisor of pixels
+    # the divisor of pixels
+    distances = np.linalg.norm(unit[:, found.predicted].T[:, :, None] - unit, axis=1) / 0.3
     closest = np.abs(distances / found.lipschitz[:, None] - 1).min(axis=1)
     assert np.all(closest < 1e-5)
     assert np.all(certified("relu").lipschitz > 7)
@@ -131,7 +150,8 @@ def test_constants_are_those_of_the_head_for_potentials_alone():
 
 def test_rounding_of_logits_only_shrinks_radii():
     own = model("potentials")
-    pairs = ([0, 0, -(2**30)], [2**30, 2**30, 0])  # the same decisions; in float32 the logits of the second are all equal
+    # the same decisions; in float32 the logits of the second are all equal
+    pairs = ([0, 0, -(2**30)], [2**30, 2**30, 0])
     near, far = ({"linear": {**own.head["linear"], "bias": np.float32(bias)}} for bias in pairs)
     plain, shifted = (certify.radius(own.with_(head=head), images()) for head in (near, far))
     np.testing.assert_array_equal(plain.predicted, shifted.predicted)

@@ -1,4 +1,6 @@
-"""What certificates know of the steps of a flow: residuals in 50 digits, Jacobians, their norms and how fast they vary."""
+"""What certificates know of the steps of a flow: residuals in 50 digits, Jacobians, their norms
+and how fast they vary.
+"""
 
 import dataclasses
 import functools
@@ -19,17 +21,28 @@ from iresnet_jax.models.architecture import FlowSpec
 
 @pytest.mark.parametrize("name", ["lipswish", "preactivated", "images"])
 def test_residuals_against_decimal_numbers(name):
-    """One step of every kind: its residual in 50 digits is within the bound, which is far below float64's rounding."""
+    """One step of every kind: its residual in 50 digits is within the bound, which is far below
+    float64's rounding.
+    """
     own = density(name)
-    flow, points, found = followed(own, np.random.default_rng(0).normal(size=(1, *own.spec.flow.event_shape)))
+    flow, points, found = followed(
+        own, np.random.default_rng(0).normal(size=(1, *own.spec.flow.event_shape))
+    )
     start = 0
     for stage, place in zip(flow.spec.layout, flow.places.stages, strict=True):
         active = place.active
-        alone = FlowSpec(stage.branch.in_shape, (dataclasses.replace(stage.spec, num_blocks=1, squeeze=1, factor_out=False),))
+        alone = FlowSpec(
+            stage.branch.in_shape,
+            (dataclasses.replace(stage.spec, num_blocks=1, squeeze=1, factor_out=False),),
+        )
         for t in range(start, start + stage.spec.num_blocks):
-            weights = {"stage0": jax.tree.map(lambda a, k=t - start: a[k : k + 1], own.weights[stage.name])}
+            weights = {
+                "stage0": jax.tree.map(lambda a, k=t - start: a[k : k + 1], own.weights[stage.name])
+            }
             inside = plain.DECIMAL.of(points[0, t, active].reshape(stage.branch.in_shape))
-            wanted = plain.forward(plain.DECIMAL, alone, weights, inside) - plain.DECIMAL.of(points[0, t + 1, active])
+            wanted = plain.forward(plain.DECIMAL, alone, weights, inside) - plain.DECIMAL.of(
+                points[0, t + 1, active]
+            )
             error = plain.distance(plain.DECIMAL, found.values[0, t, active], wanted)
             assert error <= found.errors[0, t] <= 1e-16 * np.linalg.norm(found.values[0, t]) + 1e-19
             assert np.linalg.norm(np.delete(found.values[0, t], active)) == 0
@@ -40,22 +53,29 @@ def test_residuals_against_decimal_numbers(name):
 @pytest.mark.parametrize("name", FLOWS)
 def test_norms_of_inverses_and_corrections_against_forward_differentiation(name):
     own = density(name)
-    flow, points, found = followed(own, np.random.default_rng(0).normal(size=(2, *own.spec.flow.event_shape)))
+    flow, points, found = followed(
+        own, np.random.default_rng(0).normal(size=(2, *own.spec.flow.event_shape))
+    )
     constants, rng = flow.constants, np.random.default_rng(1)
     assert np.all(constants.jacobian_errors(found.argument_errors) <= 1e-11)
     values, entries = np.zeros_like(found.values), entries_of_steps(flow.spec)
     for t, active in enumerate(entries):
         values[:, t, active] = rng.normal(size=(2, len(active)))
     with jax.enable_x64(True):
-        wanted = np.array([dense_steps(flow.spec, own.weights, jnp.asarray(one[:-1])) for one in points])
-        backward = np.asarray(newton_step(flow.spec, flow.weights, jnp.asarray(points), jnp.asarray(values), None))
+        wanted = np.array(
+            [dense_steps(flow.spec, own.weights, jnp.asarray(one[:-1])) for one in points]
+        )
+        backward = np.asarray(
+            newton_step(flow.spec, flow.weights, jnp.asarray(points), jnp.asarray(values), None)
+        )
     norms = step_norms(flow.stages, constants, found)
     for t, active in enumerate(entries):
         alone = wanted[:, t][:, active[:, None], active[None]]
         exact = 1 / np.linalg.svd(alone, compute_uv=False)[:, -1]
         assert np.all(exact <= norms[:, t])
         assert np.all(norms[:, t] <= constants.inverse[t])
-        assert np.all(norms[:, t] <= 1.6 * exact)  # the symmetric part, and the least scale for all entries
+        # the symmetric part, and the least scale for all entries
+        assert np.all(norms[:, t] <= 1.6 * exact)
     later = np.zeros((2, flow.spec.num_dims))
     for t in reversed(range(len(entries))):
         later = np.linalg.solve(wanted[:, t], (later - values[:, t])[..., None])[..., 0]
@@ -64,7 +84,9 @@ def test_norms_of_inverses_and_corrections_against_forward_differentiation(name)
 
 @pytest.mark.parametrize("name", sorted(activations.ACTIVATIONS))
 def test_slopes_change_no_faster_than_stated(name):
-    """Sampled differences of slopes on a fine grid, in float64: never above the constant, and close to it."""
+    """Sampled differences of slopes on a fine grid, in float64: never above the constant, and
+    close to it.
+    """
     entry = activations.ACTIVATIONS[name]
     if not entry.elementwise:
         assert entry.slope_lipschitz is None
@@ -83,7 +105,9 @@ def test_slopes_change_no_faster_than_stated(name):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_jacobians_change_no_faster_than_stated(name):
-    """Sampled pairs of points at all distances, and pairs that climb: the best pair moves where the quotient grows."""
+    """Sampled pairs of points at all distances, and pairs that climb: the best pair moves where
+    the quotient grows.
+    """
     own, rng = density(name), np.random.default_rng(0)
     flow = own.spec.flow
     with jax.enable_x64(True):
@@ -96,7 +120,9 @@ def test_jacobians_change_no_faster_than_stated(name):
                 other = one + 10.0 ** rng.uniform(-3, 0) * rng.normal(size=one.shape)
             else:
                 one, other = (point + 0.1 * rng.normal(size=point.shape) for point in best[1:])
-            quotients = np.linalg.norm(np.asarray(step(one)) - np.asarray(step(other)), 2, axis=(1, 2))
+            quotients = np.linalg.norm(
+                np.asarray(step(one)) - np.asarray(step(other)), 2, axis=(1, 2)
+            )
             quotients /= np.linalg.norm(one - other, axis=1)
             largest = np.maximum(largest, quotients)
             best = (quotients.max(), one, other) if quotients.max() > best[0] else best

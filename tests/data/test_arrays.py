@@ -20,14 +20,28 @@ def made(x, **options):
 
 def test_vectors_of_floats_are_continuous_and_split_by_fraction():
     found = made(VECTORS, fractions=(0.1, 0.2))
-    assert {split: len(rows) for split, rows in found.examples.items()} == {"train": 140, "validation": 20, "test": 40}
-    assert (found.event_shape, found.num_levels, found.num_classes, found.cells, found.context_dim) == ((3,), *[None] * 3, 0)
+    assert {split: len(rows) for split, rows in found.examples.items()} == {
+        "train": 140,
+        "validation": 20,
+        "test": 40,
+    }
+    assert (
+        found.event_shape,
+        found.num_levels,
+        found.num_classes,
+        found.cells,
+        found.context_dim,
+    ) == ((3,), *[None] * 3, 0)
     together = np.concatenate(list(found.examples.values()))
-    np.testing.assert_array_equal(np.sort(together, axis=0), np.sort(VECTORS.astype(np.float32), axis=0))
+    np.testing.assert_array_equal(
+        np.sort(together, axis=0), np.sort(VECTORS.astype(np.float32), axis=0)
+    )
 
 
 def test_integer_images_are_levels_and_labels_and_contexts_go_with_their_examples():
-    found = from_arrays("mine", Arrays(IMAGES, IMAGES[:, 0, 0, 0] % 3, IMAGES[:, 0, 1, 0].astype(float)))
+    found = from_arrays(
+        "mine", Arrays(IMAGES, IMAGES[:, 0, 0, 0] % 3, IMAGES[:, 0, 1, 0].astype(float))
+    )
     assert (found.num_classes, found.context_dim) == (3, 1)
     for split, examples in found.examples.items():
         assert examples.dtype == np.uint8
@@ -43,12 +57,15 @@ def test_floats_of_any_precision_are_numbers(dtype):
 
 
 def test_a_constant_context_is_said():
-    [note] = from_arrays("mine", Arrays(VECTORS, context=np.stack([VECTORS[:, 0], np.ones(200)], axis=1))).notes
+    [note] = from_arrays(
+        "mine", Arrays(VECTORS, context=np.stack([VECTORS[:, 0], np.ones(200)], axis=1))
+    ).notes
     assert "entry 1 of the context is constant" in note
 
 
 @pytest.mark.parametrize(
-    ("images", "levels"), [(IMAGES, 17), (IMAGES * 12, 256), (IMAGES > 8, 2), (RNG.random((40, 4, 4, 1)), None)]
+    ("images", "levels"),
+    [(IMAGES, 17), (IMAGES * 12, 256), (IMAGES > 8, 2), (RNG.random((40, 4, 4, 1)), None)],
 )
 def test_the_number_of_levels(images, levels):
     assert made(images).num_levels == levels
@@ -57,7 +74,9 @@ def test_the_number_of_levels(images, levels):
 def test_labels_become_contexts():
     found = from_arrays("mine", Arrays(VECTORS, np.arange(200) % 3))
     conditioned = data.conditioned_on_labels(found)
-    np.testing.assert_array_equal(conditioned.contexts["train"].argmax(axis=1), found.labels["train"])
+    np.testing.assert_array_equal(
+        conditioned.contexts["train"].argmax(axis=1), found.labels["train"]
+    )
     assert conditioned.context_dim == 3
     with pytest.raises(ValueError, match="no labels"):
         data.conditioned_on_labels(made(VECTORS))
@@ -75,7 +94,8 @@ def named(arrays):
 
 def test_cells_are_those_of_all_rows_of_one_array():
     even = 2.0 * RNG.integers(0, 9, 200)
-    even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3  # alone, in a row that is held out
+    # alone, in a row that is held out
+    even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3
     assert made(beside(even).x, fractions=(0.1, 0.1)).cells.gaps[1] == 1
 
 
@@ -83,22 +103,38 @@ def test_cells_are_those_of_all_rows_of_one_array():
     ("arrays", "message"),
     [
         (beside(1e6 + RNG.normal(size=200)), "column 'age' apart: subtract its mean"),
-        (beside(1.7e9 + 5 * RNG.normal(size=200)), "column 'age' apart: subtract its mean"),  # of which one float is left
-        (Arrays(VECTORS, None, 1.7e9 + 5 * RNG.normal(size=200)), "entry 0 of the context apart: subtract its mean"),
+        # of which one float is left
+        (beside(1.7e9 + 5 * RNG.normal(size=200)), "column 'age' apart: subtract its mean"),
+        (
+            Arrays(VECTORS, None, 1.7e9 + 5 * RNG.normal(size=200)),
+            "entry 0 of the context apart: subtract its mean",
+        ),
         (beside(1e-42 * RNG.normal(size=200)), "column 'age' .* divide by its standard deviation"),
-        (beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))), "too large for .* row 3, column 1"),
-        (Arrays(1e-42 * RNG.random((40, 4, 4, 1))), "float32 cannot tell the values of channel 0 of the images apart"),
+        (
+            beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))),
+            "too large for .* row 3, column 1",
+        ),
+        (
+            Arrays(1e-42 * RNG.random((40, 4, 4, 1))),
+            "float32 cannot tell the values of channel 0 of the images apart",
+        ),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),
         (Arrays(VECTORS[:, 0]), r"got shape \(200,\)"),
         (Arrays(RNG.random((20, 4, 4))), "add a channel axis"),
         (Arrays(np.array([["a", "b"], ["c", "d"]])), "must be numbers"),
         (Arrays(100 * IMAGES), "levels 0 to 255"),
         (Arrays(np.zeros((40, 4, 4, 1))), "channel 0 of the images is constant"),
-        (Arrays(np.where(RNG.random((40, 4, 4, 1)) > 0.5, RNG.random((40, 4, 4, 1)), 0)), "grow without bound"),
+        (
+            Arrays(np.where(RNG.random((40, 4, 4, 1)) > 0.5, RNG.random((40, 4, 4, 1)), 0)),
+            "grow without bound",
+        ),
         (Arrays(RNG.integers(0, 9, (100, 4, 4, 1)) / 8), "as integers"),
         (Arrays(VECTORS, np.zeros(3, int)), "200 integers"),
         (Arrays(VECTORS, np.full(200, 0.5)), "np.unique"),
-        (Arrays(VECTORS, 5 * (np.arange(200) % 2)), "without gaps, got none of 1 and 5 as the largest"),
+        (
+            Arrays(VECTORS, 5 * (np.arange(200) % 2)),
+            "without gaps, got none of 1 and 5 as the largest",
+        ),
         (Arrays(VECTORS, np.full(200, 2)), "2 classes or more, and all are 2"),
         (Arrays(VECTORS, np.eye(200, dtype=int)), r"with labels.argmax\(axis=1\)"),
         (Arrays(RNG.random((20, 3, 8, 8))), r"x.transpose\(0, 2, 3, 1\)"),
@@ -109,9 +145,21 @@ def test_cells_are_those_of_all_rows_of_one_array():
             "one training example: a model is trained on 2 or more",
         ),
         ({"train": Arrays(VECTORS), "test": Arrays(VECTORS[:, :2])}, "one shape"),
-        ({"train": Arrays(VECTORS, np.zeros(200, int)), "test": Arrays(VECTORS)}, "or none of them"),
-        ({"train": Arrays(VECTORS, context=VECTORS), "test": Arrays(VECTORS, context=VECTORS[:, 0])}, "contexts of one length"),
-        ({"train": Arrays(IMAGES), "test": Arrays(IMAGES / 16)}, "of one type, got float32 and uint8"),
+        (
+            {"train": Arrays(VECTORS, np.zeros(200, int)), "test": Arrays(VECTORS)},
+            "or none of them",
+        ),
+        (
+            {
+                "train": Arrays(VECTORS, context=VECTORS),
+                "test": Arrays(VECTORS, context=VECTORS[:, 0]),
+            },
+            "contexts of one length",
+        ),
+        (
+            {"train": Arrays(IMAGES), "test": Arrays(IMAGES / 16)},
+            "of one type, got float32 and uint8",
+        ),
     ],
 )
 def test_what_has_no_density_or_does_not_fit_together_is_refused(arrays, message):

@@ -38,7 +38,9 @@ def test_shifts_and_flips_of_an_example_are_independent_of_each_other_and_of_its
     states = np.unique(np.stack([down, right, mirrored]), axis=1, return_counts=True)[1]
     assert len(states) == 3 * 3 * 2
     assert np.all(np.abs(states - NUM / 18) < 5 * np.sqrt(NUM / 18))
-    np.testing.assert_array_equal(CROP_AND_FLIP(KEYS[20:23], images[20:23], padding=1), result[20:23])
+    np.testing.assert_array_equal(
+        CROP_AND_FLIP(KEYS[20:23], images[20:23], padding=1), result[20:23]
+    )
     np.testing.assert_array_equal(CROP(KEYS[:5], images[:5], padding=0), images[:5])
 
 
@@ -57,13 +59,17 @@ def test_transformations_come_with_the_contexts_that_name_them():
     }
     assert set(expected) == set(augment.TRANSFORMATIONS)
     transform = jax.jit(functools.partial(augment.transformed, names=tuple(expected)))
-    images, contexts = map(np.asarray, transform(KEYS, jnp.broadcast_to(image, (NUM, *image.shape))))
+    images, contexts = map(
+        np.asarray, transform(KEYS, jnp.broadcast_to(image, (NUM, *image.shape)))
+    )
     assert images.dtype == np.uint8
     kinds = np.where(contexts.any(axis=1), contexts.argmax(axis=1) + 1, 0)
     np.testing.assert_array_equal(contexts, np.eye(9)[kinds][:, 1:])
     np.testing.assert_array_equal(images, np.stack([image, *expected.values()])[kinds])
     shares = np.array([1 / 2] + 8 * [1 / 16])
-    assert np.all(np.abs(np.bincount(kinds, minlength=9) - NUM * shares) < 5 * np.sqrt(NUM * shares))
+    assert np.all(
+        np.abs(np.bincount(kinds, minlength=9) - NUM * shares) < 5 * np.sqrt(NUM * shares)
+    )
 
 
 def test_images_that_are_not_square_are_not_transposed():

@@ -32,7 +32,9 @@ def load(tmp_path):
         def read(split):
             if decodings is not None:
                 decodings.append(split)
-            for number, (image, label) in enumerate(zip(images[HELD[split]], labels[HELD[split]], strict=True)):
+            for number, (image, label) in enumerate(
+                zip(images[HELD[split]], labels[HELD[split]], strict=True)
+            ):
                 yield f"image {number}", image, int(label)
                 after_each()
 
@@ -64,18 +66,23 @@ def test_the_second_time_is_mapped_and_not_decoded(load, home, tmp_path):
     with pytest.raises(ValueError, match="read-only"):
         second.examples["train"][0] = 0
     [made] = caches(home)
-    np.testing.assert_array_equal(np.load(made / "test.npy"), IMAGES[:NUM_TEST])  # read without the library
+    # read without the library
+    np.testing.assert_array_equal(np.load(made / "test.npy"), IMAGES[:NUM_TEST])
     os.utime(tmp_path / "images", (1e9, 1e9))
     load(decodings)
     assert decodings == ["train", "test"] * 2
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt("Ctrl-C")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt("Ctrl-C")]
+)
 def test_interrupted_decoding_leaves_nothing(load, home, error):
     def fail():
         raise error
 
-    with pytest.raises(type(error), match=r"x cannot be written into .*No space left on device|Ctrl-C"):
+    with pytest.raises(
+        type(error), match=r"x cannot be written into .*No space left on device|Ctrl-C"
+    ):
         load(after_each=fail)
     assert caches(home) == []
     load()
@@ -109,6 +116,8 @@ def test_a_damaged_cache_is_named(load, home):
 def test_writers_that_start_at_once_agree(load):
     decodings = []
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: load(decodings, after_each=lambda: time.sleep(0.002)), range(2))
+        first, second = pool.map(
+            lambda _: load(decodings, after_each=lambda: time.sleep(0.002)), range(2)
+        )
     assert_same(first, second)
     assert decodings == ["train", "test"]

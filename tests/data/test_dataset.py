@@ -1,4 +1,6 @@
-"""The data set that training and evaluation see: images and toys behind one value, and what they are known by."""
+"""The data set that training and evaluation see: images and toys behind one value, and what they
+are known by.
+"""
 
 import jax
 import numpy as np
@@ -9,7 +11,10 @@ from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.toys import TOYS
 
 RNG = np.random.default_rng(0)
-IMAGES = {"train": RNG.integers(0, 256, (12, 4, 3, 1), np.uint8), "test": RNG.integers(0, 256, (5, 4, 3, 1), np.uint8)}
+IMAGES = {
+    "train": RNG.integers(0, 256, (12, 4, 3, 1), np.uint8),
+    "test": RNG.integers(0, 256, (5, 4, 3, 1), np.uint8),
+}
 LABELS = {"train": np.arange(12, dtype=np.int32) % 3, "test": np.arange(5, dtype=np.int32) % 3}
 
 
@@ -17,13 +22,22 @@ def make(images=IMAGES, labels=LABELS, num_levels=256, num_classes=3, name="x"):
     return DataSet.from_arrays(name, images, labels, num_levels=num_levels, num_classes=num_classes)
 
 
-# Fingerprints -------------------------------------------------------------------------------------------------------------
+# Fingerprints -------------------------------------------------------------------------------------
 
 CHANGES = {
-    "a pixel": lambda: make({**IMAGES, "test": IMAGES["test"] ^ (np.arange(60) == 59).reshape(5, 4, 3, 1)}),
-    "a label": lambda: make(labels={**LABELS, "train": np.where(np.arange(12) == 7, 2, LABELS["train"]).astype(np.int32)}),
+    "a pixel": lambda: make(
+        {**IMAGES, "test": IMAGES["test"] ^ (np.arange(60) == 59).reshape(5, 4, 3, 1)}
+    ),
+    "a label": lambda: make(
+        labels={
+            **LABELS,
+            "train": np.where(np.arange(12) == 7, 2, LABELS["train"]).astype(np.int32),
+        }
+    ),
     "the order": lambda: make({**IMAGES, "train": IMAGES["train"][::-1]}),
-    "the shape": lambda: make({split: array.reshape(-1, 3, 4, 1) for split, array in IMAGES.items()}),
+    "the shape": lambda: make(
+        {split: array.reshape(-1, 3, 4, 1) for split, array in IMAGES.items()}
+    ),
     "the type": lambda: make({split: array.astype(np.int32) for split, array in IMAGES.items()}),
     "the splits": lambda: make({"train": IMAGES["train"], "validation": IMAGES["test"]}),
     "no labels": lambda: make(labels={}),
@@ -45,12 +59,18 @@ def test_equal_content_has_the_same_fingerprint_whatever_its_name_and_layout_in_
 
 def test_fingerprints_are_pinned():
     """Runs carry them: if one of these changes, no run can be resumed."""
-    assert data.load("digits").fingerprint == "84b4816d5cfd35a96837a6074ea70492b45f5b7772b7668ff067c90ba575c038"
-    assert data.load("moons").fingerprint == "3d126f0fd0a487d2ffd1fac837b0271c44af2cb1e803c5c6e196576b2302e265"
+    assert (
+        data.load("digits").fingerprint
+        == "84b4816d5cfd35a96837a6074ea70492b45f5b7772b7668ff067c90ba575c038"
+    )
+    assert (
+        data.load("moons").fingerprint
+        == "3d126f0fd0a487d2ffd1fac837b0271c44af2cb1e803c5c6e196576b2302e265"
+    )
     assert len({data.load(name).fingerprint for name in TOYS}) == len(TOYS)
 
 
-# Examples -----------------------------------------------------------------------------------------------------------------
+# Examples -----------------------------------------------------------------------------------------
 
 
 def test_validation_takes_examples_from_the_whole_split_with_their_labels_and_contexts():
@@ -79,14 +99,23 @@ def test_test_examples_of_arrays_are_the_first_ones():
     np.testing.assert_array_equal(dataset.held_out("test", 3), IMAGES["test"][:3])
     np.testing.assert_array_equal(dataset.held_out("test"), IMAGES["test"])
     assert len(dataset.held_out("test", 100)) == 5
-    assert (dataset.event_shape, dataset.draw, dataset.generator, dataset.entropy) == ((4, 3, 1), None, None, None)
+    assert (dataset.event_shape, dataset.draw, dataset.generator, dataset.entropy) == (
+        (4, 3, 1),
+        None,
+        None,
+        None,
+    )
     with pytest.raises(ValueError, match="no split 'validation'"):
         dataset.held_out("validation")
 
 
 def test_held_out_examples_of_endless_data_belong_to_their_split_and_seed():
     dataset = data.load("moons")
-    assert (dataset.is_endless, dataset.entropy, dataset.context_dim) == (True, TOYS["moons"].entropy, 0)
+    assert (dataset.is_endless, dataset.entropy, dataset.context_dim) == (
+        True,
+        TOYS["moons"].entropy,
+        0,
+    )
     found = dataset.held_out("test", 7, seed=1)
     assert (found.shape, found.dtype) == ((7, 2), np.float32)
     np.testing.assert_array_equal(found, dataset.held_out("test", 7, seed=1))
@@ -108,24 +137,36 @@ def test_endless_data_draw_one_example_for_each_key():
 def test_random_training_examples_are_distinct_and_no_more_than_there_are():
     key = jax.random.key(0)
     drawn = np.asarray(make().random_train(key, 8)[0])
-    assert len({image.tobytes() for image in drawn} & {image.tobytes() for image in IMAGES["train"]}) == 8
+    assert (
+        len({image.tobytes() for image in drawn} & {image.tobytes() for image in IMAGES["train"]})
+        == 8
+    )
     assert len(make().random_train(key, 100)[0]) == 12
     assert data.load("moons").random_train(key, 7)[0].shape == (7, 2)
 
 
 @pytest.mark.parametrize("name", ["moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"])
 def test_unknown_names_and_formats_list_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* idx:PATH, "):
+    with pytest.raises(
+        ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* idx:PATH, "
+    ):
         data.load(name)
 
 
-# Splits -------------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 def test_validation_split_is_pinned():
     """Reported numbers belong to this very split: if one of these changes, they are void."""
     assert np.flatnonzero(validation_mask(30)).tolist() == [8, 20, 23]
-    assert [validation_mask(n).sum() for n in (2, 19, 20, 1000, 50_000, 60_000)] == [1, 1, 2, 100, 5000, 5000]
+    assert [validation_mask(n).sum() for n in (2, 19, 20, 1000, 50_000, 60_000)] == [
+        1,
+        1,
+        2,
+        100,
+        5000,
+        5000,
+    ]
     assert np.flatnonzero(validation_mask(60_000))[:4].tolist() == [8, 20, 23, 31]
 
 

@@ -1,4 +1,6 @@
-"""What `fit` is given, data frames above all: samples within their support, and models that take what was given."""
+"""What `fit` is given, data frames above all: samples within their support, and models that take
+what was given.
+"""
 
 import contextlib
 import io
@@ -49,7 +51,11 @@ def table(num=1200):
 def of_table(tmp_path_factory):
     """The model of a data frame that was trained with noise, its folder, and what `fit` said."""
     said, workdir = io.StringIO(), tmp_path_factory.mktemp("fitted") / "run"
-    options = {"progress": True, "workdir": workdir, "settings": {**QUICK["settings"], "augmentation.noise": 1.0}}
+    options = {
+        "progress": True,
+        "workdir": workdir,
+        "settings": {**QUICK["settings"], "augmentation.noise": 1.0},
+    }
     with contextlib.redirect_stderr(said):
         model = ir.fit(table(), bounds={"share": (0, 1), "age": (18, None)}, **QUICK | options)
     return model, workdir, said.getvalue()
@@ -104,13 +110,19 @@ def test_log_prob_takes_integers_and_contexts_of_every_kind():
     x, context = RNG.integers(0, 5, (300, 2)), RNG.normal(size=300)
     flow = ir.FlowSpec((2,), QUICK["architecture"], context_dim=1)
     model = kept.model(
-        ir.DensitySpec(flow, transform=Bounded((-0.5, -0.5), 4.5), cells=Cells.of([(0.0, 1.0)] * 2)),
+        ir.DensitySpec(
+            flow, transform=Bounded((-0.5, -0.5), 4.5), cells=Cells.of([(0.0, 1.0)] * 2)
+        ),
     )
     found = model.log_prob(x[:5], context=context[:5])
-    np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None]))
+    np.testing.assert_array_equal(
+        found, model.log_prob(x[:5].astype(np.float32), context=context[:5, None])
+    )
     samples, _ = model.sample(jax.random.key(0), 200, context=context[:200])
     assert set(np.unique(samples)) <= set(range(5))
-    np.testing.assert_array_equal(found, model.log_prob(x[:5].astype(np.longdouble), context=context[:5]))
+    np.testing.assert_array_equal(
+        found, model.log_prob(x[:5].astype(np.longdouble), context=context[:5])
+    )
     assert model.log_prob(x[:5] > 1, context=context[:5]).shape == (5,)
 
 
@@ -121,7 +133,9 @@ def test_booleans_and_integers_of_an_array_are_discrete():
     assert (ends.low.tolist(), ends.high.tolist()) == ([-0.5, -0.5], [1.5, 1.5])
 
 
-def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(of_table, tmp_path, capsys):
+def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(
+    of_table, tmp_path, capsys
+):
     frame = table()
     x = frame.assign(colour=frame.colour.cat.codes).to_numpy(np.float64)
 

@@ -1,4 +1,6 @@
-"""Published images in every format that is read, arrays and tables in files, and what is wrong with them in one sentence."""
+"""Published images in every format that is read, arrays and tables in files, and what is wrong
+with them in one sentence.
+"""
 
 import functools
 import gzip
@@ -22,13 +24,15 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
 
 
-# Images in all formats --------------------------------------------------------------------------------------------------
+# Images in all formats ----------------------------------------------------------------------------
 
 
 def examples(num, shape, seed=0):
     """Random images sorted by class, as folders of classes give them, of which all ten occur."""
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (num, *shape), np.uint8), np.sort(np.arange(num) % 10).astype(np.uint8)
+    return rng.integers(0, 256, (num, *shape), np.uint8), np.sort(np.arange(num) % 10).astype(
+        np.uint8
+    )
 
 
 GREY = examples(40, (28, 28, 1)), examples(10, (28, 28, 1), seed=1)
@@ -36,7 +40,11 @@ COLOUR = examples(40, (32, 32, 3)), examples(10, (32, 32, 3), seed=1)
 
 
 def idx_bytes(array, kind=8):
-    return bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    return (
+        bytes([0, 0, kind, array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
 
 
 def write_idx(folder, train, test, *, ending="", separator="-"):
@@ -58,13 +66,20 @@ def write_npz(folder, train, test):
 
 def cifar_records(images, labels, before=b""):
     """The label, then the red, the green and the blue plane of each image."""
-    return [before + bytes([label]) + image.transpose(2, 0, 1).tobytes() for image, label in zip(images, labels, strict=True)]
+    return [
+        before + bytes([label]) + image.transpose(2, 0, 1).tobytes()
+        for image, label in zip(images, labels, strict=True)
+    ]
 
 
 def cifar10_files(train, test):
     records = cifar_records(*train)
     files = {f"data_batch_{i + 1}.bin": b"".join(records[8 * i : 8 * i + 8]) for i in range(5)}
-    return {**files, "test_batch.bin": b"".join(cifar_records(*test)), "batches.meta.txt": b"airplane\n"}
+    return {
+        **files,
+        "test_batch.bin": b"".join(cifar_records(*test)),
+        "batches.meta.txt": b"airplane\n",
+    }
 
 
 def write_cifar(folder, train, test, change=lambda files: files):
@@ -102,17 +117,25 @@ def write_tfds(folder, train, test, *, version="3.0.1", shards=1, test_split="te
     """A prepared data set, by the writer of TFDS."""
     place = folder.parent / "tfds" / "mnist" / version
     place.mkdir(parents=True)
-    identity = tfds().core.dataset_info.DatasetIdentity(name="mnist", version=version, data_dir=str(place), module_name="")
+    identity = tfds().core.dataset_info.DatasetIdentity(
+        name="mnist", version=version, data_dir=str(place), module_name=""
+    )
     kinds = {"image": tfds().features.Image(shape=(None, None, train[0].shape[-1]))}
     if train[1] is not None:
-        kinds |= {"label": tfds().features.ClassLabel(num_classes=10), "id": tfds().features.Text(), **features}
+        kinds |= {
+            "label": tfds().features.ClassLabel(num_classes=10),
+            "id": tfds().features.Text(),
+            **features,
+        }
     info = tfds().core.DatasetInfo(
         builder=identity,
         features=tfds().features.FeaturesDict(kinds),
         supervised_keys=("image", "label") if train[1] is not None else None,
     )
     size = -(-len(train[0]) // shards)
-    writer = tfds().core.SequentialWriter(info, max_examples_per_shard=size, overwrite=True, file_format="array_record")
+    writer = tfds().core.SequentialWriter(
+        info, max_examples_per_shard=size, overwrite=True, file_format="array_record"
+    )
     records = {split: [] for split in ("train", test_split)}
     for split, (images, labels) in zip(records, (train, test), strict=True):
         for number, image in enumerate(images):
@@ -130,7 +153,11 @@ def write_tfds(folder, train, test, *, version="3.0.1", shards=1, test_split="te
 def assert_holds(loaded, train, test):
     """The published examples, each in its split and with its label, in order."""
     held_out = validation_mask(len(train[0]))
-    expected = {"train": (train, ~held_out), "validation": (train, held_out), "test": (test, slice(None))}
+    expected = {
+        "train": (train, ~held_out),
+        "validation": (train, held_out),
+        "test": (test, slice(None)),
+    }
     assert set(loaded.examples) == set(expected)
     for split, ((images, labels), rows) in expected.items():
         np.testing.assert_array_equal(loaded.examples[split], images[rows])
@@ -168,7 +195,9 @@ def test_every_format_gives_the_published_images_and_one_fingerprint(tmp_path, f
 
 def test_cifar100_has_the_fine_label_second(tmp_path):
     for (images, labels), name in zip(COLOUR, ("train", "test"), strict=True):
-        (tmp_path / f"{name}.bin").write_bytes(b"".join(cifar_records(images, labels + 90, before=b"\3")))
+        (tmp_path / f"{name}.bin").write_bytes(
+            b"".join(cifar_records(images, labels + 90, before=b"\3"))
+        )
     loaded = data.load(f"cifar:{tmp_path}")
     np.testing.assert_array_equal(loaded.examples["test"], COLOUR[1][0])
     np.testing.assert_array_equal(loaded.labels["test"], COLOUR[1][1] + 90)
@@ -176,11 +205,14 @@ def test_cifar100_has_the_fine_label_second(tmp_path):
 
 
 def test_a_folder_without_classes_and_with_validation(tmp_path):
-    published = {name: examples(12, (5, 5, 1), seed=i)[0] for i, name in enumerate(("train", "val", "test"))}
+    published = {
+        name: examples(12, (5, 5, 1), seed=i)[0] for i, name in enumerate(("train", "val", "test"))
+    }
     for name, images in published.items():
         for number, image in enumerate(images):
             save(tmp_path / name / f"{number:02d}.png", image)
-    os.rename(tmp_path / "train/00.png", os.fsencode(tmp_path / "train") + b"/\xff.png")  # no UTF-8, the last one
+    # no UTF-8, the last one
+    os.rename(tmp_path / "train/00.png", os.fsencode(tmp_path / "train") + b"/\xff.png")
     loaded = data.load(f"folder:{tmp_path}")
     np.testing.assert_array_equal(loaded.examples["train"], np.roll(published["train"], -1, axis=0))
     np.testing.assert_array_equal(loaded.examples["validation"], published["val"])
@@ -188,7 +220,9 @@ def test_a_folder_without_classes_and_with_validation(tmp_path):
 
 
 def test_npz_with_the_names_of_medmnist_keeps_its_validation_split(tmp_path):
-    published = {name: examples(20, (4, 4, 3), seed=i) for i, name in enumerate(("train", "val", "test"))}
+    published = {
+        name: examples(20, (4, 4, 3), seed=i) for i, name in enumerate(("train", "val", "test"))
+    }
     images = {f"{name}_images": found for name, (found, _) in published.items()}
     labels = {f"{name}_labels": found[:, None] for name, (_, found) in published.items()}
     np.savez_compressed(tmp_path / "a.npz", **images, **labels)
@@ -201,11 +235,13 @@ def test_npz_with_the_names_of_medmnist_keeps_its_validation_split(tmp_path):
 def test_idx_header_is_big_endian(tmp_path):
     """Bytes as they stand in the description of the format, not made by the writer above."""
     path = tmp_path / "file"
-    path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 10, 11, 12, 20, 21, 22]))
+    path.write_bytes(
+        bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 10, 11, 12, 20, 21, 22])
+    )
     np.testing.assert_array_equal(read_idx(path), [[[10, 11, 12]], [[20, 21, 22]]])
 
 
-# Digits -------------------------------------------------------------------------------------------------------------------
+# Digits -------------------------------------------------------------------------------------------
 
 
 def test_digits_keep_their_labels_and_lose_no_image_and_every_split_has_its_share_of_each():
@@ -216,15 +252,19 @@ def test_digits_keep_their_labels_and_lose_no_image_and_every_split_has_its_shar
     for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
         np.testing.assert_array_equal(digits.examples[split].reshape(-1, 64), pixels[splits[split]])
         np.testing.assert_array_equal(digits.labels[split], classes[splits[split]])
-        assert np.all(np.abs(np.bincount(classes[splits[split]]) - share * np.bincount(classes)) < 2)
+        assert np.all(
+            np.abs(np.bincount(classes[splits[split]]) - share * np.bincount(classes)) < 2
+        )
 
 
-# TFDS ---------------------------------------------------------------------------------------------------------------------
+# TFDS ---------------------------------------------------------------------------------------------
 
 
 def test_images_without_labels_and_test_split_as_downsampled_imagenet(tmp_path):
     train, valid = (COLOUR[0][0], None), (COLOUR[1][0], None)
-    assert_holds(data.load(write_tfds(tmp_path / "set", train, valid, test_split="validation")), train, valid)
+    assert_holds(
+        data.load(write_tfds(tmp_path / "set", train, valid, test_split="validation")), train, valid
+    )
 
 
 def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
@@ -253,7 +293,9 @@ def test_what_cannot_be_read_is_to_be_prepared_again(tmp_path, file, damage):
 
 
 @pytest.mark.parametrize("has_tensorflow", [True, False])
-def test_what_is_not_prepared_is_prepared_once_where_tensorflow_is_installed(tmp_path, monkeypatch, has_tensorflow):
+def test_what_is_not_prepared_is_prepared_once_where_tensorflow_is_installed(
+    tmp_path, monkeypatch, has_tensorflow
+):
     prepared = []
 
     def prepare(builder, *, file_format):
@@ -263,7 +305,10 @@ def test_what_is_not_prepared_is_prepared_once_where_tensorflow_is_installed(tmp
     monkeypatch.setattr(tfds().core.DatasetBuilder, "download_and_prepare", prepare)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: has_tensorflow or None)
     if not has_tensorflow:
-        with pytest.raises(ValueError, match=rf"mnist is not prepared in {tmp_path}/tfds, .* 'iresnet_jax\[prepare\]'"):
+        with pytest.raises(
+            ValueError,
+            match=rf"mnist is not prepared in {tmp_path}/tfds, .* 'iresnet_jax\[prepare\]'",
+        ):
             data.load("mnist")
         return
     for _ in range(2):
@@ -274,9 +319,16 @@ def test_what_is_not_prepared_is_prepared_once_where_tensorflow_is_installed(tmp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("downsampled_imagenet/31x31", "TFDS has no downsampled_imagenet/31x31: .* 31x31 not found"),
+        (
+            "downsampled_imagenet/31x31",
+            "TFDS has no downsampled_imagenet/31x31: .* 31x31 not found",
+        ),
         ("mnist:9.9.9", "TFDS has no mnist:9.9.9: .* only: 3.0.1"),
-        ("ag_news_subset", "ag_news_subset is not a data set of images with classes: its features are description,"),
+        (
+            "ag_news_subset",
+            "ag_news_subset is not a data set of images with classes: its features "
+            "are description,",
+        ),
     ],
 )
 def test_unknown_versions_and_other_kinds_of_data_are_refused_before_any_download(name, message):
@@ -284,7 +336,7 @@ def test_unknown_versions_and_other_kinds_of_data_are_refused_before_any_downloa
         data.load(name)
 
 
-# Arrays and tables --------------------------------------------------------------------------------------------------------
+# Arrays and tables --------------------------------------------------------------------------------
 
 X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
 
@@ -298,14 +350,26 @@ def csv(path, rows, header=None):
 def test_one_file_is_split_by_fraction(tmp_path):
     np.save(tmp_path / "mine.npy", X)
     np.savez(tmp_path / "mine.npz", x=X)
-    names = [f"npy:{tmp_path}/mine.npy", f"npz:{tmp_path}/mine.npz", csv(tmp_path / "mine.csv", X.astype(str))]
+    names = [
+        f"npy:{tmp_path}/mine.npy",
+        f"npz:{tmp_path}/mine.npz",
+        csv(tmp_path / "mine.csv", X.astype(str)),
+    ]
     sets = [data.load(name, fractions=(0.2, 0.1)) for name in names]
-    assert {split: len(rows) for split, rows in sets[0].examples.items()} == {"train": 42, "validation": 12, "test": 6}
+    assert {split: len(rows) for split, rows in sets[0].examples.items()} == {
+        "train": 42,
+        "validation": 12,
+        "test": 6,
+    }
     assert len({found.fingerprint for found in sets}) == 1
 
 
 def test_a_folder_holds_a_file_a_split_with_labels_and_contexts(tmp_path):
-    for split, rows in {"train": slice(0, 40), "validation": slice(40, 50), "test": slice(50, 60)}.items():
+    for split, rows in {
+        "train": slice(0, 40),
+        "validation": slice(40, 50),
+        "test": slice(50, 60),
+    }.items():
         np.save(tmp_path / f"{split}.npy", X[rows])
         np.save(tmp_path / f"{split}_labels.npy", (X[rows, 0] > 0).astype(int))
         np.save(tmp_path / f"{split}_context.npy", X[rows, :1])
@@ -317,9 +381,14 @@ def test_a_folder_holds_a_file_a_split_with_labels_and_contexts(tmp_path):
 
 
 def test_an_npz_file_holds_floats_and_contexts_by_split(tmp_path):
-    np.savez(tmp_path / "a.npz", x_train=X[:50], x_val=X[50:], context_train=-X[:50], context_val=-X[50:])
+    np.savez(
+        tmp_path / "a.npz", x_train=X[:50], x_val=X[50:], context_train=-X[:50], context_val=-X[50:]
+    )
     found = data.load(f"npz:{tmp_path}/a.npz")
-    assert {split: len(rows) for split, rows in found.examples.items()} == {"train": 50, "validation": 10}
+    assert {split: len(rows) for split, rows in found.examples.items()} == {
+        "train": 50,
+        "validation": 10,
+    }
     for split, rows in found.examples.items():
         np.testing.assert_array_equal(found.contexts[split], -rows)
 
@@ -330,7 +399,9 @@ def test_files_of_a_folder_that_nothing_reads_are_refused(tmp_path):
     (tmp_path / "._train.npy").touch()  # of macOS
     assert data.load(f"npy:{tmp_path}").context_dim == 1
     np.save(tmp_path / "val.npy", X)
-    with pytest.raises(ValueError, match=r"holds val.npy, which nothing reads: call it train, validation, test"):
+    with pytest.raises(
+        ValueError, match=r"holds val.npy, which nothing reads: call it train, validation, test"
+    ):
         data.load(f"npy:{tmp_path}")
 
 
@@ -339,7 +410,9 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
     found = data.load(csv(tmp_path / "a.csv", rows, "height,7,label,context_age"))
     assert (found.event_shape, found.num_classes, found.context_dim) == ((2,), 2, 1)
     assert [column.name for column in found.columns] == ["height", "7"]
-    np.testing.assert_allclose(found.contexts["train"][:, 0], 0.5 * found.examples["train"][:, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        found.contexts["train"][:, 0], 0.5 * found.examples["train"][:, 0], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -362,7 +435,7 @@ def test_wrong_tables_are_refused_with_row_and_column(tmp_path, text, message):
         data.load(f"csv:{tmp_path}/a.csv")
 
 
-# Mistakes -----------------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 TWO_IMAGES = idx_bytes(np.zeros((2, 3, 3), np.uint8))
 
@@ -392,7 +465,10 @@ def without_labels(folder):
     ("change", "message"),
     [
         (without_labels, r"needs the file train-labels-idx1-ubyte\[.gz\] in .* train split"),
-        (lambda folder: (folder / "emnist-train-images-idx3-ubyte").touch(), "emnist-train-images-idx3-ubyte and train-images"),
+        (
+            lambda folder: (folder / "emnist-train-images-idx3-ubyte").touch(),
+            "emnist-train-images-idx3-ubyte and train-images",
+        ),
     ],
 )
 def test_missing_ambiguous_and_mixed_up_idx_files_are_named(tmp_path, change, message):
@@ -405,9 +481,18 @@ def test_missing_ambiguous_and_mixed_up_idx_files_are_named(tmp_path, change, me
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda files: {name.removesuffix(".bin"): content for name, content in files.items()}, "lacks data_batch_1.bin"),
-        (lambda files: files | {"data_batch_3.bin": files["data_batch_3.bin"][:-1]}, "122919 bytes, not a multiple of 3073"),
-        (lambda files: files | {"test_batch.bin": b"\12" + files["test_batch.bin"][1:]}, "0 to 9, got 10: correct them"),
+        (
+            lambda files: {name.removesuffix(".bin"): content for name, content in files.items()},
+            "lacks data_batch_1.bin",
+        ),
+        (
+            lambda files: files | {"data_batch_3.bin": files["data_batch_3.bin"][:-1]},
+            "122919 bytes, not a multiple of 3073",
+        ),
+        (
+            lambda files: files | {"test_batch.bin": b"\12" + files["test_batch.bin"][1:]},
+            "0 to 9, got 10: correct them",
+        ),
         (lambda files: files | {"train.bin": bytes(3074)}, "both CIFAR-10 and CIFAR-100"),
     ],
 )
@@ -419,17 +504,31 @@ def test_cifar_mistakes_are_explained(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("image", "file", "message"),
     [
-        (np.zeros((28, 26, 1), np.uint8), "train/class0/x.png", r"train/class0/x.png has uint8 pixels of shape \(28, 26, 1\)"),
+        (
+            np.zeros((28, 26, 1), np.uint8),
+            "train/class0/x.png",
+            r"train/class0/x.png has uint8 pixels of shape \(28, 26, 1\)",
+        ),
         (np.zeros((28, 28, 4), np.uint8), "train/class0/x.png", "x.png has pixels of type RGBA"),
-        (np.zeros((28, 28, 1), np.uint8), "train/x.png", "train/x.png lies beside the folders of the classes"),
-        (np.zeros((28, 28, 1), np.uint8), "test/other/x.png", "class of .*test/other/x.png does not occur"),
+        (
+            np.zeros((28, 28, 1), np.uint8),
+            "train/x.png",
+            "train/x.png lies beside the folders of the classes",
+        ),
+        (
+            np.zeros((28, 28, 1), np.uint8),
+            "test/other/x.png",
+            "class of .*test/other/x.png does not occur",
+        ),
         (None, "test/class1/x.png", "test/class1/x.png is not an intact image"),
     ],
 )
 def test_images_that_do_not_belong_are_named(tmp_path, image, file, message):
     name = write_folder(tmp_path, *GREY)
     if image is None:
-        (tmp_path / file).write_bytes(next((tmp_path / "train/class1").iterdir()).read_bytes()[:-400])
+        (tmp_path / file).write_bytes(
+            next((tmp_path / "train/class1").iterdir()).read_bytes()[:-400]
+        )
     else:
         save(tmp_path / file, image)
     with pytest.raises(ValueError, match=message):
@@ -443,11 +542,24 @@ IMAGES = np.zeros((20, 4, 4), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": IMAGES, "labels": IMAGES}, "a.npz holds images, labels: the array x is needed, or x_train and x_test"),
-        ({"x": IMAGES, "x_test": IMAGES}, "a.npz holds x, which nothing reads beside test: leave it out, or call it x, y and"),
-        ({"x_train": IMAGES, "contexts_train": IMAGES}, "holds contexts_train, which nothing reads beside train"),
-        ({"x_train": IMAGES, "x_val": IMAGES, "x_validation": IMAGES}, "holds x_val, which nothing reads beside train and v"),
-        ({"x_train": np.array([{"code": 1}])}, "Object arrays cannot be loaded"),  # a pickle, which could run anything
+        (
+            {"images": IMAGES, "labels": IMAGES},
+            "a.npz holds images, labels: the array x is needed, or x_train and x_test",
+        ),
+        (
+            {"x": IMAGES, "x_test": IMAGES},
+            "a.npz holds x, which nothing reads beside test: leave it out, or call it x, y and",
+        ),
+        (
+            {"x_train": IMAGES, "contexts_train": IMAGES},
+            "holds contexts_train, which nothing reads beside train",
+        ),
+        (
+            {"x_train": IMAGES, "x_val": IMAGES, "x_validation": IMAGES},
+            "holds x_val, which nothing reads beside train and v",
+        ),
+        # a pickle, which could run anything
+        ({"x_train": np.array([{"code": 1}])}, "Object arrays cannot be loaded"),
     ],
 )
 def test_npz_mistakes_are_explained(tmp_path, arrays, message):

@@ -1,4 +1,6 @@
-"""Columns of tables: their cells and atoms, the ends that the user gives, and the tails that are heavy."""
+"""Columns of tables: their cells and atoms, the ends that the user gives, and the tails that are
+heavy.
+"""
 
 import numpy as np
 import pytest
@@ -51,11 +53,14 @@ def test_a_grid_may_lack_values_and_numbers_of_more_digits_have_none():
 
 
 def test_numbers_that_floats_have_rounded_have_no_grid_of_what_is_left():
-    """Seconds since 1970: their floats are multiples of 128, and a cell of 128 whole numbers would have the unit of one."""
+    """Seconds since 1970: their floats are multiples of 128, and a cell of 128 whole numbers
+    would have the unit of one.
+    """
     seconds = 1_700_000_000 + RNG.integers(0, 10**6, 1500)
     assert set(np.diff(np.unique(np.float32(seconds))) % 128) == {0}
     assert values(seconds) == ()
-    assert values(2**23 + RNG.integers(0, 10**6, 50_000)) == ()  # floats have these, and no noise in their cells
+    # floats have these, and no noise in their cells
+    assert values(2**23 + RNG.integers(0, 10**6, 50_000)) == ()
     assert np.ptp(values(2**23 - 1 - RNG.integers(0, 10**6, 50_000))) == 1
 
 
@@ -71,7 +76,9 @@ def test_a_constant_column_has_a_cell_of_width_1():
 
 
 def test_levels_of_booleans_and_categories_are_their_ends_whether_seen_or_not():
-    x = np.stack([RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50), RNG.integers(0, 2, 50)], axis=1).astype(np.float32)
+    x = np.stack(
+        [RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50), RNG.integers(0, 2, 50)], axis=1
+    ).astype(np.float32)
     found = described(x, levels=(2, 3, 0))
     assert found.cells.gaps.tolist() == [[1.0], [1.0], [1.0]]
     assert ends_of(found) == [(-0.5, 1.5), (-0.5, 2.5), FREE]
@@ -107,16 +114,24 @@ def test_ends_are_those_that_are_given_by_name_or_number_with_all_of_their_cells
     table = described(beside(share), NAMES, bounds={"rest": (0, 2), 2: (-9.0, 9.0)})
     assert ends_of(table) == [FREE, (0.0, 2.0), (-9.0, 9.0)]
     assert described(beside(share), NAMES).ends is None
-    assert described(beside(RNG.integers(0, 3, 1500)), NAMES).ends is None  # what was seen is no end
-    assert ends_given({1: (0, 2)}, [1, 0], [0, 0])[1].tolist() == [2.0, np.inf]  # a data frame's names may be numbers
-    assert ends_of(described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)}))[1] == (-0.5, 4.5)
+    # what was seen is no end
+    assert described(beside(RNG.integers(0, 3, 1500)), NAMES).ends is None
+    # a data frame's names may be numbers
+    assert ends_given({1: (0, 2)}, [1, 0], [0, 0])[1].tolist() == [2.0, np.inf]
+    assert ends_of(described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)}))[1] == (
+        -0.5,
+        4.5,
+    )
     share[:300], share[300:400] = 0, 1
     with_atoms = described(beside(share), NAMES, bounds={"rest": (0, 1)})
     assert with_atoms.ends.high[1] == pytest.approx(1 + np.sum(with_atoms.cells.widths[1]))
 
 
 def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
-    for bounds, column in (((0, None), RNG.exponential(40, 1500)), ((None, 9), 9 - RNG.exponential(40, 1500))):
+    for bounds, column in (
+        ((0, None), RNG.exponential(40, 1500)),
+        ((None, 9), 9 - RNG.exponential(40, 1500)),
+    ):
         table = described(beside(column), NAMES, bounds={"rest": bounds})
         assert np.isinf(ends_of(table)[1]).tolist() == [bounds[0] is None, bounds[1] is None]
         line, _ = table.ends.to_line(beside(column), np)
@@ -133,8 +148,15 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
         ({"rest": 1.0}, "two rising numbers"),
         ({"rest": (1, 0)}, "two rising numbers"),
         ({"rest": (0, float("nan"))}, "two rising numbers"),
-        ({"rest": (0.0, 0.5)}, r"in row \d+ of the split train, column 'rest', is outside of its bounds 0 and 0.5"),
-        ({"rest": (-1e9, 1e9)}, "float32 cannot tell the values of column 'rest' apart beside its bounds -1e.09 and 1e.09"),
+        (
+            {"rest": (0.0, 0.5)},
+            r"in row \d+ of the split train, column 'rest', is outside of its bounds 0 and 0.5",
+        ),
+        (
+            {"rest": (-1e9, 1e9)},
+            "float32 cannot tell the values of column 'rest' apart beside its "
+            "bounds -1e.09 and 1e.09",
+        ),
         ({"rest": (-1e30, 1e30)}, "apart beside its bounds .*: give closer ones"),
         ({"rest": (0.7, None)}, r"column 'rest', is outside of its bounds 0.7 and inf"),
     ],
@@ -144,7 +166,11 @@ def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
     with pytest.raises(ValueError, match=message):
         described(x, NAMES, bounds=bounds)
     with pytest.raises(ValueError, match=r"2 in row 0 of the split validation, column 'rest'"):
-        describe({"train": x, "validation": np.full((1, 3), 2.0, np.float32)}, NAMES, bounds={"rest": (0, 1)})
+        describe(
+            {"train": x, "validation": np.full((1, 3), 2.0, np.float32)},
+            NAMES,
+            bounds={"rest": (0, 1)},
+        )
 
 
 def test_heavy_tails_are_found_and_light_ones_are_left():
@@ -152,7 +178,13 @@ def test_heavy_tails_are_found_and_light_ones_are_left():
         assert tails_of(heavy)[1] > 0
     one_outlier = np.append(NORMAL[:, 0], 1e12)
     assert tails_of(one_outlier)[1] > 0
-    for light in (NORMAL[:, 0], RNG.logistic(size=1500), RNG.random(1500), RNG.laplace(size=1500), RNG.exponential(size=1500)):
+    for light in (
+        NORMAL[:, 0],
+        RNG.logistic(size=1500),
+        RNG.random(1500),
+        RNG.laplace(size=1500),
+        RNG.exponential(size=1500),
+    ):
         assert tails_of(light)[1] == 0
     assert tails_of(np.concatenate([NORMAL[:, 0], 9 + NORMAL[:, 1]]))[1] == 0
 

@@ -21,11 +21,13 @@ MIDDLE = np.arange(-HALF_WIDTH + CELL / 2, HALF_WIDTH, CELL)
 every_toy = pytest.mark.parametrize("name", toys.TOYS)
 
 
-# Densities in the middle of every cell of the grid, rows along the first coordinate ------------------------------------------
+# Densities in the middle of every cell of the grid, rows along the first coordinate ---------------
 
 
 def panels(num_panels=400, order=8):
-    """Composite Gauss-Legendre rule for a mean over u in [0, 1], in t with u = t^2: smooth for sqrt(u), too."""
+    """Composite Gauss-Legendre rule for a mean over u in [0, 1], in t with u = t^2: smooth for
+    sqrt(u), too.
+    """
     node, weight = np.polynomial.legendre.leggauss(order)
     t = ((np.arange(num_panels)[:, None] + (node + 1) / 2) / num_panels).ravel()
     return t**2, 2 * t * np.tile(weight / 2 / num_panels, num_panels)
@@ -50,15 +52,26 @@ def spiral(u):
 
 
 def jittered(low):
-    """Noise of a coordinate of an arm: uniform on [low, low + 1/6], convolved with a Gaussian of 0.1."""
-    return lambda offset: 6 * (stats.norm.cdf((offset - low) / 0.1) - stats.norm.cdf((offset - low - 1 / 6) / 0.1))
+    """Noise of a coordinate of an arm: uniform on [low, low + 1/6], convolved with a Gaussian of
+    0.1.
+    """
+    return lambda offset: (
+        6 * (stats.norm.cdf((offset - low) / 0.1) - stats.norm.cdf((offset - low - 1 / 6) / 0.1))
+    )
 
 
-CURVES = {  # curves or points with equal shares, each with the density of the noise of one coordinate
-    "8gaussians": [(lambda u, k=k: circle(np.full_like(u, k / 8), 4 / 1.414), gaussian(0.5 / 1.414)) for k in range(8)],
+# curves or points with equal shares, each with the density of the noise of one coordinate
+CURVES = {
+    "8gaussians": [
+        (lambda u, k=k: circle(np.full_like(u, k / 8), 4 / 1.414), gaussian(0.5 / 1.414))
+        for k in range(8)
+    ],
     "moons": [
         (lambda u: circle(u, 2, np.pi) + np.array([-1, -0.2]), gaussian(0.2)),
-        (lambda u: 2 * (np.array([1, 0.5]) - circle(u, 1, np.pi)) + np.array([-1, -0.2]), gaussian(0.2)),
+        (
+            lambda u: 2 * (np.array([1, 0.5]) - circle(u, 1, np.pi)) + np.array([-1, -0.2]),
+            gaussian(0.2),
+        ),
     ],
     "circles": [(lambda u, r=r: circle(u, r), gaussian(0.24)) for r in (3, 1.5)],
     "rings": [(lambda u, r=r: circle(u, r), gaussian(0.08)) for r in (3, 2.25, 1.5, 0.75)],
@@ -82,7 +95,9 @@ def on_squares(x, y):
 
 
 def on_wheel(x, y):
-    """Sum over all (a, b) that the pinwheel's map takes to a point: the angles of (a, b) that give a whole number of an arm."""
+    """Sum over all (a, b) that the pinwheel's map takes to a point: the angles of (a, b) that
+    give a whole number of an arm.
+    """
     radius, angle = (part.ravel() for part in (np.hypot(x, y) / 2, np.arctan2(y, x)))
     edges = np.linspace(-np.pi, np.pi, 257)
 
@@ -97,7 +112,9 @@ def on_wheel(x, y):
         is_left = np.floor(arm(point, middle)) == whole[point, cell]
         low, high = np.where(is_left, middle, low), np.where(is_left, high, middle)
     a, b = radius[point] * np.cos(low), radius[point] * np.sin(low)
-    term = stats.norm.pdf(a, 1, 0.3) * stats.norm.pdf(b, 0, 0.1) / (5 * 4 * abs(1 + b * np.exp(a) / 4))
+    term = (
+        stats.norm.pdf(a, 1, 0.3) * stats.norm.pdf(b, 0, 0.1) / (5 * 4 * abs(1 + b * np.exp(a) / 4))
+    )
     return np.bincount(point, term, len(radius)).reshape(x.shape)
 
 
@@ -105,19 +122,25 @@ def on_wheel(x, y):
 def density(name):
     if name in CURVES:
         return along_curves(name)
-    return {"checkerboard": on_squares, "pinwheel": on_wheel}[name](*np.meshgrid(MIDDLE, MIDDLE, indexing="ij"))
+    return {"checkerboard": on_squares, "pinwheel": on_wheel}[name](
+        *np.meshgrid(MIDDLE, MIDDLE, indexing="ij")
+    )
 
 
 @functools.cache
 def samples(name):
     with jax.enable_x64(False):
-        return np.asarray(jax.jit(toys.TOYS[name].sample, static_argnums=1)(jax.random.key(7), NUM_SAMPLES))
+        return np.asarray(
+            jax.jit(toys.TOYS[name].sample, static_argnums=1)(jax.random.key(7), NUM_SAMPLES)
+        )
 
 
 def assert_samples_follow(name, x):
     """Chi-square test of a histogram with bins of 0.5 against the integrated density."""
     bins = int(2 * HALF_WIDTH / CELL) // CELLS_PER_BIN
-    probability = density(name).reshape(bins, CELLS_PER_BIN, bins, CELLS_PER_BIN).sum((1, 3)) * CELL**2
+    probability = (
+        density(name).reshape(bins, CELLS_PER_BIN, bins, CELLS_PER_BIN).sum((1, 3)) * CELL**2
+    )
     edges = np.linspace(-HALF_WIDTH, HALF_WIDTH, bins + 1)
     observed = np.histogram2d(x[:, 0], x[:, 1], [edges, edges])[0].ravel()
     expected = len(x) * probability.ravel()
@@ -131,14 +154,16 @@ def assert_samples_follow(name, x):
     assert stats.chi2.sf(statistic, len(expected) - 1) > P_VALUE
 
 
-# Tests ------------------------------------------------------------------------------------------------------------------------
+# Tests --------------------------------------------------------------------------------------------
 
 
 @every_toy
 def test_entropy_is_that_of_the_density(name):
     mass = density(name) * CELL**2
     assert mass.sum() == pytest.approx(1, abs=ATOL_MASS)
-    assert scipy.special.entr(mass).sum() + math.log(CELL**2) == pytest.approx(toys.TOYS[name].entropy, abs=ATOL_ENTROPY)
+    assert scipy.special.entr(mass).sum() + math.log(CELL**2) == pytest.approx(
+        toys.TOYS[name].entropy, abs=ATOL_ENTROPY
+    )
 
 
 @every_toy
@@ -153,7 +178,9 @@ def test_mistakes_that_look_right_in_a_scatter_plot_are_rejected():
 
 
 def test_points_are_independent():
-    """Equal counts a component, as in the customary generators, would have no variance between draws."""
+    """Equal counts a component, as in the customary generators, would have no variance between
+    draws.
+    """
     keys = jax.random.split(jax.random.key(3), 200)
     x = np.asarray(jax.jit(jax.vmap(lambda key: toys.TOYS["8gaussians"].sample(key, 80)))(keys))
     octant = np.round(np.arctan2(x[..., 1], x[..., 0]) / (2 * np.pi / 8)) % 8

@@ -1,4 +1,6 @@
-"""Ranks of the truth among samples: uniform for the true posterior, and refused for one that is wrong."""
+"""Ranks of the truth among samples: uniform for the true posterior, and refused for one that is
+wrong.
+"""
 
 import dataclasses
 import functools
@@ -28,19 +30,25 @@ LINEAR_FLOW = FlowSpec((DIMS,), (StageSpec(1, hidden=(2,)),), context_dim=DIMS)
 
 def linear_gaussian_pairs(num):
     """Parameters ``theta ~ N(0, .1 I)`` and observations ``x ~ N(theta, .1 I)``."""
-    prior, noise = DEVIATION * np.random.default_rng(0).normal(size=(2, num, DIMS)).astype(np.float32)
+    prior, noise = DEVIATION * np.random.default_rng(0).normal(size=(2, num, DIMS)).astype(
+        np.float32
+    )
     return prior, prior + noise
 
 
 @functools.cache
 def zero_weights():
     """Frozen weights of that flow, all zero."""
-    shapes = jax.eval_shape(lambda params: freeze(LINEAR_FLOW, params), kept.random_params(LINEAR_FLOW))
+    shapes = jax.eval_shape(
+        lambda params: freeze(LINEAR_FLOW, params), kept.random_params(LINEAR_FLOW)
+    )
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def linear_gaussian_model(shift=0.0, scale=1.0):
-    """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior of its own."""
+    """The posterior ``N(x / 2, .05 I)`` as a flow of one block ``z = theta - x / 2`` and a prior
+    of its own.
+    """
     weights = jax.tree.map(jnp.asarray, zero_weights())
     weights["stage0"].branch.weights["dense1"]["context"] = -0.5 * jnp.eye(DIMS)[None]
     prior = Gaussian(jnp.full((DIMS,), shift), jnp.full((DIMS,), math.log(scale * math.sqrt(0.05))))
@@ -79,12 +87,20 @@ def test_a_wrong_posterior_is_refused(wrong):
 
 
 def test_p_values_of_uniform_ranks_are_small_as_rarely_as_they_say():
-    """Twice the smaller of two p-values is below a level with a probability between half of the level and the level."""
+    """Twice the smaller of two p-values is below a level with a probability between half of the
+    level and the level.
+    """
     generator = np.random.default_rng(0)
-    tests = [calibration.rank_test("", generator.integers(0, SAMPLES + 1, 300), SAMPLES, generator) for _ in range(400)]
+    tests = [
+        calibration.rank_test("", generator.integers(0, SAMPLES + 1, 300), SAMPLES, generator)
+        for _ in range(400)
+    ]
     for level in (0.05, 0.2, 0.5):
         found = np.mean([test.p_value < level for test in tests])
-        low, high = (bound + side * 4 * np.sqrt(bound * (1 - bound) / 400) for bound, side in ((level / 2, -1), (level, 1)))
+        low, high = (
+            bound + side * 4 * np.sqrt(bound * (1 - bound) / 400)
+            for bound, side in ((level / 2, -1), (level, 1))
+        )
         assert low < found < high
 
 

@@ -1,4 +1,6 @@
-"""Test error, its interval and the confusion matrix, against counts and a solver of the interval's definition."""
+"""Test error, its interval and the confusion matrix, against counts and a solver of the
+interval's definition.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ def test_the_interval_ends_where_the_errors_are_just_not_surprising(wrong, num):
         return (p - q) ** 2 - Z**2 * q * (1 - q) / num
 
     assert low == pytest.approx(0.0 if wrong == 0 else brentq(surprise, 1e-12, p - 1e-12), abs=1e-6)
-    assert high == pytest.approx(1.0 if wrong == num else brentq(surprise, p + 1e-12, 1 - 1e-12), abs=1e-6)
+    assert high == pytest.approx(
+        1.0 if wrong == num else brentq(surprise, p + 1e-12, 1 - 1e-12), abs=1e-6
+    )
 
 
 def test_confusion_has_classes_along_its_rows_and_classes_that_do_not_occur():

@@ -1,4 +1,6 @@
-"""The importance-weighted bound against the probabilities of a tiny discrete example, and with estimated log-determinants."""
+"""The importance-weighted bound against the probabilities of a tiny discrete example, and with
+estimated log-determinants.
+"""
 
 import dataclasses
 
@@ -17,17 +19,28 @@ from iresnet_jax.models.density_spec import DensitySpec
 SIGNIFICANT = 5.0
 EXACT_RTOL = 1e-12  # the same float64 sums in another order
 LEVELS, REPEATS, DRAWS = 4, 200, 8
-TWO_PIXELS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)), transform=Logit(0.05), num_levels=LEVELS)
-VARIATIONAL = dataclasses.replace(
-    TWO_PIXELS, flow=dataclasses.replace(TWO_PIXELS.flow, noise=NoiseSpec(1, (4,), network=(4, 2), window=3))
+TWO_PIXELS = DensitySpec(
+    FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)), transform=Logit(0.05), num_levels=LEVELS
 )
-ALL = np.stack(np.meshgrid(*2 * [np.arange(LEVELS)], indexing="ij"), axis=-1).reshape(-1, 2).astype(np.uint8)
+VARIATIONAL = dataclasses.replace(
+    TWO_PIXELS,
+    flow=dataclasses.replace(TWO_PIXELS.flow, noise=NoiseSpec(1, (4,), network=(4, 2), window=3)),
+)
+ALL = (
+    np.stack(np.meshgrid(*2 * [np.arange(LEVELS)], indexing="ij"), axis=-1)
+    .reshape(-1, 2)
+    .astype(np.uint8)
+)
 
 
 def log_probabilities(model, num=48):
     """Log-probabilities of all images by quadrature of the density over their cells."""
     middles = (np.arange(num * LEVELS) + 0.5) / (num * LEVELS)
-    points = np.stack(np.meshgrid(middles, middles, indexing="ij"), axis=-1).reshape(-1, 2).astype(np.float32)
+    points = (
+        np.stack(np.meshgrid(middles, middles, indexing="ij"), axis=-1)
+        .reshape(-1, 2)
+        .astype(np.float32)
+    )
     density = np.exp(np.asarray(model.continuous.log_prob(jnp.asarray(points)), np.float64))
     return np.log(density.reshape(LEVELS, num, LEVELS, num).mean(axis=(1, 3)).ravel() / LEVELS**2)
 
@@ -39,15 +52,23 @@ def test_in_expectation_it_grows_with_the_draws_and_stays_below_the_probabilitie
     assert -0.1 < logsumexp(exact) < 1e-3  # some latents are those of no level
     settings = dataclasses.replace(kept.SETTINGS, batch_size=4096, num_importance_draws=DRAWS)
     exactly, images = likelihood.with_estimator(model, settings), np.repeat(ALL, REPEATS, axis=0)
-    weights = -likelihood.objective(exactly, images, settings, 0, noise=range(DRAWS), same_probes=True) / spec.unit_of_a_nat
-    bounds = {k: importance.log_likelihood_bound(weights[:, :k]).reshape(-1, REPEATS) for k in (1, 2, DRAWS)}
+    weights = (
+        -likelihood.objective(exactly, images, settings, 0, noise=range(DRAWS), same_probes=True)
+        / spec.unit_of_a_nat
+    )
+    bounds = {
+        k: importance.log_likelihood_bound(weights[:, :k]).reshape(-1, REPEATS)
+        for k in (1, 2, DRAWS)
+    }
     means = {k: bound.mean(axis=1) for k, bound in bounds.items()}
     assert means[1].mean() < means[2].mean() < means[DRAWS].mean() < exact.mean()
     for k, bound in bounds.items():
         assert np.all(means[k] < exact + SIGNIFICANT * bound.std(axis=1) / np.sqrt(REPEATS))
         assert logsumexp(means[k]) < 0
     found = importance.mean_bound(weights, 1.0, "nats")
-    np.testing.assert_allclose(found.gain, (means[DRAWS] - weights.reshape(len(ALL), -1).mean(axis=1)).mean(), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.gain, (means[DRAWS] - weights.reshape(len(ALL), -1).mean(axis=1)).mean(), rtol=1e-9
+    )
     measured = likelihood.measure(model, ALL[:4], settings, 1)
     assert measured.bound == spec.bound
     assert measured.importance.mean < measured.mean
@@ -57,7 +78,9 @@ def test_estimated_log_determinants_keep_it_a_bound_where_the_plain_formula_is_n
     rng = np.random.default_rng(0)
     log_weights = rng.normal(size=(1, 6, 1))
     exact = importance.log_likelihood_bound(log_weights)
-    np.testing.assert_allclose(exact, logsumexp(log_weights, axis=1)[:, 0] - np.log(6), rtol=EXACT_RTOL)
+    np.testing.assert_allclose(
+        exact, logsumexp(log_weights, axis=1)[:, 0] - np.log(6), rtol=EXACT_RTOL
+    )
     estimated = log_weights + rng.normal(size=(20_000, 6, 2))
     found = importance.log_likelihood_bound(estimated)
     plain = importance.log_likelihood_bound(estimated.mean(axis=2, keepdims=True))
@@ -82,7 +105,9 @@ def test_some_examples_show_what_the_mean_of_all_gains():
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4, num_importance_examples=8)
     measured = likelihood.measure(model, images, settings, 3)
     rows = np.linspace(0, 19, 8, dtype=int)
-    own = likelihood.importance_bound(model, images[rows], dataclasses.replace(settings, num_importance_examples=0), 3)
+    own = likelihood.importance_bound(
+        model, images[rows], dataclasses.replace(settings, num_importance_examples=0), 3
+    )
     assert own.gain_stderr > 0
     expected = own.of_all(measured.mean, measured.stderr)
     assert measured.importance == expected
@@ -93,4 +118,6 @@ def test_some_examples_show_what_the_mean_of_all_gains():
 def test_continuous_data_have_none():
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
     with pytest.raises(ValueError, match="these are continuous"):
-        likelihood.importance_bound(kept.model(kept.POINTS), np.zeros((2, 2), np.float32), settings, 0)
+        likelihood.importance_bound(
+            kept.model(kept.POINTS), np.zeros((2, 2), np.float32), settings, 0
+        )

@@ -1,4 +1,6 @@
-"""A report says its results' numbers, on a page that opens without a network and in JSON, and states their contradictions."""
+"""A report says its results' numbers, on a page that opens without a network and in JSON, and
+states their contradictions.
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,13 @@ from iresnet_jax.evaluation import plots
 from iresnet_jax.evaluation.calibration import Calibration, RankTest
 from iresnet_jax.evaluation.classification import summarize
 from iresnet_jax.evaluation.likelihood import Likelihood
-from iresnet_jax.evaluation.report import Report, TrainingTimes, describe_environment, log_density_on_grid, render
+from iresnet_jax.evaluation.report import (
+    Report,
+    TrainingTimes,
+    describe_environment,
+    log_density_on_grid,
+    render,
+)
 from iresnet_jax.evaluation.round_trips import Guarantee, Inversion, RoundTrips
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.models.certificate import Certificate, Constant
@@ -34,7 +42,9 @@ LIKELIHOOD = Likelihood(
 )
 POINTS = dataclasses.replace(LIKELIHOOD, unit="nats", mean=2.8342, entropy_floor=2.8321)
 TRIPS = RoundTrips(1.3e-13, 2.4e-13, 5.7e-12, 1.0, 1.0, 35.79)
-INVERSE = Inversion(1.9e-6, 4.1e-6, 8.8e-6, 1.0, 1.0, 12.34, 512, TRIPS, Guarantee(8, 8, 3.3e-7, 6.1e-7, 2.2e-7))
+INVERSE = Inversion(
+    1.9e-6, 4.1e-6, 8.8e-6, 1.0, 1.0, 12.34, 512, TRIPS, Guarantee(8, 8, 3.3e-7, 6.1e-7, 2.2e-7)
+)
 CERTIFICATE = Certificate(0.97, "layer", (block("b3"), block("b4")), 1.9, 3.6)
 RANKS = Calibration((RankTest("log p", (11, 9), 0.16, 0.51),), 20, 99)
 CLASSES = summarize(2.0 * np.eye(3)[[0, 1, 1, 2]], np.array([0, 0, 1, 2]), loss=0.513)
@@ -65,17 +75,38 @@ def with_blocks(*blocks):
 
 
 CONTRADICTIONS = {
-    "likelihood not finite": (changed("likelihood", mean=math.nan), "The likelihood is not finite."),
-    "entropy": (with_part(likelihood=dataclasses.replace(POINTS, mean=2.8210)), "allows, by 5.2 standard errors"),
-    "calibration": (changed("calibration", tests=(RankTest("log p", (1, 80), 1e-9, 0.5),)), "the model is not calibrated"),
-    "samples": (with_part(samples=FAILED), "for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...."),
-    "errors": (changed("inverse", fraction_within_bound=0.98), "2 % of the inversion errors in the precision of training"),
+    "likelihood not finite": (
+        changed("likelihood", mean=math.nan),
+        "The likelihood is not finite.",
+    ),
+    "entropy": (
+        with_part(likelihood=dataclasses.replace(POINTS, mean=2.8210)),
+        "allows, by 5.2 standard errors",
+    ),
+    "calibration": (
+        changed("calibration", tests=(RankTest("log p", (1, 80), 1e-9, 0.5),)),
+        "the model is not calibrated",
+    ),
+    "samples": (
+        with_part(samples=FAILED),
+        "for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ....",
+    ),
+    "errors": (
+        changed("inverse", fraction_within_bound=0.98),
+        "2 % of the inversion errors in the precision of training",
+    ),
     "errors in float64": (
         changed("inverse", refined=dataclasses.replace(TRIPS, fraction_within_bound=0.97)),
         "3 % of the inversion errors in float64",
     ),
-    "convergence": (changed("inverse", fraction_converged=0.96), "did not converge for 4 % of the examples"),
-    "bound above 1": (with_blocks(block("b3", bound=1.03), block("b4")), "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks"),
+    "convergence": (
+        changed("inverse", fraction_converged=0.96),
+        "did not converge for 4 % of the examples",
+    ),
+    "bound above 1": (
+        with_blocks(block("b3", bound=1.03), block("b4")),
+        "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks",
+    ),
     "notes": (with_part(notes=("Validation was still falling.",)), "Validation was still falling."),
 }
 
@@ -100,7 +131,9 @@ def test_the_file_holds_every_number_and_null_for_what_json_does_not_have():
     assert facts["lipschitz"]["blocks"][1]["layers"][0]["bound"] == 0.9008
     assert (facts["lipschitz"]["certified"], facts["lipschitz"]["max_block"]) == (True, 0.7243)
     assert facts["inverse"]["refined"]["mean_evals"] == 35.79
-    facts = dataclasses.replace(changed("inverse", max_error_bound=math.inf), likelihood=POINTS, classification=None).to_json()
+    facts = dataclasses.replace(
+        changed("inverse", max_error_bound=math.inf), likelihood=POINTS, classification=None
+    ).to_json()
     assert facts["inverse"]["max_error_bound"] is None
     assert facts["nll"]["entropy_floor"] == 2.8321
     assert {"bits_per_dim", "classification"}.isdisjoint(facts)
@@ -110,7 +143,9 @@ def test_the_page_has_the_numbers_and_pictures_and_needs_no_network():
     draw = np.random.default_rng(0)
     points, images = draw.normal(size=(50, 3)), draw.random((3, 4, 4, 1))
     log = [
-        {"step": s, "split": split, "wall_time_s": s, "nll": 8.0 / s} for s in range(1, 9) for split in ("train", "validation")
+        {"step": s, "split": split, "wall_time_s": s, "nll": 8.0 / s}
+        for s in range(1, 9)
+        for split in ("train", "validation")
     ]
     drawn = {
         "train": [plots.learning_curves(log, 4)],
@@ -120,31 +155,52 @@ def test_the_page_has_the_numbers_and_pictures_and_needs_no_network():
             plots.density_map(-points[:3], (0.0, 1.0, 0.0, 2.0)),
         ],
         "calibration": [plots.rank_histograms(RANKS)],
-        "classification": [plots.confusion_matrix(np.array(CLASSES.confusion)), plots.images(255 * images, 256)],
+        "classification": [
+            plots.confusion_matrix(np.array(CLASSES.confusion)),
+            plots.images(255 * images, 256),
+        ],
         "inverse": [plots.reconstructions(images, images + 1e-3)],
         "lipschitz": [plots.lipschitz_bars(CERTIFICATE)],
     }
-    figures = {name: {f"{name} {i}": figure for i, figure in enumerate(made)} for name, made in drawn.items()}
+    figures = {
+        name: {f"{name} {i}": figure for i, figure in enumerate(made)}
+        for name, made in drawn.items()
+    }
     page = render(REPORT, figures, title="a < b", references={"somebody": 1.25})
     assert page.count('<img src="data:image/png;base64,') == sum(map(len, drawn.values()))
     assert "://" not in page
     assert "<script" not in page
-    for number in ("1.0623 ± 0.0021 bits/dim", "0.9008", "12.3 evaluations", "2.2e-07", "somebody", "0.513", "a &lt; b"):
+    for number in (
+        "1.0623 ± 0.0021 bits/dim",
+        "0.9008",
+        "12.3 evaluations",
+        "2.2e-07",
+        "somebody",
+        "0.513",
+        "a &lt; b",
+    ):
         assert number in page
 
 
 def test_a_map_has_the_density_of_its_places():
-    model, points = kept.model(kept.POINTS), np.random.default_rng(0).normal(size=(20, 2)) * [1.0, 9.0]
+    model, points = (
+        kept.model(kept.POINTS),
+        np.random.default_rng(0).normal(size=(20, 2)) * [1.0, 9.0],
+    )
     log_density, (left, right, bottom, top) = log_density_on_grid(model, points, side=3)
     assert left < points[:, 0].min() < points[:, 0].max() < right
     assert bottom < points[:, 1].min() < points[:, 1].max() < top
-    row = [[left + (right - left) * (i + 0.5) / 3, bottom + (top - bottom) * 5 / 6] for i in range(3)]
+    row = [
+        [left + (right - left) * (i + 0.5) / 3, bottom + (top - bottom) * 5 / 6] for i in range(3)
+    ]
     np.testing.assert_allclose(log_density[2], model.log_prob(np.array(row, np.float32)), rtol=1e-5)
 
 
 def test_training_times_are_those_of_the_log():
     records = [{"step": 0, "split": "timing", "wall_time_s": 3.0, "compile_seconds": 2.5}]
     for step, seconds in enumerate((9.0, 0.1, 0.2), 1):
-        records.append({"step": step, "split": "train", "wall_time_s": 3.0 + step, "seconds_per_step": seconds})
+        records.append(
+            {"step": step, "split": "train", "wall_time_s": 3.0 + step, "seconds_per_step": seconds}
+        )
     assert TrainingTimes.from_metrics(records, 2) == TrainingTimes(2, 3, 0.2, 2.5, 6.0)
     assert TrainingTimes.from_metrics([], 0) == TrainingTimes(steps=0, total_steps=0)

@@ -1,4 +1,6 @@
-"""Verified and attacked accuracy of a network of potentials on digits, and attacks on its own radii."""
+"""Verified and attacked accuracy of a network of potentials on digits, and attacks on its own
+radii.
+"""
 
 import dataclasses
 
@@ -23,8 +25,17 @@ def digits():
 @pytest.fixture(scope="module")
 def model(digits):
     stage = ir.StageSpec(2, (32,), activation="relu", kind="potential", actnorm=False)
-    settings = {"classifier.mean": (0.0,), "classifier.std": (1.0,), "classifier.head": "linear", "classifier.margin": 0.5}
-    settings |= {"classifier.temperature": 0.25, "optimizer.learning_rate": 1e-2, "model.coeff": 0.95}
+    settings = {
+        "classifier.mean": (0.0,),
+        "classifier.std": (1.0,),
+        "classifier.head": "linear",
+        "classifier.margin": 0.5,
+    }
+    settings |= {
+        "classifier.temperature": 0.25,
+        "optimizer.learning_rate": 1e-2,
+        "model.coeff": 0.95,
+    }
     train = digits.examples["train"], digits.labels["train"]
     return ir.fit(*train, steps=300, architecture=[stage], settings=settings, progress=False)
 
@@ -53,14 +64,25 @@ def test_training_with_a_margin_verifies_and_attacks_find_the_rest(measured):
 def test_the_margin_of_the_loss_is_what_radii_verify(model, digits, measured):
     images, labels = digits.examples["test"], digits.labels["test"]
     for size, proven in zip(sorted(RADII), measured[0].verified, strict=True):
-        seen = classification.accuracy_and_loss(model, images, labels, 256, classification.Margin(size))
+        seen = classification.accuracy_and_loss(
+            model, images, labels, 256, classification.Margin(size)
+        )
         assert seen["accuracy"] == measured[0].clean.fraction
-        assert seen["accuracy_at_margin"] == pytest.approx(proven.fraction, abs=2 / len(labels))  # which bounds rounding
+        # which bounds rounding
+        assert seen["accuracy_at_margin"] == pytest.approx(proven.fraction, abs=2 / len(labels))
 
 
 def test_no_attack_breaks_a_radius_and_larger_ones_break(model, digits):
     images = digits.examples["test"]
     found = certify.radius(model, images)
     attack = {"attack": ATTACK, "seed": 0, "batch_size": len(images)}
-    assert np.all(robustness.least_margins(model, images, found.predicted, 0.999 * found.radius, **attack) > 0)
-    assert np.mean(robustness.least_margins(model, images, found.predicted, 1.5 * found.radius, **attack) > 0) < 0.3
+    assert np.all(
+        robustness.least_margins(model, images, found.predicted, 0.999 * found.radius, **attack) > 0
+    )
+    assert (
+        np.mean(
+            robustness.least_margins(model, images, found.predicted, 1.5 * found.radius, **attack)
+            > 0
+        )
+        < 0.3
+    )

@@ -1,4 +1,6 @@
-"""Round trips are exact to rounding and within their bound, in both precisions, or said not to be; so are guarantees."""
+"""Round trips are exact to rounding and within their bound, in both precisions, or said not to
+be; so are guarantees.
+"""
 
 import dataclasses
 
@@ -19,9 +21,13 @@ JUMPS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="relu")
 
 
 @pytest.mark.parametrize("spec", [kept.IMAGES, kept.CLASSIFIER], ids=["density", "classifier"])
-def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_from_the_first(spec):
+def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_from_the_first(
+    spec,
+):
     images, _ = kept.images(20)
-    originals, reconstructions, summary = reconstruct(kept.model(spec), images, 8, 0, num_certified=12)
+    originals, reconstructions, summary = reconstruct(
+        kept.model(spec), images, 8, 0, num_certified=12
+    )
     refined, found = summary.refined, summary.guarantee
     assert summary.fraction_converged == summary.fraction_within_bound == 1
     assert refined.fraction_converged == refined.fraction_within_bound == 1
@@ -30,7 +36,9 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
     assert summary.num_examples == 20
     assert summary.max_abs_error <= summary.max_euclidean_error <= summary.max_error_bound < 1e-3
     is_density = spec is kept.IMAGES
-    np.testing.assert_array_equal(np.floor(256 * originals) if is_density else np.rint(255 * originals), images)
+    np.testing.assert_array_equal(
+        np.floor(256 * originals) if is_density else np.rint(255 * originals), images
+    )
     levels = np.floor(256 * reconstructions) if is_density else np.rint(255 * reconstructions)
     assert (levels != images).mean() < 1e-3  # noise may fall next to the border of its cell
     assert 1 < summary.mean_evals < 200
@@ -51,22 +59,31 @@ def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
     assert "NOT INVERTED; 0 of 3" in str(result.summary)
     assert "did not converge for 100 % of the examples" in str(result.summary)
     broken = dataclasses.replace(result.summary, fraction_within_bound=0.5)
-    assert "50 % of the inversion errors in the precision of training exceed their bound" in str(broken)
+    assert "50 % of the inversion errors in the precision of training exceed their bound" in str(
+        broken
+    )
 
 
 def test_where_nothing_is_guaranteed_the_reason_is_said():
     points = np.asarray(jax.random.normal(jax.random.key(0), (3, 2)))
     of_blocks = reconstruct(kept.model(JUMPS), points, 4, 0, num_certified=2).summary.guarantee
     assert (of_blocks.num_applied, of_blocks.fraction_certain) == (0, None)
-    assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(of_blocks)
+    assert "2 examples by the bounds of the blocks, which multiply (slopes of relu jump)" in str(
+        of_blocks
+    )
     assert np.isfinite(of_blocks.max_bound)
     model, nothing = kept.model(kept.POINTS), Decoded(points, points, points, points, None)
-    assert "none, a block is not certified to be a contraction" in str(bound_inverses(times(model, 3), nothing, 2))
+    assert "none, a block is not certified to be a contraction" in str(
+        bound_inverses(times(model, 3), nothing, 2)
+    )
     assert "none, an example would take about" in str(bound_inverses(model, nothing, 0))
 
 
 def test_the_number_of_certified_examples_follows_from_their_cost():
-    small, large = kept.POINTS.flow, FlowSpec((32, 32, 3), (StageSpec(48, hidden=(8,), kernel_sizes=(3, 3)),))
+    small, large = (
+        kept.POINTS.flow,
+        FlowSpec((32, 32, 3), (StageSpec(48, hidden=(8,), kernel_sizes=(3, 3)),)),
+    )
     assert round_trips.affordable(small, 10.0) == round_trips.MOST_CERTIFIED
     assert round_trips.affordable(small, 1e-6) == 1
     assert round_trips.affordable(large, 1e9) == 0

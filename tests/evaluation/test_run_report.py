@@ -26,7 +26,9 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
     assert content["warnings"] == []
     bits = content["bits_per_dim"]
     assert (bits["num_examples"], bits["estimator"]) == (360, "exact log-determinant")
-    assert f"test: {bits['mean']:.4f} ± {bits['stderr']:.4f} bits/dim by the variational mean" in said
+    assert (
+        f"test: {bits['mean']:.4f} ± {bits['stderr']:.4f} bits/dim by the variational mean" in said
+    )
     assert content["noise_lipschitz"]["certified"]
     assert "inverse: inverted; 360 of 360" in said
     assert said.endswith("report: RUN/report.html")

@@ -13,7 +13,8 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 
 CONDITIONAL = DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=1))
-DEVICE_ATOL = 1e-5  # ten times the tolerance of the solver, whose rounding depends on the share of a device
+# ten times the tolerance of the solver, whose rounding depends on the share of a device
+DEVICE_ATOL = 1e-5
 CONTEXTS = np.array([[-2.0], [3.0]], np.float32)
 DRAWS = {  # model, options of a draw of 3, and those of `Density.sample`
     "labels": (kept.HYBRID, {"labels": [0, 2, 1]}, {"labels": jnp.array([0, 2, 1])}),
@@ -46,7 +47,12 @@ def test_samples_of_images_are_levels_and_the_first_are_certified():
     values, convergence = samples.draw(kept.model(kept.IMAGES), 5, 3, num_certified=4)
     found = convergence.guarantee
     assert (values.shape, values.dtype) == ((5, *kept.SHAPE), np.uint8)
-    assert (convergence.num, convergence.failed, found.num_examples, found.num_applied) == (5, (), 4, 4)
+    assert (convergence.num, convergence.failed, found.num_examples, found.num_applied) == (
+        5,
+        (),
+        4,
+        4,
+    )
     assert found.max_data_bound < 1e-4
     assert "guaranteed error of the inverse" in str(convergence)
 

@@ -16,7 +16,8 @@ from iresnet_jax.maths.activations import ACTIVATIONS, Activation, register_acti
 ROUNDING = 1e-12  # float64: a norm of exactly 1 comes out of an SVD a few ulp above
 CLOSED_FORM = 1e-12  # same maths by another route, float64
 BETAS = [-5.0, -1.0, 0.0, 0.5, 2.0, 10.0]
-# Dense around 0, where slopes are extreme for large beta, and wide enough for b x = 2.4 at beta = -5 (x = 357).
+# Dense around 0, where slopes are extreme for large beta, and wide enough for b x = 2.4 at beta =
+# -5 (x = 357).
 GRID = np.concatenate([np.linspace(-6, 6, 4001), np.linspace(-800, 800, 8001), [-1e8, 1e8]])
 
 NAMES = sorted(ACTIVATIONS)
@@ -28,7 +29,9 @@ def betas_of(name):
 
 
 def slopes(function, x):
-    """Derivative of an elementwise function at each entry of a vector, by one forward-mode product."""
+    """Derivative of an elementwise function at each entry of a vector, by one forward-mode
+    product.
+    """
     return jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
 
 
@@ -101,12 +104,16 @@ def test_elu_is_accurate_near_zero_and_so_are_two_derivatives(x64):
     for function, expected in zip((activations.elu, slope, second), derivatives, strict=True):
         np.testing.assert_allclose(jax.jit(jax.vmap(function))(x), expected, rtol=1e-14, atol=4e-16)
     single = np.float32(x)
-    np.testing.assert_allclose(jax.jit(activations.elu)(single), np.where(x > 0, single, np.expm1(single)), rtol=5e-7)
+    np.testing.assert_allclose(
+        jax.jit(activations.elu)(single), np.where(x > 0, single, np.expm1(single)), rtol=5e-7
+    )
 
 
 def test_maxmin_sorts_neighbours_and_splits_ties():
     x = jnp.array([[1.0, 3.0, 5.0, 2.0], [-1.0, -1.0, 0.0, 4.0]])
-    np.testing.assert_array_equal(jax.jit(activations.maxmin)(x), [[3.0, 1.0, 5.0, 2.0], [-1.0, -1.0, 4.0, 0.0]])
+    np.testing.assert_array_equal(
+        jax.jit(activations.maxmin)(x), [[3.0, 1.0, 5.0, 2.0], [-1.0, -1.0, 4.0, 0.0]]
+    )
     jacobian = jax.jit(jax.jacfwd(activations.maxmin))(jnp.array([2.0, 2.0]))
     np.testing.assert_array_equal(jacobian, [[0.5, 0.5], [0.5, 0.5]])
 
@@ -114,14 +121,18 @@ def test_maxmin_sorts_neighbours_and_splits_ties():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_two_derivatives_are_finite_and_saturate_quietly(x64, dtype):
     largest = float(np.sqrt(np.finfo(dtype).max))
-    x = jnp.asarray([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 800.0, -800.0, largest, -largest], dtype)
+    x = jnp.asarray(
+        [0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 800.0, -800.0, largest, -largest], dtype
+    )
 
     def of_one(activation, x, beta):
         function = lambda x: activation.apply(x, beta if activation.has_beta else None)  # noqa: E731
         second = slopes(lambda x: slopes(function, x), x)
         return slopes(function, x), second, jax.grad(lambda x: jnp.sum(function(x)))(x)
 
-    of_all = jax.jit(lambda x, beta: {name: of_one(ACTIVATIONS[name], x, beta) for name in ELEMENTWISE})
+    of_all = jax.jit(
+        lambda x, beta: {name: of_one(ACTIVATIONS[name], x, beta) for name in ELEMENTWISE}
+    )
     for beta in BETAS:
         for name, (first, second, reverse) in of_all(x, beta).items():
             assert first.dtype == dtype

@@ -1,6 +1,8 @@
-"""What Anderson's method costs and saves: evaluations of ``g`` against plain Banach iteration, on maps of many kinds.
+"""What Anderson's method costs and saves: evaluations of ``g`` against plain Banach iteration, on
+maps of many kinds.
 
-Exact preimages come first and outputs are made from them, so errors are true ones. Evaluations are counted in float64.
+Exact preimages come first and outputs are made from them, so errors are true ones. Evaluations are
+counted in float64.
 """
 
 import functools
@@ -35,7 +37,9 @@ def tanh_network(weights, x):
 
 
 def maxmin_network(weights, x):
-    """Orthogonal layers and a gradient norm preserving activation: every slope has the same norm, everywhere."""
+    """Orthogonal layers and a gradient norm preserving activation: every slope has the same
+    norm, everywhere.
+    """
     layers, biases = weights
     for w, bias in zip(layers, biases, strict=False):
         pairs = (x @ w.T + bias[None]).reshape(len(x), -1, 2)
@@ -48,7 +52,9 @@ def absolute(slope, x):
 
 
 class Case(NamedTuple):
-    """``g`` with its weights on so many dimensions. Cases that share ``g`` and their shapes share a compiled program."""
+    """``g`` with its weights on so many dimensions. Cases that share ``g`` and their shapes
+    share a compiled program.
+    """
 
     dim: int
     lipschitz: float
@@ -57,7 +63,9 @@ class Case(NamedTuple):
 
 
 def linear_case(matrix, lipschitz):
-    """A matrix scaled to a norm, in 30 dimensions, of which those that it does not have are left at 0."""
+    """A matrix scaled to a norm, in 30 dimensions, of which those that it does not have are left
+    at 0.
+    """
     padded = np.zeros((30, 30))
     padded[: len(matrix), : len(matrix)] = lipschitz * matrix / np.linalg.norm(matrix, 2)
     return Case(len(matrix), lipschitz, linear, padded)
@@ -71,14 +79,19 @@ def random_network(rng, dim, lipschitz):
 def random_maxmin_network(rng, dim, lipschitz, num_layers=2):
     layers = [orthogonal(rng, dim) for _ in range(num_layers + 1)]
     layers[-1] *= lipschitz
-    return Case(dim, lipschitz, maxmin_network, (layers, [rng.normal(size=dim) for _ in range(num_layers)]))
+    return Case(
+        dim, lipschitz, maxmin_network, (layers, [rng.normal(size=dim) for _ in range(num_layers)])
+    )
 
 
 def rotation(rng, dim):
     """By another angle in each plane."""
     matrix = np.zeros((dim, dim))
     for i, angle in zip(range(0, dim, 2), rng.uniform(0, np.pi, dim // 2), strict=True):
-        matrix[i : i + 2, i : i + 2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        matrix[i : i + 2, i : i + 2] = [
+            [np.cos(angle), -np.sin(angle)],
+            [np.sin(angle), np.cos(angle)],
+        ]
     return matrix
 
 
@@ -113,16 +126,22 @@ def watched_inverse(g, weights, lipschitz, y, memory):
 
     def watched(x):
         value = g(weights, x)
-        # As bits: a callback runs in a thread of its own, where the test's float64 is not switched on.
+        # As bits: a callback runs in a thread of its own, where the test's float64 is not switched
+        # on.
         bits = lax.bitcast_convert_type(jnp.stack([x, value]), jnp.uint32)
-        jax.debug.callback(lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True)
+        jax.debug.callback(
+            lambda bits: SEEN.append(np.array(bits).view(np.float64)[..., 0]), bits, ordered=True
+        )
         return value
 
-    return residual.inverse(CallableBranch(watched, lipschitz), y, Solver(atol=TOLERANCE, memory=memory))
+    return residual.inverse(
+        CallableBranch(watched, lipschitz), y, Solver(atol=TOLERANCE, memory=memory)
+    )
 
 
 def solve_and_watch(case, weights, y, x_true, memory):
-    """Evaluations of each example until the solver is done, and until what it would return is within the true tolerance.
+    """Evaluations of each example until the solver is done, and until what it would return is
+    within the true tolerance.
 
     It would return the Banach step from the iterate of least residual.
     """
@@ -130,7 +149,9 @@ def solve_and_watch(case, weights, y, x_true, memory):
     x, info = watched_inverse(case.g, weights, jnp.asarray(case.lipschitz), y, memory)
     jax.block_until_ready(x)
     jax.effects_barrier()
-    assert np.all(np.linalg.norm(x - x_true, axis=1) <= TOLERANCE), f"{len(SEEN)} evaluations: is it a contraction?"
+    assert np.all(np.linalg.norm(x - x_true, axis=1) <= TOLERANCE), (
+        f"{len(SEEN)} evaluations: is it a contraction?"
+    )
     residuals = np.stack([np.linalg.norm(y - (x + g), axis=1) for x, g in SEEN])
     errors = np.stack([np.linalg.norm(y - g - x_true, axis=1) for _, g in SEEN])
     is_best = residuals <= np.minimum.accumulate(residuals)
@@ -141,13 +162,17 @@ def solve_and_watch(case, weights, y, x_true, memory):
 
 
 def compare(case, seed=1):
-    """Evaluations by Anderson's method and by Banach iteration: to a guaranteed error, and to the same true error."""
+    """Evaluations by Anderson's method and by Banach iteration: to a guaranteed error, and to
+    the same true error.
+    """
     x_true = 2 * np.random.default_rng(seed).normal(size=(BATCH, case.dim))
     if case.g is linear:
         x_true = np.pad(x_true, ((0, 0), (0, len(case.weights) - case.dim)))
     weights = jax.tree.map(jnp.asarray, case.weights)
     y = jnp.asarray(x_true) + jax.jit(case.g)(weights, jnp.asarray(x_true))
-    (accelerated, anderson), (plain, banach) = (solve_and_watch(case, weights, y, x_true, memory) for memory in (4, 0))
+    (accelerated, anderson), (plain, banach) = (
+        solve_and_watch(case, weights, y, x_true, memory) for memory in (4, 0)
+    )
     return accelerated, plain, anderson, banach
 
 
@@ -165,13 +190,19 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
 def test_starting_behind_what_a_branch_always_adds(x64, refine):
     rng = np.random.default_rng(0)
     network, far = random_network(rng, 6, 0.9), 30 * jnp.asarray(rng.normal(size=(1, 6)))
-    weights, x = jax.tree.map(jnp.asarray, network.weights), jnp.asarray(rng.normal(size=(BATCH, 6)))
+    weights, x = (
+        jax.tree.map(jnp.asarray, network.weights),
+        jnp.asarray(rng.normal(size=(BATCH, 6))),
+    )
 
     def branch(x):
         return (tanh_network(weights, x) + far).astype(x.dtype)
 
     def solve(at_zero=None, memory=4):
-        whole, solver = CallableBranch(branch, 0.9, at_zero=at_zero), Solver(atol=TOLERANCE, memory=memory, refine=refine)
+        whole, solver = (
+            CallableBranch(branch, 0.9, at_zero=at_zero),
+            Solver(atol=TOLERANCE, memory=memory, refine=refine),
+        )
         found, info = jax.jit(lambda x: residual.inverse(whole, x + branch(x), solver))(x)
         assert info.converged.all()
         assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
@@ -180,16 +211,21 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
     shared = functools.partial(branch, jnp.zeros((1, 6)))
     assert (solve(at_zero=shared) < solve()).all()
     if not refine:
-        np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))  # the paper's iteration
+        # the paper's iteration
+        np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))
 
 
 def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
-    """Fast and slow examples of a map that mixes entries, without matrix products, whose rounding depends on the batch."""
+    """Fast and slow examples of a map that mixes entries, without matrix products, whose
+    rounding depends on the batch.
+    """
 
     def g(x):
         return 0.95 * (0.6 * jnp.tanh(jnp.roll(x, 1, axis=1)) - 0.4 * jnp.sin(x))
 
-    y = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)) * np.array([0.01, 0.1, 1, 3, 10, 0])[:, None])
+    y = jnp.asarray(
+        np.random.default_rng(2).normal(size=(6, 5)) * np.array([0.01, 0.1, 1, 3, 10, 0])[:, None]
+    )
     solve = jax.jit(lambda y: invert_residual(g, y, lipschitz_bound=0.95, atol=1e-10))
     together = solve(y)
     assert len(set(np.asarray(together[1].num_evals).tolist())) > 2
@@ -197,5 +233,7 @@ def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
     for one, other in zip(jax.tree.leaves(solve(y[order])), jax.tree.leaves(together), strict=True):
         np.testing.assert_array_equal(one, other[order])
     for i in range(len(y)):
-        for alone, other in zip(jax.tree.leaves(solve(y[i : i + 1])), jax.tree.leaves(together), strict=True):
+        for alone, other in zip(
+            jax.tree.leaves(solve(y[i : i + 1])), jax.tree.leaves(together), strict=True
+        ):
             np.testing.assert_allclose(alone[0], other[i], rtol=1e-12, atol=1e-14)

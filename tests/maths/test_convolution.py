@@ -1,4 +1,6 @@
-"""The three implementations of the convolution against a plain sum over taps, values and gradients."""
+"""The three implementations of the convolution against a plain sum over taps, values and
+gradients.
+"""
 
 import functools
 import re
@@ -42,44 +44,67 @@ def test_values_and_gradients_agree_with_the_sum_over_taps(x64, name):
     @jax.jit
     def values_and_gradients(x, kernel, cotangent):
         def run(implementation):
-            y, pullback = jax.vjp(lambda x, k: conv(x, k, padding=padding, implementation=implementation), x, kernel)
+            y, pullback = jax.vjp(
+                lambda x, k: conv(x, k, padding=padding, implementation=implementation), x, kernel
+            )
             return y, *pullback(cotangent)
 
         return {implementation: run(implementation) for implementation in IMPLEMENTATIONS}
 
-    # The map is linear in each argument, so a gradient is the map of unit directions against the cotangent.
+    # The map is linear in each argument, so a gradient is the map of unit directions against the
+    # cotangent.
     matrix = oracles.dense_conv_matrix(kernel, height, width, padding=padding)
     units = np.eye(kernel.size).reshape(-1, *kernel_shape)
     along_units = [np.sum(cotangent * oracles.conv_forward(x, k, padding=padding)) for k in units]
-    for implementation, (y, x_grad, kernel_grad) in values_and_gradients(x, kernel, cotangent).items():
+    for implementation, (y, x_grad, kernel_grad) in values_and_gradients(
+        x, kernel, cotangent
+    ).items():
         np.testing.assert_allclose(y, expected, rtol=EXACT, atol=EXACT, err_msg=implementation)
         np.testing.assert_allclose(
-            x_grad.reshape(2, -1), cotangent.reshape(2, -1) @ matrix, rtol=EXACT, atol=EXACT, err_msg=implementation
+            x_grad.reshape(2, -1),
+            cotangent.reshape(2, -1) @ matrix,
+            rtol=EXACT,
+            atol=EXACT,
+            err_msg=implementation,
         )
-        np.testing.assert_allclose(kernel_grad.ravel(), along_units, rtol=EXACT, atol=EXACT, err_msg=implementation)
+        np.testing.assert_allclose(
+            kernel_grad.ravel(), along_units, rtol=EXACT, atol=EXACT, err_msg=implementation
+        )
 
 
 def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
     assert choose_implementation((1, 1, 64, 64)) == "patches"
     with platforms.compiling_for("tpu"):
         kernels = [(1, 1, 64, 64), (3, 3, 12, 512), (3, 3, 512, 12), (3, 3, 48, 512)]
-        assert [choose_implementation(kernel) for kernel in kernels] == ["patches", "patches", "taps", "xla"]
+        assert [choose_implementation(kernel) for kernel in kernels] == [
+            "patches",
+            "patches",
+            "taps",
+            "xla",
+        ]
     assert choose_implementation((3, 3, 2, 64)) == choose_implementation((1, 3, 64, 2)) == "xla"
 
 
 @pytest.mark.parametrize("name", ["more channels in than out", "even taps same"])
 def test_every_derivative_agrees_with_those_of_jax(x64, name):
-    """Forward, reverse and second derivatives, alone and under each kind of ``vmap``, against `lax.conv_general_dilated`."""
+    """Forward, reverse and second derivatives, alone and under each kind of ``vmap``, against
+    `lax.conv_general_dilated`.
+    """
     height, width, kernel_shape, padding = CASES[name]
     rng = np.random.default_rng(4)
-    x, kernel = jnp.asarray(rng.normal(size=(2, height, width, kernel_shape[2]))), jnp.asarray(rng.normal(size=kernel_shape))
+    x, kernel = (
+        jnp.asarray(rng.normal(size=(2, height, width, kernel_shape[2]))),
+        jnp.asarray(rng.normal(size=kernel_shape)),
+    )
 
     def ours(x, kernel):
         return conv(x, kernel, padding=padding, implementation="xla")
 
     def theirs(x, kernel):
         pads = pads_of(padding, kernel_shape)
-        return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     weights = jnp.asarray(rng.normal(size=theirs(x, kernel).shape))
 
@@ -103,14 +128,19 @@ def test_every_derivative_agrees_with_those_of_jax(x64, name):
             "more of both": jax.vmap(gradients, (0, -1))(xs, kernels),
         }
 
-    assert set(re.findall(r"conv\w+", str(jax.make_jaxpr(ours)(x, kernel)))) == {"convolution"}  # it is ours that is tested
+    # it is ours that is tested
+    assert set(re.findall(r"conv\w+", str(jax.make_jaxpr(ours)(x, kernel)))) == {"convolution"}
     actual = derivatives(ours, x, kernel)
     for kind, expected in derivatives(theirs, x, kernel).items():
-        chex.assert_trees_all_close(actual[kind], expected, rtol=EXACT, atol=10 * EXACT, custom_message=kind)
+        chex.assert_trees_all_close(
+            actual[kind], expected, rtol=EXACT, atol=10 * EXACT, custom_message=kind
+        )
 
 
 def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
-    """XLA:CPU rewrites other layouts outside of loops only, and runs them up to a hundred times slower (benchmarks)."""
+    """XLA:CPU rewrites other layouts outside of loops only, and runs them up to a hundred times
+    slower (benchmarks).
+    """
 
     def layouts(convolve, width=3):
         x, kernels = jnp.ones((2, 4, 4, width)), jnp.ones((2, 3, 3, width, width))
@@ -125,7 +155,11 @@ def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
     ours = layouts(conv)
     assert len(ours) == 3  # forward, gradient of the images, gradient of the kernel
     assert set(ours) == {"b01f_01io->b01f"}
-    theirs = layouts(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    theirs = layouts(
+        lambda x, k: lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )
     assert set(theirs) != {"b01f_01io->b01f"}
 
 

@@ -1,4 +1,6 @@
-"""Upper bounds are tested one-sidedly and strictly: dense float64 norm <= bound, without tolerance."""
+"""Upper bounds are tested one-sidedly and strictly: dense float64 norm <= bound, without
+tolerance.
+"""
 
 import functools
 
@@ -13,7 +15,8 @@ from iresnet_jax.maths import convolution_certificate as certify
 
 EXACT = 1e-11  # "exact" in float64: slack 2.3e-13, and rounding bounds of at most a few 1e-12
 EXACT_F32 = 1e-3  # the same in float32: slack 1.2e-4, and a rounding inflation below 6e-4
-TIGHT = 1.03  # the embedding's own slack for these random kernels on images of 8 x 8 and more; mean 1.02 at 8 x 8
+# the embedding's own slack for these random kernels on images of 8 x 8 and more; mean 1.02 at 8 x 8
+TIGHT = 1.03
 GRADIENT = 1e-6  # central differences in float64
 
 # (taps, image, cin, cout, padding)
@@ -29,7 +32,8 @@ GEOMETRIES = {
 }
 # What the reductions leave is the layer itself.
 EXACT_EMBEDDINGS = ("1x1", "3x3 on a pixel", "circular 5x5 on 3x3")
-EMBEDDED = {"twists": certify.TWISTS}  # small layers are written out as matrices unless twists are asked for
+# small layers are written out as matrices unless twists are asked for
+EMBEDDED = {"twists": certify.TWISTS}
 
 
 def kernels_of_every_kind(shape, seed=0):
@@ -67,7 +71,9 @@ def dense_norms(kernels, image, padding):
     return np.linalg.norm(matrices, 2, axis=(1, 2))
 
 
-@functools.partial(jax.jit, static_argnums=1, static_argnames=("padding", "num_squarings", "twists"))
+@functools.partial(
+    jax.jit, static_argnums=1, static_argnames=("padding", "num_squarings", "twists")
+)
 def mapped_bound(kernels, image, **options):
     """One after the other: a batch of them would be traced again, function by function."""
     return jax.lax.map(lambda kernel: certify.conv_norm_bound(kernel, image, **options), kernels)
@@ -78,7 +84,11 @@ def bounds_of(kernels, image, **options):
 
 
 def assert_upper_bounds(bounds, norms, names):
-    below = [f"{name}: {bound} < {norm}" for bound, norm, name in zip(bounds, norms, names, strict=True) if not bound >= norm]
+    below = [
+        f"{name}: {bound} < {norm}"
+        for bound, norm, name in zip(bounds, norms, names, strict=True)
+        if not bound >= norm
+    ]
     assert not below, below
 
 
@@ -109,7 +119,8 @@ def test_small_layers_are_bounded_exactly(x64):
 def test_conv_bound_of_larger_layers_against_power_iteration():
     rng, shape, image = np.random.default_rng(3), (3, 3, 12, 64), (8, 8)
     kernel = rng.normal(size=shape).astype(np.float32)
-    mirrored = kernel[::-1, ::-1].swapaxes(2, 3)  # the transpose of a SAME convolution with odd taps
+    # the transpose of a SAME convolution with odd taps
+    mirrored = kernel[::-1, ::-1].swapaxes(2, 3)
     start = rng.normal(size=(1, *image, shape[2]))
     apply, transpose = (lambda x, k=k: oracles.conv_forward(x, k) for k in (kernel, mirrored))
     estimate = oracles.power_iteration(apply, transpose, start, num_steps=300)
@@ -139,7 +150,9 @@ def test_gram_slack_shrinks_as_documented(num_squarings, x64):
     exact = bounds_of(kernels, (4, 4), **EMBEDDED)
     gram = bounds_of(kernels, (4, 4), num_squarings=num_squarings)
     assert_upper_bounds(gram * (1 + EXACT), exact, names)
-    np.testing.assert_array_less(gram, exact * 3 ** (2.0 ** -(num_squarings + 2)) * (1 + EXACT) + 1e-30)
+    np.testing.assert_array_less(
+        gram, exact * 3 ** (2.0 ** -(num_squarings + 2)) * (1 + EXACT) + 1e-30
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (3, 200), (64, 64), (90, 70)])
@@ -159,7 +172,9 @@ def test_gradient_of_the_gram_bound_against_differences(x64):
     def bound(step):
         return certify.conv_norm_bound(kernel + step * direction, (5, 5), num_squarings=4)
 
-    (ahead, behind, _), slopes = jax.jit(jax.vmap(jax.value_and_grad(bound)))(jnp.array([1e-5, -1e-5, 0]))
+    (ahead, behind, _), slopes = jax.jit(jax.vmap(jax.value_and_grad(bound)))(
+        jnp.array([1e-5, -1e-5, 0])
+    )
     np.testing.assert_allclose(slopes[2], (ahead - behind) / 2e-5, rtol=GRADIENT)
 
 
@@ -197,7 +212,9 @@ def test_caller_mistakes(options, message):
 
 
 def users_jit(function):
-    """Compiles as users do, at the compiler's default level; the suite compiles without optimisation."""
+    """Compiles as users do, at the compiler's default level; the suite compiles without
+    optimisation.
+    """
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3})
 
 
@@ -206,14 +223,19 @@ user_conv = users_jit(lambda k: certify.conv_norm_bound(k, (4, 4), **EMBEDDED))
 
 
 def test_subnormal_weights_add_to_the_norm():
-    """Processors may take subnormal numbers for 0, optimised code even in comparisons of their bits."""
+    """Processors may take subnormal numbers for 0, optimised code even in comparisons of their
+    bits.
+    """
     tiny, rng = np.finfo(np.float32).tiny, np.random.default_rng(0)
     matrices = [np.full((8, 1), size, np.float32) for size in (1e-41, 1e-45, 4 * tiny)]
-    mixed = [np.full((8, 1), tiny / 1.001) for _ in range(4)]  # one normal entry among many that are just not
+    # one normal entry among many that are just not
+    mixed = [np.full((8, 1), tiny / 1.001) for _ in range(4)]
     matrices += [np.concatenate([[[tiny]], matrix[1:]]).astype(np.float32) for matrix in mixed]
     matrices += [(tiny * 2.0 ** rng.uniform(-2, 1, (8, 1))).astype(np.float32) for _ in range(40)]
     norms = [np.linalg.norm(matrix.astype(np.float64)) for matrix in matrices]
-    assert_upper_bounds([float(user_dense(matrix)) for matrix in matrices], norms, range(len(norms)))
+    assert_upper_bounds(
+        [float(user_dense(matrix)) for matrix in matrices], norms, range(len(norms))
+    )
     kernels = (tiny * 2.0 ** rng.uniform(-2, 1, (20, 3, 3, 2, 2))).astype(np.float32)
     norms = dense_norms(kernels, (4, 4), "SAME")
     assert_upper_bounds([float(user_conv(kernel)) for kernel in kernels], norms, range(len(norms)))
@@ -221,7 +243,9 @@ def test_subnormal_weights_add_to_the_norm():
 
 
 def test_norms_of_huge_weights_are_not_taken_for_zeros():
-    """Two divisions by powers of two in a row may be one by their product, whose reciprocal is subnormal."""
+    """Two divisions by powers of two in a row may be one by their product, whose reciprocal is
+    subnormal.
+    """
     for entry in (1e25, 1e29, 5e37, 3e38):
         assert entry * np.sqrt(35) <= float(user_dense(jnp.full((5, 7), entry, jnp.float32)))
         kernel = np.full((3, 3, 2, 2), entry, np.float32)
@@ -231,7 +255,9 @@ def test_norms_of_huge_weights_are_not_taken_for_zeros():
 
 @pytest.mark.parametrize("options", [{}, EMBEDDED], ids=["written out", "embedded"])
 def test_bounds_hold_at_the_default_level_of_the_compiler(options):
-    bound = users_jit(lambda kernels: jax.vmap(lambda k: certify.conv_norm_bound(k, (5, 4), **options))(kernels))
+    bound = users_jit(
+        lambda kernels: jax.vmap(lambda k: certify.conv_norm_bound(k, (5, 4), **options))(kernels)
+    )
     names, kernels = kernels_of_every_kind((3, 3, 3, 2), seed=15)
     kernels = kernels.astype(np.float32)
     norms = dense_norms(kernels, (5, 4), "SAME")

@@ -1,4 +1,6 @@
-"""Double-double arithmetic against decimal numbers of 60 digits, and exact products against fractions."""
+"""Double-double arithmetic against decimal numbers of 60 digits, and exact products against
+fractions.
+"""
 
 import decimal
 from fractions import Fraction
@@ -37,11 +39,16 @@ def exact(x):
 
 def worst(found, wanted, relative_to):
     return max(
-        float(abs(value - reference) / size) for value, reference, size in zip(exact(found), wanted, relative_to, strict=True)
+        float(abs(value - reference) / size)
+        for value, reference, size in zip(exact(found), wanted, relative_to, strict=True)
     )
 
 
-BINARY = {"sum": (lambda a, b: a + b), "difference": (lambda a, b: a - b), "product": (lambda a, b: a * b)}
+BINARY = {
+    "sum": (lambda a, b: a + b),
+    "difference": (lambda a, b: a - b),
+    "product": (lambda a, b: a * b),
+}
 UNARY = {
     "exp": (exp, lambda v: v.exp()),
     "reciprocal": (DoubleDouble.reciprocal, lambda v: 1 / v),
@@ -59,7 +66,10 @@ def test_sums_and_products_against_decimal_numbers(name):
 def test_functions_against_decimal_numbers(name):
     x = numbers(200, largest=600.0)
     wanted = [UNARY[name][1](value) for value in exact(x)]
-    assert worst(UNARY[name][0](x), wanted, wanted if name == "exp" else [abs(v) for v in wanted]) <= UNIT
+    assert (
+        worst(UNARY[name][0](x), wanted, wanted if name == "exp" else [abs(v) for v in wanted])
+        <= UNIT
+    )
 
 
 def test_logarithm_against_decimal_numbers():
@@ -100,7 +110,10 @@ def reference(name, t, b):
         "relu": [(t, one) if t > 0 else (Decimal(0), Decimal(0))],
         "identity": [(t, one)],
         "lipswish": [(t * s / lipswish, slope / lipswish)],
-        "clipswish": [(t * s / clipswish, slope / clipswish), (-t * (one - s) / clipswish, (slope - one) / clipswish)],
+        "clipswish": [
+            (t * s / clipswish, slope / clipswish),
+            (-t * (one - s) / clipswish, (slope - one) / clipswish),
+        ],
     }[name]
 
 
@@ -108,7 +121,9 @@ def reference(name, t, b):
 def test_activations_and_slopes_against_decimal_numbers(name):
     x, sharpness = numbers(60), 3.7
     values, slopes = precise_activations.activate(
-        name, x.map(lambda part: part[:, None]), DoubleDouble.of(sharpness) if ACTIVATIONS[name].has_beta else None
+        name,
+        x.map(lambda part: part[:, None]),
+        DoubleDouble.of(sharpness) if ACTIVATIONS[name].has_beta else None,
     )
     for i, t in enumerate(exact(x)):
         wanted = reference(name, t, Decimal(sharpness))
@@ -116,7 +131,9 @@ def test_activations_and_slopes_against_decimal_numbers(name):
         assert len(found) == len(wanted)
         for value, slope, (right, right_slope) in zip(found, slopes[i], wanted, strict=True):
             assert abs(value - right) <= Decimal(precise_activations.ERROR) * (1 + abs(t))
-            assert abs(Decimal(float(slope)) - right_slope) <= Decimal(precise_activations.SLOPE_ERROR)
+            assert abs(Decimal(float(slope)) - right_slope) <= Decimal(
+                precise_activations.SLOPE_ERROR
+            )
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -124,7 +141,9 @@ def test_activations_are_those_of_the_library(name):
     x = np.random.default_rng(0).normal(size=(5, 4))
     with jax.enable_x64(True):
         entry, beta = ACTIVATIONS[name], 0.3
-        wanted = entry.apply(jnp.asarray(x), beta) if entry.has_beta else entry.apply(jnp.asarray(x))
+        wanted = (
+            entry.apply(jnp.asarray(x), beta) if entry.has_beta else entry.apply(jnp.asarray(x))
+        )
         sharpness = precise_activations.softplus(DoubleDouble.of(beta)) if entry.has_beta else None
         found, _ = precise_activations.activate(name, DoubleDouble.of(x), sharpness)
         np.testing.assert_allclose(found.high, wanted, rtol=1e-14, atol=1e-15)
@@ -134,8 +153,11 @@ def test_products_are_within_their_bound_of_fractions():
     rng = np.random.default_rng(0)
     high = rng.normal(size=(2, 3, 5, 37)) * 10.0 ** rng.uniform(-8, 0, (2, 3, 5, 37))
     x = DoubleDouble(high, high * 2.0**-55)
-    kernel = rng.normal(size=(2, 37, 4)) * 10.0 ** rng.uniform(-25, 0, (2, 37, 4))  # some entries are cut off
-    found, bound = product(x, Sliced.of(kernel), lambda left, right: np.einsum("kibpn,knm->kibpm", left, right))
+    # some entries are cut off
+    kernel = rng.normal(size=(2, 37, 4)) * 10.0 ** rng.uniform(-25, 0, (2, 37, 4))
+    found, bound = product(
+        x, Sliced.of(kernel), lambda left, right: np.einsum("kibpn,knm->kibpm", left, right)
+    )
     largest = 0.0
     for k, b, p, m in np.ndindex(2, 3, 5, 4):
         entries = zip(x.high[k, b, p], x.low[k, b, p], kernel[k, :, m], strict=True)
@@ -149,11 +171,16 @@ def test_products_are_within_their_bound_of_fractions():
 
 def test_products_of_slices_do_not_depend_on_the_order_of_sums():
     rng = np.random.default_rng(1)
-    x, kernel = DoubleDouble.of(rng.normal(size=(1, 1, 2, 300))), Sliced.of(rng.normal(size=(1, 300, 3)))
+    x, kernel = (
+        DoubleDouble.of(rng.normal(size=(1, 1, 2, 300))),
+        Sliced.of(rng.normal(size=(1, 300, 3))),
+    )
     order = rng.permutation(300)
 
     def shuffled(left, right):
-        return np.cumsum(left[..., order, None] * right[:, None, None, None, order], axis=-2)[..., -1, :]
+        return np.cumsum(left[..., order, None] * right[:, None, None, None, order], axis=-2)[
+            ..., -1, :
+        ]
 
     one, _ = product(x, kernel, lambda left, right: np.einsum("kibpn,knm->kibpm", left, right))
     other, _ = product(x, kernel, shuffled)

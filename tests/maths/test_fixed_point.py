@@ -19,7 +19,9 @@ NEWTON = 1e-12  # what the dense solution is good for, and rounding in our compa
 @functools.partial(jax.jit, static_argnames=("memory", "max_evals"))
 def invert_multiple(slope, y, lipschitz_bound, *, memory=4, max_evals=2000):
     """The inverse behind ``g(x) = slope x``, as one program for all slopes and bounds."""
-    return invert_residual(lambda x: slope * x, y, lipschitz_bound=lipschitz_bound, memory=memory, max_evals=max_evals)
+    return invert_residual(
+        lambda x: slope * x, y, lipschitz_bound=lipschitz_bound, memory=memory, max_evals=max_evals
+    )
 
 
 def error(x, x_true):
@@ -39,7 +41,8 @@ def test_the_hardest_linear_contraction_in_float32(memory):
     # x - 0.99 x = y with the factor as float32 has it
     true = np.asarray(y, np.float64) / (1 - np.float64(np.float32(0.99)))
     relative = error(x, true) / np.linalg.norm(true, axis=1)
-    # Banach steps of 1 % of the residual get lost in the last place of x before that, unless the machine has FMA.
+    # Banach steps of 1 % of the residual get lost in the last place of x before that, unless the
+    # machine has FMA.
     assert memory == 0 or np.all(relative <= 1e-5)
     assert memory == 0 or jnp.all(info.converged)
     assert_bound_holds(info, error(x, true))
@@ -73,7 +76,11 @@ def test_without_a_contraction_nothing_is_claimed(lipschitz_bound):
 
 def test_a_branch_that_returns_nan_spoils_its_own_example_only():
     y = jnp.array([[1.0], [-1.0]])
-    x, info = jax.jit(lambda y: invert_residual(lambda x: jnp.where(x < 0, jnp.nan, half(x)), y, lipschitz_bound=0.5))(y)
+    x, info = jax.jit(
+        lambda y: invert_residual(
+            lambda x: jnp.where(x < 0, jnp.nan, half(x)), y, lipschitz_bound=0.5
+        )
+    )(y)
     np.testing.assert_array_equal(info.converged, [True, False])
     assert jnp.isinf(info.error_bound[1])
     assert info.num_evals[1] == 1  # there is no way back from NaN
@@ -96,17 +103,29 @@ def random_contraction(seed, dim, coeff):
     return coeff * w1, rng.normal(size=dim), w2, 2 * rng.normal(size=(3, dim))
 
 
-@given(seed=st.integers(0, 10**6), dim=st.sampled_from([1, 5]), coeff=st.floats(0.0, 0.98), double=st.booleans())
+@given(
+    seed=st.integers(0, 10**6),
+    dim=st.sampled_from([1, 5]),
+    coeff=st.floats(0.0, 0.98),
+    double=st.booleans(),
+)
 @example(seed=0, dim=5, coeff=0.98, double=False)
-@example(seed=101, dim=1, coeff=0.9375, double=False)  # ends in a cycle of a few units in the last place
+# ends in a cycle of a few units in the last place
+@example(seed=101, dim=1, coeff=0.9375, double=False)
 def test_random_contractions_against_newton(seed, dim, coeff, double):
     with jax.enable_x64(double):
         dtype = jnp.float64 if double else jnp.float32
         w1, bias, w2, y = (jnp.asarray(a, dtype) for a in random_contraction(seed, dim, coeff))
-        bound = max(coeff, 1e-3) * (1 if double else 1 + 1e-6)  # rounding the weights may stretch them
+        # rounding the weights may stretch them
+        bound = max(coeff, 1e-3) * (1 if double else 1 + 1e-6)
         x, info = invert_network(y, w1, bias, w2, jnp.asarray(bound, dtype))
     w1, bias, w2, y = (np.asarray(a, np.float64) for a in (w1, bias, w2, y))
-    true = np.stack([oracles.invert_by_newton(lambda x: oracles.tanh_network(x, w1, bias, w2), row) for row in y])
+    true = np.stack(
+        [
+            oracles.invert_by_newton(lambda x: oracles.tanh_network(x, w1, bias, w2), row)
+            for row in y
+        ]
+    )
     assert np.all(info.converged)
     assert_bound_holds(info, error(x, true), slack=NEWTON)
     if double:
@@ -117,7 +136,8 @@ def test_images_keep_their_shape_and_their_own_norm(x64):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 2)))
     x, info = invert_multiple(0.5, y, 0.5, memory=0)
     assert_bound_holds(info, error(x, np.asarray(y) / 1.5))
-    np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)  # x is one step further
+    # x is one step further
+    np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)
 
 
 def half(x):
@@ -149,7 +169,13 @@ def test_mistakes_are_named(y, settings, message):
 
 
 def test_whatever_can_be_a_batch_is_one():
-    batches = ([[2, 4]], np.array([[2.0, 4.0]]), jnp.array([[2, 4]]), jnp.zeros((0, 3)), jnp.zeros(0))
+    batches = (
+        [[2, 4]],
+        np.array([[2.0, 4.0]]),
+        jnp.array([[2, 4]]),
+        jnp.zeros((0, 3)),
+        jnp.zeros(0),
+    )
     solve = functools.partial(invert_residual, half, lipschitz_bound=np.float64(0.5))
     *same, empty, nothing = jax.jit(lambda: [solve(y) for y in batches])()
     for x, info in same:
@@ -162,7 +188,9 @@ def test_whatever_can_be_a_batch_is_one():
 
 @pytest.mark.parametrize("memory", [0, 4])
 def test_bounds_hold_at_the_default_level_of_the_compiler(memory):
-    """The suite compiles without optimisation, users do not: a fused residual may round in another way."""
+    """The suite compiles without optimisation, users do not: a fused residual may round in
+    another way.
+    """
     rng, lipschitz = np.random.default_rng(0), 0.95
     matrix = rng.normal(size=(24, 24))
     matrix = (lipschitz * (1 - 1e-6) * matrix / np.linalg.norm(matrix, 2)).astype(np.float32)
@@ -185,7 +213,10 @@ def test_a_batch_of_lower_precision_than_the_branch():
     matrix = 0.5 * jnp.eye(3, dtype=jnp.float32)
     x, info = jax.jit(lambda y: invert_residual(lambda x: x @ matrix, y, lipschitz_bound=0.5))(y)
     assert x.dtype == jnp.bfloat16
-    assert np.all(np.linalg.norm(np.asarray(x, np.float64) - 1 / 1.5, axis=1) <= np.asarray(info.error_bound, np.float64))
+    assert np.all(
+        np.linalg.norm(np.asarray(x, np.float64) - 1 / 1.5, axis=1)
+        <= np.asarray(info.error_bound, np.float64)
+    )
 
 
 def test_the_iteration_step_by_step_is_that_of_the_solver():
@@ -204,7 +235,9 @@ def test_the_iteration_step_by_step_is_that_of_the_solver():
     for _ in range(8):
         state, (x, info) = advance(state)
         bounds.append(info.error_bound)
-    expected, stated = jax.jit(lambda y: invert_residual(branch, y, lipschitz_bound=0.5, atol=1e-6, max_evals=8))(y)
+    expected, stated = jax.jit(
+        lambda y: invert_residual(branch, y, lipschitz_bound=0.5, atol=1e-6, max_evals=8)
+    )(y)
     np.testing.assert_allclose(x, expected, atol=1e-6)
     np.testing.assert_array_equal(info.converged, stated.converged)
     assert np.all(np.diff(bounds, axis=0) <= 0)

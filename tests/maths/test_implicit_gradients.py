@@ -1,4 +1,6 @@
-"""Derivatives of the inverse against those of an iteration that is differentiated step by step, in float64."""
+"""Derivatives of the inverse against those of an iteration that is differentiated step by step,
+in float64.
+"""
 
 import functools
 
@@ -55,7 +57,9 @@ def implicit(w):
 
 def assert_same(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=SAME, atol=SAME, err_msg=jax.tree_util.keystr(path))
 
 
@@ -67,7 +71,10 @@ def loss_of(solve):
 def test_both_modes(x64):
     @jax.jit
     def derivatives(w, tangent):
-        return [(jax.jvp(solve, (w,), (tangent,)), jax.jacrev(solve)(w)) for solve in (implicit, unrolled)]
+        return [
+            (jax.jvp(solve, (w,), (tangent,)), jax.jacrev(solve)(w))
+            for solve in (implicit, unrolled)
+        ]
 
     assert_same(*derivatives(problem(), problem(seed=1)))
 
@@ -85,10 +92,18 @@ def test_linear_solves_against_dense_ones(x64, adjoint):
 
     u, info = run(w["y"], b)
     assert info.converged.all()
-    for row, right, found, context in zip(*(np.asarray(a) for a in (w["y"], b, u, w["context"])), strict=True):
+    for row, right, found, context in zip(
+        *(np.asarray(a) for a in (w["y"], b, u, w["context"])), strict=True
+    ):
         bias = np.asarray(w["u"] @ context + w["bias"])
-        matrix = np.eye(DIM) + oracles.tanh_network(row, np.asarray(w["w1"]), bias, np.asarray(w["w2"]))[1]
-        ours, other = (np.linalg.solve(m, right) for m in ((matrix.T, matrix) if adjoint else (matrix, matrix.T)))
+        matrix = (
+            np.eye(DIM)
+            + oracles.tanh_network(row, np.asarray(w["w1"]), bias, np.asarray(w["w2"]))[1]
+        )
+        ours, other = (
+            np.linalg.solve(m, right)
+            for m in ((matrix.T, matrix) if adjoint else (matrix, matrix.T))
+        )
         np.testing.assert_allclose(found, ours, rtol=1e-10, atol=1e-10)
         assert np.abs(found - other).max() > 1e-3
 
@@ -107,12 +122,16 @@ def test_of_the_inverse_and_its_log_determinant(x64):
     """Gradients reach the log-determinant through the preimage, too."""
 
     def combine(x, logdet):
-        return jnp.sum(jnp.sin(x) * jnp.arange(1.0, DIM + 1)[None]) + jnp.sum(logdet * jnp.arange(1.0, BATCH + 1))
+        return jnp.sum(jnp.sin(x) * jnp.arange(1.0, DIM + 1)[None]) + jnp.sum(
+            logdet * jnp.arange(1.0, BATCH + 1)
+        )
 
     def ours(w):
         g = functools.partial(branch, w=w)
         block, solver = CallableBranch(g, LIPSCHITZ), Solver(atol=ATOL)
-        x, logdet, *_ = residual.residual_bijection(block, ExactLogdet(), solver).inverse_and_logdet(w["y"], jax.random.key(0))
+        x, logdet, *_ = residual.residual_bijection(
+            block, ExactLogdet(), solver
+        ).inverse_and_logdet(w["y"], jax.random.key(0))
         return combine(x, logdet)
 
     def reference(w):
@@ -127,7 +146,7 @@ def test_of_the_inverse_and_its_log_determinant(x64):
     assert_same(jax.jit(jax.grad(ours))(problem()), jax.jit(jax.grad(reference))(problem()))
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def temporary_bytes(function, *arguments):
@@ -141,7 +160,10 @@ def test_memory_does_not_depend_on_the_number_of_iterations(x64):
         def loss(w, num_steps):
             return jnp.sum(solve(functools.partial(branch, w=w), w["y"], num_steps) ** 2)
 
-        return [temporary_bytes(jax.grad(functools.partial(loss, num_steps=n)), problem()) for n in (10, 1000)]
+        return [
+            temporary_bytes(jax.grad(functools.partial(loss, num_steps=n)), problem())
+            for n in (10, 1000)
+        ]
 
     def inverse(g, y, n):
         return invert_residual(g, y, lipschitz_bound=LIPSCHITZ, max_evals=n)[0]
@@ -149,10 +171,11 @@ def test_memory_does_not_depend_on_the_number_of_iterations(x64):
     few, many = few_and_many(inverse)
     assert few == many
     few, many = few_and_many(banach)
-    assert many - few >= 990 * problem()["y"].nbytes  # the measurement sees growth where there is some
+    # the measurement sees growth where there is some
+    assert many - few >= 990 * problem()["y"].nbytes
 
 
-# -------------------------------------------------------------------------------------------- derivatives not solved for
+# ----------------------------------------------------------------------- derivatives not solved for
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
@@ -168,33 +191,41 @@ def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
     def solve(**settings):
         push = lambda u: jax.jvp(g, (x,), (u,))[1]  # noqa: E731
         product = (lambda u: jax.linear_transpose(push, x)(u)[0]) if adjoint else push
-        return jax.jit(lambda b: solve_linear(product, b, lipschitz_bound=jnp.asarray(0.9), memory=0, **settings))(x)
+        return jax.jit(
+            lambda b: solve_linear(
+                product, b, lipschitz_bound=jnp.asarray(0.9), memory=0, **settings
+            )
+        )(x)
 
     u, info = solve(max_evals=5)
     np.testing.assert_array_equal(info.converged, [True, False, True])
     error = np.linalg.norm(u - solve()[0], axis=1)
     assert error[1] > 0.1
-    assert np.all(error <= np.asarray(info.error_bound) + 1e-13)  # which is of no use where it is large, but true
+    # which is of no use where it is large, but true
+    assert np.all(error <= np.asarray(info.error_bound) + 1e-13)
 
     @jax.jit
     def invert(y, slopes):
         g = lambda x: slopes[:, None] * (x @ turn)  # noqa: E731
         return invert_residual(g, y, lipschitz_bound=0.9, atol=100.0, max_evals=5, memory=0)
 
-    assert jnp.all(invert(x, slopes)[1].converged)  # the value is as good as was asked for, its derivative is not
+    # the value is as good as was asked for, its derivative is not
+    assert jnp.all(invert(x, slopes)[1].converged)
     if adjoint:
         of_y, of_slopes = jax.jit(jax.grad(lambda *a: jnp.sum(invert(*a)[0]), (0, 1)))(x, slopes)
     else:
         of_y = jax.jit(lambda x: jax.jvp(lambda y: invert(y, slopes)[0], (x,), (x,))[1])(x)
-        push = lambda slopes: jax.jvp(lambda s: jnp.sum(invert(x, s)[0], axis=1), (slopes,), (slopes + 1,))[1]  # noqa: E731
-        of_slopes = jax.jit(push)(slopes)
+        of_each = lambda s: jnp.sum(invert(x, s)[0], axis=1)  # noqa: E731
+        of_slopes = jax.jit(lambda s: jax.jvp(of_each, (s,), (s + 1,))[1])(slopes)
     for quantifier in (np.all, np.any):
         np.testing.assert_array_equal(quantifier(np.isnan(of_y), axis=1), [False, True, False])
     np.testing.assert_array_equal(np.isnan(of_slopes), [False, True, False])
 
 
 def test_rounding_inside_a_branch_leaves_a_derivative():
-    """A Jacobian that loses digits to cancellation: solves end above their tolerance, and close to the dense solution."""
+    """A Jacobian that loses digits to cancellation: solves end above their tolerance, and close
+    to the dense solution.
+    """
     rng = np.random.default_rng(0)
     slope, large = rng.normal(size=(2, DIM, DIM))
     slope *= 0.5 / np.linalg.norm(slope, 2)
@@ -202,7 +233,11 @@ def test_rounding_inside_a_branch_leaves_a_derivative():
     y, weights = jnp.asarray(rng.normal(size=(2, 256, DIM)), jnp.float32)
 
     def weighted(y):
-        return jnp.vdot(weights, invert_residual(lambda x: x @ whole - x @ part, y, lipschitz_bound=0.9)[0])
+        return jnp.vdot(
+            weights, invert_residual(lambda x: x @ whole - x @ part, y, lipschitz_bound=0.9)[0]
+        )
 
     wanted = np.linalg.solve(np.eye(DIM) + slope, np.asarray(weights, np.float64).T).T
-    np.testing.assert_allclose(jax.jit(jax.grad(weighted))(y), wanted, atol=1e-3 * np.linalg.norm(weights, axis=1).max())
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(weighted))(y), wanted, atol=1e-3 * np.linalg.norm(weights, axis=1).max()
+    )

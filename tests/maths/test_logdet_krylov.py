@@ -1,4 +1,6 @@
-"""Krylov log-determinants against dense matrices: exact where they must be, within their bound everywhere."""
+"""Krylov log-determinants against dense matrices: exact where they must be, within their bound
+everywhere.
+"""
 
 import functools
 import math
@@ -56,7 +58,10 @@ def quadratic_form_of_matrix(matrix, v, lipschitz_bound, *, num_steps):
 
 def tanh_network(d, lipschitz, seed=0):
     rng = np.random.default_rng(seed)
-    params = {"w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)), "b": jnp.asarray(rng.normal(size=2 * d))}
+    params = {
+        "w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)),
+        "b": jnp.asarray(rng.normal(size=2 * d)),
+    }
     params["w2"] = jnp.asarray(scaled(rng.normal(size=(d, 2 * d)), 1.0))
     return params, jnp.asarray(rng.normal(size=(3, d)))
 
@@ -71,10 +76,10 @@ def full_basis(x):
     return jnp.broadcast_to(math.sqrt(d) * jnp.eye(d, dtype=x.dtype)[:, None, :], (d, *x.shape))
 
 
-# --- the pieces -----------------------------------------------------------------------------------------------------
+# --- the pieces -----------------------------------------------------------------------------------
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,17 +105,25 @@ def test_errors_lie_within_their_bound(x64, kind):
             matrix = matrices(kind, d, lipschitz, n)
             v = rng.choice([-1.0, 1.0], size=(num, 1, d))
             values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=n)
-            exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
+            exact = np.einsum(
+                "pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v
+            )
             errors = np.abs(values - exact)
             assert (errors <= np.asarray(bounds) + QUADRATURE * d).all()
             worst = max(worst, float((errors / (np.asarray(bounds) + QUADRATURE * d)).max()))
-    assert worst > (0.01 if kind in ("random", "symmetric", "contracting", "nilpotent") else 0)  # no mere infinity
+    # no mere infinity
+    assert worst > (0.01 if kind in ("random", "symmetric", "contracting", "nilpotent") else 0)
 
 
 def test_the_bound_is_as_small_as_it_says(x64):
-    """One step on two dimensions, where a bound without the resolvent's norm would be below the error."""
+    """One step on two dimensions, where a bound without the resolvent's norm would be below the
+    error.
+    """
     angle, lipschitz = math.acos(0.9), 0.97
-    transposed = scaled(np.array([[0.0, lipschitz * math.sin(angle)], [1e-3, -lipschitz * math.cos(angle)]]), lipschitz)
+    transposed = scaled(
+        np.array([[0.0, lipschitz * math.sin(angle)], [1e-3, -lipschitz * math.cos(angle)]]),
+        lipschitz,
+    )
     v = np.array([[[1.0, 0.0]]])
     value, bound = quadratic_form_of_matrix(transposed.T, v, lipschitz, num_steps=1)
     error = abs(float(value[0, 0]) - np.real(scipy.linalg.logm(np.eye(2) + transposed))[0, 0])
@@ -132,16 +145,20 @@ def test_more_steps_than_dimensions_change_nothing(d):
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
     branch = functools.partial(apply, params)
     found = jax.jit(lambda x: quadratic_form(branch, x, full_basis(x), 7, lipschitz_bound=0.9))(x)
-    np.testing.assert_allclose(found[0].mean(axis=0), jax.jit(functools.partial(dense_logdet, branch))(x), atol=SINGLE)
+    np.testing.assert_allclose(
+        found[0].mean(axis=0), jax.jit(functools.partial(dense_logdet, branch))(x), atol=SINGLE
+    )
     assert (np.asarray(found[1]) < 1e-3).all()
 
 
-# --- the estimator --------------------------------------------------------------------------------------------------
+# --- the estimator --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lipschitz", [0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999])
 def test_bounds_hold_the_error_of_the_quadrature(x64, lipschitz):
-    """The Krylov space of a multiple of the identity has one dimension: nothing else is left out."""
+    """The Krylov space of a multiple of the identity has one dimension: nothing else is left
+    out.
+    """
     v = jnp.ones((1, 1, 4))
     values, bounds = quadratic_form_of_matrix(-lipschitz * np.eye(4), v, lipschitz, num_steps=2)
     assert abs(float(values[0, 0]) - 4 * np.log1p(-lipschitz)) <= bounds[0, 0]

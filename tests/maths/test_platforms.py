@@ -1,4 +1,6 @@
-"""How programs are compiled: quickly, unless the user has said how, and within other programs as those are."""
+"""How programs are compiled: quickly, unless the user has said how, and within other programs as
+those are.
+"""
 
 import subprocess
 import sys
@@ -29,7 +31,8 @@ def norms(blocks, x):
     del x
     return jax.vmap(lambda *own: spec.singular_vectors(*own, num_steps=None))(blocks, vectors)
 
-programs = [jax.pmap(function, in_axes=(None, 0)) for function in (jax.grad(logdets, argnums=1), norms)]
+functions = (jax.grad(logdets, argnums=1), norms)
+programs = [jax.pmap(function, in_axes=(None, 0)) for function in functions]
 x = np.random.default_rng(0).normal(size=(jax.local_device_count(), 64, 40)).astype(np.float32)
 
 for _ in range(12):
@@ -48,7 +51,9 @@ def options(monkeypatch):
 def test_flags_of_the_user_come_before_options(options, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert options() == platforms.CPU_OPTIONS
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true")
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true"
+    )
     assert options() == {}
 
 
@@ -70,7 +75,9 @@ def test_a_function_is_traced_once_and_is_part_of_other_programs(options, monkey
     np.testing.assert_array_equal(jax.vmap(within)(jnp.ones(2)), [2, 2])
     constant = jnp.ones(())  # which does not depend on the other program's arguments
     assert float(jax.jit(lambda x: x * within(constant))(3.0)) == 6
-    np.testing.assert_array_equal(jax.lax.map(lambda x: x * within(constant), np.float32([3, 4])), [6, 8])
+    np.testing.assert_array_equal(
+        jax.lax.map(lambda x: x * within(constant), np.float32([3, 4])), [6, 8]
+    )
 
 
 def test_products_on_accelerators_are_in_float32_unless_another_precision_was_chosen():

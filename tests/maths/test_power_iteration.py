@@ -13,13 +13,17 @@ from iresnet_jax.maths.power_iteration import soft_normalize, spectral_norm
 
 RTOL = 1e-3  # the default tolerance of the iteration
 ROUNDING = 1e-5  # a few hundred units of float32
-LAG = 0.04  # how far one power step for each step of a drifting kernel stays behind, worst where the leading vector changes
+# how far one power step for each step of a drifting kernel stays behind, worst where the leading
+# vector changes
+LAG = 0.04
 CONVERGED = 1e-6  # gradients through an iteration that has converged in float64
 COEFF = 0.9
 
 
 def norm_of(apply, kernel, v, **settings):
-    """`spectral_norm` as one program: outside of ``jit`` every operation would be compiled by itself."""
+    """`spectral_norm` as one program: outside of ``jit`` every operation would be compiled by
+    itself.
+    """
     return jax.jit(functools.partial(spectral_norm, apply, **settings))(kernel, v)
 
 
@@ -32,7 +36,9 @@ def gaussian(rng, shape):
 
 
 def kernels_of_every_kind(shape, seed=0):
-    """One kernel of each kind that power iteration may find hard, all larger than the ball of radius ``COEFF``."""
+    """One kernel of each kind that power iteration may find hard, all larger than the ball of
+    radius ``COEFF``.
+    """
     rng = np.random.default_rng(seed)
     kinds = {
         "gaussian": 3 * gaussian(rng, shape),
@@ -60,7 +66,9 @@ def with_spectrum(rng, values):
 
 
 def spiked(rng, size, gap):
-    """One singular value above a crowd that is relatively ``gap`` lower: the case that a stop on small growth gets wrong."""
+    """One singular value above a crowd that is relatively ``gap`` lower: the case that a stop on
+    small growth gets wrong.
+    """
     return with_spectrum(rng, np.r_[1, np.full(size - 1, 1 - gap)])
 
 
@@ -70,15 +78,21 @@ DENSE = {
         "orthogonal": with_spectrum(rng, np.ones(80)),
         "linear spectrum": with_spectrum(rng, np.linspace(1, 0.9, 80)),
         "rank one": np.outer(rng.normal(size=80), rng.normal(size=80)),
-        **{f"spike of {gap}": spiked(rng, 80, gap) for gap in (0.1, 0.05, 0.03, 0.01, 0.003, 0.002)},
+        **{
+            f"spike of {gap}": spiked(rng, 80, gap) for gap in (0.1, 0.05, 0.03, 0.01, 0.003, 0.002)
+        },
     },
-    "8 x 8": lambda rng: {f"spike of {gap}": spiked(rng, 8, gap) for gap in (0.1, 0.03, 0.01, 0.003)},
+    "8 x 8": lambda rng: {
+        f"spike of {gap}": spiked(rng, 8, gap) for gap in (0.1, 0.03, 0.01, 0.003)
+    },
     "1 x 1": lambda rng: {"positive": np.ones((1, 1)), "negative": -np.ones((1, 1))},
 }
 
 
 def assert_normalises(apply, matrix_of, kernels, in_shape):
-    """Every kernel ends within tolerance of its ball, from an estimate that is never above the norm."""
+    """Every kernel ends within tolerance of its ball, from an estimate that is never above the
+    norm.
+    """
 
     @jax.jit
     @jax.vmap
@@ -88,7 +102,9 @@ def assert_normalises(apply, matrix_of, kernels, in_shape):
 
     stacked = jnp.asarray(np.stack(list(kernels.values())), jnp.float32)
     starts = jax.random.normal(jax.random.key(1), (len(kernels), *in_shape))
-    for name, kernel, normalized, sigma, converged in zip(kernels, stacked, *normalize(stacked, starts), strict=True):
+    for name, kernel, normalized, sigma, converged in zip(
+        kernels, stacked, *normalize(stacked, starts), strict=True
+    ):
         true = oracles.operator_norm(matrix_of(kernel))
         assert converged, name
         assert true * (1 - RTOL) <= sigma <= true * (1 + ROUNDING), name
@@ -133,7 +149,8 @@ def test_five_power_steps_from_a_cold_start_have_not_converged():
 
 def test_the_tolerance_does_not_depend_on_the_warm_start():
     kernel = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
-    starts = jnp.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # no start at all, and one orthogonal to the answer
+    # no start at all, and one orthogonal to the answer
+    starts = jnp.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     sigmas, vectors, info = jax.jit(jax.vmap(lambda v: spectral_norm(dense, kernel, v)))(starts)
     assert jnp.all(info.converged)
     np.testing.assert_allclose(sigmas, [3, 3], rtol=RTOL)
@@ -175,7 +192,10 @@ def test_zero_tiny_and_huge_kernels_have_finite_values_and_gradients(num_steps):
     def value_and_gradient(scale):
         def loss(kernel):
             sigma, new_v, _ = spectral_norm(
-                lambda k, x: conv(x[None], k, implementation="xla")[0], kernel, v, num_steps=num_steps
+                lambda k, x: conv(x[None], k, implementation="xla")[0],
+                kernel,
+                v,
+                num_steps=num_steps,
             )
             return jnp.sum(soft_normalize(kernel, sigma, COEFF)), (sigma, new_v)
 
@@ -185,7 +205,8 @@ def test_zero_tiny_and_huge_kernels_have_finite_values_and_gradients(num_steps):
     (values, (sigmas, vectors)), gradients = value_and_gradient(scales)
     assert all(jnp.all(jnp.isfinite(a)) for a in (values, sigmas, vectors, gradients))
     np.testing.assert_allclose(sigmas, scales * true, rtol=RTOL if num_steps is None else 0.3)
-    np.testing.assert_array_equal(gradients[0], jnp.ones_like(kernel))  # a zero layer is free to move
+    # a zero layer is free to move
+    np.testing.assert_array_equal(gradients[0], jnp.ones_like(kernel))
 
 
 def test_a_layer_inside_the_ball_is_unchanged_bit_for_bit():
@@ -194,7 +215,9 @@ def test_a_layer_inside_the_ball_is_unchanged_bit_for_bit():
     assert sigma < COEFF
     np.testing.assert_array_equal(soft_normalize(kernel, sigma, COEFF), kernel)
     np.testing.assert_array_equal(soft_normalize(kernel, jnp.float32(COEFF), COEFF), kernel)
-    gradient = jax.grad(lambda k: jnp.sum(soft_normalize(k, jnp.linalg.norm(k), COEFF)))(0.1 * kernel)
+    gradient = jax.grad(lambda k: jnp.sum(soft_normalize(k, jnp.linalg.norm(k), COEFF)))(
+        0.1 * kernel
+    )
     np.testing.assert_array_equal(gradient, jnp.ones_like(kernel))
 
 
@@ -202,31 +225,51 @@ def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
     rng = np.random.default_rng(0)
     kernel, weights = jnp.asarray(rng.normal(size=(6, 4))), jnp.asarray(rng.normal(size=(6, 4)))
     left, _, right = np.linalg.svd(kernel)
-    sigma, pullback = jax.vjp(jax.jit(lambda k: spectral_norm(dense, k, jnp.ones(6), rtol=1e-6)[0]), kernel)
-    np.testing.assert_allclose(pullback(1.0)[0], np.outer(left[:, 0], right[0]), rtol=CONVERGED, atol=CONVERGED)
+    sigma, pullback = jax.vjp(
+        jax.jit(lambda k: spectral_norm(dense, k, jnp.ones(6), rtol=1e-6)[0]), kernel
+    )
+    np.testing.assert_allclose(
+        pullback(1.0)[0], np.outer(left[:, 0], right[0]), rtol=CONVERGED, atol=CONVERGED
+    )
 
     def normalized(kernel, norm):
         return jnp.sum(weights * soft_normalize(kernel, norm, COEFF))
 
-    through_svd = jax.grad(lambda k: normalized(k, jnp.linalg.svd(k, full_matrices=False)[1][0]))(kernel)
+    through_svd = jax.grad(lambda k: normalized(k, jnp.linalg.svd(k, full_matrices=False)[1][0]))(
+        kernel
+    )
     direct, along_norm = jax.grad(normalized, argnums=(0, 1))(kernel, sigma)
-    np.testing.assert_allclose(direct + pullback(along_norm)[0], through_svd, rtol=CONVERGED, atol=CONVERGED)
-    assert not np.allclose(direct, through_svd, rtol=0.1)  # the path through the norm is not a detail
+    np.testing.assert_allclose(
+        direct + pullback(along_norm)[0], through_svd, rtol=CONVERGED, atol=CONVERGED
+    )
+    # the path through the norm is not a detail
+    assert not np.allclose(direct, through_svd, rtol=0.1)
 
 
 def test_a_tolerance_that_would_take_minutes_is_refused():
     matrix = jnp.diag(jnp.linspace(0.5, 1, 300))
     arguments = (lambda w, x: x @ w, matrix, jnp.ones(300))
-    with pytest.raises(ValueError, match=r"rtol=1e-06 asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"):
+    with pytest.raises(
+        ValueError, match=r"rtol=1e-06 asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"
+    ):
         spectral_norm(*arguments, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: spectral_norm(dense, jnp.ones((2, 2)), jnp.ones(2), num_steps=0), "num_steps must be at least 1, got 0"),
-        (lambda: spectral_norm(dense, jnp.ones((2, 2)), jnp.ones(2), rtol=0.0), r"rtol must lie in \(0, 1\), got 0"),
-        (lambda: soft_normalize(jnp.ones((2, 2)), jnp.float32(1), -1.0), "coeff must be positive, got -1"),
+        (
+            lambda: spectral_norm(dense, jnp.ones((2, 2)), jnp.ones(2), num_steps=0),
+            "num_steps must be at least 1, got 0",
+        ),
+        (
+            lambda: spectral_norm(dense, jnp.ones((2, 2)), jnp.ones(2), rtol=0.0),
+            r"rtol must lie in \(0, 1\), got 0",
+        ),
+        (
+            lambda: soft_normalize(jnp.ones((2, 2)), jnp.float32(1), -1.0),
+            "coeff must be positive, got -1",
+        ),
     ],
 )
 def test_mistakes_are_named(call, message):

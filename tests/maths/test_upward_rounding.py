@@ -36,5 +36,10 @@ def test_an_array_on_its_way_to_float32_is_rounded_up_and_differentiated(x64):
 
 
 def test_a_bound_in_words_is_no_smaller():
-    assert [said_up(value, 2) for value in (1.24e-6, 1.2, 0.0, np.inf)] == ["1.3e-06", "1.2", "0", "inf"]
+    assert [said_up(value, 2) for value in (1.24e-6, 1.2, 0.0, np.inf)] == [
+        "1.3e-06",
+        "1.2",
+        "0",
+        "inf",
+    ]
     assert said_up(1.234, 3) == "1.24"

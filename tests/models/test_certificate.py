@@ -1,4 +1,6 @@
-"""The certificate of a model against singular values of its layers, and what it says where there is none."""
+"""The certificate of a model against singular values of its layers, and what it says where there
+is none.
+"""
 
 import dataclasses
 from typing import Any
@@ -17,10 +19,15 @@ NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 
 
 def test_one_block_without_a_bound_is_none_for_the_model():
-    broken = times(kept.model(kept.POINTS), np.array([1, np.inf], np.float32).reshape(2, 1, 1)).certificate()
+    broken = times(
+        kept.model(kept.POINTS), np.array([1, np.inf], np.float32).reshape(2, 1, 1)
+    ).certificate()
     assert not broken.certified
     assert broken.max_block == broken.inverse == np.inf
-    assert broken.verdict == "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
+    assert (
+        broken.verdict
+        == "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
+    )
 
 
 def test_weights_beyond_their_budget_are_not_certified():
@@ -30,7 +37,9 @@ def test_weights_beyond_their_budget_are_not_certified():
     certificate = doubled.certificate()
     own = model.certificate()
     for block, before in zip(certificate.blocks, own.blocks, strict=True):
-        np.testing.assert_allclose([block.estimate, block.bound], [4 * before.estimate, 4 * before.bound], rtol=NORM_RTOL)
+        np.testing.assert_allclose(
+            [block.estimate, block.bound], [4 * before.estimate, 4 * before.bound], rtol=NORM_RTOL
+        )
     assert not certificate.certified
     assert certificate.inverse == np.inf
     assert jax.jit(Density.freeze)(doubled).certificate().certified
@@ -39,7 +48,10 @@ def test_weights_beyond_their_budget_are_not_certified():
 def test_bounds_are_said_rounded_up():
     certificate = kept.model(kept.POINTS).certificate()
     said = [float(line.split()[3]) for line in certificate.table.splitlines()[1:5]]
-    assert np.all(said >= np.array([row.bound for row in (*certificate.blocks[0].layers, certificate.blocks[0])]))
+    assert np.all(
+        said
+        >= np.array([row.bound for row in (*certificate.blocks[0].layers, certificate.blocks[0])])
+    )
     changed = dataclasses.replace(certificate.blocks[0], bound=0.969994)
     assert "Lip(g) <= 0.97;" in dataclasses.replace(certificate, blocks=(changed,)).verdict
 
@@ -61,7 +73,9 @@ def of_numpy(model):
 CHANGES = {
     "with_": lambda model: times(model, 1.05),
     "tree.map": lambda model: jax.tree.map(lambda leaf: 1.05 * leaf, model),
-    "a few entries": lambda model: jax.tree.map(lambda leaf: jnp.clip(1.05 * leaf, -0.9, 0.9), model),
+    "a few entries": lambda model: jax.tree.map(
+        lambda leaf: jnp.clip(1.05 * leaf, -0.9, 0.9), model
+    ),
     "bounds too": of_programs,
     "NumPy's arrays": of_numpy,
 }
@@ -70,7 +84,9 @@ EXACT = Solver(atol=1e-12, refine=True)
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whoever_changes_weights_gets_their_bounds(change):
-    """True errors of inverses, from a solver in float64, are within the bounds that `decode` reports; in programs none is."""
+    """True errors of inverses, from a solver in float64, are within the bounds that `decode`
+    reports; in programs none is.
+    """
     model = kept.model(kept.POINTS)
     z = 3 * np.asarray(jax.random.normal(jax.random.key(0), (200, 2)))
     changed = CHANGES[change](model).with_(solver=Solver(atol=1e-2, memory=0))
@@ -90,20 +106,33 @@ def test_bounds_of_the_same_arrays_are_remembered_and_those_of_programs_are_thei
     z = jnp.ones((3, 2))
     bounds = [model.with_bounds().weights["stage0"].branch.lipschitz_bound for _ in range(2)]
     assert bounds[0] is bounds[1]
-    same = jax.tree.map(lambda leaf: leaf + 0, model).with_bounds().weights["stage0"].branch.lipschitz_bound
+    same = (
+        jax.tree.map(lambda leaf: leaf + 0, model)
+        .with_bounds()
+        .weights["stage0"]
+        .branch.lipschitz_bound
+    )
     assert same is not bounds[0]
     np.testing.assert_array_equal(same, bounds[0])
     handed = jax.jit(lambda model: model.decode(z))(model.with_bounds())
     inside = jax.jit(lambda model: model.with_bounds().decode(z))(model)
     for found in (handed, inside):
-        jax.tree.map(np.testing.assert_allclose, found[1].error_bound, model.decode(z)[1].error_bound)
+        jax.tree.map(
+            np.testing.assert_allclose, found[1].error_bound, model.decode(z)[1].error_bound
+        )
 
 
 def test_inverses_in_programs_without_bounds_converge_and_have_derivatives():
     model: Any = kept.model(kept.POINTS)
     z = jnp.ones((3, 2))
-    own, handed = (jax.jit(lambda model, z: model.decode(z))(given, z) for given in (model, model.with_bounds()))
+    own, handed = (
+        jax.jit(lambda model, z: model.decode(z))(given, z)
+        for given in (model, model.with_bounds())
+    )
     np.testing.assert_allclose(own[0], handed[0], atol=1e-5)
     assert np.all(own[1].converged)
-    slopes = [jax.jit(jax.grad(lambda z, m: m.decode(z)[0].sum()))(z, given) for given in (model, model.with_bounds())]
+    slopes = [
+        jax.jit(jax.grad(lambda z, m: m.decode(z)[0].sum()))(z, given)
+        for given in (model, model.with_bounds())
+    ]
     np.testing.assert_allclose(*slopes, rtol=1e-4)

@@ -1,4 +1,6 @@
-"""Bounds on the user's word: one that data contradict is refused with its block and both numbers, and a right one never."""
+"""Bounds on the user's word: one that data contradict is refused with its block and both
+numbers, and a right one never.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +23,9 @@ X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
 @register_dataclass
 @dataclasses.dataclass
 class Rotated:
-    """``g(x) = s (x_2, -x_1) + offset``, whose constant is ``|s|``: of every pair and in every direction."""
+    """``g(x) = s (x_2, -x_1) + offset``, whose constant is ``|s|``: of every pair and in every
+    direction.
+    """
 
     scale: jax.Array
 
@@ -71,9 +75,13 @@ def density(kind):
     flow = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(3,)), ir.StageSpec(2, branch=own)))
     params = {}
     for stage in flow.layout:
-        blocks = jax.vmap(stage.branch.initial_weights)(jax.random.split(jax.random.key(0), stage.spec.num_blocks))
+        blocks = jax.vmap(stage.branch.initial_weights)(
+            jax.random.split(jax.random.key(0), stage.spec.num_blocks)
+        )
         channels = jnp.zeros((stage.spec.num_blocks, 2))
-        params[stage.name] = {"blocks": {**blocks, "actnorm": {"bias": channels, "log_scale": channels}}}
+        params[stage.name] = {
+            "blocks": {**blocks, "actnorm": {"bias": channels, "log_scale": channels}}
+        }
     return ir.Density(ir.DensitySpec(flow), freeze(flow, params), Gaussian.standard(2))
 
 

@@ -1,4 +1,6 @@
-"""The classifier against a plain NumPy network in float64, and the way back from its features to the images."""
+"""The classifier against a plain NumPy network in float64, and the way back from its features to
+the images.
+"""
 
 import dataclasses
 from typing import Any, cast
@@ -28,7 +30,9 @@ STAGE = StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
 POTENTIAL = {"kind": "potential", "actnorm": False, "activation": "relu", "kernel_sizes": (3, 3)}
 DENSE = {"hidden": (9,), "kernel_sizes": None}
 SPEC = ClassifierSpec(
-    FlowSpec((4, 4, 3), (STAGE, StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))),
+    FlowSpec(
+        (4, 4, 3), (STAGE, StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))
+    ),
     image_shape=(4, 4, 2),
     num_classes=3,
     num_levels=17,
@@ -45,11 +49,17 @@ def images_of(num=5, seed=0):
 
 
 def variables_of(spec, images, *, scale=3.0):
-    """Fresh variables with kernels large enough to need a constraint, and a head that is not the initial one."""
+    """Fresh variables with kernels large enough to need a constraint, and a head that is not the
+    initial one.
+    """
     x = preprocess(spec, images)
-    variables = cast(Any, jax.jit(modules.Classifier(spec, last_scale=scale).init)(jax.random.key(0), x))
+    variables = cast(
+        Any, jax.jit(modules.Classifier(spec, last_scale=scale).init)(jax.random.key(0), x)
+    )
     rng = np.random.default_rng(1)
-    head = jax.tree.map(lambda a: a + rng.normal(0, 0.3, a.shape).astype(np.float32), variables["params"]["head"])
+    head = jax.tree.map(
+        lambda a: a + rng.normal(0, 0.3, a.shape).astype(np.float32), variables["params"]["head"]
+    )
     return {**variables, "params": {**variables["params"], "head": head}}
 
 
@@ -79,7 +89,9 @@ def naive_features(weights, images):
     """The flow of another file on images that are scaled and padded here."""
     scaled = (images / 16 - np.array([0.3, 0.6])) / np.array([0.2, 0.5])
     padded = np.concatenate([scaled, np.zeros((*scaled.shape[:3], 1))], axis=-1)
-    features = [plain_flow.forward(plain_flow.FLOAT, SPEC.flow, jax.device_get(weights), x) for x in padded]
+    features = [
+        plain_flow.forward(plain_flow.FLOAT, SPEC.flow, jax.device_get(weights), x) for x in padded
+    ]
     return np.reshape(features, (len(images), *SPEC.feature_shape))
 
 
@@ -90,7 +102,7 @@ def naive_head(head, mean, var, features):
     return np.maximum(h, 0).mean(axis=(1, 2)) @ head["linear"]["kernel"] + head["linear"]["bias"]
 
 
-# --- forward --------------------------------------------------------------------------------------------------------
+# --- forward --------------------------------------------------------------------------------------
 
 
 def test_features_and_logits_agree_with_a_plain_network(model):
@@ -105,13 +117,27 @@ def test_features_and_logits_agree_with_a_plain_network(model):
 
 
 def test_a_linear_head_on_potentials_never_stretches_and_is_saved(tmp_path):
-    images, (stage, dense) = images_of(64), (dataclasses.replace(STAGE, **POTENTIAL), StageSpec(1, **POTENTIAL | DENSE))
+    images, (stage, dense) = (
+        images_of(64),
+        (dataclasses.replace(STAGE, **POTENTIAL), StageSpec(1, **POTENTIAL | DENSE)),
+    )
     own = Classifier.init(
-        jax.random.key(0), images, 3, stages=[stage, dense], num_levels=17, pad_channels=1, std=(0.5,), head="linear"
+        jax.random.key(0),
+        images,
+        3,
+        stages=[stage, dense],
+        num_levels=17,
+        pad_channels=1,
+        std=(0.5,),
+        head="linear",
     )
     assert not own.statistics
     kernel, bias = (np.asarray(own.head["linear"][name], np.float64) for name in ("kernel", "bias"))
-    by_hand = np.asarray(features_of(own, images)).reshape(64, -1) @ (kernel / np.linalg.norm(kernel, axis=0)) + bias
+    by_hand = (
+        np.asarray(features_of(own, images)).reshape(64, -1)
+        @ (kernel / np.linalg.norm(kernel, axis=0))
+        + bias
+    )
     np.testing.assert_allclose(logits_of(own, images), by_hand, atol=SINGLE)
     assert own.certificate().forward == pytest.approx(2, rel=1e-5)  # that of 1 / std
     again = ir.load(own.save(tmp_path / "model.npz"))
@@ -126,30 +152,42 @@ def test_modules_apply_what_the_model_computes(variables, model):
 
     @jax.jit
     def both(variables, x):
-        return module.apply(variables, x), contractions.constrain(SPEC.flow, variables["params"], variables["spectral"])
+        return module.apply(variables, x), contractions.constrain(
+            SPEC.flow, variables["params"], variables["spectral"]
+        )
 
     found, constrained = cast(Any, both(variables, preprocess(SPEC, images)))
-    np.testing.assert_allclose(found, logits_of(model.with_(weights=constrained.weights), images), atol=SINGLE)
+    np.testing.assert_allclose(
+        found, logits_of(model.with_(weights=constrained.weights), images), atol=SINGLE
+    )
     assert (constrained.weights["stage0"].branch.lipschitz_bound <= 0.81 * (1 + NORM_RTOL)).all()
 
 
 def test_padding_channels_start_with_scale_one(variables):
-    """Zeros have no variance: a scale of 1 / sqrt(eps) would make their biases learn hundreds of times too fast."""
+    """Zeros have no variance: a scale of 1 / sqrt(eps) would make their biases learn hundreds of
+    times too fast.
+    """
     of_first_block = variables["params"]["stage0"]["blocks"]["actnorm"]["log_scale"][0]
     padding = np.array([2, 5, 8, 11])  # the third of three channels, four pixels
     np.testing.assert_array_equal(of_first_block[padding], 0)
     assert np.abs(np.delete(of_first_block, padding)).min() > 0
 
 
-# --- head and loss --------------------------------------------------------------------------------------------------
+# --- head and loss --------------------------------------------------------------------------------
 
 
 def test_batch_statistics_are_those_of_the_whole_batch_on_any_number_of_devices():
     x = np.random.default_rng(0).normal(50, 0.1, (6, 2, 3, 4)).astype(np.float32)
     flat = x.astype(np.float64).reshape(-1, 4)
     together = heads.batch_statistics(jnp.asarray(x))
-    split = jax.vmap(lambda x: heads.batch_statistics(x, axis_name="batch"), axis_name="batch")(x.reshape(2, 3, 2, 3, 4))
-    for found in (together, jax.tree.map(lambda a: a[0], split), jax.tree.map(lambda a: a[1], split)):
+    split = jax.vmap(lambda x: heads.batch_statistics(x, axis_name="batch"), axis_name="batch")(
+        x.reshape(2, 3, 2, 3, 4)
+    )
+    for found in (
+        together,
+        jax.tree.map(lambda a: a[0], split),
+        jax.tree.map(lambda a: a[1], split),
+    ):
         np.testing.assert_allclose(found["mean"], flat.mean(axis=0), rtol=1e-6)
         np.testing.assert_allclose(found["var"], flat.var(axis=0), rtol=1e-3)
 
@@ -160,13 +198,15 @@ def test_cross_entropy_with_smoothing_against_its_definition():
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     for smoothing in (0.0, 0.1):
         target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
-        found = heads.cross_entropy(jnp.asarray(logits, jnp.float32), labels, label_smoothing=smoothing)
+        found = heads.cross_entropy(
+            jnp.asarray(logits, jnp.float32), labels, label_smoothing=smoothing
+        )
         np.testing.assert_allclose(found, -(target * log_p).sum(axis=1), rtol=SINGLE)
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\), got 1"):
         heads.cross_entropy(jnp.asarray(logits), labels, label_smoothing=1.0)
 
 
-# --- back -----------------------------------------------------------------------------------------------------------
+# --- back -----------------------------------------------------------------------------------------
 
 
 def test_features_of_images_lead_back_to_them(model):
@@ -180,7 +220,9 @@ def test_features_of_images_lead_back_to_them(model):
 
 def test_equal_calls_share_a_program(model, monkeypatch):
     traced = []
-    monkeypatch.setattr(classifier, "apply_head", lambda *given: traced.append(0) or heads.apply_head(*given))
+    monkeypatch.setattr(
+        classifier, "apply_head", lambda *given: traced.append(0) or heads.apply_head(*given)
+    )
     images = images_of()
     first, again = (model.logits(images) for _ in range(2))
     np.testing.assert_array_equal(first, again)
@@ -188,7 +230,9 @@ def test_equal_calls_share_a_program(model, monkeypatch):
 
 
 def test_the_padding_tells_features_of_no_image(model):
-    """A feature vector that was pushed off the image manifold comes back with padding channels that are not zero."""
+    """A feature vector that was pushed off the image manifold comes back with padding channels
+    that are not zero.
+    """
     x = preprocess(SPEC, images_of())
     back = reconstruct(model, features_of_input(model, x.at[..., 2].add(0.5)))
     assert back.info.converged.all()
@@ -207,7 +251,10 @@ def test_padding_and_normalisation_have_an_exact_inverse():
 
 def test_all_levels_of_8_bits_are_known():
     spec = dataclasses.replace(SPEC, num_levels=256)
-    images = np.arange(256, dtype=np.uint8)[:128].reshape(4, 4, 4, 2), np.arange(128, 256, dtype=np.uint8).reshape(4, 4, 4, 2)
+    images = (
+        np.arange(256, dtype=np.uint8)[:128].reshape(4, 4, 4, 2),
+        np.arange(128, 256, dtype=np.uint8).reshape(4, 4, 4, 2),
+    )
     for batch in images:
         expected = (batch / 255 - np.array(spec.mean)) / np.array(spec.std)
         np.testing.assert_allclose(preprocess(spec, batch)[..., :2], expected, atol=1e-5)
@@ -220,8 +267,16 @@ def test_without_a_constraint_weights_run_as_they_are_and_no_inverse_is_promised
         chex.assert_trees_all_equal(block.actnorm._asdict(), blocks.pop("actnorm"))
         chex.assert_trees_all_equal(dict(block.branch.weights), blocks)
         assert np.isinf(block.branch.lipschitz_bound).all()
-    free = Classifier(VANILLA, as_they_are, variables["params"]["head"], variables["batch_stats"], solver=Solver(max_evals=50))
-    found = cast(Any, jax.jit(modules.Classifier(VANILLA).apply)(variables, preprocess(VANILLA, images_of())))
+    free = Classifier(
+        VANILLA,
+        as_they_are,
+        variables["params"]["head"],
+        variables["batch_stats"],
+        solver=Solver(max_evals=50),
+    )
+    found = cast(
+        Any, jax.jit(modules.Classifier(VANILLA).apply)(variables, preprocess(VANILLA, images_of()))
+    )
     np.testing.assert_allclose(found, logits_of(free, images_of()), atol=SINGLE)
     back = reconstruct(free, features_of(free, images_of()))
     assert not back.info.converged.any()
@@ -243,21 +298,27 @@ def test_images_that_are_none_are_refused(model):
     assert np.isnan(logits_of(model, images + np.uint8(200))).all()
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"head": "mean"}, "head must be one of pooled, linear, got 'mean'"),
-        ({"num_classes": 1}, "num_classes must be at least 2, got 1: labels must be of several classes"),
+        (
+            {"num_classes": 1},
+            "num_classes must be at least 2, got 1: labels must be of several classes",
+        ),
         ({"pad_channels": -1}, "pad_channels must not be negative"),
         ({"pad_channels": 2}, r"starts from padded images \(4, 4, 4\), not \(4, 4, 3\)"),
         ({"mean": (0.0, 0.0, 0.0)}, "mean must have 1 or 2 entries for 2 channels"),
         ({"std": (0.0,)}, "std positive and finite, got .* and .0.0,."),
         ({"mean": (float("nan"),)}, "mean must be finite"),
         ({"num_levels": 1}, "num_levels must be at least 2, got 1: 256 for bytes"),
-        ({"flow": FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))}, "no stage may factor_out"),
+        (
+            {"flow": FlowSpec((4, 4, 3), (dataclasses.replace(STAGE, factor_out=True),))},
+            "no stage may factor_out",
+        ),
     ],
 )
 def test_mistakes_are_answered_before_anything_runs(change, sentence):
@@ -270,4 +331,7 @@ def test_no_images_have_no_features_and_no_reconstructions():
     run = jax.jit(lambda model, images: model.reconstruct(model.features(images)))
     none = kept.images(1)[0][:0]
     assert run(own, none).images.shape == (0, *kept.SHAPE)
-    assert kept.model(dataclasses.replace(kept.CLASSIFIER, head="linear")).logits(none).shape == (0, kept.CLASSES)
+    assert kept.model(dataclasses.replace(kept.CLASSIFIER, head="linear")).logits(none).shape == (
+        0,
+        kept.CLASSES,
+    )

@@ -55,15 +55,27 @@ def test_integers_stay_within_their_type(dtype):
 
 @pytest.mark.parametrize("names", [["a", 1], [("a", 1), ("a", 2)], [("a", "x"), ("b", "x")]])
 def test_names_come_back_as_they_were(names):
-    frame = pd.DataFrame(np.eye(2), columns=pd.MultiIndex.from_tuples(names) if isinstance(names[0], tuple) else names)
-    columns = from_plain(Spec, json.loads(json.dumps(tagged(Spec(columns_of(frame))))), "model").columns
+    frame = pd.DataFrame(
+        np.eye(2),
+        columns=pd.MultiIndex.from_tuples(names) if isinstance(names[0], tuple) else names,
+    )
+    columns = from_plain(
+        Spec, json.loads(json.dumps(tagged(Spec(columns_of(frame))))), "model"
+    ).columns
     pd.testing.assert_frame_equal(table_of(numbers_of(frame, columns), columns), frame)
 
 
 def test_sparse_columns_come_back_dense_and_numbers_among_objects_as_numbers():
-    frame = pd.DataFrame({"rare": pd.arrays.SparseArray([0, 0, 3, 0], fill_value=0), "size": np.array([1, 2, 3, 4], object)})
+    frame = pd.DataFrame(
+        {
+            "rare": pd.arrays.SparseArray([0, 0, 3, 0], fill_value=0),
+            "size": np.array([1, 2, 3, 4], object),
+        }
+    )
     columns = columns_of(frame)
-    pd.testing.assert_frame_equal(table_of(numbers_of(frame, columns), columns), frame.astype("int64"))
+    pd.testing.assert_frame_equal(
+        table_of(numbers_of(frame, columns), columns), frame.astype("int64")
+    )
 
 
 def test_frames_of_other_packages_are_converted_by_themselves():
@@ -82,7 +94,9 @@ def test_frames_of_other_packages_are_converted_by_themselves():
 
 
 def test_columns_are_found_by_name():
-    np.testing.assert_array_equal(numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS))
+    np.testing.assert_array_equal(
+        numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS)
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,10 @@ def test_columns_are_found_by_name():
     [
         ({"age": ["a", "b", "c"]}, "column 'age' must hold numbers"),
         ({"height": [1.0, 2.0, np.nan]}, "'height' has 1 missing values, the first in row 2"),
-        ({"city": ["Oslo", "Rome", "Oslo"]}, "'Rome' in row 1 of column 'city' .* these are 'Bern', 'Oslo'"),
+        (
+            {"city": ["Oslo", "Rome", "Oslo"]},
+            "'Rome' in row 1 of column 'city' .* these are 'Bern', 'Oslo'",
+        ),
         ({"weight": [1, 2, 3]}, "the model has no column 'weight'"),
     ],
 )
@@ -102,11 +119,17 @@ def test_other_frames_are_refused_by_column(change, message):
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (pd.DataFrame({"when": pd.date_range("2020", periods=3)}), "column 'when' must hold numbers, booleans or text"),
+        (
+            pd.DataFrame({"when": pd.date_range("2020", periods=3)}),
+            "column 'when' must hold numbers, booleans or text",
+        ),
         (pd.DataFrame(index=range(3)), "no columns"),
         (pd.DataFrame({pd.Timestamp("2020-01-01"): [1.0]}), "names must be text or numbers"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns are called 'a'"),
-        (pd.DataFrame({"span": pd.cut(pd.Series([1.0, 2.0, 3.0]), 2)}), "column 'span' has Interval"),
+        (
+            pd.DataFrame({"span": pd.cut(pd.Series([1.0, 2.0, 3.0]), 2)}),
+            "column 'span' has Interval",
+        ),
     ],
 )
 def test_columns_that_are_no_numbers_and_no_categories_are_refused(frame, message):

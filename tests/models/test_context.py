@@ -1,4 +1,6 @@
-"""Contexts of densities: which are taken, what a scale and a network make of them, and densities given one of them."""
+"""Contexts of densities: which are taken, what a scale and a network make of them, and densities
+given one of them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,16 @@ PLANE = FlowSpec((2,), (StageSpec(3, hidden=(8,), activation="tanh"),), context_
 IMAGES = FlowSpec(
     (4, 4, 1),
     (
-        StageSpec(1, (3,), (3, 3), activation="tanh", squeeze=2, factor_out=True, positional_bias=True, kind="sandwich"),
+        StageSpec(
+            1,
+            (3,),
+            (3, 3),
+            activation="tanh",
+            squeeze=2,
+            factor_out=True,
+            positional_bias=True,
+            kind="sandwich",
+        ),
         StageSpec(1, (4,), activation="clipswish"),
     ),
     context_dim=CONTEXT_DIM,
@@ -39,17 +50,25 @@ def test_integers_beyond_32_bits_are_the_same_contexts_as_floats():
     for context in (whole, whole.astype(float)):
         np.testing.assert_allclose(model.scale_context(context), [[1, 1, 0, -1]], rtol=1e-6)
         x, expected = np.zeros((1, 2), np.float32), whole.astype(np.float32)
-        np.testing.assert_allclose(model.log_prob(x, context=context), model.log_prob(x, context=expected), rtol=1e-5)
+        np.testing.assert_allclose(
+            model.log_prob(x, context=context), model.log_prob(x, context=expected), rtol=1e-5
+        )
 
 
 def test_the_constraint_is_in_x_alone():
     branch = PLANE.layout[0].branch
-    weights = jax.tree.map(lambda a: a[0], kept.model(DensitySpec(PLANE)).weights["stage0"].branch.weights)
+    weights = jax.tree.map(
+        lambda a: a[0], kept.model(DensitySpec(PLANE)).weights["stage0"].branch.weights
+    )
     strong = {name: {**layer, "context": 100 * layer["context"]} for name, layer in weights.items()}
     x = jax.random.normal(jax.random.key(2), (BATCH, 2))
     jacobian_at = jax.jit(jax.jacfwd(lambda x, context: branch.apply(strong, x[None], context)[0]))
-    contexts = jax.random.normal(jax.random.key(3), (5, 1, CONTEXT_DIM)) / 100  # so that no activation is flat
-    norms = [np.linalg.norm(np.asarray(jacobian_at(x[0], context), np.float64), 2) for context in contexts]
+    # so that no activation is flat
+    contexts = jax.random.normal(jax.random.key(3), (5, 1, CONTEXT_DIM)) / 100
+    norms = [
+        np.linalg.norm(np.asarray(jacobian_at(x[0], context), np.float64), 2)
+        for context in contexts
+    ]
     assert 0.1 < max(norms) < 0.9
     bounds_of = jax.jit(branch.norm_bounds)
     assert len(bounds_of(weights)) == len(branch.layers)
@@ -59,7 +78,9 @@ def test_the_constraint_is_in_x_alone():
 def test_a_conditional_density_integrates_to_one(x64):
     side = np.linspace(-12, 12, 240)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
-    values = np.exp(log_prob(kept.exact_model(DensitySpec(PLANE)), grid, context=np.arange(CONTEXT_DIM) / 2))
+    values = np.exp(
+        log_prob(kept.exact_model(DensitySpec(PLANE)), grid, context=np.arange(CONTEXT_DIM) / 2)
+    )
     np.testing.assert_allclose(np.sum(values) * (side[1] - side[0]) ** 2, 1, atol=1e-3)
 
 
@@ -70,7 +91,9 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     rng = np.random.default_rng(0)
     x, context = rng.uniform(size=(BATCH, *IMAGES.event_shape)), rng.normal(size=(2, CONTEXT_DIM))
     given = whole.given(context[0])
-    np.testing.assert_allclose(log_prob(given, x), log_prob(whole, x, context=context[0]), rtol=1e-13)
+    np.testing.assert_allclose(
+        log_prob(given, x), log_prob(whole, x, context=context[0]), rtol=1e-13
+    )
     assert np.abs(log_prob(given, x) - log_prob(whole, x, context=context[1])).max() > 1e-3
     z = encode(whole, x, context=context[0])
     np.testing.assert_allclose(decode(given, z)[0], x, atol=1e-10)
@@ -79,15 +102,24 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     loaded = load(given.save(tmp_path / "model.npz"))
     assert loaded.spec == given.spec
     for name, block in loaded.weights.items():
-        jax.tree.map(np.testing.assert_array_equal, block.branch.weights, given.weights[name].branch.weights)
+        jax.tree.map(
+            np.testing.assert_array_equal, block.branch.weights, given.weights[name].branch.weights
+        )
     assert given.certificate().max_block == whole.certificate().max_block
 
 
 def test_bounds_of_a_density_given_a_context_are_those_of_its_weights():
     whole = kept.model(DensitySpec(PLANE))
     changed = whole.with_(weights=jax.tree.map(lambda leaf: 3 * leaf, whole.weights))
-    for given in (changed.given(np.zeros(CONTEXT_DIM)), jax.jit(lambda m: m.given(jnp.zeros(CONTEXT_DIM)))(changed)):
-        assert given.certificate().max_block == changed.certificate().max_block > whole.certificate().max_block
+    for given in (
+        changed.given(np.zeros(CONTEXT_DIM)),
+        jax.jit(lambda m: m.given(jnp.zeros(CONTEXT_DIM)))(changed),
+    ):
+        assert (
+            given.certificate().max_block
+            == changed.certificate().max_block
+            > whole.certificate().max_block
+        )
 
 
 def test_contexts_of_the_wrong_shape_are_named():
@@ -95,7 +127,10 @@ def test_contexts_of_the_wrong_shape_are_named():
     x = jnp.zeros((BATCH, 2))
     with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got none"):
         whole.encode(x)
-    with pytest.raises(ValueError, match=r"takes a context of shape \(batch, 4\), got shape \(3, 5\) for a batch of 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"takes a context of shape \(batch, 4\), got shape \(3, 5\) for a batch of 3",
+    ):
         whole.encode(x, context=jnp.zeros((BATCH, 5)))
     with pytest.raises(ValueError, match=r"one context of shape \(4,\), got shape \(3, 4\)"):
         whole.given(jnp.zeros((BATCH, 4)))
@@ -106,17 +141,25 @@ def test_contexts_of_the_wrong_shape_are_named():
     with pytest.raises(ValueError, match="needs their scale"):
         DensitySpec(PLANE, context_hidden=(4,))
     plain = Branch(FeedforwardSpec((2,), (3,)), {}, 0.5)
-    with pytest.raises(ValueError, match=r"takes no context \(context_dim=0\), got one of shape \(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"takes no context \(context_dim=0\), got one of shape \(3, 4\)"
+    ):
         plain.given(jnp.zeros((BATCH, 4)))(x)
 
 
-# --- scales of contexts and networks on them --------------------------------------------------------------------------
+# --- scales of contexts and networks on them ------------------------------------------------------
 
 
 def columns():
-    """A normal entry, a log-normal one over eight orders of magnitude, one with heavy tails, and a constant."""
+    """A normal entry, a log-normal one over eight orders of magnitude, one with heavy tails, and
+    a constant.
+    """
     generator = np.random.default_rng(0)
-    parts = [2 + 3 * generator.normal(size=4000), np.exp(4 * generator.normal(size=4000)), generator.standard_t(2, 4000)]
+    parts = [
+        2 + 3 * generator.normal(size=4000),
+        np.exp(4 * generator.normal(size=4000)),
+        generator.standard_t(2, 4000),
+    ]
     return np.stack([*parts, np.ones(4000)], axis=1)
 
 
@@ -134,7 +177,8 @@ def test_scale_is_linear_for_normal_entries_and_logarithmic_for_others(x64):
     y, log_det, back, dense = map(np.asarray, there_and_back(x))
     np.testing.assert_allclose(y[:, :3].mean(axis=0), 0, atol=1e-9)
     np.testing.assert_allclose(y[:, :3].std(axis=0), 1, rtol=1e-9)
-    np.testing.assert_allclose(y[:, 0], (x[:, 0] - x[:, 0].mean()) / x[:, 0].std(), atol=1e-6)  # linear
+    # linear
+    np.testing.assert_allclose(y[:, 0], (x[:, 0] - x[:, 0].mean()) / x[:, 0].std(), atol=1e-6)
     assert np.corrcoef(y[:, 1], np.log(x[:, 1]))[0, 1] > 0.99
     assert np.abs(y[:, 2]).max() < 8 < (np.abs(x[:, 2]) / x[:, 2].std()).max()
     np.testing.assert_allclose(back, x, rtol=1e-6)
@@ -153,11 +197,20 @@ def test_network_is_its_layers():
 @pytest.fixture(scope="module")
 def model():
     """A conditional density with a network on contexts of length 4."""
-    return kept.model(DensitySpec(PLANE, context=ContextScale.fit(columns()), context_hidden=(6, 4)))
+    return kept.model(
+        DensitySpec(PLANE, context=ContextScale.fit(columns()), context_hidden=(6, 4))
+    )
 
 
 def test_the_flow_gets_what_the_network_makes_of_contexts(model):
-    x, context = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32), columns()[:3].astype(np.float32)
-    features = apply_network(model.network, model.spec.context.bijection().forward(jnp.asarray(context)))
+    x, context = (
+        np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32),
+        columns()[:3].astype(np.float32),
+    )
+    features = apply_network(
+        model.network, model.spec.context.bijection().forward(jnp.asarray(context))
+    )
     bare = model.with_(spec=DensitySpec(PLANE), network={})
-    np.testing.assert_allclose(model.log_prob(x, context=context), bare.log_prob(x, context=features), rtol=1e-6)
+    np.testing.assert_allclose(
+        model.log_prob(x, context=context), bare.log_prob(x, context=features), rtol=1e-6
+    )

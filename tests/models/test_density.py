@@ -1,4 +1,6 @@
-"""The density as a value: keys, estimators, shared programs, ranges and mistakes; test_every_model.py has the rest."""
+"""The density as a value: keys, estimators, shared programs, ranges and mistakes;
+test_every_model.py has the rest.
+"""
 
 import dataclasses
 import pickle
@@ -38,11 +40,15 @@ def keys():
 
 
 # Compiled: one operation at a time, loops take seconds.
-terms_of, log_prob, encode, decode = (jax.jit(m) for m in (Density.terms, Density.log_prob, Density.encode, Density.decode))
+terms_of, log_prob, encode, decode = (
+    jax.jit(m) for m in (Density.terms, Density.log_prob, Density.encode, Density.decode)
+)
 
 
 def test_bits_per_dim_of_the_uniform_density():
-    """Centred pixels under a flow that does nothing and a flat prior would need log2(levels) bits each."""
+    """Centred pixels under a flow that does nothing and a flat prior would need log2(levels)
+    bits each.
+    """
     spec = DensitySpec(FLOW, transform=Center(), num_levels=LEVELS)
     np.testing.assert_allclose(spec.in_units(jnp.array([-16 * np.log(LEVELS)])), 3, rtol=1e-6)
     assert spec.unit == "bits/dim"
@@ -54,7 +60,9 @@ def test_latents_far_out_are_levels_too():
     density = kept.model(IMAGES)
     far = 3 * encode(density, X)
     smooth = np.asarray(decode(density.continuous, far)[0], np.float64)
-    np.testing.assert_array_equal(np.clip(np.floor(smooth * LEVELS), 0, LEVELS - 1), decode(density, far)[0])
+    np.testing.assert_array_equal(
+        np.clip(np.floor(smooth * LEVELS), 0, LEVELS - 1), decode(density, far)[0]
+    )
 
 
 def test_other_weights_and_other_numbers_of_data_share_a_program():
@@ -66,9 +74,14 @@ def test_other_weights_and_other_numbers_of_data_share_a_program():
         return density.encode(x)
 
     for mean, low in ((0.5, -9.0), (-0.5, -8.0)):
-        transform = Bounded((low, -np.inf), (9.0, np.inf), then=Standardize((mean, 0.0), (2.0, 1.0)))
+        transform = Bounded(
+            (low, -np.inf), (9.0, np.inf), then=Standardize((mean, 0.0), (2.0, 1.0))
+        )
         other = density.with_(spec=dataclasses.replace(PLANE, transform=transform))
-        encode(other.with_(weights=jax.tree.map(lambda a, mean=mean: mean * a, density.weights)), POINTS)
+        encode(
+            other.with_(weights=jax.tree.map(lambda a, mean=mean: mean * a, density.weights)),
+            POINTS,
+        )
     assert len(traces) == 1
     encode(other.with_(solver=Solver(atol=1e-3)), POINTS)
     assert len(traces) == 2
@@ -78,7 +91,9 @@ def test_the_estimator_travels_with_the_model():
     density = kept.model(PLANE)
     exact = terms_of(density, POINTS, keys(), keys())
     assert not np.any(exact.info.truncation_bound)
-    series = terms_of(density.with_(estimator=SeriesLogdet(3, num_probes=2)), POINTS, keys(), keys())
+    series = terms_of(
+        density.with_(estimator=SeriesLogdet(3, num_probes=2)), POINTS, keys(), keys()
+    )
     assert np.all(series.info.truncation_bound > 0)
     np.testing.assert_array_equal(series.log_prior, exact.log_prior)
     fixed = RouletteLogdet().fix_length(jax.random.key(1))
@@ -97,7 +112,10 @@ def test_each_example_has_the_noise_of_its_key():
     [
         (lambda m: m.encode(X / LEVELS), "integer levels 0 to 7, got float64: undo the scaling"),
         (lambda m: m.log_prob(X + np.uint8(1)), "got levels from . to 8"),
-        (lambda m: m.log_prob(X[:, :3]), r"shape \(batch, 4, 4, 1\) .* got an array of shape \(3, 3, 4, 1\)"),
+        (
+            lambda m: m.log_prob(X[:, :3]),
+            r"shape \(batch, 4, 4, 1\) .* got an array of shape \(3, 3, 4, 1\)",
+        ),
         (lambda m: m.continuous.encode(X), r"takes floats of shape \(batch, 4, 4, 1\), got uint8"),
         (lambda m: m.sample(jax.random.key(0), 2, labels=jnp.array([0, 1])), "one prior for all"),
         (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature must lie in"),
@@ -126,12 +144,24 @@ def test_labels_that_are_none_are_named():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"prior_family": "cauchy"}, "prior_family must be one of gaussian, logistic, .*, own, got 'cauchy'"),
-        ({"prior_family": "mixture"}, "num_components is for the priors mixture, .* got None for the prior mixture"),
+        (
+            {"prior_family": "cauchy"},
+            "prior_family must be one of gaussian, logistic, .*, own, got 'cauchy'",
+        ),
+        (
+            {"prior_family": "mixture"},
+            "num_components is for the priors mixture, .* got None for the prior mixture",
+        ),
         ({"num_components": 2}, "got 2 for the prior logistic"),
-        ({"prior_family": "mixture", "num_components": 2, "num_classes": 3}, "got mixture with num_classes=3"),
+        (
+            {"prior_family": "mixture", "num_components": 2, "num_classes": 3},
+            "got mixture with num_classes=3",
+        ),
         ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
-        ({"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2}, r"a share for each entry of \(4, 4, 1\), got 3"),
+        (
+            {"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2},
+            r"a share for each entry of \(4, 4, 1\), got 3",
+        ),
     ],
 )
 def test_specs_that_contradict_themselves(change, sentence):
@@ -140,7 +170,9 @@ def test_specs_that_contradict_themselves(change, sentence):
 
 
 def test_values_out_of_their_range_are_refused():
-    model = kept.model(dataclasses.replace(PLANE, transform=Bounded((-9.0, -np.inf), (9.0, np.inf))))
+    model = kept.model(
+        dataclasses.replace(PLANE, transform=Bounded((-9.0, -np.inf), (9.0, np.inf)))
+    )
     with pytest.raises(ValueError, match="not within the range -9 to 9"):
         model.log_prob(POINTS + 10)
 
@@ -152,9 +184,14 @@ def test_examples_out_of_the_range_of_a_transform_give_no_model():
 
 def test_examples_that_single_precision_cannot_tell_apart_give_no_model():
     far = POINTS + np.array([0.0, 1e8])
-    with pytest.raises(ValueError, match="float32 cannot tell the values of entry 1 of x apart: subtract its mean"):
+    with pytest.raises(
+        ValueError, match="float32 cannot tell the values of entry 1 of x apart: subtract its mean"
+    ):
         Density.init(jax.random.key(0), far, stages=PLANE.flow.stages)
-    with pytest.raises(ValueError, match="float32 cannot tell the values of entry 1 of context apart: subtract its mean"):
+    with pytest.raises(
+        ValueError,
+        match="float32 cannot tell the values of entry 1 of context apart: subtract its mean",
+    ):
         Density.init(jax.random.key(0), POINTS, stages=PLANE.flow.stages, context=far)
 
 
@@ -165,7 +202,10 @@ def test_no_examples_have_no_classes():
 
 def test_models_can_be_pickled():
     squeezed = FlowSpec((4, 4, 1), (StageSpec(1, hidden=(6,), kernel_sizes=(3, 3), squeeze=2),))
-    density, classifier = kept.model(dataclasses.replace(IMAGES, flow=squeezed)), kept.model(kept.CLASSIFIER)
+    density, classifier = (
+        kept.model(dataclasses.replace(IMAGES, flow=squeezed)),
+        kept.model(kept.CLASSIFIER),
+    )
     other_density, other_classifier = pickle.loads(pickle.dumps((density, classifier)))
     np.testing.assert_array_equal(encode(other_density, X), encode(density, X))
     np.testing.assert_array_equal(other_classifier.logits(X), classifier.logits(X))
@@ -176,7 +216,9 @@ def test_classes_of_a_conditional_model_take_contexts():
     model = kept.model(dataclasses.replace(kept.GIVEN, num_classes=2))
     z = model.encode(POINTS[:3], context=kept.CONTEXTS[:3])
     by_class = jax.nn.log_softmax(model.prior.log_prob_by_class(z))
-    np.testing.assert_allclose(model.class_log_probs(POINTS[:3], context=kept.CONTEXTS[:3]), by_class, rtol=SINGLE)
+    np.testing.assert_allclose(
+        model.class_log_probs(POINTS[:3], context=kept.CONTEXTS[:3]), by_class, rtol=SINGLE
+    )
 
 
 def test_values_between_those_of_a_grid_count_as_the_nearest():
@@ -184,7 +226,8 @@ def test_values_between_those_of_a_grid_count_as_the_nearest():
     between = POINTS.copy()
     between[:, 0] = [0.2, 0.8, -1.3]
     np.testing.assert_array_equal(
-        model.log_prob(between), model.log_prob(np.stack([between[:, 0].round(), between[:, 1]], axis=1))
+        model.log_prob(between),
+        model.log_prob(np.stack([between[:, 0].round(), between[:, 1]], axis=1)),
     )
 
 
@@ -199,6 +242,9 @@ def test_a_flow_in_float64_inverts_latents_in_float32(x64):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
 def test_a_flow_takes_numbers_of_lower_precision(dtype):
     flow, x = kept.model(PLANE).flow(), jnp.asarray(4 * POINTS).astype(dtype)
-    found, expected = (flow.forward_and_logdet(given, jax.random.key(0))[:2] for given in (x, x.astype(jnp.float32)))
+    found, expected = (
+        flow.forward_and_logdet(given, jax.random.key(0))[:2]
+        for given in (x, x.astype(jnp.float32))
+    )
     for a, b in zip((*found, flow.forward(x)), (*expected, expected[0]), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,4 +1,5 @@
-"""Models of every kind: files, axes, programs, gradients, certificates, and in float64 their densities by dense Jacobians.
+"""Models of every kind: files, axes, programs, gradients, certificates, and in float64 their
+densities by dense Jacobians.
 
 A kind of model that has a line in `SPECS` has all these tests.
 """
@@ -27,16 +28,23 @@ NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 NUM, LEVELS, SHAPE = 6, 8, (4, 4, 1)
 
 STAGE = ir.StageSpec(2, (4,), activation="tanh")
-DENSE, CONV = ir.StageSpec(1, (4,), activation="clipswish"), ir.StageSpec(1, (3,), (3, 3), activation="lipswish", squeeze=2)
+DENSE, CONV = (
+    ir.StageSpec(1, (4,), activation="clipswish"),
+    ir.StageSpec(1, (3,), (3, 3), activation="lipswish", squeeze=2),
+)
 PLANE = ir.FlowSpec((2,), (STAGE,))
 SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
 PADDED = ClassifierSpec(ir.FlowSpec((4, 4, 2), (CONV,)), SHAPE, 3, LEVELS, pad_channels=1)
 SPECS = {
     "vectors": DensitySpec(PLANE, transform=SCALED),
-    "bounds": DensitySpec(PLANE, "logistic", ir.Bounded((-9.0, -np.inf), (9.0, np.inf), then=SCALED)),
+    "bounds": DensitySpec(
+        PLANE, "logistic", ir.Bounded((-9.0, -np.inf), (9.0, np.inf), then=SCALED)
+    ),
     "mixture": DensitySpec(PLANE, "mixture", num_components=2),
     "contexts": DensitySpec(
-        dataclasses.replace(PLANE, context_dim=2), context=ir.Standardize((0.1,) * 3, (2.0,) * 3), context_hidden=(4, 2)
+        dataclasses.replace(PLANE, context_dim=2),
+        context=ir.Standardize((0.1,) * 3, (2.0,) * 3),
+        context_hidden=(4, 2),
     ),
     "prescribed constants": DensitySpec(ir.FlowSpec.bilipschitz((2,), [STAGE], mu=0.2, nu=5.0)),
     "grid": DensitySpec(PLANE, cells=Cells.of([(0.0, 1.0), ()])),
@@ -46,15 +54,20 @@ SPECS = {
         Equalize((0.3, *(0.1,) * 7), alpha=1e-3),
         LEVELS,
     ),
-    "classes": DensitySpec(ir.FlowSpec(SHAPE, (DENSE,)), transform=Logit(0.05), num_levels=LEVELS, num_classes=3),
+    "classes": DensitySpec(
+        ir.FlowSpec(SHAPE, (DENSE,)), transform=Logit(0.05), num_levels=LEVELS, num_classes=3
+    ),
     "noise": DensitySpec(
-        ir.FlowSpec(SHAPE, (DENSE,), noise=ir.NoiseSpec(1, (3,), (4, 2), window=3)), transform=Logit(0.05), num_levels=LEVELS
+        ir.FlowSpec(SHAPE, (DENSE,), noise=ir.NoiseSpec(1, (3,), (4, 2), window=3)),
+        transform=Logit(0.05),
+        num_levels=LEVELS,
     ),
     "classifier": PADDED,
     "unconstrained": dataclasses.replace(PADDED, constrained=False),
 }
 DENSITIES = [name for name, spec in SPECS.items() if isinstance(spec, DensitySpec)]
-ALONE = ("levels", "classifier")  # also as one example without axes; vectors are in test_leading_axes.py
+# also as one example without axes; vectors are in test_leading_axes.py
+ALONE = ("levels", "classifier")
 KEY = jax.random.key(0)
 
 
@@ -71,12 +84,16 @@ def examples(name, num=NUM):
     if name in ("levels", "classes", "noise", "classifier", "unconstrained"):
         return rng.integers(0, LEVELS, (num, *SHAPE), np.uint8), {}
     x = rng.normal(size=(num, 2)).astype(np.float32)
-    context = {"context": rng.normal(size=(num, 3)).astype(np.float32)} if name == "contexts" else {}
+    context = (
+        {"context": rng.normal(size=(num, 3)).astype(np.float32)} if name == "contexts" else {}
+    )
     return (np.round(x) if name == "grid" else x), context
 
 
 # Compiled: one operation at a time, a classifier takes seconds.
-logits, features, reconstruct = map(jax.jit, (ir.Classifier.logits, ir.Classifier.features, ir.Classifier.reconstruct))
+logits, features, reconstruct = map(
+    jax.jit, (ir.Classifier.logits, ir.Classifier.features, ir.Classifier.reconstruct)
+)
 
 
 def outputs(model, x, context):
@@ -97,16 +114,31 @@ def of_batch(name):
 
 @functools.cache
 def found(name):
-    """What the density of continuous data says of examples and samples, and its dense Jacobians, in float64."""
+    """What the density of continuous data says of examples and samples, and its dense Jacobians,
+    in float64.
+    """
 
     @jax.jit
     def run(density, x, context):
-        latent = jax.jacfwd(lambda x, context: density.encode(x[None], **jax.tree.map(lambda c: c[None], context))[0])
+        latent = jax.jacfwd(
+            lambda x, context: density.encode(x[None], **jax.tree.map(lambda c: c[None], context))[
+                0
+            ]
+        )
         drawn = density.sample_and_log_prob(KEY, NUM, **context)
         twice = jax.tree.map(lambda c: jnp.concatenate([c, c]), context)
         terms = density.terms(jnp.concatenate([x, drawn.x]), KEY, KEY, **twice)
-        of_data, of_drawn = (jax.tree.map(lambda a, part=part: a[part], terms) for part in (slice(NUM), slice(NUM, None)))
-        return of_data, density.log_prior(density.encode(x, **context)), jax.vmap(latent)(x, context), drawn, of_drawn
+        of_data, of_drawn = (
+            jax.tree.map(lambda a, part=part: a[part], terms)
+            for part in (slice(NUM), slice(NUM, None))
+        )
+        return (
+            of_data,
+            density.log_prior(density.encode(x, **context)),
+            jax.vmap(latent)(x, context),
+            drawn,
+            of_drawn,
+        )
 
     with jax.enable_x64(True):
         own = model(name).continuous.with_(solver=ir.Solver(atol=1e-12))
@@ -127,7 +159,9 @@ def test_it_comes_back_from_its_file_bit_for_bit(name, tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(own)
     assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(own)))
     with jax.enable_x64(True):
-        assert {leaf.dtype for leaf in jax.tree.leaves(ir.load(tmp_path).weights)} == {np.dtype("float32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves(ir.load(tmp_path).weights)} == {
+            np.dtype("float32")
+        }
 
 
 @pytest.mark.parametrize("name", [name for name in SPECS if name != "unconstrained"])
@@ -141,7 +175,9 @@ def test_results_have_the_axes_of_the_examples(name):
         np.testing.assert_allclose(found, expected.reshape(2, 3, *expected.shape[1:]), **SAME)
     if name in ALONE:
         for found, expected in zip(
-            outputs(model(name), *jax.tree.map(lambda a: a[2], (x, context))), of_batch(name), strict=True
+            outputs(model(name), *jax.tree.map(lambda a: a[2], (x, context))),
+            of_batch(name),
+            strict=True,
         ):
             np.testing.assert_allclose(found, expected[2], **SAME)
 
@@ -162,12 +198,16 @@ def test_data_come_back(name):
         np.testing.assert_allclose(back, x, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["bounds", "mixture", "contexts", "grid", "levels", "classes", "noise", "classifier"])
+@pytest.mark.parametrize(
+    "name", ["bounds", "mixture", "contexts", "grid", "levels", "classes", "noise", "classifier"]
+)
 def test_a_model_is_an_argument_of_programs_that_are_mapped_and_differentiated(name):
     (x, context), own = examples(name), model(name)
 
     def total(model):
-        return jnp.sum(model.log_prob(x, **context) if name in DENSITIES else jnp.sin(logits(model, x)))
+        return jnp.sum(
+            model.log_prob(x, **context) if name in DENSITIES else jnp.sin(logits(model, x))
+        )
 
     half = jax.tree.map(lambda a: jnp.asarray(np.asarray(a) * np.asarray(0.5, a.dtype)), own)
     both = jax.tree.map(lambda *a: jnp.asarray(np.stack(a)), own, half)
@@ -189,13 +229,19 @@ def test_certificates_hold_for_the_singular_values_of_layers(name):
         norms = []
         for layer, said in zip(stage.branch.layers, block.layers, strict=True):
             kernel = np.asarray(weights[layer.name]["kernel"][k], np.float64)
-            norms.append(operator_norm(kernel if kernel.ndim == 2 else dense_conv_matrix(kernel, *layer.in_shape[:2])))
+            norms.append(
+                operator_norm(
+                    kernel if kernel.ndim == 2 else dense_conv_matrix(kernel, *layer.in_shape[:2])
+                )
+            )
             assert said.estimate * (1 - 1e-6) <= norms[-1] <= said.bound
             np.testing.assert_allclose([said.estimate, said.bound], norms[-1], rtol=NORM_RTOL)
             assert said.target is None or said.bound <= said.target == SPECS[name].flow.coeff
         assert np.prod(norms) <= block.bound
         assert name == "unconstrained" or block.bound <= block.target * (1 + 1e-6)
-        np.testing.assert_allclose([block.estimate, block.bound], np.prod(norms), rtol=2 * NORM_RTOL)
+        np.testing.assert_allclose(
+            [block.estimate, block.bound], np.prod(norms), rtol=2 * NORM_RTOL
+        )
     verdict = str(certificate).splitlines()[-1]
     assert ("NOT CERTIFIED" in verdict) == (name == "unconstrained")
 
@@ -206,7 +252,9 @@ def test_the_density_is_the_change_of_variables(name):
     dims = SPECS[name].flow.num_dims
     expected = log_prior + np.linalg.slogdet(jacobians.reshape(-1, dims, dims))[1]
     np.testing.assert_allclose(terms.log_prob, expected, **EXACT)
-    np.testing.assert_allclose(terms.log_prior + terms.log_det + terms.log_det_transform, expected, **EXACT)
+    np.testing.assert_allclose(
+        terms.log_prior + terms.log_det + terms.log_det_transform, expected, **EXACT
+    )
 
 
 @pytest.mark.parametrize("name", DENSITIES)

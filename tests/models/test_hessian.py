@@ -50,7 +50,9 @@ def in_50_digits(model, z):
     found, unit = np.zeros((2, 2)), np.eye(2, dtype=int)
     for i, j in itertools.combinations_with_replacement(range(2), 2):
         signs = itertools.product((1, -1), repeat=2)
-        total = sum(a * b * energy_at(tuple((a * unit[i] + b * unit[j]).tolist())) for a, b in signs)
+        total = sum(
+            a * b * energy_at(tuple((a * unit[i] + b * unit[j]).tolist())) for a, b in signs
+        )
         found[i, j] = found[j, i] = float(total / (4 * step * step))
     return found
 

@@ -1,4 +1,6 @@
-"""One example, a batch, any leading axes: results are those of the batch, and contexts and keys broadcast as documented."""
+"""One example, a batch, any leading axes: results are those of the batch, and contexts and keys
+broadcast as documented.
+"""
 
 import dataclasses
 
@@ -17,7 +19,10 @@ SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in programs of oth
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64
 DERIVATIVE = {"rtol": 1e-5, "atol": 1e-6}  # float64, differences of step 1e-4
 PLANE = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),)))
-GIVEN = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=3), context=ir.Standardize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
+GIVEN = DensitySpec(
+    dataclasses.replace(PLANE.flow, context_dim=3),
+    context=ir.Standardize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)),
+)
 GIVEN_A_NUMBER = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=1))
 
 
@@ -50,11 +55,18 @@ def assert_same(found, expected):
 def test_contexts_broadcast_against_examples(x, context, axes):
     """Outside of jit, where all examples of one number share a program, whatever their axes."""
     model = kept.model(GIVEN)
-    x_all, context_all = (np.broadcast_to(a, (*axes, a.shape[-1])).reshape(-1, a.shape[-1]) for a in (x, context))
-    assert_same(model.log_prob(x, context=context), with_axes(model.log_prob(x_all, context=context_all), axes))
+    x_all, context_all = (
+        np.broadcast_to(a, (*axes, a.shape[-1])).reshape(-1, a.shape[-1]) for a in (x, context)
+    )
+    assert_same(
+        model.log_prob(x, context=context),
+        with_axes(model.log_prob(x_all, context=context_all), axes),
+    )
     z = model.encode(x_all, context=context_all)
     assert_same(model.encode(x, context=context), with_axes(z, axes))
-    assert_same(model.decode(with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2)))
+    assert_same(
+        model.decode(with_axes(z, axes), context=context)[0], np.broadcast_to(x, (*axes, 2))
+    )
 
 
 def test_a_number_is_a_context_of_length_one():
@@ -69,12 +81,17 @@ def test_samples_under_one_context_are_those_of_as_many_equal_ones():
     sample = jax.jit(Density.sample, static_argnums=2)
     expected, _ = sample(model, key, 6, context=np.tile(CONTEXTS[0], (6, 1)))
     assert_same(sample(model, key, 6, context=CONTEXTS[0])[0], expected)
-    with pytest.raises(ValueError, match=r"one context .* for all 2 samples, or one for each, got contexts of shape \(6, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"one context .* for all 2 samples, or one for each, got contexts of shape \(6, 3\)",
+    ):
         model.sample(key, 2, context=CONTEXTS)
 
 
 def test_transformations_of_jax_see_one_example(x64):
-    """Values, gradients, Hessians and Jacobians of one example, mapped or not, are those of the batch and of differences."""
+    """Values, gradients, Hessians and Jacobians of one example, mapped or not, are those of the
+    batch and of differences.
+    """
     model = kept.exact_model(GIVEN)
     x, context = jnp.asarray(POINTS[:3], jnp.float64), jnp.asarray(CONTEXTS[0], jnp.float64)
 
@@ -84,7 +101,10 @@ def test_transformations_of_jax_see_one_example(x64):
     steps = 1e-4 * jnp.eye(2)
     around = x[:, None] + jnp.concatenate([steps, -steps, jnp.zeros((1, 2))])[None]
     values = jax.jit(of_one)(around)
-    mapped, slopes = (a.reshape(3, 5, -1) for a in jax.jit(jax.vmap(jax.value_and_grad(of_one)))(around.reshape(-1, 2)))
+    mapped, slopes = (
+        a.reshape(3, 5, -1)
+        for a in jax.jit(jax.vmap(jax.value_and_grad(of_one)))(around.reshape(-1, 2))
+    )
     np.testing.assert_allclose(mapped[..., 0], values, **EXACT)
     np.testing.assert_allclose(slopes[:, 4], (values[:, :2] - values[:, 2:4]) / 2e-4, **DERIVATIVE)
     hessians = jax.jit(jax.vmap(jax.hessian(of_one)))(x)
@@ -99,7 +119,10 @@ def test_transformations_of_jax_see_one_example(x64):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda m: m.log_prob(POINTS[:, :1], context=CONTEXTS), r"shape \(batch, 2\), got float32 of shape \(6, 1\)"),
+        (
+            lambda m: m.log_prob(POINTS[:, :1], context=CONTEXTS),
+            r"shape \(batch, 2\), got float32 of shape \(6, 1\)",
+        ),
         (
             lambda m: m.decode(np.zeros((2, 5, 3)), context=CONTEXTS),
             r"latents of shape \(2,\), got .* \(2, 5, 3\)",

@@ -1,4 +1,6 @@
-"""What the Linen modules create: names, a data-dependent start, norms that hold before the first step."""
+"""What the Linen modules create: names, a data-dependent start, norms that hold before the first
+step.
+"""
 
 import functools
 from typing import Any, cast
@@ -38,7 +40,9 @@ def batch():
 @pytest.fixture(scope="module")
 def start(batch):
     """The latents of the batch as ``init`` makes them, and the variables."""
-    return cast(tuple[Any, Any], jax.jit(lambda x: MODULE.init_with_output(jax.random.key(0), x))(batch))
+    return cast(
+        tuple[Any, Any], jax.jit(lambda x: MODULE.init_with_output(jax.random.key(0), x))(batch)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,9 @@ def variables(start):
 @pytest.fixture(scope="module")
 def constrained(variables):
     """After one power step from the fresh iterates, as a training step makes it."""
-    return jax.jit(lambda params, spectral: constrain(SPEC, params, spectral, num_steps=1))(**variables)
+    return jax.jit(lambda params, spectral: constrain(SPEC, params, spectral, num_steps=1))(
+        **variables
+    )
 
 
 def test_blocks_start_different(variables):
@@ -75,14 +81,20 @@ def test_norms_hold_before_the_first_step(variables, constrained):
         for layer in layers:
             raw = variables["params"][name]["blocks"][layer.name]["kernel"][0]
             kernel = constrained.weights[name].branch.weights[layer.name]["kernel"][0]
-            unfold = functools.partial(oracles.dense_conv_matrix, height=2, width=2) if raw.ndim == 4 else np.asarray
+            unfold = (
+                functools.partial(oracles.dense_conv_matrix, height=2, width=2)
+                if raw.ndim == 4
+                else np.asarray
+            )
             true = oracles.operator_norm(unfold(raw))
             np.testing.assert_allclose(constrained.norms[name][layer.name][0], true, rtol=SPECTRAL)
             assert oracles.operator_norm(unfold(kernel)) <= SPEC.coeff * (1 + SPECTRAL)
 
 
 def test_calling_the_module_uses_the_stored_scales(start, batch):
-    """The data-dependent start belongs to ``init``: later batches are not normalised by themselves."""
+    """The data-dependent start belongs to ``init``: later batches are not normalised by
+    themselves.
+    """
     z, variables = start
     apply = jax.jit(MODULE.apply)
     np.testing.assert_allclose(apply(variables, batch), z, atol=ROUND_TRIP)
@@ -98,7 +110,13 @@ def test_a_small_last_scale_starts_near_the_identity(batch):
 
 
 def test_variables_have_types_of_their_own(start):
-    """A weakly typed number becomes strong in the first update: the training step would be compiled a second time."""
-    weak = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(start) if leaf.weak_type]
+    """A weakly typed number becomes strong in the first update: the training step would be
+    compiled a second time.
+    """
+    weak = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(start)
+        if leaf.weak_type
+    ]
     assert not weak
     assert jnp.full((), 0.5).weak_type  # so that the check can fail

@@ -1,4 +1,6 @@
-"""Variational dequantisation: noise is a density, by dense Jacobians in float64, and what it changes in a model."""
+"""Variational dequantisation: noise is a density, by dense Jacobians in float64, and what it
+changes in a model.
+"""
 
 import dataclasses
 import functools
@@ -22,8 +24,14 @@ SAME_RTOL = 1e-5  # the same maths by another route, float32
 QUADRATURE_ATOL = 1e-4  # of a smooth density on a grid
 LEVELS, NUM = 4, 5
 NOISE = NoiseSpec(num_blocks=2, hidden=(6,), network=(8, 3), window=3)
-VECTORS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),), noise=NOISE), transform=Logit(0.05), num_levels=LEVELS)
-IMAGES = dataclasses.replace(VECTORS, flow=FlowSpec((3, 2, 1), (StageSpec(1, hidden=(8,)),), noise=NOISE))
+VECTORS = DensitySpec(
+    FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),), noise=NOISE),
+    transform=Logit(0.05),
+    num_levels=LEVELS,
+)
+IMAGES = dataclasses.replace(
+    VECTORS, flow=FlowSpec((3, 2, 1), (StageSpec(1, hidden=(8,)),), noise=NOISE)
+)
 KEYS = functools.cache(lambda: tuple(jax.random.split(jax.random.key(5), 2)))
 
 terms = jax.jit(Density.terms)
@@ -46,7 +54,9 @@ def log_density_of_noise(model, x, noise):
         return jax.jvp(made, (e,), (jnp.broadcast_to(direction[None], e.shape),))[1]
 
     jacobians = jax.vmap(column, out_axes=2)(jnp.eye(e.shape[1], dtype=e.dtype))
-    return jax.scipy.stats.logistic.logpdf(e).sum(axis=1) - jnp.linalg.slogdet(jacobians)[1], info.converged
+    return jax.scipy.stats.logistic.logpdf(e).sum(axis=1) - jnp.linalg.slogdet(jacobians)[
+        1
+    ], info.converged
 
 
 def test_log_likelihoods_are_those_of_the_dense_density_of_the_noise(x64):
@@ -80,13 +90,17 @@ def test_gradients_of_all_that_makes_noise_are_those_of_differences(x64):
     @jax.jit
     @jax.value_and_grad
     def value_and_slope(step):
-        weights, network = jax.tree.map(lambda a, d: a + step * d, (of_noise, model.noise_network), direction)
+        weights, network = jax.tree.map(
+            lambda a, d: a + step * d, (of_noise, model.noise_network), direction
+        )
         moved = model.with_(weights={**model.weights, **weights}, noise_network=network)
         return moved.terms(x, *keys).log_prob.mean()
 
     leaves, tree = jax.tree.flatten((of_noise, model.noise_network))
     rng = np.random.default_rng(1)
-    direction = jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=np.shape(leaf))) for leaf in leaves])
+    direction = jax.tree.unflatten(
+        tree, [jnp.asarray(rng.normal(size=np.shape(leaf))) for leaf in leaves]
+    )
     (_, slope), (ahead, _), (behind, _) = map(value_and_slope, (0.0, 1e-5, -1e-5))
     assert abs(slope) > 1e-2
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=DIFFERENCE_RTOL)
@@ -108,10 +122,18 @@ def with_uniform_noise(model):
 
 def test_noise_starts_uniform_and_trains_to_a_better_bound():
     x, stage = squares(), StageSpec(1, (16,), activation="clipswish")
-    first = Density.init(jax.random.key(0), x, stages=[stage], num_levels=LEVELS, noise=NoiseSpec(1, (8,), (8, 4), window=3))
+    first = Density.init(
+        jax.random.key(0),
+        x,
+        stages=[stage],
+        num_levels=LEVELS,
+        noise=NoiseSpec(1, (8,), (8, 4), window=3),
+    )
     keys = jax.random.split(jax.random.key(1), 4)
     uniform = with_uniform_noise(first)
-    np.testing.assert_allclose(first.log_prob(x, keys[0]), uniform.log_prob(x, keys[0]), rtol=SAME_RTOL)
+    np.testing.assert_allclose(
+        first.log_prob(x, keys[0]), uniform.log_prob(x, keys[0]), rtol=SAME_RTOL
+    )
     assert (uniform.spec.bound, first.spec.bound) == ("uniform mean", "variational mean")
 
     def loss(model, batch, key):
@@ -119,9 +141,20 @@ def test_noise_starts_uniform_and_trains_to_a_better_bound():
 
     adam = optax.adam(1e-2)  # compiles sooner than Muon
     model = ir.train(
-        first, loss, x, key=jax.random.key(3), steps=150, batch_size=64, ema_decay=0.9, optimizer=adam, progress=False
+        first,
+        loss,
+        x,
+        key=jax.random.key(3),
+        steps=150,
+        batch_size=64,
+        ema_decay=0.9,
+        optimizer=adam,
+        progress=False,
     )
-    means = [np.mean([run.log_prob(x, key) for key in keys]) for run in (uniform, with_uniform_noise(model), model)]
+    means = [
+        np.mean([run.log_prob(x, key) for key in keys])
+        for run in (uniform, with_uniform_noise(model), model)
+    ]
     assert means[2] > max(means[:2]) + 0.05
     assert model.certificate().certified
     assert model.noise_certificate().certified
@@ -136,19 +169,27 @@ def test_noise_of_what_has_no_levels_is_refused():
 
 
 def test_images_without_channels_have_no_flow_of_noise():
-    with pytest.raises(ValueError, match=r"vectors and images with channels, got \(4, 4\): add an axis"):
+    with pytest.raises(
+        ValueError, match=r"vectors and images with channels, got \(4, 4\): add an axis"
+    ):
         FlowSpec((4, 4), (StageSpec(1, hidden=(6,)),), noise=NOISE)
 
 
 def test_probes_of_the_noise_are_others_than_those_of_the_data():
-    """Both flows are made equal: with the same probes, their log-determinants would err together."""
+    """Both flows are made equal: with the same probes, their log-determinants would err
+    together.
+    """
     flow = FlowSpec((3, 3, 1), (StageSpec(2, (6,), (3, 3), activation="clipswish"),), noise=NOISE)
     model = kept.model(dataclasses.replace(IMAGES, flow=flow)).with_(
         estimator=ir.SeriesLogdet(2, num_probes=1, exact_trace=False)
     )
     own, blocks = model.weights["stage0"], model.weights["noise_stage0"]
-    weights = {name: layer | own.branch.weights[name] for name, layer in blocks.branch.weights.items()}
-    equal = blocks._replace(branch=dataclasses.replace(blocks.branch, weights=weights), actnorm=own.actnorm)
+    weights = {
+        name: layer | own.branch.weights[name] for name, layer in blocks.branch.weights.items()
+    }
+    equal = blocks._replace(
+        branch=dataclasses.replace(blocks.branch, weights=weights), actnorm=own.actnorm
+    )
     model = model.with_(weights=model.weights | {"noise_stage0": equal})
     x = np.full((2000, 3, 3, 1), 1, np.uint8)
     keys = jax.random.split(jax.random.key(0), len(x))

@@ -1,4 +1,6 @@
-"""A prior of one's own: a pytree with ``log_prob`` and ``sample``, which a density takes, trains, saves and loads."""
+"""A prior of one's own: a pytree with ``log_prob`` and ``sample``, which a density takes,
+trains, saves and loads.
+"""
 
 import dataclasses
 import functools
@@ -53,7 +55,9 @@ def test_it_is_the_density_of_latents_and_their_source():
 
 def test_its_numbers_have_gradients():
     z = np.asarray(density(Laplace(0.0)).encode(X), np.float64)
-    found = jax.jit(jax.grad(lambda prior: density(prior).log_prob(X).mean()))(Laplace(jnp.float32(0)))
+    found = jax.jit(jax.grad(lambda prior: density(prior).log_prob(X).mean()))(
+        Laplace(jnp.float32(0))
+    )
     assert found.log_scale == pytest.approx(np.mean(np.sum(np.abs(z) - 1, axis=1)), rel=1e-4)
 
 
@@ -61,7 +65,9 @@ def test_training_changes_its_arrays():
     stages, key = FLOW.stages, jax.random.key(0)
     model = ir.Density.init(key, X, stages=stages, prior=Laplace(jnp.float32(0)))
     loss = lambda model, batch, key: -model.log_prob(batch, key).mean()  # noqa: E731
-    trained = ir.train(model, loss, X, key=key, steps=2, ema_decay=0, optimizer=optax.sgd(0.1), progress=False)
+    trained = ir.train(
+        model, loss, X, key=key, steps=2, ema_decay=0, optimizer=optax.sgd(0.1), progress=False
+    )
     assert trained.prior.log_scale != 0
     with pytest.raises(ValueError, match=r"got shape \(16, 2\)"):
         ir.Density.init(key, X, stages=stages, prior=EachEntry(0.0))
@@ -76,17 +82,22 @@ def test_a_file_holds_its_numbers(tmp_path):
         ir.load(path)
     with pytest.raises(ValueError, match="damaged"):
         ir.load(path, prior=Laplace(jnp.zeros(2)))
-    standard = ir.Density(ir.DensitySpec(FLOW), kept.weights(FLOW), Gaussian.standard(2)).save(tmp_path / "standard.npz")
+    standard = ir.Density(ir.DensitySpec(FLOW), kept.weights(FLOW), Gaussian.standard(2)).save(
+        tmp_path / "standard.npz"
+    )
     with pytest.raises(ValueError, match=r"takes no prior="):
         ir.load(standard, prior=Laplace(0.0))
 
 
 def test_independent_mixtures_of_the_library_need_no_template(tmp_path):
-    model = ir.Density.init(jax.random.key(0), X, stages=FLOW.stages, prior=Marginals.fit(np.asarray(X), 3))
+    model = ir.Density.init(
+        jax.random.key(0), X, stages=FLOW.stages, prior=Marginals.fit(np.asarray(X), 3)
+    )
     assert (model.spec.prior_family, model.spec.num_components) == ("marginals", 3)
     file = model.save(tmp_path / "model.npz")
     np.testing.assert_allclose(ir.load(file).log_prob(X), model.log_prob(X), rtol=1e-6)
-    fetched = jax.device_get(model).save(tmp_path / "fetched.npz")  # arrays of NumPy are no constants here
+    # arrays of NumPy are no constants here
+    fetched = jax.device_get(model).save(tmp_path / "fetched.npz")
     np.testing.assert_array_equal(ir.load(fetched).prior.mean, model.prior.mean)
     with jax.enable_x64(True):
         assert ir.load(file).prior.mean.shape == model.prior.mean.shape
@@ -105,7 +116,9 @@ def test_numbers_and_arrays_of_numpy_are_constants(tmp_path):
         assert prior.module == Laplace(constant)
         path = density(Laplace(constant)).save(tmp_path / "model.npz")
         loaded = ir.load(path, prior=Laplace(constant))
-        np.testing.assert_allclose(jax.jit(ir.Density.log_prob)(loaded, X), density(prior).log_prob(X), rtol=1e-6)
+        np.testing.assert_allclose(
+            jax.jit(ir.Density.log_prob)(loaded, X), density(prior).log_prob(X), rtol=1e-6
+        )
 
 
 def test_a_distribution_of_flowjax_is_a_prior(tmp_path):
@@ -143,11 +156,28 @@ def with_own(kind):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: with_own(EachEntry).log_prob(X), r"one number for each of 16 latents .* got shape \(16, 2\)"),
-        (lambda: with_own(Transposed).sample_latents(jax.random.key(0), 3), r"3 latents as rows, got shape \(2, 3\)"),
-        (lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5), "has no temperature, got 0.5"),
-        (lambda: ir.Density.init(jax.random.key(0), X, stages=FLOW.stages, prior=PRIOR_WITHOUT_METHODS), "got a dict"),
-        (lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2), "got own with num_classes=2"),
+        (
+            lambda: with_own(EachEntry).log_prob(X),
+            r"one number for each of 16 latents .* got shape \(16, 2\)",
+        ),
+        (
+            lambda: with_own(Transposed).sample_latents(jax.random.key(0), 3),
+            r"3 latents as rows, got shape \(2, 3\)",
+        ),
+        (
+            lambda: density(Laplace(0.0)).sample_latents(jax.random.key(0), 3, temperature=0.5),
+            "has no temperature, got 0.5",
+        ),
+        (
+            lambda: ir.Density.init(
+                jax.random.key(0), X, stages=FLOW.stages, prior=PRIOR_WITHOUT_METHODS
+            ),
+            "got a dict",
+        ),
+        (
+            lambda: ir.DensitySpec(FLOW, prior_family="own", num_classes=2),
+            "got own with num_classes=2",
+        ),
     ],
 )
 def test_what_it_cannot_do_ends_in_one_sentence(call, sentence):

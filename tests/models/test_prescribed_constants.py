@@ -1,4 +1,6 @@
-"""Flows with prescribed constants: certificates and Jacobians lie within them, and the words of configs mean them."""
+"""Flows with prescribed constants: certificates and Jacobians lie within them, and the words of
+configs mean them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,12 @@ def test_one_residual_block_has_the_constants_of_a_bilipnet_layer():
 
 def test_certificates_reach_the_constants_and_keep_within_them():
     """Weights are so large that every block takes all of its budget."""
-    settings = {"stages": SEVERAL, "constants": (MU, NU), "transform": ir.Identity(), "last_scale": 100.0}
+    settings = {
+        "stages": SEVERAL,
+        "constants": (MU, NU),
+        "transform": ir.Identity(),
+        "last_scale": 100.0,
+    }
     model = ir.Density.init(jax.random.key(0), X, **settings)
     certificate = model.certificate()
     assert 0.999 * NU < certificate.forward <= NU
@@ -38,10 +45,13 @@ def test_certificates_reach_the_constants_and_keep_within_them():
 
 @pytest.mark.parametrize(("mu", "nu"), [(0.5, 0.6), (1e-3, 2.0)])
 def test_bounds_of_spent_budgets_are_within_constants_near_and_far(mu, nu):
-    spec = ir.FlowSpec.bilipschitz((2,), [ir.StageSpec(3, (4,)), ir.StageSpec(2, (4,))], mu=mu, nu=nu)
+    spec = ir.FlowSpec.bilipschitz(
+        (2,), [ir.StageSpec(3, (4,)), ir.StageSpec(2, (4,))], mu=mu, nu=nu
+    )
     bounds = block_bounds(jnp.full((), spec.coeff))
     stretch = (float(bounds.forward) * spec.scale) ** spec.num_blocks
-    assert 0.999 * nu < stretch < nu * (1 - 5 * 3e-6)  # less than the scales' factors and products are rounded up
+    # less than the scales' factors and products are rounded up
+    assert 0.999 * nu < stretch < nu * (1 - 5 * 3e-6)
     shrink = (spec.scale / float(bounds.inverse)) ** spec.num_blocks
     assert mu * (1 + 5 * 3e-6) < shrink < 1.01 * mu
 
@@ -50,7 +60,9 @@ def test_configs_prescribe_constants():
     config = default_config()
     config.model.constants = (MU, NU)
     parsed = parse(config)
-    assert build_flow_spec(parsed.model, (8, 8, 1)) == ir.FlowSpec.bilipschitz((8, 8, 1), parsed.model.stages, mu=MU, nu=NU)
+    assert build_flow_spec(parsed.model, (8, 8, 1)) == ir.FlowSpec.bilipschitz(
+        (8, 8, 1), parsed.model.stages, mu=MU, nu=NU
+    )
     config.model.constants = (MU,)
     with pytest.raises(ValueError, match=r"constants must be \(mu, nu\)"):
         parse(config)
@@ -61,7 +73,12 @@ def test_configs_prescribe_constants():
     [
         ("0 < mu < nu", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=2.0, nu=1.0)),
         ("more than roundings", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=1.0, nu=1.000001)),
-        ("no stage may factor_out", lambda: ir.FlowSpec.bilipschitz((2,), [ir.StageSpec(1, factor_out=True)], mu=1.0, nu=2.0)),
+        (
+            "no stage may factor_out",
+            lambda: ir.FlowSpec.bilipschitz(
+                (2,), [ir.StageSpec(1, factor_out=True)], mu=1.0, nu=2.0
+            ),
+        ),
         ("actnorm of every stage to False", lambda: ir.FlowSpec((2,), tuple(SINGLE), scale=2.0)),
     ],
 )

@@ -20,7 +20,9 @@ DISTRIBUTIONS = {"gaussian": stats.norm, "logistic": stats.logistic}
 
 
 def drawn(family, num_dims=D, seed=0):
-    """A member of a family with random numbers, in float64, of three components where it has some."""
+    """A member of a family with random numbers, in float64, of three components where it has
+    some.
+    """
     standard = priors.standard(family, num_dims, 3 if family in priors.MIXTURES else None)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), standard)
@@ -34,17 +36,25 @@ def components(prior):
     else:
         factors = np.tril(prior.lower, -1) + [np.diag(np.exp(own)) for own in prior.log_diagonal]
         means, covariances = prior.mean, np.linalg.inv(factors.transpose(0, 2, 1) @ factors)
-    return [stats.multivariate_normal(*one) for one in zip(means, covariances, strict=True)], special.softmax(prior.logits)
+    return [
+        stats.multivariate_normal(*one) for one in zip(means, covariances, strict=True)
+    ], special.softmax(prior.logits)
 
 
 def by_scipy(prior, z):
     """Log-density of latents in NumPy."""
     prior = jax.tree.map(np.asarray, prior)
     if isinstance(prior, Gaussian | Logistic):
-        return DISTRIBUTIONS[priors.family_of(prior)](prior.mean, np.exp(prior.log_scale)).logpdf(z).sum(axis=1)
+        return (
+            DISTRIBUTIONS[priors.family_of(prior)](prior.mean, np.exp(prior.log_scale))
+            .logpdf(z)
+            .sum(axis=1)
+        )
     if isinstance(prior, Marginals):
         of_components = stats.norm(prior.mean, np.exp(prior.log_scale)).logpdf(z[:, :, None])
-        return special.logsumexp(of_components, axis=2, b=special.softmax(prior.logits, axis=1)).sum(axis=1)
+        return special.logsumexp(
+            of_components, axis=2, b=special.softmax(prior.logits, axis=1)
+        ).sum(axis=1)
     oracles, weights = components(prior)
     return special.logsumexp([oracle.logpdf(z) for oracle in oracles], axis=0, b=weights[:, None])
 
@@ -52,14 +62,22 @@ def by_scipy(prior, z):
 @pytest.mark.parametrize("family", priors.FAMILIES)
 def test_log_prob_matches_scipy(x64, family):
     prior = drawn(family)
-    z = np.concatenate([np.random.default_rng(1).normal(size=(6, D)), np.full((1, D), 100.0), np.full((1, D), -100.0)])
+    z = np.concatenate(
+        [
+            np.random.default_rng(1).normal(size=(6, D)),
+            np.full((1, D), 100.0),
+            np.full((1, D), -100.0),
+        ]
+    )
     np.testing.assert_allclose(prior.log_prob(jnp.asarray(z)), by_scipy(prior, z), rtol=EXACT)
 
 
 @pytest.mark.parametrize("family", priors.LOCATION_SCALE)
 def test_float32_log_prob_and_gradients_are_finite_and_right_far_out(family):
     z = jnp.array([[-100.0], [0.0], [100.0]])
-    value_and_gradients = jax.value_and_grad(lambda prior, z: jnp.sum(prior.log_prob(z)), argnums=(0, 1))
+    value_and_gradients = jax.value_and_grad(
+        lambda prior, z: jnp.sum(prior.log_prob(z)), argnums=(0, 1)
+    )
     value, gradients = value_and_gradients(priors.standard(family, 1), z)
     np.testing.assert_allclose(value, DISTRIBUTIONS[family].logpdf(z).sum(), rtol=SINGLE)
     slope = {"gaussian": 100, "logistic": 1}[family]
@@ -85,14 +103,18 @@ def test_samples_follow_the_prior_at_its_temperature(x64, family):
 @pytest.mark.parametrize("family", priors.MIXTURES)
 def test_at_a_temperature_samples_are_closer_to_their_means(x64, family):
     prior = drawn(family)
-    whole, half, means = (prior.sample(jax.random.key(0), (9,), temperature) for temperature in (1.0, 0.5, 0.0))
+    whole, half, means = (
+        prior.sample(jax.random.key(0), (9,), temperature) for temperature in (1.0, 0.5, 0.0)
+    )
     np.testing.assert_allclose(half - means, 0.5 * (whole - means), rtol=EXACT)
     assert np.isin(means, np.asarray(prior.mean)).all()
 
 
 @pytest.mark.parametrize("family", priors.FAMILIES)
 def test_a_fit_to_samples_is_as_likely_as_their_prior(x64, family):
-    """The sampler's density is that of the oracle, and of the fit: mean log-densities are those of the entropy."""
+    """The sampler's density is that of the oracle, and of the fit: mean log-densities are those
+    of the entropy.
+    """
     prior = drawn(family, seed=2)
     z = np.asarray(prior.sample(jax.random.key(0), (6000,)))
     fitted = type(prior).fit(z[:5000], *([4] if family in priors.MIXTURES else []))
@@ -106,9 +128,14 @@ def test_samples_of_a_mixture_have_its_moments(x64):
     prior = drawn("mixture")
     z = np.asarray(prior.sample(jax.random.key(0), (20_000,)))
     oracles, weights = components(jax.tree.map(np.asarray, prior))
-    means, covariances = np.stack([oracle.mean for oracle in oracles]), np.stack([oracle.cov for oracle in oracles])
+    means, covariances = (
+        np.stack([oracle.mean for oracle in oracles]),
+        np.stack([oracle.cov for oracle in oracles]),
+    )
     mean = weights @ means
-    expected = np.einsum("k,kij->ij", weights, covariances + (means - mean)[:, :, None] * (means - mean)[:, None])
+    expected = np.einsum(
+        "k,kij->ij", weights, covariances + (means - mean)[:, :, None] * (means - mean)[:, None]
+    )
     assert np.all(np.abs(z.mean(axis=0) - mean) < 5 * z.std(axis=0) / np.sqrt(len(z)))
     np.testing.assert_allclose(np.cov(z.T), expected, atol=0.03 * np.trace(expected))
 
@@ -128,7 +155,9 @@ def test_a_mixture_is_fitted_to_modes():
 def test_latents_that_are_all_alike_have_a_fit():
     for family in (Gaussian, ScaleMixture, Marginals):
         sizes = [2] if family in priors.MIXTURES.values() else []
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(family.fit(np.ones((4, D)), *sizes)))
+        assert all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves(family.fit(np.ones((4, D)), *sizes))
+        )
 
 
 @pytest.mark.parametrize("family", priors.LOCATION_SCALE)
@@ -139,10 +168,14 @@ def test_priors_of_classes_have_the_means_of_their_latents(family):
     z = np.where(labels[:, None] == 0, [3.0, -1.0], [-3.0, 1.0]) + rng.normal(size=(400, 2))
     fitted = ClassPriors.fit(family, z, labels, 3)
     for label in (0, 1):
-        np.testing.assert_allclose(fitted.by_class.mean[label], z[labels == label].mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(
+            fitted.by_class.mean[label], z[labels == label].mean(axis=0), rtol=1e-5
+        )
     np.testing.assert_allclose(fitted.by_class.mean[2], z.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(np.exp(fitted.logits), np.array([301, 101, 1]) / 403, rtol=1e-5)
-    of_class = np.asarray(fitted.sample(jax.random.key(0), (20_000,), labels=jnp.zeros(20_000, int)))
+    of_class = np.asarray(
+        fitted.sample(jax.random.key(0), (20_000,), labels=jnp.zeros(20_000, int))
+    )
     np.testing.assert_allclose(of_class.std(axis=0), 1, rtol=0.08)
     shapes = jax.tree.map(jnp.shape, priors.standard(family, 2, num_classes=3))
     assert shapes == jax.tree.map(jnp.shape, fitted)
@@ -152,15 +185,26 @@ def test_a_class_that_is_missing_where_regression_looks_has_its_mean():
     labels = np.zeros(priors.NUM_REGRESSED + 6, int)
     labels[::2], labels[-6:] = 1, 2
     z = np.random.default_rng(0).normal(size=(len(labels), 2)) + labels[:, None]
-    np.testing.assert_allclose(ClassPriors.fit("gaussian", z, labels, 3).by_class.mean[2], z[-6:].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(
+        ClassPriors.fit("gaussian", z, labels, 3).by_class.mean[2], z[-6:].mean(axis=0), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
 def test_labels_of_8_bits_are_classes(dtype):
     """The number of classes does not fit into 8 bits, its classes do."""
-    prior = ClassPriors.fit("gaussian", np.random.default_rng(0).normal(size=(512, D)), np.repeat(np.arange(256), 2), 256)
+    prior = ClassPriors.fit(
+        "gaussian",
+        np.random.default_rng(0).normal(size=(512, D)),
+        np.repeat(np.arange(256), 2),
+        256,
+    )
     labels = jnp.array([7, jnp.iinfo(dtype).max], dtype)
     z = prior.sample(jax.random.key(0), (2,), labels=labels)
-    np.testing.assert_array_equal(z, prior.sample(jax.random.key(0), (2,), labels=labels.astype(jnp.int32)))
-    np.testing.assert_array_equal(prior.log_prob(z, labels), prior.log_prob(z, labels.astype(jnp.int32)))
+    np.testing.assert_array_equal(
+        z, prior.sample(jax.random.key(0), (2,), labels=labels.astype(jnp.int32))
+    )
+    np.testing.assert_array_equal(
+        prior.log_prob(z, labels), prior.log_prob(z, labels.astype(jnp.int32))
+    )
     assert np.isfinite(prior.log_prob(z, labels)).all()

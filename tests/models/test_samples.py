@@ -1,4 +1,6 @@
-"""Samples with their log-densities: one pass through the inverse beside `log_prob`, gradients beside differences."""
+"""Samples with their log-densities: one pass through the inverse beside `log_prob`, gradients
+beside differences.
+"""
 
 import dataclasses
 
@@ -47,7 +49,9 @@ def test_with_labels_the_log_density_is_that_of_the_class(x64):
     at = terms(whole, found.x, KEY, KEY)
     frequencies = np.exp(whole.prior.logits) / np.exp(whole.prior.logits).sum()
     of_classes = at.log_prior_by_class[np.arange(4), LABELS] - np.log(frequencies)[LABELS]
-    np.testing.assert_allclose(found.log_prob, of_classes + at.log_det + at.log_det_transform, **SAME)
+    np.testing.assert_allclose(
+        found.log_prob, of_classes + at.log_det + at.log_det_transform, **SAME
+    )
 
 
 def test_gradients_by_weights_prior_and_context_are_those_of_differences(x64):
@@ -70,9 +74,15 @@ def test_gradients_by_weights_prior_and_context_are_those_of_differences(x64):
     leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, parameters))
     parameters, rng = tree.unflatten(leaves), np.random.default_rng(7)
     direction = tree.unflatten([rng.normal(size=leaf.shape) for leaf in leaves])
-    moved = [jax.tree.map(lambda a, b, s=step: a + s * b, parameters, direction) for step in (1e-5, -1e-5, 0.0)]
+    moved = [
+        jax.tree.map(lambda a, b, s=step: a + s * b, parameters, direction)
+        for step in (1e-5, -1e-5, 0.0)
+    ]
     (ahead, _), (behind, _), (_, gradients) = map(value_and_gradients, moved)
-    slope = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
+    slope = sum(
+        np.vdot(a, b)
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True)
+    )
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
     assert all(np.any(gradient) for gradient in jax.tree.leaves(gradients[1:]))
 

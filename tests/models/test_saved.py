@@ -1,4 +1,6 @@
-"""Models as files: nothing is lost, nothing is believed that can be computed, and damage ends in one sentence."""
+"""Models as files: nothing is lost, nothing is believed that can be computed, and damage ends in
+one sentence.
+"""
 
 import dataclasses
 import functools
@@ -24,7 +26,11 @@ from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.saved import Spec, model_of
 
 FLOW = FlowSpec(
-    (4, 4, 1), (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3), squeeze=2), StageSpec(1, hidden=(4,), activation="lipswish"))
+    (4, 4, 1),
+    (
+        StageSpec(2, hidden=(3,), kernel_sizes=(3, 3), squeeze=2),
+        StageSpec(1, hidden=(4,), activation="lipswish"),
+    ),
 )
 DENSITY = DensitySpec(FLOW, "logistic", Equalize((0.25,) * 4, (0.5,) * 16, 1e-3), 4, num_classes=3)
 
@@ -48,12 +54,18 @@ def density():
             "model must be of the type DensitySpec or ClassifierSpec, got 'Sofa'",
         ),
         (lambda plain: plain | {"colour": 1}, "model has no field 'colour'"),
-        (lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}}, r"coeff must lie in \(0, 1\), got 1.5"),
+        (
+            lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}},
+            r"coeff must lie in \(0, 1\), got 1.5",
+        ),
         (
             lambda plain: plain | {"flow": plain["flow"] | {"event_shape": ["4", 4, 1]}},
             r"model.flow.event_shape\[0\] must be a whole number, got '4'",
         ),
-        (lambda plain: plain | {"flow": plain["transform"]}, "model.flow is not of the type FlowSpec"),
+        (
+            lambda plain: plain | {"flow": plain["transform"]},
+            "model.flow is not of the type FlowSpec",
+        ),
     ],
 )
 def test_plain_data_that_are_no_spec(change, sentence):
@@ -84,10 +96,17 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     """Kernels that somebody made larger do not keep their certificate."""
     path = density.save(tmp_path / "model.npz")
     assert ir.load(path).certificate().certified
-    rewritten(path, lambda content: content.update({KERNEL: npy(2 * np.load(io.BytesIO(content[KERNEL])))}))
+    rewritten(
+        path,
+        lambda content: content.update({KERNEL: npy(2 * np.load(io.BytesIO(content[KERNEL])))}),
+    )
     loaded = ir.load(path)
     np.testing.assert_allclose(
-        *(factor * own.certificate().blocks[0].layers[0].bound for own, factor in ((loaded, 1), (density, 2))), rtol=1e-3
+        *(
+            factor * own.certificate().blocks[0].layers[0].bound
+            for own, factor in ((loaded, 1), (density, 2))
+        ),
+        rtol=1e-3,
     )
     assert not loaded.certificate().certified
 
@@ -96,26 +115,39 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
 def test_a_model_in_half_precision_is_saved_in_single(density, tmp_path, dtype):
     half = jax.tree.map(lambda leaf: leaf.astype(dtype), density)
     loaded = ir.load(half.save(tmp_path / "model.npz"))
-    np.testing.assert_array_equal(loaded.prior.by_class.mean, half.prior.by_class.mean.astype(np.float32))
+    np.testing.assert_array_equal(
+        loaded.prior.by_class.mean, half.prior.by_class.mean.astype(np.float32)
+    )
 
 
 def test_the_spec_says_what_branches_compute_before_and_after_saving(density, tmp_path):
     spec = density.spec
-    stages = (dataclasses.replace(spec.flow.stages[0], activation="tanh", padding="CIRCULAR"), spec.flow.stages[1])
-    other = density.with_(spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=stages)))
+    stages = (
+        dataclasses.replace(spec.flow.stages[0], activation="tanh", padding="CIRCULAR"),
+        spec.flow.stages[1],
+    )
+    other = density.with_(
+        spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=stages))
+    )
     x = np.random.default_rng(0).integers(0, 4, (3, 4, 4, 1), np.uint8)
     loaded = ir.load(other.save(tmp_path / "model.npz"))
     np.testing.assert_allclose(other.log_prob(x), loaded.log_prob(x), rtol=1e-6)
     assert np.abs(other.log_prob(x) - density.log_prob(x)).max() > 0.01
     np.testing.assert_allclose(other.certificate().forward, loaded.certificate().forward, rtol=1e-6)
     wider = (dataclasses.replace(stages[0], hidden=(5,)), stages[1])
-    with pytest.raises(ValueError, match=r"do not fit the new spec: .*conv0.* has shape .* and needs"):
-        density.with_(spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=wider)))
+    with pytest.raises(
+        ValueError, match=r"do not fit the new spec: .*conv0.* has shape .* and needs"
+    ):
+        density.with_(
+            spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=wider))
+        )
 
 
 def test_scales_of_a_flow_with_prescribed_constants_cannot_be_altered(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
-    model = kept.model(DensitySpec(FlowSpec.bilipschitz((2,), [StageSpec(2, (4,))], mu=0.2, nu=5.0)))
+    model = kept.model(
+        DensitySpec(FlowSpec.bilipschitz((2,), [StageSpec(2, (4,))], mu=0.2, nu=5.0))
+    )
     block = model.weights["stage0"]
     scale = jax.tree.map(lambda leaf: leaf + 1, block.actnorm)
     altered = model.with_(weights={"stage0": block._replace(actnorm=scale)})
@@ -130,7 +162,9 @@ OLD_HEADER = np.frombuffer(b'{"format": 1}', np.uint8)
 def huge_header(content):
     """An array that claims 4 TB."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+    )
     content[KERNEL] = buffer.getvalue()
 
 
@@ -144,26 +178,41 @@ def with_blocks(content, num):
     ("damage", "sentence"),
     [
         (huge_header, ""),
-        (lambda content: content.update({KERNEL: npy(np.zeros((2, 3, 3, 4, 3), np.float16))}), "is float16 of shape"),
         (
-            lambda content: content.update({KERNEL: npy(np.full((2, 3, 3, 4, 3), np.nan, np.float32))}),
+            lambda content: content.update({KERNEL: npy(np.zeros((2, 3, 3, 4, 3), np.float16))}),
+            "is float16 of shape",
+        ),
+        (
+            lambda content: content.update(
+                {KERNEL: npy(np.full((2, 3, 3, 4, 3), np.nan, np.float32))}
+            ),
             "numbers that are not finite",
         ),
         (lambda content: content.update({KERNEL: content[KERNEL][:-4]}), "buffer|reshape|size|EOF"),
         (lambda content: content.pop(KERNEL), "conv0/kernel is not a file"),
-        (lambda content: content.update({"more.npy": npy(np.zeros(1))}), "it holds more, which such a model does not have"),
+        (
+            lambda content: content.update({"more.npy": npy(np.zeros(1))}),
+            "it holds more, which such a model does not have",
+        ),
         (
             lambda content: content.update({"header.npy": npy(OLD_HEADER)}),
             "its format is 1, not 2",
         ),
-        (lambda content: content.update({"header.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))}), "recursion"),
+        (
+            lambda content: content.update(
+                {"header.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))}
+            ),
+            "recursion",
+        ),
         (lambda content: content.update({"header.npy": npy(with_blocks(content, 2**70))}), ""),
     ],
 )
 def test_damage_ends_in_one_sentence(density, tmp_path, damage, sentence):
     path = density.save(tmp_path / "model.npz")
     rewritten(path, damage)
-    with pytest.raises(ValueError, match=rf"model\.npz is damaged or was written by another version .*{sentence}"):
+    with pytest.raises(
+        ValueError, match=rf"model\.npz is damaged or was written by another version .*{sentence}"
+    ):
         ir.load(path)
 
 
@@ -196,7 +245,9 @@ def test_a_bucket_that_cannot_be_reached_is_no_damage(density, monkeypatch):
         raise RuntimeError("503 at the moment")
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
-    with pytest.raises(ConnectionError, match=r"model\.npz cannot be reached \(503 at the moment\)"):
+    with pytest.raises(
+        ConnectionError, match=r"model\.npz cannot be reached \(503 at the moment\)"
+    ):
         ir.load(path)
 
 

@@ -1,4 +1,6 @@
-"""Numbers that a density gives sum and integrate to 1, whatever its bounds, cells, atoms, tails and weights."""
+"""Numbers that a density gives sum and integrate to 1, whatever its bounds, cells, atoms, tails
+and weights.
+"""
 
 import dataclasses
 
@@ -27,20 +29,45 @@ CASES = {
     "logistic, wide on the line": (None, ((-1.0, 3.0),), Standardize((0.5,), (2.5,)), "logistic"),
     "far from zero": (None, ((100.0, 102.0),), Standardize((-1.0,), (1.5,)), "gaussian"),
     "one end": (None, ((0.0, np.inf, 0.0, 2.0),), Standardize((0.0,), (0.7,)), "logistic"),
-    "one end far from zero": (None, ((-np.inf, -100.0, 0.0, 2.0),), Standardize((0.5,), (1.5,)), "gaussian"),
-    "counts from 0 on": (Cells.of([(0.0, 5.0)]), ((-2.5, np.inf, 0.0, 20.0),), Standardize((0.0,), (0.5,)), "gaussian"),
+    "one end far from zero": (
+        None,
+        ((-np.inf, -100.0, 0.0, 2.0),),
+        Standardize((0.5,), (1.5,)),
+        "gaussian",
+    ),
+    "counts from 0 on": (
+        Cells.of([(0.0, 5.0)]),
+        ((-2.5, np.inf, 0.0, 20.0),),
+        Standardize((0.0,), (0.5,)),
+        "gaussian",
+    ),
     "mixture": (None, ((-3.0, 0.0),), Standardize((0.0,), (2.0,)), "mixture"),
     "levels": (Cells.of(LEVELS), ((-0.5, 4.5),), None, "gaussian"),
     "counts": (Cells.of([(0.0, 2.0)]), (LINE,), Standardize((9.0,), (3.0,)), "logistic"),
-    "decimals with heavy tails": (Cells.of([(0.0, 0.5)]), ((*LINE, 3.0, 1.0),), Standardize((0.0,), (0.4,)), "gaussian"),
-    "values off a grid": (Cells.of([(-2.0, -1.7, 0.0, 0.1, 3.0, 4.0)]), (LINE,), Standardize((1.0,), (2.0,)), "gaussian"),
+    "decimals with heavy tails": (
+        Cells.of([(0.0, 0.5)]),
+        ((*LINE, 3.0, 1.0),),
+        Standardize((0.0,), (0.4,)),
+        "gaussian",
+    ),
+    "values off a grid": (
+        Cells.of([(-2.0, -1.7, 0.0, 0.1, 3.0, 4.0)]),
+        (LINE,),
+        Standardize((1.0,), (2.0,)),
+        "gaussian",
+    ),
     "atoms at both ends": (
         Cells.of(FREE, [{0.0: 0.5, 1.0: 0.25}]),
         ((0.0, 1.75),),
         Standardize((0.0,), (1.5,)),
         "gaussian",
     ),
-    "an atom and heavy tails": (Cells.of(FREE, [{0.0: 3.0}]), ((*LINE, 1.0, 1.0),), Standardize((0.0,), (0.5,)), "logistic"),
+    "an atom and heavy tails": (
+        Cells.of(FREE, [{0.0: 3.0}]),
+        ((*LINE, 1.0, 1.0),),
+        Standardize((0.0,), (0.5,)),
+        "logistic",
+    ),
     "a rounded amount and a free entry": (
         Cells.of([(0.0, 0.5), ()], [{0.0: 4.0}, {}]),
         (LINE, LINE),
@@ -57,7 +84,9 @@ CASES = {
 
 
 def mapped(ends):
-    """The map of entries with these ends to the line, and with these centers and scales of heavy tails."""
+    """The map of entries with these ends to the line, and with these centers and scales of heavy
+    tails.
+    """
     return Bounded(*np.array([(*row, 0.0, 0.0)[:4] for row in ends]).T)
 
 
@@ -65,11 +94,17 @@ def density(name):
     """A density of random weights that reach far from the identity."""
     cells, ends, then, prior = CASES[name]
     rng, key = np.random.default_rng(len(name)), jax.random.key(0)
-    flow = FlowSpec((len(ends),), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9)
+    flow = FlowSpec(
+        (len(ends),), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9
+    )
     transform = mapped(ends) if then is None else dataclasses.replace(mapped(ends), then=then)
-    spec = DensitySpec(flow, prior, transform, cells=cells, num_components=3 if prior in MIXTURES else None)
+    spec = DensitySpec(
+        flow, prior, transform, cells=cells, num_components=3 if prior in MIXTURES else None
+    )
     params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
-    params = jax.tree.map(lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape).astype(leaf.dtype), params
+    )
     return model_of(spec, {"params": params, "prior": spec.standard_prior()}).freeze()
 
 
@@ -78,14 +113,21 @@ def trained():
     rng = np.random.default_rng(0)
     amounts = np.where(rng.random(600) < 0.4, 0.0, rng.exponential(3, 600).round(1))
     shares = np.clip(rng.normal(0.5, 0.4, 600), 0, 1)
-    settings = {"training.batch_size": 64, "training.blocks": "unroll", "training.eval_every_steps": 50}
+    settings = {
+        "training.batch_size": 64,
+        "training.blocks": "unroll",
+        "training.eval_every_steps": 50,
+    }
     stages = (StageSpec(num_blocks=2, hidden=(16,), activation="clipswish"),)
     x = np.stack([amounts, shares], axis=1)
-    return ir.fit(x, bounds={1: (0, 1)}, steps=50, architecture=stages, settings=settings, progress=False)
+    return ir.fit(
+        x, bounds={1: (0, 1)}, steps=50, architecture=stages, settings=settings, progress=False
+    )
 
 
 def support(cells, ends, line, num):
-    """Values of one entry, and the size of what each stands for: a cell's width, 1 of an atom, a step of an integral.
+    """Values of one entry, and the size of what each stands for: a cell's width, 1 of an atom, a
+    step of an integral.
 
     Steps resolve the line of the transform's own, where all densities are smooth.
     """
@@ -103,20 +145,33 @@ def support(cells, ends, line, num):
     middles, steps = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
     x = np.asarray(cells.nearest(jnp.asarray(middles, jnp.float32)[:, None]))[:, 0]
     is_free = ~np.isin(x, atoms)
-    return np.concatenate([x[is_free], atoms[:, 0]]), np.concatenate([steps[is_free], np.ones(len(atoms))])
+    return np.concatenate([x[is_free], atoms[:, 0]]), np.concatenate(
+        [steps[is_free], np.ones(len(atoms))]
+    )
 
 
 def numbers(model):
-    """Rows of values, the number that the density gives each, averaged over noise, and the size of what it stands for."""
+    """Rows of values, the number that the density gives each, averaged over noise, and the size
+    of what it stands for.
+    """
     transform, cells = model.spec.transform, model.spec.cells
     samples = np.asarray(model.continuous.sample(jax.random.key(1), NUM_SAMPLES)[0], np.float64)
     line, found = transform.to_line(samples, np)[0], []
     rows = np.stack([transform.low, transform.high, transform.center, transform.scale], axis=1)
     for entry in range(samples.shape[1]):
-        own = None if cells is None else jax.tree.map(lambda table, entry=entry: table[entry : entry + 1], cells)
-        found.append(support(own, mapped(rows[[entry]]), line[:, entry], 4000 if samples.shape[1] == 1 else 200))
+        own = (
+            None
+            if cells is None
+            else jax.tree.map(lambda table, entry=entry: table[entry : entry + 1], cells)
+        )
+        found.append(
+            support(
+                own, mapped(rows[[entry]]), line[:, entry], 4000 if samples.shape[1] == 1 else 200
+            )
+        )
     x, sizes = (
-        np.stack([of.ravel() for of in np.meshgrid(*parts, indexing="ij")], axis=1) for parts in zip(*found, strict=True)
+        np.stack([of.ravel() for of in np.meshgrid(*parts, indexing="ij")], axis=1)
+        for parts in zip(*found, strict=True)
     )
     x = jnp.asarray(x, jnp.float32)
     log_prob = jax.jit(ir.Density.log_prob)
@@ -125,9 +180,14 @@ def numbers(model):
     _, start, width, _ = cells.places(x)
     _, log_ratio, _ = model.dequantize_and_logdet(x, jax.random.key(0), jax.random.key(0))
     middles = (np.arange(NUM_NOISE) + 0.5) / NUM_NOISE
-    orders = [np.random.default_rng(entry).permutation(middles) for entry in range(x.shape[1])]  # a Latin square
-    points = [start + width * jnp.asarray(noise, jnp.float32)[None] for noise in zip(*orders, strict=True)]
-    on_line = np.mean([np.exp(np.asarray(log_prob(model.continuous, u), np.float64)) for u in points], axis=0)
+    # a Latin square
+    orders = [np.random.default_rng(entry).permutation(middles) for entry in range(x.shape[1])]
+    points = [
+        start + width * jnp.asarray(noise, jnp.float32)[None] for noise in zip(*orders, strict=True)
+    ]
+    on_line = np.mean(
+        [np.exp(np.asarray(log_prob(model.continuous, u), np.float64)) for u in points], axis=0
+    )
     return x, on_line * np.exp(np.asarray(log_ratio, np.float64)), sizes.prod(axis=1)
 
 
@@ -137,12 +197,16 @@ def test_all_numbers_add_up_to_1_and_samples_have_the_shares_that_they_say(name)
     x, values, sizes = numbers(model)
     assert np.sum(values * sizes) == pytest.approx(1, abs=TOLERANCE)
     samples = np.asarray(model.sample(jax.random.key(0), NUM_SAMPLES)[0])
-    for entry, places in enumerate(np.quantile(samples, [0.1, 0.5, 0.9], axis=0).T):  # atoms and values are their own quantiles
+    # atoms and values are their own quantiles
+    for entry, places in enumerate(np.quantile(samples, [0.1, 0.5, 0.9], axis=0).T):
         for place in places:
-            for is_there in (np.equal, np.less) if x.shape[1] == 1 else (np.equal,):  # nodes of two entries are far apart
+            # nodes of two entries are far apart
+            for is_there in (np.equal, np.less) if x.shape[1] == 1 else (np.equal,):
                 share = np.sum(np.where(is_there(x[:, entry], place), values * sizes, 0))
                 error = np.sqrt(max(share * (1 - share), 1 / NUM_SAMPLES) / NUM_SAMPLES)
-                assert abs(np.mean(is_there(samples[:, entry], place)) - share) < 3 * error + TOLERANCE
+                assert (
+                    abs(np.mean(is_there(samples[:, entry], place)) - share) < 3 * error + TOLERANCE
+                )
 
 
 def test_a_density_of_potentials_integrates_to_1_on_a_grid():
@@ -152,5 +216,9 @@ def test_a_density_of_potentials_integrates_to_1_on_a_grid():
     )
     model = ir.Density.init(jax.random.key(0), x, stages=[stage], coeff=0.95)
     edges = np.linspace(-80, 80, 801, dtype=np.float32)  # it shrinks what is far from the data
-    values = jax.jit(ir.Density.log_prob)(model, np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2))
-    assert np.exp(np.asarray(values, np.float64)).sum() * (160 / 800) ** 2 == pytest.approx(1, abs=TOLERANCE)
+    values = jax.jit(ir.Density.log_prob)(
+        model, np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2)
+    )
+    assert np.exp(np.asarray(values, np.float64)).sum() * (160 / 800) ** 2 == pytest.approx(
+        1, abs=TOLERANCE
+    )

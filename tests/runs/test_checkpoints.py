@@ -1,4 +1,6 @@
-"""States survive a round trip bit by bit, under readable names; damaged checkpoints are noticed and stepped over."""
+"""States survive a round trip bit by bit, under readable names; damaged checkpoints are noticed
+and stepped over.
+"""
 
 import resource
 import subprocess
@@ -29,7 +31,10 @@ def make_state(seed=0, num_blocks=3):
     def array(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    params = {"stage0": {"blocks": {"conv1": {"bias": array(num_blocks, 4)}}}, "prior": {"mean": array(5)}}
+    params = {
+        "stage0": {"blocks": {"conv1": {"bias": array(num_blocks, 4)}}},
+        "prior": {"mean": array(5)},
+    }
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
     opt_state = jax.tree.map(lambda leaf: leaf + jnp.asarray(seed, leaf.dtype), opt_state)
     return State(params, opt_state, jnp.int32(seed))
@@ -37,7 +42,10 @@ def make_state(seed=0, num_blocks=3):
 
 def big_state(seed):
     """A state whose numbers do not compress, so that its data are in the largest file."""
-    return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=20_000), jnp.float32), "step": jnp.int32(seed)}
+    return {
+        "w": jnp.asarray(np.random.default_rng(seed).normal(size=20_000), jnp.float32),
+        "step": jnp.int32(seed),
+    }
 
 
 def assert_same_bits(actual, expected):
@@ -47,19 +55,24 @@ def assert_same_bits(actual, expected):
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
-# --- names -------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def test_restored_arrays_can_be_donated():
     state = make_state()
     restored = from_named(to_named(state), jax.eval_shape(lambda: state))
-    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(restored))
+    jax.block_until_ready(
+        jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(restored)
+    )
     assert restored.params["prior"]["mean"].is_deleted()
 
 
 MISFITS = [
     ({"params/prior/mean": None}, "it lacks 'params/prior/mean'"),
-    ({"params/prior/mean": np.zeros(4, np.float32)}, r"'params/prior/mean' is float32\[4\] in it, not float32\[5\]"),
+    (
+        {"params/prior/mean": np.zeros(4, np.float32)},
+        r"'params/prior/mean' is float32\[4\] in it, not float32\[5\]",
+    ),
     ({"params/prior/mean": np.zeros(5)}, "trained in float64: set JAX_ENABLE_X64"),
 ]
 
@@ -67,18 +80,22 @@ MISFITS = [
 @pytest.mark.parametrize(("changes", "message"), MISFITS)
 def test_a_difference_is_named_in_one_sentence(changes, message):
     state = make_state()
-    named = {name: array for name, array in (to_named(state) | changes).items() if array is not None}
+    named = {
+        name: array for name, array in (to_named(state) | changes).items() if array is not None
+    }
     with pytest.raises(ValueError, match=message) as caught:
         from_named(named, state)
     assert "\n" not in str(caught.value)
 
 
-# --- saving and restoring ----------------------------------------------------------------------------------------
+# --- saving and restoring -------------------------------------------------------------------------
 
 
 def steps_in(workdir):
     """The steps of the checkpoints of a run, which has nothing else in its folder of them."""
-    return sorted(int(path.name.removesuffix(".npz")) for path in (workdir / "checkpoints").iterdir())
+    return sorted(
+        int(path.name.removesuffix(".npz")) for path in (workdir / "checkpoints").iterdir()
+    )
 
 
 def test_round_trip_is_bit_exact(tmp_path):
@@ -89,7 +106,8 @@ def test_round_trip_is_bit_exact(tmp_path):
         restored = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state), best=best)
         assert (restored.step, np.isnan(restored.metric), restored.notes) == (120, True, ())
         assert_same_bits(restored.state, state)
-    with pytest.raises(ValueError, match="does not fit this state"):  # and is not taken for a damaged one
+    # and is not taken for a damaged one
+    with pytest.raises(ValueError, match="does not fit this state"):
         Checkpoints(tmp_path).restore(make_state(num_blocks=4))
 
 
@@ -104,7 +122,9 @@ def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
     assert_same_bits(Checkpoints(tmp_path).restore(state).state, state)
 
 
-@pytest.mark.parametrize(("saved", "kept"), [((10, 20, 30, 30), [20, 30]), ((10, 20, 15), [10, 15])])
+@pytest.mark.parametrize(
+    ("saved", "kept"), [((10, 20, 30, 30), [20, 30]), ((10, 20, 15), [10, 15])]
+)
 def test_the_newest_are_kept_and_an_earlier_step_gives_up_the_later_ones(tmp_path, saved, kept):
     for step in saved:
         Checkpoints(tmp_path).save(step, make_state(step))
@@ -172,12 +192,15 @@ print(death)
 
 
 def test_a_kill_at_any_moment_loses_neither_the_newest_nor_the_best(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) >= 6  # at each of three arrays, before and after the renaming, and when the old ones are deleted
+    # at each of three arrays, before and after the renaming, and when the old ones are deleted
+    assert int(done.stdout) >= 6
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def flip_bit(path, at):
@@ -206,7 +229,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         assert note.endswith("): step 10 takes its place.")
         assert_same_bits(restored.state, big_state(10))
     damage(checkpoints.path(10))
-    with pytest.raises(RuntimeError, match=r"10.npz is damaged \(.*\), and no other can be read") as error:
+    with pytest.raises(
+        RuntimeError, match=r"10.npz is damaged \(.*\), and no other can be read"
+    ) as error:
         checkpoints.restore(big_state(0))
     assert "\n" not in str(error.value)
 
@@ -269,10 +294,14 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path):
     checkpoints.save(10, big_state(10))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        for size in (20_000, 500, checkpoints.path(10).stat().st_size - 40):  # in the data, in the metadata, in the index
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # writes fail as they do on a full disk
+        # in the data, in the metadata, in the index
+        for size in (20_000, 500, checkpoints.path(10).stat().st_size - 40):
+            # writes fail as they do on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             for step in (20, 10):  # also when it would replace the only one
-                with pytest.raises(OSError, match=rf"step {step} could not be written .*\(File too large\)") as error:
+                with pytest.raises(
+                    OSError, match=rf"step {step} could not be written .*\(File too large\)"
+                ) as error:
                     checkpoints.save(step, big_state(step + 1))
                 assert "\n" not in str(error.value)
     finally:

@@ -1,4 +1,6 @@
-"""Mistakes in a config file or on the command line are answered in one sentence, before anything is written."""
+"""Mistakes in a config file or on the command line are answered in one sentence, before anything
+is written.
+"""
 
 import json
 import os
@@ -49,15 +51,27 @@ def answer(capsys, tmp_path):
 MISTAKES = [
     # flags and names
     ("toy", "trainig.batch_size=3", "config has no field 'trainig': did you mean 'training'?"),
-    ("toy", "training.batch_size=abc", "config.training.batch_size must be a whole number, got 'abc'"),
+    (
+        "toy",
+        "training.batch_size=abc",
+        "config.training.batch_size must be a whole number, got 'abc'",
+    ),
     ("toy", "model.stages[3].num_blocks=2", "config.model.stages has no entry 3: it has 1"),
     ("toy", "model.stages[0].num_block=2", "did you mean 'num_blocks'?"),
     # values
     ("toy", "model.coeff=1.5", "config.model.coeff must lie in (0, 1), got 1.5"),
     ("toy", "optimizer.learning_rate=nan", "must be a number, got nan"),
     ("toy", "logdet.kind=magic", "must be one of exact, series, roulette, krylov, got 'magic'"),
-    ("toy", "logdet.kind=roulette logdet.distribution=geometric logdet.parameter=2.0", "config.logdet: the geometric"),
-    ("toy", "model.stages[0].hidden=(4.5,)", "config.model.stages[0].hidden[0] must be a whole number, got 4.5"),
+    (
+        "toy",
+        "logdet.kind=roulette logdet.distribution=geometric logdet.parameter=2.0",
+        "config.logdet: the geometric",
+    ),
+    (
+        "toy",
+        "model.stages[0].hidden=(4.5,)",
+        "config.model.stages[0].hidden[0] must be a whole number, got 4.5",
+    ),
     # what does not fit together, or the data, or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),
     ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
@@ -66,12 +80,36 @@ MISTAKES = [
     ("toy", "hybrid.weight=7", "hybrid.weight is for hybrid: leave it at"),
     ("toy", "hybrid.ramp_steps=7", "hybrid.ramp_steps is for hybrid: leave it at"),
     ("toy", "classifier.mean=(0.2,)", "classifier.mean is for classification: leave it at"),
-    ("toy", "classifier.label_smoothing=0.1", "label_smoothing is for classification and hybrid: leave it at 0.0 for density"),
-    ("classifier", "model.context_hidden=(4,)", "context_hidden is for density: leave it at () for classification"),
-    ("hybrid", "classifier.pad_channels=2", "pad_channels is for classification: leave it at 0 for hybrid"),
-    ("hybrid", "evaluation.num_importance_draws=4 evaluation.num_importance_examples=1", "for all, or at least 2, got 1"),
-    ("toy", "optimizer.boundaries=(0.5,)", "optimizer.boundaries are for schedule step, got 'cosine'"),
-    ("toy", "model.context_hidden=(4,)", "model.context_hidden is a network on contexts, and moons has none"),
+    (
+        "toy",
+        "classifier.label_smoothing=0.1",
+        "label_smoothing is for classification and hybrid: leave it at 0.0 for density",
+    ),
+    (
+        "classifier",
+        "model.context_hidden=(4,)",
+        "context_hidden is for density: leave it at () for classification",
+    ),
+    (
+        "hybrid",
+        "classifier.pad_channels=2",
+        "pad_channels is for classification: leave it at 0 for hybrid",
+    ),
+    (
+        "hybrid",
+        "evaluation.num_importance_draws=4 evaluation.num_importance_examples=1",
+        "for all, or at least 2, got 1",
+    ),
+    (
+        "toy",
+        "optimizer.boundaries=(0.5,)",
+        "optimizer.boundaries are for schedule step, got 'cosine'",
+    ),
+    (
+        "toy",
+        "model.context_hidden=(4,)",
+        "model.context_hidden is a network on contexts, and moons has none",
+    ),
     ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
     ("toy", "augmentation.noise=0.1", "noise is for continuous vectors"),
     (
@@ -80,14 +118,34 @@ MISTAKES = [
         "flip is for classification and hybrid: leave it at False for density",
     ),
     ("toy", "constraint.norms=none", "a density needs blocks that are contractions"),
-    ("toy", "training.initial_model=nowhere", "there is no model nowhere: train.py and model.save write one"),
+    (
+        "toy",
+        "training.initial_model=nowhere",
+        "there is no model nowhere: train.py and model.save write one",
+    ),
     ("classifier", "data.name=moons", "classification needs labelled images"),
-    ("toy", "model.prior=mixture", "prior_components is for the priors mixture, scales, marginals, which need it"),
-    ("hybrid", "model.prior=mixture model.prior_components=2", "prior_components is for density: leave it at 0 for hybrid"),
+    (
+        "toy",
+        "model.prior=mixture",
+        "prior_components is for the priors mixture, scales, marginals, which need it",
+    ),
+    (
+        "hybrid",
+        "model.prior=mixture model.prior_components=2",
+        "prior_components is for density: leave it at 0 for hybrid",
+    ),
     ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
     ("hybrid", "data.name=moons", "a hybrid needs labels"),
-    ("toy", "evaluation.num_importance_draws=5", "is for discrete data, and moons is continuous: make it 0"),
-    ("toy", "evaluation.num_importance_examples=5", "needs draws: set config.evaluation.num_importance_draws"),
+    (
+        "toy",
+        "evaluation.num_importance_draws=5",
+        "is for discrete data, and moons is continuous: make it 0",
+    ),
+    (
+        "toy",
+        "evaluation.num_importance_examples=5",
+        "needs draws: set config.evaluation.num_importance_draws",
+    ),
 ]
 
 
@@ -99,7 +157,11 @@ def test_mistakes_are_answered_in_one_sentence(config_files, answer, name, overr
 
 def test_mistakes_in_other_flags_are_answered_in_one_sentence(config_files, answer, tmp_path):
     remote = "nosuch:// is no storage that fsspec knows"
-    for flag, fragment in (("--worcdir=x", "worcdir"), ("extra", "extra"), ("--workdir=nosuch://bucket/run", remote)):
+    for flag, fragment in (
+        ("--worcdir=x", "worcdir"),
+        ("extra", "extra"),
+        ("--workdir=nosuch://bucket/run", remote),
+    ):
         assert fragment in answer(f"--config={config_files['toy']}", flag)
     assert "there is no config file configs/nowhere.py" in answer("--config", "configs/nowhere.py")
     assert "the config file has no variants" in answer(f"--config={config_files['toy']}:0.7")
@@ -111,7 +173,10 @@ def test_mistakes_in_other_flags_are_answered_in_one_sentence(config_files, answ
         (b"def get_config(:", "invalid syntax (wrong.py, line 1)"),
         (b'name = "\xff"', "can't decode byte 0xff"),
         (b"def get_config():\n    return 3", "must return a ConfigDict, got 3"),
-        (runs.TOY_CONFIG.replace("config.data.name", "config.data.nam").encode(), 'Did you mean "name" instead of "nam"?'),
+        (
+            runs.TOY_CONFIG.replace("config.data.name", "config.data.nam").encode(),
+            'Did you mean "name" instead of "nam"?',
+        ),
     ],
 )
 def test_a_config_file_that_fails_is_answered_in_one_sentence(answer, tmp_path, program, fragment):
@@ -123,7 +188,9 @@ def test_a_config_file_that_fails_is_answered_in_one_sentence(answer, tmp_path, 
 def test_stages_of_a_config_file_may_be_specs():
     config = default_config()
     config.model.stages = (StageSpec(2, (4,)),)
-    assert parse(to_plain(config)).model.stages == parse(config).model.stages == (StageSpec(2, (4,)),)
+    assert (
+        parse(to_plain(config)).model.stages == parse(config).model.stages == (StageSpec(2, (4,)),)
+    )
 
 
 def test_a_config_file_answers_for_its_own_variants(answer, tmp_path):
@@ -132,7 +199,9 @@ def test_a_config_file_answers_for_its_own_variants(answer, tmp_path):
     assert answer(f"--config={wrong}:c") == "error: c is none of a and b"
 
 
-def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(config_files, answer, tmp_path, monkeypatch):
+def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(
+    config_files, answer, tmp_path, monkeypatch
+):
     def fail(error):
         def train(config, workdir):
             raise error
@@ -150,40 +219,68 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(confi
 
 
 def test_the_real_command_line_of_a_mistake(config_files, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={config_files['toy']}", f"--workdir={tmp_path / 'run'}"]
-    # A thread that has not ended, as those of transports may, is waited for where Python ends in an orderly way.
-    (tmp_path / "sitecustomize.py").write_text("from threading import Event, Thread\nThread(target=Event().wait).start()")
-    environment = {**runs.environment(), "JAX_PLATFORMS": "cuda", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={config_files['toy']}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    # A thread that has not ended, as those of transports may, is waited for where Python ends in an
+    # orderly way.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from threading import Event, Thread\nThread(target=Event().wait).start()"
+    )
+    environment = {
+        **runs.environment(),
+        "JAX_PLATFORMS": "cuda",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 2
-    assert "error: JAX was told to use 'cuda' and finds no such device" in done.stderr.splitlines()[-1]
+    assert (
+        "error: JAX was told to use 'cuda' and finds no such device" in done.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in done.stderr
 
 
 def test_flags_override_fields_and_name_the_workdir_after_the_config(config_files, monkeypatch):
-    arguments = [f"--config={config_files['toy']}", "--config.seed=3", "--config.model.stages[0].hidden=(4,)"]
+    arguments = [
+        f"--config={config_files['toy']}",
+        "--config.seed=3",
+        "--config.model.stages[0].hidden=(4,)",
+    ]
     flags = parse_train_flags(["train.py", *arguments, "--config.training.total_steps=1e3"])
     assert flags.config.training.total_steps == 1000
     assert (flags.config.seed, flags.config.model.stages[0].hidden, flags.debug) == (3, (4,), False)
     arguments.append("--config.model.stages[0].actnorm=false")  # which the file does not mention
     assert not parse_train_flags(["train.py", *arguments]).config.model.stages[0].actnorm
     assert flags.workdir == Path("runs/toy")
-    group = parse_train_flags(["train.py", *arguments, "--config.training={'total_steps': 30}"]).config.training
+    group = parse_train_flags(
+        ["train.py", *arguments, "--config.training={'total_steps': 30}"]
+    ).config.training
     assert (group.total_steps, group.batch_size) == (30, 16)  # which the file has set
     monkeypatch.chdir(ROOT)
     flags = parse_train_flags(["train.py", "--debug"])
     assert (flags.workdir, flags.debug) == (Path("runs/digits_density"), True)
-    assert parse_train_flags(["train.py", "--config=configs/toy_2d.py:moons"]).workdir == Path("runs/toy_2d_moons")
+    assert parse_train_flags(["train.py", "--config=configs/toy_2d.py:moons"]).workdir == Path(
+        "runs/toy_2d_moons"
+    )
 
 
-# --- the folder of a run ----------------------------------------------------------------------------------------------
+# --- the folder of a run --------------------------------------------------------------------------
 
 
-def test_a_workdir_holds_the_config_that_was_trained_and_refuses_another(config_files, tmp_path_factory, answer):
+def test_a_workdir_holds_the_config_that_was_trained_and_refuses_another(
+    config_files, tmp_path_factory, answer
+):
     workdir = runs.trained(tmp_path_factory, "toy")
     written = (workdir / "config.json").read_text()
     assert json.loads(written) == {"format": 1, **to_plain(runs.config_of(runs.TOY_CONFIG))}
     override = "--config.optimizer.learning_rate=0.5"
-    line = answer(f"--config={config_files['toy']}", f"--workdir={workdir}", override, workdir=workdir)
+    line = answer(
+        f"--config={config_files['toy']}", f"--workdir={workdir}", override, workdir=workdir
+    )
     assert "config.optimizer.learning_rate is 0.5 now and 0.001 before" in line
     assert (workdir / "config.json").read_text() == written

@@ -1,4 +1,6 @@
-"""The configs that come with the library: what they describe, and one step of each cut-down copy."""
+"""The configs that come with the library: what they describe, and one step of each cut-down
+copy.
+"""
 
 import functools
 import importlib.util
@@ -43,16 +45,29 @@ CONFIGS = [
     ("bsds300", None),
     ("tabular", None),
     *(("iresnet_density", name) for name in ("mnist", "cifar10")),
-    *(("residual_flow_density", name) for name in ("mnist", "cifar10", "downsampled_imagenet/32x32")),
+    *(
+        ("residual_flow_density", name)
+        for name in ("mnist", "cifar10", "downsampled_imagenet/32x32")
+    ),
     *(("toy_2d", name) for name in toys.TOYS),
     *(("digits_classification", name) for name in (None, "0.7", "vanilla")),
-    *((f"{name}_classification", variant) for name in ("mnist", "fashion_mnist") for variant in (None, "vanilla")),
+    *(
+        (f"{name}_classification", variant)
+        for name in ("mnist", "fashion_mnist")
+        for variant in (None, "vanilla")
+    ),
     ("mnist_classification", "muon"),
     ("cifar10_classification", None),
     *(("mnist_robust", variant) for variant in (None, "0.3", "fashion_mnist", "cifar10")),
-    *(("iresnet_classification", name) for name in ("mnist", "cifar10", "cifar100", "cifar10_released")),
+    *(
+        ("iresnet_classification", name)
+        for name in ("mnist", "cifar10", "cifar100", "cifar10_released")
+    ),
 ]
-PUBLISHED = {("iresnet_density", "cifar10"): 25.03e6, ("iresnet_classification", "cifar10_released"): 4.91e6}  # parameters
+PUBLISHED = {
+    ("iresnet_density", "cifar10"): 25.03e6,
+    ("iresnet_classification", "cifar10_released"): 4.91e6,
+}  # parameters
 
 
 def get_config(name, argument):
@@ -64,7 +79,9 @@ def get_config(name, argument):
 
 
 def data_of(config, shape=None):
-    """Random images of the data set's shape, unless another is given, random vectors, or the toy."""
+    """Random images of the data set's shape, unless another is given, random vectors, or the
+    toy.
+    """
     name = config.data.name
     if name in toys.TOYS:
         return load(name)
@@ -81,7 +98,9 @@ def data_of(config, shape=None):
 
 def test_the_training_step_lowers_for_tpus():
     config = get_config("digits_density", None)
-    lowered, _ = plan.lower(config, plan.Machine("eight of tpu", "tpu", (jax.devices()[0],), 8), data_of(config))
+    lowered, _ = plan.lower(
+        config, plan.Machine("eight of tpu", "tpu", (jax.devices()[0],), 8), data_of(config)
+    )
     assert "all_reduce" in lowered.as_text()  # of gradients
 
 
@@ -96,7 +115,10 @@ def test_configs_describe_models_that_fit_their_data(name, argument):
 def test_a_cut_down_copy_takes_a_step():
     """Of two stages whose blocks are those of all."""
     config, stages = get_config("residual_flow_density", "mnist"), slice(2, 4)
-    narrow = [replace(stage, num_blocks=1, hidden=(2,) * len(stage.hidden)) for stage in config.model.stages[stages]]
+    narrow = [
+        replace(stage, num_blocks=1, hidden=(2,) * len(stage.hidden))
+        for stage in config.model.stages[stages]
+    ]
     config = replace(
         config,
         model=replace(config.model, stages=tuple(narrow)),
@@ -108,11 +130,15 @@ def test_a_cut_down_copy_takes_a_step():
     data = data_of(config, (8, 8, 1))
     objective = loop.build_objective(config, data)
     current = runs.random_state(objective)
-    step = jax.jit(jax.vmap(objective.training_step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS))
+    step = jax.jit(
+        jax.vmap(objective.training_step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
+    )
     batch = jax.tree.map(lambda rows: rows[None, :8], objective.examples)
     after, metrics = jax.device_get(step(current, batch))
     assert 0 < float(metrics["bits_per_dim"]) < 50
-    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), jax.device_get(current.params), after.params)
+    moved = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)), jax.device_get(current.params), after.params
+    )
     assert any(jax.tree.leaves(moved))
     assert int(after.step) == 1
 
@@ -134,7 +160,9 @@ def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, kno
 @pytest.mark.parametrize(("name", "rate"), [("digits", 0.1), ("cifar10", 0.02)])
 def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name, rate):
     name += "_classification"
-    plain, half, vanilla = (to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla"))
+    plain, half, vanilla = (
+        to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla")
+    )
     half["model"]["coeff"] = 0.9
     assert vanilla["optimizer"]["learning_rate"] == rate
     vanilla["constraint"]["norms"] = "estimated"
@@ -156,10 +184,15 @@ def read_kept(name):
 def test_kept_models_are_those_of_their_configs(name):
     """A folder has the name of a config, or that and the variant behind ``_`` or ``/``."""
     _, about = read_kept(name)
-    of_config = (name, None) if (ROOT / f"configs/{name}.py").exists() else name.replace("/", "_").rsplit("_", 1)
+    of_config = (
+        (name, None)
+        if (ROOT / f"configs/{name}.py").exists()
+        else name.replace("/", "_").rsplit("_", 1)
+    )
     config = to_plain(get_config(*of_config))
     if name == "cifar10_density":
-        config["data"]["name"] = "cifar:cifar10_jpeg"  # copies of its images, as docs/results.md says
+        # copies of its images, as docs/results.md says
+        config["data"]["name"] = "cifar:cifar10_jpeg"
     assert first_difference(config, to_plain(parse(about["config"])), "config") is None
 
 
@@ -168,9 +201,12 @@ def test_a_kept_model_can_be_inverted():
     assert kept.certificate().certified
     levels = kept.spec.num_levels
     images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES["digits"]), np.uint8)
-    # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back with errors of 1.3e-4.
+    # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back
+    # with errors of 1.3e-4.
     with jax.enable_x64(True):
         exact = kept.continuous.with_(solver=Solver(atol=1e-10))
-        found, info = jax.jit(lambda model, x: model.decode(model.encode(x)))(exact, (images + 0.5) / levels)
+        found, info = jax.jit(lambda model, x: model.decode(model.encode(x)))(
+            exact, (images + 0.5) / levels
+        )
     assert bool(info.converged.all())
     np.testing.assert_allclose(found, (images + 0.5) / levels, atol=1e-7)

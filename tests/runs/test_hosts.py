@@ -1,4 +1,6 @@
-"""Several processes train as one does, on the same devices to the bit; what ends one of them ends all, in one sentence each."""
+"""Several processes train as one does, on the same devices to the bit; what ends one of them
+ends all, in one sentence each.
+"""
 
 import functools
 import shutil
@@ -15,8 +17,11 @@ from iresnet_jax.runs import hosts, loop
 from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.metrics import read_metrics
 
-ROUNDING = 2e-5  # float32 sums over another number of devices, amplified by 8 steps, of an array's largest entry
-VANISHING = 2e-8  # what sums of numbers around 1 leave where they vanish, as gradients of biases in front of ActNorm do
+# float32 sums over another number of devices, amplified by 8 steps, of an array's largest entry
+ROUNDING = 2e-5
+# what sums of numbers around 1 leave where they vanish, as gradients of biases in front of ActNorm
+# do
+VANISHING = 2e-8
 LONG = {  # runs that something ends, of what compiles fastest
     "training.total_steps": 100_000,
     "training.eval_every_steps": 100_000,
@@ -35,13 +40,17 @@ ADVICE = "the same command on all processes, or on fewer, goes on from the last 
 def finish(processes):
     """Exit statuses, and what was said on stderr, transports' own lines left out."""
     statuses = [process.wait(4 * DEADLINE_S) for process in processes]
-    return statuses, [[line for line in process.said() if not line.startswith("[Gloo]")] for process in processes]
+    return statuses, [
+        [line for line in process.said() if not line.startswith("[Gloo]")] for process in processes
+    ]
 
 
 def await_step(workdir, step, processes):
     """Waits until a run has logged a step."""
     deadline = time.monotonic() + DEADLINE_S
-    while not any(record["step"] >= step and record["split"] == "train" for record in read_metrics(workdir)):
+    while not any(
+        record["step"] >= step and record["split"] == "train" for record in read_metrics(workdir)
+    ):
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.05)
@@ -58,10 +67,12 @@ def assert_close(found, expected):
     assert step == expected_step
     for place, array in expected_arrays.items():
         atol = max(ROUNDING * float(np.abs(array).max(initial=0)), VANISHING)
-        np.testing.assert_allclose(arrays[place].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=place)
+        np.testing.assert_allclose(
+            arrays[place].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=place
+        )
 
 
-# --- ends -------------------------------------------------------------------------------------------------------------
+# --- ends -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +89,28 @@ def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
     workdir, statuses, said = stopped
     assert statuses == [128 + signal.SIGTERM] * 2
     step, _ = final(workdir)
-    sentence = f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same command goes on from it"
-    assert said == [[sentence], ["SIGTERM: saving after this step; a second signal stops at once", sentence]]
+    sentence = (
+        f"stopped by SIGTERM after step {step} of {LONG['training.total_steps']}: the same "
+        "command goes on from it"
+    )
+    assert said == [
+        [sentence],
+        ["SIGTERM: saving after this step; a second signal stops at once", sentence],
+    ]
 
 
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     """Of a run with a time limit, whose processes agree on its length at every line of the log."""
-    processes = start(2, [["toy", str(tmp_path / "run"), {**LONG, "training.minutes": 60.0}]], tmp_path)
+    processes = start(
+        2, [["toy", str(tmp_path / "run"), {**LONG, "training.minutes": 60.0}]], tmp_path
+    )
     await_step(tmp_path / "run", 3, processes)
     processes[1].send_signal(signal.SIGKILL)
     statuses, said = finish(processes)
     assert statuses == [hosts.LOST, -signal.SIGKILL]
-    assert said[0][-1].startswith(f"another process has failed or cannot be reached, see what it said: {ADVICE} (")
+    assert said[0][-1].startswith(
+        f"another process has failed or cannot be reached, see what it said: {ADVICE} ("
+    )
 
 
 def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_path):
@@ -106,12 +127,14 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_pat
     assert other in (2, *ENDS_OF_THE_LOST)  # told what failed, or left alone
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of the same training by one process with two devices, and by two that have folders of their own."""
+    """Folders of the same training by one process with two devices, and by two that have folders
+    of their own.
+    """
     folder = tmp_path_factory.mktemp("trained")
     of_two, elsewhere = (("classifier", str(folder / name), {}) for name in ("two", "elsewhere"))
     processes = start(2, [of_two], folder / "processes", other=elsewhere)
@@ -124,7 +147,9 @@ def trained(tmp_path_factory):
 def test_runs_do_not_depend_on_how_devices_are_spread(trained):
     assert jax.local_device_count() == 2
     assert_close(final(trained / "two"), final(trained / "one"))
-    for found, expected in zip(*(runs.measurements(trained / name) for name in ("two", "one")), strict=True):
+    for found, expected in zip(
+        *(runs.measurements(trained / name) for name in ("two", "one")), strict=True
+    ):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
@@ -139,11 +164,21 @@ def test_one_process_goes_on_where_two_were(trained, tmp_path):
 @pytest.mark.parametrize(
     ("ours", "theirs", "difference"),
     [
-        ('"seed": 0', '"seed": 7', "all processes need the same run: run.config.seed is 7 in process 1 and 0 in process 0"),
-        ('"fingerprint": "', '"fingerprint": "no', "all processes need the same run: run.data.fingerprint is "),
+        (
+            '"seed": 0',
+            '"seed": 7',
+            "all processes need the same run: run.config.seed is 7 in process 1 and 0 in process 0",
+        ),
+        (
+            '"fingerprint": "',
+            '"fingerprint": "no',
+            "all processes need the same run: run.data.fingerprint is ",
+        ),
     ],
 )
-def test_what_processes_must_have_alike_is_compared(monkeypatch, tmp_path, ours, theirs, difference):
+def test_what_processes_must_have_alike_is_compared(
+    monkeypatch, tmp_path, ours, theirs, difference
+):
     """With the texts that another process would have sent."""
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts, "_of_all", lambda own: [own, own.replace(ours, theirs)])
@@ -155,7 +190,10 @@ def test_what_processes_must_have_alike_is_compared(monkeypatch, tmp_path, ours,
 def test_missing_and_wrong_arguments_are_refused(monkeypatch):
     asked = []
     monkeypatch.setattr(hosts.jax.distributed, "initialize", functools.partial(refused, asked))
-    with pytest.raises(ValueError, match="several processes need --coordinator_address, --num_processes and --process_id"):
+    with pytest.raises(
+        ValueError,
+        match="several processes need --coordinator_address, --num_processes and --process_id",
+    ):
         hosts.initialize("localhost:1")
     with pytest.raises(ValueError, match=r"--process_id must lie in \[0, 2\)"):
         hosts.initialize("localhost:1", 2, 2)
@@ -168,10 +206,16 @@ def test_missing_and_wrong_arguments_are_refused(monkeypatch):
     assert asked == [None] * 2 + ["deactivate"] * len(SINGLE)
 
 
-SINGLE = [("SLURM_NTASKS", "1"), ("OMPI_COMM_WORLD_SIZE", "1"), ("KUBERNETES_SERVICE_HOST", "10.0.0.1")]
+SINGLE = [
+    ("SLURM_NTASKS", "1"),
+    ("OMPI_COMM_WORLD_SIZE", "1"),
+    ("KUBERNETES_SERVICE_HOST", "10.0.0.1"),
+]
 
 
 def refused(asked, *arguments, cluster_detection_method, **options):
-    """JAX's function, once it has started: it finds no cluster, and says whether it was asked to look for one."""
+    """JAX's function, once it has started: it finds no cluster, and says whether it was asked to
+    look for one.
+    """
     asked.append(cluster_detection_method)
     raise ValueError("Number of processes must be defined.")

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 from one_of_several import status_of_one_killed_in_a_save
-from tiny_runs import EVAL_EVERY, ROOT, TOTAL_STEPS, arrays_of, assert_ends_like, measurements, newest
+from tiny_runs import (
+    EVAL_EVERY,
+    ROOT,
+    TOTAL_STEPS,
+    arrays_of,
+    assert_ends_like,
+    measurements,
+    newest,
+)
 
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.data import load
@@ -36,20 +44,26 @@ def uninterrupted(tmp_path_factory):
     return runs.trained(tmp_path_factory, "toy")
 
 
-# --- one run --------------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 def test_training_improves_validation_and_never_recompiles(uninterrupted):
     assert (uninterrupted / runs.TRACES).read_text() == "1"
     assert newest(uninterrupted) == TOTAL_STEPS == arrays_of(uninterrupted)["step"]
-    validation = [record["nll"] for record in measurements(uninterrupted) if record["split"] == "validation"]
+    validation = [
+        record["nll"] for record in measurements(uninterrupted) if record["split"] == "validation"
+    ]
     assert len(validation) == TOTAL_STEPS // EVAL_EVERY
     assert validation[-1] < validation[0]
 
 
 def test_a_run_that_began_from_a_saved_model_goes_on_without_it(config, tmp_path):
     path = kept.model(model_spec(config, load("moons"))).save(tmp_path / "model.npz")
-    changes = {"training.total_steps": 1, "training.eval_every_steps": 1, "training.initial_model": str(path)}
+    changes = {
+        "training.total_steps": 1,
+        "training.eval_every_steps": 1,
+        "training.initial_model": str(path),
+    }
     begun = runs.config_of(runs.TOY_CONFIG, **changes)
     state = loop.train(begun, tmp_path / "run")
     path.unlink()
@@ -74,13 +88,16 @@ def test_a_resumed_run_has_the_time_that_is_left(tmp_path, happens_before, monke
         loop.train(config, tmp_path)
     path = tmp_path / "metrics.jsonl"
     *before, last = path.read_text().splitlines()
-    path.write_text("\n".join([*before, json.dumps(json.loads(last) | {"wall_time_s": 3600.0}), ""]))
-    assert int(loop.train(config, tmp_path).step) == newest(tmp_path) == 7  # from the second step on it knows their time
+    path.write_text(
+        "\n".join([*before, json.dumps(json.loads(last) | {"wall_time_s": 3600.0}), ""])
+    )
+    # from the second step on it knows their time
+    assert int(loop.train(config, tmp_path).step) == newest(tmp_path) == 7
     monkeypatch.setattr(loop, "device_batches", lambda *_, **options: iter(()))
     assert int(loop.train(config, tmp_path).horizon) == 7  # it has ended
 
 
-# --- told to stop ---------------------------------------------------------------------------------------------------
+# --- told to stop ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -104,11 +121,15 @@ def send(*signals):
     return lambda: [signal.raise_signal(number) for number in signals]
 
 
-def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_path, happens_before):
+def test_a_run_told_to_stop_saves_the_step_it_is_in(
+    config, uninterrupted, tmp_path, happens_before
+):
     number, step = signal.SIGTERM, EVAL_EVERY * 2
     handlers = [signal.getsignal(each) for each in SIGNALS]
     happens_before(step, send(number))
-    with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {step + 1} of {TOTAL_STEPS}: the same"):
+    with pytest.raises(
+        Stopped, match=rf"stopped by {number.name} after step {step + 1} of {TOTAL_STEPS}: the same"
+    ):
         loop.train(config, tmp_path)
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     assert measurements(tmp_path)[-1]["step"] == step + 1
@@ -120,14 +141,21 @@ def test_a_run_told_to_stop_saves_the_step_it_is_in(config, uninterrupted, tmp_p
 
 def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(tmp_path, happens_before):
     changes = {"log_every_steps": 4, "eval_every_steps": 4}
-    changes = {f"training.{name}": steps for name, steps in changes.items()} | {"optimizer.learning_rate": 1e30}
+    changes = {f"training.{name}": steps for name, steps in changes.items()} | {
+        "optimizer.learning_rate": 1e30
+    }
     happens_before(2, send(signal.SIGTERM))
-    with pytest.raises(RuntimeError, match=r"non-finite between steps 0 and 3.*the old workdir keeps its checkpoints"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"non-finite between steps 0 and 3.*the old workdir keeps its checkpoints",
+    ):
         loop.train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_run_is_saved_between_validations_that_are_far_apart(config, tmp_path, happens_before, monkeypatch):
+def test_a_run_is_saved_between_validations_that_are_far_apart(
+    config, tmp_path, happens_before, monkeypatch
+):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     happens_before(EVAL_EVERY + 1, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -146,9 +174,11 @@ def test_a_signal_before_the_first_step_ends_training_at_once(config, tmp_path, 
 def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, uninterrupted, tmp_path):
     assert status_of_one_killed_in_a_save("toy", tmp_path / "run", call=2) == -signal.SIGKILL
     assert newest(tmp_path / "run") == EVAL_EVERY
-    resumed = loop.train(config, tmp_path / "run")._replace(constants={})  # which no checkpoint holds
+    # which no checkpoint holds
+    resumed = loop.train(config, tmp_path / "run")._replace(constants={})
     assert_ends_like(tmp_path / "run", uninterrupted)
-    chex.assert_trees_all_equal(to_named(resumed), arrays_of(uninterrupted))  # what is returned is what is saved
+    # what is returned is what is saved
+    chex.assert_trees_all_equal(to_named(resumed), arrays_of(uninterrupted))
 
 
 IMPORT_PROGRAM = """
@@ -178,39 +208,72 @@ def test_a_signal_during_the_imports_ends_training_in_one_sentence():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (143, "", f"stopped by SIGTERM: {runs.train_script().HINT}\n")
+    assert (process.returncode, out, err) == (
+        143,
+        "",
+        f"stopped by SIGTERM: {runs.train_script().HINT}\n",
+    )
 
 
-# --- terms of the log-determinant -----------------------------------------------------------------------------------
+# --- terms of the log-determinant -----------------------------------------------------------------
 
 
 def test_a_run_that_raised_its_terms_resumes_with_them(tmp_path, happens_before):
-    settings = {"kind": "series", "num_terms": 1, "num_probes": 100, "training": {"total_steps": 6, "eval_every_steps": 2}}
+    settings = {
+        "kind": "series",
+        "num_terms": 1,
+        "num_probes": 100,
+        "training": {"total_steps": 6, "eval_every_steps": 2},
+    }
     config = runs.one_block(max_num_terms=2, **settings)
     whole = loop.train(config, tmp_path / "whole")
-    by_step = {record["step"]: record for record in measurements(tmp_path / "whole") if record["split"] == "validation"}
+    by_step = {
+        record["step"]: record
+        for record in measurements(tmp_path / "whole")
+        if record["split"] == "validation"
+    }
     assert by_step[2]["training_bias"] < -TOLERATED_BIAS
     assert by_step[4]["training_bias"] < -TOLERATED_BIAS  # no more than the most that are allowed
     assert by_step[2]["num_terms"] == by_step[4]["num_terms"] == int(whole.num_terms) == 2
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     (tmp_path / "resumed" / "checkpoints" / "6.npz").unlink()
     happens_before(3, lambda: pytest.fail("a step was taken twice"))
-    chex.assert_trees_all_equal(jax.device_get(loop.train(config, tmp_path / "resumed")), jax.device_get(whole))
+    chex.assert_trees_all_equal(
+        jax.device_get(loop.train(config, tmp_path / "resumed")), jax.device_get(whole)
+    )
     assert measurements(tmp_path / "resumed") == measurements(tmp_path / "whole")
 
 
-def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_as_they_are(tmp_path):
-    changes = {"augmentation.transformations": ("left", "mirror"), "model.stages": ({"num_blocks": 1, "hidden": (4,)},)}
-    changes |= {"logdet.kind": "roulette", "evaluation.logdet.kind": "exact", "training.blocks": "unroll"}
+def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_as_they_are(
+    tmp_path,
+):
+    changes = {
+        "augmentation.transformations": ("left", "mirror"),
+        "model.stages": ({"num_blocks": 1, "hidden": (4,)},),
+    }
+    changes |= {
+        "logdet.kind": "roulette",
+        "evaluation.logdet.kind": "exact",
+        "training.blocks": "unroll",
+    }
     config = runs.config_of(runs.DIGITS_CONFIG, **changes)
     ended = loop.train(config, tmp_path / "run")
-    logged = {r["step"]: r["bits_per_dim"] for r in measurements(tmp_path / "run") if r["split"] == "validation"}
+    logged = {
+        r["step"]: r["bits_per_dim"]
+        for r in measurements(tmp_path / "run")
+        if r["split"] == "validation"
+    }
     run = trained_run.load(tmp_path / "run")
     assert (run.step, run.model.spec.context_dim) == (6, 0)
 
     def bits(model):
-        model, images = model.with_(estimator=config.evaluation.logdet.build()), run.data.held_out("validation")
-        outputs = evaluate_examples(model, images, jax.random.key(config.seed), config.evaluation.batch_size)
+        model, images = (
+            model.with_(estimator=config.evaluation.logdet.build()),
+            run.data.held_out("validation"),
+        )
+        outputs = evaluate_examples(
+            model, images, jax.random.key(config.seed), config.evaluation.batch_size
+        )
         return outputs["bits_per_dim"].mean()
 
     assert abs(bits(run.model) - logged[6]) < 1e-3  # norms are certified and not estimated
@@ -220,13 +283,20 @@ def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_
 
 
 def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
-    with locked(tmp_path / "training"), pytest.raises(ValueError, match=f"another process is training in {tmp_path}"):
+    with (
+        locked(tmp_path / "training"),
+        pytest.raises(ValueError, match=f"another process is training in {tmp_path}"),
+    ):
         loop.train(config, tmp_path)
 
 
 def test_a_folder_that_is_removed_ends_training(config, tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path / 'run'}.* .No such file"):
-        loop.train(config, tmp_path / "run", say=lambda line: shutil.rmtree(tmp_path / "run", ignore_errors=True))
+        loop.train(
+            config,
+            tmp_path / "run",
+            say=lambda line: shutil.rmtree(tmp_path / "run", ignore_errors=True),
+        )
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(config, tmp_path):

@@ -19,7 +19,17 @@ def config_of(batch_size, num_parts=1):
 
 @pytest.mark.parametrize(
     ("batch_size", "cores", "devices"),
-    [(64, 2, 2), (64, 1, 1), (64, 3, 2), (63, 2, 1), (63, 4, 3), (16, 16, 2), (15, 2, 1), (128, 12, 8), (1, 4, 1)],
+    [
+        (64, 2, 2),
+        (64, 1, 1),
+        (64, 3, 2),
+        (63, 2, 1),
+        (63, 4, 3),
+        (16, 16, 2),
+        (15, 2, 1),
+        (128, 12, 8),
+        (1, 4, 1),
+    ],
 )
 def test_devices_share_batches_evenly(batch_size, cores, devices):
     assert machine.num_devices(config_of(batch_size), cores) == devices
@@ -27,7 +37,11 @@ def test_devices_share_batches_evenly(batch_size, cores, devices):
 
 def test_devices_share_parts_evenly():
     """A batch in parts that one machine takes is none that another refuses."""
-    assert [machine.num_devices(config_of(120, num_parts=2), cores) for cores in (1, 4, 8)] == [1, 4, 6]
+    assert [machine.num_devices(config_of(120, num_parts=2), cores) for cores in (1, 4, 8)] == [
+        1,
+        4,
+        6,
+    ]
     assert machine.num_devices(config_of(64, num_parts=16), 8) == 4
 
 
@@ -44,9 +58,11 @@ devices = machine.use_all_cores(Config())
 jax.jit(lambda x: x + 1)(1.0)  # compiled before the cache is there
 print(devices, jax.local_device_count(), machine.use_all_cores(Config()))
 where = os.environ["IRESNET_JAX_CACHE_DIR"]
-for name, value in (("jax_enable_compilation_cache", False), ("jax_compilation_cache_dir", where), ("", "/dev/null/cache")):
+settings = [("jax_enable_compilation_cache", False), ("jax_compilation_cache_dir", where)]
+for name, value in (*settings, ("", "/dev/null/cache")):
     before = getattr(jax.config, name) if name else os.environ["IRESNET_JAX_CACHE_DIR"]
-    change = (lambda to: jax.config.update(name, to)) if name else lambda to: os.environ.update(IRESNET_JAX_CACHE_DIR=to)
+    in_environment = lambda to: os.environ.update(IRESNET_JAX_CACHE_DIR=to)
+    change = (lambda to: jax.config.update(name, to)) if name else in_environment
     change(value)
     print(machine.cache_programs())
     change(before)
@@ -68,9 +84,19 @@ print(pages() < before or not statm.exists())
 def said(tmp_path, **variables):
     """What a process of its own prints, line by line."""
     apart = ("COMPILATION_CACHE", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-    environment = {name: value for name, value in runs.environment().items() if not any(part in name for part in apart)}
-    environment |= {"IRESNET_JAX_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", **variables}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value
+        for name, value in runs.environment().items()
+        if not any(part in name for part in apart)
+    }
+    environment |= {
+        "IRESNET_JAX_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PLATFORMS": "cpu",
+        **variables,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+    )
     return run.stdout.splitlines()
 
 
@@ -87,6 +113,7 @@ def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_p
     killed = tmp_path / "cache" / "programs" / folder.split("/")[-1].split()[0] / "jit_killed-cache"
     killed.write_bytes(b"half")
     devices, *_, again, computed, _ = said(tmp_path, JAX_NUM_CPU_DEVICES=str(count))
-    assert not killed.exists()  # nor in JAX's way, which would keep no program beside one without its time
+    # nor in JAX's way, which would keep no program beside one without its time
+    assert not killed.exists()
     assert devices == f"0 {count} 0"  # the user's number of devices holds
     assert (again, computed) == (folder, f"{result} 1")

@@ -1,4 +1,6 @@
-"""Metrics files survive kills and resumes without duplicates; the progress bar keeps quiet in batch jobs."""
+"""Metrics files survive kills and resumes without duplicates; the progress bar keeps quiet in
+batch jobs.
+"""
 
 import errno
 import io
@@ -18,7 +20,9 @@ def steps(workdir):
 
 
 def tensorboard_events(workdir):
-    """Reads event files by their record format: length, its checksum, a protocol buffer, its checksum."""
+    """Reads event files by their record format: length, its checksum, a protocol buffer, its
+    checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: made at run time
 
     events = []
@@ -36,11 +40,18 @@ RECORD = {"split": "train", "wall_time_s": 0.5, "loss": 2.0}
 
 def test_a_line_holds_everything_and_is_on_disk_at_once(tmp_path):
     with MetricWriter(tmp_path) as writer:
-        written = {"step": 10, **RECORD, "norm": math.inf}, {"step": 10, **RECORD, "split": "test", "loss": 1.5}
+        written = (
+            {"step": 10, **RECORD, "norm": math.inf},
+            {"step": 10, **RECORD, "split": "test", "loss": 1.5},
+        )
         for record in written:
             writer.write(record)
         assert read_metrics(tmp_path) == list(written)  # before closing
-    found = [(event.step, v.tag, v.simple_value) for event in tensorboard_events(tmp_path) for v in event.summary.value]
+    found = [
+        (event.step, v.tag, v.simple_value)
+        for event in tensorboard_events(tmp_path)
+        for v in event.summary.value
+    ]
     assert found == [(10, "train/loss", 2.0), (10, "train/norm", math.inf), (10, "test/loss", 1.5)]
 
 
@@ -63,7 +74,7 @@ def test_a_full_disk_is_named_and_nothing_waits(tmp_path, file):
         write()
 
 
-# --- resuming ----------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 def test_resuming_drops_the_steps_that_will_be_repeated(tmp_path):
@@ -74,8 +85,15 @@ def test_resuming_drops_the_steps_that_will_be_repeated(tmp_path):
         assert steps(tmp_path) == [record["step"] for record in writer.kept] == [10, 20]
         for step in (30, 40):
             writer.write({"step": step, **RECORD, "loss": 3.0})
-    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [(10, 2), (20, 2), (30, 3), (40, 3)]
-    session_starts = [event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")]
+    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [
+        (10, 2),
+        (20, 2),
+        (30, 3),
+        (40, 3),
+    ]
+    session_starts = [
+        event.step for event in tensorboard_events(tmp_path) if event.HasField("session_log")
+    ]
     assert session_starts[-1] == 21  # from where on TensorBoard discards older events
 
 
@@ -98,14 +116,16 @@ def test_a_damaged_line_is_named_unless_it_is_the_last(tmp_path, damaged):
     line = b'{"step": 1, "split": "train", "wall_time_s": 0.5}\n'
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line + damaged + b"\n" + line)
-    with pytest.raises(ValueError, match=rf"line 2 of {path} is not a measurement: delete or repair"):
+    with pytest.raises(
+        ValueError, match=rf"line 2 of {path} is not a measurement: delete or repair"
+    ):
         MetricWriter(tmp_path)
     path.write_bytes(line + damaged + b"\n")
     with MetricWriter(tmp_path, 1):
         assert path.read_bytes() == line
 
 
-# --- progress ----------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
@@ -113,7 +133,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("terminal", "shown"), [(Terminal(), True), (Terminal(), False), (io.StringIO(), True)])
+@pytest.mark.parametrize(
+    ("terminal", "shown"), [(Terminal(), True), (Terminal(), False), (io.StringIO(), True)]
+)
 def test_progress_shows_values_step_time_and_time_left_on_a_terminal(monkeypatch, terminal, shown):
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(100, initial_step=40, shown=shown) as progress:

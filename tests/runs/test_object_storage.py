@@ -1,4 +1,6 @@
-"""Runs in a bucket of a real server, moto's: stopped, killed, refused and cut off, and the same bits as on a disk."""
+"""Runs in a bucket of a real server, moto's: stopped, killed, refused and cut off, and the same
+bits as on a disk.
+"""
 
 import contextlib
 import os
@@ -41,8 +43,8 @@ class Server:
     """The server, on the loopback interface, and what happens at a request.
 
     Attributes:
-        at: Function of the method and the address of a request that is called before it is answered; a true result cuts the
-            connection after half of the body.
+        at: Function of the method and the address of a request that is called before it is
+            answered; a true result cuts the connection after half of the body.
         put: Addresses of objects that were put.
         environment: Variables by which a process finds the server.
     """
@@ -50,10 +52,16 @@ class Server:
     def __init__(self):
         self.at, self.put = lambda method, address: False, []
         self._moto = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=QuietHandler)
+        self._server = make_server(
+            "127.0.0.1", 0, self._answer, threaded=True, request_handler=QuietHandler
+        )
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.address = f"http://127.0.0.1:{self._server.server_port}"
-        keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        keys = {
+            "AWS_ACCESS_KEY_ID": "somebody",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         self.environment = {**keys, "AWS_ENDPOINT_URL": self.address, "AWS_MAX_ATTEMPTS": "1"}
 
     def _answer(self, environ, start_response):
@@ -68,7 +76,9 @@ class Server:
     def permit_requests(self, number):
         """Checks the credentials of all requests but so many; nobody's are right."""
         content = {"data": str(number).encode(), "headers": {"Content-Type": "text/plain"}}
-        urllib.request.urlopen(urllib.request.Request(f"{self.address}/moto-api/reset-auth", **content)).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{self.address}/moto-api/reset-auth", **content)
+        ).close()
 
     def close(self):
         self._server.shutdown()
@@ -114,7 +124,9 @@ def on_disk(tmp_path_factory):
 
 
 def when_put(name, event):
-    """Has something happen once, at the first request that puts an object of this name; the rest of `Server.at`."""
+    """Has something happen once, at the first request that puts an object of this name; the rest
+    of `Server.at`.
+    """
     left = [event]
 
     def at(method, address):
@@ -123,7 +135,7 @@ def when_put(name, event):
     return at
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/files", "memory://bucket/files"])
@@ -131,13 +143,23 @@ def when_put(name, event):
 def test_objects_are_read_and_written_as_files(address):
     folder = path_of(address)
     path = folder / "a.npz"
-    assert (str(path), path.stem, path.parent, folder.exists()) == (f"{address}/a.npz", "a", folder, False)
+    assert (str(path), path.stem, path.parent, folder.exists()) == (
+        f"{address}/a.npz",
+        "a",
+        folder,
+        False,
+    )
     for name in ("a.npz", "b.txt", "deep/c.npz"):
         with replacing(folder / name) as incoming:
             incoming.write_text("grün\n", encoding="utf-8")
     with contextlib.suppress(ZeroDivisionError), replacing(path) as incoming:
         incoming.write_text(f"{1 / 0}")
-    assert (folder.exists(), folder.is_dir(), folder.is_file(), path.is_file()) == (True, True, False, True)
+    assert (folder.exists(), folder.is_dir(), folder.is_file(), path.is_file()) == (
+        True,
+        True,
+        False,
+        True,
+    )
     assert list(folder.glob("*.npz")) == [path]
     assert path.read_text(encoding="utf-8") == "grün\n"
     assert len(path.read_bytes()) == 6
@@ -158,17 +180,21 @@ def test_models_and_arrays_travel_through_a_bucket(workdir, on_disk, tmp_path):
     model.save(workdir / "model.npz")
     x, key = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32), jax.random.key(0)
     for place in (f"{workdir}/model.npz", f"{workdir}"):
-        np.testing.assert_array_equal(ir.load(place).log_prob(x, key=key), model.log_prob(x, key=key))
+        np.testing.assert_array_equal(
+            ir.load(place).log_prob(x, key=key), model.log_prob(x, key=key)
+        )
     np.savez(tmp_path / "x.npz", x=x)
     with replacing(workdir / "x.npz") as incoming:
         incoming.write_bytes((tmp_path / "x.npz").read_bytes())
     assert load(f"npz:{workdir}/x.npz").fingerprint == load(f"npz:{tmp_path}/x.npz").fingerprint
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(config, server, workdir, on_disk, capsys, monkeypatch):
+def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(
+    config, server, workdir, on_disk, capsys, monkeypatch
+):
     server.at = when_put("checkpoints/4.npz", lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
         loop.train(config, str(workdir))
@@ -178,7 +204,8 @@ def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(config, ser
     loop.train(config, str(workdir))
     runs.assert_ends_like(workdir, on_disk)
     num_saves = sum("/checkpoints/" in address for address in server.put)
-    for log in ("metrics.jsonl", "tensorboard/events"):  # whole each time, so no more often than checkpoints, which are larger
+    # whole each time, so no more often than checkpoints, which are larger
+    for log in ("metrics.jsonl", "tensorboard/events"):
         assert sum(f"/{log}" in address for address in server.put) == num_saves
 
     runs.shorten_reports(monkeypatch)
@@ -193,7 +220,9 @@ def test_a_run_that_is_stopped_in_an_upload_resumes_to_the_same_bits(config, ser
         assert main([*command.split(), f"--workdir={folder}"]) == 0
         said.append(capsys.readouterr().out)
     assert said[-1] == said[-2]
-    assert {"report.html", "report.json", "samples.npy", "samples.png"} <= {path.name for path in workdir.glob("*")}
+    assert {"report.html", "report.json", "samples.npy", "samples.png"} <= {
+        path.name for path in workdir.glob("*")
+    }
 
 
 def test_a_run_that_is_killed_in_uploads_resumes_to_the_same_bits(config, server, workdir, on_disk):
@@ -209,8 +238,14 @@ def test_a_run_that_is_killed_in_uploads_resumes_to_the_same_bits(config, server
     runs.assert_ends_like(workdir, on_disk)
 
 
-def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_in_it(config, server, workdir, on_disk, caplog):
-    went_on, waited, sentence = threading.Event(), [], f"{workdir}/checkpoints/2.npz cannot be reached"
+def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_in_it(
+    config, server, workdir, on_disk, caplog
+):
+    went_on, waited, sentence = (
+        threading.Event(),
+        [],
+        f"{workdir}/checkpoints/2.npz cannot be reached",
+    )
     leaving = when_put(
         "checkpoints/2.npz", lambda: waited.append(went_on.wait(10)) or True
     )  # the driver tries again after 15 s
@@ -221,7 +256,10 @@ def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_
     runs.assert_ends_like(workdir, on_disk)
 
 
-CHEAP = {"model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},), "logdet.kind": "exact"}
+CHEAP = {
+    "model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},),
+    "logdet.kind": "exact",
+}
 
 
 def test_two_processes_of_one_run_write_one_folder(server, workdir, tmp_path):
@@ -233,7 +271,11 @@ def test_two_processes_of_one_run_write_one_folder(server, workdir, tmp_path):
 
 
 def test_a_run_that_blows_up_leaves_the_measurements_before(workdir):
-    config = runs.config_of(runs.TOY_CONFIG, **CHEAP, **{"optimizer.learning_rate": 1e30, "training.eval_every_steps": 20})
+    config = runs.config_of(
+        runs.TOY_CONFIG,
+        **CHEAP,
+        **{"optimizer.learning_rate": 1e30, "training.eval_every_steps": 20},
+    )
     with pytest.raises(BlowUpError):
         loop.train(config, workdir)
     assert {record["step"] for record in read_metrics(workdir)} >= {1}
@@ -252,15 +294,19 @@ def test_a_damaged_checkpoint_is_stepped_over(server, workdir):
     [note] = checkpoints.restore(state).notes
     assert note.startswith(f"The checkpoint {workdir}/checkpoints/2.npz is damaged")
     server.at = lambda method, address: address.endswith("1.npz")
-    with pytest.raises(ConnectionError, match="cannot be reached"):  # which says nothing of what is there
+    # which says nothing of what is there
+    with pytest.raises(ConnectionError, match="cannot be reached"):
         checkpoints.restore(state)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_one_process_at_a_time_trains_in_a_folder(config, server, workdir):
-    with locked(workdir / "training"), pytest.raises(ValueError, match=f"another process is training in {workdir}: "):
+    with (
+        locked(workdir / "training"),
+        pytest.raises(ValueError, match=f"another process is training in {workdir}: "),
+    ):
         loop.train(config, workdir)
 
     def take_over():

@@ -18,16 +18,24 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 def test_a_step_for_devices_is_the_one_that_trains():
     def step(state, batch):
-        return state + lax.pmean(batch.mean(), parallel.AXIS), {"sum": lax.psum(batch.sum(), parallel.AXIS)}
+        return state + lax.pmean(batch.mean(), parallel.AXIS), {
+            "sum": lax.psum(batch.sum(), parallel.AXIS)
+        }
 
     batch = np.arange(8.0, dtype=np.float32)
     state, metrics = parallel.for_devices(step, jax.devices()[:2])(jnp.zeros(()), batch)
     expected = parallel.parallelize(step)(jnp.zeros(()), parallel.shard(batch, num_devices=2))
-    assert (float(state), float(metrics["sum"])) == (float(expected[0]), float(expected[1]["sum"])) == (3.5, 28.0)
+    assert (
+        (float(state), float(metrics["sum"]))
+        == (float(expected[0]), float(expected[1]["sum"]))
+        == (3.5, 28.0)
+    )
 
 
 def test_the_data_of_a_plan_have_the_shape_that_the_config_describes():
-    config = runs.config_of(runs.DIGITS_CONFIG, **{"data.name": "mnist", "data.condition_on_labels": True})
+    config = runs.config_of(
+        runs.DIGITS_CONFIG, **{"data.name": "mnist", "data.condition_on_labels": True}
+    )
     data = plan.data_for(config)
     assert (data.event_shape, data.context_dim) == ((28, 28, 1), 10)
 
@@ -50,10 +58,14 @@ def config_file(tmp_path):
 
 
 def test_the_command_prints_the_plan(capsys, config_file):
-    assert main(["plan", config_file, "--topology", "cuda:4", "--config.training.batch_size=32"]) == 0
+    assert (
+        main(["plan", config_file, "--topology", "cuda:4", "--config.training.batch_size=32"]) == 0
+    )
     out, err = capsys.readouterr()
     verdict, memory, _ = out.splitlines()
-    assert verdict.startswith("lowers for cuda:4 with 8 examples a device; what it takes on the way is known after a step")
+    assert verdict.startswith(
+        "lowers for cuda:4 with 8 examples a device; what it takes on the way is known after a step"
+    )
     assert " parameters; a device: " in memory
     assert err == ""
 

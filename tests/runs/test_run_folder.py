@@ -1,4 +1,6 @@
-"""What a run wrote down of its config and its model is read again, or said to be damaged or of other data."""
+"""What a run wrote down of its config and its model is read again, or said to be damaged or of
+other data.
+"""
 
 import re
 
@@ -28,12 +30,17 @@ DAMAGED, OTHER_VERSION = "cannot be read", "was written by another version"
     [
         (b"{", DAMAGED),
         (b'{"seed": "\xff"}', DAMAGED),
-        (b'{"format": 1, "sede": 0}', f"{DAMAGED} (config has no field 'sede': did you mean 'seed'?)"),
+        (
+            b'{"format": 1, "sede": 0}',
+            f"{DAMAGED} (config has no field 'sede': did you mean 'seed'?)",
+        ),
         (b'{"format": 1, "model": {"type": "Desnity"}}', DAMAGED),
         (b'{"format": 0}', OTHER_VERSION),
     ],
 )
-@pytest.mark.parametrize(("name", "read"), [("config.json", read_config), ("model.json", read_model)])
+@pytest.mark.parametrize(
+    ("name", "read"), [("config.json", read_config), ("model.json", read_model)]
+)
 def test_a_file_that_is_no_use_is_said_to_be(tmp_path, content, said, name, read):
     (tmp_path / name).write_bytes(content)
     said = said if name == "config.json" else said.split(" (")[0]
@@ -50,7 +57,10 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
     assert before[1] == data.fingerprint
 
     other = load(kept.write_data(path, seed=5)).fingerprint
-    with pytest.raises(ValueError, match=f"fingerprint {other[:12]} now and had {data.fingerprint[:12]} when training"):
+    with pytest.raises(
+        ValueError,
+        match=f"fingerprint {other[:12]} now and had {data.fingerprint[:12]} when training",
+    ):
         loop.train(config, workdir)
     assert read_model(workdir) == before
 
@@ -73,7 +83,9 @@ def test_a_model_without_a_config_was_left_by_a_start_that_failed(tmp_path):
 
 def test_data_without_test_examples_are_refused_before_training(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 2)))
-    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/x.npy", "data.test_fraction": 0.0})
+    config = runs.config_of(
+        runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/x.npy", "data.test_fraction": 0.0}
+    )
     with pytest.raises(ValueError, match=r"has not the two test examples .* data.test_fraction"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

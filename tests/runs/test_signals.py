@@ -15,9 +15,11 @@ from iresnet_jax.runs.signals import SIGNALS, StopRequests
 HEAD = f"""
 import hashlib, os, runpy, signal, sys, threading, time
 owner = runpy.run_path({signals.__file__!r})
-StopRequests, Stopped, end_at_signals = owner["StopRequests"], owner["Stopped"], owner["end_at_signals"]
+names = "StopRequests", "Stopped", "end_at_signals"
+StopRequests, Stopped, end_at_signals = (owner[name] for name in names)
 ready = lambda: print("ready", flush=True)
-native = lambda seconds: hashlib.pbkdf2_hmac("sha256", b"", b"", int(3e6 * seconds))  # one call, in which threads run
+# one call, in which threads run
+native = lambda seconds: hashlib.pbkdf2_hmac("sha256", b"", b"", int(3e6 * seconds))
 
 def until(condition):
     while not condition():
@@ -31,9 +33,14 @@ NOTED = "SIGTERM: saving after this step; a second signal stops at once\n"
 
 
 def run(program, *sent):
-    """Status and output of a program that gets signals one after the other, each when it says that it is ready."""
+    """Status and output of a program that gets signals one after the other, each when it says
+    that it is ready.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", HEAD + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", HEAD + program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     try:
@@ -49,16 +56,23 @@ def run(program, *sent):
 MOMENTS = {
     "after native code": "ready()\nnative(0.3)\nuntil(lambda: False)",
     "after the loop": "with StopRequests():\n    pass\nready()\nuntil(lambda: False)",
-    "under try and finally": "try:\n    ready(); until(lambda: False)\nfinally:\n    print('unwound')",
+    "under try and finally": "try:\n    ready(); until(lambda: False)\nfinally:\n    "
+    "print('unwound')",
 }
 
 
-@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)))
+@pytest.mark.parametrize(
+    ("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False))
+)
 def test_a_signal_ends_the_process_in_one_sentence(moment, number):
-    assert run(OWNED + MOMENTS[moment], number) == (128 + number, "", f"stopped by {number.name}: go on\n")
+    assert run(OWNED + MOMENTS[moment], number) == (
+        128 + number,
+        "",
+        f"stopped by {number.name}: go on\n",
+    )
 
 
-# --- deferred -------------------------------------------------------------------------------------------------------
+# --- deferred -------------------------------------------------------------------------------------
 
 LOOP = """
 with StopRequests() as stop:
@@ -111,7 +125,7 @@ def test_signals_that_are_ignored_stay_ignored():
     assert run(IGNORING, signal.SIGINT, signal.SIGTERM) == (143, "", "stopped by SIGTERM: go on\n")
 
 
-# --- within a process that nobody owns, such as a notebook ------------------------------------------------------------
+# --- within a process that nobody owns, such as a notebook ----------------------------------------
 
 
 def test_training_in_memory_hears_an_interrupt_where_somebody_sits(monkeypatch):
@@ -140,7 +154,9 @@ def test_a_search_in_several_threads_leaves_interrupts_as_they_were(monkeypatch)
         outcomes.append(signals.heard_in_memory())
 
     outcomes = []
-    first, second = (threading.Thread(target=search, args=(is_first,)) for is_first in (True, False))
+    first, second = (
+        threading.Thread(target=search, args=(is_first,)) for is_first in (True, False)
+    )
     for thread in (first, second):
         thread.start()
     second.join()

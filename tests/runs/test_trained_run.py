@@ -1,4 +1,6 @@
-"""A run after training: which parameters count, what they need to be read, and what is said of damage and of other data."""
+"""A run after training: which parameters count, what they need to be read, and what is said of
+damage and of other data.
+"""
 
 import dataclasses
 import itertools
@@ -26,7 +28,9 @@ NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a run on a toy with two checkpoints, the first of which is the best, their averages drawn at random."""
+    """The folder of a run on a toy with two checkpoints, the first of which is the best, their
+    averages drawn at random.
+    """
     workdir = tmp_path_factory.mktemp("toy")
     config, dataset = runs.config_of(runs.TOY_CONFIG), data.load("moons")
     spec = model_spec(config, dataset)
@@ -52,10 +56,12 @@ def copied(trained, tmp_path):
 
 
 def same(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
+        jax.tree.map(np.array_equal, a, b)
+    )
 
 
-# --- which parameters -----------------------------------------------------------------------------------------------
+# --- which parameters -----------------------------------------------------------------------------
 
 
 def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
@@ -68,8 +74,12 @@ def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
         before = named[f"ema/stage0/blocks/{layer}/kernel"].astype(np.float64)
         for kernel, raw in zip(np.asarray(found["kernel"], np.float64), before, strict=True):
             scale = min(1, 0.9 / np.linalg.norm(raw, 2))
-            np.testing.assert_allclose(np.linalg.norm(kernel, 2), scale * np.linalg.norm(raw, 2), rtol=NORM_RTOL)
-            np.testing.assert_allclose(kernel * np.abs(raw).max(), raw * np.abs(kernel).max(), atol=1e-5)
+            np.testing.assert_allclose(
+                np.linalg.norm(kernel, 2), scale * np.linalg.norm(raw, 2), rtol=NORM_RTOL
+            )
+            np.testing.assert_allclose(
+                kernel * np.abs(raw).max(), raw * np.abs(kernel).max(), atol=1e-5
+            )
     assert toy.model.certificate().certified
     assert toy.model.solver.atol == toy.config.evaluation.inverse_atol
 
@@ -91,13 +101,17 @@ def test_the_latest_checkpoint_is_the_second_choice_and_said_to_be(copied):
     np.savez(Checkpoints(copied).path(40), **{**content, "(metric)": np.nan})  # never validated
     found = run.load(copied)
     assert found.step == 40
-    assert found.notes == ("These are the parameters of step 40: there is no checkpoint chosen on validation.",)
+    assert found.notes == (
+        "These are the parameters of step 40: there is no checkpoint chosen on validation.",
+    )
 
 
-# --- one file -------------------------------------------------------------------------------------------------------
+# --- one file -------------------------------------------------------------------------------------
 
 
-def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(toy, copied, tmp_path):
+def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
+    toy, copied, tmp_path
+):
     path = run.save(toy, tmp_path / FILE_NAME)
     assert path == tmp_path / FILE_NAME
     alone = run.load(tmp_path)
@@ -108,14 +122,16 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     assert same(alone.model.prior, toy.model.prior)
     ours, theirs = (model.weights["stage0"].branch for model in (alone.model, toy.model))
     assert same(ours.weights, theirs.weights)
-    np.testing.assert_allclose(alone.model.certificate().max_block, toy.model.certificate().max_block, rtol=1e-6)
+    np.testing.assert_allclose(
+        alone.model.certificate().max_block, toy.model.certificate().max_block, rtol=1e-6
+    )
     np.testing.assert_array_equal(alone.test_examples(), toy.test_examples())
     assert alone.test_examples().shape == (256, 2)
     run.save(run.Run(copied, kept.model(kept.POINTS), toy.config, toy.fingerprint, step=7))
     assert run.load(copied).step == 20
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -131,16 +147,27 @@ def test_columns_in_another_order_are_refused(tmp_path):
         np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header=header, comments="")
     config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"csv:{tmp_path}/ours.csv"})
     loaded = data.load(config.data.name)
-    of_columns = kept.model(dataclasses.replace(kept.POINTS, columns=model_spec(config, loaded).columns))
+    of_columns = kept.model(
+        dataclasses.replace(kept.POINTS, columns=model_spec(config, loaded).columns)
+    )
     ours = run.Run(tmp_path, of_columns, config, loaded.fingerprint, step=7)
     assert ours.with_data_checked() is ours
-    coded = [dataclasses.replace(column, categories=(1, 2, 3)) for column in of_columns.spec.columns]
+    coded = [
+        dataclasses.replace(column, categories=(1, 2, 3)) for column in of_columns.spec.columns
+    ]
     of_codes = dataclasses.replace(
-        ours, model=kept.model(dataclasses.replace(kept.POINTS, columns=tuple(coded))), fingerprint=""
+        ours,
+        model=kept.model(dataclasses.replace(kept.POINTS, columns=tuple(coded))),
+        fingerprint="",
     )
-    with pytest.raises(ValueError, match=r"takes column a as places among \(1, 2, 3\), from 0, and .*ours.csv has numbers"):
+    with pytest.raises(
+        ValueError,
+        match=r"takes column a as places among \(1, 2, 3\), from 0, and .*ours.csv has numbers",
+    ):
         of_codes.with_data_checked()
-    with pytest.raises(ValueError, match=r"takes columns 'a', 'b', in this order, and .*other.csv has 'b', 'a'"):
+    with pytest.raises(
+        ValueError, match=r"takes columns 'a', 'b', in this order, and .*other.csv has 'b', 'a'"
+    ):
         ours.with_data(f"csv:{tmp_path}/other.csv").with_data_checked()
 
 
@@ -151,7 +178,9 @@ def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
     kept.write_data(path, seed=5)
     [note] = run.load(folder).with_data_checked().notes
     now = data.load(loaded.config.data.name).fingerprint
-    assert note.startswith("These are other data than the model was trained on, or other parts of them: ")
+    assert note.startswith(
+        "These are other data than the model was trained on, or other parts of them: "
+    )
     assert f"npz:{path} has the fingerprint {now[:12]}" in note
     assert loaded.fingerprint[:12] in note
     path.unlink()
@@ -164,7 +193,9 @@ def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
 OTHERS = {  # changes of images `x_...` and labels `y_...`
     "(3, 4, 1), 256 and 3": lambda name, array: array[:, :3] if name[0] == "x" else array,
     "(4, 4, 1), 256 and None": lambda name, array: array if name[0] == "x" else None,
-    "(4, 4, 1), None and 3": lambda name, array: array.astype(np.float32) if name[0] == "x" else array,
+    "(4, 4, 1), None and 3": lambda name, array: (
+        array.astype(np.float32) if name[0] == "x" else array
+    ),
 }
 
 
@@ -173,7 +204,9 @@ def test_data_that_the_model_cannot_take_are_refused(of_images, found):
     folder, path = of_images
     changed = {name: OTHERS[found](name, array) for name, array in np.load(path).items()}
     np.savez(path, **{name: array for name, array in changed.items() if array is not None})
-    with pytest.raises(ValueError, match=r"takes examples of shape \(4, 4, 1\), 256 levels and 3 classes, and npz:") as raised:
+    with pytest.raises(
+        ValueError, match=r"takes examples of shape \(4, 4, 1\), 256 levels and 3 classes, and npz:"
+    ) as raised:
         run.load(folder).with_data_checked()
     assert f"has {found} now" in str(raised.value)
 
@@ -181,7 +214,9 @@ def test_data_that_the_model_cannot_take_are_refused(of_images, found):
 def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classes(of_images):
     folder, path = of_images
     arrays = dict(np.load(path))
-    dark = {name: array % 100 if name[0] == "x" else array // 2 * 2 for name, array in arrays.items()}  # no class 1
+    dark = {
+        name: array % 100 if name[0] == "x" else array // 2 * 2 for name, array in arrays.items()
+    }  # no class 1
     np.savez(path, **dark)
     taken = run.load(folder).with_data_checked()
     np.testing.assert_array_equal(taken.test_examples(), dark["x_test"])
@@ -193,7 +228,9 @@ def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classe
 def test_data_with_other_contexts_are_refused(tmp_path):
     np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(40, 2)))
     config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/points.npy"})
-    with pytest.raises(ValueError, match=r"takes contexts of length 3, and npy:.*points.npy has them of 0"):
+    with pytest.raises(
+        ValueError, match=r"takes contexts of length 3, and npy:.*points.npy has them of 0"
+    ):
         run.Run(tmp_path, kept.model(kept.GIVEN), config, "", step=7).with_data_checked()
 
 
@@ -201,13 +238,19 @@ def test_folders_need_every_class_as_they_number_them(tmp_path):
     for split, label in itertools.product(("train", "test"), "ac"):  # the model knows a, b and c
         (tmp_path / "images" / split / label).mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(np.full((4, 4), 9 * number, np.uint8)).save(tmp_path / "images" / split / label / f"{number}.png")
-    loaded = run.load(kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(tmp_path / "images.npz")))
-    with pytest.raises(ValueError, match=r"3 classes, and folder:.*images has \(4, 4, 1\), 256 and 2 now"):
+            Image.fromarray(np.full((4, 4), 9 * number, np.uint8)).save(
+                tmp_path / "images" / split / label / f"{number}.png"
+            )
+    loaded = run.load(
+        kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(tmp_path / "images.npz"))
+    )
+    with pytest.raises(
+        ValueError, match=r"3 classes, and folder:.*images has \(4, 4, 1\), 256 and 2 now"
+    ):
         loaded.with_data(f"folder:{tmp_path / 'images'}").with_data_checked()
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
@@ -219,11 +262,16 @@ def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
     kept.model(kept.POINTS).save(tmp_path / "empty" / FILE_NAME)
     with pytest.raises(ValueError, match="says nothing of a training"):
         run.load(tmp_path / "empty")
-    with pytest.raises(ValueError, match="trained in float32: unset JAX_ENABLE_X64"), jax.enable_x64(True):
+    with (
+        pytest.raises(ValueError, match="trained in float32: unset JAX_ENABLE_X64"),
+        jax.enable_x64(True),
+    ):
         run.load(copied)
 
 
-def test_checkpoints_that_are_damaged_or_gone_are_explained_and_a_kept_model_takes_their_place(copied):
+def test_checkpoints_that_are_damaged_or_gone_are_explained_and_a_kept_model_takes_their_place(
+    copied,
+):
     whole = run.load(copied)
     for checkpoint in (copied / "checkpoints").iterdir():
         checkpoint.write_bytes(b"")

@@ -1,4 +1,6 @@
-"""Training a classifier and everything after it: resumable, equal on any number of devices, and reported honestly."""
+"""Training a classifier and everything after it: resumable, equal on any number of devices, and
+reported honestly.
+"""
 
 import itertools
 import json
@@ -27,7 +29,7 @@ SAME = 1e-5  # the same maths by another route, float32
 workdir, trained = runs.fixtures_of("classifier")
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_training_improves_validation_and_counts_every_term(workdir):
@@ -36,18 +38,27 @@ def test_training_improves_validation_and_counts_every_term(workdir):
     assert len(validation) == 4
     assert validation[-1]["loss"] < validation[0]["loss"]
     train = [record for record in records if record["split"] == "train"][-1]
-    assert {"loss", "accuracy", "max_sigma", "max_lipschitz", "grad_norm", "learning_rate"} <= set(train)
+    assert {"loss", "accuracy", "max_sigma", "max_lipschitz", "grad_norm", "learning_rate"} <= set(
+        train
+    )
     assert train["max_lipschitz"] < 0.81 * (1 + 1e-2)
     assert last_state(workdir)["step"] == 8
 
 
 def test_classes_that_brightness_tells_are_learned():
     def drawn(num, seed):
-        labels, noise = np.arange(num) % 2, np.random.default_rng(seed).integers(0, 6, (num, 4, 4, 1))
+        labels, noise = (
+            np.arange(num) % 2,
+            np.random.default_rng(seed).integers(0, 6, (num, 4, 4, 1)),
+        )
         return (noise + 4 * labels[:, None, None, None]).astype(np.uint8), labels
 
     stages = [ir.StageSpec(1, (2,), kernel_sizes=(3, 1), squeeze=2)]
-    settings = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.3, "training.blocks": "unroll"}
+    settings = {
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 0.3,
+        "training.blocks": "unroll",
+    }
     fitted = ir.fit(*drawn(80, 0), steps=30, architecture=stages, settings=settings, progress=False)
     assert isinstance(fitted, ir.Classifier)
     images, labels = drawn(200, 1)
@@ -62,7 +73,11 @@ def last_state(workdir):
 def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(workdir, tmp_path, monkeypatch):
     config = runs.config_of(runs.CLASSIFIER_CONFIG)
     whole = loop.device_batches
-    monkeypatch.setattr(loop, "device_batches", lambda *arguments, **options: itertools.islice(whole(*arguments, **options), 4))
+    monkeypatch.setattr(
+        loop,
+        "device_batches",
+        lambda *arguments, **options: itertools.islice(whole(*arguments, **options), 4),
+    )
     assert int(loop.train(config, tmp_path).step) == 4
     monkeypatch.undo()
     resumed = loop.train(config, tmp_path)
@@ -93,11 +108,15 @@ def test_checkpoints_are_chosen_by_accuracy_and_ties_broken_by_the_loss():
     assert of_ties[0] < of_ties[1] < best
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def test_test_error_by_hand(trained):
-    model, images, labels = trained.model, trained.data.examples["test"], trained.data.labels["test"]
+    model, images, labels = (
+        trained.model,
+        trained.data.examples["test"],
+        trained.data.labels["test"],
+    )
 
     @jax.jit
     def logits_by_steps(model, images):
@@ -133,7 +152,8 @@ def test_commands_after_training(workdir, capsys):
     [small] = report["warnings"]  # such a network is none with radii that mean something
     assert "Radii are small because the certified Lipschitz constant of margins is" in small
     page = (workdir / "report.html").read_text()
-    assert page.count("data:image/") >= 6  # curves, confusion, robustness, reconstructions, histogram, constants
+    # curves, confusion, robustness, reconstructions, histogram, constants
+    assert page.count("data:image/") >= 6
     assert "somebody" in page
     assert main(["sample", *command]) == 2
     assert "holds no density, so there are no samples" in capsys.readouterr().err

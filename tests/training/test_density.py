@@ -1,4 +1,6 @@
-"""Validation of a density sees what training exploits, and an evaluation's keys are those of its examples."""
+"""Validation of a density sees what training exploits, and an evaluation's keys are those of its
+examples.
+"""
 
 import functools
 
@@ -35,7 +37,8 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.flow().forward(x[None])[0])))(x)
     scales = np.exp(model.weights["stage0"].actnorm.log_scale[0])
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)
-    missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)  # log det(I + J) - tr J
+    # log det(I + J) - tr J
+    missed = np.linalg.slogdet(of_block)[1] - (np.trace(of_block, axis1=1, axis2=2) - 2)
     with caplog.at_level("WARNING"):
         means, *_ = validation.measure(current, model)
     np.testing.assert_allclose(means["training_bias"], missed.mean(), atol=1e-3)  # of 32,000 probes
@@ -44,14 +47,17 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     assert "training exploited what its 1 terms cut off" in caplog.text
     assert means["num_terms"] == 1
     caplog.clear()
-    patient, current, _ = validate_untrained(kind="krylov", num_terms=20)  # with the same probes, even few
+    # with the same probes, even few
+    patient, current, _ = validate_untrained(kind="krylov", num_terms=20)
     with caplog.at_level("WARNING"):
         assert abs(patient.measure(current, model).metrics["training_bias"]) < 1e-4
     assert not caplog.text
 
 
 def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
-    validation, current, model = validate_untrained(kind="series", num_terms=1, num_probes=100, max_num_terms=100)
+    validation, current, model = validate_untrained(
+        kind="series", num_terms=1, num_probes=100, max_num_terms=100
+    )
 
     def bias_with(num_terms):
         ended = current._replace(step=jnp.int32(runs.TOTAL_STEPS), num_terms=jnp.int32(num_terms))
@@ -64,8 +70,11 @@ def test_terms_are_raised_until_nothing_is_left_to_exploit(caplog):
     assert num_terms in tried[1:]
     assert f"training goes on with {num_terms} terms" in caplog.text
     before = tried[tried.index(num_terms) - 1]
-    assert bias_with(before)["training_bias"] < -TOLERATED_BIAS < bias_with(num_terms)["training_bias"]
-    assert bias_with(1) == {**means, "num_terms": 1}  # after the last step there is nothing to go on with
+    assert (
+        bias_with(before)["training_bias"] < -TOLERATED_BIAS < bias_with(num_terms)["training_bias"]
+    )
+    # after the last step there is nothing to go on with
+    assert bias_with(1) == {**means, "num_terms": 1}
 
 
 def test_the_loss_is_that_of_transformed_images_given_their_transformations():
@@ -75,7 +84,9 @@ def test_the_loss_is_that_of_transformed_images_given_their_transformations():
         def terms(self, x, key_noise, key_probe, *, context):
             seen.append((x, context))
             zeros = jnp.zeros(len(x))
-            return LogProb(jnp.mean(x, axis=(1, 2, 3)), zeros, zeros, zeros, LogdetInfo(zeros, zeros))
+            return LogProb(
+                jnp.mean(x, axis=(1, 2, 3)), zeros, zeros, zeros, LogdetInfo(zeros, zeros)
+            )
 
     flow = FlowSpec((2, 3, 1), (StageSpec(1, (2,), (3, 3)),), context_dim=2)
     model = Watched(DensitySpec(flow, num_levels=17), {}, {})
@@ -99,7 +110,11 @@ def test_an_unbiased_training_has_no_bias_to_show(kind):
 
 
 def test_probe_draws_share_their_noise_and_nothing_else_is_shared():
-    draws = {(s, p): evaluation_keys(jax.random.key(0), np.arange(3), s, p) for s in range(2) for p in range(2)}
+    draws = {
+        (s, p): evaluation_keys(jax.random.key(0), np.arange(3), s, p)
+        for s in range(2)
+        for p in range(2)
+    }
     noise = {draw: jax.random.key_data(keys[0]).tolist() for draw, keys in draws.items()}
     assert noise[0, 0] == noise[0, 1]
     distinct = [*noise[0, 0], *noise[1, 0]]
@@ -112,4 +127,6 @@ def test_an_example_has_its_keys_in_whatever_batch_it_stands():
     whole = evaluation_keys(jax.random.key(0), np.arange(6), 1, 2)
     part = evaluation_keys(jax.random.key(0), np.array([4, 2]), 1, 2)
     for keys, some in zip(whole, part, strict=True):
-        np.testing.assert_array_equal(jax.random.key_data(keys)[np.array([4, 2])], jax.random.key_data(some))
+        np.testing.assert_array_equal(
+            jax.random.key_data(keys)[np.array([4, 2])], jax.random.key_data(some)
+        )

@@ -1,4 +1,6 @@
-"""A density with a prior for every class: Bayes' rule, samples of a class, and training on images and labels at once."""
+"""A density with a prior for every class: Bayes' rule, samples of a class, and training on
+images and labels at once.
+"""
 
 import dataclasses
 import functools
@@ -51,13 +53,17 @@ def plane(num_classes=K):
 
 
 def scattered(key, tree):
-    """The tree with independent normal noise on every number: classes start alike, which hides what tells them apart."""
+    """The tree with independent normal noise on every number: classes start alike, which hides
+    what tells them apart.
+    """
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([leaf + jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    return structure.unflatten(
+        [leaf + jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
 
 
-# --- the model ------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def by_hand(prior, z):
@@ -76,7 +82,13 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
     @jax.jit
     def compute(model, x):
         z, loss = model.encode(x), make_loss(HybridConfig(weight=2.0))(model, (x, labels), keys)
-        return z, model.prior.log_prob_by_class(z), model.terms(x, key, key), model.class_log_probs(x), loss.value
+        return (
+            z,
+            model.prior.log_prob_by_class(z),
+            model.terms(x, key, key),
+            model.class_log_probs(x),
+            loss.value,
+        )
 
     z, by_class, terms, posterior, loss = compute(model, x)
     expected = by_hand(model.prior, z)
@@ -84,9 +96,12 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
     np.testing.assert_allclose(terms.log_prior, np.log(np.exp(expected).sum(axis=1)), rtol=1e-10)
     np.testing.assert_allclose(terms.log_prob, terms.log_prior + terms.log_det, rtol=1e-10)
     np.testing.assert_allclose(np.exp(posterior).sum(axis=1), 1, rtol=1e-10)
-    joint = np.asarray(terms.log_prior_by_class) - np.asarray(terms.log_prior)[:, None]  # log p(x, y) - log p(x)
+    # log p(x, y) - log p(x)
+    joint = np.asarray(terms.log_prior_by_class) - np.asarray(terms.log_prior)[:, None]
     np.testing.assert_allclose(posterior, joint, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(loss, -posterior[np.arange(len(x)), labels].mean() - 2 * terms.log_prob.mean(), rtol=1e-10)
+    np.testing.assert_allclose(
+        loss, -posterior[np.arange(len(x)), labels].mean() - 2 * terms.log_prob.mean(), rtol=1e-10
+    )
 
 
 def test_samples_of_a_class_follow_its_prior(x64):
@@ -102,11 +117,18 @@ def test_samples_of_a_class_follow_its_prior(x64):
     np.testing.assert_array_equal(info.converged, labels < K)
     z, labels = np.asarray(z), np.asarray(labels)
 
-    def pvalues(component):  # of every dimension, that a class's latents are those of this component
+    # of every dimension, that a class's latents are those of this component
+    def pvalues(component):
         by_class = model.prior.by_class
-        of_component = scipy.stats.logistic(by_class.mean[component], np.exp(by_class.log_scale[component]))
+        of_component = scipy.stats.logistic(
+            by_class.mean[component], np.exp(by_class.log_scale[component])
+        )
         return [
-            [scipy.stats.kstest(of_component.cdf(z[labels == k])[:, d], "uniform").pvalue for d in range(D)] for k in range(K)
+            [
+                scipy.stats.kstest(of_component.cdf(z[labels == k])[:, d], "uniform").pvalue
+                for d in range(D)
+            ]
+            for k in range(K)
         ]
 
     for k in range(K):
@@ -118,7 +140,10 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     prior = plane()[0].prior
     means = np.repeat(100 * np.arange(K, dtype=np.float32)[:, None], D, axis=1)
     prior = dataclasses.replace(prior, by_class=Gaussian(means, np.zeros((K, D), np.float32)))
-    counts = np.bincount(np.rint(np.asarray(prior.sample(jax.random.key(0), (6000,))[:, 0]) / 100).astype(int), minlength=K)
+    counts = np.bincount(
+        np.rint(np.asarray(prior.sample(jax.random.key(0), (6000,))[:, 0]) / 100).astype(int),
+        minlength=K,
+    )
     expected = 6000 * scipy.special.softmax(np.asarray(prior.logits, np.float64))
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
@@ -126,7 +151,10 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: plane(num_classes=None)[0].class_log_probs(jnp.zeros((2, D))), "one prior for all"),
+        (
+            lambda: plane(num_classes=None)[0].class_log_probs(jnp.zeros((2, D))),
+            "one prior for all",
+        ),
         (lambda: draw(plane(num_classes=None)[0], jnp.zeros(4, int)), "one prior for all"),
         (lambda: draw(plane()[0], jnp.zeros(3, int)), "labels must be 4 integers"),
     ],
@@ -140,32 +168,45 @@ def draw(model, labels):
     return model.sample(jax.random.key(0), 4, labels=labels)
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def setup(config):
-    """The objective of a run, a state whose classes differ, and the images and labels of a batch."""
+    """The objective of a run, a state whose classes differ, and the images and labels of a
+    batch.
+    """
     objective = build_objective(config, load(config.data.name))
     images, labels = objective.examples
     return objective, runs.random_state(objective), (images[:32], labels[:32].astype(np.int32))
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_bits():
-    """The gradient of a step by hand, from the functions of the model, against the metrics that the step reports.
+    """The gradient of a step by hand, from the functions of the model, against the metrics that the
+    step reports.
 
     Augmentation changes what is classified, and not the likelihood.
     """
-    changes = {"optimizer.name": "sgd", "optimizer.clip_norm": 0.0, "model.dequantization": "uniform"}
+    changes = {
+        "optimizer.name": "sgd",
+        "optimizer.clip_norm": 0.0,
+        "model.dequantization": "uniform",
+    }
     changes |= {"classifier.label_smoothing": 0.1, "augmentation.crop_padding": 3}
     config = runs.config_of(runs.HYBRID_CONFIG, **changes)
     objective, start, (images, labels) = setup(config)
-    step = jax.vmap(objective.training_step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None))
+    step = jax.vmap(
+        objective.training_step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None)
+    )
     _, metrics = jax.jit(step)(start, parallel.shard((images, labels), num_devices=1))
 
     @jax.jit
     def drawn(images):
-        key_length, key_examples = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(jnp.arange(len(images)))
+        key_length, key_examples = jax.random.split(
+            jax.random.fold_in(jax.random.key(config.seed), 0)
+        )
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i), 4))(
+            jnp.arange(len(images))
+        )
         estimator = config.logdet.build().fix_length(key_length)
         return keys, estimator, augment.random_crop(keys[:, 2], images, padding=3)
 
@@ -174,26 +215,33 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     assert np.any(cropped != images)
 
     def terms(params):
-        weights = constrain(template.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps).weights
+        weights = constrain(
+            template.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps
+        ).weights
         model = template.with_(weights=weights, prior=params["prior"])
         bits = model.spec.in_units(model.terms(images, keys[:, 0], keys[:, 1]).log_prob)
         log_p = model.class_log_probs(cropped, keys[:, 3])
         entropy = cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)
         return (both := jnp.stack([entropy.mean(), bits.mean()])), both
 
-    by_term, (entropy, bits) = jax.device_get(jax.jit(jax.jacrev(terms, has_aux=True))(start.params))
+    by_term, (entropy, bits) = jax.device_get(
+        jax.jit(jax.jacrev(terms, has_aux=True))(start.params)
+    )
     squares = [np.sum((g[0].astype(float) + 4.0 * g[1]) ** 2) for g in jax.tree.leaves(by_term)]
     np.testing.assert_allclose(metrics["cross_entropy"], entropy, rtol=SAME)
     np.testing.assert_allclose(metrics["bits_per_dim"], bits, rtol=SAME)
     np.testing.assert_allclose(metrics["loss"], entropy + 4.0 * bits, rtol=SAME)
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(squares)), rtol=1e-4)
     assert metrics["bits_weight"] == 4.0  # initial_weight, at step 0
-    of_kernels = by_term["stage0"]["blocks"]["dense0"]["kernel"][0]  # the cross-entropy reaches the network
+    # the cross-entropy reaches the network
+    of_kernels = by_term["stage0"]["blocks"]["dense0"]["kernel"][0]
     assert np.linalg.norm(of_kernels) > 0.1
 
 
 def test_vectors_are_not_cropped_or_flipped():
-    vectors = from_arrays("mine", Arrays(np.random.default_rng(0).normal(size=(20, 2)), np.arange(20) % 2))
+    vectors = from_arrays(
+        "mine", Arrays(np.random.default_rng(0).normal(size=(20, 2)), np.arange(20) % 2)
+    )
     with pytest.raises(ValueError, match=r"crops and flips of .* images, and mine has vectors"):
         build_augmentation(AugmentationConfig(flip=True), vectors)
 
@@ -210,5 +258,14 @@ def test_training_improves_both_and_logs_both(workdir):
     assert last["bits_per_dim"] < first["bits_per_dim"]
     assert last["cross_entropy"] < first["cross_entropy"]
     trains = [record for record in records if record["split"] == "train"]
-    assert [record["bits_weight"] for record in trains] == [3.75, 2.75, 2.0, 2.0]  # means over two steps
-    assert {"loss", "bits_per_dim", "log_prior", "log_det", "cross_entropy", "accuracy", "max_lipschitz"} <= set(trains[0])
+    # means over two steps
+    assert [record["bits_weight"] for record in trains] == [3.75, 2.75, 2.0, 2.0]
+    assert {
+        "loss",
+        "bits_per_dim",
+        "log_prior",
+        "log_det",
+        "cross_entropy",
+        "accuracy",
+        "max_lipschitz",
+    } <= set(trains[0])

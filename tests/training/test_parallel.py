@@ -41,7 +41,10 @@ def initial_state():
 @pytest.fixture(scope="module")
 def batches():
     rng = np.random.default_rng(0)
-    return [{"x": np.float32(rng.normal(size=(8, 3))), "y": np.float32(rng.normal(size=8))} for _ in range(3)]
+    return [
+        {"x": np.float32(rng.normal(size=(8, 3))), "y": np.float32(rng.normal(size=8))}
+        for _ in range(3)
+    ]
 
 
 def run(step, batches, num_devices):
@@ -79,13 +82,17 @@ def test_the_state_is_donated_and_the_step_compiled_once(batches):
     for batch in batches:
         old = state
         state, _ = step(state, shard(batch))
-        jax.block_until_ready(state)  # warnings are errors: donation that cannot be used would be one
-    assert num_traces == 1  # also where the first state lies on one device, unlike those that a step returns
+        # warnings are errors: donation that cannot be used would be one
+        jax.block_until_ready(state)
+    # also where the first state lies on one device, unlike those that a step returns
+    assert num_traces == 1
     assert old["weights"].is_deleted()
     assert state["weights"].shape == (3,)
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4]), (6, [4, 4]), (7, [8]), (2, [2, 2, 2, 2]), (100, [8])])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(4, [4, 4]), (6, [4, 4]), (7, [8]), (2, [2, 2, 2, 2]), (100, [8])]
+)
 def test_an_evaluation_returns_examples_in_their_order_and_keeps_the_state(batch_size, sizes):
     x, state = np.arange(14, dtype=np.float32).reshape(7, 2), jnp.float32(10.0)
 

@@ -1,4 +1,6 @@
-"""Training in memory: when it validates and ends, what it keeps, and how its learning rate follows its time."""
+"""Training in memory: when it validates and ends, what it keeps, and how its learning rate
+follows its time.
+"""
 
 import itertools
 import math
@@ -26,7 +28,9 @@ class Constant:
 
 
 def objective_of(total_steps, held_out=None):
-    """The mean of examples by gradient descent, validated by its distance from 3 or by given losses."""
+    """The mean of examples by gradient descent, validated by its distance from 3 or by given
+    losses.
+    """
 
     def loss(model, batch, keys):
         value = jnp.mean((model.number - batch) ** 2)
@@ -37,10 +41,14 @@ def objective_of(total_steps, held_out=None):
     def validate(state):
         return ValidationResult({"loss": next(losses, float(abs(state.ema["number"] - 3)))})
 
-    rule = UpdateRule(optax.sgd(1.0), optax.linear_schedule(0.2, 0.0, total_steps), total_steps, ema_decay=0.0)
+    rule = UpdateRule(
+        optax.sgd(1.0), optax.linear_schedule(0.2, 0.0, total_steps), total_steps, ema_decay=0.0
+    )
     return Objective(
         name="loss",
-        training_step=TrainingStep(Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule),
+        training_step=TrainingStep(
+            Constant(), loss, lambda params, spectral: ConstrainedFlow({}, spectral, {}), rule
+        ),
         make_validation=lambda: validate,
         selection=lambda metrics: metrics["loss"],
         examples=np.zeros(8, np.float32),
@@ -51,7 +59,9 @@ def objective_of(total_steps, held_out=None):
 
 def run(held_out=None, after_step=lambda made: False, batch=3.0, options=None, **settings):
     """A run that has ended, by itself or as ``after_step`` says so."""
-    settings = TrainingConfig(**{"total_steps": 12, "eval_every_steps": 3, "log_every_steps": 2, **settings})
+    settings = TrainingConfig(
+        **{"total_steps": 12, "eval_every_steps": 3, "log_every_steps": 2, **settings}
+    )
     made = Trainer(objective_of(settings.schedule_steps, held_out), settings, **(options or {}))
     for _ in made.steps(itertools.repeat(parallel.shard(np.full(8, batch, np.float32)))):
         if after_step(made):
@@ -65,7 +75,13 @@ def steps(made, split):
 
 def test_it_logs_validates_and_tells_what_it_does():
     said, logged, losses = [], [], []
-    made = run(options={"say": said.append, "validated": losses.append, "log": lambda split, metrics: logged.append(split)})
+    made = run(
+        options={
+            "say": said.append,
+            "validated": losses.append,
+            "log": lambda split, metrics: logged.append(split),
+        }
+    )
     assert steps(made, "train") == [2, 3, 4, 6, 8, 9, 10, 12]
     assert steps(made, "validation") == [3, 6, 9, 12]
     assert made.step == int(made.state.step) == 12
@@ -79,7 +95,12 @@ def test_it_logs_validates_and_tells_what_it_does():
 
 def test_metrics_are_means_over_the_steps_since_the_last_line():
     every, second = (
-        [r["loss"] for r in run(log_every_steps=n, eval_every_steps=12).records if r["split"] == "train"] for n in (1, 2)
+        [
+            r["loss"]
+            for r in run(log_every_steps=n, eval_every_steps=12).records
+            if r["split"] == "train"
+        ]
+        for n in (1, 2)
     )
     np.testing.assert_allclose(np.reshape(every, (6, 2)).mean(axis=1), second, rtol=1e-6)
 
@@ -99,8 +120,15 @@ def clock(monkeypatch):
 TIME_LIMITS = {
     "minutes": {"minutes": 1.0, "total_steps": 0},
     "seconds of steps": {"options": {"seconds_of_steps": 60.0}, "total_steps": 5000},
-    "the shorter one": {"options": {"seconds_of_steps": 60.0}, "minutes": 50.0, "total_steps": 5000},
-    "an estimate that several processes agree on": {"options": {"agree": lambda steps: steps // 2 * 2}, "minutes": 1.0},
+    "the shorter one": {
+        "options": {"seconds_of_steps": 60.0},
+        "minutes": 50.0,
+        "total_steps": 5000,
+    },
+    "an estimate that several processes agree on": {
+        "options": {"agree": lambda steps: steps // 2 * 2},
+        "minutes": 1.0,
+    },
 }
 
 
@@ -125,13 +153,20 @@ def test_a_run_with_time_for_all_its_steps_takes_them():
 @pytest.mark.usefixtures("clock")
 def test_a_run_that_goes_on_has_the_time_that_is_left():
     state = objective_of(1000).initial_state()._replace(step=jnp.int32(190), horizon=np.int32(200))
-    made = run(options={"state": state, "seconds_before": 290.0}, minutes=5.0, total_steps=1000, log_every_steps=1)
+    made = run(
+        options={"state": state, "seconds_before": 290.0},
+        minutes=5.0,
+        total_steps=1000,
+        log_every_steps=1,
+    )
     assert 191 < made.step < 240
     assert made.elapsed_s < 305
 
 
 def test_what_is_not_finite_ends_training():
-    with pytest.raises(RuntimeError, match="grad_norm, loss became non-finite between steps 0 and 1") as raised:
+    with pytest.raises(
+        RuntimeError, match="grad_norm, loss became non-finite between steps 0 and 1"
+    ) as raised:
         run(batch=np.nan)
     assert "workdir" not in str(raised.value)  # there is none
     check_finite({"loss": 1.0, "grad_norm": np.float32(2.0)}, 1, 100)
