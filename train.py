@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 
+BLOWN_UP = 2  # exit status of a run that blew up, whose report is of the best model before
 HINT = "the same command goes on from the last checkpoint"
 
 
@@ -57,7 +58,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
 try:
-    from iresnet_jax.runs import command_line, machine
+    from iresnet_jax.maths import machine
+    from iresnet_jax.runs import command_line
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"error: there is no package {error.name}: training needs pip install '.[train]'"
@@ -68,21 +70,22 @@ def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
     given = command_line.parse_train_flags(argv)
     from iresnet_jax.runs import hosts
+    from iresnet_jax.training import parallel
 
     hosts.initialize(given.coordinator_address, given.num_processes, given.process_id)
     if not hosts.is_shared():
         machine.use_all_cores(given.config)
     from iresnet_jax.evaluation.report import write
-    from iresnet_jax.runs.loop import train
+    from iresnet_jax.runs.job import train
     from iresnet_jax.runs.trained_run import load, save
 
     machine.start_backend()
     machine.cache_programs()
     with hosts.ending_together():
-        if not hosts.is_first():
+        if not parallel.is_first():
             logging.getLogger("iresnet_jax").setLevel(logging.WARNING)
-        train(given.config, given.workdir)
-    if hosts.is_first():
+        model = train(given.config, given.workdir)
+    if parallel.is_first():
         trained = load(given.workdir)
         print(
             f"model: {save(trained)}",
@@ -90,7 +93,7 @@ def run(argv: list[str]) -> int:
             f"report: {given.workdir / 'report.html'}",
             sep="\n",
         )
-    return 0
+    return BLOWN_UP if model.history.ended.startswith("blow-up") else 0
 
 
 def main(argv: list[str]) -> int:

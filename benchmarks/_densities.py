@@ -48,7 +48,7 @@ from sklearn.neighbors import KernelDensity
 
 import iresnet_jax as ir
 from iresnet_jax.models.flow import as_params
-from iresnet_jax.training.initialization import num_parameters
+from iresnet_jax.models.free import num_parameters
 
 MANY = 2000  # training examples from which flows get the larger of two sizes and batches
 LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 1e-3, 100, 1.0

@@ -17,7 +17,7 @@ from _record import ROOT, parser
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import as_params, branch_inputs
+from iresnet_jax.models.flow import as_params, bounded, branch_inputs
 from iresnet_jax.runs import trained_run
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config
@@ -90,9 +90,9 @@ def encode(model: Any, x: Any) -> jax.Array:
 
 
 @jax.jit
-def decode(model: Any, z: Any) -> Any:
+def decode(model: Any, z: Any, bounds: Any = None) -> Any:
     """Inputs of the flow for latents, and how the inverse ended."""
-    return model.flow().inverse(z)
+    return model.flow(bounds=bounds).inverse(z)
 
 
 def norms(x: Any) -> np.ndarray:
@@ -112,13 +112,11 @@ class Block(NamedTuple):
 
 def blocks(model: Any, x: Any) -> Iterator[Block]:
     """Every residual block on the way of ``x`` through a model's flow."""
-    model = model.with_bounds()
-    inputs = jax.jit(lambda model, x: branch_inputs(model.spec.flow, model.weights, x))(model, x)
+    weights = bounded(model.weights, model.bounds())
+    inputs = jax.jit(branch_inputs, static_argnums=0)(model.spec.flow, weights, x)
     for stage, own in inputs.items():
         for k, of_block in enumerate(own):
-            branch = jax.tree.map(
-                lambda leaf, k=k: jnp.asarray(leaf)[k], model.weights[stage].branch
-            )
+            branch = jax.tree.map(lambda leaf, k=k: jnp.asarray(leaf)[k], weights[stage].branch)
             yield Block(f"{stage}/block{k:02d}", branch, of_block)
 
 

@@ -62,13 +62,18 @@ def exact_inverse(model, z):
     """The preimages of latents in float64, to 1e-10 in every block."""
     with jax.enable_x64(True):
         precise = model.with_(solver=Solver(atol=1e-10, refine=True))
-        x, info = decode(precise, jnp.asarray(z))
+        x, info = decode(precise, jnp.asarray(z), precise.bounds())
         if not bool(info.converged.all()):
             raise RuntimeError(
                 "the exact inverse did not converge: residuals up to "
                 f"{float(info.residual.max()):.1e}"
             )
         return np.asarray(x)
+
+
+def _decoded(own, z):
+    model, bounds = own
+    return decode(model, z, bounds)
 
 
 def _mean_seconds(num, function):
@@ -223,7 +228,8 @@ class OurFlow:
         z = self._z.astype(np.float64 if refine else np.float32)
 
         def once():
-            return parallel.over_batches(decode, model, lambda places: z[places], len(z), len(z))
+            own, places = (model, model.bounds()), lambda places: z[places]
+            return parallel.over_batches(_decoded, own, places, len(z), len(z))
 
         with jax.enable_x64(refine):
             seconds, (self._found, self._info) = _mean_seconds(num, once)

@@ -19,7 +19,7 @@ def prepare_jax(config=None):
     """What train.py does in its process before JAX starts; without a config what a command for a
     trained model does.
     """
-    from iresnet_jax.runs import machine
+    from iresnet_jax.maths import machine
     from iresnet_jax.runs.config import Config
 
     gc.set_threshold(50_000, 20, 100)
@@ -30,23 +30,20 @@ def prepare_jax(config=None):
 
 
 def training_step(config, data):
-    """The step of train.py: for one device and for all, the state before the first, examples for
-    batches, name of the loss.
+    """The step of train.py for all devices, ``(state, batch) -> (state, metrics)``, the state
+    before the first, examples for batches, name of the loss.
     """
-    from iresnet_jax.runs import loop
-    from iresnet_jax.runs.machine import prepare_backend
+    from iresnet_jax.maths.machine import prepare_backend
+    from iresnet_jax.runs.job import Job
     from iresnet_jax.training import parallel
+    from iresnet_jax.training.step import first_state
 
     prepare_backend(config.training.matmul_precision)
-    objective = loop.build_objective(config, data)
-    step = parallel.parallelize(objective.training_step)
-    return (
-        objective.training_step,
-        step,
-        objective.initial_state(),
-        objective.examples,
-        objective.name,
-    )
+    job = Job.of(config, data)
+    step, fixed = job.step()
+    mapped = parallel.parallelize(step)
+    start = first_state(job.free(), step.optimizer, step.length)
+    return lambda state, batch: mapped(state, fixed, batch), start, job.examples, job.objective.name
 
 
 def _peak_bytes():
@@ -115,11 +112,12 @@ class OurSteps(Steps):
         prepare_jax(settings)
         import jax
 
-        from iresnet_jax.data.batches import device_batches
-        from iresnet_jax.runs import machine, plan
+        from iresnet_jax.maths import machine
+        from iresnet_jax.runs import plan
+        from iresnet_jax.training.batches import device_batches
 
         self._jax = jax
-        _, self._step, self._state, examples, self._name = training_step(
+        self._step, self._state, examples, self._name = training_step(
             settings, plan.data_for(settings)
         )
         self._feed = device_batches(

@@ -20,10 +20,10 @@ from _record import interleave, parser, summarize, write
 from iresnet_jax.maths.logdet_series import SeriesLogdet
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain, constrain_certified, freeze
-from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.free import Free, num_parameters
 from iresnet_jax.models.linen import ResidualFlow
-from iresnet_jax.training.initialization import num_parameters
+from iresnet_jax.models.model import How
 
 # small models first, then the three scales of a network for 32 x 32 images
 SHAPES = ("side", "channels", "hidden", "batch")
@@ -49,7 +49,8 @@ def step_costs(side, channels, width, batch, *, turns):
     flow = FlowSpec((side, side, channels), (stage,))
     variables, x = initial_variables(flow, batch)
     params, spectral = variables["params"], variables["spectral"]
-    model = Density(DensitySpec(flow), {}, {}, estimator=SeriesLogdet(NUM_TERMS), unroll=True)
+    how = How(SeriesLogdet(NUM_TERMS), unroll=True)
+    free = Free(params, spectral, {}, DensitySpec(flow), how)
     constraints = {
         BASELINE: functools.partial(constrain, num_steps=5),
         "certified": constrain_certified,
@@ -58,9 +59,7 @@ def step_costs(side, channels, width, batch, *, turns):
     def compiled(constrained):
         def loss(params):
             weights = constrained(flow, params, spectral).weights
-            return -jnp.mean(
-                model.with_(weights=weights, prior=params["prior"]).log_prob(x, jax.random.key(2))
-            )
+            return -jnp.mean(free.build(weights, params).log_prob(x, jax.random.key(2)))
 
         return functools.partial(jax.jit(jax.grad(loss)).lower(params).compile(), params)
 

@@ -62,7 +62,7 @@ def _solve(model, y, wrong):
 
 def decoded(model, y) -> Inverted:
     """Preimages of latents in their own precision."""
-    x, info = decode(model.with_bounds(), y)
+    x, info = decode(model, y, model.bounds())
     return Inverted(model, np.asarray(y), np.asarray(x), np.asarray(info.error_bound))
 
 

@@ -75,17 +75,17 @@ def count(model, x):
 
 def time_whole(model, z, *, turns):
     """Wall-clock of the whole model's inverse, in turns, and how it ended."""
-    atol = model.solver.atol
+    atol = model.how.solver.atol
     models = {
         name: model.with_(solver=Solver(atol=atol, memory=memory))
         for name, memory in METHODS.items()
     }
-    timings = interleave(
-        {name: functools.partial(decode, own, z) for name, own in models.items()}, turns=turns
-    )
+    bounds = model.bounds()
+    runs = {name: functools.partial(decode, own, z, bounds) for name, own in models.items()}
+    timings = interleave(runs, turns=turns)
     results = summarize(timings, "banach")
     for name, own in models.items():
-        _, info = decode(own, z)
+        _, info = decode(own, z, bounds)
         evals, converged = float(info.num_evals.mean()), float(info.converged.mean())
         results[name] |= {
             "mean_evals_a_block": evals / model.spec.flow.num_blocks,
@@ -105,7 +105,7 @@ def main():
         "whole": time_whole(model, encode(model, x), turns=5 if arguments.quick else 30),
     }
     settings = {"data": run.config.data.name, "step": run.step, "num_examples": len(x)}
-    settings |= {"tolerance": TOLERANCE, "inverse_atol": model.solver.atol}
+    settings |= {"tolerance": TOLERANCE, "inverse_atol": model.how.solver.atol}
     write(f"inverse_{name_of(run)}", arguments, settings, results)
 
 

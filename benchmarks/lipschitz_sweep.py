@@ -28,7 +28,7 @@ from iresnet_jax.evaluation import classification
 from iresnet_jax.evaluation.report import TrainingTimes
 from iresnet_jax.evaluation.round_trips import round_trip
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import job
 from iresnet_jax.runs.metrics import read_metrics
 
 VARIANTS = ("vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")
@@ -38,9 +38,9 @@ QUICK = ("training.total_steps=20", "training.eval_every_steps=20", "training.lo
 
 
 @jax.jit
-def there_and_back(model, images):
+def there_and_back(model, images, bounds):
     """Round trips of images to features and back."""
-    return round_trip(model, model.preprocess(images))
+    return round_trip(model, model.preprocess(images), bounds=bounds)
 
 
 def invertibility(run, num):
@@ -48,7 +48,8 @@ def invertibility(run, num):
     images, size, found = run.data.held_out("test", num), run.config.evaluation.batch_size, {}
     for name, solver in SOLVERS.items():
         model = run.model.with_(solver=solver._replace(atol=run.config.evaluation.inverse_atol))
-        trips = [there_and_back(model, images[i : i + size]) for i in range(0, len(images), size)]
+        bounds, starts = model.bounds(), range(0, len(images), size)
+        trips = [there_and_back(model, images[i : i + size], bounds) for i in starts]
         trip = jax.tree.map(lambda *values: np.concatenate(values), *trips)
         found[name] = {
             "num": len(images),
@@ -64,7 +65,7 @@ def invertibility(run, num):
 def trained(config, workdir) -> Any:
     """The run of a config: the model in the folder, or a training that begins or goes on there."""
     if not (workdir / FILE_NAME).exists():
-        loop.train(config, workdir)
+        job.train(config, workdir)
     run = load(workdir)
     if difference := first_difference(to_plain(config), to_plain(run.config), "config"):
         raise ValueError(

@@ -30,7 +30,6 @@ from _record import parser, show, take_turns, write
 from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import default_config, parse
 from iresnet_jax.runs.model_from_config import density_spec
@@ -66,9 +65,7 @@ def step_cases(config, folder):
     data, size = plan.data_for(config), config.training.batch_size
     spec = density_spec(config, data)
     examples = np.asarray(data.examples["train"][: NUM_BATCHES * size])
-    x = np.moveaxis(
-        np.asarray(jax.jit(Density(spec, {}, {}).preprocess)(examples, jax.random.key(0))), -1, 1
-    )
+    x = np.moveaxis(np.asarray(jax.jit(spec.preprocess)(examples, jax.random.key(0))), -1, 1)
     np.save(folder / "batches.npy", x.reshape(NUM_BATCHES, size, *x.shape[1:]))
     of_peers = {
         "architecture": architecture(spec),

@@ -261,7 +261,7 @@ def reconstructions(*, steps: int = 600) -> Figure:
             progress=False,
         )
         wrong = np.asarray(model.logits(test[0])).argmax(axis=-1) != test[1]
-        back = np.asarray(model.reconstruct(model.features(test[0])).images)
+        back = np.asarray(model.decode(model.encode(test[0]))[0])
         error = np.linalg.norm((back - test[0] / scale).reshape(len(back), -1), axis=1)
         error /= np.linalg.norm(test[0].reshape(len(back), -1) / scale, axis=1)
         bound = model.certificate().max_block
@@ -583,11 +583,11 @@ def loosest_block(num_examples: int) -> tuple[str, Branch, Array]:
     """Name, branch and inputs of the kept model's block with the largest certified bound, in
     float64; under ``enable_x64``.
     """
-    model = ir.load(KEPT).with_bounds()
+    model = ir.load(KEPT)
     bounds = {
         (name, k): float(bound)
-        for name, block in model.weights.items()
-        for k, bound in enumerate(block.branch.lipschitz_bound)
+        for name, own in model.bounds().items()
+        for k, bound in enumerate(own.lipschitz)
     }
     name, k = max(bounds, key=lambda place: bounds[place])
     weights, x = jax.tree.map(

@@ -2,8 +2,8 @@
 
 `fit` makes a model from an array, `train` from any loss, `fit_energy` from an unnormalised density;
 `load` reads a saved one. Models are `Density` and `Classifier`, and everything they are made of
-works by itself on arrays and callables. `certify` bounds errors, `adapters` are for other
-libraries. Importing this needs JAX and jaxtyping alone; names and collections of Flax are in
+works alone on arrays and callables. `certify` bounds errors, `adapters` are for other libraries.
+Importing this needs JAX and jaxtyping alone; names and collections of Flax are in
 `iresnet_jax.models.linen`.
 """
 
@@ -16,10 +16,14 @@ from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
-from iresnet_jax.bijections.chain import Stage, chain, multiscale, repeat
+from iresnet_jax.bijections.chain import Chain as chain
+from iresnet_jax.bijections.chain import Multiscale as multiscale
+from iresnet_jax.bijections.chain import Repeat as repeat
+from iresnet_jax.bijections.chain import Stage
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.bijections.residual import Solver, residual_bijection
+from iresnet_jax.bijections.residual import Residual as residual_bijection
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.branches.branch import Branch, BranchSpec, CallableBranch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
@@ -36,6 +40,7 @@ from iresnet_jax.models.contractions import constrain, freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import Block, flow_bijection
+from iresnet_jax.models.free import Free
 
 if TYPE_CHECKING:
     from iresnet_jax import adapters, losses
@@ -43,8 +48,9 @@ if TYPE_CHECKING:
     from iresnet_jax.energy_evaluation import evaluate_energy
     from iresnet_jax.energy_fitting import fit_energy
     from iresnet_jax.fitting import fit
-    from iresnet_jax.loss_training import train
-    from iresnet_jax.training.constraint import Unconstrained
+    from iresnet_jax.training.callbacks import Callback
+    from iresnet_jax.training.checkpoints import Checkpoints
+    from iresnet_jax.training.train import train
 
 __all__ = [
     "Bijection",
@@ -53,8 +59,10 @@ __all__ = [
     "Branch",
     "BranchSpec",
     "CallableBranch",
+    "Callback",
     "Cells",
     "Center",
+    "Checkpoints",
     "Classifier",
     "ClassifierSpec",
     "Density",
@@ -64,6 +72,7 @@ __all__ = [
     "FeedforwardSpec",
     "FixedPointInfo",
     "FlowSpec",
+    "Free",
     "Identity",
     "KrylovLogdet",
     "LogdetInfo",
@@ -75,7 +84,6 @@ __all__ = [
     "Stage",
     "StageSpec",
     "Standardize",
-    "Unconstrained",
     "Whiten",
     "adapters",
     "certify",
@@ -99,18 +107,20 @@ __all__ = [
     "train",
 ]
 
+Unconstrained = Free  # its former name
 _TRAINING = {
-    "Unconstrained": "iresnet_jax.training.constraint",
+    "Callback": "iresnet_jax.training.callbacks",
+    "Checkpoints": "iresnet_jax.training.checkpoints",
     "evaluate_energy": "iresnet_jax.energy_evaluation",
     "fit": "iresnet_jax.fitting",
     "fit_energy": "iresnet_jax.energy_fitting",
-    "train": "iresnet_jax.loss_training",
+    "train": "iresnet_jax.training.train",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on demand of all that takes more than the mathematics: `certify`, `adapters`,
-    `losses`, training.
+    """Imports `certify`, `adapters`, `losses` and training on first use: they need more packages
+    than the mathematics.
     """
     if name in ("adapters", "losses"):
         return importlib.import_module(f"iresnet_jax.{name}")
@@ -142,13 +152,13 @@ def load(
 
     Args:
         path: The file or folder.
-        branches: What makes branches of one's own, by the names that the file has for them: a file
-            imports nothing.
-        prior: A prior of one's own with the structure of the one in the file.
+        branches: Functions that make custom branches, by their names in the file, which imports no
+            code.
+        prior: A custom prior with the structure of the file's.
 
     Raises:
-        ValueError: If there is no model, or it is damaged or from another version, or a part of
-            one's own is not given.
+        ValueError: If there is no model, it is damaged or from another version, or a custom part is
+            missing.
 
     Example:
         >>> model = load("runs/digits_density")  # doctest: +SKIP

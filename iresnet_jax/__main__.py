@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from iresnet_jax.atomic_files import path_of
-from iresnet_jax.runs import machine
+from iresnet_jax.maths import machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
-from iresnet_jax.runs.signals import end_at_signals
+from iresnet_jax.training.signals import end_at_signals
 
 
 def count(text: str, least: int = 1) -> int:
@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "folder of the training run, or of a model",
     },
-    "data": {"metavar": "NAME", "help": "data instead of those of training, such as npy:FILE"},
+    "data": {"metavar": "NAME", "help": "data other than the training's, such as npy:FILE"},
     "num": {
         "type": count,
         "help": "how many examples, images of each side or samples (%(default)s)",
@@ -99,9 +99,8 @@ class Command(NamedTuple):
     """A command, which the function of its name in `iresnet_jax.commands` runs.
 
     Attributes:
-        help: What it gives, and when its exit status is 1.
-        options: Names in `OPTIONS`, some with a default; in capitals the names of arguments without
-            dashes.
+        help: Its result, and the condition for exit status 1.
+        options: Names in `OPTIONS`, some with a default; arguments without dashes are in capitals.
     """
 
     help: str
@@ -130,8 +129,7 @@ COMMANDS = {
     ),
     "calibrate": Command(
         "Calibration of a density given contexts: ranks of test examples among samples, and tests "
-        "that they are uniform; exit "
-        "status 1 if these refuse it.",
+        "that they are uniform; exit status 1 if these refuse it.",
         "workdir data num=500 samples",
     ),
     "report": Command(

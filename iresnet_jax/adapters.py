@@ -1,9 +1,9 @@
 """Densities of continuous data as distributions of NumPyro.
 
-Other samplers, such as BlackJAX's, take ``model.log_prob`` itself. ``model.continuous`` is the
-density of a model of integer levels or of values that own cells. Values are unknown when a function
-is compiled, so one outside of the ranges of a bounded density is not refused: its log-density is
-minus infinity.
+Other samplers, such as BlackJAX's, take ``model.log_prob``. ``model.continuous`` is the density of
+a model of integer levels or of values that own cells. Values are unknown while a function is
+compiled, so values outside of a bounded density's ranges are no error: their log-density is minus
+infinity.
 """
 
 import functools
@@ -37,7 +37,7 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
 
     Raises:
         ImportError: If NumPyro is not installed.
-        ValueError: If it is no density of continuous data, or the context is not one that it takes.
+        ValueError: If the model is no density of continuous data, or does not take the context.
 
     Example:
         >>> def model():  # doctest: +SKIP
@@ -58,13 +58,9 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
     if (dim and vectors is None) or (
         vectors is not None and (not dim or vectors.shape[-1:] != (dim,))
     ):
-        wanted, got = (
-            f"a context of shape (..., {dim})" if dim else "no context",
-            None if vectors is None else vectors.shape,
-        )
-        raise ValueError(
-            f"this density takes {wanted}, got {'none' if got is None else f'one of shape {got}'}"
-        )
+        wanted = f"a context of shape (..., {dim})" if dim else "no context"
+        got = "none" if vectors is None else f"one of shape {vectors.shape}"
+        raise ValueError(f"this density takes {wanted}, got {got}")
     return _numpyro_class()(model, vectors)
 
 
@@ -98,7 +94,7 @@ def _numpyro_class() -> Any:
             transform = self.model.spec.transform
             if not isinstance(transform, Bounded):
                 if self.event_dim == 1:
-                    # mixtures compare the types of their components' supports
+                    # Mixtures compare the types of their components' supports.
                     return constraints.real_vector
                 return constraints.independent(constraints.real, self.event_dim)
             entries = []
@@ -119,7 +115,7 @@ def _numpyro_class() -> Any:
         def sample_with_intermediates(
             self, key: Any, sample_shape: tuple[int, ...] = ()
         ) -> tuple[Any, list[Any]]:
-            """Samples, and their log-densities as what `log_prob` need not compute."""
+            """Samples, and their log-densities, which `log_prob` then need not compute."""
             axes, context = (*sample_shape, *self.batch_shape), self.context
             num = math.prod(axes)
             if context is not None:
@@ -129,10 +125,8 @@ def _numpyro_class() -> Any:
 
         @validate_sample
         def log_prob(self, value: Any, intermediates: list[Any] | None = None) -> Any:
-            return (
-                intermediates[0]
-                if intermediates
-                else _log_prob(self.model, value, context=self.context)
-            )
+            if intermediates:
+                return intermediates[0]
+            return _log_prob(self.model, value, context=self.context)
 
     return DensityDistribution

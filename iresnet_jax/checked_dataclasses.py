@@ -3,8 +3,7 @@ value checked on the way in.
 
 A field's annotation says what it may hold: `int`, `float`, `bool`, `str`, ``Literal["a", "b"]``,
 ``tuple[float, ...]``, another dataclass, ``X | None``, and ``Annotated[float, Range("[0, 1)")]``
-for numbers within a range. One of several dataclasses is told by its name under "type", see
-`tagged`.
+for numbers within a range. The name under "type" chooses among several dataclasses, see `tagged`.
 """
 
 import dataclasses
@@ -24,8 +23,8 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """An interval of numbers, written as in mathematics: ``[1, inf)`` has its lower end, ``(0,
-    1)`` neither.
+    """An interval of numbers, written as in mathematics: ``[1, inf)`` contains its lower end, ``(0,
+    1)`` neither end.
     """
 
     interval: str
@@ -40,17 +39,19 @@ Count = Annotated[int, Range("[1, inf)")]
 CountOrNone = Annotated[int, Range("[0, inf)")]  # 0 switches something off
 Positive = Annotated[float, Range("(0, inf)")]
 NotNegative = Annotated[float, Range("[0, inf)")]
-Decay = Annotated[float, Range("[0, 1)")]  # decay of an average, which would never move at 1
+Decay = Annotated[float, Range("[0, 1)")]  # decay of an average; at 1 it would never move
 
 
-@typing.dataclass_transform(frozen_default=True, eq_default=False)
+@typing.dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
+)
 def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
-    """Makes a class a frozen dataclass and a pytree: fields of these names hold arrays or pytrees,
-    all others are static.
+    """Makes a class a frozen dataclass and a pytree: the named fields hold arrays or pytrees, all
+    others are static.
 
-    Two are equal if their static fields and the numbers in their arrays are. JAX takes one apart
-    and puts it together around tracers, which have no values to check: ``__post_init__`` does not
-    run then.
+    Two instances are equal if their static fields and the numbers in their arrays are equal.
+    ``__post_init__`` does not run when JAX rebuilds an instance, as tracers have no values to
+    check.
     """
 
     def register(cls: type[T]) -> type[T]:
@@ -99,8 +100,8 @@ def tagged(value: Any) -> Any:
     """A dataclass as JSON data, with the name of every dataclass in it under "type"; arrays are
     lists of their numbers.
 
-    A field with "name" in its metadata holds what is no data: that function gives its name, and it
-    is left out if it is None.
+    A field with "name" in its metadata holds something that is not data: the function "name"
+    returns its name; the field is left out if that is None.
     """
     if dataclasses.is_dataclass(value):
         entries = [
@@ -121,14 +122,10 @@ def tagged(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], plain: Any, path: str) -> T:
-    """The dataclass that a mapping describes; fields without an entry keep their default.
+    """The dataclass that a mapping describes; missing fields keep their default.
 
     Args:
-        path: What messages call the mapping, such as ``config``.
-
-    Raises:
-        ValueError: If a field is unknown, missing, of the wrong kind or out of its range; the
-            message names it.
+        path: Name of the mapping in messages, such as ``config``.
     """
     if not isinstance(plain, Mapping):
         raise ValueError(f"{path} must be a dictionary, got {plain!r}")
@@ -141,11 +138,9 @@ def from_plain(cls: type[T], plain: Any, path: str) -> T:
     for name in plain:
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?"
-                if close
-                else f"the fields are {', '.join(hints) or 'none'}"
-            )
+            hint = f"the fields are {', '.join(hints) or 'none'}"
+            if close:
+                hint = f"did you mean {close[0]!r}?"
             raise ValueError(f"{path} has no field {name!r}: {hint}")
     required = [
         field.name
@@ -170,9 +165,9 @@ def first_difference(
 
     Args:
         ours: Some data.
-        theirs: Others.
-        path: What the sentence calls them.
-        where: What the sentence calls the place of either.
+        theirs: Data to compare with.
+        path: Name of the data in the sentence.
+        where: Names of the two places in the sentence.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}):
@@ -181,26 +176,20 @@ def first_difference(
             if difference := first_difference(ours[key], theirs[key], f"{path}.{key}", where):
                 return difference
         return None
-    return (
-        None
-        if ours == theirs
-        else f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
-    )
+    if ours == theirs:
+        return None
+    return f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
 
 
 def checked(kind: Any, value: Any, path: str) -> Any:
-    """Plain data as what the annotation ``kind`` describes; ``path`` and errors are those of
-    `from_plain`.
-    """
+    """Plain data as a value of the annotation ``kind``; ``path`` and errors as for `from_plain`."""
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return (
-            None
-            if value is None and types.NoneType in arguments
-            else _one_of(arguments, value, path)
-        )
+        if value is None and types.NoneType in arguments:
+            return None
+        return _one_of(arguments, value, path)
     if origin is typing.Annotated:
         number = checked(arguments[0], value, path)
         if number not in arguments[1]:
@@ -227,16 +216,14 @@ def checked(kind: Any, value: Any, path: str) -> Any:
 
 
 def _number_of_python(value: Any) -> Any:
-    """A number of NumPy or JAX as one of Python, a dataclass as a dictionary, and any other
-    value as it is.
+    """A number of NumPy or JAX as a Python number, a dataclass as a dictionary, and any other value
+    unchanged.
     """
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
-    return (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-    )
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -274,11 +261,7 @@ def check_unmasked(given: Any, name: str) -> None:
 
 
 def finite_numbers(given: np.ndarray, name: str, dtype: Any) -> np.ndarray:
-    """Numbers in a type.
-
-    Raises:
-        ValueError: If one is NaN, infinite or too large for it; the message names the first.
-    """
+    """Numbers in a type."""
     with np.errstate(over="ignore"):
         numbers = given.astype(dtype, copy=False)
     are_whole = given.dtype.kind in "biu" and numbers.dtype.kind in "biu"

@@ -1,6 +1,6 @@
 """Commands of ``python -m iresnet_jax``; `iresnet_jax.__main__` has their table and options.
 
-Each says what it found, and returns whether what was asked for holds: if not, the exit status is 1.
+Each command prints its result and returns whether it succeeded: if not, the exit status is 1.
 """
 
 import argparse
@@ -37,19 +37,15 @@ from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.trained_run import Run, save
 
-# roughly, for guaranteed errors of inverses where no number of examples is asked for
+# Rough time for guaranteed errors of inverses if no number of examples is given.
 CERTIFY_S = 5.0
 
 
 def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     """Measures a model on the test examples."""
     run = _with_settings(run, arguments).with_data_checked()
-    model, settings, seed, examples = (
-        run.model,
-        run.config.evaluation,
-        run.config.seed,
-        run.test_examples(),
-    )
+    model, examples = run.model, run.test_examples()
+    settings, seed = run.config.evaluation, run.config.seed
     lines = []
     if isinstance(model, Density):
         floor, contexts = run.data.entropy, run.test_contexts()
@@ -75,16 +71,14 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
             f"{run.folder} holds no density, so there are no samples: that takes a "
             "density objective"
         )
-    contexts = (
-        None
-        if arguments.context is None
-        else read_contexts(arguments.context, model.spec.context_dim)
-    )
-    if contexts is not None and len(contexts) > arguments.num:
-        raise ValueError(
-            f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give --num "
-            f"{len(contexts)}"
-        )
+    contexts = None
+    if arguments.context is not None:
+        contexts = read_contexts(arguments.context, model.spec.context_dim)
+        if len(contexts) > arguments.num:
+            raise ValueError(
+                f"{len(contexts)} contexts need as many samples, got --num {arguments.num}: give "
+                f"--num {len(contexts)}"
+            )
     values, convergence = samples.draw(
         model,
         arguments.num,
@@ -102,14 +96,13 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
 
 def read_contexts(text: str, context_dim: int) -> Float[np.ndarray, "n k"]:
     """The contexts that ``--context`` gives: numbers separated by commas, or a ``.npy`` file
-    with one per row.
+    with one context per row.
     """
     try:
-        found = (
-            np.load(text, allow_pickle=False)
-            if text.endswith(".npy")
-            else np.array([float(n) for n in text.split(",")])
-        )
+        if text.endswith(".npy"):
+            found = np.load(text, allow_pickle=False)
+        else:
+            found = np.array([float(n) for n in text.split(",")])
         if not np.all(np.isfinite(found)):
             raise ValueError("not all are finite")
         return np.atleast_2d(as_vectors(found.astype(np.float32), context_dim))
@@ -130,22 +123,20 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
         run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num
     )
     figure = reconstructions(result.originals, result.reconstructions)
-    written = (
-        []
-        if figure is None
-        else [f"written: {write_png(figure, run.folder / 'reconstructions.png')}"]
-    )
-    _say(*run.notes, result.summary, *written)
+    lines = [*run.notes, result.summary]
+    if figure is not None:
+        lines.append(f"written: {write_png(figure, run.folder / 'reconstructions.png')}")
+    _say(*lines)
     return result.summary.fraction_converged == 1
 
 
 def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
-    """Examples to certify: as many as were asked for, or as take some seconds; None for none."""
-    return (
-        round_trips.affordable(flow, CERTIFY_S)
-        if arguments.certify is None
-        else arguments.certify or None
-    )
+    """Number of examples to certify: the requested number, or as many as take some seconds; None
+    for none.
+    """
+    if arguments.certify is None:
+        return round_trips.affordable(flow, CERTIFY_S)
+    return arguments.certify or None
 
 
 def certify(run: Run, _: argparse.Namespace) -> bool:
@@ -157,7 +148,7 @@ def certify(run: Run, _: argparse.Namespace) -> bool:
 
 
 def calibrate(run: Run, arguments: argparse.Namespace) -> bool:
-    """Tests whether posteriors hold the truth as often as they say."""
+    """Tests whether posteriors contain the truth as often as they state."""
     run = run.with_data_checked()
     found = calibration.calibrate_run(run, arguments.num, arguments.samples)
     _say(*run.notes, found)
@@ -171,9 +162,7 @@ def report(run: Run, arguments: argparse.Namespace) -> bool:
 
 
 def _with_settings(run: Run, arguments: argparse.Namespace) -> Run:
-    """The run, whose evaluation has the importance-weighted bound and the robustness that are
-    asked for.
-    """
+    """The run, with the requested importance-weighted bound and robustness in its evaluation."""
     changes: dict[str, Any] = {
         "num_importance_draws": arguments.importance,
         "radii": arguments.radii,
@@ -193,7 +182,7 @@ def _with_settings(run: Run, arguments: argparse.Namespace) -> Run:
 
 
 def convert(arguments: argparse.Namespace) -> bool:
-    """Writes a network of the authors' PyTorch codes as a model, which the other commands take
+    """Converts a network of the authors' PyTorch codes to a model, which the other commands take
     with ``--data``.
     """
     model = conversion.convert(arguments.FILE, arguments.architecture)
@@ -212,27 +201,24 @@ def convert(arguments: argparse.Namespace) -> bool:
 
 
 def _excess(certificate: Certificate) -> str:
-    """A sentence on how far certified norms of layers are above the coefficient."""
+    """A sentence on the excess of certified norms of layers over the coefficient."""
     layers = [
         (f"{block.name}/{layer.name}", layer.bound)
         for block in certificate.blocks
         for layer in block.layers
     ]
     coeff = certificate.coeff or math.nan
-    num_above, (name, largest) = (
-        sum(bound > coeff for _, bound in layers),
-        max(layers, key=lambda layer: layer[1]),
-    )
+    num_above = sum(bound > coeff for _, bound in layers)
+    name, largest = max(layers, key=lambda layer: layer[1])
     return (
         f"{num_above} of {len(layers)} layers have a certified norm above the coefficient "
-        f"{coeff:g}; the largest is "
-        f"{largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
+        f"{coeff:g}; the largest is {largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
     )
 
 
 def plan(arguments: argparse.Namespace) -> bool:
     """Compiles the training step of a config for a machine that is not here."""
-    # the compiler for TPUs is asked to compile, not to run
+    # The compiler for TPUs compiles without running anything.
     jax.config.update("jax_platforms", "cpu")
     config = parse_train_flags(["python -m iresnet_jax plan", *arguments.flags]).config
     say = functools.partial(print, file=sys.stderr, flush=True)

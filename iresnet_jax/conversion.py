@@ -1,7 +1,7 @@
 """Models of this library from networks that the authors' PyTorch codes trained.
 
-The command that trained a network says what it is. Names of arrays, where `stack.K` is
-`stack.SCALE.stack.K` of several scales:
+The command that trained a network defines its architecture. Names of arrays, in which `stack.K` is
+`stack.SCALE.stack.K` if there are several scales:
 
 | invertible-resnet (Behrmann et al. 2019): ``CIFAR_main.py`` | here |
 |---|---|
@@ -10,9 +10,9 @@ The command that trained a network says what it is. Names of arrays, where `stac
 | ``prior_mu``, ``prior_logstd``, channels first | prior "gaussian", channels last |
 | ``bn1``, ``logits`` | head of a classifier |
 
-After a scale the first half of the channels leaves, here the second one, so halves change places in
-front of a scale. Every checkpoint has a prior and a head: the one that its task does not use was
-never trained and is left out.
+After a scale the first half of the channels leaves, and here the second half, so the halves change
+places in front of a scale. Every checkpoint has a prior and a head: the part that its task does not
+use was never trained and is left out.
 
 | residual-flows (Chen et al. 2019): ``train_img.py``, and ``train_toy.py`` with one ``chain`` | here |
 |---|---|
@@ -21,9 +21,9 @@ never trained and is left out.
 | ``transforms.SCALE.chain.J.weight``, ``bias``: ``(x + bias) exp(weight)`` | ActNorm, with the same formula |
 | ``transforms.SCALE.chain.J.nnet.nnet.M``, ``chain.J.fc_module`` | dense layers and their ActNorm, on entries, channels last |
 
-ActNorm stands behind blocks there, and in front of them here: each goes to the next block. The
-squeeze lists the pixels of each channel one after the other, and half of its channels may leave.
-The prior is standard normal.
+ActNorm stands behind blocks there, and in front of blocks here: each ActNorm moves to the next
+block. The squeeze lists the pixels of each channel one after the other, and half of its channels
+may leave. The prior is standard normal.
 """  # noqa: E501
 
 import argparse
@@ -55,11 +55,11 @@ from iresnet_jax.runs.command_line import Parser
 def convert(
     weights: str | os.PathLike[str] | Mapping[str, Any], architecture: str
 ) -> Density | Classifier:
-    """The model that a network of another code is, with guaranteed bounds of its norms.
+    """Converts a network of another code to a model with guaranteed bounds of its norms.
 
-    Kernels are those that the code applies after training: divided by the norms that its last power
-    iteration saw, where these are above the coefficient. Their true norms may be above it, which
-    ``model.certificate()`` says. ``model.freeze()`` scales them into the budget.
+    Kernels equal the ones that the code applies after training: divided by the norms of its last
+    power iteration if these are above the coefficient. The true norms may be above it, see
+    ``model.certificate()``; ``model.freeze()`` scales the kernels into the budget.
 
     Args:
         weights: The ``state_dict``, as a ``.npz`` file or as arrays by name.
@@ -88,13 +88,13 @@ def convert(
 
 
 class Script(NamedTuple):
-    """A training script: what reads its networks, and its options without dashes in front.
+    """A training script: the reader of its networks, and its options without leading dashes.
 
     Attributes:
         reader: ``(arrays, options) ->`` arguments of `saved.model_of`.
-        read: Options that define the network with the script's defaults; a default of False or True
-            may be a switch.
-        refused: Options of which only this value, their default, is read.
+        read: Options that define the network, with the script's defaults; a default of False or
+            True may be a switch.
+        refused: Options for which only the default, given here, can be read.
         ignored: Names of options that do not change the function.
     """
 
@@ -105,20 +105,15 @@ class Script(NamedTuple):
 
 
 def parse(command: str) -> tuple[Script, argparse.Namespace]:
-    """The script of a command and its options that are read; names may be shortened, as in the
+    """The script of a command and the options that are read; names may be shortened, as in the
     script.
-
-    Raises:
-        ValueError: If the command names no known script, or has an option that the script does not
-            have or that is refused.
     """
     words = shlex.split(command)
     place = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
     if place is None:
         raise ValueError(
             "architecture must be the command that trained the network, with its script, one of "
-            f"{', '.join(SCRIPTS)}, and its "
-            f"options; got {command!r}"
+            f"{', '.join(SCRIPTS)}, and its options; got {command!r}"
         )
     name = Path(words[place]).name
     script, parser = SCRIPTS[name], Parser(prog=name, add_help=False)
@@ -150,7 +145,7 @@ def _truth(word: str) -> bool:
 
 # invertible-resnet --------------------------------------------------------------------------------
 
-# mean and standard deviation of pixels in [0, 1], by which classifiers normalise images
+# Mean and standard deviation of pixels in [0, 1], with which classifiers normalise images.
 MOMENTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -268,10 +263,10 @@ def _read_bottleneck(
 
 
 def _side(arrays: Arrays, options: argparse.Namespace) -> int:
-    """Side of an image, from the singular vector of the first layer, which that code measures where
-    its input is squeezed.
+    """Side of an image, from the size of the first layer's singular vector, which has the side of
+    the squeezed input.
 
-    Without scales of their own, blocks that squeeze measure it in front of their squeeze.
+    With a single scale, that code measures the side in front of the squeeze.
     """
     squeezes = (options.init_ds == 2) + (options.multiScale and options.nStrides[0] == 2)
     channels = (3 + options.inj_pad) * 4 ** ((options.init_ds == 2) + (options.nStrides[0] == 2))
@@ -285,7 +280,7 @@ def _side(arrays: Arrays, options: argparse.Namespace) -> int:
 
 def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpec, dict[str, Any]]:
     """Arguments of `saved.model_of` for a network of ``train_img.py``."""
-    # whatever --imagesize says
+    # These data sets ignore --imagesize.
     sizes = {"celebahq": 256, "celeba_5bit": 64, "imagenet32": 32, "imagenet64": 64}
     side = sizes[options.data] if options.data in sizes else options.imagesize
     shape = (side, side, 1 if options.data == "mnist" else 3)
@@ -294,7 +289,7 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
         stages.squeeze(channel_major=True)
         side //= 2
     numbers = _numbers(options.nblocks)
-    # a scale has images of 4 x 4 at least, and others are left out
+    # A scale has images of at least 4 x 4 pixels; smaller scales are left out.
     last = min(len(numbers), side.bit_length() - 2) - 1
     if last < 0:
         raise ValueError(
@@ -428,10 +423,9 @@ SCRIPTS = {
         },
         refused={"noActnorm": False},
         ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay "
-        "drop_rate batch init_batch "
-        "warmup_epochs epochs resume save_dir vis_port vis_server log_every fixedPrior evaluate "
-        "interpolate drop_two nesterov "
-        "norm analysisTraceEst log_verbose deterministic",
+        "drop_rate batch init_batch warmup_epochs epochs resume save_dir vis_port vis_server "
+        "log_every fixedPrior evaluate interpolate drop_two nesterov norm analysisTraceEst "
+        "log_verbose deterministic",
     ),
     "train_img.py": Script(
         read_images,
@@ -474,11 +468,9 @@ SCRIPTS = {
             **{"logit-transform": True, "first-resblock": True},
         },
         ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff "
-        "n-lipschitz-iters sn-tol "
-        "dataroot padding-dist cdim optimizer scheduler nepochs batchsize lr wd warmup-iters "
-        "annealing-iters save "
-        "val-batchsize seed ema-val update-freq scale-dim rcrop-pad-mode resume begin-epoch "
-        "nworkers print-freq vis-freq",
+        "n-lipschitz-iters sn-tol dataroot padding-dist cdim optimizer scheduler nepochs "
+        "batchsize lr wd warmup-iters annealing-iters save val-batchsize seed ema-val update-freq "
+        "scale-dim rcrop-pad-mode resume begin-epoch nworkers print-freq vis-freq",
     ),
     "train_toy.py": Script(
         read_toy,
@@ -492,8 +484,7 @@ SCRIPTS = {
         },
         refused={"arch": "iresnet", "learn-p": False, "batchnorm": False},
         ignored="n-power-series n-dist n-samples data n-lipschitz-iters atol rtol mixed "
-        "brute-force exact-trace niters "
-        "batch_size test_batch_size lr weight-decay annealing-iters save viz_freq val_freq "
-        "log_freq gpu seed",
+        "brute-force exact-trace niters batch_size test_batch_size lr weight-decay "
+        "annealing-iters save viz_freq val_freq log_freq gpu seed",
     ),
 }

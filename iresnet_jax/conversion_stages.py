@@ -1,10 +1,9 @@
-"""Arrays of a network in PyTorch, and stages that are collected in the order in which that code
-applies them.
+"""Arrays of a network in PyTorch, and its stages, which are collected in that code's order.
 
 Codes differ in the order of channels after a squeeze, in the half that leaves as latents and in
-where an ActNorm stands. The flow here is the same function: by `StageSpec.channel_order`, by the
-order of the rows and columns of kernels, and by moving an ActNorm past what only moves entries, to
-the next branch. Where no branch follows, a block has a branch of zeros.
+where an ActNorm stands. The flow here is the same function through `StageSpec.channel_order`,
+through the order of kernels' rows and columns, and by moving an ActNorm past permutations to the
+next branch. Where no branch follows, a block has a branch of zeros.
 """
 
 import math
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 
 from iresnet_jax.models.architecture import StageSpec
 
-# Last parts of names of arrays that the function of a network does not depend on.
+# Last parts of the names of arrays that do not enter the network's function.
 UNUSED = (
     *(
         "weight_sigma",
@@ -44,7 +43,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except Exception as error:  # there is no list of what a damaged file makes NumPy raise
+    except Exception as error:  # NumPy may raise anything for a damaged file
         raise ValueError(
             f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in "
             "PyTorch, see docs/models.md"
@@ -52,10 +51,10 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 class Arrays:
-    """Arrays by their names, each of which is taken once or known to be of no use.
+    """Arrays by their names; each must be taken once or be known as unused.
 
-    What is wrong is kept until `check`, which says all of it in one error; arrays of zeros stand in
-    until then.
+    Mistakes are collected until `check`, which raises one error for all; until then arrays of zeros
+    replace missing ones.
 
     Args:
         given: Arrays by name; a wrapper for several GPUs puts "module." in front.
@@ -69,7 +68,7 @@ class Arrays:
         self._wrong: list[str] = []
 
     def take(self, name: str, *shape: int) -> Float[np.ndarray, "..."]:
-        """The array of that name in float64."""
+        """The array with this name in float64."""
         if (array := self._left.pop(name, None)) is None:
             self._missing.append(name)
         elif array.shape != shape:
@@ -101,7 +100,7 @@ class Arrays:
         return default if array is None or array.ndim != len(default) else array.shape
 
     def ignore(self, *names: str) -> None:
-        """Marks arrays, where they are there, as known to be of no use."""
+        """Marks arrays, if present, as unused."""
         for name in names:
             self._left.pop(name, None)
 
@@ -117,18 +116,18 @@ class Arrays:
             if names
         ]:
             raise ValueError(
-                f"the arrays are not those of {source}; {'; '.join(said)}: give the "
-                "command that trained them"
+                f"the arrays do not belong to {source}; {'; '.join(said)}: give the command that "
+                "trained them"
             )
 
 
 class Layer(NamedTuple):
-    """A linear layer in PyTorch's layout, as it is applied, and the activation in front of it.
+    """A linear layer in PyTorch's layout, as it is applied, with the activation in front of it.
 
     Attributes:
         kernel: ``(cout, cin, k, k)`` of a convolution, ``(cout, cin)`` of a dense layer.
-        bias: One number an output channel.
-        beta: Sharpness of the activation in front of the layer, where it has one.
+        bias: One number per output channel.
+        beta: Sharpness of the activation in front of the layer, if it has one.
     """
 
     kernel: Float[np.ndarray, "..."]
@@ -151,7 +150,7 @@ def applied_kernel(
         u: Left singular vector, by power iteration.
         v: Right singular vector.
         coeff: Largest norm.
-        margin: What the code adds to the divisor.
+        margin: Number that the code adds to the divisor.
     """
     taps = kernel.reshape(*kernel.shape[:2], *(kernel.shape[2:] or (1, 1)))
     (high, wide), side = taps.shape[2:], v.shape[1]
@@ -176,8 +175,8 @@ class Stages:
         self._specs: list[dict[str, Any]] = []
         self._blocks: list[list[dict[str, dict[str, np.ndarray]]]] = []
         self._latents: list[np.ndarray] = []
-        self._theirs = np.arange(shape[-1])  # which of their channels each of ours is
-        # one that no branch follows yet, in our order
+        self._theirs = np.arange(shape[-1])  # their channel for each channel here
+        # An ActNorm that no branch follows yet, in the order here.
         self._actnorm: tuple[np.ndarray, np.ndarray] | None = None
         self._squeeze, self._order = 1, None  # of the next stage
 
@@ -210,9 +209,7 @@ class Stages:
             self._theirs = np.arange(4 * channels)
 
     def order(self, order: Int[np.ndarray, " c"]) -> None:
-        """Puts our channels in another order, ``i`` where ``order[i]`` was; theirs stay as they
-        are.
-        """
+        """Changes the order of channels here, ``i`` where ``order[i]`` was, and not theirs."""
         self._order = order if self._order is None else self._order[order]
         self._theirs = self._theirs[order]
         self._move_actnorm(order)
@@ -249,7 +246,7 @@ class Stages:
         self._append(spec, weights)
 
     def factor_out(self) -> None:
-        """The second half of our channels leaves as latents."""
+        """The second half of the channels here leaves as latents."""
         half, is_odd = divmod(self.num_channels, 2)
         if is_odd:
             raise ValueError(
@@ -264,7 +261,7 @@ class Stages:
         self._shape, self._theirs = (*space, half), self._theirs[:half] - self._theirs[:half].min()
 
     def finish(self) -> tuple[tuple[StageSpec, ...], dict[str, Any], Int[np.ndarray, " d"]]:
-        """The stages, their parameters, and for each of our latents its place among theirs."""
+        """The stages, their parameters, and for each latent here its place among theirs."""
         if not self._specs or self._is_pending:
             self._append_zero_branch()
         self._leave(self._shape, self._theirs)
@@ -292,7 +289,7 @@ class Stages:
         self._shape = (math.prod(self._shape),)
 
     def _move_actnorm(self, index: Int[np.ndarray, " c"]) -> None:
-        """Takes the ActNorm that is left over past a map of entries, of which ``i`` was in
+        """Moves the remaining ActNorm past a map of entries, in which entry ``i`` comes from
         channel ``index[i]``.
         """
         if self._actnorm is not None:
@@ -300,7 +297,7 @@ class Stages:
             self._actnorm = bias[index], log_scale[index]
 
     def _append_zero_branch(self) -> None:
-        """A block that is its ActNorm alone."""
+        """A block that consists of its ActNorm."""
         channels = self.num_channels
         taps, name = ((1, 1), "conv") if len(self._shape) == 3 else ((), "dense")
         weights = {
@@ -340,7 +337,7 @@ class Stages:
 
 
 def _flat(shape: tuple[int, ...], theirs: Int[np.ndarray, " c"]) -> Int[np.ndarray, " d"]:
-    """For each entry of our flattened array its place in theirs, which has channels first."""
+    """For each entry of the flattened array here, its place in theirs, which has channels first."""
     *space, channels = shape
     places = np.arange(math.prod(shape)).reshape(channels, *space)[theirs]
     return np.moveaxis(places, 0, -1).ravel()

@@ -1,19 +1,19 @@
-r"""`evaluate_energy`: a density beside an unnormalised one, by importance weights and what they are
-worth.
+r"""`evaluate_energy`: compares a density with an unnormalised one by importance weights, and judges
+the weights.
 
 Samples ``x_i`` of the model ``q`` have the weights ``w_i = exp(log_density(x_i)) / q(x_i)``, whose
 mean is an unbiased estimate of the normalising constant ``Z``. That needs exact log-determinants: a
 random one of variance ``v``, however unbiased, makes ``log Z`` too large by ``v / 2``.
 
-Weights see what the model's samples see. Where the model has lost a mode entirely, effective sample
-size and tail look as good as ever; samples of the target show it, if there are any, by weights
-larger than all of those of the model's samples.
+Weights only see the places of the model's samples. If the model has lost a mode entirely, effective
+sample size and tail still look good. Samples of the target, if there are any, reveal the loss:
+their weights are larger than the weights of all samples of the model.
 """
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ class Weights(NamedTuple):
         stderr: Standard error of ``log_z``.
         pareto_k: Shape of the generalised Pareto distribution of the largest weights: moments of
             order ``1 / k`` and above are infinite.
-        threshold: Largest ``pareto_k`` at which the mean weight means anything, ``min(1 - 1 / log10
+        threshold: Largest ``pareto_k`` at which the mean weight is meaningful, ``min(1 - 1 / log10
             n, .7)``.
     """
 
@@ -53,17 +53,17 @@ class EnergyEvaluation:
     """A model beside an unnormalised density.
 
     Attributes:
-        ess: Effective sample size of the importance weights, a share in (0, 1]; NaN if they say
-            nothing about ``log Z``.
+        ess: Effective sample size of the importance weights, a share in (0, 1]; NaN if the weights
+            say nothing about ``log Z``.
         log_z: Logarithm of the normalising constant, by the mean weight; NaN likewise.
         stderr: Standard error of ``log_z``; NaN likewise.
         pareto_k: Shape of the weights' tail, see `Weights`.
         lower: Expected ``log_density - log q`` under the model, which is at most ``log Z``.
-        upper: The same under the target, which is at least ``log Z``; None without samples of the
-            target.
-        lost: Share of the target's samples whose weights are above those of all samples of the
-            model; None without them.
-        verdict: Worth of the weights, in one or two sentences.
+        upper: Expected ``log_density - log q`` under the target, at least ``log Z``; None without
+            samples of the target.
+        lost: Share of the target's samples whose weights exceed the largest weight of the model's
+            samples; None without samples of the target.
+        verdict: Judgement of the weights, in one or two sentences.
         log_weights: Logarithms of all weights.
     """
 
@@ -83,11 +83,9 @@ class EnergyEvaluation:
                 f"log Z {self.log_z:.4f} ± {self.stderr:.4f}, effective sample size "
                 f"{self.ess:.1%}\n{self.verdict}"
             )
-        upper = (
-            ""
-            if self.upper is None
-            else f" and at most {self.upper:.4f}, the same over samples of the target"
-        )
+        upper = ""
+        if self.upper is not None:
+            upper = f" and at most {self.upper:.4f}, the same over samples of the target"
         return (
             f"{self.verdict}\nlog Z is at least {self.lower:.4f}, the mean logarithm of the "
             f"weights{upper}."
@@ -110,12 +108,12 @@ def evaluate_energy(
         log_density: ``(b, ...) -> (b,)``, up to a constant.
         key: Source of the samples.
         num: Number of samples, at least 100.
-        samples: Samples of the target, if there are any, such as those of a long Markov chain: they
-            show what the model lost.
+        samples: Samples of the target, if available, for example from a long Markov chain: they
+            show lost modes.
 
     Raises:
         ValueError: If the log-density has the wrong shape, or is NaN or infinite at samples; the
-            message says at how many.
+            message says how many.
 
     Example:
         >>> found = evaluate_energy(model, log_density, jax.random.key(0))  # doctest: +SKIP
@@ -123,13 +121,10 @@ def evaluate_energy(
         log Z 0.8032 ± 0.0009, effective sample size 99.2%
         The tail of the weights is light enough for their mean (Pareto k is 0.08, at most 0.70).
     """
-    num, key, model = (
-        checked(Count, num, "num"),
-        single_key(key),
-        model.with_(estimator=ExactLogdet()),
-    )
-    size = min(num, 1000)
-    drawn = [_draw(model, part, size) for part in jax.random.split(key, -(-num // size))]
+    num, key = checked(Count, num, "num"), single_key(key)
+    model, size = model.with_(estimator=ExactLogdet()), min(num, 1000)
+    keys, bounds = jax.random.split(key, -(-num // size)), model.bounds()
+    drawn = [_draw(model, part, size, bounds) for part in keys]
     values = np.concatenate(
         [np.asarray(log_density_of(log_density, x), np.float64) for x, _, _ in drawn]
     )[:num]
@@ -156,14 +151,13 @@ def evaluate_energy(
             is_useful = False
             verdict = (
                 f"The model has lost modes: {lost:.1%} of the target's samples have larger weights "
-                f"than all {num} samples of "
-                "the model, whose mean leaves out what lies there. Train against samples that "
-                "reach all modes."
+                f"than all {num} samples of the model, whose mean leaves out what lies there. "
+                "Train against samples that reach all modes."
             )
     if failed := int(np.sum(~is_converged)):
         verdict += (
             f" The inverse did not converge for {failed} of {num} samples, whose weights "
-            "are those of other points."
+            "belong to other points."
         )
     ess, log_z, stderr = weights[:3] if is_useful else (math.nan,) * 3
     lower = float(log_weights.mean())
@@ -173,8 +167,8 @@ def evaluate_energy(
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _draw(model: Density, key: Key[Array, ""], num: int) -> tuple[Array, Array, Array]:
-    found = model.sample_and_log_prob(key, num)
+def _draw(model: Density, key: Key[Array, ""], num: int, bounds: Any) -> tuple[Array, Array, Array]:
+    found = model.sample_and_log_prob(key, num, bounds=bounds)
     return found.x, found.log_prob, found.info.converged
 
 
@@ -189,15 +183,14 @@ def _verdict(weights: Weights, num: int) -> str:
     if not weights.pareto_k <= weights.threshold:
         return (
             f"The weights have a heavy tail ({tail}, above {weights.threshold:.2f}): their mean "
-            "says nothing about log Z; "
-            "train longer, or against samples that reach where the target has mass and the model "
-            "has not."
+            "says nothing about log Z; train longer, or against samples that reach where the "
+            "target has mass and the model has not."
         )
     if weights.pareto_k > 0.5:
         return (
             f"The weights have an infinite variance, as they do from k = .5 on ({tail}): log Z is "
-            "too low more often than too "
-            f"high, by more than its error says. Draw more than {num} samples, or train longer."
+            f"too low more often than too high, by more than its error says. Draw more than {num} "
+            "samples, or train longer."
         )
     if weights.ess < 0.01:
         return (
@@ -215,14 +208,11 @@ def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
     importance sampling.
 
     The largest weights are replaced by quantiles of the generalised Pareto distribution that is
-    fitted to them (Vehtari et al. 2024); the standard error is that of the delta method. A weight
-    that is not finite gives a shape that is NaN.
+    fitted to them (Vehtari et al. 2024); the standard error comes from the delta method. A weight
+    that is not finite makes the shape NaN.
 
     Args:
         log_weights: Logarithms of at least 100 weights, of independent samples.
-
-    Raises:
-        ValueError: If there are fewer.
     """
     num = len(log_weights)
     if num < 100:
@@ -230,12 +220,12 @@ def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
             f"at least 100 weights are needed to see their tail, got {num}: draw more samples"
         )
     with jax.enable_x64():
-        # shares add up to 1
+        # The shares add up to 1.
         shares, shape = map(np.asarray, _smoothed(np.asarray(log_weights, np.float64)))
-    # equal but for rounding, whose ties have no tail that could be fitted
+    # Weights that are equal up to rounding have no tail to fit.
     if np.isnan(shape) and np.ptp(log_weights) < 1:
         shares, shape = log_softmax(log_weights.astype(np.float64)), 0.0
-    middle = np.argsort(log_weights)[num // 2]  # its weight is not among those that are smoothed
+    middle = np.argsort(log_weights)[num // 2]  # this weight is not smoothed
     ess = 1 / (num * np.square(np.exp(shares)).sum())
     return Weights(
         ess=float(ess),

@@ -1,11 +1,11 @@
 """`fit_energy`: from an unnormalised density to a model of it, without data.
 
-An energy that is trained by its reverse divergence alone loses modes that no sample of the model
-finds. Sequential Monte Carlo finds them while they are connected, so a model is trained by the
-likelihood of its particles first, as `fit` trains it of data. The sum of both divergences follows:
-its likelihood keeps the modes, and the energy says more of a point than particles do. Where the
-scales of a target differ much it makes the model worse, as on the funnel of benchmarks/energies.py.
-Held-out particles and samples of the model choose.
+Training by the reverse divergence alone loses modes that no sample of the model finds. Sequential
+Monte Carlo finds modes while they are connected, so the model is first trained by the likelihood of
+its particles, as `fit` trains on data. Training by the sum of both divergences follows: the
+likelihood keeps the modes, and the energy knows more about a point than particles do. If the scales
+of a target differ much, the second training makes the model worse, as on the funnel of
+benchmarks/energies.py. Held-out particles and samples of the model choose between the two.
 """
 
 import dataclasses
@@ -29,7 +29,6 @@ from iresnet_jax import losses
 from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, Positive, checked
 from iresnet_jax.fit_settings import EXACT_DIMS, MIXTURE_DIMS, WHITENED_DIMS
-from iresnet_jax.loss_training import train
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
@@ -38,13 +37,15 @@ from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import STOPPED
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals
-from iresnet_jax.training.trainer import BlowUpError
+from iresnet_jax.models.priors import family_of
+from iresnet_jax.training.run import BlowUpError
+from iresnet_jax.training.train import train
 
 NUM_PARTICLES = 20_000
-NUM_SNAPSHOTS = 8  # of all particles, with ten trajectories between two of them
-# of a mixture, tried until the likelihood falls twice
+NUM_SNAPSHOTS = 8  # snapshots of all particles, ten trajectories apart
+# Numbers of components of a mixture, tried until the likelihood falls twice.
 COMPONENTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
-PER_MARGINAL = 8  # components of an entry
+PER_MARGINAL = 8  # components per entry
 STAGES = (StageSpec(20, (128,), activation="clipswish"),)
 BATCH_SIZE = 256
 
@@ -61,32 +62,31 @@ def fit_energy(
     stages: Sequence[StageSpec] = STAGES,
     progress: bool = True,
 ) -> Density:
-    """A density that is close to an unnormalised one, with modes that are far from each other.
+    """Fits a density to an unnormalised one, whose modes may be far from each other.
 
     Particles are annealed from ``N(0, scale^2)`` to the target, see `anneal`. A residual flow is
     trained by their likelihood, and then by both divergences, see
-    `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before training: a mixture of
-    normal distributions, or independent entries that are mixtures each, see `Marginals`, of
-    whitened or of standardised particles. `evaluate_energy` says how good the result is.
+    `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before training, on whitened or
+    standardised particles: a mixture of normal distributions, or an independent mixture for each
+    entry, see `Marginals`. `evaluate_energy` judges the result.
 
     Args:
-        log_density: ``(n, num_dims) -> (n,)``, the logarithm of the density up to a constant, minus
-            the energy: finite and differentiable everywhere, in JAX.
+        log_density: ``(n, num_dims) -> (n,)``, the logarithm of the density up to a constant, which
+            is minus the energy: finite and differentiable everywhere, in JAX.
         num_dims: Dimensions.
         key: Source of all randomness.
         scale: Standard deviation of the normal distribution in which annealing starts: it should
             reach all modes.
-        minutes: Time, compilation included, which annealing may exceed: only what follows it looks
-            at the clock. If less than half a minute is left for training, it is by likelihood
-            alone.
-        steps: Updates of the flow instead of a time, half of them by either loss.
+        minutes: Time, compilation included. Only training obeys it: annealing may exceed it. If
+            less than half a minute is left for training, training is by likelihood alone.
+        steps: Updates of the flow instead of a time, half of them by each loss.
         num_particles: Particles, at least 1000.
         stages: Stages of the flow.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
         The model, certified, with the `History` of the training that led to it; its step is 0 if
-        none brought it closer.
+        training brought no improvement.
 
     Raises:
         ValueError: If the log-density has the wrong shape, or is NaN or infinite where annealing
@@ -97,10 +97,9 @@ def fit_energy(
         >>> print(evaluate_energy(model, log_density, jax.random.key(1)))  # doctest: +SKIP
     """
     began = time.monotonic()
-    minutes, steps = (
-        checked(Positive, minutes, "minutes"),
-        None if steps is None else checked(Count, steps, "steps"),
-    )
+    minutes = checked(Positive, minutes, "minutes")
+    if steps is not None:
+        steps = checked(Count, steps, "steps")
     stages = checked(tuple[StageSpec, ...], stages, "stages")
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(
         single_key(key), 5
@@ -108,7 +107,7 @@ def fit_energy(
 
     x = particles(log_density, num_dims, key=key_particles, scale=scale, num=num_particles)
     num_held_out = min(2000, x.shape[1] // 10)
-    # the last snapshot first
+    # The last snapshot comes first.
     held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)
     end = math.inf if steps is not None else began + 60 * minutes
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
@@ -132,20 +131,18 @@ def fit_energy(
             length = {"steps": max(steps // 2, 1)}
         try:
             trained = train(
-                best, x=x, validation=held_out, patience=0, progress=progress, **turn, **length
+                best, data=x, validation=held_out, patience=0, progress=progress, **turn, **length
             )
         except BlowUpError as error:
             if i == 0:
                 raise
             warnings.warn(
-                f"the model is that of its training by likelihood: by the energy, {error}",
+                f"the model was trained by likelihood only: by the energy, {error}",
                 stacklevel=2,
             )
             break
-        history, divergence = (
-            trained.history,
-            _divergence(trained, log_density, held_out, key_choice),
-        )
+        history = trained.history
+        divergence = _divergence(trained, log_density, held_out, key_choice)
         assert history is not None
         if divergence < least:
             best, least = trained, divergence
@@ -168,8 +165,8 @@ def particles(
     scale: float | int = 1.0,
     num: int = NUM_PARTICLES,
 ) -> Float[np.ndarray, "s n d"]:
-    """Snapshots of the particles that `fit_energy` is trained on, the last one last; arguments and
-    errors are its own.
+    """Snapshots of the particles for the training in `fit_energy`, the final one last; arguments
+    and errors as there.
 
     A particle has the same place in all snapshots, so that some particles can be held out from all
     of them.
@@ -211,17 +208,12 @@ def anneal(
     """Particles of a density ``p``, by sequential Monte Carlo from a normal distribution (Del
     Moral, Doucet and Jasra 2006).
 
-    Each step goes as far along ``t`` as half of the particles stay effective, draws them again by
-    their weights, and moves them by Hamiltonian Monte Carlo, so that separated modes keep the
-    shares that they had while they were connected.
+    Each step advances ``t`` so far that half of the particles stay effective, resamples the
+    particles by their weights, and moves them by Hamiltonian Monte Carlo. So separated modes keep
+    the shares that they had while they were connected.
 
     Returns:
-        The particles at ``t = 1``, and the step, which moves them further.
-
-    Raises:
-        ValueError: If the log-density of draws from the normal distribution is NaN or infinite, or
-            has the wrong shape.
-        RuntimeError: If the path takes more than 1000 steps.
+        The particles at ``t = 1``, and the function that moves them further.
     """
 
     def start(x):
@@ -244,7 +236,7 @@ def anneal(
         resample = functools.partial(_resampled, is_needed=change > 0)
         kernel = tempered.build_kernel(start, ratio, trajectory, hmc.init, resample)
         state = tempered.TemperedSMCState(x, weights, t)
-        # ten trajectories at t, after which all weights are equal
+        # Ten trajectories at t follow a resampling, after which all weights are equal.
         state, info = kernel(key, state, 10, t, options)
         acceptance = jnp.mean(info.update_info.acceptance_rate)
         step_size = jnp.clip(step_size * jnp.exp(2 * (acceptance - 0.75)), 1e-4, 2.0)
@@ -254,7 +246,7 @@ def anneal(
 
     def trajectory(key, state, log_density, step_size, inverse_mass_matrix):
         key_size, key_move = jax.random.split(key)
-        # of all lengths, for targets of several scales
+        # Random step sizes serve targets of several scales.
         step_size = step_size * jnp.exp(-jax.random.exponential(key_size))
         return hamiltonian(key_move, state, log_density, step_size, inverse_mass_matrix, 8)
 
@@ -278,8 +270,8 @@ def anneal(
 def _resampled(
     key: Key[Array, ""], weights: Float[Array, " n"], num: int, *, is_needed: Any
 ) -> Array:
-    """Places of as many particles, each as often as its weight says; each its own where weights
-    are equal.
+    """Places of resampled particles, each as often as its weight says; with equal weights, each
+    place once.
     """
     return jnp.where(is_needed, resampling.systematic(key, weights, num), jnp.arange(num))
 
@@ -290,18 +282,16 @@ def _start(
     held_out: Float[np.ndarray, "m d"],
     stages: Any,
 ) -> Density:
-    """A flow that does little yet, with the prior under which held-out particles are likeliest.
+    """An initial flow near the identity, with the prior under which held-out particles are
+    likeliest.
 
-    Priors are compared without the flow, and fitted once more to its latents.
+    Priors are compared without the flow.
     """
     num_dims, x = x.shape[1], x[:10_000]
     starts = []  # (mean log-density of held-out particles, transform, prior)
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
-        bijection = transform.bijection()
-        z = np.asarray(bijection.forward(jnp.asarray(x)))
-        held_out_z, log_dets, _ = bijection.forward_and_logdet(
-            jnp.asarray(held_out), jax.random.key(0)
-        )
+        z = np.asarray(transform.forward(jnp.asarray(x)))
+        held_out_z, log_dets, _ = transform.forward_and_logdet(jnp.asarray(held_out))
         priors: list[Any] = [Marginals.fit(z, PER_MARGINAL)]
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
             priors.append(_likeliest_mixture(z[:5000], held_out_z))
@@ -310,23 +300,23 @@ def _start(
             for prior in priors
         ]
     _, transform, prior = max(starts, key=lambda start: start[0])
-    model = Density.init(
+    return Density.init(
         key,
         x,
         stages=stages,
         estimator=ExactLogdet() if num_dims <= EXACT_DIMS else KrylovLogdet(num_steps=6),
-        prior=prior,
+        prior=family_of(prior),
+        num_components=prior.num_components,
         transform=transform,
         last_scale=0.01,  # the prior alone may be close
     )
-    return model.with_(prior=type(prior).fit(np.asarray(model.encode(x)), prior.num_components))
 
 
 def _likeliest_mixture(
     z: Float[np.ndarray, "n d"], held_out: Float[Array, "m d"]
 ) -> GaussianMixture:
-    """The mixture under which held-out vectors are likeliest; larger ones are tried until the
-    likelihood fell twice.
+    """The mixture under which held-out vectors are likeliest; larger mixtures are tried until the
+    likelihood has fallen twice.
     """
     best, highest, fallen = None, -math.inf, 0
     for num in (
@@ -351,8 +341,8 @@ def _mean_log_prob(prior: Any, z: Float[Array, "m d"]) -> Float[Array, ""]:
 def _divergence(
     model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]
 ) -> float:
-    """``KL(p | q) + KL(q | p)`` but for a constant of the target, by held-out particles and as
-    many samples of the model.
+    """``KL(p | q) + KL(q | p)`` up to a constant of the target, by held-out particles and as many
+    samples of the model.
     """
     of_target = jnp.mean(model.log_prob(held_out, key))
     x, log_prob, _, _ = model.sample_and_log_prob(key, len(held_out))

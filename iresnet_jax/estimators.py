@@ -1,8 +1,8 @@
 """scikit-learn estimators: a density and a classifier of vectors, for pipelines and searches over
 parameters.
 
-They wrap `fitting.fit` and take what ``pip install 'iresnet_jax[sklearn]'`` installs. Samples are
-scored in batches of one size, so that a score does not depend on the samples beside it.
+They wrap `fitting.fit` and need ``pip install 'iresnet_jax[sklearn]'``. Samples are scored in
+batches of one size, so that a score does not depend on the other samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.fitting import fit
 from iresnet_jax.models.density import Density
-from iresnet_jax.runs.signals import interrupts_raised
+from iresnet_jax.training.signals import interrupts_raised
 
 BATCH_SIZE = 256
 
@@ -60,7 +60,7 @@ class _ResidualFlow(BaseEstimator):
             for name in ("steps", "minutes", "architecture", "validation_fraction", "bounds")
         }
         key = jax.random.key(int(check_random_state(self.random_state).randint(2**31 - 1)))
-        # a search that is interrupted ends, and does not go on with the next fold
+        # Ctrl-C ends a search instead of starting the next fold.
         with interrupts_raised():
             self.model_ = fit(
                 x, labels, key=key, settings=self.settings, progress=bool(self.verbose), **options
@@ -76,13 +76,13 @@ class _ResidualFlow(BaseEstimator):
 class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     """A residual flow as a density estimator.
 
-    `score_samples` and `score` are those of `sklearn.mixture.GaussianMixture`; `sample` returns the
-    samples alone.
+    `score_samples` and `score` are as in `sklearn.mixture.GaussianMixture`; `sample` returns only
+    the samples.
 
     Features of whole or rounded numbers are dequantised in cells, see
     `iresnet_jax.bijections.cells`: `score_samples` is then a lower bound of their log-probability
-    by their unit, finite for all values. Features with bounds keep to them: no sample leaves them,
-    and `score_samples` is minus infinity outside.
+    by their unit, finite for all values. No sample leaves the bounds of a feature, and
+    `score_samples` is minus infinity outside of them.
 
     Args:
         steps: Updates to train for.
@@ -90,8 +90,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         architecture: Stages of the flow; by default they depend on the number of samples.
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed.
-        bounds: Ends ``(low, high)`` of features by name or number, None where there is no end,
-            which no sample leaves.
+        bounds: Ends ``(low, high)`` of features by name or number, None for no end.
         settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see
             `runs.config.Config`.
         verbose: Whether to write lines of progress to stderr.
@@ -110,15 +109,15 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """Trains on samples ``X``; ``y`` is ignored.
 
         Raises:
-            ValueError: If there are fewer than 3 samples, or a value is out of its bounds; it says
-                which.
+            ValueError: If there are fewer than 3 samples, or a value is out of its bounds; the
+                message names it.
         """
         del y
         check_unmasked(X, "X")
-        # two to train on, one to validate
+        # Two samples to train on and one to validate.
         x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=3)
         names = getattr(self, "feature_names_in_", None)
-        if names is not None:  # by which bounds and messages call them
+        if names is not None:  # bounds and messages use the names
             import pandas as pd
 
             x = pd.DataFrame(x, columns=names)
@@ -128,16 +127,16 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-likelihood of every sample in nats, ``model_.log_prob``.
 
-        It is minus infinity where a feature has a value out of its bounds, and where values are so
-        far from those of the training that single precision overflows.
+        It is minus infinity if a feature's value is out of its bounds, or so far from the training
+        samples that single precision overflows.
         """
         return np.nan_to_num(
             _in_batches(_log_prob, self.model_, self._checked(X)), nan=-np.inf, neginf=-np.inf
         )
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log-likelihood of the samples in nats, as that of
-        `sklearn.mixture.GaussianMixture`; ``y`` is ignored.
+        """Mean log-likelihood of the samples in nats, as in `sklearn.mixture.GaussianMixture`;
+        ``y`` is ignored.
         """
         del y
         return float(self.score_samples(X).mean())
@@ -149,7 +148,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
 
         Args:
             n_samples: Number of samples.
-            random_state: Seed; None draws others at each call.
+            random_state: Seed; None draws new samples at each call.
 
         Raises:
             ValueError: If ``n_samples`` is less than 1.
@@ -172,7 +171,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a
     tenth of the weight, for the likelihood of the samples: ``model_.log_prob`` is low for samples
-    that are like none of the classes. Constant features are ignored. Parameters are those of
+    unlike all classes. Constant features are ignored. It has the parameters of
     `ResidualFlowDensity`, and ``bounds`` must be None.
 
     Attributes:
@@ -216,15 +215,15 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         """Log-probability of every class of ``classes_``, one row per sample.
 
         Raises:
-            ValueError: If a sample is so far from those of the training that single precision
+            ValueError: If a sample is so far from the training samples that single precision
                 overflows.
         """
         x = self._checked(X)[:, self.varying_features_]
         found = _in_batches(_class_log_probs, self.model_, x)
         if len(rows := np.flatnonzero(np.isnan(found).any(axis=1))):
             raise ValueError(
-                f"sample {rows[0]} is so far from those of the training that its "
-                "classes have no probabilities"
+                f"sample {rows[0]} is so far from the training samples that its classes have no "
+                "probabilities"
             )
         return scipy.special.log_softmax(found, axis=1)  # sums are 1 in float64
 
@@ -251,8 +250,8 @@ def _class_log_probs(model: Density, x: jax.Array) -> jax.Array:
 def _in_batches(
     function: Callable[[Density, Any], Any], model: Density, x: np.ndarray
 ) -> np.ndarray:
-    """Results of a compiled function for all samples, by batches of one size: others would be
-    rounded otherwise.
+    """Results of a compiled function for all samples, in batches of one size: rounding depends on
+    the size.
     """
     with np.errstate(over="ignore"):
         x = x.astype(jnp.result_type(float))

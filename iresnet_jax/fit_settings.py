@@ -1,5 +1,5 @@
-"""Settings that `fit` chooses from the shape, the number and the kind of examples, and those
-among which validation chooses.
+"""Settings that `fit` chooses from the shape, the number and the kind of examples, and the
+candidates among which validation chooses.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet, some_rows
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models.density import Density
 from iresnet_jax.models.mixtures import (
     GaussianMixture,
     ScaleMixture,
@@ -27,24 +26,24 @@ from iresnet_jax.models.mixtures import (
 from iresnet_jax.models.priors import LOCATION_SCALE
 from iresnet_jax.runs.config import Config, parse, with_field
 from iresnet_jax.runs.model_from_config import density_spec
-from iresnet_jax.training.initialization import preprocess
-from iresnet_jax.training.trainer import LONGEST, STEPS_IN_TIME, VALIDATIONS
+from iresnet_jax.training.run import LONGEST, VALIDATIONS
+from iresnet_jax.training.train import STEPS_IN_TIME
 
-STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder ones
-WHITENED_DIMS = 1000  # at most: a matrix of the square of that many numbers belongs to the model
-PER_COVARIANCE = 4  # examples for each entry of a covariance, below which the network is small
-# at most: no probes; steps at 10, 20, 30 dimensions take .3, .8, 1.6 times as long as with
-# `KrylovLogdet`
+STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder candidates
+WHITENED_DIMS = 1000  # most dimensions to whiten: the model stores a matrix of their square
+PER_COVARIANCE = 4  # examples per entry of a covariance; with fewer the network is small
+# Most dimensions for `ExactLogdet`, which needs no probes: steps at 10, 20, 30 dimensions take .3,
+# .8, 1.6 times as long as with `KrylovLogdet`.
 EXACT_DIMS = 32
-MIXTURE_DIMS = 64  # at most: each component has a matrix of the square of that many numbers
-# at most in those matrices of a kernel density, which has a component for each example
+MIXTURE_DIMS = 64  # most dimensions of a mixture, whose components each have a matrix
+# Most numbers in the matrices of a kernel density, which has a component for each example.
 KERNEL_NUMBERS = 500_000
-# that choose the prior, and the number of components of a mixture
+# Numbers of examples that choose the prior, and a mixture's number of components.
 PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000
-NUM_SCALES = 16  # of the prior of scales
+NUM_SCALES = 16  # components of the prior "scales"
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
-DECAYS = (0.1, 0.3, 1.0)  # of weights, by the validation of posteriors of simulators
-# Blocks, width and learning rate; blocks are none of "given" ones, the user's.
+DECAYS = (0.1, 0.3, 1.0)  # weight decays, tuned on posteriors of simulators
+# Blocks, width and learning rate of each size; "given" stands for the user's stages.
 SIZES = {
     "large": (20, 128, 1e-2),
     "medium": (10, 64, 1e-2),
@@ -70,9 +69,6 @@ def choose_settings(
         minutes: Limit of the wall-clock time for training.
         steps: Updates instead of a time.
         seed: Seed of the run.
-
-    Raises:
-        ValueError: If they contradict the data.
     """
     is_vectors = len(data.event_shape) == 1
     objective = objective or (
@@ -97,9 +93,9 @@ def choose_settings(
             * devices,
             "training.total_steps": steps or 0,
             "training.minutes": 0.0 if steps else (minutes or 3.0),
-            # or by the clock
+            # Without steps, the clock triggers validations, too.
             "training.eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),
-            # An average over a tenth of a short run, and never over more than some hundred steps.
+            # The average covers a tenth of a short run, and at most some hundred steps.
             "training.ema_decay": 0.99 if (steps or LONGEST) >= 1000 else 0.9,
             "training.patience": 6,
             "training.log_every_steps": 10,
@@ -110,21 +106,21 @@ def choose_settings(
 
 
 def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
-    """Common settings of all candidates; `Candidate.settings` replaces those that differ."""
+    """Common settings of all candidates, some of which `Candidate.settings` replaces."""
     dims = data.event_shape[0]
     is_exact = dims <= EXACT_DIMS
     of_hybrid = {
-        "hybrid.weight": 0.1 / dims,  # of the log-likelihood beside the cross-entropy, which counts
-        # Few examples that validate are all classified rightly, and the surest of all models would
-        # be best without.
+        "hybrid.weight": 0.1 / dims,  # weight of the log-likelihood beside the cross-entropy
+        # A few validation examples may all be classified correctly; without smoothing the most
+        # confident model would win.
         "classifier.label_smoothing": 0.02,
     }
     return {
         "model.stages": _dense_stages("large"),
         "model.coeff": 0.97,
-        # little more than the identity: the whitening and the prior alone may be the best
+        # Starts near the identity: whitening and prior alone may be the best model.
         "model.last_scale": 0.01,
-        # By the validation of posteriors of simulators.
+        # Tuned on posteriors of simulators.
         "model.context_hidden": (128, 128, 32) if data.contexts and objective == "density" else (),
         "preprocessing.transform": "whiten" if dims <= WHITENED_DIMS else "standardize",
         "logdet.kind": "exact" if is_exact else "krylov",
@@ -137,7 +133,7 @@ def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
 
 
 def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
-    """Convolutional blocks on squeezed images, a stage for each halving, down to 4 x 4 pixels or
+    """Convolutional blocks on squeezed images, one stage per halving, down to 4 x 4 pixels or
     fewer.
 
     Densities of integer levels have the settings of the kept configs of digits and MNIST.
@@ -165,12 +161,9 @@ def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
         "preprocessing.alpha": 1e-6,
         "optimizer.weight_decay": 0.05,
     }
-    if is_few and not data.contexts:  # which a flow learns by heart, if they are not changed
-        of_density |= {
-            "augmentation.transformations": tuple(TRANSFORMATIONS)
-            if height == width
-            else ("mirror", "left", "right")
-        }
+    if is_few and not data.contexts:  # a flow would learn unchanged images by heart
+        changes = tuple(TRANSFORMATIONS) if height == width else ("mirror", "left", "right")
+        of_density["augmentation.transformations"] = changes
     return {
         "model.stages": stages or [{**block, "num_blocks": 8}],
         "model.coeff": 0.95,
@@ -189,11 +182,7 @@ def _dense_stages(size: str) -> list[dict[str, Any]]:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``.
-
-    Raises:
-        ValueError: If there is no such field, or it cannot hold the value.
-    """
+    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``."""
     plain = to_plain(config)
     for name, value in settings.items():
         plain = with_field(plain, name, lambda _, value=value: value)
@@ -207,12 +196,12 @@ class Candidate:
     Attributes:
         size: A key of `SIZES`.
         prior: Family of the prior; None leaves it to the settings.
-        components: Components of the priors "mixture" and "scales", 0 of others.
+        components: Components of the priors "mixture" and "scales", 0 for others.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the
             settings.
         decay: Weight decay of a conditional density; None leaves it to the settings.
-        is_trained: Whether it is trained. A kernel density is not, under which each of its examples
-            would become a spike.
+        is_trained: Whether it is trained. A kernel density is not: training would turn each of its
+            examples into a spike.
     """
 
     size: str
@@ -226,21 +215,19 @@ class Candidate:
         if not self.is_trained:
             return "kernel density"
         parts = ["network as given" if self.size == "given" else f"{self.size} network"]
-        if self.prior is not None:
-            is_mixture = self.prior == "mixture"
-            parts.append(
-                f"{self.components} normal distributions as prior"
-                if is_mixture
-                else f"{self.prior} prior"
-            )
-        parts += [f"noise of {self.noise}"] * bool(self.noise) + [f"weight decay {self.decay}"] * (
-            self.decay is not None
-        )
+        if self.prior == "mixture":
+            parts.append(f"{self.components} normal distributions as prior")
+        elif self.prior is not None:
+            parts.append(f"{self.prior} prior")
+        if self.noise:
+            parts.append(f"noise of {self.noise}")
+        if self.decay is not None:
+            parts.append(f"weight decay {self.decay}")
         return ", ".join(parts)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that make a config one of this candidate."""
+        """The settings of this candidate in a config."""
         chosen: dict[str, Any] = {
             "model.sharpness": 0.0 if self.size == "small" else 1.0,
             "optimizer.learning_rate": SIZES[self.size][-1],
@@ -256,8 +243,8 @@ class Candidate:
         return chosen
 
     def milder(self) -> Iterator["Candidate"]:
-        """Candidates that overfit less: with more weight decay, with more noise, or smaller
-        where `fit` may add no noise.
+        """Candidates that overfit less: with more weight decay, with more noise, or smaller if
+        `fit` may add no noise.
         """
         if self.decay is not None and self.decay < DECAYS[-1]:
             yield dataclasses.replace(self, decay=DECAYS[DECAYS.index(self.decay) + 1])
@@ -268,13 +255,12 @@ class Candidate:
 
 
 def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iterator[Candidate]:
-    """Rows of the table of models that validation chooses from, the plain one first; images have
-    none.
+    """Candidates that validation chooses from, the plain one first; none for images.
 
-    The other one of a conditional density has less weight decay, unless that is given. Those of a
-    density without contexts have other priors: a mixture, with as many components as the Bayesian
-    information criterion wants, a kernel density, if examples are few and likelier under it, and
-    scales, if vectors differ by far in length. Training and validation decide.
+    A conditional density has a second candidate with less weight decay, unless the decay is given.
+    A density without contexts has candidates with other priors: a mixture, with the number of
+    components from the Bayesian information criterion; a kernel density, if examples are few and
+    likelier under it; and scales, if vectors differ much in length. Training and validation decide.
 
     Args:
         config: Settings of all candidates.
@@ -283,16 +269,13 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
     """
     if len(data.event_shape) != 1 or config.objective == "classification":
         return
-    is_density, num, dims = (
-        config.objective == "density",
-        len(data.examples["train"]),
-        data.event_shape[0],
-    )
+    is_density = config.objective == "density"
+    num, dims = len(data.examples["train"]), data.event_shape[0]
     if "model.stages" in given:
         size = "given"
     elif num < PER_COVARIANCE * dims**2:
         size = "small"
-    else:  # with 1500 examples the medium one is as good, in half the time
+    else:  # with 1500 examples the medium size is as good, in half the time
         size = "medium" if is_density and not data.contexts and num < 10_000 else "large"
     if data.contexts:
         yield from (
@@ -329,11 +312,14 @@ def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iter
 
 
 def _latents(config: Config, data: DataSet, split: str) -> Float[np.ndarray, "n d"]:
-    """Preprocessed examples, which latents are before training."""
+    """Preprocessed examples: the latents before training."""
     rows = data.examples[split]
     x = np.asarray(rows[some_rows(len(rows), PRIOR_EXAMPLES)])
-    z = preprocess(Density(density_spec(config, data), {}, {}), x, jax.random.key(config.seed))
+    z = _preprocess(density_spec(config, data), x, jax.random.key(config.seed))
     return np.asarray(z, np.float64)
+
+
+_preprocess = fast_compile(lambda spec, x, key: spec.preprocess(x, key))
 
 
 def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, float]:
@@ -349,12 +335,12 @@ def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, float]:
 
 
 def has_scales(z: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], prior: str) -> bool:
-    """Whether a prior of scales, for vectors whose lengths differ by far, is clearly likelier on
+    """Whether a prior of scales, for vectors whose lengths differ much, is clearly likelier on
     held-out latents.
     """
     plain = LOCATION_SCALE[prior].of_moments(np.zeros(z.shape[1]), np.ones(z.shape[1]))
     gains = _log_prob(ScaleMixture.fit(z, NUM_SCALES), held_out) - _log_prob(plain, held_out)
-    # In nats and standard errors.
+    # The gain must be large both in nats and in standard errors.
     return len(gains) > 1 and bool(
         gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains))
     )
@@ -371,10 +357,10 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, f
     """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz
     1978), and its mean.
 
-    Numbers double until the criterion is worse twice, with 5 examples a row of means and
-    covariances, and are refined from there to a sixteenth. A mixture with a collapsed component
-    counts as nothing. The mean is in nats, a log-density less what parameters cost beside those of
-    one normal distribution, which whitening has as well.
+    Numbers double until the criterion is worse twice, with at least 5 examples per row of means and
+    covariances, and are then refined to a sixteenth. A mixture with a collapsed component is
+    skipped. The mean, in nats, is the log-density minus the cost of the parameters that one normal
+    distribution, as in whitening, does not have.
     """
     of_one = z.shape[1] * (z.shape[1] + 3) / 2  # parameters of a mean and a covariance
     most, found = len(z) // (5 * (z.shape[1] + 1)), {}
@@ -382,7 +368,7 @@ def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, f
     def attempt(num):
         if 1 <= num <= most and num not in found:
             found[num] = -math.inf
-            with contextlib.suppress(ValueError):  # of a collapse
+            with contextlib.suppress(ValueError):  # raised for a collapsed component
                 mixture = expectation_maximisation(z, num, random_state=seed)
                 if no_component_collapsed(mixture, len(z)):
                     found[num] = (of_one * math.log(len(z)) - float(mixture.bic(z))) / (2 * len(z))

@@ -1,24 +1,18 @@
-"""`fit`: a model of an array, with settings chosen from the array and the machine; the same code
-as ``train.py``.
-"""
+"""`fit`: a model of an array, with settings chosen from the array and the machine."""
 
 import dataclasses
+import itertools
 import math
-import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
 from iresnet_jax.data.arrays import data_of
-from iresnet_jax.data.batches import device_batches
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.fit_settings import (
     STEPS_IN_ROUND,
@@ -28,33 +22,37 @@ from iresnet_jax.fit_settings import (
     with_settings,
 )
 from iresnet_jax.maths.keys import single_key
+from iresnet_jax.maths.machine import cache_programs, prepare_backend, start_backend
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import STOPPED, Attempt, History
-from iresnet_jax.runs import run_folder, trained_run
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.loop import check_batch_size, train
-from iresnet_jax.runs.machine import cache_programs, prepare_backend, start_backend
-from iresnet_jax.runs.metrics import Lines, read_metrics
-from iresnet_jax.runs.model_from_config import identity_context, model_spec
-from iresnet_jax.runs.objective_from_config import build_objective
-from iresnet_jax.runs.signals import Stopped, StopRequests, heard_in_memory
-from iresnet_jax.training.constraint import certified_model
-from iresnet_jax.training.trainer import Best, BlowUpError, Trainer, TrainingConfig
+from iresnet_jax.runs.job import Job
+from iresnet_jax.training.callbacks import (
+    Callback,
+    Lines,
+    Progress,
+    Stop,
+    TimeLimit,
+    Validate,
+    is_clearly_better,
+)
+from iresnet_jax.training.run import BlowUpError
+from iresnet_jax.training.signals import SIGNALS, StopRequests, heard_in_memory
+from iresnet_jax.training.train import train
 
-# of the time limit, which the updates of all runs of the first round have at most
 FIRST_SHARE = 0.2
 LAST_START = 0.9  # share of the time limit after which no run starts
-WORTHWHILE = 1.5  # times the time of the last run, which a longer one must have
+WORTHWHILE = 1.5  # least time left for a longer run, in units of the last run's time
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
-OVERFITTED = 0.5  # share below which a milder candidate is
+OVERFITTED = 0.5  # share below which a milder candidate is worthwhile
 # Factors on the updates of a run whose validation still improved at its end. For conditional
 # densities of 10,000 examples, 2000 updates are best of 1000 to 4000 (slcp of benchmarks/sbibm.py).
 LONGER, LONGER_GIVEN_CONTEXTS = 4, 2
-# standard errors by which a model must be better than its start or the likeliest candidate (Breiman
-# et al. 1984)
+# Standard errors by which a model must be better than its start or the likeliest candidate (Breiman
+# et al. 1984).
 CLEAR = 1.0
-FEW_UPDATES = 500  # below which a run that time has ended is hardly trained
-# fall of the validation loss over the last tenth of a run above which it is not trained enough
+FEW_UPDATES = 500  # with fewer, a run that time has ended is hardly trained
+# A larger fall of the validation loss over the last tenth of a run means too little training.
 STEEP = 0.05
 
 Say = Callable[[str], None]  # takes a line of progress
@@ -74,50 +72,50 @@ def fit(
     validation: Any = None,
     bounds: Any = None,
     settings: Mapping[str, Any] | None = None,
-    workdir: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> Any:
     """Trains a model of an array: the density of ``x``, the classes of ``x``, or the density of
     ``x`` given a context.
 
-    Settings are chosen from the shape, the number and the kind of the examples. The loop is that of
+    Settings are chosen from the shape, the number and the kind of the examples. Training is as in
     ``train.py``: a tenth of the examples validate, the parameters are averaged, training ends early
-    once validation no longer improves, and the model is the best one on validation, certified.
+    once validation no longer improves, and the result is the best model on validation, certified.
     Integer images are levels. Among the columns of vectors, whole numbers, rounded ones, booleans
     and categories are dequantised in cells, see `iresnet_jax.bijections.cells`; others are
-    continuous. Models of vectors are the best of several candidates, see `best_of`. A warning tells
-    of a time limit that was too short to train the model. Needs ``pip install
+    continuous. Models of vectors are the best of several candidates, see `best_of`. A warning
+    reports a time limit that was too short to train the model. Needs ``pip install
     'iresnet_jax[train]'``.
 
     In a notebook and at Python's prompt, Ctrl-C ends training and gives the best model so far; a
-    second one raises ``KeyboardInterrupt``. In a script the first one does. SIGTERM ends the
-    process as without training. With ``workdir``, both save the step first, and the same call
-    resumes from it.
+    second one raises ``KeyboardInterrupt``. In a script the first Ctrl-C raises it. With
+    ``Checkpoints`` among the callbacks Ctrl-C and SIGTERM save the step first, and the same call
+    goes on from it.
 
     Args:
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans
             and categories.
         labels: Classes, integers from 0 on, one per example.
         context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
-        key: Source of all randomness; by default always the same one. Several models take a loop
-            over keys.
+        key: Source of all randomness; by default always the same key. For several models, loop over
+            keys.
         minutes: Longest time for training, compilation included; 3 by default. Training ends
             earlier once validation no longer improves.
-        steps: Number of updates instead of a time, in one run that can be repeated, to the last bit
-            on one machine.
+        steps: Number of updates instead of a time, in one run, which is reproducible to the bit on
+            one machine.
         objective: "density", "classification" or "hybrid" (both in one); by default "density"
             without labels, and with labels "classification" of images and "hybrid" of vectors.
         architecture: Stages of the flow.
         validation_fraction: Share of the examples that validates.
         validation: Examples that validate instead of a share of ``x``: an array like ``x``, or with
             labels or contexts ``(x, labels, context)``. At most 4096 of them count.
-        bounds: Ends ``(low, high)`` of columns by name or number, None where there is no end, for a
-            density of vectors: samples stay between them. Other columns are unbounded, but for
-            booleans and categories.
+        bounds: Ends ``(low, high)`` of columns by name or number, None for no end, for a density of
+            vectors: samples stay between the ends. Other columns are unbounded, except booleans and
+            categories.
         settings: Other settings of a config file by their names, such as
             ``{"optimizer.learning_rate": 1e-3}``.
-        workdir: Folder for checkpoints and metrics, from which the same call resumes after an
-            interruption; by default the model is trained in memory.
+        callbacks: Objects that act between the steps of each training, see `Callback`. With
+            ``Checkpoints(folder)`` the same call goes on after an interruption.
         progress: Whether lines of progress are written to stderr.
 
     Returns:
@@ -127,7 +125,7 @@ def fit(
     Raises:
         ValueError: If arrays or settings do not fit together, or a value is missing or out of its
             bounds; the message names it.
-        RuntimeError: If training blows up, that of every candidate.
+        RuntimeError: If the training of every candidate blows up.
 
     Example:
         >>> model = fit(x, minutes=3)  # doctest: +SKIP
@@ -136,10 +134,8 @@ def fit(
     began = time.monotonic()
     start_backend()
     cache_programs()
-    minutes, steps = (
-        checked(Positive | None, minutes, "minutes"),
-        checked(Count | None, steps, "steps"),
-    )
+    minutes = checked(Positive | None, minutes, "minutes")
+    steps = checked(Count | None, steps, "steps")
     if minutes is not None and steps is not None:
         raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
     objective = checked(
@@ -152,7 +148,6 @@ def fit(
         "data.validation_fraction": validation_fraction,
         **_given_settings(settings, architecture),
     }
-    folder = None if workdir is None else path_of(workdir)
     seed = 0 if key is None else int(jax.random.bits(single_key(key), dtype="uint32"))
     data = data_of(
         x,
@@ -175,29 +170,24 @@ def fit(
     for note in data.notes:
         say(note)
 
-    table = candidates(config, data, given)
-    if folder is None and steps is None and (whole := list(table)):
-        model = best_of(whole, config, data, given, say, began)
-    else:  # a folder is of one run, and so many steps are those of one
-        plain = next(table, None)
-        config = with_settings(config, {**(plain.settings if plain else {}), **given})
-        if folder is None:
-            with StopRequests("training ends after this step", heard_in_memory()) as stop:
-                model = _train(config, config.training, data, say, stop).model()
+    # A number of steps means a single training.
+    table = list(itertools.islice(candidates(config, data, given), None if steps is None else 1))
+    # With checkpoints, SIGTERM is handled, too.
+    heard = SIGNALS if any(each.resumes for each in callbacks) else heard_in_memory()
+    with StopRequests("training ends after this step", heard) as stop:
+        if steps is None and table:
+            model = best_of(table, config, data, given, say, began, stop, callbacks)
         else:
-            model = _train_on_disk(config, data, folder, say)
+            config = with_settings(config, {**(table[0].settings if table else {}), **given})
+            lengths = {"steps": steps, "minutes": config.training.minutes or None}
+            model = train_candidate(config, data, say, stop, callbacks, **lengths)
     if shortfall := hardly_trained(model.history):
         warnings.warn(shortfall, stacklevel=2)
     return model
 
 
 def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
-    """Settings that the user has chosen, by their names; those of a group one by one.
-
-    Raises:
-        ValueError: If they are no dictionary or no architecture, or hold what `fit` has arguments
-            for.
-    """
+    """Settings that the user has chosen, by name; a group is split into its fields."""
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
         raise ValueError(
@@ -206,11 +196,10 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
         )
     fields: dict[str, Any] = {}
     for name, value in settings.items():
-        fields |= (
-            {f"{name}.{key}": each for key, each in value.items()}
-            if isinstance(value, Mapping)
-            else {name: value}
-        )
+        if isinstance(value, Mapping):
+            fields |= {f"{name}.{key}": each for key, each in value.items()}
+        else:
+            fields[name] = value
     for name in fields:
         if name.startswith("data.") or name in (
             "objective",
@@ -232,9 +221,8 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
         if stage.branch is not None:
             raise ValueError(
                 "fit takes branches by the name of their kind: call "
-                f"kinds.register({stage.branch_name!r}, ...) of "
-                f"iresnet_jax.branches and give StageSpec(kind={stage.branch_name!r}) in place of "
-                "branch=..."
+                f"kinds.register({stage.branch_name!r}, ...) of iresnet_jax.branches and give "
+                f"StageSpec(kind={stage.branch_name!r}) in place of branch=..."
             )
     of_stages = (
         {} if stages is None else {"model.stages": [dataclasses.asdict(stage) for stage in stages]}
@@ -245,8 +233,8 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
 def hardly_trained(history: History) -> str:
     """A sentence for a model whose training was ended by time too early; empty for others.
 
-    That is after fewer than `FEW_UPDATES` updates in its longest run, or while the validation loss
-    still fell by more than `STEEP`, in nats or bits/dim, over the last tenth of the updates.
+    Too early means fewer than `FEW_UPDATES` updates in its longest run, or a validation loss that
+    fell by more than `STEEP`, in nats or bits/dim, over the last tenth of the updates.
     """
     if "time" not in history.ended:
         return ""
@@ -280,18 +268,30 @@ class Run(NamedTuple):
 
     Attributes:
         attempt: How it went.
-        is_cut_short: Whether a limit on the time of its updates ended it, so that it says little.
-        model: ``() ->`` its best model, certified, with its history.
-        losses: Losses of that model on the held-out examples; None if they are not known.
+        is_cut_short: Whether the time limit for updates ended it, which makes its loss
+            inconclusive.
+        model: Its best model, certified, with its history.
     """
 
     attempt: Attempt
     is_cut_short: bool
-    model: Callable[[], Any]
-    losses: np.ndarray | None = None
+    model: Any = None
+
+    @classmethod
+    def of(cls, what: str, model: Any, steps_s: float) -> "Run":
+        """The run of a candidate from its model; ``steps_s`` limited the time of its updates."""
+        history = model.history
+        attempt = Attempt(what, history.loss, history.step, history.num_steps, history.seconds)
+        is_over = history.ended == "time was over"
+        return cls(attempt, is_over and history.seconds > 0.9 * steps_s, model)
+
+    @property
+    def losses(self) -> np.ndarray | None:
+        """Losses of the model on the held-out examples; None if they are not known."""
+        return None if self.model is None else self.model.history.losses
 
 
-# By candidate and most updates, 0 for as many as there is time for; None for a run that blew up.
+# By candidate and most updates (0 for no limit but time); None for a run that blew up.
 Runs = Mapping[tuple[Candidate, int], Run | None]
 
 
@@ -302,13 +302,15 @@ def best_of(
     given: Mapping[str, Any],
     say: Say,
     began: float,
+    stop: StopRequests,
+    callbacks: Sequence[Callback] = (),
 ) -> Any:
     """The best model of several candidates by successive halving, with all attempts in its history.
 
     The first round gives `STEPS_IN_ROUND` updates to each candidate, all of them at most a fifth of
-    the time. Then the best one that learned goes on alone, as `next_run` says: for longer from its
-    start, as a learning rate has to fall to the end of a run, or with more noise. Each run
-    validates its start, too, which counts like any other state.
+    the time. Then the best candidate that learned goes on alone, as `next_run` decides: longer and
+    from its start, as a learning rate has to fall to the end of a run, or with more noise. Each run
+    also validates its start, which competes with its later states.
 
     Args:
         table: The candidates; the first one is the plain one.
@@ -316,57 +318,57 @@ def best_of(
         data: The data.
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
-        began: When the time started that is limited: mixtures of many columns take long to fit.
+        began: Start of the limited time, which includes fits of mixtures: with many columns these
+            take long.
+        stop: Notes a signal.
+        callbacks: Further callbacks of each training.
     """
-    limit_s, longer = (
-        60 * config.training.minutes,
-        LONGER_GIVEN_CONTEXTS if data.contexts else LONGER,
-    )
+    limit_s = 60 * config.training.minutes
+    longer = LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
     runs: dict[tuple[Candidate, int], Run | None] = {}
-    # The plain one comes last: if there is no time, those that are fitted before training are
+    # The plain candidate comes last: without time to train, candidates with a fitted prior are
     # better.
     ended, upcoming = "", [(candidate, STEPS_IN_ROUND) for candidate in reversed(table)]
-    with StopRequests("training ends after this step", heard_in_memory()) as stop:
-        while upcoming:
-            # 1. Train the next one.
-            candidate, num_steps = upcoming.pop(0)
-            length = f"up to {num_steps} steps" if num_steps else "until time is over"
-            say(f"{candidate}: {length if candidate.is_trained else 'only validated'}")
-            left_s = max(limit_s - (time.monotonic() - began), 1.0)
-            seconds_of_steps = (
-                FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf
+    while upcoming:
+        # 1. Train the next one.
+        candidate, num_steps = upcoming.pop(0)
+        length = f"up to {num_steps} steps" if num_steps else "until time is over"
+        say(f"{candidate}: {length if candidate.is_trained else 'only validated'}")
+        left_s = max(limit_s - (time.monotonic() - began), 1.0)
+        steps_s = FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf
+        one_began = time.monotonic()
+        try:
+            model = train_candidate(
+                with_settings(config, {**candidate.settings, **given}),
+                data,
+                say,
+                stop,
+                [each.of(f"{candidate} {num_steps}") for each in callbacks],
+                steps=num_steps or None,
+                minutes=left_s / 60,
+                steps_s=steps_s if candidate.is_trained else 0.0,
             )
-            try:
-                runs[candidate, num_steps] = _train(
-                    with_settings(config, {**candidate.settings, **given}),
-                    dataclasses.replace(
-                        config.training, total_steps=num_steps, minutes=left_s / 60
-                    ),
-                    data,
-                    say,
-                    stop,
-                    what=str(candidate),
-                    seconds_of_steps=seconds_of_steps if candidate.is_trained else 0.0,
-                )
-            except BlowUpError as error:
-                if not upcoming and not any(runs.values()):
-                    raise
-                runs[candidate, num_steps] = None
-                say(f"{candidate}: given up, {error}")
+        except BlowUpError as error:
+            if not upcoming and not any(runs.values()):
+                raise
+            runs[candidate, num_steps] = None
+            say(f"{candidate}: given up, {error}")
+        else:
+            runs[candidate, num_steps] = Run.of(str(candidate), model, steps_s)
+            # Counts the time of this training from before it was resumed.
+            began -= max(model.history.seconds - (time.monotonic() - one_began), 0.0)
 
-            # 2. Choose what follows.
-            left_s = limit_s - (time.monotonic() - began)
-            if not any(runs.values()):
-                continue
-            if stop.received:
-                ended, upcoming = STOPPED, []
-            elif left_s < (1 - LAST_START) * limit_s:
-                ended, upcoming = "time was over", []
-            elif not upcoming:
-                following = next_run(runs, table[0], left_s, longer)
-                ended, upcoming = (
-                    (following, []) if isinstance(following, str) else ("", [following])
-                )
+        # 2. Choose what follows.
+        left_s = limit_s - (time.monotonic() - began)
+        if not any(runs.values()):
+            continue
+        if stop.received:
+            ended, upcoming = STOPPED, []
+        elif left_s < (1 - LAST_START) * limit_s:
+            ended, upcoming = "time was over", []
+        elif not upcoming:
+            following = next_run(runs, table[0], left_s, longer)
+            ended, upcoming = (following, []) if isinstance(following, str) else ("", [following])
     best = chosen_run(runs, table[0] if table[-1].prior is None else table[-1])
     attempts = tuple(run.attempt for run in runs.values() if run is not None)
     among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
@@ -374,19 +376,19 @@ def best_of(
         f"{best.attempt.what}: validation {best.attempt.loss:.4f} at step "
         f"{best.attempt.best_step}{among}; {ended}"
     )
-    model = best.model()
+    model = best.model
     return model.with_(history=dataclasses.replace(model.history, attempts=attempts, ended=ended))
 
 
 def next_run(
     runs: Runs, plain: Candidate, left_s: float, longer: int = LONGER
 ) -> tuple[Candidate, int] | str:
-    """The run that follows these, as a candidate and its most updates, or why there is none.
+    """The next run, as a candidate and its most updates, or the reason why there is none.
 
     Args:
-        runs: Runs so far, of which one has a model.
-        plain: The candidate that learns for the rest of the time where first runs were cut short: a
-            good start, such as a mixture, is ahead after few updates.
+        runs: Runs so far, at least one with a model.
+        plain: The candidate that trains for the remaining time if first runs were cut short, as a
+            good start, such as a mixture, leads after few updates.
         left_s: Seconds that are left.
         longer: Factor on the updates of a run whose validation still improved at its end.
     """
@@ -395,7 +397,7 @@ def next_run(
     ):
         return plain, 0
     candidate, best = _leader(runs, trained=True)
-    # Where training made the best start only worse, another one that still improves may overtake
+    # If training only made the best start worse, another candidate that still improves may overtake
     # it.
     that_learned = {
         key: run for key, run in runs.items() if run is not None and run.attempt.best_step
@@ -419,13 +421,13 @@ def next_run(
 
 
 def chosen_run(runs: Runs, likeliest: Candidate) -> Run:
-    """The run with the least validation loss, if it is clearly better than those of one candidate,
-    else the best of these.
+    """The run with the least validation loss, if it is clearly better than all runs of the
+    likeliest candidate; otherwise the best of these.
 
     Args:
-        runs: All runs, of which one has a model.
-        likeliest: The candidate that a criterion on all examples to train on prefers: few held-out
-            ones tell less.
+        runs: All runs, at least one with a model.
+        likeliest: The candidate that a criterion on all training examples prefers: few held-out
+            examples tell less.
     """
     best = _leader(runs)[1]
     of_likeliest = [
@@ -436,8 +438,8 @@ def chosen_run(runs: Runs, likeliest: Candidate) -> Run:
 
 
 def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
-    """The best candidate, or the best one that is trained if there is any; of equal ones the
-    last, which is milder.
+    """The best candidate, or with ``trained`` the best trained one if there is any; among equals
+    the last, which is milder.
     """
     finished = [
         (candidate, run) for (candidate, _), run in reversed(list(runs.items())) if run is not None
@@ -446,132 +448,56 @@ def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
     return min(finished, key=lambda item: item[1].attempt.loss)
 
 
-def _train(
+def train_candidate(
     config: Config,
-    training: TrainingConfig,
     data: DataSet,
     say: Say,
     stop: StopRequests,
+    callbacks: Sequence[Callback],
     *,
-    what: str = "",
-    seconds_of_steps: float = math.inf,
-) -> Run:
-    """One training run in memory, which ends once a signal is noted or training blows up.
+    steps: int | None,
+    minutes: float | None,
+    steps_s: float = math.inf,
+) -> Any:
+    """One training, whose start competes with its later states.
 
     Args:
-        config: All settings.
-        training: Length of the run in place of ``config.training``, whose length the program is
-            made for.
+        config: All settings; the program is compiled for their length.
         data: The data.
         say: Takes a line of progress.
         stop: Notes a signal.
-        what: Name of the candidate.
-        seconds_of_steps: Longest time of updates, whatever compiling takes; 0 only validates the
-            start.
+        callbacks: Further callbacks.
+        steps: Most updates; None for no limit but time.
+        minutes: Longest time.
+        steps_s: Longest time of updates, compilation excluded; 0 only validates the start.
 
     Raises:
         BlowUpError: If training blows up before it is better than its start.
     """
-    prepare_backend(training.matmul_precision)
-    check_batch_size(training, data)
-    spec = model_spec(config, data)
-    objective = build_objective(config, data, spec)
-    best: Best | None = None
-    at_start: np.ndarray | None = None
-    losses: np.ndarray | None = None
-
-    def keep(loss: float | None) -> None:
-        nonlocal best, at_start, losses
-        if loss is None:
-            return
-        if best is None:
-            best, at_start, losses = Best.of(trainer.state, loss), trainer.losses, trainer.losses
-        elif loss < best.loss and is_clearly_better(trainer.losses, at_start):
-            best, losses = Best.of(trainer.state, loss), trainer.losses
-
-    trainer = Trainer(
-        objective, training, seconds_of_steps=seconds_of_steps, validated=keep, say=say
-    )
-    trainer.validate()  # the start may be the best: a mixture is fitted before training
-    assert best is not None
-    blown_up = ""
-    try:
-        batches = device_batches(
-            objective.examples, seed=config.seed, batch_size=training.batch_size
-        )
-        for _ in trainer.steps(batches) if seconds_of_steps else ():
-            if stop.received:
-                say(
-                    f"stopped by {stop.received.name} after step {trainer.step} of "
-                    f"{trainer.horizon}: the best model so far"
-                )
-                break
-    except BlowUpError as error:
-        if not best.step:
-            raise
-        blown_up = str(error)
-        say(f"{error}: the best model so far")
-    kept, ended = best, STOPPED if stop.received else blown_up or trainer.ended
-    seconds = trainer.elapsed_s - sum(
-        record.get("compile_seconds", 0.0) for record in trainer.records
-    )
-
-    def model() -> Any:
-        params, batch_stats = jax.device_put((kept.ema, kept.batch_stats))
-        certified = certified_model(
-            spec, params, batch_stats, config.evaluation.solver(), given=identity_context(config)
-        )
-        history = History.from_records(trainer.records, kept.step)
-        return certified.with_(history=dataclasses.replace(history, ended=ended))
-
-    is_cut_short = ended == "time was over" and seconds > 0.9 * seconds_of_steps
-    return Run(
-        Attempt(what, kept.loss, kept.step, trainer.step, seconds), is_cut_short, model, losses
-    )
+    began = time.monotonic()
+    prepare_backend(config.training.matmul_precision)
+    job = Job.of(config, data)
+    watching = [
+        Validate(at_start=True, clear=CLEAR),
+        TimeLimit(minutes, steps_s=steps_s, began=began),
+        Stop(stop, raises=any(each.resumes for each in callbacks)),
+        Progress(say),
+        *callbacks,
+        *([] if steps_s else [_Untrained()]),
+    ]
+    arguments = job.arguments | {"steps": steps, "minutes": minutes}
+    with warnings.catch_warnings():
+        # The history says so.
+        warnings.filterwarnings("ignore", ".*The model is the best one of the validations")
+        model = train(job.free(), job.objective, job.examples, callbacks=watching, **arguments)
+    return job.finish(model)
 
 
-def is_clearly_better(losses: np.ndarray | None, others: np.ndarray | None) -> bool:
-    """Whether examples lose less than with another model by `CLEAR` standard errors, or no single
-    losses are known.
+class _Untrained(Callback):
+    """Ends a training before its first step, once its start is validated."""
 
-    The best of many validations by few examples is often that which has learnt the others by heart.
-    One example tells nothing.
-    """
-    if losses is None or others is None:
-        return True
-    gains = others - losses
-    return len(gains) > 1 and bool(gains.mean() > CLEAR * gains.std(ddof=1) / math.sqrt(len(gains)))
+    order = Validate.order - 1
 
-
-def _train_on_disk(config: Config, data: DataSet, folder: Path, say: Say) -> Any:
-    """The best model of a run in a folder, with its history."""
-    if (folder / run_folder.CONFIG_FILE).exists():
-        # The length first: other settings, such as the warm-up, follow from it.
-        trainings = (config.training, run_folder.read_config(folder).training)
-        ours, theirs = (
-            f"minutes={each.minutes:g}" if each.minutes else f"steps={each.total_steps}"
-            for each in trainings
-        )
-        if ours != theirs:
-            raise ValueError(
-                f"{folder} holds a fit with {theirs}, got {ours}: give the same, or another workdir"
-            )
-    ended = ""
-    try:
-        state = train(config, folder, data=data, say=say)
-        if int(state.step) < config.training.most_steps:
-            ended = (
-                "time was over"
-                if int(state.step) >= int(state.horizon)
-                else "validation no longer improved"
-            )
-    except Stopped as error:
-        if error.received == signal.SIGTERM:
-            signal.raise_signal(signal.SIGTERM)  # ends the process, unless its owner handles it
-        if error.received not in heard_in_memory():
-            raise
-        say(f"{str(error).split(':')[0]}: the best model so far")
-        ended = STOPPED
-    run = trained_run.load(folder)
-    history = History.from_records(read_metrics(folder), run.step)
-    return run.model.with_(history=dataclasses.replace(history, ended=ended))
+    def during(self, run: Any) -> Any:
+        run.end("")
+        return super().during(run)

@@ -1,4 +1,4 @@
-r"""Losses for `train` against an energy: a density that is known up to a constant, ``p(x) =
+r"""Losses for `train` by an energy, that is, a density that is known up to a constant, ``p(x) =
 exp(log_density(x)) / Z``.
 """
 
@@ -20,17 +20,17 @@ Loss = Callable[[Density, Any, Key[Array, ""]], Any]
 
 
 def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
-    r"""``KL(q | p) - log Z = E_q [log q(x) - log_density(x)]`` by samples of the model ``q``: needs
-    no data.
+    r"""``KL(q | p) - log Z = E_q [log q(x) - log_density(x)]`` by samples of the model ``q``,
+    without data.
 
     Modes in which no sample falls stay unseen: `symmetric_kl` and `fit_energy` find them. Gradients
-    go through samples alone and leave out the score of the model, which has mean 0 ("sticking the
+    go through samples only and leave out the score of the model, which has mean 0 ("sticking the
     landing", Roeder et al. 2017): their variance vanishes as the model approaches the target.
 
     Args:
         log_density: ``(b, ...) -> (b,)``, a differentiable function of batches, up to a constant.
-        num: Samples of each step, on each device. The weights of components, as those of a mixture,
-            learn from two on.
+        num: Samples per step and device. The weights of a mixture's components need at least two to
+            learn.
 
     Example:
         >>> loss = reverse_kl(lambda x: -0.5 * jnp.sum(x**2, axis=1))
@@ -52,13 +52,12 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
         value = jnp.mean(differences)
         if not (names := getattr(model.prior, "scored", ())):
             return value
-        # Draws of a component are no differentiable function of how often it is drawn: the score
-        # is.
+        # Drawing a component is not differentiable in its weight; the score replaces this gradient.
         prior = dataclasses.replace(
             fixed.prior, **{name: getattr(model.prior, name) for name in names}
         )
         score = fixed.with_(prior=prior).log_prior(jax.lax.stop_gradient(z))
-        # the mean has a share of each sample
+        # The factor corrects for each sample's share in the mean.
         centred = jax.lax.stop_gradient(differences - value) * num / max(num - 1, 1)
         surrogate = jnp.mean(centred * score)
         return value + surrogate - jax.lax.stop_gradient(surrogate)
@@ -67,11 +66,11 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
 
 
 def symmetric_kl(log_density: LogDensity, num: int = 128) -> Loss:
-    r"""``KL(p | q) + KL(q | p)`` up to a constant, by samples of the target, which are the batch,
-    and of the model.
+    r"""``KL(p | q) + KL(q | p)`` up to a constant, by samples of the target (the batch) and of the
+    model.
 
-    The first divergence does not let go of a mode that the samples have seen, and the second one is
-    not limited by how many samples there are. Arguments are those of `reverse_kl`.
+    The first divergence keeps modes that the samples have seen, and the second is not limited by
+    the number of samples. Arguments are as for `reverse_kl`.
 
     Example:
         >>> loss = symmetric_kl(log_density)  # doctest: +SKIP
@@ -91,28 +90,24 @@ def symmetric_kl(log_density: LogDensity, num: int = 128) -> Loss:
 
 
 def log_density_of(log_density: LogDensity, x: Any) -> Float[Array, " b"]:
-    """The log-density of a batch.
-
-    Raises:
-        ValueError: If it is not one real number an example.
-    """
+    """The log-density of a batch."""
     values = jnp.asarray(log_density(x))
     if values.shape != x.shape[:1] or not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(
             f"log_density must give one real number for each of {len(x)} examples, shape "
-            f"({len(x)},), got {values.dtype} of "
-            f"shape {values.shape}: a function of one example becomes one of batches by jax.vmap"
+            f"({len(x)},), got {values.dtype} of shape {values.shape}: a function of one example "
+            "becomes one of batches by jax.vmap"
         )
     return values
 
 
 def check_finite(values: Any, where: str) -> None:
-    """Raises ``ValueError`` if log-densities are NaN or infinite; the message says how many are,
-    and where.
+    """Raises ``ValueError`` if log-densities are NaN or infinite; the message says how many, and
+    where.
     """
     if bad := int(np.sum(~np.isfinite(np.asarray(values)))):
         raise ValueError(
             f"log_density is NaN or infinite at {bad} of {len(values)} {where}: it must be finite "
-            "wherever samples may fall; "
-            "parameters with ends are to be mapped to the whole line first"
+            "wherever samples may fall; parameters with ends are to be mapped to the whole line "
+            "first"
         )

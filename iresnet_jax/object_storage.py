@@ -1,8 +1,8 @@
-"""Addresses of objects in buckets, such as ``gs://bucket/run/model.npz``, as paths; fsspec knows
-how each storage is reached.
+"""Addresses of objects in buckets, such as ``gs://bucket/run/model.npz``, as paths; fsspec reaches
+each storage.
 
-One put of an object is whole or absent for every reader, and takes the place of what was there
-before. Nothing else is relied on: there are no folders, renames, appends or locks.
+An upload of an object is atomic for every reader, and replaces the previous object. Nothing else is
+relied on: there are no folders, renames, appends or locks.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-BEAT_S = 5.0  # between two signs of life of the process that holds a claim
-PATIENCE_BEATS = 4  # after which a process without a sign of life is taken for dead
-RETRY_S = 600.0  # for which an upload is tried again while the storage cannot be reached
-_PAUSE_S = 3.0  # between two tries
+BEAT_S = 5.0  # time between two signs of life of the process that holds a claim
+PATIENCE_BEATS = 4  # beats without a sign of life after which a process counts as dead
+RETRY_S = 600.0  # time for which an upload is retried while the storage cannot be reached
+_PAUSE_S = 3.0  # time between two tries
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 
 _logger = logging.getLogger(__name__)
@@ -35,9 +35,10 @@ def _storage(scheme: str) -> Any:
     try:
         import fsspec
 
-        # it logs tracebacks of errors that it raises
+        # gcsfs logs tracebacks of errors that it raises.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-        return fsspec.filesystem(scheme, use_listings_cache=False)  # others write there, too
+        # Other processes write there, too.
+        return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:
         advice = (
             f"pip install 'iresnet_jax[{_EXTRAS[scheme]}]'"
@@ -57,14 +58,13 @@ def _storage(scheme: str) -> Any:
 class ObjectPath(type(Path())):
     """The address of an object, or of all objects below it, which stand for a folder.
 
-    Names are joined and taken apart as by `pathlib`. Of what touches files, the methods below are
-    all there are. Objects are read and written whole. Methods raise ``PermissionError`` if the
-    storage refuses the credentials, or there are none, and ``ConnectionError`` if it fails or
-    cannot be reached.
+    Names are joined and split as by `pathlib`. Only the methods below touch files. Objects are read
+    and written whole. Methods raise ``PermissionError`` if the storage refuses the credentials, or
+    there are none, and ``ConnectionError`` if it fails or cannot be reached.
     """
 
     def __str__(self) -> str:
-        return super().__str__().replace(":/", "://", 1)  # of which pathlib keeps one slash
+        return super().__str__().replace(":/", "://", 1)  # pathlib keeps one slash of two
 
     @property
     def storage(self) -> Any:
@@ -75,7 +75,7 @@ class ObjectPath(type(Path())):
 
     @contextlib.contextmanager
     def _reached(self, *, writing: bool = False) -> Iterator[Any]:
-        """Yields the file system, whose errors become those that the class names."""
+        """Yields the file system, whose errors become the ones that the class documents."""
         try:
             yield self.storage
         except FileExistsError:
@@ -88,7 +88,7 @@ class ObjectPath(type(Path())):
                 "correct its name"
             )
             raise OSError(message) from error
-        except Exception as error:  # each storage has errors of its own
+        except Exception as error:  # each storage has its own errors
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if re.search(
                 "credential|forbidden|permission", f"{type(error).__name__} {reason}", re.IGNORECASE
@@ -109,7 +109,7 @@ class ObjectPath(type(Path())):
         return {"type": None}
 
     def exists(self, **_: Any) -> bool:
-        """Whether there is such an object, or are any below the address."""
+        """Whether there is such an object, or any object below the address."""
         return self._info()["type"] is not None
 
     def is_dir(self, **_: Any) -> bool:
@@ -121,7 +121,7 @@ class ObjectPath(type(Path())):
         return self._info()["type"] == "file"
 
     def glob(self, pattern: str, **_: Any) -> "Iterator[ObjectPath]":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Objects one level below the address, of which the name fits a pattern."""
+        """Objects one level below the address whose names match a pattern."""
         names: list[str] = []
         with self._reached() as storage, contextlib.suppress(FileNotFoundError):
             names += [
@@ -148,8 +148,8 @@ class ObjectPath(type(Path())):
                 "atomic_files.replacing"
             )
         with self._reached() as storage:
-            # From the first byte on, by one request: by several, drivers could put together an old
-            # object and its successor.
+            # One request reads the whole object: several requests could combine an old object and
+            # its successor.
             content = io.BytesIO(storage.cat_file(str(self), start=0))
         return (
             content
@@ -163,8 +163,8 @@ class ObjectPath(type(Path())):
             storage.rm_file(str(self))
 
     def upload(self, file: Path) -> None:
-        """Puts the content of a local file, and tries again for `RETRY_S` while the storage
-        cannot be reached.
+        """Uploads a local file, and tries again for `RETRY_S` while the storage cannot be
+        reached.
         """
         began = time.monotonic()
         while True:
@@ -180,18 +180,18 @@ class ObjectPath(type(Path())):
 
 @contextlib.contextmanager
 def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
-    """Within ``with``, this process holds a claim: an object that it makes if there is none, and
-    changes as a sign of life.
+    """Within ``with``, this process holds a claim: an object that it creates if absent, and changes
+    as a sign of life.
 
-    The claim of a process that died is taken over after `PATIENCE_BEATS` without a sign, by whoever
-    asks. A process that lives and could not reach the storage for so long may lose its claim
-    without knowing at once.
+    Another process takes over the claim of a dead process after `PATIENCE_BEATS` without a sign. A
+    live process that could not reach the storage for so long may lose its claim without noticing at
+    once.
 
     Yields:
         A function that raises ``OSError`` once another process has taken the claim.
 
     Raises:
-        TimeoutError: If another process holds the claim and lives.
+        TimeoutError: If a live process holds the claim.
     """
     owner, ended, lost = secrets.token_hex(8), threading.Event(), threading.Event()
 
@@ -209,7 +209,7 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
                     put("overwrite")
                 else:
                     lost.set()
-            except FileNotFoundError:  # somebody took the claim, and has given it back
+            except FileNotFoundError:  # another process had the claim, and has released it
                 lost.set()
             except OSError as error:
                 _logger.warning("%s", error)
@@ -239,10 +239,10 @@ def claimed(path: ObjectPath) -> Iterator[Callable[[], None]]:
 
 
 def _wait_for_the_dead(path: ObjectPath) -> None:
-    """Removes a claim that shows no sign of life for `PATIENCE_BEATS`; of one that does, raises
+    """Removes a claim without a sign of life for `PATIENCE_BEATS`; with a sign, raises
     ``TimeoutError``.
     """
-    with contextlib.suppress(FileNotFoundError):  # nobody's, or given back meanwhile
+    with contextlib.suppress(FileNotFoundError):  # there is no claim, or it has been released
         before = path.read_bytes()
         _logger.info("%s is there: waiting to see whether its process lives", path)
         for _ in range(PATIENCE_BEATS):

@@ -17,11 +17,11 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths import activations
 from iresnet_jax.models import contexts, noise
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.bounds import without_bounds
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze, of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.flow import bounded
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig, LogdetConfig
 from iresnet_jax.training.density import evaluation_keys
@@ -79,7 +79,7 @@ def random_params(flow, seed=0):
 @functools.cache
 def weights(flow, seed=0):
     """Frozen weights of a flow."""
-    return without_bounds(freeze(flow, random_params(flow, seed)))
+    return bounded(freeze(flow, random_params(flow, seed)), None)
 
 
 @functools.cache
@@ -135,7 +135,7 @@ dequantize = jax.jit(Density.dequantize)
 
 @jax.jit
 def latents_and_jacobians(model, u):
-    flow, transform = model.flow(), model.spec.transform.bijection()
+    flow, transform = model.flow(), model.spec.transform
 
     def latent(u):
         return flow.forward(transform.forward(u[None]))[0]

@@ -15,9 +15,10 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax import object_storage
-from iresnet_jax.runs import checkpoints, hosts, signals
+from iresnet_jax.runs import hosts
 from iresnet_jax.runs.command_line import explain_failures
-from iresnet_jax.runs.loop import train
+from iresnet_jax.runs.job import train
+from iresnet_jax.training import checkpoints, signals
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["one_of_several", "tensorboardX"])

@@ -21,7 +21,8 @@ import matplotlib as mpl
 import numpy as np
 
 import iresnet_jax as ir
-from iresnet_jax import estimators, loss_training
+from iresnet_jax import estimators
+from iresnet_jax.training import train as loop
 from iresnet_jax.training.optimizers import OptimizerConfig
 
 FITTED = {}
@@ -102,7 +103,7 @@ def main(path: str) -> None:
     mpl.use("Agg")
     ir.fit = estimators.fit = fit_once(ir.fit)
     ir.fit_energy = energy_of(ir.fit_energy)
-    loss_training.OptimizerConfig = lambda name, *values, **options: OptimizerConfig(
+    loop.OptimizerConfig = lambda name, *values, **options: OptimizerConfig(
         "sgd", *values, **options
     )
     outcomes = {}

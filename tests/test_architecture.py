@@ -33,7 +33,7 @@ EDGES = (
         "conversion_stages",
         "energy_evaluation",
     ),
-    *("energy_fitting", "estimators", "fit_settings", "fitting", "loss_training", "losses"),
+    *("energy_fitting", "estimators", "fit_settings", "fitting", "losses"),
 )
 HEAVY = {
     "absl",
@@ -175,6 +175,7 @@ def test_nothing_private_of_jax_is_used_and_one_file_mentions_pmap():
     assert files_with(lambda source: "pmap" in source) == {"training/parallel.py"}
 
 
+@pytest.mark.slow
 def test_heavy_packages_are_loaded_where_they_are_needed():
     show = "print('loaded', *sorted({name.split('.')[0] for name in sys.modules}))"
     loads = (

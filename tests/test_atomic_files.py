@@ -40,6 +40,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
     path = tmp_path / "work"
     hold = f"""

@@ -15,6 +15,8 @@ import pytest
 from iresnet_jax.evaluation import classification, likelihood
 from iresnet_jax.runs import trained_run
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PAGE = (FOLDER.parent / "docs" / "measured.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))

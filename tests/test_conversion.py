@@ -16,7 +16,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax import conversion
 from iresnet_jax.__main__ import main
-from iresnet_jax.bijections.chain import chain
+from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.conversion import convert
 from iresnet_jax.models.contractions import unconstrained
 from iresnet_jax.runs import trained_run
@@ -357,7 +357,7 @@ def converted(name):
 @jax.jit
 def there(model, x):
     """Latents, log-determinant and log-density of the prior: one program for a network."""
-    whole = chain([model.spec.transform.bijection(), model.flow()])
+    whole = Chain([model.spec.transform, model.flow()])
     z, logdet, _ = whole.forward_and_logdet(x, jax.random.key(0))
     return z, logdet, model.log_prior(z)
 
@@ -406,6 +406,7 @@ def largest_norm(arrays):
     return max(np.linalg.norm(kernel, 2) for kernel in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_command_says_the_excess_scales_and_writes_a_model_that_inverts(tmp_path, capsys):
     theirs = network("toy")

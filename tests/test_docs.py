@@ -122,11 +122,13 @@ def failures(run_pages):
     return run_pages({**blocks_of("python"), OWN_DATA: cells(ROOT / OWN_DATA), "broken.md": broken})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [*blocks_of("python"), OWN_DATA])
 def test_python_blocks_run(failures, page):
     assert failures[page] is None, failures[page]
 
 
+@pytest.mark.slow
 def test_a_block_that_fails_is_named(failures):
     assert 'File "broken.md", line 12' in failures["broken.md"]
     assert "no_such_function" in failures["broken.md"]
@@ -217,6 +219,7 @@ def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
         check_command(shlex.split(line))
 
 
+@pytest.mark.slow
 def test_the_image_is_made_by_commands_that_work(tmp_path):
     """Runs the instructions of the Dockerfile; pip, which would take minutes, is only asked for
     what there is.

@@ -11,7 +11,9 @@ import iresnet_jax as ir
 from iresnet_jax import energy_fitting
 from iresnet_jax.energy_fitting import anneal
 from iresnet_jax.models.history import History
-from iresnet_jax.training.trainer import BlowUpError
+from iresnet_jax.training.run import BlowUpError
+
+pytestmark = pytest.mark.slow
 
 SHARES = (0.2, 0.8)
 
@@ -86,7 +88,7 @@ def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monk
         "progress": False,
     }
     with pytest.warns(
-        UserWarning, match="of its training by likelihood: by the energy, loss became non-finite"
+        UserWarning, match="trained by likelihood only: by the energy, loss became non-finite"
     ):
         found = ir.fit_energy(
             lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options

@@ -25,7 +25,7 @@ from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
 from iresnet_jax.fitting import fit
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.runs import signals
+from iresnet_jax.training import signals
 
 SAME = 1e-12  # no program may see another shape, so only the host's float64 may differ
 ROUNDED = 1e-4  # float32 by another route
@@ -57,6 +57,9 @@ class Moments(Density):
 
     def __init__(self, means, std):
         self.__dict__.update(means=means, std=std)
+
+    def __getstate__(self):
+        return vars(self)
 
     def tree_flatten(self):
         return (self.means, self.std), None
@@ -191,6 +194,7 @@ def test_features_on_a_grid_are_counted():
     assert np.isfinite(flow.score_samples([[0.0], [7.0], [2.5]])).all()
 
 
+@pytest.mark.slow
 def test_features_with_bounds_keep_to_them():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"share": rng.random(1500), "height": rng.normal(size=1500)})
@@ -206,6 +210,7 @@ def test_features_with_bounds_keep_to_them():
         ResidualFlowDensity(**TINY).fit(np.ma.masked_less(frame.to_numpy(), 0))
 
 
+@pytest.mark.slow
 def test_a_constant_feature_has_a_probability_or_is_ignored():
     x = np.random.RandomState(0).normal(size=(40, 3))
     x[:, 1] = 7
@@ -218,6 +223,7 @@ def test_a_constant_feature_has_a_probability_or_is_ignored():
         ResidualFlowClassifier(**TINY).fit(np.ones((10, 2)), np.arange(10) % 2)
 
 
+@pytest.mark.slow
 def test_a_classifier_takes_tables_of_few_different_rows():
     x = np.random.default_rng(0).integers(0, 2, (200, 3))
     found = ResidualFlowClassifier(**TINY).fit(x, x[:, 0])
@@ -255,6 +261,7 @@ def test_pickles_give_equal_scores(density):
     )
 
 
+@pytest.mark.slow
 def test_a_search_over_a_pipeline(blobs):
     pipeline = make_pipeline(StandardScaler(), ResidualFlowClassifier(**TINY))
     search = GridSearchCV(

@@ -3,7 +3,10 @@
 import importlib.util
 import json
 
+import pytest
 from tiny_runs import ROOT
+
+pytestmark = pytest.mark.slow
 
 SPEC = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
 assert SPEC is not None

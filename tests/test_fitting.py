@@ -1,13 +1,12 @@
-"""`fit`: what it chooses, what it refuses, and that it is the code of ``train.py``."""
+"""`fit`: what it chooses, what it refuses, and how its searches end and are resumed."""
 
 import dataclasses
 import itertools
 import json
 import math
-import shutil
 import signal
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,14 +21,12 @@ from sklearn.preprocessing import StandardScaler
 
 import iresnet_jax as ir
 from iresnet_jax import fitting
-from iresnet_jax.__main__ import main
-from iresnet_jax.data.arrays import FITTED_ARRAY, Arrays, from_arrays
+from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.fit_settings import Candidate, candidates, choose_settings, likeliest_components
-from iresnet_jax.fitting import Run, chosen_run, hardly_trained, is_clearly_better, next_run
+from iresnet_jax.fitting import Run, chosen_run, hardly_trained, next_run
 from iresnet_jax.models.history import Attempt, History
-from iresnet_jax.runs import loop, run_folder
-from iresnet_jax.runs.loop import train
-from iresnet_jax.runs.signals import Stopped
+from iresnet_jax.training import train as loop
+from iresnet_jax.training.signals import Stopped
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
@@ -41,10 +38,9 @@ BANANA[:, 1] += BANANA[:, 0] ** 2
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """A model of an array, and the folder of its run."""
-    folder = tmp_path_factory.mktemp("fit") / "run"
-    return ir.fit(BANANA, key=jax.random.key(0), workdir=folder, **QUICK), folder
+def fitted():
+    """A model of an array."""
+    return ir.fit(BANANA, key=jax.random.key(0), **QUICK)
 
 
 MODES = (RNG.normal(size=(300, 2)) + 8 * RNG.integers(0, 2, (300, 1))).astype(np.float32)
@@ -54,7 +50,7 @@ MIXTURE = dataclasses.replace(PLAIN, prior="mixture", components=2)
 
 def outcome(loss, best_step, num_steps=1000, seconds=5.0, is_cut_short=False):
     """A run of a candidate without its model."""
-    return Run(Attempt("", loss, best_step, num_steps, seconds), is_cut_short, lambda: None)
+    return Run(Attempt("", loss, best_step, num_steps, seconds), is_cut_short)
 
 
 FIRST = {(MIXTURE, 1000): outcome(9.0, 1000)}
@@ -150,15 +146,15 @@ def test_the_best_of_all_runs_is_the_model():
     assert model.certificate().certified
 
 
-def with_batches(monkeypatch, change, module=fitting):
+def with_batches(monkeypatch, change):
     """Has batches of `fit` changed: ``(run, step, batch) -> batch``, both counted from 0."""
-    runs, whole = itertools.count(), module.device_batches
+    runs, whole = itertools.count(), loop.device_batches
 
     def batches(*arguments, **options):
         run = next(runs)
         return (change(run, step, batch) for step, batch in enumerate(whole(*arguments, **options)))
 
-    monkeypatch.setattr(module, "device_batches", batches)
+    monkeypatch.setattr(loop, "device_batches", batches)
 
 
 def interrupting(run, step, number=signal.SIGINT):
@@ -170,6 +166,7 @@ def interrupting(run, step, number=signal.SIGINT):
     return interrupt
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_rounds")
 def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
     with_batches(
@@ -186,6 +183,7 @@ def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_rounds")
 def test_an_interrupt_in_a_run_keeps_the_models_of_all(monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
@@ -267,14 +265,6 @@ def test_classes_start_at_a_linear_classifier():
     )
 
 
-def test_a_start_is_left_only_for_what_is_clearly_better():
-    gains = np.array([0.1, 0.3, 0.2, 0.2])
-    assert is_clearly_better(-gains, np.zeros(4))
-    assert not is_clearly_better(-gains * [-4, 1, 1, 1], np.zeros(4))  # better by .08 +- .16
-    assert not is_clearly_better(-gains[:1], np.zeros(1))
-    assert is_clearly_better(None, None)
-
-
 def test_no_component_of_a_mixture_is_a_spike_on_a_few_examples():
     z = np.random.default_rng(0).normal(size=(200, 6))
     assert likeliest_components(z, 0)[0] == 1
@@ -284,16 +274,20 @@ def test_no_component_of_a_mixture_is_a_spike_on_a_few_examples():
 
 
 def test_few_held_out_examples_do_not_overrule_the_criterion_on_all_others():
-    likeliest = outcome(3.0, 0)._replace(losses=np.array([2.0, 4.0, 3.0]))
+    def with_losses(made, *losses):
+        history = SimpleNamespace(losses=np.array(losses))
+        return made._replace(model=SimpleNamespace(history=history))
+
+    likeliest = with_losses(outcome(3.0, 0), 2.0, 4.0, 3.0)
     luckier, better = (
-        outcome(1.0, 9)._replace(losses=np.array(losses))
-        for losses in ([2.5, 5.5, -2.0], [0.5, 2.0, 0.5])
+        with_losses(outcome(1.0, 9), *losses) for losses in ((2.5, 5.5, -2.0), (0.5, 2.0, 0.5))
     )
     assert chosen_run({(MIXTURE, 1000): likeliest, (PLAIN, 1000): luckier}, MIXTURE) is likeliest
     assert chosen_run({(MIXTURE, 1000): likeliest, (PLAIN, 1000): better}, MIXTURE) is better
     assert chosen_run({(MIXTURE, 1000): None, (PLAIN, 1000): luckier}, MIXTURE) is luckier
 
 
+@pytest.mark.slow
 def test_noise_widens_the_density_by_its_variance():
     """A linear flow of 40 examples, and noise as large as they are: without it, their own
     variance would be found.
@@ -319,105 +313,6 @@ def test_noise_widens_the_density_by_its_variance():
         np.testing.assert_allclose(np.sum(density * grid**2) / np.sum(density), 2, rtol=0.15)
 
 
-@pytest.mark.usefixtures("unchecked_annotations")  # which say that numbers are Python's
-def test_it_is_the_code_of_training(fitted, tmp_path):
-    """The config in the folder of a fit, given to `train` with the same data, makes the same
-    model bit for bit.
-    """
-    model, folder = fitted
-    losses = model.history.validation["nll"]
-    assert losses[-1] < losses[0] - 0.01
-    assert "this model" in str(model.history)
-    config = run_folder.read_config(folder)
-    data = from_arrays(FITTED_ARRAY, Arrays(BANANA), fractions=(0.1, 0.0))
-    state = train(config, tmp_path / "run", data=data)
-    assert int(state.step) == int(state.horizon) == 12
-    of_numpy = {
-        "steps": np.int64(12),
-        "settings": EAGER | {"optimizer.clip_norm": np.float32(config.optimizer.clip_norm)},
-    }
-    # nothing is left to do
-    again = ir.fit(BANANA, key=jax.random.key(0), workdir=tmp_path / "run", **QUICK | of_numpy)
-    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_another_call_in_the_same_folder_is_refused(fitted):
-    with pytest.raises(ValueError, match="other data"):
-        ir.fit(BANANA + 1, key=jax.random.key(0), workdir=fitted[1], **QUICK)
-    for length in ({"steps": 60}, {"steps": None, "minutes": 2}):
-        with pytest.raises(
-            ValueError, match=r"holds a fit with steps=12, got (steps=60|minutes=2)"
-        ):
-            ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], **QUICK | length)
-    with pytest.raises(ValueError, match="other bounds"):
-        ir.fit(BANANA, key=jax.random.key(0), workdir=fitted[1], bounds={0: (-99, 99)}, **QUICK)
-
-
-@pytest.fixture
-def workdir(fitted, tmp_path):
-    """A copy of the folder of a fit: commands write into it."""
-    return str(shutil.copytree(fitted[1], tmp_path / "run"))
-
-
-def test_commands_that_need_no_data_work_on_the_folder_of_a_fit(workdir, capsys):
-    assert run_folder.read_config(Path(workdir)).data.name == FITTED_ARRAY
-    for command in (["sample", "--num", "4"], ["certify"]):
-        assert main([command[0], "--workdir", workdir, *command[1:]]) == 0, capsys.readouterr().err
-    assert np.load(Path(workdir) / "samples.npy").shape == (4, 2)
-
-
-def test_commands_that_need_data_say_how_to_give_the_array(workdir, capsys):
-    for command in ("evaluate", "reconstruct", "report"):
-        assert main([command, "--workdir", workdir]) == 2
-        assert capsys.readouterr().err == (
-            f"error: {workdir} does not hold the array that its model was fitted to: save the "
-            "array with numpy.save and add "
-            "--data npy:FILE\n"
-        )
-
-
-def test_an_array_in_a_file_is_recognised(workdir, tmp_path, capsys):
-    np.save(tmp_path / "same.npy", BANANA)
-    np.save(tmp_path / "other.npy", BANANA + 1)
-
-    def evaluate(name):
-        assert main(["evaluate", "--workdir", workdir, "--data", f"npy:{tmp_path / name}"]) == 0
-        return capsys.readouterr().out
-
-    same = evaluate("same.npy")
-    assert "Training has seen the test examples" in same
-    assert ": the checkpoint was chosen on them. Give --data of others." in same
-    assert "other data" not in same
-    assert " nats (" in same
-    assert evaluate("other.npy").startswith("These are other data than the model was trained on")
-    more = ["--workdir", str(tmp_path / "few"), "--data", f"npy:{tmp_path / 'same.npy'}"]
-    ir.fit(BANANA, workdir=tmp_path / "few", validation_fraction=0.02, **QUICK)
-    assert main(["evaluate", *more]) == 0
-    assert "Training has seen the test examples" in (said := capsys.readouterr().out)
-    assert ": many of them were trained on." in said
-
-
-def test_a_fit_on_disk_says_that_validation_ended_it(tmp_path):
-    early = {"optimizer.learning_rate": 1.0, "training.eval_every_steps": 1, "training.patience": 1}
-    for length in ({"steps": None, "minutes": 5}, {"steps": 500}):
-        model = ir.fit(
-            BANANA, workdir=tmp_path / str(length), **QUICK | {"settings": early} | length
-        )
-        assert model.history.ended == "validation no longer improved"
-
-
-def test_a_folder_of_other_columns_is_not_gone_on_with(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(BANANA, columns=["a", "b"]).assign(city=["x", "y"] * 200)
-    ir.fit(frame, workdir=tmp_path, **QUICK)
-    for other in (frame.rename(columns={"a": "b", "b": "a"}), frame.replace({"city": {"x": "u"}})):
-        with pytest.raises(
-            ValueError, match="a fit with other columns or categories: give the same"
-        ):
-            ir.fit(other, workdir=tmp_path, **QUICK)
-
-
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(
     capfd, monkeypatch
 ):
@@ -431,7 +326,8 @@ def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_scrip
     model = ir.fit(BANANA, **options)
     assert model.history.step in (0, 4)
     said = capfd.readouterr().err
-    assert "after step 7 of 10000: the best model so far" in said
+    assert "SIGINT: training ends after this step" in said
+    assert model.history.ended == "it was stopped"
     assert "saving" not in said  # nothing is
     monkeypatch.delattr(sys, "ps1")
     with_batches(monkeypatch, interrupting(0, 0))
@@ -439,21 +335,56 @@ def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_scrip
         ir.fit(BANANA, **options)
 
 
-def test_a_signal_ends_a_fit_on_disk_and_its_process(tmp_path, monkeypatch):
-    received = []
+class Watches(ir.Callback):
+    """Counts steps, and gets a signal after one of them."""
+
+    order = 35
+
+    def __init__(self, step=0, number=signal.SIGTERM):
+        self.step, self.number, self.taken = step, number, 0
+
+    def after_step(self, run):
+        self.taken += 1
+        if self.taken == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_fit_that_is_stopped_goes_on_to_the_same_bits(fitted, number, tmp_path, monkeypatch):
     monkeypatch.delattr(sys, "ps1", raising=False)
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with monkeypatch.context() as patch:
-                with_batches(patch, interrupting(0, 3, number), loop)
-                with pytest.raises(Stopped):
-                    ir.fit(BANANA, workdir=tmp_path / "run", **QUICK)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert received == [signal.SIGTERM]
+    again, checkpoints = Watches(), ir.Checkpoints(tmp_path / "run")
+    options = QUICK | {"key": jax.random.key(0)}
+    with pytest.raises(Stopped, match=f"stopped by {number.name} after step 5 of 12"):
+        ir.fit(BANANA, **options, callbacks=[Watches(5, number), checkpoints])
+    model = ir.fit(BANANA, **options, callbacks=[again, ir.Checkpoints(tmp_path / "run")])
+    assert again.taken == 7
+    for ours, its in zip(jax.tree.leaves(model), jax.tree.leaves(fitted), strict=True):
+        np.testing.assert_array_equal(ours, its)
+    assert model.history.validation["nll"] == fitted.history.validation["nll"]
+    # nothing is left to do
+    ir.fit(BANANA, **options, callbacks=[last := Watches(), ir.Checkpoints(tmp_path / "run")])
+    assert last.taken == 0
+    with pytest.raises(ValueError, match="holds another training"):
+        ir.fit(10 * BANANA, **options, callbacks=[ir.Checkpoints(tmp_path / "run")])
 
 
+@pytest.mark.usefixtures("short_rounds")
+def test_callbacks_change_nothing_in_the_search_which_checkpoints_resume(tmp_path):
+    def found(*callbacks):
+        model = ir.fit(MODES, settings=SGD, callbacks=callbacks, **OF_CANDIDATES)
+        return model, [attempt[:4] for attempt in model.history.attempts]
+
+    model, attempts = found()
+    with pytest.raises(Stopped):  # in the second of its trainings
+        found(ir.Checkpoints(tmp_path), Watches(attempts[0][3] + 10))
+    resumed, same = found(ir.Checkpoints(tmp_path), watches := Watches())
+    assert same == attempts
+    assert watches.taken == sum(num_steps for *_, num_steps in attempts) - attempts[0][3] - 10
+    np.testing.assert_array_equal(resumed.log_prob(MODES), model.log_prob(MODES))
+
+
+@pytest.mark.slow
 def test_a_context_makes_a_conditional_density_which_keeps_to_bounds():
     """Of an entry within bounds, a free one and one with cells."""
     rng = np.random.default_rng(1)
@@ -603,7 +534,6 @@ def test_a_key_decides_and_so_does_a_seed_among_the_settings():
 
 
 def test_histories_do_not_make_programs_differ(fitted):
-    model, _ = fitted
     traces = []
 
     @jax.jit
@@ -611,7 +541,8 @@ def test_histories_do_not_make_programs_differ(fitted):
         traces.append(1)
         return model.prior.mean
 
-    count(model)
-    count(model.with_(history=History({}, {}, 3)))
+    count(fitted)
+    count(fitted.with_(history=History({}, {}, 3)))
     assert len(traces) == 1
-    assert json.loads(json.dumps(dict(model.history.validation)))["step"][-1] == 12
+    assert json.loads(json.dumps(dict(fitted.history.validation)))["step"][-1] == 12
+    assert "this model" in str(fitted.history)

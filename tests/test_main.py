@@ -98,6 +98,7 @@ def test_whatever_needs_data_says_that_they_are_others(tmp_path, capsys):
     assert "other data" not in said(capsys, "certify", folder)
 
 
+@pytest.mark.slow
 def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, capsys):
     path = tmp_path / "images.npz"
     folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
@@ -118,6 +119,7 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
     assert np.load(copied["points"] / "samples.npy").dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_hybrid_of_vectors_has_a_report(tmp_path, capsys):
     labels = np.arange(60) % kept.CLASSES
     np.savez(
@@ -135,12 +137,14 @@ def test_numbers_of_a_file_are_contexts_of_length_1(tmp_path):
     assert read_contexts(str(tmp_path / "contexts.npy"), 5).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_reconstruct_writes_a_picture_of_images(copied, capsys):
     out = said(capsys, "reconstruct", copied["hybrid"], "--num", "8")
     assert out.startswith("inverse: inverted; 8 of 8 test examples converged")
     assert (copied["hybrid"] / "reconstructions.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_evaluation")
 def test_failed_inverses_are_named_and_fail_the_command(copied, capsys):
     out = said(capsys, "sample", copied["points"], "--num", "3", "--certify", "0", status=1)
@@ -170,6 +174,7 @@ def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
     assert "--importance is for densities of integer levels" in refused
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
     folder = copied["points"]

@@ -47,6 +47,7 @@ def test_notebook_is_kept_without_outputs(path):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells_of(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [path for path in NOTEBOOKS if path.stem != "own_data"], ids=lambda path: path.stem
 )

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

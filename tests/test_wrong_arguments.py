@@ -56,7 +56,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(steps=None, minutes=0), "minutes must lie in"),
         (lambda: fit(steps=0), "steps must lie in"),
         (
-            lambda: fit(workdir="nosuch://bucket/run", steps=1),
+            lambda: fit(callbacks=[ir.Checkpoints("nosuch://bucket/run")], steps=1),
             "nosuch:// is no storage that fsspec knows",
         ),
     ],
@@ -86,14 +86,14 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(validation=X[:, :1]), "examples of one shape"),
         (lambda: fit(validation=(X, LABELS)), "need labels"),
     ],
-    "objective and workdir": [
+    "objective and folder": [
         (lambda: fit(objective="regression"), "objective must be one of"),
         (lambda: fit(objective="classification"), "objective classification needs labels"),
         (
             lambda: fit(X, LABELS, context=X, objective="classification"),
             "classification takes no contexts",
         ),
-        (lambda: fit(workdir=3), "a path must be a string"),
+        (lambda: fit(callbacks=[ir.Checkpoints(3)]), "a path must be a string"),
     ],
     "examples": [
         (lambda: jax.jit(fit)(X), "outside of jax.jit"),

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from iresnet_jax.atomic_files import locked
-from iresnet_jax.runs import loop, trained_run
-from iresnet_jax.runs.checkpoints import Checkpoints
+from iresnet_jax.models.initial import abstract
+from iresnet_jax.runs import job, trained_run
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.training.initialization import abstract_variables
-from iresnet_jax.training.step import TrainingStep
+from iresnet_jax.training.checkpoints import Store
+from iresnet_jax.training.step import Step, first_state
 
 ROOT = Path(__file__).parents[1]
 TOTAL_STEPS, EVAL_EVERY = 20, 2
@@ -108,12 +108,12 @@ def trained(tmp_path_factory, name):
         if not whole.exists():
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(TrainingStep, "__call__", _counted(TrainingStep.__call__, traces))
+                patch.setattr(Step, "__call__", _counted(Step.__call__, traces))
                 shorten_reports(patch)
                 if name in REPORTED:
                     _train_from_the_command_line(CONFIGS[name], incoming, patch)
                 else:
-                    loop.train(config_of(CONFIGS[name]), incoming)
+                    job.train(config_of(CONFIGS[name]), incoming)
             (incoming / TRACES).write_text(str(len(traces)))
             incoming.rename(whole)
     return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")
@@ -127,10 +127,10 @@ def newest(workdir):
 def arrays_of(workdir, step=None):
     """The arrays of a checkpoint by name, by default of the newest one."""
     with (
-        Checkpoints(workdir).path(newest(workdir) if step is None else step).open("rb") as file,
+        Store(workdir).path(newest(workdir) if step is None else step).open("rb") as file,
         np.load(file) as archive,
     ):
-        return {name: archive[name] for name in archive.files if name != "(metric)"}
+        return {name: archive[name] for name in archive.files if not name.startswith("(")}
 
 
 def measurements(workdir):
@@ -248,16 +248,22 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def random_state(objective):
-    """A state of random numbers: to initialise a model takes as long to compile as a step."""
+def random_state(made):
+    """The state of a job with random numbers: to initialise a model takes as long to compile as
+    a step.
+    """
     rng = np.random.default_rng(0)
-    shapes = abstract_variables(objective.training_step.model.spec)
-    return objective.state_of(
-        jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    free = abstract(made.spec)
+    params, iterates, statistics = jax.tree.map(
+        lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype),
+        (free.params, free.iterates, free.statistics),
     )
+    free = free.with_(params=params, iterates=iterates, statistics=statistics)
+    optimizer, length = made.arguments["optimizer"], made.arguments["schedule_steps"]
+    return first_state(free, optimizer, length)
 
 
-def one_block(*, max_num_terms=0, training=None, **estimator):
+def one_block(*, training=None, **estimator):
     """A config of one block of the plane whose log-determinant is trained like this, and exact
     in validation.
     """
@@ -265,9 +271,7 @@ def one_block(*, max_num_terms=0, training=None, **estimator):
     settings.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
     settings.logdet.update(estimator)
     settings.evaluation.logdet.kind = "exact"
-    settings.training.update(
-        {"max_num_terms": max_num_terms, "blocks": "unroll", **(training or {})}
-    )
+    settings.training.update({"blocks": "unroll", **(training or {})})
     return parse(settings)
 
 

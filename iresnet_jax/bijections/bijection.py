@@ -1,17 +1,16 @@
-"""A bijection as a value: four functions on weights in their closure, and how knowledge of errors
-adds up.
+"""Bijections of batches, and the errors that add up along them.
 
-Along a chain standard errors add in quadrature, truncation bounds and evaluations by sum. The error
-bound of an inverse is multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied after
-it.
+Along a chain, standard errors add in quadrature; truncation bounds and evaluations are summed. The
+error bound of an inverse is multiplied by ``Lip(F^-1)`` of each bijection whose inverse is applied
+after it.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import typed_key
@@ -20,8 +19,8 @@ from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.maths.upward_rounding import at_least
 
 
-class Bijection(NamedTuple):
-    """An invertible map of batches.
+class Bijection:
+    """An invertible map of batches. `ClosedForm` and `Walk` write the four methods by two.
 
     Attributes:
         forward: ``x -> y``.
@@ -32,26 +31,61 @@ class Bijection(NamedTuple):
         inverse_lipschitz: Upper bound of ``Lip(F^-1)``, guaranteed if the bounds of its parts are.
     """
 
-    forward: Callable[[Array], Array]
-    forward_and_logdet: Callable[[Array, Array], tuple[Array, Array, LogdetInfo]]
-    inverse: Callable[[Array], tuple[Array, FixedPointInfo]]
-    inverse_and_logdet: Callable[[Array, Array], tuple[Array, Array, LogdetInfo, FixedPointInfo]]
-    inverse_lipschitz: float | Float[Array, ""]
+    forward: Callable[[Any], Array]
+    forward_and_logdet: Callable[..., tuple[Array, Array, LogdetInfo]]
+    inverse: Callable[[Any], tuple[Array, FixedPointInfo]]
+    inverse_and_logdet: Callable[..., tuple[Array, Array, LogdetInfo, FixedPointInfo]]
+    inverse_lipschitz: Any = jnp.inf
+
+
+class ClosedForm(Bijection):
+    """A bijection by formulas, which need no key.
+
+    Attributes:
+        map: ``x -> (y, log|det dy/dx|)``.
+        unmap: ``y -> (x, log|det dx/dy|)``.
+        bilipschitz: Bounds of the Lipschitz constants of both.
+    """
+
+    map: Callable[[Any], tuple[Array, Array]]
+    unmap: Callable[[Any], tuple[Array, Array]]
+    bilipschitz: Callable[[], BiLipschitz]
+
+    def inverse_error(self, x: Array) -> FixedPointInfo:
+        """How far the result ``x`` of the inverse may be off; exact by default."""
+        return no_inverse_error(x)
+
+    @property
+    def inverse_lipschitz(self) -> Any:
+        """Upper bound of ``Lip(F^-1)``."""
+        return self.bilipschitz().inverse
+
+    def forward(self, x):
+        """``y``."""
+        return self.map(x)[0]
+
+    def forward_and_logdet(self, x, key=None):
+        """``y``, its log-determinant, no error."""
+        y, logdet = self.map(x)
+        return y, logdet, no_logdet_error(y)
+
+    def inverse(self, y):
+        """``x``, and its `inverse_error`."""
+        x, _ = self.unmap(y)
+        return x, self.inverse_error(x)
+
+    def inverse_and_logdet(self, y, key=None):
+        """``x``, its log-determinant without an error, and `inverse_error`."""
+        x, logdet = self.unmap(y)
+        return x, logdet, no_logdet_error(x), self.inverse_error(x)
 
 
 class Onward(NamedTuple):
-    """A batch on its way through bijections: ``y``, the log-determinant so far, and what is
-    known about its error.
-    """
+    """A batch on its way through bijections: ``y``, the log-determinant so far, and its error."""
 
     y: Array
     logdet: Array
     info: LogdetInfo
-
-    @classmethod
-    def start(cls, x: Array) -> "Onward":
-        """The way from ``x``, no step taken."""
-        return cls(x, jnp.zeros(len(x), x.dtype), no_logdet_error(x))
 
     def through(self, bijection: Bijection, key: Array | None) -> "Onward":
         """One bijection further; without a key the log-determinant is left alone."""
@@ -62,8 +96,8 @@ class Onward(NamedTuple):
 
 
 class Back(NamedTuple):
-    """A batch on its way back: ``x``, the log-determinant of the way so far, and how the
-    inverses ended.
+    """A batch on its way back: ``x``, the log-determinant so far, its error, and how the inverses
+    ended.
     """
 
     x: Array
@@ -71,55 +105,56 @@ class Back(NamedTuple):
     logdet_info: LogdetInfo
     info: FixedPointInfo
 
-    @classmethod
-    def start(cls, y: Array) -> "Back":
-        """The way back from ``y``, no step taken."""
-        return cls(y, jnp.zeros(len(y), y.dtype), no_logdet_error(y), no_inverse_error(y))
-
     def through(self, bijection: Bijection, key: Array | None) -> "Back":
         """One inverse further; without a key the log-determinant is left alone."""
         if key is None:
             x, own = bijection.inverse(self.x)
-            return self._replace(
-                x=x, info=follow_inverse_info(self.info, own, bijection.inverse_lipschitz)
-            )
-        x, logdet, logdet_info, own = bijection.inverse_and_logdet(self.x, key)
-        return Back(
-            x,
-            self.logdet + logdet,
-            add_logdet_info(self.logdet_info, logdet_info),
-            follow_inverse_info(self.info, own, bijection.inverse_lipschitz),
-        )
+            logdet, logdet_info = self.logdet, self.logdet_info
+        else:
+            x, logdet, logdet_info, own = bijection.inverse_and_logdet(self.x, key)
+            logdet = self.logdet + logdet
+            logdet_info = add_logdet_info(self.logdet_info, logdet_info)
+        info = follow_inverse_info(self.info, own, bijection.inverse_lipschitz)
+        return Back(x, logdet, logdet_info, info)
 
 
-def from_walks(
-    onward: Callable[[Onward, Array | None], Onward],
-    back: Callable[[Back, Array | None], Back],
-    inverse_lipschitz: float | Float[Array, ""],
-) -> Bijection:
-    """A bijection from its two ways, each with a key or, where no log-determinant is wanted,
-    without.
+class Walk(Bijection):
+    """A bijection through others, each way written once: with a key or, where no log-determinant is
+    wanted, without.
+
+    Attributes:
+        onward: ``(way, key) -> way`` from data to latents.
+        back: ``(way, key) -> way`` from latents to data.
     """
 
-    def forward_and_logdet(x, key):
-        end = onward(Onward.start(x), typed_key(key))
-        return end.y, end.logdet, end.info
+    onward: Callable[[Onward, Any], Onward]
+    back: Callable[[Back, Any], Back]
 
-    def inverse(y):
-        end = back(Back.start(y), None)
+    def forward(self, x):
+        """``y``."""
+        return self._onward(x, None).y
+
+    def forward_and_logdet(self, x, key):
+        """``y``, the sum of the steps' log-determinants, and its error."""
+        y, logdet, info = self._onward(x, typed_key(key))
+        return y, logdet, info
+
+    def inverse(self, y):
+        """``x``, and its `inverse_error`."""
+        end = self._back(y, None)
         return end.x, end.info
 
-    def inverse_and_logdet(y, key):
-        end = back(Back.start(y), typed_key(key))
-        return end.x, end.logdet, end.logdet_info, end.info
+    def inverse_and_logdet(self, y, key):
+        """``x``, the sum of the inverses' log-determinants, and both errors."""
+        x, logdet, logdet_info, info = self._back(y, typed_key(key))
+        return x, logdet, logdet_info, info
 
-    return Bijection(
-        forward=lambda x: onward(Onward.start(x), None).y,
-        forward_and_logdet=forward_and_logdet,
-        inverse=inverse,
-        inverse_and_logdet=inverse_and_logdet,
-        inverse_lipschitz=inverse_lipschitz,
-    )
+    def _onward(self, x, key):
+        return self.onward(Onward(x, jnp.zeros(len(x), x.dtype), no_logdet_error(x)), key)
+
+    def _back(self, y, key):
+        start = y, jnp.zeros(len(y), y.dtype), no_logdet_error(y), no_inverse_error(y)
+        return self.back(Back(*start), key)
 
 
 def no_logdet_error(batch: Array) -> LogdetInfo:
@@ -147,8 +182,7 @@ def follow_inverse_info(
 ) -> FixedPointInfo:
     """The information of ``F^-1`` applied to the result of an inverse that ended as `later` says.
 
-    An error bound of 0 stays 0 under an infinite ``Lip(F^-1)``; one that is not a number stays
-    that.
+    An error bound of 0 stays 0 under an infinite ``Lip(F^-1)``; NaN stays NaN.
     """
     constant = at_least(inverse_lipschitz, later.error_bound.dtype)
     inherited = jnp.where(later.error_bound == 0, 0, constant * later.error_bound)
@@ -168,64 +202,7 @@ def fold_in(key: Key[Array, "..."], data: int | Array) -> Key[Array, "..."]:
 
 
 def keys_of_links(key: Key[Array, "..."] | None, num: int) -> Key[Array, "k ..."] | list[None]:
-    """``fold_in(key, i)`` for ``i < num``, made at once: one by one they compile longer; no keys
-    if there is none.
+    """``fold_in(key, i)`` for ``i < num``, in one operation, which compiles faster; a list of None
+    without a key.
     """
     return [None] * num if key is None else jax.vmap(lambda i: fold_in(key, i))(jnp.arange(num))
-
-
-def exact_bijection(
-    forward_and_logdet: Callable,
-    inverse_and_logdet: Callable,
-    inverse_lipschitz: float | Array = 1.0,
-    inverse_error: Callable[[Array], FixedPointInfo] = no_inverse_error,
-) -> Bijection:
-    """A bijection in closed form from ``x -> (y, logdet)``, ``y -> (x, logdet)``, and the error
-    of an inverse ``x``.
-    """
-
-    def inverse(y):
-        x, _ = inverse_and_logdet(y)
-        return x, inverse_error(x)
-
-    def inverse_with_info(y, key):
-        del key
-        x, logdet = inverse_and_logdet(y)
-        return x, logdet, no_logdet_error(x), inverse_error(x)
-
-    return Bijection(
-        forward=lambda x: forward_and_logdet(x)[0],
-        forward_and_logdet=lambda x, key: (*forward_and_logdet(x), no_logdet_error(x)),
-        inverse=inverse,
-        inverse_and_logdet=inverse_with_info,
-        inverse_lipschitz=inverse_lipschitz,
-    )
-
-
-class ClosedForm:
-    """A transform with ``forward_and_logdet(x)``, ``inverse_and_logdet(y)`` and
-    ``bilipschitz()``, as a bijection.
-    """
-
-    forward_and_logdet: Callable[[Array], tuple[Array, Array]]
-    inverse_and_logdet: Callable[[Array], tuple[Array, Array]]
-    bilipschitz: Callable[[], BiLipschitz]
-
-    def bijection(self) -> Bijection:
-        """The map of batches."""
-        return exact_bijection(
-            self.forward_and_logdet,
-            self.inverse_and_logdet,
-            inverse_lipschitz=self.bilipschitz().inverse,
-        )
-
-
-def isometric_bijection(
-    forward: Callable[[Array], Array], inverse: Callable[[Array], Array]
-) -> Bijection:
-    """A bijection that preserves distances and volume, as a permutation of entries or a shift."""
-
-    def with_zero(function):
-        return lambda x: (function(x), jnp.zeros(x.shape[0], x.dtype))
-
-    return exact_bijection(with_zero(forward), with_zero(inverse))

@@ -1,22 +1,22 @@
-r"""Entries on the real line: those between two ends by a logit, beyond one end by a logarithm, with
-heavy tails by asinh.
+r"""Maps of entries to the real line: by a logit between two ends, by a logarithm beyond one end, by
+asinh for heavy tails.
 
     log((x - low) / (high - x)),    log((x - low) / scale),    -log((high - x) / scale),    asinh((x
     - center) / scale)
 
-Each map takes all that an entry may be to the whole line, so no mass is lost or made. A flow whose
-Lipschitz constants are bounded keeps the tail of its prior (Jaini et al. 2020): behind asinh,
-logistic tails ``exp(-|y| / s)`` are the powers ``|x|^(-1/s)`` of x, and normal tails those of a
-log-normal distribution.
+Each map takes all possible values of an entry to the whole line, so no mass is lost or added. A
+flow with bounded Lipschitz constants keeps the tail of its prior (Jaini et al. 2020). Through
+asinh, logistic tails ``exp(-|y| / s)`` become powers ``|x|^(-1/s)``, and normal tails become
+log-normal.
 
-**Near an end** other than 0, floats are equally spaced: the logit of the last one is 17, and a wide
-density of the line would have its tail between that and the end. Within 64 floats, at distances
-``d`` below ``e = 2^-18 |end|``, the map goes on with its slope as a multiple of ``e / d - 1``,
-which reaches farther than any tail.
+**Near an end** other than 0, floats are equally spaced: the logit of the last float is 17, and the
+tail of a wide density on the line would lie between this float and the end. Within 64 floats, at
+distances ``d`` below ``e = 2^-18 |end|``, the map goes on with its slope as a multiple of ``e / d -
+1``, which reaches farther than any tail.
 
-**At an end** ``y`` is infinite. A value exactly there counts as the one at a distance of `END`
-times the width, or the scale, where single precision tells values apart: a density that is large
-there is large on many floats, and not on the end alone.
+**At an end** ``y`` is infinite. A value exactly at an end counts as the value at a distance of
+`END` times the width, or the scale, from it. Single precision tells values apart at this distance,
+so a density that is large there is large on many floats.
 """
 
 import math
@@ -36,7 +36,7 @@ from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
 TAIL = 2.0**-18  # share of an end up to which distances from it belong to the tail
-# distance from an end that a value exactly there counts as, as a share of the width or of the scale
+# Distance from an end that a value exactly there counts as, as a share of the width or scale.
 END = 2.0**-12
 
 
@@ -48,8 +48,8 @@ class Bounded(ClosedForm):
         low: Lower end of each entry of a vector; minus infinity where there is none.
         high: Upper end; infinity where there is none.
         center: Center of heavy tails.
-        scale: Scale of heavy tails; 0 leaves an entry without ends as it is. Of one end, the
-            distance that is mapped to 0.
+        scale: Scale of heavy tails; 0 leaves an entry without ends as it is. For an entry with one
+            end, the distance from it that is mapped to 0.
         then: Transform of the mapped vectors.
     """
 
@@ -68,9 +68,8 @@ class Bounded(ClosedForm):
             largest = max(abs(end) for end in (low, high, 0.0) if math.isfinite(end))
             if not low < high:
                 raise ValueError(f"the lower end must be below the upper one, got {low} and {high}")
-            if not 2.0**-16 * largest < (
-                high - low if scale == 0 or math.isfinite(high - low) else scale
-            ):  # 128 floats
+            size = high - low if scale == 0 or math.isfinite(high - low) else scale
+            if not 2.0**-16 * largest < size:  # 128 floats
                 raise ValueError(
                     f"single precision cannot tell values between {low} and {high} "
                     "apart: subtract their mean"
@@ -86,19 +85,15 @@ class Bounded(ClosedForm):
         """Length of examples."""
         return len(self.low)
 
-    def forward_and_logdet(
-        self, x: Num[Array, "b d"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def map(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """The mapped vectors; outside of an interval the log-determinant is minus infinity."""
         line, log_slopes = self.to_line(as_floats(x, "x"))
-        y, log_det = self.then.forward_and_logdet(line)
+        y, log_det = self.then.map(line)
         return y, log_det + jnp.sum(log_slopes, axis=1)
 
-    def inverse_and_logdet(
-        self, y: Num[Array, "b d"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def unmap(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """Vectors within their intervals."""
-        line, log_det = self.then.inverse_and_logdet(as_floats(y, "y"))
+        line, log_det = self.then.unmap(as_floats(y, "y"))
         x, log_slopes = self.from_line(line)
         return x, log_det + jnp.sum(log_slopes, axis=1)
 
@@ -116,25 +111,25 @@ class Bounded(ClosedForm):
         """Vectors on the real line, and ``log dy/dx`` of every entry: minus infinity out of its
         interval.
 
-        NumPy as ``xp`` computes in float64 what no program compiles.
+        With NumPy as ``xp`` it computes in float64, without a compiled program.
         """
         low, high, center, scale, bounded, is_both = self._rows(x, xp)
         unit, is_low = xp.where(scale > 0, scale, 1), x - low < high - x
         end = xp.where(bounded, xp.where(is_low, low, high), 0)
         gap = xp.where(bounded, xp.where(is_low, x - low, high - x), unit)
-        # by more than noise in the last cell is rounded
+        # Tolerates the rounding of noise in the last cell.
         is_outside = gap < -2 * xp.finfo(x.dtype).eps * (xp.abs(end) + unit)
         gap = xp.where(gap < xp.finfo(x.dtype).tiny, END * unit, gap)
         rest = unit - is_both * gap
         y, log_slopes = xp.log(gap) - xp.log(rest), xp.log(unit) - xp.log(gap) - xp.log(rest)
         e, start, stretch = _tail(end, unit, is_both, xp)
-        # the gradient of 1 / gap may overflow where the quotient is not taken
+        # The gradient of 1 / gap may overflow where the quotient is not used.
         near = xp.where(gap < e, gap, 1)
         y = xp.where(gap < e, start - stretch * (e / near - 1), y)
         log_slopes = xp.where(gap < e, xp.log(stretch * e) - 2 * xp.log(near), log_slopes)
         y, log_slopes = xp.where(is_low, y, -y), xp.where(is_outside, -xp.inf, log_slopes)
         t = xp.arcsinh((x - center) / unit)
-        # cosh overflows
+        # log(cosh) by logaddexp, as cosh overflows.
         free_slopes = xp.where(scale > 0, math.log(2) - xp.logaddexp(t, -t) - xp.log(unit), 0)
         return xp.where(bounded, y, xp.where(scale > 0, t, x)), xp.where(
             bounded, log_slopes, free_slopes
@@ -146,10 +141,8 @@ class Bounded(ClosedForm):
         """
         low, high, center, scale, bounded, is_both = self._rows(y, xp)
         unit, is_low = xp.where(scale > 0, scale, 1), xp.isfinite(low) & ((y < 0) | ~is_both)
-        end, t = (
-            xp.where(bounded, xp.where(is_low, low, high), 0),
-            xp.where(bounded, xp.where(is_low, y, -y), 0),
-        )
+        end = xp.where(bounded, xp.where(is_low, low, high), 0)
+        t = xp.where(bounded, xp.where(is_low, y, -y), 0)
         ratio = xp.exp(t)
         odds = xp.where(is_both, ratio, 0)
         gap, log_slopes = unit * ratio / (1 + odds), xp.log(unit) + t - 2 * xp.log1p(odds)
@@ -158,10 +151,8 @@ class Bounded(ClosedForm):
         gap = xp.where(further > 0, e / (1 + further), gap)
         log_slopes = xp.where(further > 0, xp.log(e / stretch) - 2 * xp.log1p(further), log_slopes)
         tiny = xp.finfo(y.dtype).tiny
-        first, last = (
-            xp.maximum(xp.nextafter(low, high), low + tiny),
-            xp.minimum(xp.nextafter(high, low), high - tiny),
-        )
+        first = xp.maximum(xp.nextafter(low, high), low + tiny)
+        last = xp.minimum(xp.nextafter(high, low), high - tiny)
         x = xp.clip(xp.where(is_low, low + gap, high - gap), first, last)
         t = xp.where(bounded | (scale == 0), 0, y)  # sinh of others may overflow
         free = xp.where(scale > 0, center + unit * xp.sinh(t), y)
@@ -169,10 +160,10 @@ class Bounded(ClosedForm):
         return xp.where(bounded, x, free), xp.where(bounded, log_slopes, free_slopes)
 
     def clip(self, x: Any, margin: Any) -> Any:
-        """Vectors whose entries with a finite margin, those that own cells, stay so far from their
-        ends.
+        """Vectors whose entries with a finite margin (entries with cells) stay at least this far
+        from their ends.
 
-        A point between two cells may be rounded to either, and beyond the last one there is none.
+        A point between two cells may be rounded to either, but beyond the last cell there is none.
         """
         low, high, *_ = self._rows(x, jnp)
         return jnp.where(margin < jnp.inf, jnp.clip(x, low + margin, high - margin), x)
@@ -181,8 +172,8 @@ class Bounded(ClosedForm):
     def enclose_inverse(
         self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]
     ) -> Enclosure:
-        """The intervals of which the transform behind encloses entries; slopes are largest at an
-        end of one, or next to 0.
+        """The images of the intervals in which ``then`` encloses entries; slopes are largest at an
+        interval's end, or next to 0.
         """
         line = self.then.enclose_inverse(y, radius)
         low, high, center, scale, bounded, _ = self._rows(y, np)

@@ -2,17 +2,17 @@ r"""Cells of numbers on the line: noise in them makes rounded, counted and repea
 continuous.
 
 **Cells.** Values of a column are ``knots[i] + k gaps[i]``: a regular grid is one knot with its
-spacing, other values are a knot each. A value owns the numbers half-way to its neighbours, and the
+spacing, each other value is a knot. A value owns the numbers half-way to its neighbours, and the
 first and the last gap go on, so that every number has a cell and counts as its value. A point of
 the cell, at random, takes its place on the line; the inverse gives the value back.
 
-**Atoms** are values that many rows have. The cell of one is wider on the line than among the
-numbers, of a continuous column by all of its width, and what lies above moves up: a monotone map,
-which leaves room for the mass of one value.
+**Atoms** are values that many rows have. An atom's cell is wider on the line than among the
+numbers, and all that lies above moves up: a monotone map, which leaves room for the mass of one
+value. In a continuous column the cell has a width on the line only.
 
-**Unit.** The number of a whole value, or of an atom of a continuous column, is its mass, that of
-another value its mass divided by the width of its cell among the numbers, a density per unit. With
-this unit ``w``, which is 1 for a mass,
+**Unit.** The likelihood of a whole number, or of an atom of a continuous column, is its mass. The
+likelihood of another value is its mass divided by the width of its cell among the numbers, a
+density per unit. With this unit ``w``, which is 1 for a mass,
 
     log p(x) >= E_u[log p_line(u)] + log(width on the line / w)
 """
@@ -25,23 +25,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.dequantize import bijection_in_distribution, uniform
+from iresnet_jax.bijections.dequantize import Spread, uniform
 from iresnet_jax.bijections.enclosure import Enclosure
 from iresnet_jax.bijections.standardize import set_floats
 from iresnet_jax.checked_dataclasses import pytree
 
 
 @pytree(arrays=("knots", "gaps", "atoms", "widths"))
-class Cells:
+class Cells(Spread):
     """Entries of vectors whose values own cells, and atoms, beside entries that are continuous.
 
     Attributes:
-        knots: Rising values of each entry ``(d, m)``, all but the last one; any numbers where there
-            are no more.
-        gaps: Distance from each knot to the next value; 0 where there are no more, and for a
+        knots: Rising values of each entry ``(d, m)``, all but the last one; any numbers beyond the
+            last value.
+        gaps: Distance from each knot to the next value; 0 beyond the last value, and for a
             continuous entry.
-        atoms: Atoms of each entry ``(d, k)``; any number where there are no more.
+        atoms: Atoms of each entry ``(d, k)``; any number beyond the last atom.
         widths: Width by which the cell of each atom is wider on the line than among the numbers; 0
             where there are no more.
     """
@@ -58,11 +57,11 @@ class Cells:
     def of(
         cls, values: Sequence[Sequence[float]], atoms: Sequence[Mapping[float, float]] = ()
     ) -> "Cells":
-        """Cells of entries by their values, two of a regular grid and none of a continuous entry,
+        """Cells from the values of each entry (two for a regular grid, none for a continuous entry)
         and the widths of atoms.
 
         Raises:
-            ValueError: If values do not rise, or there is one alone.
+            ValueError: If values do not rise, or there is only one.
         """
         for known in values:
             if len(known) == 1 or not (np.all(np.isfinite(known)) and np.all(np.diff(known) > 0)):
@@ -93,33 +92,30 @@ class Cells:
         """
         return jnp.min(jnp.where(self.gaps > 0, self.gaps, jnp.inf), axis=1)[None].astype(dtype) / 4
 
-    def bijection(self) -> Bijection:
-        """From numbers to points of their cells on the line, a bijection in distribution;
-        without noise, to their middles.
-        """
+    def forward(self, x):
+        """The middles of the cells."""
+        return self._place(x, 0.5)
 
-        def place(x, noise):
-            _, start, width, _ = self.places(x)
-            # the sum is rounded
-            within = jnp.minimum(start + width * noise, jnp.nextafter(start + width, start))
-            return jnp.where(width > 0, within, start)
+    def noisy(self, x, key):
+        """Points of the cells by uniform noise."""
+        return self._place(x, uniform(key, x.shape, x.dtype))
 
-        def log_ratio(x):
-            _, _, width, unit = self.places(x)
-            return jnp.sum(jnp.log(jnp.where(width > 0, width / unit, 1)), axis=1)
+    def _place(self, x, noise):
+        _, start, width, _ = self.places(x)
+        # the sum is rounded
+        within = jnp.minimum(start + width * noise, jnp.nextafter(start + width, start))
+        return jnp.where(width > 0, within, start)
 
-        return bijection_in_distribution(
-            middle=lambda x: place(x, 0.5),
-            noisy=lambda x, key: place(x, uniform(key, x.shape, x.dtype)),
-            rounded=self.nearest,
-            log_ratio=log_ratio,
-        )
+    def log_ratio(self, x):
+        """Logarithm of the widths on the line, in units of the values."""
+        _, _, width, unit = self.places(x)
+        return jnp.sum(jnp.log(jnp.where(width > 0, width / unit, 1)), axis=1)
 
     def places(self, x: Float[Array, "b d"]) -> tuple[Array, Array, Array, Array]:
         """Number of the value that each entry counts as, start and width of its cell on the line,
         and its unit.
 
-        A continuous entry is a number of its own, with a cell of width 0.
+        A continuous entry has a number for each value, with a cell of width 0.
         """
         number, value, below, above = self._values(x)
         atoms, wider = (table.T.astype(x.dtype) for table in (self.atoms, self.widths))
@@ -132,8 +128,8 @@ class Cells:
         return number, start, width, jnp.where(is_whole[None], 1, below + above)
 
     def nearest(self, u: Float[Array, "b d"]) -> Float[Array, "b d"]:
-        """The value in whose cell each point of the line lies; other numbers of continuous
-        entries as they are.
+        """The value in whose cell each point of the line lies; continuous entries that are no atoms
+        do not change.
         """
         atoms, wider = (table.T.astype(u.dtype) for table in (self.atoms, self.widths))
         _, start, width, _ = self.places(atoms)
@@ -156,7 +152,7 @@ class Cells:
                 jnp.asarray(np.asarray(x, np.float64).reshape(-1, self.num_entries))
             )
             start, width = (np.asarray(found).reshape(x.shape) for found in places[1:3])
-        margin = 2.0**-44 * (np.abs(start) + width)  # more than what the few operations round
+        margin = 2.0**-44 * (np.abs(start) + width)  # exceeds the rounding of the few operations
         return (
             (width > 0)
             & (enclosure.low > start + margin)

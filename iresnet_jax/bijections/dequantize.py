@@ -60,8 +60,8 @@ def dequantize(
 def into_cells(
     noise: Float[Array, "b ..."], x: Integer[Array, "b ..."], num_levels: int
 ) -> Float[Array, "b ..."]:
-    """``(x + noise) / num_levels`` of noise in [0, 1], within the cell of ``x`` after rounding
-    too; NaN for no level.
+    """``(x + noise) / num_levels`` for noise in [0, 1], within the cell of ``x`` after rounding
+    too; NaN for invalid levels.
     """
     smallest, largest = cells(num_levels, np.dtype(noise.dtype))
     level = x.astype(jnp.int32)
@@ -92,15 +92,15 @@ def quantize(x: Float[Array, "..."], num_levels: int = 256) -> UInt8[Array, "...
 
 
 def cell_centers(x: Integer[Array, "b ..."], num_levels: int = 256) -> Float[Array, "b ..."]:
-    """``(x + 1/2) / num_levels``: levels without noise, for what should not depend on it; NaN
-    out of range.
+    """``(x + 1/2) / num_levels``: levels without noise, for results that should not depend on
+    noise; NaN out of range.
     """
     return (known_levels(x, num_levels) + 0.5) / num_levels
 
 
 def known_levels(x: Integer[Array, "b ..."], num_levels: int) -> Float[Array, "b ..."]:
     """Levels as floats; NaN out of range."""
-    level = x.astype(jnp.int32)  # 256 is no number of 8 bits
+    level = x.astype(jnp.int32)  # 256 does not fit 8 bits
     return jnp.where(
         (level >= 0) & (level < num_levels), level.astype(jnp.result_type(float)), jnp.nan
     )
@@ -112,8 +112,7 @@ def check_levels(
     """Raises ``ValueError`` unless ``x`` is a batch of images of integer levels in ``[0,
     num_levels)``.
 
-    Values are only looked at where they are known: under ``jit`` levels out of range become NaN
-    instead.
+    Only concrete values are checked: under ``jit`` levels out of range become NaN instead.
     """
     wanted = (
         f"images of shape (batch, {', '.join(map(str, event_shape))}) with integer levels 0 "
@@ -128,55 +127,72 @@ def check_levels(
         )
     if isinstance(x, jax.core.Tracer) or not x.size:
         return
-    known = np.asarray(x)  # under jit JAX's operations on known arrays give unknown ones
+    known = np.asarray(x)  # under jit, JAX's operations would trace concrete arrays
     lowest, highest = known.min(), known.max()
     if lowest < 0 or highest >= num_levels:
         raise ValueError(f"the model takes {wanted}, got levels from {lowest} to {highest}")
 
 
-def dequantize_bijection(num_levels: int) -> Bijection:
-    r"""From integer levels to [0, 1), with a new noise at each forward pass: a bijection in
-    distribution.
+class Spread(Bijection):
+    """From values to points of their cells: a bijection in distribution. `forward` alone gives the
+    middle of a cell.
 
-    Forward with a log-determinant adds noise: ``log|det| = -D log num_levels`` from the unit cubes
-    of the levels to [0, 1). Forward without one takes the middle of each cell. Both have the one
-    inverse `quantize`.
-    """
-    return bijection_in_distribution(
-        middle=lambda x: cell_centers(x, num_levels),
-        noisy=lambda x, key: dequantize(key, x, num_levels),
-        rounded=lambda u: quantize(u, num_levels),
-        log_ratio=lambda x: jnp.full(len(x), -math.prod(x.shape[1:]) * math.log(num_levels)),
-    )
-
-
-def bijection_in_distribution(
-    middle: Callable, noisy: Callable, rounded: Callable, log_ratio: Callable
-) -> Bijection:
-    """From values to the middle of cells or, with a log-determinant ``log_ratio(x)``, to a point
-    ``noisy(x, key)`` of them.
+    Attributes:
+        noisy: ``(x, key)`` to a point of the cell of each value.
+        nearest: The value in whose cell each point lies.
+        log_ratio: Logarithm of the volume of each example's cell, in units of the data's.
     """
 
-    def forward_and_logdet(x, key):
-        u = noisy(x, key)
-        return u, log_ratio(x).astype(u.dtype), no_logdet_error(u)
+    noisy: Callable[[Any, Any], Array]
+    nearest: Callable[[Any], Array]
+    log_ratio: Callable[[Any], Array]
 
-    def inverse_and_logdet(u, key):
-        del key
-        x = rounded(u)
-        return x, -log_ratio(x).astype(u.dtype), no_logdet_error(u), no_inverse_error(u)
+    def forward_and_logdet(self, x, key):
+        """`noisy` points, and `log_ratio`."""
+        u = self.noisy(x, key)
+        return u, self.log_ratio(x).astype(u.dtype), no_logdet_error(u)
 
-    def inverse(u):
-        return rounded(u), no_inverse_error(u)
+    def inverse(self, y):
+        """`nearest` values."""
+        return self.nearest(y), no_inverse_error(y)
 
-    return Bijection(middle, forward_and_logdet, inverse, inverse_and_logdet, jnp.inf)
+    def inverse_and_logdet(self, y, key=None):
+        """`nearest` values, and minus their `log_ratio`."""
+        x = self.nearest(y)
+        return x, -self.log_ratio(x).astype(y.dtype), no_logdet_error(y), no_inverse_error(y)
+
+
+class Dequantize(Spread):
+    r"""From integer levels to [0, 1), with a new noise at each forward pass.
+
+    ``log|det| = -D log num_levels`` from the unit cubes of the levels to [0, 1).
+    """
+
+    def __init__(self, num_levels: int):
+        self.num_levels = num_levels
+
+    def forward(self, x):
+        """`cell_centers`."""
+        return cell_centers(x, self.num_levels)
+
+    def noisy(self, x, key):
+        """`dequantize`."""
+        return dequantize(key, x, self.num_levels)
+
+    def nearest(self, u):
+        """`quantize`."""
+        return quantize(u, self.num_levels)
+
+    def log_ratio(self, x):
+        """Volume of as many cells as an example has entries."""
+        return jnp.full(len(x), -math.prod(x.shape[1:]) * math.log(self.num_levels))
 
 
 def certain_levels(
     x: Integer[np.ndarray, "b ..."], enclosure: Enclosure, num_levels: int
 ) -> Bool[np.ndarray, "b ..."]:
-    """Whether the integer levels ``x``, whose cells are ``[k, k + 1) / n``, are those of every
-    point of the enclosure.
+    """Whether every point of the enclosure has the integer level ``x``, whose cell is ``[x, x + 1)
+    / n``.
     """
     ends = (
         np.nextafter(num_levels * enclosure.low, -np.inf),

@@ -1,8 +1,8 @@
-r"""Guaranteed enclosures of preprocessing: how every transform says what is certain of its inverse.
+r"""Guaranteed enclosures of preprocessing: bounds of every transform's inverse.
 
 A transform ``t`` has the method ``enclose_inverse(y, radius)``, the `Enclosure` of ``t^-1`` on
-balls ``|y' - y| <= radius`` (Euclidean). It is about the map of the transform's constants as real
-numbers, as they are kept, and covers rounding.
+balls ``|y' - y| <= radius`` (Euclidean). It holds for the map of the transform's stored constants
+in exact arithmetic, and covers rounding.
 """
 
 import functools
@@ -52,23 +52,18 @@ class Enclosure(NamedTuple):
 
 
 def enclosing(transform: Any) -> Callable[..., Enclosure]:
-    """The method ``enclose_inverse`` of a transform.
-
-    Raises:
-        ValueError: If the transform does not have it.
-    """
+    """The method ``enclose_inverse`` of a transform."""
     if not hasattr(transform, "enclose_inverse"):
         raise ValueError(
             f"the transform {type(transform).__name__} has no method enclose_inverse, so nothing "
-            "is guaranteed of its values: "
-            "write it as iresnet_jax.bijections.enclosure says, or certify the flow alone by "
-            "certify.inverse"
+            "is guaranteed of its values: write it as iresnet_jax.bijections.enclosure says, or "
+            "certify the flow alone by certify.inverse"
         )
     return transform.enclose_inverse
 
 
 def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:
-    """Makes an ``enclose_inverse`` of a method for finite vectors ``(b, d)`` and radii.
+    """Makes an ``enclose_inverse`` from a method for finite vectors ``(b, d)`` and radii.
 
     Points may have any shape. An infinite radius, or a centre that is not finite, gives an
     enclosure that says nothing.
@@ -94,12 +89,12 @@ def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:
 
 
 def affine(center: Array, errors: Array, reach: Array, lipschitz: Array) -> Enclosure:
-    """The enclosure of an affine map from how far each entry of its values moves.
+    """The enclosure of an affine map from the movement of each entry of its values.
 
     Args:
         center: Values at the centres, ``(b, d)``.
         errors: Bounds of their rounding.
-        reach: Bounds of how far each entry moves within the ball.
+        reach: Bounds of each entry's movement within the ball.
         lipschitz: The map's constant, ``(b,)``.
     """
     away = (errors + reach) * UP

@@ -1,5 +1,4 @@
-r"""Histogram equalisation: a flow may start from how often grey levels occur instead of from 8 bits
-for each.
+r"""Histogram equalisation: a flow starts from the frequencies of grey levels instead of equal ones.
 
 Level ``k`` of dequantised data fills ``[k, k + 1) / n``; the distribution function of a single
 entry maps that cell to ``[F_k, F_k + f_k)``, where ``f_k`` is the level's frequency and ``F_k`` the
@@ -7,9 +6,9 @@ sum of the frequencies below. Over all entries of data with these frequencies th
 uniform, so the logit that follows makes it logistic (marginal Gaussianization, Chen & Gopinath
 2000, with another target).
 
-Entries may have distributions of their own, as images have a background. Entry ``i`` is at the
-commonest level ``m`` with a frequency ``p_i``, its share; the other levels divide the rest in the
-same proportions everywhere, which keeps the same ink the same:
+Entries may have their own distributions, as images have a background. Entry ``i`` has the commonest
+level ``m`` with a frequency ``p_i``, its share; the other levels divide the rest in the same
+proportions at all entries:
 
     f_im = p_i,    f_ik = f_k (1 - p_i) / (1 - f_m).
 
@@ -52,7 +51,7 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
-# weight of the frequency over all entries in an entry's share: no level is impossible anywhere
+# Weight of the frequency over all entries in an entry's share, so that no level is impossible.
 WEIGHT_OF_ALL = 0.01
 
 
@@ -119,9 +118,7 @@ class Equalize(ClosedForm):
             BiLipschitz((1 + ROUNDING) * largest, (1 + ROUNDING) / least)
         )
 
-    def forward_and_logdet(
-        self, x: Num[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def map(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
         x = as_floats(x, "x")
         entries = self._flatten(x)
@@ -132,9 +129,7 @@ class Equalize(ClosedForm):
         y = _within_cells(y, self.edges.astype(x.dtype), k)
         return y.reshape(x.shape), sum_event(log_slopes + jnp.log(slopes))
 
-    def inverse_and_logdet(
-        self, y: Num[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def unmap(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
         y = as_floats(y, "y")
         entries, edges = self._flatten(y), self.edges.astype(y.dtype)
@@ -168,12 +163,12 @@ class Equalize(ClosedForm):
             widths.high,
             np.minimum(np.roll(widths.high, 1, axis=1), np.roll(widths.high, -1, axis=1)),
         )
-        # float64 cannot tell narrower cells apart: nothing is known
+        # float64 cannot tell narrower cells apart: nothing is known about them.
         narrowest = np.where(narrowest > 2.0**-50, narrowest, 0)
 
         def value(t):
             u = precise_unit(t, self.alpha)
-            # or a neighbour, if u is next to an edge: both continue to there
+            # Next to an edge k may be the neighbour's level; both cells continue to there.
             k = _holding(below, u)
             lower, width = (table.map(lambda part: _at(part, k)) for table in (below, widths))
             x = (DoubleDouble.of(k) + (u - lower) * width.reciprocal()) * DoubleDouble.of(
@@ -240,11 +235,9 @@ class Equalize(ClosedForm):
         m = f.index(max(f))
         total, levels = sum(f), np.arange(len(f))[None]
         rest = [Fraction(0) if k == m else each for k, each in enumerate(f)]
-        p = (
-            [f[m] / total]
-            if self.shares is None
-            else [Fraction(share) for share in np.asarray(self.shares).tolist()]
-        )
+        p = [f[m] / total]
+        if self.shares is not None:
+            p = [Fraction(share) for share in np.asarray(self.shares).tolist()]
         factors = [(1 - share) / (total - f[m]) for share in p]
         shares, others = (_rational(part).map(lambda part: part[:, None]) for part in (p, factors))
         own, before = (
@@ -317,7 +310,7 @@ def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int) -> tu
     num_levels)``.
     """
     counts = np.zeros(num_levels, np.int64)
-    # a view of a file must not be read at once
+    # A view of a file must not be read as a whole.
     for part in np.array_split(images, max(1, images.size // 2**26)):
         check_levels(part, num_levels, part.shape[1:])
         counts += np.bincount(part.ravel(), minlength=num_levels)

@@ -39,9 +39,7 @@ class Logit(ClosedForm):
         """
         return logit_bounds(self.alpha)
 
-    def forward_and_logdet(
-        self, x: Float[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def map(self, x: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         r"""``y``, and ``log|det dy/dx| = sum log((1 - 2 alpha) / (s (1 - s)))``, exact (Dinh et al.
         2017, section 4.1).
 
@@ -50,9 +48,7 @@ class Logit(ClosedForm):
         y, log_slopes = unit_to_line(x, 1 - x, self.alpha)
         return y, sum_event(log_slopes)
 
-    def inverse_and_logdet(
-        self, y: Float[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def unmap(self, y: Float[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         r"""``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``; logits beyond ``+-log((1 - alpha) /
         alpha)`` leave [0, 1] slightly.
 
@@ -97,8 +93,8 @@ def precise_unit(y: DoubleDouble, alpha: float) -> DoubleDouble:
 def steepest_unit(
     y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"], alpha: float
 ) -> Float[np.ndarray, "b d"]:
-    """Upper bounds of the slope ``du/dy`` of the logit's inverse on ``[y - r, y + r]``: that of
-    the point nearest to 0.
+    """Upper bounds of the slope ``du/dy`` of the logit's inverse on ``[y - r, y + r]``: the slope
+    at the point nearest to 0.
     """
     nearest = np.maximum(np.abs(y) - radius[:, None] * UP, 0) * (1 - 4 * U)
     s = sigmoid(DoubleDouble.of(nearest))

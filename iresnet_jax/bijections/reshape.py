@@ -3,19 +3,21 @@ r"""Maps that only move entries around: squeeze, order of channels, channel spli
 They are permutations of the entries, so their log-determinants are 0. Channels are on the last
 axis.
 
-Channels of zeros behind those of the data widen a network (Behrmann et al. 2019). That map is
-injective: it has no density, and its inverse exists on its image only. `padding_residual` says how
-far from there an array is.
+Channels of zeros behind the data's channels widen a network (Behrmann et al. 2019). This map is
+injective: it has no density, and its inverse exists on its image only. `padding_residual` is an
+array's distance from the image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from iresnet_jax.bijections.bijection import Bijection, isometric_bijection
+from iresnet_jax.bijections.bijection import ClosedForm
+from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 
 
 def squeeze(
@@ -45,32 +47,62 @@ def unsqueeze(
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
 
 
-def squeeze_bijection(factor: int) -> Bijection:
+@dataclass(frozen=True)
+class Isometry(ClosedForm):
+    """A bijection that preserves distances and volume, such as a permutation of entries.
+
+    Attributes:
+        there: ``x -> y``.
+        again: ``y -> x``.
+    """
+
+    there: Callable[[Array], Array]
+    again: Callable[[Array], Array]
+
+    def map(self, x):
+        """``y``, and 0."""
+        return self.there(x), jnp.zeros(len(x), x.dtype)
+
+    def unmap(self, y):
+        """``x``, and 0."""
+        return self.again(y), jnp.zeros(len(y), y.dtype)
+
+    def bilipschitz(self):
+        """Both constants are 1."""
+        return BiLipschitz(jnp.asarray(1.0), jnp.asarray(1.0))
+
+
+def squeeze_bijection(factor: int) -> Isometry:
     """`squeeze` as a bijection."""
-    return isometric_bijection(lambda x: squeeze(x, factor), lambda y: unsqueeze(y, factor))
+    return Isometry(lambda x: squeeze(x, factor), lambda y: unsqueeze(y, factor))
 
 
-def order_bijection(order: Sequence[int]) -> Bijection:
+def order_bijection(order: Sequence[int]) -> Isometry:
     """Channels in another order: channel ``i`` of the result is channel ``order[i]`` of the
     input.
     """
-    # in both precisions the same type
-    there, back = (np.asarray(each, np.int32) for each in (order, np.argsort(order)))
-    return isometric_bijection(lambda x: x[..., there], lambda y: y[..., back])
+    # int32 has the same type in both precisions.
+    there, again = (np.asarray(each, np.int32) for each in (order, np.argsort(order)))
+    return Isometry(lambda x: x[..., there], lambda y: y[..., again])
+
+
+def flatten_bijection(event_shape: Sequence[int]) -> Isometry:
+    """`flatten` as a bijection of examples of one shape."""
+    return Isometry(flatten, lambda z: unflatten(z, event_shape))
 
 
 def split_channels(
     x: Shaped[Array, "... c"],
 ) -> tuple[Shaped[Array, "... c//2"], Shaped[Array, "... c//2"]]:
-    """The first and the second half of the channels: what goes on in a multi-scale flow, and
-    what leaves as latents.
+    """The first and the second half of the channels: the part that goes on in a multi-scale flow,
+    and the part that leaves as latents.
     """
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
 
 
 def padding_residual(y: Float[Array, "b ... c"], num: int) -> Float[Array, " b"]:
-    """Distance of every example from those whose last ``num`` channels are zeros: the Euclidean
+    """Distance of every example from examples whose last ``num`` channels are zeros: the Euclidean
     norm of these channels.
 
     Where it is 0 the gradient is 0 too (a subgradient) instead of NaN.
@@ -89,8 +121,3 @@ def flatten(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b d"]:
 def unflatten(z: Shaped[Array, "b d"], event_shape: Sequence[int]) -> Shaped[Array, "b ..."]:
     """Inverts `flatten` exactly, to examples of ``event_shape``."""
     return z.reshape(z.shape[0], *event_shape)
-
-
-def flatten_bijection(event_shape: tuple[int, ...]) -> Bijection:
-    """`flatten` as a bijection of examples of one shape."""
-    return isometric_bijection(flatten, lambda z: unflatten(z, event_shape))

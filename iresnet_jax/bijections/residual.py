@@ -17,7 +17,7 @@ from iresnet_jax.maths.fixed_point import FixedPointInfo, invert_residual
 from iresnet_jax.maths.lipschitz_bounds import block_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, linearize
 
-ASSUMED = 0.99  # Lipschitz constant by which inverses of branches without a bound stop
+ASSUMED = 0.99  # Lipschitz constant in the stopping rule for branches without a bound
 
 
 class Solver(NamedTuple):
@@ -26,10 +26,10 @@ class Solver(NamedTuple):
     Attributes:
         atol: Tolerance of the preimage (Euclidean norm of an example).
         max_evals: Cap on evaluations of the branch.
-        memory: Steps that Anderson's method remembers; 0 is Banach iteration as the paper has it,
-            without `Branch.at_zero`.
-        refine: Whether to go on in float64 from what float32 found. The branch's weights may stay
-            in float32: they are the same numbers.
+        memory: Steps that Anderson's method remembers; 0 is the paper's Banach iteration, without
+            `Branch.at_zero`.
+        refine: Whether to go on in float64 from the result in float32. The branch's weights may
+            stay in float32: they are the same numbers.
     """
 
     atol: float = 1e-6
@@ -44,8 +44,8 @@ def inverse(
     """``x`` with ``y = x + g(x)``, see `fixed_point.invert_residual`; in float64 if the solver
     refines.
 
-    Without a bound of the branch, an inverse stops as if ``L`` were `ASSUMED`, and its error bound
-    is infinite.
+    Without a bound of the branch, an inverse stops as if ``L`` were `ASSUMED`. Its error bound is
+    infinite and ``converged`` False, as nothing is known of ``L``; its residual tells how it went.
 
     Raises:
         ValueError: If the solver refines and float64 is switched off.
@@ -69,37 +69,47 @@ def inverse(
         x, info = solve(branch, y.astype(jnp.float64), start=coarse, atol=solver.atol)
         info = info._replace(num_evals=info.num_evals + seen.num_evals)
     if branch.lipschitz_bound is None:  # nothing is promised
-        info = info._replace(error_bound=jnp.full_like(info.error_bound, jnp.inf))
+        info = info._replace(
+            error_bound=jnp.full_like(info.error_bound, jnp.inf),
+            converged=jnp.zeros_like(info.converged),
+        )
     return x, info
 
 
-def residual_bijection(
-    branch: AnyBranch, estimator: LogdetEstimator, solver: Solver = Solver()
-) -> Bijection:
-    """``y = x + g(x)`` as a bijection, ``Lip(F^-1) <= 1/(1 - Lip(g))``; log-determinants are
-    those at ``x``.
+class Residual(Bijection):
+    """``y = x + g(x)`` with ``Lip(F^-1) <= 1/(1 - Lip(g))``; log-determinants are taken at ``x``.
+
+    Attributes:
+        branch: ``g``, see `iresnet_jax.branches.branch`.
+        estimator: The log-determinant.
+        solver: The inverse.
     """
 
-    def logdet(at, x, key):
-        known = {"trace": branch.trace, "jacobian": branch.jacobian, "logdet": branch.logdet}
+    def __init__(self, branch: AnyBranch, estimator: LogdetEstimator, solver: Solver = Solver()):
+        self.branch, self.estimator, self.solver = branch, estimator, solver
+        bound = jnp.inf if branch.lipschitz_bound is None else branch.lipschitz_bound
+        self.inverse_lipschitz = block_bounds(bound).inverse
+
+    def forward(self, x):
+        """``x + g(x)``."""
+        return x + self.branch(x)
+
+    def forward_and_logdet(self, x, key):
+        """``x + g(x)``, with the linearisation of ``g`` at ``x``."""
+        at = linearize(self.branch, x)
+        return x + at.value, *self._logdet(at, x, key)
+
+    def inverse(self, y):
+        """See `inverse` of this module."""
+        return inverse(self.branch, y, self.solver)
+
+    def inverse_and_logdet(self, y, key):
+        """The inverse, and minus the log-determinant there."""
+        x, info = self.inverse(y)
+        logdet, logdet_info = self._logdet(self.branch, x, key)
+        return x, -logdet, logdet_info, info
+
+    def _logdet(self, at, x, key):
+        known = {name: getattr(self.branch, name) for name in ("trace", "jacobian", "logdet")}
         with jax.named_scope("log_determinant"):
-            return estimator(at, x, key, lipschitz_bound=branch.lipschitz_bound, **known)
-
-    def forward_and_logdet(x, key):
-        at = linearize(branch, x)
-        return x + at.value, *logdet(at, x, key)
-
-    def inverse_and_logdet(y, key):
-        x, solver_info = inverse(branch, y, solver)
-        log_det, info = logdet(branch, x, key)
-        return x, -log_det, info, solver_info
-
-    return Bijection(
-        forward=lambda x: x + branch(x),
-        forward_and_logdet=forward_and_logdet,
-        inverse=lambda y: inverse(branch, y, solver),
-        inverse_and_logdet=inverse_and_logdet,
-        inverse_lipschitz=block_bounds(
-            jnp.inf if branch.lipschitz_bound is None else branch.lipschitz_bound
-        ).inverse,
-    )
+            return self.estimator(at, x, key, lipschitz_bound=self.branch.lipschitz_bound, **known)

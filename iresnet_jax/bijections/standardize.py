@@ -21,12 +21,12 @@ from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
 
 ROUNDING = 4e-6  # relative error of constants computed in float32, with a margin
-# least standard deviation within classes that `Whiten.fit` takes, in those of all data
+# Least standard deviation within classes that `Whiten.fit` takes, relative to the whole data's.
 SMALLEST_WITHIN = 1e-2
-NUM_FOLDS = 5  # of the cross-validation of eigenvalues
-# least variance of standardised data in any direction: single precision inverts the factor
+NUM_FOLDS = 5  # folds of the cross-validation of eigenvalues
+# Least variance of standardised data in any direction, as single precision inverts the factor.
 SMALLEST_EIGENVALUE = 1e-6
-_TINY = 1e-300  # more than what products lose by underflow
+_TINY = 1e-300  # exceeds the underflow of products
 
 
 class _Shift(ClosedForm):
@@ -34,16 +34,12 @@ class _Shift(ClosedForm):
 
     shift = 0.0
 
-    def forward_and_logdet(
-        self, x: Num[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def map(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The shifted data, and 0."""
         x = as_floats(x, "x")
         return x - self.shift, jnp.zeros(len(x), x.dtype)
 
-    def inverse_and_logdet(
-        self, y: Num[Array, "b ..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    def unmap(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The data, and 0."""
         y = as_floats(y, "y")
         return y + self.shift, jnp.zeros(len(y), y.dtype)
@@ -75,8 +71,8 @@ class Center(_Shift):
 
 
 def varies(rows: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " d"]:
-    """Which columns are not constant; the mean of a constant one is rounded, so that its
-    standard deviation can be positive.
+    """Which columns are not constant. A constant column may have a positive standard deviation, as
+    its mean is rounded.
     """
     return np.ptp(rows, axis=0) > 0
 
@@ -86,7 +82,7 @@ class Standardize(ClosedForm):
     """``y = (x - mean) / scale``, entry by entry.
 
     Attributes:
-        mean: One number an entry of a vector or a channel of an image, subtracted.
+        mean: One number per entry of a vector or channel of an image, subtracted.
         scale: Positive numbers in the same form, divided by.
     """
 
@@ -109,7 +105,7 @@ class Standardize(ClosedForm):
 
     @classmethod
     def fit(cls, x: Float[np.ndarray, "n ..."]) -> "Standardize":
-        """Mean and standard deviation of every entry along the last axis, over all others."""
+        """Mean and standard deviation of every entry along the last axis, over all other axes."""
         rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
         return cls(rows.mean(axis=0), np.where(varies(rows), rows.std(axis=0), 0))
 
@@ -128,17 +124,13 @@ class Standardize(ClosedForm):
         """Standard deviation of each entry."""
         return self.scale
 
-    def forward_and_logdet(
-        self, x: Num[Array, "b ... d"]
-    ) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+    def map(self, x: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(scale)``, once for each pixel of an image."""
         x = as_floats(x, "x")
         mean, scale = self._like(x)
         return (x - mean) / scale, self._log_det(x)
 
-    def inverse_and_logdet(
-        self, y: Num[Array, "b ... d"]
-    ) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
+    def unmap(self, y: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``x``, and ``sum log(scale)``, once for each pixel."""
         y = as_floats(y, "y")
         mean, scale = self._like(y)
@@ -178,31 +170,31 @@ class Standardize(ClosedForm):
         return affine(center, errors, radius[:, None] * scale, np.full(len(y), scale.max()))
 
 
-@pytree(arrays=("mean", "factor", "inverse"))
+@pytree(arrays=("mean", "factor", "inverse_factor"))
 class Whiten(ClosedForm):
-    """``y = factor^-1 (x - mean)`` for vectors: data of covariance ``factor factor^T`` get the
-    identity's.
+    """``y = factor^-1 (x - mean)`` for vectors: the covariance ``factor factor^T`` becomes the
+    identity.
 
     A residual block of constant L stretches by a factor between 1 - L and 1 + L in any direction: a
-    flow needs many blocks to undo correlations, which one triangular matrix undoes exactly.
+    flow needs many blocks to undo correlations; one triangular matrix undoes them exactly.
 
     Attributes:
-        mean: One number an entry, subtracted.
+        mean: One number per entry, subtracted.
         factor: Rows of a lower triangular matrix with a positive diagonal.
-        inverse: The inverse of `factor`.
+        inverse_factor: The inverse of `factor`.
     """
 
     mean: Any
     factor: Any
-    inverse: Any = field(init=False, repr=False)
+    inverse_factor: Any = field(init=False, repr=False)
 
     def __post_init__(self):
         set_floats(self, "mean", "factor")
         mean, matrix = np.asarray(self.mean, np.float64), np.asarray(self.factor, np.float64)
         if matrix.shape != (len(mean),) * 2 or not len(matrix):
             raise ValueError(
-                "factor must be a square matrix with a row an entry of the "
-                f"{len(mean)}, got {matrix.shape}"
+                f"factor must be a square matrix with a row an entry of the {len(mean)}, got "
+                f"{matrix.shape}"
             )
         if not (np.all(np.isfinite(matrix)) and np.all(np.isfinite(mean))):
             raise ValueError("mean and factor must be finite: an entry of the data is too large")
@@ -210,7 +202,7 @@ class Whiten(ClosedForm):
             raise ValueError(
                 "factor must be lower triangular with a positive diagonal: use Whiten.fit"
             )
-        object.__setattr__(self, "inverse", floats(np.linalg.inv(matrix)))
+        object.__setattr__(self, "inverse_factor", floats(np.linalg.inv(matrix)))
 
     @classmethod
     def fit(
@@ -220,12 +212,11 @@ class Whiten(ClosedForm):
         residuals in their place.
 
         With residuals from the means of classes, a prior for each class begins as linear
-        discriminant analysis; with those of a regression on contexts, a conditional density begins
-        as a normal one.
+        discriminant analysis; with residuals of a regression on contexts, a conditional density
+        begins as a normal density.
 
-        Entries are scaled to variance 1 first. Their covariance is the one of `shrunk_covariance`,
-        so the factor exists for fewer examples than entries and for entries that repeat one
-        another.
+        Entries are scaled to variance 1 first. Their covariance comes from `shrunk_covariance`, so
+        the factor exists for fewer examples than entries and for entries that repeat one another.
         """
         rows = np.asarray(x, np.float64)
         mean, total = rows.mean(axis=0), rows.std(axis=0)
@@ -242,21 +233,20 @@ class Whiten(ClosedForm):
         """Standard deviation of each entry, or of its residuals if they were given."""
         return jnp.sqrt(jnp.sum(self.factor**2, axis=1))
 
-    def forward_and_logdet(
-        self, x: Num[Array, "b d"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def map(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(diagonal of factor)``."""
         x = as_floats(x, "x")
-        factor, inverse = (matrix.astype(x.dtype).T for matrix in (self.factor, self.inverse))
+        factor, inverse = (
+            matrix.astype(x.dtype).T for matrix in (self.factor, self.inverse_factor)
+        )
         centred = x - self.mean.astype(x.dtype)[None]
         y = centred @ inverse
-        if x.dtype.itemsize > self.inverse.dtype.itemsize:  # of which the inverse has fewer digits
+        # One step of refinement if the inverse has fewer digits than x.
+        if x.dtype.itemsize > self.inverse_factor.dtype.itemsize:
             y = y + (centred - y @ factor) @ inverse
         return y, self._log_det(x)
 
-    def inverse_and_logdet(
-        self, y: Num[Array, "b d"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
+    def unmap(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``x``, and ``sum log(diagonal of factor)``."""
         y = as_floats(y, "y")
         return y @ self.factor.astype(y.dtype).T + self.mean.astype(y.dtype)[None], -self._log_det(
@@ -267,13 +257,13 @@ class Whiten(ClosedForm):
         return jnp.full(len(x), -jnp.sum(jnp.log(jnp.diag(self.factor).astype(x.dtype))))
 
     def bilipschitz(self) -> BiLipschitz:
-        """Bounds of the norms of both matrices, ``|A|_2^2 <= |A|_1 |A|_inf``, and of the error
-        of the inverse one.
+        """Bounds of the norms of both matrices, ``|A|_2^2 <= |A|_1 |A|_inf``, and of the error of
+        the inverse matrix.
         """
         defect = jnp.linalg.norm(
-            self.inverse @ self.factor - jnp.eye(len(self.factor), dtype=self.factor.dtype)
+            self.inverse_factor @ self.factor - jnp.eye(len(self.factor), dtype=self.factor.dtype)
         )
-        forward = jnp.where(defect < 0.5, _norm_bound(self.inverse) / (1 - defect), jnp.inf)
+        forward = jnp.where(defect < 0.5, _norm_bound(self.inverse_factor) / (1 - defect), jnp.inf)
         return BiLipschitz((1 + ROUNDING) * forward, (1 + ROUNDING) * _norm_bound(self.factor))
 
     @on_balls
@@ -298,16 +288,16 @@ def _norm_bound(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
     sizes = jnp.abs(matrix)
     bound = jnp.sqrt(jnp.max(jnp.sum(sizes, axis=0)) * jnp.max(jnp.sum(sizes, axis=1)))
     frobenius = jnp.sqrt(jnp.sum(jnp.square(matrix)))
-    # the error of the sums
+    # The second factor covers the error of the sums.
     return jnp.minimum(bound, frobenius) * (1 + len(matrix) * jnp.finfo(matrix.dtype).eps)
 
 
 def shrunk_covariance(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
     """Covariance of centred data with cross-validated eigenvalues (Bartz 2016).
 
-    Directions are those of the sample covariance. Its eigenvalues are too far apart, the more so
-    the fewer examples there are; those here are variances of each fold along the directions of the
-    other folds, made to rise in the order of the sample's. A normal density of 100 columns and 300
+    Directions come from the sample covariance. Its eigenvalues are too far apart, the more so the
+    fewer examples there are. They are replaced by variances of each fold along the directions of
+    the other folds, made to rise in the sample's order. A normal density of 100 columns and 300
     rows was 9 nats likelier than with linear shrinkage (Ledoit and Wolf 2004).
     """
     from scipy.optimize import isotonic_regression
@@ -326,6 +316,6 @@ def shrunk_covariance(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
 
 
 def set_floats(value: Any, *names: str) -> None:
-    """Makes fields of a frozen dataclass that is being made arrays of floats."""
+    """Converts fields of a frozen dataclass to arrays of floats, in ``__post_init__``."""
     for name in names:
         object.__setattr__(value, name, floats(getattr(value, name)))

@@ -3,7 +3,7 @@
 A kind of branch is a `BranchSpec`: an architecture without weights, in one file of this folder.
 From weights it makes a `Branch`, which estimators, solvers and certificates take without asking
 what kind it is. Your own kind needs `BranchSpec.initial_weights`, `BranchSpec.apply` and
-`BranchSpec.lipschitz_bound`. `own` makes such a kind of modules of yours.
+`BranchSpec.lipschitz_bound`. `own` makes such a kind from your own modules.
 """
 
 import dataclasses
@@ -72,13 +72,11 @@ class Branch:
 
     Attributes:
         spec: The architecture.
-        weights: Weights of the branch, as `spec` takes them.
-        lipschitz_bound: Upper bound of ``Lip(g)``: guaranteed by `with_bounds`, an estimate from
-            below during training by power iteration. None if it was not computed; nothing is
-            promised then.
-        norms: Guaranteed constants of the parts, see `BranchSpec.parts`, by `with_bounds`.
-        gain: Factor on ``g``, by which a kind that scales its output is brought into the budget;
-            None is 1.
+        weights: Weights of the branch, in the form that `spec` takes.
+        lipschitz_bound: Upper bound of ``Lip(g)``: guaranteed after `with_bounds`, an estimate from
+            below during training by power iteration, None if nothing is known.
+        norms: Guaranteed constants of the parts, see `BranchSpec.parts`; set by `with_bounds`.
+        gain: Factor on ``g`` that brings a kind without parts into the budget; None means 1.
         context: Contexts that the branch depends on, one per example, see `given`.
     """
 
@@ -90,15 +88,11 @@ class Branch:
     context: Any = None
 
     def __call__(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """``g(x)``, or ``g(x; context)`` if contexts are bound.
-
-        Raises:
-            ValueError: If the examples or the contexts are not what the branch takes.
-        """
+        """``g(x)``, or ``g(x; context)`` if contexts are bound."""
         if x.shape[1:] != tuple(self.spec.in_shape):
             raise ValueError(
-                "the branch and its bounds are for examples of shape "
-                f"{self.spec.in_shape}, got {x.shape[1:]}"
+                f"the branch and its bounds are for examples of shape {self.spec.in_shape}, got "
+                f"{x.shape[1:]}"
             )
         of_pixels = x.shape[1:-1] if np.ndim(self.context) == x.ndim > 2 else ()
         check_context(self.spec.context_dim, len(x), self.context, of_pixels)
@@ -109,8 +103,8 @@ class Branch:
         return dataclasses.replace(self, context=context)
 
     def with_bounds(self, norms: Norms) -> "Branch":
-        """The branch of one block with the bounds that follow from `BranchSpec.norm_bounds` of
-        its weights.
+        """The branch of one block with the bounds that follow from ``norms``, the
+        `BranchSpec.norm_bounds` of its weights.
         """
         bound = self.spec.bound_of_norms(norms)
         if self.gain is not None:
@@ -138,7 +132,7 @@ class Branch:
 
     @property
     def at_zero(self) -> Callable[[], Array] | None:
-        """``() -> g(0)`` as a batch of one; None with contexts, on which it depends."""
+        """``() -> g(0)`` as a batch of one; None if it depends on contexts."""
         if self.context is not None:
             return None
         dtype = jnp.result_type(*jax.tree.leaves(self.weights))
@@ -176,12 +170,12 @@ class ConstrainedBranch(NamedTuple):
 
 @dataclass(frozen=True)
 class BranchSpec(ABC):
-    """The architecture of a residual branch: what makes a `Branch` of weights. Kinds of branches
-    inherit from this.
+    """The architecture of a residual branch, which makes a `Branch` from weights. Kinds of branches
+    inherit from this class.
 
-    A kind has to have `initial_weights`, `apply` and `lipschitz_bound`, and `of_stage` if it has
-    settings of its own. The methods here bring any such branch into a budget by a factor on its
-    output. A kind that knows its layers scales them instead, as `feedforward` does.
+    A kind must define `initial_weights`, `apply` and `lipschitz_bound`, and `of_stage` if it has
+    settings. The methods here bring any such branch into a budget by a factor on its output. A kind
+    that knows its layers, such as `feedforward`, scales the layers instead.
 
     Attributes:
         in_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
@@ -209,15 +203,15 @@ class BranchSpec(ABC):
     def apply(
         self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b ... k"] | None
     ) -> Float[Array, "b ..."]:
-        """``g(x; context)`` of weights as they are."""
+        """``g(x; context)`` for these weights, without a constraint."""
 
     @abstractmethod
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
-        """Upper bound of ``Lip(g)`` of weights as they are, for every context."""
+        """Upper bound of ``Lip(g)`` for these weights and every context."""
 
     def less_context(self, weights: Weights) -> Weights:
-        """Weights with which the branch subtracts the first entries of its context; the same
-        weights of a kind that cannot.
+        """Weights with which the branch subtracts the first entries of its context; unchanged if
+        the kind cannot do so.
         """
         return weights
 
@@ -236,9 +230,8 @@ class BranchSpec(ABC):
 
         Args:
             weights: Weights of the branch.
-            iterates: From `initial_iterates`, or of the call before.
-            num_steps: Power iterations; None iterates until the norms are right to one part in a
-                thousand.
+            iterates: From `initial_iterates`, or from the previous call.
+            num_steps: Power iterations; None iterates until the norms are within 0.1 %.
         """
         del weights, num_steps
         return iterates
@@ -260,8 +253,8 @@ class BranchSpec(ABC):
         )._replace(iterates=vectors)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> Norms:
-        """Guaranteed upper bound of every part's constant; of a branch without parts that of
-        ``g``, called "branch".
+        """Guaranteed upper bound of every part's constant; a branch without parts has one bound,
+        "branch", of ``Lip(g)``.
         """
         del settings
         return {"branch": lipschitz_at_least(self.lipschitz_bound(weights))}
@@ -269,7 +262,7 @@ class BranchSpec(ABC):
     def certified(
         self, weights: Weights, bounds: Norms, *, coeff: float, budget: str
     ) -> ConstrainedBranch:
-        """The branch brought into the budget by `norm_bounds`. Arguments are those of
+        """The branch brought into the budget by ``bounds`` from `norm_bounds`; the rest is as for
         `constrained`.
         """
         check_budget(coeff, budget)
@@ -286,16 +279,16 @@ class BranchSpec(ABC):
         return bounds["branch"]
 
     def block_bounds(self, lipschitz_bound: float | Float[Array, ""]) -> BiLipschitz:
-        """Bounds of the block ``x + g(x)`` with ``Lip(g) <= lipschitz_bound``, for kinds that
-        know better ones.
+        """Bounds of the block ``x + g(x)`` with ``Lip(g) <= lipschitz_bound``; a kind may have
+        tighter ones.
         """
         return block_bounds(lipschitz_bound)
 
     def of_stored(self, weights: Weights, *, coeff: float) -> Branch:
-        """The branch of weights that were stored, as a model uses it.
+        """The branch that a model makes from stored weights.
 
-        A kind that is scaled by its output is brought into the budget again, unless that is
-        infinite. A kind that scales its layers has stored scaled ones: they stay as they are.
+        A kind that scales its output is brought into the budget again, unless ``coeff`` is
+        infinite. A kind that scales its layers has stored the scaled layers, which do not change.
         """
         if coeff == math.inf:
             return Branch(self, weights)
@@ -307,7 +300,7 @@ class BranchSpec(ABC):
 
     @property
     def knows(self) -> frozenset[str]:
-        """Names of the closed forms that save time: "trace", "jacobian", "logdet", of
+        """Names of the closed forms that save time: "trace", "jacobian", "logdet", each a method of
         ``(weights, x, context)``.
         """
         return frozenset()
@@ -325,22 +318,22 @@ class BranchSpec(ABC):
 
     @property
     def parts(self) -> "tuple[Part, ...]":
-        """Parts with a norm of their own among `norm_bounds`, whose product bounds ``Lip(g)``;
-        none if its output is scaled.
+        """Parts with separate `norm_bounds`, whose product bounds ``Lip(g)``; none if the kind
+        scales its output.
         """
         return ()
 
     @property
     def word(self) -> str:
-        """Who vouches for the bounds: "certified" for norms that are guaranteed, "user" for what
-        a kind says of itself.
+        """Who vouches for the bounds: "certified" for guaranteed norms, "user" for a bound that the
+        kind states.
         """
         return "certified" if self.parts else "user"
 
     @property
     def chain(self) -> "tuple[LayerSpec, ...]":
-        """Layers, each behind its activation, that give ``g`` one after the other: what
-        certificates can follow.
+        """Layers, each behind its activation, whose composition is ``g``, for certificates; empty
+        if there are none.
         """
         return ()
 
@@ -348,8 +341,7 @@ class BranchSpec(ABC):
         """Weights and guaranteed operator norms of the layers of `chain`, by name.
 
         Args:
-            weights: Weights of the branch; those of the chain are the same numbers, none of them
-                rounded.
+            weights: Weights of the branch, which become the chain's without rounding.
             norms: From `norm_bounds`.
         """
         return weights, norms
@@ -371,15 +363,15 @@ def check_context(
     context: Float[Array | np.ndarray, "..."] | None,
     of_pixels: tuple[int, ...] = (),
 ) -> None:
-    """Raises ``ValueError`` unless there is one context of that length for every example, or none
-    if the length is 0.
+    """Raises ``ValueError`` unless there is one context of length ``context_dim`` per example, or
+    none if the length is 0.
 
-    With ``of_pixels``, the height and width of an image, there is one for every pixel.
+    With ``of_pixels``, the height and width of an image, there must be one context per pixel.
     """
     if context_dim == 0 and context is not None:
         raise ValueError(
-            "the model takes no context (context_dim=0), got one of shape "
-            f"{context.shape}: leave it out"
+            f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave "
+            "it out"
         )
     if context_dim and (context is None or context.shape != (batch_size, *of_pixels, context_dim)):
         found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"

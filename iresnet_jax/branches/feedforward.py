@@ -1,9 +1,9 @@
 r"""The branch of the paper: layers one after the other, ``g = W_n phi ... W_2 phi W_1 (phi)``
 (Behrmann et al. 2019, sec. 2).
 
-Weights are a dictionary, one entry a layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1": ...}``
-("dense0" ... for vectors). ``beta`` belongs to the activation in front of its layer and exists for
-activations that have one.
+Weights are a dictionary, one entry per layer: ``{"conv0": {"kernel", "bias", "beta"}, "conv1":
+...}`` ("dense0" ... for vectors). ``beta`` belongs to the activation in front of its layer and
+exists for activations that have one.
 
 **Budget.** With 1-Lipschitz activations ``Lip(g) <= |W_n| ... |W_1|`` (sec. 2.1). Kernels whose
 norms are too large are scaled down. Norms are estimated by power iteration, as in the paper, or
@@ -42,12 +42,11 @@ from iresnet_jax.maths.power_iteration import soft_normalize
 
 Context = Float[Array, "b ... k"] | None
 
-# above this, the d^2 numbers that a Jacobian in closed form has per example and hidden unit are too
-# many
+# Above this, the d^2 numbers per example and hidden unit of a Jacobian in closed form are too many.
 FULL_DIMS = 256
 
-# Allowance a layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which a
-# norm grows by at most sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
+# Allowance per layer for the rounding of its scaled kernel. Entry by entry it is eps / 2, by which
+# a norm grows by at most sqrt(taps * min(cin, cout)) eps / 2: 7e-6 for 5 x 5 taps and 512 channels.
 _SCALING_MARGIN = 1e-5
 
 
@@ -64,8 +63,8 @@ class FeedforwardSpec(BranchSpec):
             do in the paper.
         padding: Padding of the convolutions, "SAME" (zeros) or "CIRCULAR".
         positional_bias: Whether a convolution has a bias for every pixel instead of one per
-            channel. A bias does not enter the Lipschitz constant, and tells a small network where
-            in the image it is.
+            channel. A bias does not enter the Lipschitz constant, and tells a small network the
+            place in the image.
     """
 
     hidden: tuple[int, ...]
@@ -75,7 +74,7 @@ class FeedforwardSpec(BranchSpec):
     padding: Padding = "SAME"
     positional_bias: bool = False
 
-    # bound of the relative error of an entry of `operator_kernel`, in units of eps
+    # Bound of the relative error of an entry of `operator_kernel`, in units of eps.
     operator_roundings: ClassVar[int] = 0
 
     def __post_init__(self):
@@ -89,8 +88,8 @@ class FeedforwardSpec(BranchSpec):
         if self.kernel_sizes is None:
             if len(self.in_shape) != 1:
                 raise ValueError(
-                    "a dense branch takes vectors, got examples of shape "
-                    f"{self.in_shape}: flatten them first"
+                    f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten "
+                    "them first"
                 )
             return
         if len(self.in_shape) != 3:
@@ -101,13 +100,12 @@ class FeedforwardSpec(BranchSpec):
         if len(self.kernel_sizes) != len(self.hidden) + 1:
             raise ValueError(
                 f"kernel_sizes needs {len(self.hidden) + 1} entries, one per layer, for "
-                f"hidden={self.hidden}; "
-                f"got {self.kernel_sizes}"
+                f"hidden={self.hidden}; got {self.kernel_sizes}"
             )
-        pads_of(self.padding, (1, 1))  # raises for an unknown one
+        pads_of(self.padding, (1, 1))  # raises for an unknown padding
 
     def check_slopes(self) -> None:
-        """Raises ``ValueError`` unless slopes of the activation are in [0, 1] and kernels of odd
+        """Raises ``ValueError`` unless the activation's slopes are in [0, 1] and kernels have odd
         sizes.
         """
         if not activations.get(self.activation).monotone:
@@ -115,9 +113,8 @@ class FeedforwardSpec(BranchSpec):
                 name for name, activation in activations.ACTIVATIONS.items() if activation.monotone
             )
             raise ValueError(
-                f"{type(self).__name__} takes activations whose slopes lie in [0, 1], and those of "
-                f"{self.activation} do not: "
-                f"choose one of {known}"
+                f"{type(self).__name__} takes activations whose slopes lie in [0, 1], unlike "
+                f"{self.activation}: choose one of {known}"
             )
         if any(size % 2 == 0 for size in self.kernel_sizes or ()):
             raise ValueError(
@@ -184,9 +181,9 @@ class FeedforwardSpec(BranchSpec):
             key: Source of randomness.
             last_scale: Factor on the last layer; small values start the block near the identity.
             sharpness: Sharpness ``s`` of activations of the Swish family, in units of one over the
-                size of their inputs; 0 leaves it to the activation. Above 1 they bend within a part
-                ``1 / s`` of their inputs, and random biases spread over the rest where each of them
-                does.
+                size of their inputs; 0 keeps the activation's default. Above 1, an activation bends
+                within a fraction ``1 / s`` of its inputs' range, and random biases spread these
+                places over the rest.
         """
         activation = activations.get(self.activation)
         sizes = [
@@ -240,7 +237,7 @@ class FeedforwardSpec(BranchSpec):
         x: Float[Array, "b ..."],
         context: Context = None,
     ) -> Float[Array, "b ..."]:
-        """``g(x)`` or ``g(x; context)`` for weights as they are."""
+        """``g(x)`` or ``g(x; context)`` for these weights, without a constraint."""
         h = x
         for layer in self.layers:
             h = layer.apply(weights[layer.name], h, context)
@@ -292,13 +289,13 @@ class FeedforwardSpec(BranchSpec):
     def constrained(
         self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer"
     ) -> ConstrainedBranch:
-        """The branch whose kernels are scaled into the budget by the norms that
-        `singular_vectors` see.
+        """The branch whose kernels are scaled into the budget by the norms along
+        `singular_vectors`.
         """
 
         def constant_of(part: Part) -> Array:
             norm = part.operator.norm_along(self.operator_kernel(weights, part), vectors[part.name])
-            power = norm ** len(part.layers)  # 0 only if the norm is: small numbers underflow
+            power = norm ** len(part.layers)  # may underflow; 0 only if the norm is 0, see below
             return jnp.where(norm > 0, jnp.maximum(power, jnp.finfo(power.dtype).tiny), power)
 
         norms = {part.name: constant_of(part) for part in self.parts}
@@ -307,7 +304,7 @@ class FeedforwardSpec(BranchSpec):
         return ConstrainedBranch(branch, {name: v for name, (_, v) in vectors.items()}, norms)
 
     def norm_bounds(self, weights: Weights, **settings: Any) -> dict[str, Array]:
-        """Guaranteed upper bound of every part's constant; settings are those of
+        """Guaranteed upper bound of every part's constant; ``settings`` go to
         `LayerSpec.norm_bound`.
 
         An operator's norm is off by at most ``sqrt(taps * min(cin, cout))`` times the relative
@@ -343,7 +340,7 @@ class FeedforwardSpec(BranchSpec):
         return branch_bound(jnp.stack(list(bounds.values())))
 
     def of_stored(self, weights: Weights, *, coeff: float = 0.9) -> Branch:
-        """The branch of these very weights."""
+        """The branch of these weights, which are scaled already."""
         del coeff
         return Branch(self, weights)
 
@@ -351,7 +348,7 @@ class FeedforwardSpec(BranchSpec):
         self, weights: Weights, norms: Norms, *, coeff: float, budget: str
     ) -> tuple[dict[str, Any], Float[Array, ""]]:
         """Kernels scaled down, each part to ``coeff`` or all by one factor to a product of
-        ``coeff``; the constant after it.
+        ``coeff``; and the constant of the scaled branch.
         """
         check_budget(coeff, budget)
         sizes = jnp.stack([norms[part.name] for part in self.parts])
@@ -363,7 +360,8 @@ class FeedforwardSpec(BranchSpec):
             excess = jnp.broadcast_to(
                 jnp.where(all_positive, mean, 0) / coeff ** (1 / len(norms)), sizes.shape
             )
-        # Kernels beyond the largest float stay: their bound is infinite, and not that of zeros.
+        # Kernels whose norm exceeds the largest float stay, with an infinite bound: scaled they
+        # would be 0.
         excess = jnp.maximum(jnp.where(jnp.isfinite(excess), excess, 1), 1)
         scaled = dict(weights)
         for i, part in enumerate(self.parts):
@@ -374,7 +372,7 @@ class FeedforwardSpec(BranchSpec):
                     "kernel": soft_normalize(weights[name]["kernel"], own, 1.0),
                 }
         product = reduce(product_bound, list(sizes / excess))
-        # even beside a layer of zeros
+        # An infinite norm beside a layer of zeros gives an infinite bound, not 0.
         product = jnp.where(jnp.any(jnp.isinf(sizes)), jnp.inf, product)
         return scaled, lax.stop_gradient(product)
 
@@ -397,11 +395,12 @@ class FeedforwardSpec(BranchSpec):
     def knows(self) -> frozenset[str]:
         """The closed forms that save time.
 
-        - "trace": two layers around an elementwise activation, of one odd kernel size if any; not
-          on a torus that is smaller than the kernel, where taps overlap that are not mirrored.
-        - "jacobian": such a branch of dense layers, of at most `FULL_DIMS` dimensions.
-        - "logdet": where it takes fewer operations than ``d`` products with the Jacobian, and there
-          is no "jacobian".
+        - "trace": two layers around an elementwise activation, with one odd kernel size if
+          convolutional; not for periodic images smaller than the kernel, where taps overlap that
+          are not mirrored.
+        - "jacobian": such a branch with dense layers and at most `FULL_DIMS` dimensions.
+        - "logdet": if it takes fewer operations than ``d`` products with the Jacobian, and there is
+          no "jacobian".
         """
         sizes, known = self.kernel_sizes, set()
         same_size = sizes is None or (sizes[0] == sizes[-1] and sizes[0] % 2 == 1)
@@ -439,8 +438,8 @@ class FeedforwardSpec(BranchSpec):
     ) -> Float[Array, " b"]:
         """``log det(I + J_g(x))``, exact to rounding, for ``Lip(g) < 1``.
 
-        A dense branch takes the matrix of its hidden units, convolutions take their stencil.
-        Leading minors of that matrix are determinants of the branch with fewer hidden units, which
+        A dense branch uses the matrix of its hidden units, a convolutional branch its stencil.
+        Leading minors of the former are determinants of the branch with fewer hidden units, which
         is a contraction as well: no rows need to be exchanged.
         """
         if self.kernel_sizes is not None and not self._has_stencil:
@@ -477,16 +476,15 @@ class FeedforwardSpec(BranchSpec):
         return tuple(weights[layer.name]["kernel"] for layer in self.layers)
 
     def _slopes(self, weights: Weights, x: Array, context: Context) -> tuple[Array, Array]:
-        """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` has a batch of
+        """``D_0`` and ``D_1`` of `two_layers`; without a first activation ``D_0`` is a batch of
         one.
         """
         first, second = self.layers
         hidden = first.apply(weights[first.name], x, context)
-        d0 = (
-            _slope(first, weights[first.name], x)
-            if first.activation is not None
-            else jnp.ones_like(x[:1])
-        )
+        if first.activation is None:
+            d0 = jnp.ones_like(x[:1])
+        else:
+            d0 = _slope(first, weights[first.name], x)
         return d0, _slope(second, weights[second.name], hidden)
 
 

@@ -1,5 +1,5 @@
-"""Kinds of branches of a stage: a kind by its name, a `BranchSpec`, or a function of the user
-that makes modules.
+"""Kinds of branches of a stage: a registered name, a `BranchSpec`, or a user's function that makes
+modules.
 """
 
 import math
@@ -19,7 +19,7 @@ _kinds: dict[str, Kind] = {
     "sandwich": SandwichSpec,
     "potential": PotentialSpec,
 }
-KINDS: Mapping[str, Kind] = MappingProxyType(_kinds)  # `register` adds to it; a name means one kind
+KINDS: Mapping[str, Kind] = MappingProxyType(_kinds)  # `register` adds; a name means one kind
 
 
 def register(name: str, kind: Kind) -> None:
@@ -32,7 +32,7 @@ def register(name: str, kind: Kind) -> None:
             it.
 
     Raises:
-        ValueError: If another kind has the name, or ``kind`` is none.
+        ValueError: If another kind has the name, or ``kind`` is neither.
     """
     if KINDS.get(name, kind) is not kind:
         raise ValueError(
@@ -46,14 +46,10 @@ def register(name: str, kind: Kind) -> None:
 
 
 def get(name: str) -> Kind:
-    """The kind of that name.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The kind with this name."""
     if name not in KINDS:
         raise ValueError(
-            f"kind must be one of {', '.join(KINDS)}, got {name!r}: register a kind of one's own "
+            f"kind must be one of {', '.join(KINDS)}, got {name!r}: register your own kind "
             "by kinds.register(name, kind)"
         )
     return KINDS[name]
@@ -66,8 +62,8 @@ def check_own(branch: Any) -> None:
     if not callable(branch) and not isinstance(branch, BranchSpec):
         raise ValueError(
             f"branch must be a function key -> module or a BranchSpec, got {branch!r}: a config "
-            "and a file name a kind that "
-            "kinds.register knows, and ir.load takes branches={name: function}"
+            "and a file name a kind that kinds.register knows, and ir.load takes "
+            "branches={name: function}"
         )
     try:
         hash(branch)
@@ -78,9 +74,6 @@ def check_own(branch: Any) -> None:
 def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpec:
     """The branch of a `StageSpec` for examples of this shape, which it flattens if its ``in_shape``
     is flat.
-
-    Raises:
-        ValueError: If the branch does not take such examples or contexts.
     """
     chosen = get(stage.kind) if stage.branch is None else stage.branch
     flat = (math.prod(shape),)
@@ -88,8 +81,7 @@ def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpe
         if tuple(chosen.in_shape) not in (shape, flat) or chosen.context_dim != context_dim:
             raise ValueError(
                 f"the stage has examples of shape {shape} and contexts of length {context_dim}, "
-                "and its branch takes "
-                f"{tuple(chosen.in_shape)} and {chosen.context_dim}"
+                f"and its branch takes {tuple(chosen.in_shape)} and {chosen.context_dim}"
             )
         return chosen
     if isinstance(chosen, type) and issubclass(chosen, BranchSpec):

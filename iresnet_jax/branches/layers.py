@@ -61,8 +61,8 @@ class LayerSpec(NamedTuple):
         )[0]
 
     def activate(self, parameters: Mapping[str, Array], h: Array) -> Array:
-        """The activation in front of the layer, if it has one; ``parameters["beta"]`` belongs to
-        activations that have one.
+        """The activation in front of the layer, if there is one; it reads ``parameters["beta"]`` if
+        it has a ``beta``.
         """
         if self.activation is None:
             return h
@@ -74,18 +74,16 @@ class LayerSpec(NamedTuple):
     def apply(
         self, parameters: Mapping[str, Array], h: Array, context: Array | None = None
     ) -> Array:
-        """The layer after its activation, with its bias and a linear map of the context, one an
-        example or one a pixel.
+        """The layer after its activation, with its bias and a linear map of the context, which
+        belongs to an example or to a pixel.
         """
         h = self.linear_map()(parameters["kernel"], self.activate(parameters, h))
         h = _add_bias(h, parameters["bias"])
         if context is not None:
             shift = context @ parameters["context"]
-            h = h + (
-                shift
-                if shift.ndim == h.ndim
-                else shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1])
-            )
+            if shift.ndim != h.ndim:
+                shift = shift.reshape(len(h), *(1,) * (h.ndim - 2), shift.shape[-1])
+            h = h + shift
         return h
 
     def singular_vectors(self, kernel: Array, start: Array, num_steps: int | None) -> VectorPair:
@@ -96,8 +94,8 @@ class LayerSpec(NamedTuple):
         return u, v
 
     def norm_along(self, kernel: Array, pair: VectorPair) -> Float[Array, ""]:
-        """``<u, W v>``: the norm as singular vectors see it, from below, with a gradient by the
-        kernel.
+        """``<u, W v>``: the norm along singular vectors, an estimate from below, with a gradient by
+        the kernel.
         """
         return norm_along(self.linear_map(single=True), kernel, *pair)
 
@@ -113,10 +111,10 @@ class LayerSpec(NamedTuple):
 
         Args:
             kernel: The kernel.
-            num_squarings: Few squarings are cheaper and looser, see `dense_norm_bound`; None takes
-                as many as help.
+            num_squarings: Fewer squarings are cheaper and looser, see `dense_norm_bound`; None
+                takes as many as tighten the bound.
             twists: Twists of a convolution's embedding, see `conv_norm_bound`; None takes the
-                default.
+                default there.
         """
         if kernel.ndim == 2:
             return dense_norm_bound(kernel, num_squarings=num_squarings)
@@ -127,8 +125,8 @@ class LayerSpec(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a branch with a Lipschitz constant of its own; the constants of all parts bound
-    that of the branch.
+    """A part of a branch with a Lipschitz constant; the product of all parts' constants bounds
+    ``Lip(g)``.
 
     Attributes:
         name: Key among norms and power iterates.
@@ -143,12 +141,12 @@ class Part(NamedTuple):
 
 
 def training_twists(channels: int) -> tuple[Twist, ...]:
-    """Twists of the embedding by which a training step bounds norms of convolutions, see
+    """Twists of the embedding with which a training step bounds norms of convolutions, see
     `conv_norm_bound`.
 
-    All four cost four times as much as one, and are taken where a 3 x 3 layer's Gram matrices have
-    up to 8 rows. On 8 x 8 and larger images the antiperiodic one alone is within 2 % of their
-    minimum; on 4 x 4 images trained kernels lose up to a quarter of their budget to it.
+    All four twists cost four times as much as one, and are taken if a 3 x 3 layer's Gram matrices
+    have up to 8 rows. On 8 x 8 and larger images the antiperiodic twist alone is within 2 % of the
+    minimum over all; on 4 x 4 images it costs trained kernels up to a quarter of their budget.
 
     Args:
         channels: Channels of the branch's input.

@@ -1,4 +1,4 @@
-"""A branch of one's own: any pytree that can be called on a batch and knows an upper bound of its
+"""Custom branches: any pytree that can be called on a batch and knows an upper bound of its
 Lipschitz constant.
 
 The user gives a function ``make: key -> module``. ``module(x)`` is ``g(x)`` of a batch, or
@@ -23,16 +23,16 @@ from iresnet_jax.maths.upward_rounding import at_least
 
 Make = Callable[[Any], Any]  # key -> module
 
-# name that the parameters of a stage's blocks have beside those of its branches
+# The name of ActNorm's parameters, beside which the branch's parameters stand.
 _RESERVED = "actnorm"
 
 
 @dataclass(frozen=True)
 class OwnSpec(BranchSpec):
-    """The architecture of a branch that a function of the user makes.
+    """The architecture of a branch that the user's function makes.
 
-    The branch is brought into the budget by a factor on its output. It starts as ``make`` makes it:
-    ``last_scale`` and ``sharpness``, which are about layers, have no part in it.
+    A factor on the output brings the branch into the budget. It starts as ``make`` returns it:
+    ``last_scale`` and ``sharpness``, which concern layers, are ignored.
 
     Attributes:
         make: ``key -> module``. Specs with the same function are equal, and share compiled
@@ -61,11 +61,7 @@ class OwnSpec(BranchSpec):
     def apply(
         self, weights: Weights, x: Float[Array, "b ..."], context: Float[Array, "b k"] | None
     ) -> Float[Array, "b ..."]:
-        """``module(x)``, or ``module(x, context)``.
-
-        Raises:
-            ValueError: If the module does not give one value for each entry of ``x``.
-        """
+        """``module(x)``, or ``module(x, context)``."""
         dtype = jnp.result_type(x, *jax.tree.leaves(weights))
         given = (x,) if context is None else (x, context)
         value = jnp.asarray(self.module(weights)(*given))
@@ -77,11 +73,7 @@ class OwnSpec(BranchSpec):
         return value.astype(dtype)
 
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
-        """``module.lipschitz_bound()``.
-
-        Raises:
-            ValueError: If it is not one number.
-        """
+        """``module.lipschitz_bound()``."""
         bound = self.module(weights).lipschitz_bound()
         bound = bound if isinstance(bound, float | np.generic | np.ndarray) else jnp.asarray(bound)
         if np.shape(bound):
@@ -108,12 +100,7 @@ class Structure:
 
     @classmethod
     def of(cls, tree: Any) -> "tuple[Structure, dict[str, Array]]":
-        """The structure and the weights of a pytree.
-
-        Raises:
-            ValueError: If a leaf is a traced array that is none of floats, and so neither a weight
-                nor a constant.
-        """
+        """The structure and the weights of a pytree."""
         leaves, treedef = jax.tree.flatten_with_path(tree)
         names: list[str | None] = []
         constants, weights = [], {}
@@ -142,7 +129,8 @@ class Structure:
             constant.copy() if isinstance(constant, np.ndarray) else constant
             for constant in self.constants
         ]
-        # copies: JAX would give an array it has seen in single precision again
+        # The constants are copies: JAX would return the single-precision version of an array it has
+        # seen.
         named = zip(self.names, constants, strict=True)
         return jax.tree.unflatten(
             self.treedef, [constant if name is None else weights[name] for name, constant in named]
@@ -158,7 +146,7 @@ def _structure(make: Make) -> Structure:
         found.append(structure)
         return weights
 
-    for _ in range(2):  # a new function each time: JAX remembers what one gave
+    for _ in range(2):  # a new lambda each time: JAX caches results by function
         weights = jax.eval_shape(lambda key: weights_of(key), jax.random.key(0))
     for one, other in zip(*(structure.constants for structure in found), strict=True):
         is_number = isinstance(one, np.ndarray | np.generic | float | int)
@@ -205,8 +193,8 @@ def _try(spec: OwnSpec) -> None:
 
 
 def name_of(part: Any) -> str:
-    """Name of a function, of a class, or of the class of an instance; of a partial function that
-    of the function.
+    """Name of a function, of a class, or of an instance's class; a partial function has its
+    function's name.
     """
     if not hasattr(part, "__name__") and isinstance(part, functools.partial):
         return name_of(part.func)

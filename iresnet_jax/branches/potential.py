@@ -1,16 +1,16 @@
-r"""Gradient steps of convex potentials, which never stretch: networks of them are 1-Lipschitz at
-any depth.
+r"""Gradient steps of convex potentials, which never stretch: such networks are 1-Lipschitz at any
+depth.
 
     g(x; c) = -K^T phi(K x + b + A c) + b' + A' c,        |K|_2^2 <= L < 1,    slopes of phi in [0,
     1]
 
 The Jacobian ``I + J_g = I - K^T D K`` is symmetric, and its eigenvalues are in ``[1 - L, 1]``
 (convex potential layers, Meunier et al. 2022, whose step is twice as long). So ``Lip(g) <= L``, as
-for other kinds, and ``x + g(x)`` stretches nothing: ``n`` blocks are ``((1 - L)^n,
+for other kinds, and ``x + g(x)`` increases no distance: ``n`` blocks are ``((1 - L)^n,
 1)``-bi-Lipschitz.
 
-A branch is a feed-forward one of two layers with the back layer ``-K^T``: it has the closed forms
-of that.
+The branch is a feed-forward branch of two layers whose second layer is ``-K^T``, with the same
+closed forms.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from iresnet_jax.maths.upward_rounding import rounded_up
 
 @dataclass(frozen=True)
 class PotentialSpec(FeedforwardSpec):
-    """The architecture of a branch, of one hidden layer.
+    """The architecture of a potential branch, with one hidden layer.
 
-    Attributes are those of `FeedforwardSpec`. Both convolutions have one odd size,
-    ``kernel_sizes=(3, 3)``. Weights are those of a feed-forward branch without the kernel of the
-    last layer.
+    It has the attributes of `FeedforwardSpec`. Both convolutions have one odd size, such as
+    ``kernel_sizes=(3, 3)``. Weights are a feed-forward branch's without the kernel of the last
+    layer.
     """
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class PotentialSpec(FeedforwardSpec):
         return super().apply(self._of_layers(weights), x, context)
 
     def chain_weights(self, weights: Weights, norms: Norms) -> tuple[Weights, Norms]:
-        """Weights and guaranteed operator norms of the layers, which are the same."""
+        """Weights and guaranteed operator norms of the layers; both layers have one norm."""
         norm = rounded_up(jnp.sqrt(norms[self.layers[0].name]), 1)
         return self._of_layers(weights), {layer.name: norm for layer in self.layers}
 

@@ -1,12 +1,10 @@
-r"""Sandwich layers ``h -> Q phi(P h + b)``, of which one norm bounds both matrices (Wang and
+r"""Sandwich layers ``h -> Q phi(P h + b)``, in which one norm bounds both matrices (Wang and
 Manchester 2023).
 
-The layers are those of a feed-forward branch, and so are their closed forms: what differs is the
-Lipschitz constant. Let every slope of ``phi`` lie in [0, 1], and let ``Psi`` be any diagonal matrix
-of positive numbers. Then
+Layers and closed forms are a feed-forward branch's; only the Lipschitz constant differs. Let every
+slope of ``phi`` lie in [0, 1], and let ``Psi`` be any diagonal matrix of positive numbers. Then
 
-    Lip(h -> Q phi(P h + b)) <= s    if    |[Psi P, Psi^-1 Q^T]|_2^2 <= 2 s.
-    (1)
+    Lip(h -> Q phi(P h + b)) <= s    if    |[Psi P, Psi^-1 Q^T]|_2^2 <= 2 s.    (1)
 
 Proof. If two inputs differ by ``e``, the outputs of ``phi`` differ by ``z = D P e`` with slopes
 ``D`` in [0, 1], so ``z_j^2 <= z_j (P e)_j`` for every ``j``. With ``w = Psi z`` and ``q = P^T Psi
@@ -17,12 +15,12 @@ w`` this says ``|w|^2 <= <q, e>``, and by (1)
 If ``Psi`` is the best multiple of the identity, ``s`` is at most ``|Q| |P|``, the bound for slopes
 in [-1, 1], and as little as half of it. Wang and Manchester make ``[A B]`` orthogonal, ``P =
 sqrt(2) Psi^-1 B`` and ``Q = sqrt(2) A^T Psi``. By (1) it is enough that ``[A B]`` is a contraction,
-so one norm scales both kernels, of convolutions with zeros beyond the border, too.
+so one norm scales both kernels, also for convolutions with zeros beyond the border.
 
 ``Psi_j = exp(psi_j) sqrt(|Q_j| / |P_j|)`` for the row ``P_j`` and the column ``Q_j`` of a hidden
-channel, so that it does not matter which of the two kernels has the scale of a channel. ``psi`` is
-learned, as by Wang and Manchester. It has no part in the function, and training makes the norm in
-(1) smaller by it.
+channel, so that it does not matter which of the two kernels carries the scale of a channel. ``psi``
+is learned, as by Wang and Manchester. It does not enter the function; training uses it to reduce
+the norm in (1).
 """
 
 import math
@@ -45,16 +43,17 @@ _FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class SandwichSpec(FeedforwardSpec):
-    """The architecture of a branch of sandwich layers, each of as many hidden channels as `hidden`
-    says.
+    """The architecture of a branch of sandwich layers, with the numbers of hidden channels in
+    ``hidden``.
 
-    A layer has as many outputs as hidden channels, the last one as many as the input has channels.
-    With kernels, the first map of a layer has the size in front of its hidden channels, as in a
-    feed-forward branch, and the second map the size behind. Other attributes are those of
-    `FeedforwardSpec`. With one entry in ``hidden`` the weights are the same, too, beside "psi".
+    A layer has as many outputs as hidden channels; the last layer has as many outputs as the input
+    has channels. Kernel sizes are assigned as in a feed-forward branch: the first map of a layer
+    has the size in front of its hidden channels, and the second map the size behind. Other
+    attributes are as in `FeedforwardSpec`. With one entry in ``hidden`` the weights are the same,
+    too, apart from "psi".
     """
 
-    operator_roundings: ClassVar[int] = 16  # of the balance there and back, and of products
+    operator_roundings: ClassVar[int] = 16  # of the balance, applied twice, and of products
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +94,7 @@ class SandwichSpec(FeedforwardSpec):
     def operator_kernel(self, weights: Weights, part: Part) -> Array:
         """Kernel of the operator of a part."""
         there, back = (weights[name]["kernel"] for name in part.layers)
-        # the kernel of the transposed convolution
+        # This is the kernel of the transposed convolution.
         back = jnp.swapaxes(jnp.flip(back, range(back.ndim - 2)), -2, -1)
         psi = jnp.asarray(weights[part.layers[0]]["psi"]).reshape(*(1,) * (there.ndim - 1), -1)
         balance = jnp.exp(psi) * jnp.sqrt(_row_norms(back) / _row_norms(there)) / math.sqrt(2)
@@ -113,8 +112,8 @@ class SandwichSpec(FeedforwardSpec):
 
 
 def _row_norms(kernel: Float[Array, "... i h"]) -> Float[Array, "... 1 h"]:
-    """Norm of what each output sees, at least `_FLOOR` of the largest entry; of a shape that
-    fits the kernel.
+    """Norm of the weights of each output, at least `_FLOOR` of the largest entry; broadcastable to
+    the kernel.
     """
     largest = lax.stop_gradient(jnp.max(jnp.abs(kernel)))
     scale = jnp.where(largest > 0, largest, 1)
@@ -123,6 +122,6 @@ def _row_norms(kernel: Float[Array, "... i h"]) -> Float[Array, "... 1 h"]:
 
 
 def _padded(kernel: Array, taps: tuple[int, ...]) -> Array:
-    """The kernel with zeros around its taps, of which there are then as many as that."""
+    """The kernel with zeros around its taps, up to ``taps``."""
     pads = [((want - have) // 2,) * 2 for want, have in zip(taps, kernel.shape, strict=False)]
     return jnp.pad(kernel, (*pads, (0, 0), (0, 0)))

@@ -1,8 +1,9 @@
-r"""The certified inverse of a whole flow: how far a computed preimage is from the exact one, by
-shadowing.
+r"""The certified inverse of a whole flow: how far a computed preimage is from the exact preimage,
+by shadowing.
 
-A trajectory near that of ``x`` is refined to some 80 bits, so its distance from the exact one is
-far below the error of ``x``, and the bound is the distance of ``x`` from it and a little more.
+The trajectory of ``x`` is refined to some 80 bits. The refined trajectory's distance from the exact
+one is then far below the error of ``x``, and the bound is the distance from ``x`` to the refined
+preimage plus this distance.
 
 **Theorem.** Let ``x*_t`` be the exact trajectory of bijections ``F_t`` that ends in ``y``, and
 ``x^_t`` any other one that ends there. ``r_t = F_t(x^_t) - x^_{t+1}`` are its residuals, ``J_t``
@@ -18,13 +19,13 @@ constant of that Jacobian. If ``|x*_{t+1} - x^_{t+1}| <= rho_{t+1}``, then with
 - r_t - q(e))``. ``|e| <= rho_t`` gives ``|Phi(e)| <= c + k rho_t^2 = rho_t``: by Brouwer's theorem
 ``Phi`` has a fixed point in that ball. As ``F_t`` is injective, it is ``x*_t - x^_t``.
 
-The bounds follow from the last step backward, where ``rho`` is 0. Where the quadratic has no root,
-or ``K_t`` is infinite, ``(rho_{t+1} + |r_t|) Lip(F_t^-1)`` takes its place and the theorem did not
-apply.
+The bounds are computed backwards from the last point, where ``rho`` is 0. If the quadratic has no
+root, or ``K_t`` is infinite, the theorem does not apply, and the bound is ``rho_t = (rho_{t+1} +
+|r_t|) Lip(F_t^-1)``.
 
-Bounds are computed on the host's CPU in float64 and double-double and cover all rounding. Sums,
-products, quotients and roots of IEEE arithmetic are trusted, no elementary function and no linear
-solver is.
+Bounds are computed on the host's CPU in float64 and double-double and cover all rounding. Only
+sums, products, quotients and roots of IEEE arithmetic are trusted, no elementary function and no
+linear solver.
 """
 
 import functools
@@ -50,18 +51,19 @@ from iresnet_jax.models.contexts import Contexts
 from iresnet_jax.models.model import Model
 
 _MAX_STEPS = 6  # of Newton's method
-_MARGIN = 2.0**-20  # by which a discriminant that decides must be positive
+_MARGIN = 2.0**-20  # a computed discriminant must exceed this for the theorem to apply
 
 
 class InverseCertificate(NamedTuple):
-    """Guarantees of a computed inverse, one entry an example, in the units of the flow's input.
+    """Guarantees of a computed inverse, one entry per example, in the units of the flow's input.
 
     Attributes:
         error_bound: Bound of ``|x - F^-1(y)|``; infinite if nothing is known.
-        applied: Whether the theorem applied to the whole trajectory. If not, as for activations
-            whose slopes jump, steps have their global bounds ``Lip(F_t^-1)``.
+        applied: Whether the theorem applied to the whole trajectory. If not, for example because
+            slopes of activations jump, steps have their global bounds ``Lip(F_t^-1)``.
         refined: The preimage that the certificate found, to float64.
-        refined_bound: Bound of its distance from the exact one, before rounding to float64.
+        refined_bound: Bound of the distance from ``refined``, before its rounding to float64, to
+            the exact preimage.
     """
 
     error_bound: Float[np.ndarray, " b"]
@@ -80,18 +82,18 @@ def inverse(
     r"""Guaranteed bounds of ``|x - F^-1(y)|`` for a computed inverse ``x`` of a model's flow ``F``,
     rounding included.
 
-    ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are the numbers
-    that are given: float32 numbers are certified in float64, and contexts as they are scaled in
-    float64. The flow is `Density.flow` or `Classifier.flow`, without preprocessing.
+    ``F`` is the map of the model's weights in exact arithmetic, and ``y`` and ``x`` are taken as
+    exact numbers: float32 numbers are certified in float64, and contexts after scaling in float64.
+    The flow is `Density.flow` or `Classifier.flow`, without preprocessing.
 
-    The norms of the steps' inverses multiply, to 1e6 or so for 22 blocks, where the trajectory is
-    refined to residuals of 1e-19. Each is verified from a banded matrix; where that has more than
-    `norms.MOST_ENTRIES` entries, a step counts with its global bound.
+    The norms of the steps' inverses multiply, to about 1e6 for 22 blocks, against refined residuals
+    of 1e-19. Each norm is verified from a banded matrix; a step whose matrix has more than
+    `norms.MOST_ENTRIES` entries counts with its global bound.
 
     Args:
-        model: A model with certified bounds, as `freeze` and `load` give it.
+        model: A model with certified bounds, from `freeze` or `load`.
         y: Latents or features.
-        x: Inputs of the flow, as the inverse gave them.
+        x: Inputs of the flow, from the computed inverse.
         context: Contexts of a conditional density, one for all or one for each.
 
     Raises:
@@ -114,6 +116,9 @@ def inverse(
 
 def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
     """The certificates of a part of the examples, all of them as vectors."""
+    if not flow.stages:  # the latents are the flow's input
+        error = np.nan_to_num(np.linalg.norm(y - start, axis=1) * UP, nan=np.inf)
+        return InverseCertificate(error, np.ones(len(y), bool), y, np.zeros(len(y)))
     last = np.zeros_like(y)
     last[:, flow.places.latents] = y
 
@@ -140,7 +145,7 @@ def _certify(flow: PreparedFlow, y, start, contexts) -> InverseCertificate:
 def _refined(
     flow: PreparedFlow, trajectory: DoubleDouble, contexts
 ) -> tuple[DoubleDouble, Residuals]:
-    """The trajectories after as many Newton steps as help, and their residuals."""
+    """The trajectories after Newton steps until these no longer help, and their residuals."""
     found = residuals(flow.stages, trajectory, contexts)
     for _ in range(_MAX_STEPS):
         size, floor = (
@@ -189,7 +194,9 @@ def _distance_bounds(
 
 
 def _where(condition: Bool[np.ndarray, " b"], one: Any, other: Any) -> Any:
-    """The one tree of arrays for the examples that meet a condition, the other one elsewhere."""
+    """``one`` for the examples that meet a condition, ``other`` elsewhere; both are trees of
+    arrays.
+    """
     return jax.tree.map(
         lambda a, b: np.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other
     )

@@ -1,12 +1,12 @@
 r"""Guaranteed constants of a flow's steps, everywhere and along a trajectory.
 
 A step is ``F_t(x) = u + g(u)`` with ``u = s (x + b)``, so ``J_t = (I + J_g(u)) diag(s)``. ``J_g =
-W_n D_n ... W_1 D_1`` is a product of the layers and of slopes ``D_i`` that are known to nearly all
-their bits, see `residuals`.
+W_n D_n ... W_1 D_1`` is a product of the layers and of the slopes ``D_i``, which are known to
+nearly full precision, see `residuals`.
 
 With the least eigenvalue ``lambda`` of the symmetric part of ``I + J_g``, ``|J_t^-1|_2 <= 1 /
-(lambda min s)``, see `iresnet_jax.maths.least_eigenvalue`. In trained blocks it is near the truth,
-and ``1 / (1 - L)`` several times that.
+(lambda min s)``, see `iresnet_jax.maths.least_eigenvalue`. In trained blocks this bound is near the
+truth, and ``1 / (1 - L)`` is several times larger.
 """
 
 import math
@@ -29,21 +29,22 @@ from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
 from iresnet_jax.maths.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
 
-MOST_ENTRIES = 2**26  # of a step's Jacobian that is computed
+MOST_ENTRIES = 2**26  # largest size of a step's Jacobian that is computed
 
 
 class StepConstants(NamedTuple):
-    """Guaranteed constants of the steps of a flow, one each.
+    """Guaranteed constants of the steps of a flow, one entry per step.
 
     Attributes:
         branch: Lipschitz constant of the branch.
         block: Lipschitz constant of ``x + g(x)``.
         curvature: Lipschitz constant of the branch's Jacobian; infinite where a slope jumps.
         largest_scale: Largest scale of the ActNorm.
-        least_scale: Least one.
+        least_scale: Least scale of the ActNorm.
         own_error: Bound of the 2-norm of the error of the branch's computed Jacobian for exact
             slopes.
-        slope_factor: What an error of all slopes is multiplied by in that norm.
+        slope_factor: Factor from an error of all slopes to the error of the Jacobian, in the
+            2-norm.
         steepest: Largest Lipschitz constant of a slope.
     """
 
@@ -75,7 +76,7 @@ class StepConstants(NamedTuple):
     def jacobian_errors(
         self, argument_errors: Float[np.ndarray, "... t"]
     ) -> Float[np.ndarray, "... t"]:
-        """Bounds of the error of `jacobian_blocks` in the 2-norm, for such errors of the
+        """Bounds of the error of `jacobian_blocks` in the 2-norm, for given errors of the
         activations' arguments.
         """
         slope_errors = 2 * SLOPE_ERROR + self.steepest * argument_errors
@@ -85,7 +86,8 @@ class StepConstants(NamedTuple):
 def constants_of(stages: Sequence[PreciseStage]) -> StepConstants:
     """The constants of all steps."""
     rows = [_constants(stage, k) for stage in stages for k in range(stage.num_blocks)]
-    return StepConstants(*np.array(rows, np.float64).T)
+    num = len(StepConstants._fields)
+    return StepConstants(*np.array(rows, np.float64).reshape(-1, num).T)
 
 
 def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
@@ -93,9 +95,9 @@ def _constants(stage: PreciseStage, k: int) -> tuple[float, ...]:
 
     A product with a layer errs by at most ``gamma_n |  |W|  |_2`` times the vector's length, with
     ``n`` terms in a sum, and ``|  |W|  |_2^2 <= |W|_1 |W|_inf``, the largest sums of its columns
-    and rows. A Jacobian is a product with ``d`` unit vectors. Computed slopes are those of a
-    1-Lipschitz activation at a computed argument, so an error of all slopes by ``e`` changes
-    ``J_g`` by at most ``2 e prod |W|`` for each activation, which may have two outputs.
+    and rows. A Jacobian is a product with ``d`` unit vectors. Computed slopes belong to a
+    1-Lipschitz activation at a computed argument, so an error ``e`` of all slopes changes ``J_g``
+    by at most ``2 e prod |W|`` for each activation, which may have two outputs.
     """
     norms, curvatures, growth, pushed = [], [], 1.0, 0.0
     for layer in stage.layers:
@@ -134,9 +136,9 @@ def step_norms(
     stages: Sequence[PreciseStage], constants: StepConstants, found: Residuals
 ) -> Float[np.ndarray, "b t"]:
     """Bounds of the norms ``|J_t^-1|_2`` of the steps' inverses along trajectories, from the slopes
-    in their residuals.
+    in `Residuals`.
 
-    The global bound stands for a step whose slopes jump, or whose Jacobian has more than
+    The global bound replaces the norm of a step whose slopes jump, or whose Jacobian has more than
     `MOST_ENTRIES` entries.
     """
     errors = constants.jacobian_errors(found.argument_errors)

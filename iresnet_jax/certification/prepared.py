@@ -1,8 +1,9 @@
-"""The beginning of all certificates: checks, a prepared flow in float64 on the host, and
-examples part by part.
+"""What all certificates share: checks, a prepared flow in float64 on the host, and examples in
+chunks.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,11 +22,10 @@ from iresnet_jax.certification.steps import Places, places_of
 from iresnet_jax.maths.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contexts import Contexts, of_samples
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import FlowWeights
+from iresnet_jax.models.flow import FlowWeights, blocks_of, bounded
 from iresnet_jax.models.model import M, Model
 
-# of the widest layer in all blocks of a stage, in the examples that are refined together
+# Entries of the widest layer, over all blocks of a stage and all examples refined together.
 _CHUNK_ENTRIES = 2**17
 
 
@@ -49,29 +49,29 @@ class PreparedFlow:
     def of(cls, model: Model) -> "PreparedFlow":
         """The flow of a model with certified bounds; under ``enable_x64``."""
         spec = model.spec.flow
-        # which compiles nothing
+        # NumPy converts the weights, which compiles nothing.
         weights = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), model.weights)
         stages = precise_stages(spec, weights)
         return cls(spec, weights, stages, constants_of(stages))
 
     @property
     def places(self) -> Places:
-        """Where the vector of a trajectory keeps what."""
+        """Places of the stages and latents in the vector of a trajectory."""
         return places_of(self.spec)
 
     @property
     def chunk(self) -> int:
         """Examples that are certified together, at most."""
-        widest = max(
+        sizes = [
             stage.num_blocks * math.prod(layer.spec.in_shape)
             for stage in self.stages
             for layer in stage.layers
-        )
-        return max(1, min(32, _CHUNK_ENTRIES // widest))
+        ]
+        return max(1, min(32, _CHUNK_ENTRIES // max(sizes, default=1)))
 
     def chained(self, norms: Float[np.ndarray, "... t"]) -> Float[np.ndarray, "... t"]:
-        """Norms of steps on the whole vector, of which those of a later stage may leave entries
-        alone.
+        """Norms of the steps as maps of the whole vector: a step that leaves entries alone has a
+        norm of at least 1.
         """
         beside = [
             np.full(stage.num_blocks, len(stage.place.entries) < self.spec.num_dims)
@@ -87,22 +87,20 @@ def check(
 
     Args:
         model: The model.
-        given: Batches that are given, which must be arrays of the host, not traced ones.
+        given: Batches of examples, which must be concrete arrays, not traced ones.
         context: Contexts of a conditional density, one for all examples of the batches or one for
             each.
         contraction: Whether every block must be certified to be a contraction.
-
-    Raises:
-        ValueError: In one sentence for what cannot be certified.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
         raise ValueError(
             "certificates are computed on the host, outside of jit, vmap and grad: "
             "call certify out there"
         )
-    model = model.with_bounds()
+    weights = bounded(blocks_of(model.spec.flow, model.weights), model.bounds())
+    model = dataclasses.replace(model, weights=weights)  # pyright: ignore[reportArgumentType]
     if any(np.ndim(batch) == 0 for batch in given):
-        raise ValueError("certificates are those of a batch of examples, got a scalar")
+        raise ValueError("certificates are for batches of examples, got a scalar")
     if given:
         dim = getattr(model.spec, "context_dim", 0)
         context = of_samples(context, len(given[0]), dim)
@@ -112,14 +110,13 @@ def check(
         if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):
             raise ValueError(
                 f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: "
-                "its scale is beyond what "
-                "certificates compute with"
+                "its scale is beyond what certificates compute with"
             )
         if not branch.spec.chain or branch.norms is None or branch.gain is not None:
             raise ValueError(
                 f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates "
-                "cannot follow: they take "
-                "chains of layers and activations; certificate() has the bounds on that kind's word"
+                "cannot follow: they take chains of layers and activations; certificate() has the "
+                "bounds on that kind's word"
             )
     if contraction and not all(
         np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()
@@ -133,7 +130,7 @@ def check(
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-    """JAX computes on the host's CPU, whose arithmetic is IEEE's in float64, too."""
+    """JAX computes on the host's CPU, which has IEEE arithmetic, also in float64."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
@@ -142,23 +139,20 @@ def on_host() -> Iterator[None]:
 def prepared(
     model: Model, *given: Any, context: Contexts | None = None, contraction: bool = True
 ) -> Iterator[tuple[PreparedFlow, Float[np.ndarray, "b k"] | None]]:
-    """The prepared flow of a model, and contexts as it takes them, scaled in float64.
+    """The prepared flow of a model, and its contexts, scaled in float64.
 
     Inside, JAX computes in float64 on the host's CPU, and NumPy does not warn.
 
     Args:
         model: The model.
-        given: Batches that are given.
+        given: Batches of examples.
         context: Contexts of a conditional density, one for all or one for each.
         contraction: Whether every block must be certified to be a contraction.
-
-    Raises:
-        ValueError: For the reasons of `check`.
     """
     model, context = check(model, *given, context=context, contraction=contraction)
     with jax.enable_x64():
         given_context = None if context is None else np.asarray(context, np.float64)
-        scaled = model.scale_context(given_context) if isinstance(model, Density) else None
+        scaled = model.scale_context(given_context)
     scaled = None if scaled is None else np.asarray(scaled)
     with jax.enable_x64(), on_host(), np.errstate(all="ignore"):
         yield PreparedFlow.of(model), scaled
@@ -167,8 +161,8 @@ def prepared(
 def vectors_of(
     model: Model, y: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 ) -> Float[Array, "b d"] | Float[np.ndarray, "b d"]:
-    """Latents or features as vectors in the order of the flow's outputs; vectors are taken to
-    have it.
+    """Latents or features as vectors in the order of the flow's outputs; given vectors are assumed
+    to be in this order.
     """
     num_dims = model.spec.flow.num_dims
     if np.ndim(y) < 2 or math.prod(y.shape[1:]) != num_dims:
@@ -193,14 +187,14 @@ def inputs_of(
 
 
 def in_parts(certify: Callable[..., Any], size: int, *arrays: Any) -> Any:
-    """``certify(*arrays)`` of examples, some at a time, all parts of the same shapes so that
-    programs are compiled once.
+    """``certify(*arrays)`` in chunks of examples, all of one shape so that programs are compiled
+    once.
 
     Args:
-        certify: A function of arrays of examples, whose results have one entry an example.
-        size: Examples at a time, at most.
-        arrays: Trees of NumPy's arrays with an axis of examples in front. The last part is filled
-            up with its last example.
+        certify: A function of arrays of examples, whose results have one entry per example.
+        size: Most examples in a chunk.
+        arrays: Trees of NumPy arrays with a leading axis of examples. The last chunk is filled up
+            with its last example.
     """
     num = len(jax.tree.leaves(arrays)[0])
     size, parts = min(size, 2 ** math.ceil(math.log2(max(num, 1)))), []

@@ -5,12 +5,12 @@ The margin of the predicted class over class ``j`` is ``m = w . h + const``, wit
 difference of two columns of the head, so the class stays the same within ``m / Lip(m)`` (Tsuzuku et
 al. 2018, Proposition 1, for each pair of classes). A linear head has ``h = F(x)`` and, in pixels,
 ``Lip(m) <= |w| Lip(F) / min std``. A pooled one has means of ``relu(u)`` over positions with ``u =
-alpha (F(x) - mean) + bias``; rectifiers are 1-Lipschitz, which makes it ``|w alpha|`` in place of
+alpha (F(x) - mean) + bias``; rectifiers are 1-Lipschitz, so ``|w alpha|`` takes the place of
 ``|w|``.
 
 ``Lip(F)`` is the product of the blocks' constants. Only blocks that never stretch, of kind
-"potential" without ActNorm, keep it at 1; of others it is thousands to billions, and radii are as
-many times smaller than attacks suggest.
+"potential" without ActNorm, keep it at 1. For other blocks it is thousands to billions, and radii
+are smaller than attacks suggest by the same factor.
 """
 
 import functools
@@ -25,19 +25,19 @@ from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.certification.steps import follow
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
-from iresnet_jax.models.bounds import bilipschitz
 from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.head import BATCH_NORM_EPS
 
 _CHUNK = 16  # images that are certified together
 
 
 class CertifiedRadius(NamedTuple):
-    """Guarantees of a classifier's decisions, one entry an image.
+    """Guarantees of a classifier's decisions, one entry per image.
 
     Attributes:
         radius: No perturbation of a smaller 2-norm changes the predicted class, for pixels on the
-            scale of [0, 1], which the perturbed ones may leave.
+            scale of [0, 1]; perturbed pixels may leave this interval.
         predicted: The predicted class.
         margin: Logit of the predicted class less the largest other one.
         lipschitz: Certified Lipschitz constant, in pixels, of the margin that gives the radius.
@@ -58,7 +58,7 @@ def radius(
     The classifier is the map of the model's weights in exact arithmetic.
 
     Args:
-        model: A classifier with bounds, as `freeze` and `load` give it.
+        model: A classifier with bounds, from `freeze` or `load`.
         images: Images of integer levels.
 
     Raises:
@@ -70,7 +70,7 @@ def radius(
     if not isinstance(model, Classifier):
         raise ValueError(f"radii are certified for classifiers, got a {type(model).__name__}")
     with prepared(model, images, contraction=False) as (flow, _):
-        # checks the images' shape and levels
+        # `preprocess` checks the images' shape and levels.
         inputs = np.asarray(model.preprocess(np.asarray(images)))
         return in_parts(functools.partial(_radii, flow, model), _CHUNK, inputs)
 
@@ -81,12 +81,12 @@ def _radii(
     """The radii around a part of the images."""
     points = np.array(follow(flow.spec, flow.weights, inputs, None))
     found = residuals(flow.stages, DoubleDouble.of(points))
-    # Lipschitz constant of the map from pixels to the flow's input
+    # This is the Lipschitz constant of the map from pixels to the flow's input.
     from_pixels = 1 / min(model.spec.std) * UP
     start_error = (
         8 * U * (1 + max(map(abs, model.spec.mean))) * from_pixels * math.sqrt(inputs[0].size)
     )
-    # of the features, from those of the rounded input and of each step
+    # Error of the features, from the errors of the rounded input and of each step.
     error = np.full(len(inputs), start_error)
     for stretch, size in zip(flow.chained(flow.constants.stretch), found.sizes.T, strict=True):
         error = (stretch * error + size) * UP
@@ -123,7 +123,7 @@ def _margins(model: Classifier, features: Float[np.ndarray, "b d"]) -> tuple[np.
     margins = np.sum((own - other) * h[:, None], axis=-1) + (bias - other_bias)
     both = np.abs(own) + np.abs(other)
     terms = np.sum(both * np.abs(h)[:, None], axis=-1) + np.abs(bias) + np.abs(other_bias)
-    # of sums, of the mean over positions and of unit columns
+    # Rounding of sums, of the mean over positions and of unit columns.
     rounding = gamma(features[0].size + 16)
     errors = np.sum(both * h_errors[:, None], axis=-1) + rounding * terms
     lipschitz = np.linalg.norm((own - other) * slopes, axis=-1) + rounding * np.linalg.norm(

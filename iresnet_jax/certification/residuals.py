@@ -1,7 +1,7 @@
 r"""The residuals of trajectories in double-double, with guaranteed errors, and the slopes of
 activations along them.
 
-The map is the one of the weights as real numbers: those of float32 weights are the same in every
+The map is defined by the weights as real numbers, which float32 weights represent exactly in every
 precision.
 """
 
@@ -31,10 +31,10 @@ class Layer(NamedTuple):
         spec: The layer.
         kernel: Its kernel in float64.
         slices: Its kernel in slices.
-        bias: Bias, of a shape that fits outputs ``(k, b, p, c)``.
+        bias: Bias, broadcastable to outputs ``(k, b, p, c)``.
         norm: Bound of the operator norm.
-        sharpness: ``softplus(beta)`` of the activation in front, of a shape that fits inputs ``(k,
-            b, ...)``; None without.
+        sharpness: ``softplus(beta)`` of the activation in front, broadcastable to inputs ``(k, b,
+            ...)``; None without.
         context: Kernel of the context in slices; None without.
     """
 
@@ -52,8 +52,8 @@ class PreciseStage(NamedTuple):
 
     Attributes:
         place: Where they act.
-        bias: Bias of the ActNorms, of a shape that fits ``(k, b, ...)``.
-        scale: Scale of the ActNorms, of a shape that fits ``(k, b, ...)``.
+        bias: Bias of the ActNorms, broadcastable to ``(k, b, ...)``.
+        scale: Scale of the ActNorms, broadcastable to ``(k, b, ...)``.
         layers: Layers of the branches.
         lipschitz: Bounds of the Lipschitz constants of the branches.
         stretch: Bounds of the Lipschitz constants of ``x + g(x)``.
@@ -80,8 +80,8 @@ class Residuals(NamedTuple):
             on.
         errors: Bounds of the Euclidean norm of the error of `values`.
         argument_errors: Bounds of the error of every argument of an activation.
-        slopes: Slope of every output of an activation, ``(b, k, ...)``, by stage and layer; None in
-            front of a layer without.
+        slopes: Slope of every output of an activation, ``(b, k, ...)``, by stage and layer; None
+            for a layer without an activation.
     """
 
     values: Float[np.ndarray, "b t d"]
@@ -105,7 +105,7 @@ def precise_stages(spec: FlowSpec, weights: FlowWeights) -> tuple[PreciseStage, 
     stages = []
     for place, block in blocks_of(spec, weights):
         own = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
-        (bias, log_scale), branch = own
+        bias, log_scale, branch = own.actnorm.bias, own.actnorm.log_scale, own.branch
         by_channel = (len(bias), *(1,) * len(place.in_shape), -1)
         layer_weights, norms = jax.device_get(
             _chain_weights(branch.spec, branch.weights, branch.norms)
@@ -161,8 +161,8 @@ def ending_at(
     points: Float[np.ndarray, "b t d"],
     last: Float[np.ndarray, "b d"],
 ) -> Float[np.ndarray, "b t d"]:
-    """The trajectories with another last point: entries that are not acted on any more have its
-    values.
+    """The trajectories with another last point, whose values extend to entries that no later step
+    acts on.
     """
     points = np.concatenate([points[:, :-1], last[:, None]], axis=1)
     places = [stage.place for stage in stages for _ in range(stage.num_blocks)]
@@ -180,11 +180,10 @@ def residuals(
     """The residuals of trajectories ``(b, t, d)``, all steps of a stage at once, with guaranteed
     bounds of their errors.
 
-    Entries that a step does not act on are taken to be the same in front of it and behind it, see
-    `ending_at`.
+    Entries that a step does not act on must be equal before and after it, see `ending_at`.
 
-    An error ``delta`` in the input of a layer is ``|W| delta`` behind it, and an activation is
-    1-Lipschitz; what products, activations and sums add is bounded where it arises.
+    A layer turns an error ``delta`` of its input into at most ``|W| delta``, and an activation is
+    1-Lipschitz; the rounding of products, activations and sums is bounded where it arises.
     """
     b, num, d = trajectory.high.shape
     values, slopes, start = np.zeros((b, num - 1, d)), [], 0
@@ -197,7 +196,7 @@ def residuals(
         error = 4 * UNIT * _norm(u)
         g, error, of_arguments, of_layers = _branch(stage, u, error, context)
         r = u + g - after
-        error = error + 4 * UNIT * _norm(u)  # of u itself, beside what it became in g
+        error = error + 4 * UNIT * _norm(u)  # rounding of u itself, beside its effect on g
         error = error + 4 * UNIT * (_norm(u) + _norm(g) + _norm(after)) + 2.0**-53 * _norm(r)
         values[:, now, stage.place.active] = np.moveaxis(r.high.reshape(k, b, -1), 0, 1)
         errors[:, now], argument_errors[:, now] = error.T * UP, of_arguments.T * UP
@@ -217,8 +216,8 @@ def _inputs(stage, trajectory, points):
 
 
 def _branch(stage, h, error, context):
-    """``g``, bounds of its error and of the arguments' of activations, and the slopes; ``error``
-    bounds that of the input.
+    """``g``, a bound of its error, bounds of the errors of activations' arguments, and the slopes;
+    ``error`` bounds the error of the input.
     """
     slopes, of_arguments = [], np.zeros_like(error)
     for layer in stage.layers:
@@ -248,9 +247,7 @@ def _branch(stage, h, error, context):
 def _apply(
     layer: LayerSpec, inputs: Float[Array, "k i b ..."], kernels: Float[Array, "k ..."]
 ) -> Array:
-    """A layer's linear map of slices: sums that are exact, whatever a compiler makes of their
-    order.
-    """
+    """A layer's linear map of slices: the sums are exact in every order."""
     apply = layer.linear_map()
 
     def of_block(block):

@@ -1,10 +1,10 @@
 r"""A flow as a chain of steps on one vector, its trajectory in float64, and Newton's corrections of
-one.
+a trajectory.
 
 A step is an ActNorm and a residual block. It acts on some entries of a vector of all ``d``
-dimensions, read in the order that its branch has them in, and leaves the others alone: squeezing
-and flattening are orders of entries, and a part that left as latents is not acted on again. The
-first point of a trajectory is the flow's input, the last one holds its latents.
+dimensions, read in the order of its branch's input, and leaves the others alone: squeezing and
+flattening only change the order, and entries that left as latents are not acted on again. The first
+point of a trajectory is the flow's input, the last one holds its latents.
 """
 
 import functools
@@ -17,8 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from iresnet_jax.bijections.actnorm import forward_and_logdet
-from iresnet_jax.bijections.chain import chain
+from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.bijections.reshape import flatten, split_channels
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.fixed_point import solve_linear
@@ -52,12 +51,12 @@ class Place:
     def write(
         self, vectors: Float[Array, "n d"], values: Float[Array, "n ..."]
     ) -> Float[Array, "n d"]:
-        """The vectors with other values where the steps act."""
+        """The vectors with new values where the steps act."""
         return vectors.at[:, self.active].set(flatten(values))
 
 
 class Places(NamedTuple):
-    """Where the vector of a trajectory keeps what.
+    """Places of the stages and latents in the vector of a trajectory.
 
     Attributes:
         stages: Place of the steps of each stage.
@@ -75,7 +74,7 @@ def places_of(spec: FlowSpec) -> Places:
     with jax.ensure_compile_time_eval():
         indices = jnp.arange(spec.num_dims).reshape(1, *spec.event_shape)
         for stage in spec.layout:
-            indices = chain(stage.reshapes).forward(indices)
+            indices = Chain(stage.reshapes).forward(indices)
             places.append(Place(tuple(np.asarray(indices).ravel().tolist()), stage.branch.in_shape))
             if stage.spec.factor_out:
                 indices, left = split_channels(indices)
@@ -85,7 +84,7 @@ def places_of(spec: FlowSpec) -> Places:
 
 
 def blocks_of(spec: FlowSpec, weights: FlowWeights) -> list[tuple[Place, Block]]:
-    """The blocks of each stage and their place."""
+    """Each block with its stage's place."""
     return [
         (place, weights[stage.name])
         for place, stage in zip(places_of(spec).stages, spec.layout, strict=True)
@@ -103,7 +102,7 @@ def follow(
 
     def step(vector, own):
         place, block = own
-        u, _ = forward_and_logdet(block.actnorm, place.read(vector))
+        u = block.actnorm.forward(place.read(vector))
         return place.write(vector, u + block.branch.given(context)(u)), vector
 
     vector, points = flatten(x), []
@@ -136,12 +135,12 @@ def newton_step(
     """The correction ``e_t = J_t^-1 (e_{t+1} - r_t)`` of every point of a trajectory but the last,
     where ``e_T = 0``.
 
-    It promises nothing: residuals say how good it was.
+    The correction is not guaranteed: residuals of the corrected trajectory say how good it is.
     """
 
     def step(later, own):
         (place, block), point, residual = own
-        u, _ = forward_and_logdet(block.actnorm, place.read(point))
+        u = block.actnorm.forward(place.read(point))
         _, push = jax.linearize(block.branch.given(context), u)
         limits = {"lipschitz_bound": block.branch.lipschitz_bound, "max_evals": 300, "memory": 8}
         solved, _ = solve_linear(push, place.read(later - residual), **limits)

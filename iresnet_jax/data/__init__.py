@@ -1,21 +1,19 @@
 """Where examples come from: `load` returns images and toys by name as a `DataSet`.
 
-======================
-==============================================================================================
-``digits``              8x8 images embedded in scikit-learn ``moons`` ``rings``     2-D toy
-densities, listed in `toys` ``mnist`` ``cifar10``   any image classification data set of TensorFlow
-Datasets by its name there, such as
-                        ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``; downloaded once if
-                        TensorFlow is installed
-``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` and so on
-``cifar:FOLDER``        the binary version of CIFAR-10 or CIFAR-100, as its archive is unpacked
-``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone, to
-be split; images of 8 bits
-                        or floats, with contexts ``context_train`` or ``context``
-``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or of integer levels, see
-`sources` ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
-======================
-==============================================================================================
+======================  ===========================================================================
+``digits``              8x8 images embedded in scikit-learn
+``moons`` ``rings``     2-D toy densities, listed in `toys`
+``mnist`` ``cifar10``   any image classification data set of TensorFlow Datasets by its name
+                        there, such as ``downsampled_imagenet/32x32`` or ``mnist:3.0.1``;
+                        downloaded once if TensorFlow is installed
+``idx:FOLDER``          IDX files as MNIST is published, ``train-images-idx3-ubyte.gz`` etc.
+``cifar:FOLDER``        the binary version of CIFAR-10 or CIFAR-100, from its unpacked archive
+``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone,
+                        to be split; images of 8 bits or floats, with contexts
+                        ``context_train`` or ``context``
+``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or integer levels, see `sources`
+``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
+======================  ===========================================================================
 
 Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension
 always belong together. Images of TFDS and image files are decoded once (`cache`). `dataset` says
@@ -53,10 +51,9 @@ def load(
 
     Args:
         name: Name as in the table above.
-        fractions: Shares for validation and for the test of arrays in a file that has not split
-            them.
-        num_classes: Classes that arrays in a file may have; by default those of their labels,
-            without gaps.
+        fractions: Shares for validation and test, for a file whose arrays are not split.
+        num_classes: Number of classes of arrays in a file; by default the labels' classes, without
+            gaps.
 
     Raises:
         ValueError: If no data set has this name, or its files do not make up a data set.
@@ -75,19 +72,14 @@ def load(
     if (found := tfds.load(name)) is None:
         raise ValueError(
             f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} "
-            "and others of TFDS, "
-            f"the toys {', '.join(TOYS)}, and own data as "
+            f"and others of TFDS, the toys {', '.join(TOYS)}, and own data as "
             f"{', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
         )
     return found
 
 
 def conditioned_on_labels(data: DataSet) -> DataSet:
-    """The data set with each example's class, as a vector of 0 and 1, for its context.
-
-    Raises:
-        ValueError: If it has no labels, or contexts already.
-    """
+    """The data set with each example's class, as a one-hot vector, for its context."""
     if data.num_classes is None or data.contexts:
         problem = "contexts already" if data.contexts else "no labels"
         raise ValueError(

@@ -1,5 +1,5 @@
-"""Data sets of arrays and data frames in memory: `data_of` what `iresnet_jax.fit` is given,
-`from_arrays` arrays by split.
+"""Data sets of arrays and data frames in memory: `data_of` takes the arguments of
+`iresnet_jax.fit`, `from_arrays` arrays by split.
 
 Integer images are levels, floats are continuous. Columns of vectors are described in `tables`.
 """
@@ -17,11 +17,11 @@ from iresnet_jax.data.tables import Table, describe
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 from iresnet_jax.models.preprocessing import check_told_apart
 
-FITTED_ARRAY = "the array"  # name of the data that `iresnet_jax.fit` is given, which no name loads
+FITTED_ARRAY = "the array"  # name of data given to `iresnet_jax.fit`; `data.load` does not know it
 
 
 class Arrays(NamedTuple):
-    """Examples with what belongs to each; None for what they do not have.
+    """Examples with their labels and contexts; None if they have none.
 
     Attributes:
         x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
@@ -57,17 +57,17 @@ def from_arrays(
 
     Args:
         name: Name in messages and reports.
-        arrays: All examples, or those of each split, "train" among them; "validation" is carved
-            from it if it is missing.
-        fractions: Shares of all examples that are set aside for validation and for the test, where
-            they are not split yet. The choice depends on the number of examples alone, see
+        arrays: All examples, or examples by split, "train" among them; a missing "validation" is
+            carved from "train".
+        fractions: Shares of all examples that are set aside for validation and test, if the
+            examples are not split yet. The choice depends on their number alone, see
             `fraction_masks`.
-        columns: Columns of the data frame or table that vectors are from.
+        columns: Columns of the data frame or table that holds the vectors.
         bounds: Ends of columns of a table, see `tables.describe`.
-        is_table: Whether the density of vectors is to be fitted whose entries keep to their ranges,
-            see `tables`.
-        num_classes: Classes where their publisher says how many there are; by default those of the
-            labels, without gaps.
+        is_table: Whether to fit a density of vectors whose entries keep to their ranges, see
+            `tables`.
+        num_classes: Number of classes, if the publisher states it; by default the labels' classes,
+            without gaps.
 
     Raises:
         ValueError: If the arrays do not fit together, are not finite, or have entries without a
@@ -80,7 +80,7 @@ def from_arrays(
         _num_classes(np.concatenate(list(labels.values())), num_classes) if labels else None
     )
     levels, table = None, Table(None)
-    # in the precision of whoever gave them
+    # These are the examples in the precision in which they were given.
     given = arrays if isinstance(arrays, Arrays) else arrays["train"]
     if np.issubdtype(train.x.dtype, np.integer):
         largest = max(int(part.x.max()) for part in parts.values())
@@ -123,8 +123,8 @@ def from_arrays(
 def _by_split(
     name: str, arrays: Arrays | dict[str, Arrays], fractions: tuple[float, float]
 ) -> tuple[dict[str, Arrays], dict[str, np.ndarray]]:
-    """The checked examples of each split, and the rows that show what columns hold, before a
-    split was carved from another.
+    """The checked examples of each split, and the rows by which columns are described, before any
+    split is carved off.
     """
     if isinstance(arrays, Arrays):
         checked = _checked(arrays)
@@ -168,8 +168,8 @@ def _by_split(
 
 
 def check_channels(images: np.ndarray) -> None:
-    """Raises ``ValueError`` if a channel of continuous images is constant or nearly, or most of
-    its values are equal.
+    """Raises ``ValueError`` if a channel of continuous images is constant or nearly constant, or
+    most of its values are equal.
     """
     for channel in range(images.shape[-1]):
         values = np.asarray(images[..., channel]).reshape(-1)
@@ -186,15 +186,13 @@ def check_channels(images: np.ndarray) -> None:
         if len(values) >= 1000 and len(distinct) <= 256:
             raise ValueError(
                 f"channel {channel} of the images has {len(distinct)} different values: give "
-                "images of integer levels as "
-                "integers, so that their likelihood is one of levels"
+                "images of integer levels as integers, so that their likelihood is one of levels"
             )
         if counts.max() > len(values) / 4:
             raise ValueError(
                 f"{counts.max() / len(values):.0%} of channel {channel} of the images are "
-                f"{distinct[counts.argmax()]:g}, "
-                "where a density would grow without bound: add noise, or give the images as "
-                "integer levels"
+                f"{distinct[counts.argmax()]:g}, where a density would grow without bound: add "
+                "noise, or give the images as integer levels"
             )
 
 
@@ -217,8 +215,8 @@ def _checked(arrays: Arrays) -> Arrays:
     if x.ndim == 4 and x.dtype.kind in "biu":
         if x.min() < 0 or x.max() > 255:
             raise ValueError(
-                f"integer images must have levels 0 to 255, got {x.min()} to "
-                f"{x.max()}: convert them to floats"
+                f"integer images must have levels 0 to 255, got {x.min()} to {x.max()}: convert "
+                "them to floats"
             )
         x = x.astype(np.uint8)
     else:
@@ -229,16 +227,12 @@ def _checked(arrays: Arrays) -> Arrays:
     if labels is not None:
         labels = labels[:, 0] if labels.shape == (len(x), 1) else labels
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            is_one_hot = labels.ndim == 2 and len(labels) == len(x)
-            numbered = (
-                "labels.argmax(axis=1)"
-                if is_one_hot
-                else "np.unique(labels, return_inverse=True)[1]"
-            )
+            numbered = "np.unique(labels, return_inverse=True)[1]"
+            if labels.ndim == 2 and len(labels) == len(x):  # one-hot
+                numbered = "labels.argmax(axis=1)"
             raise ValueError(
                 f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} "
-                f"of shape {labels.shape}: "
-                f"number the classes with {numbered}"
+                f"of shape {labels.shape}: number the classes with {numbered}"
             )
     if context is not None:
         context = context[:, None] if context.ndim == 1 else context
@@ -252,12 +246,7 @@ def _checked(arrays: Arrays) -> Arrays:
 
 
 def _num_classes(labels: np.ndarray, published: int | None) -> int:
-    """The number of classes, of labels of all splits.
-
-    Raises:
-        ValueError: If there is one class alone, numbers of classes are left out, or there are more
-            than was published.
-    """
+    """The number of classes, from the labels of all splits."""
     present = np.unique(labels)
     if published is not None and present[-1] >= published:
         raise ValueError(
@@ -272,8 +261,8 @@ def _num_classes(labels: np.ndarray, published: int | None) -> int:
         lacking = np.setdiff1d(np.arange(len(present)), present)[0]
         raise ValueError(
             f"labels must number the classes from 0 on without gaps, got none of {lacking} and "
-            f"{present[-1]} as the largest: "
-            "number the classes with np.unique(labels, return_inverse=True)[1]"
+            f"{present[-1]} as the largest: number the classes with np.unique(labels, "
+            "return_inverse=True)[1]"
         )
     return published or len(present)
 
@@ -297,21 +286,18 @@ def data_of(
     bounds: Any = None,
     is_density: bool = True,
 ) -> DataSet:
-    """The data set of arrays or a data frame, as `iresnet_jax.fit` is given them.
+    """The data set of the arrays or data frame that `iresnet_jax.fit` is given.
 
     Args:
         x: Examples: an array, or a data frame whose columns are numbers, booleans or categories.
         labels: Classes.
         context: Contexts.
-        validation: Examples that validate, an array or a data frame like ``x``, or ``(x, labels,
+        validation: Examples for validation, an array or a data frame like ``x``, or ``(x, labels,
             context)``.
-        validation_fraction: Share of the examples that validates, without.
+        validation_fraction: Share of the examples for validation, if ``validation`` is None.
         bounds: Ends of columns, see `tables.describe`.
-        is_density: Whether a density without classes is to be fitted: entries of vectors then keep
-            to their ranges.
-
-    Raises:
-        ValueError: If it does not fit together, or has no density; the message names the column.
+        is_density: Whether to fit a density without classes: entries of vectors then keep to their
+            ranges.
     """
     columns = columns_of(x) if isinstance(x, Frame) else None
     arrays = _arrays(columns, x, labels, context)
@@ -362,8 +348,8 @@ def _arrays(
 
 
 def _as_array(given: Any, name: str) -> np.ndarray:
-    """An array of numbers; ``ValueError`` of anything else, masked values, and what is not known
-    yet under ``jax.jit``.
+    """An array of numbers; ``ValueError`` for anything else, for masked values, and for traced
+    arrays.
     """
     if isinstance(given, jax.core.Tracer):
         raise ValueError(

@@ -1,9 +1,9 @@
 """Random changes of training images: pure functions for use inside a jitted training step.
 
-Every example has its own key, so a result depends neither on the batch that an example is in nor on
-the number of devices. The usual augmentation of CIFAR-10 is `crop_and_flip`, which keeps classes;
-digits and house numbers must not be flipped. A density may see images that are changed in any way,
-if it is told how, see `transformed`.
+Every example has its own key, so a result depends neither on the example's batch nor on the number
+of devices. The usual augmentation of CIFAR-10 is `crop_and_flip`, which keeps classes; digits and
+house numbers must not be flipped. A density may see any changed images if the change is its
+context, see `transformed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped
 
-IDENTITY_SHARE = 0.5  # of images that `transformed` leaves as they are
+IDENTITY_SHARE = 0.5  # share of images that `transformed` does not change
 
 
 def random_crop(
@@ -28,9 +28,6 @@ def random_crop(
     Args:
         padding: Largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for
             32x32.
-
-    Raises:
-        ValueError: If ``padding`` is out of range.
     """
     height, width = images.shape[1:3]
     if not 0 <= padding <= min(height, width):
@@ -73,7 +70,7 @@ def crop_and_flip(
 
 
 def _moved(down: int, right: int) -> Callable[[Array], Array]:
-    """Moves an image by so many pixels; what comes in is zero."""
+    """Moves an image by some pixels; the vacated pixels are zero."""
     return lambda image: lax.pad(
         image, image.dtype.type(0), ((down, -down, 0), (right, -right, 0), (0, 0, 0))
     )
@@ -103,11 +100,11 @@ def check_transformations(names: Sequence[str]) -> None:
 def transformed(
     keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], names: Sequence[str]
 ) -> tuple[Shaped[Array, "b h w c"], Float[Array, "b k"]]:
-    """Changes each image by a random transformation, and says by which one (Jun et al. 2020).
+    """Changes each image by a random transformation, and returns which (Jun et al. 2020).
 
-    A density ``p(T(x) | T)`` that is trained on both learns from more images than there are, and is
-    ``p(x)`` at the identity, which has the probability `IDENTITY_SHARE`; all others are equally
-    likely.
+    A density ``p(T(x) | T)`` that is trained on both learns from more images than there are, and
+    equals ``p(x)`` at the identity. The identity has the probability `IDENTITY_SHARE`; all other
+    transformations are equally likely.
 
     Args:
         keys: Randomness of each image.
@@ -115,11 +112,8 @@ def transformed(
         names: Transformations, see `TRANSFORMATIONS`.
 
     Returns:
-        The images, and for each one a vector with a 1 at the place of its transformation, or of
-        zeros if it is as it was.
-
-    Raises:
-        ValueError: If images that are not square are to be transposed.
+        The images, and for each a vector with a 1 at the place of its transformation, or zeros for
+        an unchanged image.
     """
     if "transpose" in names and images.shape[1] != images.shape[2]:
         raise ValueError(
@@ -132,7 +126,7 @@ def transformed(
         key_changed, key_which = jax.random.split(key)
         is_changed = jax.random.uniform(key_changed) >= IDENTITY_SHARE
         which = jnp.where(is_changed, jax.random.randint(key_which, (), 1, len(changes)), 0)
-        # zeros at -1
+        # The one-hot vector of -1, the identity, is zero.
         return lax.switch(which, changes, image), jax.nn.one_hot(which - 1, len(names))
 
     return jax.vmap(of_example)(keys, images)

@@ -1,8 +1,7 @@
-"""Images decoded once: arrays of NumPy in the user's cache folder, which later runs only map into
-memory.
+"""Images decoded once: NumPy arrays in the user's cache folder, which later runs map into memory.
 
 The folder is ``$IRESNET_JAX_CACHE_DIR`` if that is set, else ``$XDG_CACHE_HOME/iresnet_jax`` or
-``~/.cache/iresnet_jax``. What lies in it may be deleted at any time.
+``~/.cache/iresnet_jax``. Its content may be deleted at any time.
 """
 
 import hashlib
@@ -16,10 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iresnet_jax.atomic_files import locked
+from iresnet_jax.atomic_files import FOLDER_VARIABLE, locked, user_folder
 from iresnet_jax.data.dataset import SPLITS, DataSet, validation_mask
 
-FOLDER_VARIABLE = "IRESNET_JAX_CACHE_DIR"
 _RECORD = "record.json"
 
 _log = logging.getLogger(__name__)
@@ -31,21 +29,13 @@ class Contents(NamedTuple):
     Attributes:
         num_examples: Number of images by the publisher's name of the split.
         num_classes: Number of classes; None without labels.
-        read: Function that goes through a split: where each image is, for messages, the image ``(h,
-            w, c)`` and its class.
+        read: Iterates over a split: the image's place for messages, the image ``(h, w, c)`` and its
+            class.
     """
 
     num_examples: dict[str, int]
     num_classes: int | None
     read: Callable[[str], Iterator[tuple[str, np.ndarray, int | None]]]
-
-
-def user_folder() -> Path:
-    """The user's folder for what can be made again: ``$IRESNET_JAX_CACHE_DIR``, or
-    ``iresnet_jax`` in their cache folder.
-    """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iresnet_jax")
-    return Path(os.environ.get(FOLDER_VARIABLE) or default).expanduser()
 
 
 def decoded(
@@ -56,9 +46,9 @@ def decoded(
     Args:
         name: Name of the data set.
         folder: Folder of the files.
-        files: Files that hold the images: others of their names, sizes and times of change are
-            decoded anew.
-        contents: Function that finds out what the files hold.
+        files: Files that hold the images: a change of names, sizes or times of change decodes them
+            anew.
+        contents: Function that returns the content of the files.
     """
     state = hashlib.sha256(os.fsencode(folder.resolve()))
     for file in sorted(files):
@@ -70,15 +60,15 @@ def decoded(
     place = user_folder() / f"decoded-{state.hexdigest()[:16]}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with locked(place):  # of processes that start at once, the others wait for the first
+        with locked(place):  # processes that start together wait for the first
             if not place.is_dir():
                 _log.info("decoding %s into %s", name, place)
                 _decode(name, contents(), place)
     except OSError as error:
         raise OSError(
             f"the decoded images of {name} cannot be written into {place.parent} "
-            f"({error.strerror or error}): make room there, "
-            f"or set {FOLDER_VARIABLE} to another folder"
+            f"({error.strerror or error}): make room there, or set {FOLDER_VARIABLE} to another "
+            "folder"
         ) from error
     try:
         return _mapped(name, place, **json.loads((place / _RECORD).read_text()))
@@ -98,8 +88,8 @@ def _mapped(name: str, folder: Path, num_classes: int | None, fingerprint: str |
 
 
 def _decode(name: str, contents: Contents, place: Path) -> None:
-    """Writes the arrays into a temporary folder, which takes its place at the end: a writer that
-    fails leaves nothing.
+    """Writes the arrays into a temporary folder and renames it at the end: a writer that fails
+    leaves nothing.
     """
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.") as temporary:
         made = Path(temporary, "decoded")
@@ -111,7 +101,7 @@ def _decode(name: str, contents: Contents, place: Path) -> None:
         try:
             made.rename(place)
         except OSError:
-            # otherwise another process was faster, where the file system cannot lock
+            # If the file system cannot lock, another process may have been faster.
             if not place.is_dir():
                 raise
 
@@ -119,9 +109,9 @@ def _decode(name: str, contents: Contents, place: Path) -> None:
 def _write(name: str, contents: Contents, folder: Path) -> None:
     """Writes ``train.npy``, ``train_labels.npy`` and so on.
 
-    "test" is the published test split, or the published validation split where there is no other,
-    as for the downsampled ImageNet. "validation" is the published one if that is still free, and
-    else carved from the training split.
+    "test" is the published test split or, without one, the published validation split, as for the
+    downsampled ImageNet. "validation" is the published validation split unless that became "test";
+    otherwise it is carved from the training split.
     """
     num = contents.num_examples
     test = "test" if "test" in num else "validation"
@@ -157,8 +147,8 @@ def _write(name: str, contents: Contents, folder: Path) -> None:
             if image.dtype != np.uint8 or image.shape != shape:
                 raise ValueError(
                     f"{where} has {image.dtype} pixels of shape {image.shape}, and the first image "
-                    f"of {name} uint8 ones of "
-                    f"shape {shape}: give all images one size and 8-bit pixels"
+                    f"of {name} uint8 ones of shape {shape}: give all images one size and 8-bit "
+                    "pixels"
                 )
             arrays[split][len(labels[split])] = image
             labels[split].append(label)
@@ -167,7 +157,7 @@ def _write(name: str, contents: Contents, folder: Path) -> None:
     for split, found in labels.items():
         if min(found) < 0 or max(found) >= num_classes:
             raise ValueError(
-                f"classes of {name} must lie in 0 to {num_classes - 1}, got "
-                f"{min(found)} to {max(found)}"
+                f"classes of {name} must lie in 0 to {num_classes - 1}, got {min(found)} to "
+                f"{max(found)}"
             )
         np.save(folder / f"{split}_labels.npy", np.array(found, np.int32))

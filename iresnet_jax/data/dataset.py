@@ -22,7 +22,7 @@ from iresnet_jax.models.columns import Column
 
 Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
 SPLITS = ("train", "validation", "test")
-# part of the definition of the split: changing it invalidates every reported number
+# The salt defines the split: changing it invalidates every reported number.
 _SALT = "iresnet_jax/validation"
 _MOST_VALIDATION = 5000
 
@@ -31,11 +31,10 @@ _MOST_VALIDATION = 5000
 class DataSet:
     """Examples in three disjoint splits, "train", "validation" and "test", or an endless toy.
 
-    Choose hyper-parameters and checkpoints on "validation"; "test" is for the number that is
-    reported.
+    Choose hyper-parameters and checkpoints on "validation"; report on "test".
 
     Attributes:
-        name: Name that `iresnet_jax.data.load` knows it by.
+        name: Name for `iresnet_jax.data.load`.
         event_shape: Shape of one example.
         num_levels: Grey levels of an image, whose entries are integers in ``[0, num_levels)``; None
             for continuous data.
@@ -47,11 +46,11 @@ class DataSet:
             index them batch by batch.
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty
-            without.
+            without contexts.
         cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
-        ends: Map of entries to the line, if some have ends or heavy tails.
-        columns: Columns of the data frame or table that the entries are; None for arrays.
-        notes: Sentences on what the entries were taken for.
+        ends: Map of entries to the line, if some have ends or heavy tails; None otherwise.
+        columns: Columns of the data frame or table that the entries come from; None for arrays.
+        notes: Sentences on how the entries were interpreted.
         generator: Toy that examples of endless data are drawn from; None for arrays.
     """
 
@@ -82,8 +81,8 @@ class DataSet:
         cells: Cells | None = None,
         fingerprint: str | None = None,
     ) -> "DataSet":
-        """Makes a data set of arrays by split; the fingerprint is computed from all their bytes
-        unless it is known.
+        """Makes a data set from arrays by split; a fingerprint that is not given is computed from
+        all their bytes.
         """
         if fingerprint is None:
             arrays = {f"{split}_examples": array for split, array in examples.items()}
@@ -108,13 +107,13 @@ class DataSet:
 
     @classmethod
     def endless(cls, generator: Toy) -> "DataSet":
-        """Makes a data set of a 2-D density, with the fingerprint of name and entropy."""
+        """Makes a data set from a 2-D density; its fingerprint comes from name and entropy."""
         fingerprint = _hash({"toy": generator.name, "entropy": round(generator.entropy, 6)})
         return cls(generator.name, (2,), None, None, fingerprint, generator=generator)
 
     @property
     def is_endless(self) -> bool:
-        """Whether examples are drawn, as those of a toy, and not kept in arrays."""
+        """Whether examples are drawn, as for a toy, instead of kept in arrays."""
         return self.generator is not None
 
     @property
@@ -139,13 +138,13 @@ class DataSet:
     def held_out(
         self, split: str, num: int | None = None, seed: int = 0
     ) -> Shaped[np.ndarray, "_ ..."]:
-        """Returns ``num`` examples of "validation", drawn from all as files may be sorted, or the
-        first ones of "test".
+        """Returns ``num`` examples: "validation" draws them from the whole split, as files may be
+        sorted; "test" takes the first.
 
         Args:
             split: "validation" or "test".
-            num: Largest number of examples to return; None returns the whole split, which endless
-                data do not have.
+            num: Largest number of examples to return; None returns the whole split, and is an error
+                for endless data.
             seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore
                 it.
 
@@ -165,13 +164,13 @@ class DataSet:
     def held_out_contexts(
         self, split: str, num: int | None = None
     ) -> Shaped[np.ndarray, "_ k"] | None:
-        """Returns the contexts of what `held_out` returns with the same arguments; None without
-        contexts.
+        """Returns the contexts of the examples that `held_out` returns for the same arguments; None
+        without contexts.
         """
         return self._taken(self.contexts, split, num) if self.contexts else None
 
     def held_out_labels(self, split: str, num: int | None = None) -> Int32[np.ndarray, " _"]:
-        """Returns the classes of what `held_out` returns with the same arguments."""
+        """Returns the classes of the examples that `held_out` returns for the same arguments."""
         return self._taken(self.labels, split, num)
 
     def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
@@ -191,12 +190,9 @@ class DataSet:
         """The rows that `held_out` returns."""
         if split not in arrays:
             raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(arrays)}")
-        rows = (
-            slice(num)
-            if split != "validation" or num is None
-            else some_rows(len(arrays[split]), num)
-        )
-        return arrays[split][rows]
+        if split != "validation" or num is None:
+            return arrays[split][:num]
+        return arrays[split][some_rows(len(arrays[split]), num)]
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> Array:
         """Examples of endless data."""
@@ -222,8 +218,8 @@ def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
     """Chooses the training examples that are set aside for validation: a tenth of them, at most
     5000.
 
-    They are those with the smallest SHA-256 of "iresnet_jax/validation:<index>": as good as a
-    random choice with respect to the images, the same for every data set of that size, and
+    The chosen indices have the smallest SHA-256 of "iresnet_jax/validation:<index>": as good as a
+    random choice with respect to the images, the same for every data set of this size, and
     independent of any random number generator.
 
     Args:
@@ -235,18 +231,16 @@ def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:
 
 
 def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[np.ndarray, " n"]]:
-    """Splits examples that nobody has split: those with the smallest digests are for the test, the
-    next for validation.
+    """Splits examples without published splits: indices with the smallest digests go to the test,
+    the next to validation.
 
     Args:
         fractions: Shares for validation and for the test, each in [0, 1) and together below 1; 0
             leaves a split out.
 
     Returns:
-        Masks by split: each split that is asked for has at least one example, and "train" the rest.
-
-    Raises:
-        ValueError: If there are too few examples for that, or fractions are out of range.
+        Masks by split: each split with a positive share has at least one example, and "train" the
+            rest.
     """
     validation, test = fractions
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
@@ -259,8 +253,7 @@ def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[n
     if sum(counts.values()) + 2 > num:
         raise ValueError(
             f"{num} examples are too few to be split into {', '.join(['train', *counts])}: "
-            f"{sum(counts.values())} would be "
-            "held out, and at least 2 must be left for training"
+            f"{sum(counts.values())} would be held out, and at least 2 must be left for training"
         )
     parts = np.split(by_digest(num), np.cumsum(list(counts.values())))
     masks = {
@@ -279,7 +272,7 @@ def by_digest(num: int, salt: str = _SALT) -> Int[np.ndarray, " n"]:
 
 
 def some_rows(num: int, most: int) -> Int[np.ndarray, " _"]:
-    """Places of at most so many of the rows, drawn from all and in their order: files may be
-    sorted, or periodic.
+    """Sorted places of at most ``most`` of ``num`` rows, drawn at random: files may be sorted, or
+    periodic.
     """
     return np.sort(np.random.default_rng(0).choice(num, min(num, most), replace=False))

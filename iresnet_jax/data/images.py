@@ -1,5 +1,5 @@
-"""Images in the formats that they are published in: scikit-learn's digits, IDX files, CIFAR's
-binary files, image files.
+"""Images in their published formats: scikit-learn's digits, IDX files, CIFAR's binary files, image
+files.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from iresnet_jax.data.dataset import DataSet, by_digest
 
 # ------------------------------------------------------------------------------------------- digits
 
-# part of the definition of the split: changing it invalidates every reported number
+# The salt defines the split: changing it invalidates every reported number.
 _SALT = "iresnet_jax/digits"
 
 
@@ -26,8 +26,8 @@ def load_digits() -> DataSet:
     to 16.
 
     1797 scans of handwritten digits (Alpaydin and Kaynak 1998, the test part of the UCI "optical
-    recognition of handwritten digits"). There is no customary split, so `split_digits` defines one
-    and keeps it fixed for good.
+    recognition of handwritten digits"). There is no customary split, so `split_digits` defines a
+    permanent one.
     """
     from sklearn import datasets
 
@@ -45,7 +45,7 @@ def split_digits(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray,
     Order the examples by ``(label, SHA-256 of "iresnet_jax/digits:<index>")`` and deal them out in
     tens: positions 0 and 1 of every ten go to "test", position 2 to "validation", the rest to
     "train". Every class is thus divided to within two examples of its exact share, and the result
-    depends on no random number generator, so on no version of NumPy.
+    depends on no random number generator and no version of NumPy.
 
     Args:
         labels: Class of each example, in the order of the source.
@@ -59,7 +59,7 @@ def split_digits(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray,
 
 # ---------------------------------------------------------------------------------------------- IDX
 
-_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # how the customary file names begin
+_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # of the usual file names
 
 
 def load_idx(folder: Path, name: str) -> DataSet:
@@ -81,7 +81,7 @@ def load_idx(folder: Path, name: str) -> DataSet:
 def read_idx(path: Path) -> np.ndarray:
     """Reads one IDX file of unsigned bytes, plain or compressed with gzip.
 
-    It is two zero bytes, a byte for the type (8: unsigned byte), a byte for the number of
+    The file is two zero bytes, a byte for the type (8: unsigned byte), a byte for the number of
     dimensions, each dimension as a big-endian 32-bit integer, and then the bytes
     (http://yann.lecun.com/exdb/mnist).
     """
@@ -103,16 +103,15 @@ def read_idx(path: Path) -> np.ndarray:
     if len(content) - start != math.prod(shape):
         raise ValueError(
             f"{path} should hold {' x '.join(map(str, shape))} = {math.prod(shape)} bytes after "
-            "its header "
-            f"but holds {len(content) - start}: fetch it again"
+            f"its header but holds {len(content) - start}: fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def _find_idx(folder: Path, split: str, kind: str, name: str) -> Path:
-    """Finds a file of a split, the unpacked one where its archive lies beside it."""
+    """Finds a file of a split; an unpacked file takes precedence over its archive."""
     names = [f"{prefix}-{kind}-ubyte" for prefix in _PREFIXES[split]]
-    # some archives unpack to train-images.idx3-ubyte
+    # Some archives unpack to train-images.idx3-ubyte.
     patterns = [of_name.replace("-idx", "?idx") for of_name in names]
     for ending in ("", ".gz"):
         found = sorted(
@@ -135,7 +134,7 @@ _CIFAR100 = {"train": ["train.bin"], "test": ["test.bin"]}
 
 
 def load_cifar(folder: Path, name: str) -> DataSet:
-    """CIFAR-10 or CIFAR-100 in the binary version of their authors, as its archive is unpacked.
+    """CIFAR-10 or CIFAR-100 from the unpacked archive of the authors' binary version.
 
     A record is the label (CIFAR-100: the coarse and the fine one) and 3 x 32 x 32 bytes, one colour
     plane after the other (https://www.cs.toronto.edu/~kriz/cifar.html).
@@ -170,7 +169,7 @@ def load_cifar(folder: Path, name: str) -> DataSet:
 
 _FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-# modes of Pillow that become one or three channels of 8 bits
+# Modes of Pillow that become one or three channels of 8 bits.
 _GREY, _COLOUR = {"1", "L"}, {"RGB", "P", "CMYK", "YCbCr"}
 
 
@@ -222,9 +221,7 @@ def load_folder(folder: Path, name: str) -> DataSet:
 
 
 def _is_image(path: Path) -> bool:
-    """Tells whether a file is named like an image, and neither it nor a folder above it is
-    hidden.
-    """
+    """Whether a file is named like an image, and neither file nor folders are hidden."""
     return path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
@@ -245,6 +242,6 @@ def _pixels(path: Path) -> np.ndarray:
                     "grey or opaque RGB"
                 )
             pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
+    except (OSError, SyntaxError) as error:  # raised by Pillow for damaged files
         raise ValueError(f"{path} is not an intact image: {error}") from None
     return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -1,9 +1,9 @@
 """Arrays in files: ``.npz`` and ``.npy`` of vectors and images, ``.csv`` of vectors.
 
-A folder ``npy:FOLDER`` or ``csv:FOLDER`` holds a file a split, ``train.npy``, ``validation.npy``,
-``test.npy``, and may hold ``train_labels.npy`` and ``train_context.npy`` and so on. A single file
-holds examples that are not split yet. In a table with a header the column ``label`` holds classes,
-and columns that begin with ``context`` are contexts.
+A folder ``npy:FOLDER`` or ``csv:FOLDER`` holds one file per split, ``train.npy``,
+``validation.npy``, ``test.npy``, and may hold ``train_labels.npy``, ``train_context.npy`` and so
+on. A single file holds examples that are not split yet. In a table with a header the column
+``label`` holds classes, and columns that begin with ``context`` are contexts.
 """
 
 import csv
@@ -21,7 +21,7 @@ from iresnet_jax.data.dataset import SPLITS, DataSet
 from iresnet_jax.models.columns import Column
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
-# Names that the examples and labels of a split may have: those of Keras and of MedMNIST.
+# Names of the examples and labels of a split, by Keras and by MedMNIST.
 _KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels")),
     "validation": (
@@ -38,7 +38,7 @@ def load_npz(
 ) -> DataSet:
     """The data set of the arrays of an ``.npz`` file.
 
-    They are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``,
+    The arrays are ``x``, ``y`` and ``context``, to be split, or ``x_train``, ``y_train``,
     ``context_train``, ``x_test`` and so on. Labels and contexts may be left out. The names of
     MedMNIST, ``train_images``, ``train_labels``, ``val_images`` and so on, are understood too.
     Images may lack the axis of channels.
@@ -64,9 +64,8 @@ def load_npz(
     if arrays:
         raise ValueError(
             f"{path} holds {', '.join(sorted(arrays))}, which nothing reads beside "
-            f"{' and '.join(splits) or 'x'}: leave it "
-            "out, or call it x, y and context, or x_train, y_train, context_train, x_validation, "
-            "x_test and so on"
+            f"{' and '.join(splits) or 'x'}: leave it out, or call it x, y and context, or "
+            "x_train, y_train, context_train, x_validation, x_test and so on"
         )
     return from_arrays(name, read, fractions=fractions, num_classes=num_classes)
 
@@ -99,8 +98,8 @@ def load_csv(
         headers.append(header)
         if headers[0] != header:
             raise ValueError(
-                f"{file} has the columns {header}, and the tables before it "
-                f"{headers[0]}: give all the same"
+                f"{file} has the columns {header}, and the tables before it {headers[0]}: give all "
+                "the same"
             )
         labels = [i for i, column in enumerate(header) if column == "label"]
         context = [i for i, column in enumerate(header) if column.startswith("context")]
@@ -116,12 +115,9 @@ def load_csv(
         return Arrays(x, classes, numbers[:, context] if context else None)
 
     arrays = _by_split(path, ".csv", read)
-    named = (
-        [column for column in headers[0] if column != "label" and not column.startswith("context")]
-        if headers
-        else []
-    )
-    columns = tuple(Column(column, "float64") for column in named) or None
+    header = headers[0] if headers else []
+    named = (name for name in header if name != "label" and not name.startswith("context"))
+    columns = tuple(Column(name, "float64") for name in named) or None
     return from_arrays(name, arrays, fractions=fractions, columns=columns, num_classes=num_classes)
 
 
@@ -148,7 +144,7 @@ def _read(path: Path, ending: str) -> Any:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
             return dict(found) if ending == ".npz" else found
-    # TypeError: one array
+    # `TypeError` means that the file is a single array.
     except (EOFError, MemoryError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} is not an intact {ending} file of plain arrays: {error}"
@@ -165,9 +161,8 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
     if len(lines) > 1 and len(lines[0]) > 1 and lines[0] == [str(i) for i in range(len(lines[0]))]:
         raise ValueError(
             f"the first line of {path} numbers the columns, as the header that pandas writes for "
-            "an array: write "
-            "it with header=False, or name the columns; a row of data with these numbers can stand "
-            "further down"
+            "an array: write it with header=False, or name the columns; a row of data with these "
+            "numbers can stand further down"
         )
     header = (
         [column.strip() for column in lines[0]] if lines and None in map(_number, lines[0]) else []
@@ -179,8 +174,7 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
     if "" in header:
         raise ValueError(
             f"column {header.index('') + 1} of {path} has no name, as the row numbers that pandas "
-            "writes: write the table with "
-            "index=False, or name the column"
+            "writes: write the table with index=False, or name the column"
         )
     if typo := next((cell for cell in header if (_number(cell) or 0) % 1), None):
         raise ValueError(

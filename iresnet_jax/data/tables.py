@@ -1,8 +1,8 @@
-"""Columns of vectors: which values own cells, which are atoms, and what ends or tails columns have.
+"""Columns of vectors: values that own cells, atoms, ends and tails.
 
 Columns of decimals, whole numbers among them, lie on a regular grid of cells, see `values_of`, and
-so do levels of booleans and categories. Ends are those that the user gives, and those of levels;
-other columns have a map of their tails where these are heavy, see `tails_of`.
+so do levels of booleans and categories. Columns have the ends that the user gives, or the ends of
+their levels; other columns have a map of their tails if these are heavy, see `tails_of`.
 """
 
 import math
@@ -19,15 +19,15 @@ from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.models.columns import listed
 
-FINEST_GRID = 2.0**-17  # of the largest number: the least spacing of a grid, of 64 floats or more
+FINEST_GRID = 2.0**-17  # least spacing of a grid (64 floats), relative to the largest number
 
 Rows = Float[np.ndarray, "_ d"]
 Numbers = Float[np.ndarray, " n"]
 
 
 class Table(NamedTuple):
-    """What columns were found to be: their cells, the map of their ends and tails to the line,
-    and sentences on them.
+    """Description of columns: their cells, the map of their ends and tails to the line, and
+    sentences.
     """
 
     cells: Cells | None
@@ -43,21 +43,15 @@ def describe(
     bounds: Any = None,
     is_density: bool = True,
 ) -> Table:
-    """Finds the cells and atoms of columns and, where their density is to be fitted, their ends and
-    heavy tails.
+    """Finds the cells and atoms of columns and, for a density, their ends and heavy tails.
 
     Args:
-        splits: Rows by split, those to train with first.
-        names: Names of the columns, by which bounds and messages speak of them; by default their
-            numbers.
-        levels: Number of levels of each column, 0 of numbers; none without booleans and categories.
-        bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None where there is
-            no end.
-        is_density: Whether a density is to be fitted; otherwise columns have cells and atoms alone.
-
-    Raises:
-        ValueError: If a value is out of its bounds, or single precision cannot tell values apart
-            beside them; it says which.
+        splits: Rows by split, training rows first.
+        names: Names of the columns in bounds and messages; by default their numbers.
+        levels: Number of levels of each column, 0 for numbers; empty without booleans and
+            categories.
+        bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None for no end.
+        is_density: Whether to fit a density; otherwise only cells and atoms are found.
     """
     x = next(iter(splits.values()))
     names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
@@ -76,8 +70,8 @@ def describe(
         for row, column in np.argwhere(outside)[:1].tolist():
             raise ValueError(
                 f"{rows[row, column]:g} in row {row} of the split {split}, column "
-                f"{names[column]!r}, is outside of its bounds "
-                f"{low[column]:g} and {high[column]:g}: correct the value or the bounds"
+                f"{names[column]!r}, is outside of its bounds {low[column]:g} and "
+                f"{high[column]:g}: correct the value or the bounds"
             )
     ends = _on_line(x, cells, low, high)
     is_bounded = np.isfinite(low) | np.isfinite(high)
@@ -87,8 +81,7 @@ def describe(
     for column in np.flatnonzero(is_bounded & is_faint & (np.ptp(x, axis=0) > 0)).tolist():
         raise ValueError(
             f"{x.dtype} cannot tell the values of column {names[column]!r} apart beside its bounds "
-            f"{low[column]:g} and "
-            f"{high[column]:g}: give closer ones, or None in place of one"
+            f"{low[column]:g} and {high[column]:g}: give closer ones, or None in place of one"
         )
     heavy = np.isinf(low) & np.isinf(high) & (np.asarray(ends.scale) > 0)
     kinds = {
@@ -108,13 +101,13 @@ def describe(
 
 
 def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
-    """Values of a column that own cells: two of a regular grid, those that were seen off a grid,
-    none of others.
+    """Values of a column that own cells: two values for a regular grid, all values seen if they
+    repeat off a grid, otherwise none.
 
-    A grid is one of decimals: all numbers are whole multiples of a power of 10, up to the relative
-    rounding ``eps`` of floats, and the greatest common divisor of their differences is the spacing;
-    numbers whose spacing is that of floats of their size, between which there is no room for noise,
-    have none. The cell of a constant has a width of 1, or of the constant if that is larger.
+    Numbers on a grid are whole multiples of a power of 10, up to the relative rounding ``eps`` of
+    floats, and the greatest common divisor of their differences is the spacing. If the spacing is
+    no larger than the one of floats, there is no room for noise, and no value owns a cell. The cell
+    of a constant has a width of 1, or of the constant if that is larger.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     largest = np.abs(distinct).max()
@@ -131,23 +124,23 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
         if spacing <= eps * largest:
             return ()
         return distinct[0], distinct[0] + spacing
-    rare = counts[~_is_often(counts)]  # others may be atoms of a continuous column
+    rare = counts[~_is_often(counts)]  # frequent values may be atoms of a continuous column
     are_few = 1.5 * len(rare) <= rare.sum() or 2 * len(rare) <= len(distinct)
-    # more are as good as continuous
+    # More than 1024 values are as good as continuous.
     return distinct.tolist() if are_few and len(distinct) <= 1024 else ()
 
 
 def atoms_of(numbers: Numbers, values: Sequence[float]) -> dict[float, float]:
-    """Atoms of a column, at most 8, and the width of line for each: as dense as the other numbers
-    are on average.
+    """Atoms of a column, at most 8, and each one's width on the line, which makes it as dense as
+    the other numbers are on average.
 
-    An atom has 10 rows and .5 % of them, and in the cell of a value its density would be more than
-    8 times that of the others.
+    An atom has at least 10 rows and .5 % of all rows, and within a value's cell its density would
+    exceed the others' by more than a factor of 8.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     spacing = np.min(np.diff(values)) if len(values) else 0.0
 
-    def widths(chosen):  # of these atoms and of no others
+    def widths(chosen):  # if these values alone are atoms
         others = np.repeat(np.delete(distinct, chosen), np.delete(counts, chosen))
         length = (np.quantile(others, 0.95) - np.quantile(others, 0.05)) / 0.9 + spacing
         return length * np.minimum(counts[chosen] / len(others), 100)
@@ -167,8 +160,8 @@ def _is_often(counts: np.ndarray) -> np.ndarray:
 def ends_given(
     bounds: Any, names: Sequence[Any], levels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper ends of columns, infinite where there are none, of levels and of bounds by
-    name or number.
+    """Lower and upper ends of columns, from levels and from bounds by name or number; infinite
+    without an end.
     """
     if not isinstance(bounds, Mapping):
         raise ValueError(f'bounds must be a dictionary such as {{"share": (0, 1)}}, got {bounds!r}')
@@ -201,9 +194,7 @@ def _on_line(x: Rows, cells: Cells | None, low: np.ndarray, high: np.ndarray) ->
     """
     line = x
     if cells is not None:
-        line = np.asarray(
-            jax.jit(cells.bijection().forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0]
-        )
+        line = np.asarray(jax.jit(cells.forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0])
         with jax.enable_x64():
             _, start, width, _ = map(np.asarray, cells.places(jnp.asarray([low, high])))
         low, high = start[0], start[1] + width[1]
@@ -216,8 +207,8 @@ def _on_line(x: Rows, cells: Cells | None, low: np.ndarray, high: np.ndarray) ->
 
 
 def tails_of(numbers: Numbers) -> tuple[float, float]:
-    """Center and scale of the heavy tails of a column; the scale is 0 if asinh makes it less
-    than .05 nats a row likelier.
+    """Center and scale of the heavy tails of a column; the scale is 0 if asinh gains less than .05
+    nats per row.
     """
     numbers = np.asarray(numbers, np.float64)
     low, center, high = np.quantile(numbers, (0.25, 0.5, 0.75)).tolist()
@@ -226,7 +217,7 @@ def tails_of(numbers: Numbers) -> tuple[float, float]:
         return center, 0.0
     mapped, log_slopes = Bounded(-np.inf, np.inf, [center], [scale]).to_line(numbers[:, None], np)
 
-    def log_likelihood(values):  # by moments
+    def log_likelihood(values):  # of a normal or logistic distribution with the same moments
         z = (values - values.mean()) / values.std()
         logpdfs = (
             scipy.stats.norm.logpdf(z),

@@ -1,9 +1,9 @@
 """Image classification data sets of TensorFlow Datasets (TFDS), read from array_record files
 without TensorFlow.
 
-Only preparing a data set, which downloads it and is done once, needs TensorFlow; where it is not
-installed, the data set can be prepared elsewhere and its folder copied. A data set that is prepared
-and decoded is found again without importing TFDS either.
+Only preparing a data set, once, which downloads it, needs TensorFlow; without it, the data set can
+be prepared elsewhere and its folder copied. A prepared and decoded data set is found again without
+importing TFDS.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from iresnet_jax.data.dataset import DataSet, Splits
 _FORMAT = "array_record"
 _CHUNK = 1024  # images read at once
 _SQUARE, _COLOUR = (28, 28, 1), (32, 32, 3)
-# shape of an image, and number of classes
+# Shape of an image and number of classes, by name.
 CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {
     "mnist": (_SQUARE, 10),
     "fashion_mnist": (_SQUARE, 10),
@@ -42,11 +42,10 @@ def load(name: str) -> DataSet | None:
     ``cifar10:3.0.2``.
 
     The newest version that is prepared in ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, is
-    used. If none is, it is downloaded and prepared, with the progress bar of TFDS.
+    used. Without one, the data set is downloaded and prepared, with TFDS' progress bar.
 
     Args:
-        name: Data set, ``/`` and configuration where it has several, ``:`` and version where it
-            must be a certain one.
+        name: Data set, ``/`` and configuration if it has several, ``:`` and version to choose one.
 
     Returns:
         The data set; None if TFDS has no such data set and none was prepared under that name.
@@ -64,8 +63,8 @@ def load(name: str) -> DataSet | None:
 
 
 def stand_in(name: str) -> DataSet | None:
-    """Random images with the shape and the classes of a customary data set, for who does not
-    have it; None of another name.
+    """Random images with the shape and the classes of a customary data set, as a stand-in; None for
+    another name.
     """
     if name not in CUSTOMARY:
         return None
@@ -79,7 +78,7 @@ def stand_in(name: str) -> DataSet | None:
 
 
 def _find(root: Path, name: str) -> Path | None:
-    """Finds the folder of the newest prepared version, or of the one that is named."""
+    """Finds the folder of the newest prepared version, or of the named version."""
     name, _, version = name.partition(":")
     found = (root / name).glob("*/dataset_info.json")
     numbered = [path.parent for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
@@ -96,7 +95,7 @@ def _prepare(root: Path, name: str) -> Path | None:
         builder = tfds.builder(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
         return None
-    # a version or a configuration that it does not have
+    # TFDS does not have this version or configuration.
     except (AssertionError, ValueError) as error:
         raise ValueError(f"TFDS has no {name}: {' '.join(str(error).split())}") from None
     folder = Path(builder.data_path)
@@ -106,16 +105,15 @@ def _prepare(root: Path, name: str) -> Path | None:
     if importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
             f"{name} is not prepared in {root}, and preparing needs TensorFlow, once: run pip "
-            "install 'iresnet_jax[prepare]' "
-            "and start again to download it, or set TFDS_DATA_DIR to a folder in which it is "
-            "prepared"
+            "install 'iresnet_jax[prepare]' and start again to download it, or set TFDS_DATA_DIR "
+            "to a folder in which it is prepared"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / "iresnet_jax"):
-            # which returns at once if another process has done it
+            # It returns at once if another process has prepared the data set.
             builder.download_and_prepare(file_format=_FORMAT)
-    except Exception as error:  # whatever servers, archives and disks come up with
+    except Exception as error:  # servers, archives and disks fail in many ways
         raise RuntimeError(
             f"TFDS could not download and prepare {name} in {root}: {' '.join(str(error).split())}"
         ) from error
@@ -154,7 +152,7 @@ def _contents(name: str, folder: Path) -> Contents:
 def _explaining(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
-    # array_record, protobuf, Pillow and TFDS each have their own, also for files of another format
+    # array_record, protobuf, Pillow and TFDS each have their own errors.
     except Exception as error:
         problem = " ".join(str(error).split())
         raise ValueError(
@@ -164,11 +162,7 @@ def _explaining(name: str, folder: Path) -> Iterator[None]:
 
 
 def _keys(info: Any, name: str) -> tuple[str, str | None]:
-    """Names the feature that is the image, and the one that is the class if there is one.
-
-    Raises:
-        ValueError: If there is no image, or what is learnt from it is no class.
-    """
+    """Names of the features for the image and for the class, None without classes."""
     features, keys = dict(info.features.items()), info.supervised_keys or ("image", None)
     image_key, label_key = keys if len(keys) == 2 else ("image", None)
     if not isinstance(image_key, str) or len(getattr(features.get(image_key), "shape", ())) != 3:

@@ -1,8 +1,8 @@
-"""2-D toy densities with samplers and known entropies, which no model's expected negative
-log-likelihood is below.
+"""2-D toy densities with samplers and known entropies, the lower bounds of a model's expected
+negative log-likelihood.
 
-The shapes and scales are those of the FFJORD (Grathwohl et al. 2019) and Residual Flow (Chen et al.
-2019) experiments, so negative log-likelihoods compare with published ones. The samplers of those
+Shapes and scales follow the experiments of FFJORD (Grathwohl et al. 2019) and Residual Flow (Chen
+et al. 2019), so negative log-likelihoods compare with published ones. The samplers of those
 experiments mostly draw equal counts from each component. Here every point is independent.
 """
 
@@ -101,7 +101,7 @@ def _sample_2spirals(key: PRNGKeyArray, n: int) -> Points:
     key_angle, key_jitter, key_arm, key_noise = jax.random.split(key, 4)
     angle = 3 * np.pi * jnp.sqrt(_uniform(key_angle, n))
     jitter = 0.5 / 3 * jax.random.uniform(key_jitter, (n, 2), jnp.float32)
-    # the mean of the jitter shifts both arms off the centre
+    # The mean of the jitter shifts both arms off the centre.
     arm = _polar(angle / 3, np.pi - angle) + jitter
     sign = jax.random.rademacher(key_arm, (n, 1), jnp.float32)
     return sign * arm + 0.1 * _normal(key_noise, n)
@@ -125,9 +125,9 @@ TOYS: dict[str, Toy] = {
         Toy("8gaussians", _sample_8gaussians, 2.8319),
         Toy("checkerboard", _sample_checkerboard, math.log(32)),
         Toy("moons", _sample_moons, 2.3939),
-        # the customary sampler adds the noise before it scales by 3
+        # The customary sampler adds the noise before it scales by 3.
         _rings("circles", (3.0, 1.5), 3 * 0.08, 3.2681),
-        # the customary sampler adds the noise after it scales by 3
+        # The customary sampler adds the noise after it scales by 3.
         _rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08, 2.6232),
         Toy("pinwheel", _sample_pinwheel, 2.3178),
         Toy("2spirals", _sample_2spirals, 2.6455),

@@ -3,11 +3,11 @@ as they say?
 
 For held-out pairs of parameters and a context, the rank of each true parameter among ``L`` samples
 of the model given the context is uniform on ``0, ..., L`` if the model is the posterior (Talts et
-al. 2018). Ranks of the log-density of the truth among those of the samples show what ranks of
+al. 2018). Ranks of the truth's log-density among the samples' log-densities show what ranks of
 single parameters cannot: wrong correlations (Modrak et al. 2023).
 
-Ranks are those of one context each, over many contexts: a model that ignores contexts and gives the
-prior passes by its parameters, and its likelihood shows it.
+Each rank belongs to one context, and the test sees many contexts. A model that ignores contexts and
+returns the prior therefore passes the test of its parameters; its likelihood reveals it.
 """
 
 import functools
@@ -32,7 +32,7 @@ class RankTest:
     """Ranks of one quantity and the test that they are uniform.
 
     Attributes:
-        name: What the ranks are of, "entry 0" and so on, or "log p".
+        name: The ranked quantity: "entry 0" and so on, or "log p".
         counts: Ranks in bins of equal width, from the lowest.
         p_value: Twice the smaller p-value of the chi-square test of ``counts`` and the
             Kolmogorov-Smirnov test of the ranks.
@@ -52,7 +52,7 @@ class Calibration:
     Attributes:
         tests: Tests of the ranks of every entry of the examples, and of the log-density.
         num_examples: Pairs, each of which gives one rank.
-        num_samples: Samples for each.
+        num_samples: Samples per pair.
         num_failed: Samples whose inverse did not converge.
     """
 
@@ -70,8 +70,8 @@ class Calibration:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the tests together do not refuse the ranks, as they refuse those of one
-        calibrated model in a thousand.
+        """Whether the tests together accept the ranks; they reject one calibrated model in a
+        thousand.
         """
         return self.p_value >= 1e-3
 
@@ -101,7 +101,9 @@ class Calibration:
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
-        """Sentences about a model that is refused, and about samples that are none."""
+        """Sentences about a model that the tests reject, and about samples whose inverse did not
+        converge.
+        """
         found, num = [], self.num_examples * self.num_samples
         if not self.is_calibrated:
             found.append(
@@ -119,16 +121,11 @@ class Calibration:
 def calibrate_run(
     run: Run, num_examples: int = NUM_EXAMPLES, num_samples: int = NUM_SAMPLES
 ) -> Calibration:
-    """Calibration of a run's model on its first test examples, see `calibrate`.
-
-    Raises:
-        ValueError: If the model is no density of vectors given contexts, or there are too few test
-            examples.
-    """
+    """Calibration of a run's model on its first test examples, see `calibrate`."""
     contexts = run.test_contexts()
     if not isinstance(run.model, Density) or contexts is None:
         raise ValueError(
-            f"{run.folder} holds no density given contexts: calibration is that of posteriors"
+            f"{run.folder} holds no density given contexts: calibration is for posteriors"
         )
     examples, contexts = run.test_examples()[:num_examples], contexts[:num_examples]
     return calibrate(
@@ -149,15 +146,15 @@ def calibrate(
 
     Args:
         model: A conditional density of vectors.
-        examples: Parameters that the model has not been trained on, and was not chosen by.
+        examples: Parameters that neither trained nor chose the model.
         contexts: Their contexts, such as observations that were simulated from them.
-        num_samples: Samples of the model for each.
+        num_samples: Samples of the model per example.
         settings: Batch size, and how log-densities are computed.
         seed: Seed of the samples, in [0, 2^32).
 
     Raises:
-        ValueError: If the examples are no vectors, fewer than `LEAST_EXAMPLES`, or have no context
-            each.
+        ValueError: If the examples are not vectors, or fewer than `LEAST_EXAMPLES`, or some have no
+            context.
 
     Example:
         >>> print(calibrate(model, theta_test, context_test))  # doctest: +SKIP
@@ -175,10 +172,8 @@ def calibrate(
     )
     log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
     of_samples, of_truth = log_prob(drawn, contexts=repeated), log_prob(examples, contexts=contexts)
-    values, truth = (
-        _places(model, drawn).reshape(len(examples), num_samples, -1),
-        _places(model, examples),
-    )
+    values = _places(model, drawn).reshape(len(examples), num_samples, -1)
+    truth = _places(model, examples)
     generator = np.random.default_rng(seed)
     tests = [
         rank_test(
@@ -192,8 +187,8 @@ def calibrate(
 
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
-    """Vectors with the number of a value that owns a cell in its place, which precisions round
-    in ways of their own.
+    """Vectors in which numbers of cells replace the values that own them, as each precision rounds
+    the values differently.
     """
     cells = model.spec.cells
     return np.asarray(x if cells is None else cells.places(jnp.asarray(x))[0], np.float64)
@@ -202,11 +197,11 @@ def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
 def rank_test(
     name: str, ranks: Int[np.ndarray, " n"], num_samples: int, generator: np.random.Generator
 ) -> RankTest:
-    """Tests that ranks are uniform on ``0, ..., num_samples``, with noise in their cells that makes
-    them so on an interval.
+    """Tests that ranks are uniform on ``0, ..., num_samples``; noise in [0, 1) makes ranks
+    continuous.
 
     The Kolmogorov-Smirnov test finds samples that are too high or too low, the chi-square test, of
-    at most 20 bins with ten ranks or more on average, those that are too wide or too narrow.
+    at most 20 bins with ten ranks or more on average, samples that are too wide or too narrow.
     """
     from scipy.stats import chisquare, kstest
 
@@ -219,9 +214,7 @@ def rank_test(
 def _ranks(
     values: Float[np.ndarray, "n m"], truth: Float[np.ndarray, " n"], generator: np.random.Generator
 ) -> Int[np.ndarray, " n"]:
-    """Number of values below the truth; among equal ones, which grids have, the place is drawn
-    at random.
-    """
+    """Number of values below the truth; equal values, which grids have, are ranked at random."""
     below = np.sum(values < truth[:, None], axis=1)
     equal = np.sum(values == truth[:, None], axis=1)
     return below + generator.integers(0, equal + 1)

@@ -1,5 +1,5 @@
-"""Top-1 test error of a classifier or a density with classes, with an interval, and which class
-is taken for which.
+"""Top-1 test error of a classifier or a density with classes, with an interval, and the confusion
+of classes.
 """
 
 import math
@@ -12,7 +12,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.training.classification import classify
 
-CONFIDENCE = 0.95  # probability that the interval of an error covers the true one
+CONFIDENCE = 0.95  # probability that the interval of an error covers the true error
 NUM_MISTAKES = 32  # listed and shown
 
 
@@ -51,19 +51,16 @@ class Classification:
         low, high = self.interval
         line = (
             f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} "
-            "examples; "
-            f"{100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), "
+            f"examples; {100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), "
             f"cross-entropy {self.loss:.4f} nats"
         )
         return "\n".join([line, *self.warnings()])
 
     def warnings(self) -> list[str]:
         """A sentence about logits that are not finite."""
-        return (
-            []
-            if math.isfinite(self.loss)
-            else ["The cross-entropy is not finite: the test error means nothing."]
-        )
+        if math.isfinite(self.loss):
+            return []
+        return ["The cross-entropy is not finite: the test error means nothing."]
 
 
 def evaluate(
@@ -109,7 +106,7 @@ def summarize(
 
 
 def fraction_interval(count: int, total: int) -> tuple[float, float]:
-    """Wilson's (1927) interval of a probability, from ``count`` events in ``total`` trials, at
+    """Wilson's (1927) interval for a probability, from ``count`` events in ``total`` trials, at
     `CONFIDENCE`.
     """
     from scipy.stats import binomtest  # late: half a second, for which training should not wait

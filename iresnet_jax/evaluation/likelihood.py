@@ -1,8 +1,8 @@
-"""Test likelihood: the mean over examples, noise and probes, and its standard error from how
-examples differ.
+"""Test likelihood: the mean over examples, noise and probes, and its standard error from the
+differences between examples.
 
-It is unbiased where log-determinants are exact or a roulette's; otherwise its line says what the
-cut may cost.
+It is unbiased if log-determinants are exact or from `RouletteLogdet`; otherwise its line states the
+bound of the truncation error.
 """
 
 import math
@@ -22,9 +22,9 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training.density import evaluate_examples
 
-# For each noise draw, D dimensions take D products a block exactly, and 88 by an estimate of 4
-# draws of 22 terms, which leaves the error of its probes. At 256 dimensions exactness costs 3 times
-# as much.
+# For each noise draw, an exact log-determinant takes D products per block, and an estimate by 4
+# draws of 22 terms 88 products and has an error. At 256 dimensions the exact one costs 3 times as
+# much.
 MAX_EXACT_DIMS = 256
 
 
@@ -36,16 +36,16 @@ class Likelihood:
         mean: Mean over examples, noise and probes.
         stderr: Standard error of ``mean``, from the means of the examples.
         unit: "bits/dim" for images, "nats" for points.
-        estimator: Log-determinant that ``mean`` was computed with, in words, "exact
-            log-determinant" where that is affordable.
+        estimator: Log-determinant that ``mean`` was computed with, in words; "exact
+            log-determinant" if that is affordable.
         truncation_bound: Bound of the truncation error of the terms that are always computed, mean
             over examples; 0 if exact.
         num_examples: Test examples.
         num_dequantisations: Noise draws of each example; 0 for points.
         num_probes: Probe draws of each noise draw.
-        bound: What ``mean`` bounds the negative log-likelihood of discrete data by: "uniform mean"
-            or "variational mean", the mean over uniform noise or that of a flow; "" for continuous
-            data, whose likelihood it is itself.
+        bound: Kind of bound that ``mean`` is for discrete data: "uniform mean" or "variational
+            mean", by uniform noise or by a flow's noise; "" for continuous data, whose negative
+            log-likelihood ``mean`` is.
         entropy_floor: Entropy of the data in nats, if known.
         importance: The importance-weighted bound of the same data; None unless it was asked for.
     """
@@ -85,7 +85,7 @@ class Likelihood:
         """Sentences about a likelihood that is not finite, or too good to be true."""
         if not math.isfinite(self.mean):
             return ["The likelihood is not finite."]
-        # Entropies are known to 1e-4 nats, which is more than float32 takes from a mean.
+        # Entropies are known to 1e-4 nats, which exceeds the rounding of a mean in float32.
         if self.entropy_floor is not None and self.mean < self.entropy_floor - (
             4 * self.stderr + 1e-4
         ):
@@ -108,20 +108,16 @@ def measure(
 ) -> Likelihood:
     """Test objective, bits/dim of images or nats of points, with its standard error.
 
-    The log-determinant is exact up to 256 dimensions. Beyond, the configured estimator's mean is
-    the result, unbiased if it is exact or a roulette. Its truncation bound is a posteriori, see
-    `SeriesLogdet` and `KrylovLogdet`, and rigorous if the Lipschitz constants are.
+    The log-determinant is exact up to 256 dimensions. Beyond, it is the configured estimator's,
+    which is unbiased for `ExactLogdet` and `RouletteLogdet`. Its truncation bound is a posteriori,
+    see `SeriesLogdet` and `KrylovLogdet`, and rigorous if the Lipschitz constants are.
 
-    With ``settings.num_importance_draws`` there is the importance-weighted bound by so many draws
-    of noise too. If it is computed for some of the examples, its gain on them is taken from the
-    mean of all.
+    With ``settings.num_importance_draws`` the importance-weighted bound is added. If it is computed
+    for some examples only, its gain on them is subtracted from the mean of all examples.
 
     Args:
         contexts: Context of each example, of a conditional density.
         entropy_floor: Entropy of the data in nats, if known.
-
-    Raises:
-        ValueError: If there are fewer than two examples.
     """
     num = len(examples)
     if num < 2:
@@ -130,30 +126,29 @@ def measure(
         )
     spec, used = model.spec, with_estimator(model, settings)
     num_noise = settings.num_dequantisations if spec.is_discrete else 1
-    num_probes = 1 if isinstance(used.estimator, ExactLogdet) else settings.num_probe_draws
+    num_probes = 1 if isinstance(used.how.estimator, ExactLogdet) else settings.num_probe_draws
     values = objective(
         used, examples, settings, seed, contexts, noise=range(num_noise), probes=range(num_probes)
     )
     by_example = values.mean(axis=(1, 2))
     mean, stderr = float(by_example.mean()), float(by_example.std(ddof=1)) / math.sqrt(num)
-    words, cut = described(used.estimator)
+    words, cut = described(used.how.estimator or ExactLogdet())
     truncation_bound = 0.0
     if cut is not None:
         given = evaluate_examples(
-            model.with_bounds().with_(estimator=cut),
+            model.with_(estimator=cut),
             examples,
             jax.random.key(seed),
             settings.batch_size,
             contexts=contexts,
+            bounds=model.bounds(),
         )
         truncation_bound = float(np.mean(given["truncation_bound"], dtype=np.float64))
-    weighted = (
-        importance_bound(model, examples, settings, seed, contexts)
-        if settings.num_importance_draws
-        else None
-    )
-    if weighted and weighted.num_examples < num:
-        weighted = weighted.of_all(mean, stderr)
+    weighted = None
+    if settings.num_importance_draws:
+        weighted = importance_bound(model, examples, settings, seed, contexts)
+        if weighted.num_examples < num:
+            weighted = weighted.of_all(mean, stderr)
     return Likelihood(
         mean=mean,
         stderr=stderr,
@@ -170,7 +165,7 @@ def measure(
 
 
 def with_estimator(model: Density, settings: EvaluationConfig) -> Density:
-    """The model with exact log-determinants up to 256 dimensions, and with the configured ones
+    """The model with exact log-determinants up to 256 dimensions, and with the configured estimator
     beyond.
     """
     is_small = model.spec.flow.num_dims <= MAX_EXACT_DIMS
@@ -188,14 +183,14 @@ def objective(
     probes: range = range(1),
     same_probes: bool = False,
 ) -> Float[np.ndarray, "n s p"]:
-    """The objective of examples by the model's own estimator, for each draw of noise and of probes.
+    """The objective of examples by the model's estimator, for each draw of noise and of probes.
 
-    Every example has keys of its own, so its value does not depend on the batch that it is in.
+    Every example has its own keys, so its value does not depend on its batch.
 
     Args:
         noise: Numbers of the draws of noise.
-        probes: Numbers of the draws of probes of each draw of noise.
-        same_probes: Whether all draws of noise have the probes of the first one.
+        probes: Numbers of the draws of probes for each draw of noise.
+        same_probes: Whether all draws of noise use the first one's probes.
     """
 
     def drawn(s: int, p: int) -> np.ndarray:
@@ -230,28 +225,26 @@ def importance_bound(
     seed: int,
     contexts: Num[np.ndarray, "n k"] | None = None,
 ) -> ImportanceBound:
-    """The importance-weighted bound with ``settings.num_importance_draws`` draws of noise an
+    """The importance-weighted bound with ``settings.num_importance_draws`` draws of noise per
     example.
 
-    It is that of ``settings.num_importance_examples`` of the examples, evenly spaced, if these are
-    fewer. Estimated log-determinants have at least two draws of probes. Examples pass through the
-    model once for each draw, so more draws take more time and no more memory of devices.
-
-    Raises:
-        ValueError: If the data are continuous, whose likelihood needs no bound.
+    ``settings.num_importance_examples`` limits it to so many examples, evenly spaced. Estimated
+    log-determinants have at least two draws of probes. Examples pass through the model once for
+    each draw, so more draws take more time and no more memory of devices.
     """
     spec, num = model.spec, settings.num_importance_examples
     if not spec.is_discrete:
         raise ValueError(
             "an importance-weighted bound is one of data of integer levels or with cells, and "
-            "these are continuous: leave it "
-            "out, their likelihood is the number itself"
+            "these are continuous: leave it out, their likelihood is the number itself"
         )
     if 0 < num < len(examples):
         rows = np.linspace(0, len(examples) - 1, num, dtype=int)
         examples, contexts = examples[rows], None if contexts is None else contexts[rows]
     used = with_estimator(model, settings)
-    num_probes = 1 if isinstance(used.estimator, ExactLogdet) else max(settings.num_probe_draws, 2)
+    num_probes = (
+        1 if isinstance(used.how.estimator, ExactLogdet) else max(settings.num_probe_draws, 2)
+    )
     draws = {
         "noise": range(settings.num_importance_draws),
         "probes": range(num_probes),
@@ -262,8 +255,8 @@ def importance_bound(
 
 
 def described(estimator: LogdetEstimator) -> tuple[str, SeriesLogdet | KrylovLogdet | None]:
-    """An estimator in words, and that of the terms that are always computed, whose remainder is
-    bounded; None if exact.
+    """An estimator in words, and the estimator of the terms that are always computed, which has the
+    truncation bound; None if exact.
     """
     if isinstance(estimator, SeriesLogdet):
         return (

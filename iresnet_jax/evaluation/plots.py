@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GREY = "#2a2f36", "#727b87"
-# distinct to readers with the common colour deficiencies
+# These colours are distinct to readers with the common colour deficiencies.
 BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"
 OBJECTIVES = {
     "bits_per_dim": "bits/dim",
@@ -43,9 +43,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def data_uri(figure: "Figure") -> str:
-    """A figure as the address of an image that is its own content, for a page that needs no
-    other file.
-    """
+    """A figure as a data URI, for a page that needs no other file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -161,7 +159,7 @@ def density_map(
 
 def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
     """Marginals of the first entries of vectors on the diagonal, pairs of entries below it, on the
-    range of the first ones.
+    range of the first set.
 
     Args:
         points: One or two sets of vectors by name, such as test data and samples.
@@ -208,7 +206,7 @@ def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
 
 
 def rank_histograms(calibration: Calibration) -> "Figure":
-    """Histograms of ranks, of the first entries and of the log-density, with the band of a
+    """Histograms of the ranks of the first entries and of the log-density, with the band of a
     calibrated model.
     """
     tests = [*calibration.tests[:-1][: MAX_RANKS - 1], calibration.tests[-1]]
@@ -225,8 +223,8 @@ def rank_histograms(calibration: Calibration) -> "Figure":
 
 
 def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
-    """Number of examples of each class, by row, taken for each, by column; colour is the share
-    of the class on a log scale.
+    """Number of examples by class (row) and predicted class (column); colour is the share of the
+    class on a log scale.
     """
     figure = new_figure(5.6, 5.0)
     axes = figure.add_subplot()
@@ -245,8 +243,8 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
 
 
 def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Figure":
-    """Verified accuracy by radius, of certified radii that are 0 for images classified wrongly,
-    and accuracy under attack.
+    """Verified accuracy and accuracy under attack by radius; certified radii are 0 for images
+    classified wrongly.
     """
     figure = new_figure(5.6, 3.6)
     axes = figure.add_subplot()
@@ -275,7 +273,7 @@ def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Fig
 def images(
     values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, captions: Sequence[str] = ()
 ) -> "Figure":
-    """Images in reading order, continuous ones from their 1 % to their 99 % quantile."""
+    """Images in reading order; continuous images are clipped to their 1 % and 99 % quantiles."""
     if num_levels is not None:
         pixels = values / (num_levels - 1)
     else:
@@ -294,8 +292,8 @@ def images(
 def reconstructions(
     originals: Float[np.ndarray, "n ..."], back: Float[np.ndarray, "n ..."]
 ) -> "Figure | None":
-    """First originals above their reconstructions and the largest difference of each; None for
-    points and other units.
+    """First originals above their reconstructions, with the largest difference of each; None unless
+    the originals are images in [0, 1].
     """
     if originals.ndim != 4 or originals.min() < 0 or originals.max() > 1:
         return None
@@ -313,15 +311,12 @@ def reconstructions(
 
 
 def rgb(pixels: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w 3"]:
-    """RGB images in [0, 1] of pixels on this scale, black where not finite; the mean of channels
-    neither grey nor RGB.
+    """RGB images in [0, 1] from pixels in [0, 1], black where not finite; other numbers of channels
+    than 3 are averaged to grey.
     """
-    three = (
-        pixels
-        if pixels.shape[-1] == 3
-        else np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
-    )
-    return np.clip(np.nan_to_num(three), 0.0, 1.0)
+    if pixels.shape[-1] != 3:
+        pixels = np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
+    return np.clip(np.nan_to_num(pixels), 0.0, 1.0)
 
 
 def write_samples(
@@ -340,7 +335,7 @@ def write_samples(
 def panels(
     num: int, columns: int, height: float, *, width: float = 10.0
 ) -> tuple["Figure", list["Axes"]]:
-    """A figure of so many axes in rows of one height, in inches; the rest of the last row stays
+    """A figure of ``num`` axes in rows of one height, in inches; the rest of the last row stays
     empty.
     """
     rows = math.ceil(num / columns)

@@ -39,10 +39,10 @@ from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.evaluation.round_trips import Inversion
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.machine import device_summary, num_cores
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.preprocessing import cells
-from iresnet_jax.runs.machine import device_summary, num_cores
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
 
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_IMAGES, NUM_POINTS = 64, 2000  # samples shown
-CERTIFY_S = 0.5  # roughly, for guaranteed errors of inverses; compiling takes some seconds beside
-CLASSES_SHOWN = 10  # the first ones, with a row of samples each
-TITLES = {  # of the fields of `Report` that are sections of the page, in its order
+CERTIFY_S = 0.5  # rough time for guaranteed errors of inverses, without some seconds of compiling
+CLASSES_SHOWN = 10  # first classes, with a row of samples each
+TITLES = {  # by field of `Report`, in the order of the page
     "likelihood": "Likelihood",
     "calibration": "Calibration",
     "classification": "Classes",
@@ -65,21 +65,21 @@ TITLES = {  # of the fields of `Report` that are sections of the page, in its or
     "train": "Training",
 }
 
-Results = dict[str, Any]  # fields of `Report`
-# figures by their caption, by the field of `Report` that they belong to
+Results = dict[str, Any]  # values by field of `Report`
+# Figures by field of `Report` and by caption.
 Figures = dict[str, dict[str, "Figure"]]
 
 
 @dataclass(frozen=True)
 class TrainingTimes:
-    """Wall-clock time of a training run; None where its metrics do not tell.
+    """Wall-clock time of a training run; None if its metrics do not tell.
 
     Attributes:
         steps: Number of updates that led to the evaluated parameters.
         total_steps: Updates of the run so far.
         seconds_per_step: Median over the logged windows.
-        compile_seconds: Start to end of the first step, of the last process.
-        total_seconds: Start to last record.
+        compile_seconds: Time from the last process' start to the end of its first step.
+        total_seconds: Time from the start to the last record.
     """
 
     steps: int
@@ -116,15 +116,15 @@ class TrainingTimes:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of a run; None for what its kind of model does not have.
+    """Results of a run; None if its kind of model does not have them.
 
     Attributes:
         environment: Devices, versions, date and commit, see `describe_environment`.
-        calibration: Ranks of test examples among samples given their contexts, of a conditional
+        calibration: Ranks of test examples among samples given their contexts, for a conditional
             density of vectors.
         noise_lipschitz: Lipschitz constants of the flow that makes the noise of variational
             dequantisation.
-        notes: Sentences about the parameters, such as which checkpoint had to be used instead.
+        notes: Sentences about the parameters, such as a replaced checkpoint.
     """
 
     train: TrainingTimes
@@ -199,12 +199,12 @@ class Report:
             if known:
                 facts[name] |= {"certified": known.certified, "max_block": known.max_block}
         facts |= {"warnings": self.warnings()}
-        # None for numbers that JSON does not have
+        # JSON has no NaN and no infinity: None stands for them.
         return json.loads(json.dumps(facts), parse_constant=lambda _: None)
 
     @property
     def headline(self) -> str:
-        """The number that is compared with published ones; empty of a model without one."""
+        """The number that is compared with published ones; empty if there is none."""
         if self.likelihood:
             return (
                 f"{self.likelihood.mean:.4f} ± {self.likelihood.stderr:.4f} {self.likelihood.unit}"
@@ -213,9 +213,7 @@ class Report:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Devices, versions and date of this process and, in a checkout, the commit; None for what
-    is not known.
-    """
+    """Devices, versions and date of this process and, in a checkout, the commit, if known."""
     versions = {}
     for package in ("iresnet_jax", "jax", "jaxlib", "flax", "optax", "numpy"):
         try:
@@ -337,8 +335,8 @@ def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -
 def log_density_on_grid(
     model: Density, points: Float[np.ndarray, "n 2"], side: int = 128
 ) -> tuple[Float[np.ndarray, "m m"], tuple[float, float, float, float]]:
-    """Exact log-density of a model of the plane on a grid around points, of dequantised data if
-    they own cells.
+    """Exact log-density of a model of the plane on a grid around points; for data with cells, of
+    the dequantised data.
 
     Returns:
         Natural log of the density, rows along the second coordinate, and (left, right, bottom,
@@ -356,8 +354,8 @@ def log_density_on_grid(
 
 
 def _classes(run: Run, examples: np.ndarray, figures: Figures) -> Results:
-    """Test error of a model with classes; robustness of a classifier, and of a density samples
-    of each class.
+    """Test error of a model with classes; a classifier's robustness, or a density's samples of each
+    class.
     """
     model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
     is_image = examples.ndim == 4
@@ -398,10 +396,8 @@ def _inverse(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     # The solver of a model without a certificate runs to its cap.
     chosen = examples[: round_trips.NUM_EXAMPLES if certificate.certified else 64]
     contexts = None if contexts is None else contexts[: len(chosen)]
-    size, num_certified = (
-        run.config.evaluation.batch_size,
-        round_trips.affordable(model.spec.flow, CERTIFY_S),
-    )
+    size = run.config.evaluation.batch_size
+    num_certified = round_trips.affordable(model.spec.flow, CERTIFY_S)
     result = round_trips.reconstruct(
         model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified
     )
@@ -421,7 +417,7 @@ def render(
     """The report of a run as one HTML page without scripts that needs no other file.
 
     Args:
-        figures: Figures by caption, by the field of `Report` that they belong to.
+        figures: Figures by field of `Report` and by caption.
         references: Published numbers to compare the headline with, by name.
     """
     from jinja2 import Environment, StrictUndefined

@@ -1,8 +1,8 @@
-"""Accuracy of a classifier when pixels may move by a distance: what radii prove, and what attacks
-leave.
+"""Accuracy of a classifier when pixels may move by a distance: proven by radii, and measured under
+attacks.
 
-The accuracy against every attack lies between the verified one, of `certify.radius`, and the one
-under these attacks.
+The accuracy against every attack lies between the verified accuracy, by `certify.radius`, and the
+accuracy under these attacks.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import parallel
 
-NUM_CHECKED = 1000  # images, at most, whose own radii are attacked
-INSIDE = 0.999  # of a radius, where attacks must fail by more than rounding
-ROUNDING = 1e-5  # of logits in float32, relative to their size
+NUM_CHECKED = 1000  # largest number of images whose own radii are attacked
+INSIDE = 0.999  # share of a radius within which attacks must fail by more than rounding
+ROUNDING = 1e-5  # rounding of logits in float32, relative to their size
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Fraction of images that are classified rightly, with its Wilson interval."""
+    """Fraction of images that are classified correctly, with its Wilson interval."""
 
     fraction: float
     interval: tuple[float, float]
 
     @classmethod
     def of(cls, right: Bool[np.ndarray, " n"]) -> "Accuracy":
-        """The accuracy on images of which some are classified rightly."""
+        """The accuracy, from a mask of the images that are classified correctly."""
         return cls(float(right.mean()), fraction_interval(int(right.sum()), len(right)))
 
     def __str__(self) -> str:
@@ -50,8 +50,8 @@ class Robustness:
         num_examples: Test images.
         clean: Accuracy on the images as they are.
         radii: Radii, the smallest first.
-        verified: Accuracy that is proven within each.
-        attacked: Accuracy that attacks leave within each.
+        verified: Accuracy that is proven within each radius.
+        attacked: Accuracy under attacks within each radius.
         attack: Steps and random starts of an attack.
         median_radius: Median of the certified radii, 0 for images that are classified wrongly.
         lipschitz: Median of the certified Lipschitz constants of the margins.
@@ -75,26 +75,22 @@ class Robustness:
         steps, starts = self.attack
         lines = [
             f"robustness: {self.clean.fraction:.2%} of {self.num_examples} images right, median "
-            "certified radius "
-            f"{self.median_radius:.4g}; {self.num_broken} of {self.num_checked} radii broken by "
-            f"attacks ({steps} steps, "
-            f"{starts} starts)",
+            f"certified radius {self.median_radius:.4g}; {self.num_broken} of {self.num_checked} "
+            f"radii broken by attacks ({steps} steps, {starts} starts)",
             f"{'radius':>8}   {'verified':24} under attack",
             *(f"{size:8.4g}   {proven!s:24} {left}" for size, proven, left in rows),
         ]
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
-        """Sentences about radii that were broken, and about constants that leave nothing to
-        verify.
-        """
+        """Sentences about broken radii, and about constants too large to verify anything."""
         found = []
         if self.num_broken:
             found.append(
                 f"{self.num_broken} certified radii were broken: a bound is wrong, please "
                 "report it."
             )
-        # of a linear head on potentials it is at most 2 over the least divisor of pixels
+        # For a linear head on potentials it is at most 2 over the least divisor of pixels.
         if self.lipschitz > 20:
             found.append(
                 "Radii are small because the certified Lipschitz constant of margins is "
@@ -111,10 +107,11 @@ def measure(
     settings: EvaluationConfig,
     seed: int,
 ) -> tuple[Robustness, Float[np.ndarray, " n"]]:
-    """The robustness of a classifier on images of integer levels, and their radii, 0 where they are
+    """The robustness of a classifier on images of integer levels, and the images' radii, 0 where
     classified wrongly.
 
-    Images that are verified at a radius, or wrong at a smaller one, are not attacked at it.
+    An image is not attacked at radii at which it is verified, nor at radii above a successful
+    attack.
     """
     attack, size = (settings.attack_steps, settings.attack_starts), settings.batch_size
     found = certify.radius(model, images)
@@ -158,14 +155,14 @@ def least_margins(
     """The least margins of classes that projected gradient descent finds within radii (Madry et al.
     2018).
 
-    The margin is the class' logit less the largest other one. A step has the length of 2.5 radii
-    over the number of steps.
+    The margin is the class' logit less the largest other one. A step's length is 2.5 radii divided
+    by the number of steps.
 
     Args:
         model: The classifier.
         images: Images of integer levels; pixels stay within [0, 1].
-        classes: A class of each.
-        radii: A radius of each.
+        classes: Class of each image.
+        radii: Radius of each image.
         attack: Number of steps and of random starts.
         seed: Seed of the starts.
         batch_size: Most images at once.
@@ -173,7 +170,7 @@ def least_margins(
     if not len(images):
         return np.zeros(0)
     state = (model, np.asarray(attack, np.int32), np.uint32(seed))
-    # one shape of batches, one program
+    # All batches have one shape, so one program is compiled.
     places = np.resize(np.arange(len(images)), -(-len(images) // batch_size) * batch_size)
     rows = (
         images[places],
@@ -199,7 +196,7 @@ def _descend(state: Any, batch: Any) -> Float[Array, " b"]:
         margins = jnp.max(jnp.where(is_own, logits, -jnp.inf), axis=1) - rest
         return jnp.sum(margins), margins + ROUNDING * jnp.max(jnp.abs(logits), axis=1)
 
-    def along(directions, lengths):  # of Euclidean norm 1, by example
+    def along(directions, lengths):  # scales each example's direction to a Euclidean norm
         norms = jnp.maximum(example_norm(directions), jnp.finfo(directions.dtype).tiny)
         return directions * (lengths / norms).reshape(-1, 1, 1, 1), norms
 

@@ -1,6 +1,4 @@
-"""Samples of a trained model by all devices, and where their inverse, which is iterative,
-failed.
-"""
+"""Samples of a trained model on all devices, and the samples whose iterative inverse failed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +7,6 @@ import jax
 import numpy as np
 from jaxtyping import Float, Num
 
-from iresnet_jax.certification.decode import to_data
 from iresnet_jax.evaluation.round_trips import Guarantee, bound_inverses
 from iresnet_jax.models.density import Density
 from iresnet_jax.training import parallel
@@ -17,12 +14,12 @@ from iresnet_jax.training import parallel
 
 @dataclass(frozen=True)
 class SampleConvergence:
-    """Ends of the inverses of a number of samples.
+    """Convergence of the inverses of a number of samples.
 
     Attributes:
         num: Samples.
         failed: Numbers of the samples whose inverse did not meet its tolerance.
-        guarantee: Guaranteed errors of the first samples; None if that was not asked for.
+        guarantee: Guaranteed errors of the first samples; None if not requested.
     """
 
     num: int
@@ -57,23 +54,22 @@ def draw(
     contexts: Float[np.ndarray, "_ k"] | None = None,
     num_certified: int | None = None,
 ) -> tuple[Num[np.ndarray, "n ..."], SampleConvergence]:
-    """Samples of ``model.sample(jax.random.key(seed), num)`` and their convergence, by all devices.
+    """Samples of ``model.sample(jax.random.key(seed), num)`` and their convergence, on all devices.
 
     Args:
         num: Samples, at least 1.
         batch_size: Most samples that are inverted at once.
         temperature: Factor on the prior's scale, at least 0; 1 samples the model.
         seed: Seed of the latents.
-        labels: Class of each sample, of a model whose classes have priors; the model draws them by
-            default.
-        contexts: Context of each sample, of a conditional density; fewer than samples are taken
-            again and again.
-        num_certified: Samples that are certified by `certify.inverse`, from the first; 0 says that
-            one takes too long, None that nobody asked.
+        labels: Class of each sample, if the model's classes have priors; drawn by default.
+        contexts: Context of each sample, for a conditional density; fewer contexts than samples are
+            repeated.
+        num_certified: Number of first samples that `certify.inverse` certifies; 0 means that one
+            takes too long, None that it was not requested.
 
     Raises:
         ValueError: If ``num``, ``temperature``, ``seed`` or a label is out of range, the model has
-            no classes, or it needs contexts and has none.
+            no classes, or it needs contexts and got none.
 
     Example:
         >>> values, convergence = draw(model, 64, 64, temperature=0.8)  # doctest: +SKIP
@@ -87,16 +83,18 @@ def draw(
         model.sample_latents(jax.random.key(seed), num, temperature=temperature, labels=of_classes)
     )
     taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
-    decoded = parallel.over_batches(
-        _decode, model.with_bounds(), parallel.rows_of(latents, taken), num, batch_size
+    data, info = parallel.over_batches(
+        _decode, (model, model.bounds()), parallel.rows_of(latents, taken), num, batch_size
     )
     guarantee = (
-        None if num_certified is None else bound_inverses(model, decoded, num_certified, taken)
+        None
+        if num_certified is None
+        else bound_inverses(model, latents, data, info, num_certified, taken)
     )
-    failed = np.flatnonzero(~decoded.info.converged).tolist()
-    return decoded.data, SampleConvergence(num, tuple(failed), guarantee)
+    failed = np.flatnonzero(~info.converged).tolist()
+    return data, SampleConvergence(num, tuple(failed), guarantee)
 
 
-def _decode(model, batch):
-    latents, context = batch
-    return to_data(model, latents, context=context)
+def _decode(own, batch):
+    (model, bounds), (latents, context) = own, batch
+    return model.decode(latents, context=context, bounds=bounds)

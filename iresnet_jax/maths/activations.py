@@ -25,14 +25,14 @@ class Activation(NamedTuple):
 
     Attributes:
         function: ``x -> phi(x)``, or ``(x, beta) -> phi(x)`` in the Swish family.
-        slope_lipschitz: Lipschitz constant of the Jacobian in the 2-norm, of elementwise
-            activations the largest slope of the slope; times ``softplus(beta)`` for those with a
-            ``beta``. None where the Jacobian jumps: training a density differentiates it, and the
-            slopes of a piecewise linear activation have no gradient.
+        slope_lipschitz: Lipschitz constant of the Jacobian in the 2-norm; for an elementwise
+            activation, the largest slope of the slope. An activation with a ``beta`` multiplies it
+            by ``softplus(beta)``. None if the Jacobian jumps: training a density differentiates the
+            Jacobian, and the slopes of a piecewise linear activation have no gradient.
         initial_beta: Initial value of ``beta``, the raw parameter of the Swish family; None without
             one.
-        channel_factor: Output channels for each input channel, one copy of all after the other: of
-            ``c`` channels, output ``k c + i`` depends on input ``i``.
+        channel_factor: Output channels for each input channel, one copy of all channels after the
+            other: with ``c`` input channels, output ``k c + i`` depends on input ``i``.
         elementwise: Whether each output entry depends on one input entry alone.
         monotone: Whether it is elementwise with slopes in [0, 1], for every input.
     """
@@ -54,9 +54,6 @@ class Activation(NamedTuple):
     ) -> Float[Array, "..."]:
         """``phi(x)``; ``beta`` has the shape ``()`` or ``(c,)``, and its initial value if it is
         left out.
-
-        Raises:
-            ValueError: If the activation has no ``beta`` and one is given.
         """
         if self.has_beta:
             return self.function(x, beta)
@@ -76,8 +73,7 @@ def _positive_beta(
     if beta.shape not in ((), x.shape[-1:]):
         raise ValueError(
             f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got "
-            f"{beta.shape}: "
-            "use one value per layer or one per channel"
+            f"{beta.shape}: use one value per layer or one per channel"
         )
     return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
 
@@ -100,14 +96,11 @@ def lipswish(
         beta: Raw sharpness, any real number, one per layer or one per input channel; 0.5 if
             ``None``.
 
-    Raises:
-        ValueError: If ``beta`` has neither shape ``()`` nor one entry a channel.
-
     Example:
         >>> lipswish(jnp.array([-1.0, 0.0, 1.0]), beta=0.5)
     """
     # sigmoid(y) = (1 + tanh(y / 2)) / 2, whose second derivatives are twice as fast on XLA:CPU as
-    # those of the former.
+    # the sigmoid's.
     return x * (0.5 + 0.5 * jnp.tanh(0.5 * _positive_beta(x, beta) * x)) / _LIPSWISH_BOUND
 
 
@@ -118,7 +111,7 @@ def clipswish(
     twice the channels.
 
     ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` along the last axis (Perugachi-Diaz et
-    al. 2021). Arguments and errors are those of `lipswish`.
+    al. 2021). It takes the arguments of `lipswish` and raises the same errors.
 
     Guaranteed 1-Lipschitz: each input channel feeds two outputs, so without the factor 1.004 the
     Jacobian has the singular values ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in
@@ -129,10 +122,8 @@ def clipswish(
         >>> clipswish(jnp.ones((8, 16, 16, 32))).shape
         (8, 16, 16, 64)
     """
-    half, odd = (
-        0.5 / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND),
-        jnp.tanh(0.5 * _positive_beta(x, beta) * x),
-    )  # see `lipswish`
+    half = 0.5 / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND)
+    odd = jnp.tanh(0.5 * _positive_beta(x, beta) * x)  # see `lipswish`
     return jnp.concatenate([x * (half + half * odd), x * (half * odd - half)], axis=-1)
 
 
@@ -145,9 +136,6 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
     permutation. At a tie each of the two channels gets half of the gradient, by the projection
     ``[[.5, .5], [.5, .5]]``, of norm 1.
 
-    Raises:
-        ValueError: If the number of channels is odd.
-
     Example:
         >>> maxmin(jnp.array([1.0, 3.0, 5.0, 2.0]))
         Array([3., 1., 5., 2.], dtype=float32)
@@ -159,7 +147,7 @@ def maxmin(x: Float[Array, "... c"]) -> Float[Array, "... c"]:
             f"{c}: add one channel"
         )
     is_first = jnp.arange(c) % 2 == 0
-    # faster on XLA:CPU than pairs
+    # Rolling is faster on XLA:CPU than reshaping into pairs.
     neighbour = jnp.where(is_first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
     return jnp.where(is_first, jnp.maximum(x, neighbour), jnp.minimum(x, neighbour))
 
@@ -170,9 +158,10 @@ def elu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     1-Lipschitz and monotone.
 
     Written as ``2 t / (1 - t)`` with ``t = tanh(x / 2)``, which is accurate near 0 and costs
-    XLA:CPU little more than half of ``expm1``. The slope ``1 + min(y, 0)`` is one of the value
-    ``y``, which the next layer keeps anyway. XLA repeats a cheap last operation, such as a
-    selection, in all that uses it, and keeps its operands: so the division comes last.
+    XLA:CPU little more than half as much as ``expm1``. The slope ``1 + min(y, 0)`` is a function of
+    the value ``y``, which the next layer keeps anyway. The division comes last: a cheap last
+    operation, such as a selection, would be repeated by XLA wherever its result is used, and its
+    operands would stay in memory.
 
     Example:
         >>> elu(jnp.array([-1.0, 2.0]))
@@ -219,7 +208,7 @@ _activations: dict[str, Activation] = {
     "maxmin": Activation(maxmin, None, elementwise=False),
     "identity": Activation(identity, 0.0, monotone=True),
 }
-# `register_activation` adds to it
+# `register_activation` adds entries.
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(_activations)
 
 
@@ -248,10 +237,7 @@ def register_activation(name: str, activation: Activation) -> None:
 
 
 def get(name: str) -> Activation:
-    """The entry of ``ACTIVATIONS`` of that name.
-
-    Raises:
-        ValueError: If the name is unknown.
+    """The entry of ``ACTIVATIONS`` with this name.
 
     Example:
         >>> activation = get("elu")
@@ -259,7 +245,7 @@ def get(name: str) -> Activation:
     """
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got "
-            f"{name!r}: register one's own first"
+            f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}: register "
+            "your own first"
         )
     return ACTIVATIONS[name]

@@ -7,9 +7,9 @@ matrix products, which stay fast under ``vmap`` over kernels.
 
 XLA:CPU has a fast kernel for one layout of a convolution. It brings gradients into that layout
 outside of loops only: inside of ``lax.scan`` and ``lax.while_loop`` they are up to fifty times
-slower. So on CPU the convolution is a primitive of our own with gradients in the fast layout. Few
+slower. So on CPU the convolution is a custom primitive with gradients in the fast layout. Few
 output channels from many input channels are slow in that kernel too, so the primitive rearranges
-them (measured in ``benchmarks/convolution.py``).
+such convolutions (measured in ``benchmarks/convolution.py``).
 """
 
 import functools
@@ -34,17 +34,13 @@ Pads = tuple[Pair, Pair]  # before and after the rows, and the columns
 
 _THIN = 32  # largest number of output channels that counts as few on CPU
 _MOST_TAPS = 25  # largest number of taps that are unrolled
-_MOST_COLUMNS = 256  # of a product of all taps of few channels, on TPUs
+_MOST_COLUMNS = 256  # largest width, on TPUs, of one product for all taps
 
 PADDINGS = ("SAME", "CIRCULAR")
 
 
 def pads_of(padding: Padding, kernel_shape: Sequence[int]) -> Pads:
-    """Numbers of rows and columns that a padding adds before and after the image.
-
-    Raises:
-        ValueError: If the padding is unknown.
-    """
+    """Numbers of rows and columns that a padding adds before and after the image."""
     if padding not in PADDINGS:
         raise ValueError(
             f"padding must be one of {', '.join(PADDINGS)}, which keep the image's "
@@ -93,7 +89,7 @@ def conv(
     if implementation == "auto":
         implementation = choose_implementation(kernel.shape)
         if dtype == jnp.bfloat16 and kernel_height * kernel_width > 1:
-            implementation = "xla"  # which sums over taps in float32, as do its gradients
+            implementation = "xla"  # sums over taps in float32, as do its gradients
     if implementation == "xla":
         convolve = _convolve if platforms.platform() != "cpu" else _convolution.bind
         return convolve(x, kernel, pads=pads)
@@ -106,8 +102,8 @@ def choose_implementation(kernel_shape: Sequence[int]) -> Implementation:
     """The implementation for a kernel of shape ``(kh, kw, cin, cout)``: on CPUs the fastest in
     ``benchmarks/convolution.py``.
 
-    On TPUs all taps of few channels fill the matrix unit in one product, where XLA's convolution
-    uses a part of it for each tap, and takes far longer to compile.
+    On TPUs, one product for all taps of few channels fills the matrix unit. XLA's convolution uses
+    only a part of the unit for each tap and takes far longer to compile.
     """
     *taps, cin, cout = kernel_shape
     if math.prod(taps) == 1:
@@ -132,8 +128,8 @@ def _conv_by_patches(x, kernel):
 
 
 def _product(x, matrix):
-    """``x @ matrix``, pixels as rows: XLA:CPU computes the gradient of the matrix of ``x @
-    matrix`` more slowly.
+    """``x @ matrix`` with pixels as rows: without the reshape, XLA:CPU computes the matrix's
+    gradient more slowly.
     """
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
@@ -151,8 +147,8 @@ def _output_aval(x, kernel, *, pads):
 
 
 def _pads_of_gradient(x, kernel, y, pads, rule):
-    """Pads by a rule of the sides of image, kernel and result and of the pad in front, along
-    each axis.
+    """Pads along each axis, by a rule of the sizes of image, kernel and result and of the pad in
+    front.
     """
     sizes = zip(x.shape[1:3], kernel.shape[:2], y.shape[1:3], pads, strict=True)
     return tuple(rule(n, k, m, before) for n, k, m, (before, _) in sizes)
@@ -179,8 +175,8 @@ def _gradient_of_kernel(y, x, kernel, *, pads):
 
 
 def _batched(arguments, axes, *, pads):
-    """``vmap``: images join the batch, kernels join the output channels; pairs of both are
-    computed one after the other.
+    """``vmap``: mapped images join the batch, mapped kernels join the output channels; if both are
+    mapped, pairs are computed one after the other.
     """
     (x, kernel), (x_axis, kernel_axis) = arguments, axes
     convolve = functools.partial(_convolution.bind, pads=pads)

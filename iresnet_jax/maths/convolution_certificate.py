@@ -3,8 +3,8 @@
 Power iteration approaches a norm from below, so it promises nothing. A bound of this file is never
 below the truth, rounding included; it can be jitted and differentiated. `gram_iteration` bounds
 norms of matrices without an eigensolver. A convolution is written out as a matrix, or bounded
-frequency by frequency by the symbols of a circulant that contains it. The weights are those that
-JAX holds: NumPy's float64 is rounded first.
+frequency by frequency by the symbols of a circulant that contains it. Bounds hold for the weights
+as JAX stores them: NumPy's float64 is rounded first.
 """
 
 import functools
@@ -79,8 +79,9 @@ def conv_norm_bound(
     Otherwise, with the symbol ``F(w) = sum_t K[t] exp(i w.t)``, a complex cin x cout matrix, the
     bound is
 
-        ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``,   ``N = n + max(pad_low,
-        pad_high)`` on each axis.
+        ``min over twists a of max_{j in Z_N} |F((2 pi j + pi a) / N)|_2``
+
+    with ``N = n + max(pad_low, pad_high)`` on each axis.
 
     Proof for zero padding, one axis. Let ``C`` act on sequences with ``x[m + N] = exp(i pi a)
     x[m]`` by ``(C x)[i] = sum_t K[t] x[i + t - pad_low]``. The sequences ``exp(i w m)``, ``w = (2
@@ -103,17 +104,17 @@ def conv_norm_bound(
     Measured against float64 SVDs for Gaussian 3x3 kernels (mean, worst), the embedding exceeds the
     truth by .8 %, 1.4 % on 16 x 16 images; 2 %, 6 % on 8 x 8 (from four channels on 2.7 %); 9 %, 15
     % on 4 x 4; 5x5 kernels on 8 x 8 10 %, 19 %. Trained 3x3 layers of 7 x 7 images with 16 to 64
-    channels: up to 4.3 %. They pass low frequencies best, of which zero-padded images hold a little
-    less than sequences of period 8; eight twists an axis instead of two gain nothing.
-    `dense_norm_bound` of the layer as a matrix comes within .03 %, at 50 times the cost (.6 s
-    against .01 s for 1,568 inputs).
+    channels: up to 4.3 %. Trained layers pass low frequencies best, and zero-padded images hold a
+    little less of these than sequences of period 8; eight twists per axis instead of two gain
+    nothing. `dense_norm_bound` of the layer as a matrix comes within .03 %, at 50 times the cost
+    (.6 s against .01 s for 1,568 inputs).
 
     Args:
         kernel: Taps as in ``jax.lax``'s "HWIO".
         spatial_shape: Height and width of the images, in pixels.
         padding: "SAME" (zeros) or "CIRCULAR" (periodic).
-        num_squarings: Squarings of the Gram matrices, see `dense_norm_bound`; the slack is that of
-            ``min(cin, cout)``.
+        num_squarings: Squarings of the Gram matrices, see `dense_norm_bound`; the slack is the same
+            with ``min(cin, cout)`` in place of ``min(m, n)``.
         twists: Pairs of 0 (periodic) and 1 (antiperiodic) to take the minimum over, all four by
             default; one pair is four times cheaper.
 
@@ -140,7 +141,7 @@ def conv_norm_bound(
             f"spatial_shape must be two positive numbers, the input's (h, w), got {spatial_shape}"
         )
     spatial_shape = (spatial_shape[0], spatial_shape[1])
-    pads_of(padding, kernel.shape)  # raises for an unknown one
+    pads_of(padding, kernel.shape)  # raises for an unknown padding
     if padding == "CIRCULAR":
         return _embedded_bound(
             kernel, spatial_shape, periodic=True, twists=((0, 0),), num_squarings=num_squarings
@@ -180,7 +181,7 @@ def _written_out(
         picks.append(np.where((tap >= 0) & (tap < taps), tap, taps))
     rows, columns = picks
     kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
-    # output rows and columns, input ones, cin, cout
+    # (output row, output column, input row, input column, cin, cout)
     matrix = kernel[rows[:, None, :, None], columns[None, :, None, :]]
     matrix = jnp.moveaxis(matrix, -1, 2)
     return matrix.reshape(math.prod(spatial_shape) * kernel.shape[3], -1)
@@ -197,7 +198,7 @@ def _embedded_bound(
     twists: tuple[Twist, ...],
     num_squarings: int | None,
 ) -> Float[Array, ""]:
-    """The bound by twisted circulants, of a layer that is periodic or padded with zeros."""
+    """The bound of a periodic or zero-padded layer by twisted circulants."""
     periods = list(spatial_shape)
     if not periodic:
         for axis, size in enumerate(spatial_shape):
@@ -283,7 +284,7 @@ def _grid_bound(
         [jnp.max(norms[end - len(grid) : end]) for grid, end in zip(grids, ends, strict=True)]
     )
     bound = jnp.min(per_twist)
-    # Only the frequency that attains the bound has a gradient, so only there is it computed.
+    # The gradient is computed at the frequency that attains the bound; the others have none.
     attained = symbol_norm(kernel, phases.reshape(-1, 2, num_taps)[jnp.argmax(norms == bound)])
     bound = bound + (attained - lax.stop_gradient(attained))
     absolute = lax.stop_gradient(gram_iteration.frobenius(jnp.sum(jnp.abs(kernel), axis=0)[None]))
@@ -292,13 +293,13 @@ def _grid_bound(
 
 
 def _normalized(kernel):
-    """Kernel over the power of two that brings its largest entry into [1, 2), this power, and the
-    norm that may be lost.
+    """Kernel divided by the power of two that brings its largest entry into [1, 2), this power, and
+    the norm that may be lost.
 
     Processors may take subnormal entries for 0. Each is below ``tiny``, and a layer's norm is at
     most the sum of the absolute entries, so twice their number times ``tiny`` covers them and the
-    rounding of a sum. Of entries beyond some 1e30 the loss is infinite: compilers divide by a
-    product of two powers at once, and may take its reciprocal for 0.
+    rounding of a sum. For entries beyond some 1e30 the loss is infinite: compilers merge two
+    divisions by powers into one by their product, whose reciprocal may round to 0.
     """
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scale = power_of_two(jnp.max(jnp.abs(kernel)))

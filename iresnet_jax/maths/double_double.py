@@ -26,9 +26,9 @@ from jaxtyping import Float
 
 from iresnet_jax.maths.upward_rounding import UP
 
-Array = Any  # float64 arrays of NumPy, and the scalars that operations make of those without axes
+Array = Any  # float64 arrays of NumPy, and its float64 scalars
 UNIT = 2.0**-90  # relative error of any function in this file is at most this
-# largest argument of `exp`, up or down; beyond, low parts leave float64's range
+# Largest absolute argument of `exp`; beyond it, low parts leave float64's range.
 LARGEST_EXPONENT = 600.0
 
 _LEFT, _RIGHT = 4, 3  # slices of the left and of the right factor of a product of matrices
@@ -132,8 +132,8 @@ def exp(x: DoubleDouble) -> DoubleDouble:
     r"""``e^x`` for ``|x| <= 600``.
 
     ``x = k log 2 + 2^10 r`` with ``|r| <= 0.00034``. ``e^r - 1`` is ``r + r^2/2 + r^3/6`` and a
-    rest below ``2^-39`` of it, for which float64 does; then ``e^2r - 1 = 2 (e^r - 1) + (e^r -
-    1)^2`` ten times. Arguments out of range become the nearest one in it.
+    rest below ``2^-39`` of it, for which float64 is precise enough; then ``e^2r - 1 = 2 (e^r - 1) +
+    (e^r - 1)^2`` ten times. Arguments out of range become the nearest one in it.
     """
     inside = np.abs(x.high) <= LARGEST_EXPONENT
     x = where(inside, x, DoubleDouble.of(np.clip(x.high, -LARGEST_EXPONENT, LARGEST_EXPONENT)))
@@ -158,8 +158,8 @@ def log(x: DoubleDouble) -> DoubleDouble:
     """``log x`` of positive numbers, to `UNIT` of ``max(1, |log x|)``: a Newton step ``y + (x e^-y
     - 1)`` from float64's guess.
 
-    The step's error is half the square of its size, which is looked at: a platform's logarithm that
-    errs by more than ``2^-46`` gives NaN.
+    The step's error is half the square of its size, and the size is checked: if the platform's
+    logarithm errs by more than ``2^-46``, the result is NaN.
     """
     guess = np.log(x.high)
     step = x * exp(DoubleDouble.of(-guess)) - DoubleDouble.of(1.0)
@@ -172,9 +172,9 @@ class Sliced(NamedTuple):
 
     Attributes:
         slices: Three slices, the largest first.
-        largest: Power of two that no entry of an output's kernel exceeds.
-        rest: Largest entry of it that is left behind the slices; 0 for kernels of float32 without
-            tiny entries.
+        largest: For each output, a power of two that no entry of its kernel exceeds.
+        rest: For each output, the largest entry that the slices leave out; 0 for float32 kernels
+            without tiny entries.
         num_terms: Terms of the sum for an output.
     """
 
@@ -185,7 +185,7 @@ class Sliced(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Float[Array, "k ... m"]) -> "Sliced":
-        """Slices of kernels, on one grid an output."""
+        """Slices of kernels, on one grid per output."""
         axes, num_terms = tuple(range(1, kernel.ndim - 1)), math.prod(kernel.shape[1:-1])
         largest = _power_of_two(np.max(np.abs(kernel), axis=axes, keepdims=True, initial=0))
         *slices, (_, rest) = _cut(DoubleDouble.of(kernel), largest, _bits(num_terms), _RIGHT)
@@ -205,11 +205,11 @@ def product(
     r"""``W x`` of double-double inputs ``(k, b, ...)``, and a bound of the error of each entry, by
     output.
 
-    With ``beta`` bits a slice, the entries behind the first ``i`` slices are at most ``2^(-i beta -
-    1)`` times the largest one. Pairs ``(i, j)`` of slices with ``i + j <= 5`` are multiplied: nine
-    products of float64. Those left out are the tail behind four slices of ``x`` with the first one
-    of ``W``, behind three with the second, and behind two with the third. Together they are at most
-    ``(1/2 + 1/4 + 1/4) 2^(-4 beta)`` of the product of the largest entries, for each of ``n``
+    With ``beta`` bits per slice, the entries behind the first ``i`` slices are at most ``2^(-i beta
+    - 1)`` times the largest one. Pairs ``(i, j)`` of slices with ``i + j <= 5`` are multiplied:
+    nine products of float64. Those left out are the tail behind four slices of ``x`` with the first
+    one of ``W``, behind three with the second, and behind two with the third. Together they are at
+    most ``(1/2 + 1/4 + 1/4) 2^(-4 beta)`` of the product of the largest entries, for each of ``n``
     terms.
 
     Args:
@@ -245,8 +245,8 @@ def _bits(num_terms: int) -> int:
 def _cut(
     x: DoubleDouble, scale: Array, bits: int, num: int
 ) -> Iterator[tuple[Array, DoubleDouble]]:
-    """Slices of ``x`` and what is left behind each, and last nothing with the rest; ``|x| <=
-    scale``, a power of two.
+    """Pairs of a slice of ``x`` and what remains behind it; last, a zero slice and the rest. ``|x|
+    <= scale``, a power of two.
     """
     rest = x
     for i in range(1, num + 1):
@@ -258,6 +258,6 @@ def _cut(
 
 
 def _power_of_two(x: Array) -> Array:
-    """The least power of two from ``x >= 0`` on; a harmless one for 0."""
+    """The least power of two that is at least ``x``; 1 for 0, infinity and NaN."""
     mantissa, exponent = np.frexp(np.where((x > 0) & np.isfinite(x), x, 1.0))
     return np.ldexp(1.0, exponent - (mantissa == 0.5)).astype(np.float64)

@@ -2,8 +2,8 @@
 every example.
 
 Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method) and differentiable
-(implicit function theorem). An example stops on its own residual, never on that of its batch mates,
-and rounding apart its result does not depend on them.
+(implicit function theorem). An example stops on its own residual: rounding apart, its result does
+not depend on the rest of its batch.
 
 The iteration is `init`, `step` and `finish`, for whoever wants to watch it:
 
@@ -13,6 +13,7 @@ The iteration is `init`, `step` and `finish`, for whoever wants to watch it:
     >>> x, info = finish(equation, state)
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from iresnet_jax.maths.anderson import History
-from iresnet_jax.maths.upward_rounding import as_floats, euclidean_norm, lipschitz_at_least
+from iresnet_jax.maths.upward_rounding import (
+    as_floats,
+    euclidean_norm,
+    lipschitz_at_least,
+    power_of_two,
+)
 
 Branch = Callable[[Array], Array]
 
@@ -38,7 +44,9 @@ class FixedPointInfo(NamedTuple):
             converged, ``x = y - g(x')``; otherwise ``x = x'``.
         error_bound: Upper bound of ``|x - x*|``, rounding of the residual included, if
             ``lipschitz_bound`` is true.
-        converged: Whether the residual met the tolerance, or is lost in rounding.
+        converged: Whether the residual met the tolerance, or is lost in rounding, and this bounds
+            the error: False where the iteration knows no finite bound, however small the residual
+            is. Without a Lipschitz bound an iteration that stops has shown nothing.
     """
 
     num_evals: Int[Array, " b"]
@@ -76,16 +84,16 @@ def invert_residual(
     ``lipschitz_bound`` is, up to rounding inside the branch. Failure raises nothing: read
     ``info.converged``.
 
-    Derivatives, forward and reverse, are those of the exact solution at the returned ``x``
-    (implicit function theorem): ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all
-    that ``branch`` closes over. They are solved for by the same iteration; their memory does not
-    depend on the number of evaluations. An example whose derivative converges neither within
-    ``max_evals`` nor to a guaranteed error of a thousandth of its right-hand side gets NaN for it.
+    Derivatives, forward and reverse, follow from the implicit function theorem at the returned
+    ``x``: ``dx = (I + J)^-1 (dy - dg)``, with respect to ``y`` and to all that ``branch`` closes
+    over. The same iteration solves for them; its memory does not depend on the number of
+    evaluations. An example whose derivative converges neither within ``max_evals`` nor to a
+    guaranteed error of a thousandth of its right-hand side gets NaN for it.
 
     Args:
         branch: ``g``, acting on each example of a batch alone.
         y: Outputs of the block, a batch; integers and lists become floats.
-        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``; from 1 on, or if a traced one is
+        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``. If ``L >= 1``, or if a traced ``L`` is
             negative or NaN, every example reports ``converged=False`` and an infinite
             ``error_bound``.
         atol: Wanted bound of ``|x - x*|`` (Euclidean norm of an example).
@@ -123,7 +131,7 @@ def invert_residual(
         x, info = _iterate(
             branch, lax.stop_gradient(y), x0, atol=jnp.asarray(atol, y.dtype), **limits
         )
-        # JAX wants tangents for what comes along
+        # JAX wants tangents of auxiliary outputs.
         return x, tuple(field.astype(y.dtype) for field in info)
 
     def solve_tangent(linear, b):  # NaN marks examples that did not converge
@@ -206,13 +214,11 @@ class Equation(NamedTuple):
         lipschitz_bound: float | Float[Array, ""],
         atol: float | Float[Array, "..."],
     ) -> "Equation":
-        """The equation of a branch and a batch; arguments are those of `invert_residual`,
-        ``atol`` may be one an example.
+        """The equation of a branch and a batch, with the arguments of `invert_residual`; ``atol``
+        may be one per example.
         """
-        bound, flat = (
-            lipschitz_at_least(lipschitz_bound, y.dtype),
-            y.reshape(len(y), math.prod(y.shape[1:])),
-        )
+        bound = lipschitz_at_least(lipschitz_bound, y.dtype)
+        flat = y.reshape(len(y), math.prod(y.shape[1:]))
         return cls(
             shape=y.shape,
             branch=lambda x: branch(x.reshape(y.shape)).reshape(flat.shape).astype(y.dtype),
@@ -281,7 +287,7 @@ def init(
     by default.
     """
     x = equation.y if start is None else start.reshape(equation.y.shape)
-    memory = min(memory, x.shape[1])  # as many steps explain everything that is linear
+    memory = min(memory, x.shape[1])  # so many steps explain everything that is linear
     zero, nothing = jnp.zeros(len(x), x.dtype), jnp.zeros(len(x), jnp.int32)
     return State(
         step=jnp.int32(0),
@@ -305,7 +311,7 @@ def step(equation: Equation, state: State) -> State:
     first_residual = jnp.where(state.step == 0, now.residual, state.first_residual)
     stalled_evals = jnp.where(better, 0, state.stalled_evals + 1)
     rate = _rate(first_residual, state)
-    # below it a residual is noise
+    # A residual below the target is noise.
     target = jnp.maximum(equation.small_enough, 0.25 * best.rounding)
     done = state.done | (best.residual <= target) | _hopeless(rate, stalled_evals, now.residual)
     next_x, history = _next_iterate(equation, state, now, best)
@@ -322,20 +328,24 @@ def step(equation: Equation, state: State) -> State:
 
 
 def _evaluate(equation: Equation, x: Array) -> _Evaluation:
-    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, plus what entries lose that are too small for
-    the format.
+    """``|fl(r) - r| <= eps (|x| + |y| + |g|)``, plus the loss of entries that are too small for the
+    format.
     """
     image = equation.y - equation.branch(x)
-    # the branch's own output would be a second result, which XLA:CPU computes twice
+    # g is recovered from the image: as a second result of the branch, XLA:CPU would compute it
+    # twice.
     r, g = image - x, equation.y - image
     info = jnp.finfo(x.dtype)
     lost = 4 * math.sqrt(x.shape[1]) * float(info.tiny)
-    rounding = info.eps * (example_norm(x) + equation.y_norm + example_norm(g)) + lost
+    norms = example_norm(x), equation.y_norm, example_norm(g)
+    largest = functools.reduce(jnp.maximum, norms)
+    scale = power_of_two(jnp.minimum(largest, info.max))  # the sum may overflow
+    rounding = info.eps * sum(norm / scale for norm in norms) * scale + lost
     return _Evaluation(x, image, example_norm(r), rounding)
 
 
 def _rate(first_residual: Array, state: State) -> Array:
-    """``log(|r_0| / |r_best|)`` an evaluation before the present one, at least one unit of
+    """``log(|r_0| / |r_best|)`` per evaluation before the present one, at least one unit of
     rounding.
     """
     eps = jnp.finfo(first_residual.dtype).eps
@@ -344,8 +354,8 @@ def _rate(first_residual: Array, state: State) -> Array:
 
 
 def _hopeless(rate: Array, stalled_evals: Array, residual: Array) -> Array:
-    """No progress in ``1 / rate`` evaluations, in which residuals shrank e-fold before (2 to
-    1000): rounding, or a false L.
+    """True after ``1 / rate`` evaluations (2 to 1000) without progress, in which residuals used to
+    shrink e-fold: rounding, or a false L.
     """
     return (stalled_evals >= jnp.clip(1 / rate, 2, 1000)) | ~jnp.isfinite(residual)
 
@@ -376,16 +386,10 @@ def finish(equation: Equation, end: State) -> tuple[Float[Array, "b ..."], Fixed
     contraction = margin > 0
     # A residual that stopped shrinking within 8 roundings counts as converged: the branch rounds
     # inside, too.
-    converged = contraction & (
-        best.residual <= jnp.maximum(equation.small_enough, 8 * best.rounding)
-    )
-    to_go = jnp.where(converged, equation.lipschitz_bound, 1) * best.residual
-    info = FixedPointInfo(
-        num_evals=end.num_evals,
-        residual=best.residual,
-        error_bound=jnp.where(
-            contraction, (to_go + best.rounding) / jnp.where(contraction, margin, 1), jnp.inf
-        ),
-        converged=converged,
-    )
+    met = contraction & (best.residual <= jnp.maximum(equation.small_enough, 8 * best.rounding))
+    to_go = jnp.where(met, equation.lipschitz_bound, 1) * best.residual
+    bound = (to_go + best.rounding) / jnp.where(contraction, margin, 1)
+    error_bound = jnp.where(contraction, bound, jnp.inf)
+    converged = met & jnp.isfinite(error_bound)
+    info = FixedPointInfo(end.num_evals, best.residual, error_bound, converged)
     return jnp.where(converged[:, None], best.image, best.x).reshape(equation.shape), info

@@ -1,8 +1,8 @@
 r"""Norms of matrices from above, by Gram iteration that carries its own rounding bound (Delattre et
 al. 2023).
 
-For any matrix, ``|M|_2^2 = |M M*|_2``. So with ``M_0 = M`` and ``M_{i+1} = N_i N_i*``, ``N_i = M_i
-/ s_i``,
+For any matrix, ``|M|_2^2 = |M M*|_2``. So with ``M_0 = M``, ``N_i = M_i / s_i`` and
+``M_{i+1} = N_i N_i*``,
 
     ``|M_i|_2 = s_i |M_{i+1}|_2^{1/2}``   and, at the end,   ``|M_t|_2 <= |M_t|_F``.
 
@@ -14,11 +14,12 @@ floating-point inner product of length ``d`` summed in blocks of ``b`` is off by
 + d/b}`` times the sum of the absolute products, in any order within and across blocks (Higham 2002,
 sec. 3.1). So with ``N = A + iB`` and ``H = |A| + |B|`` the computed ``N N*``, two real products, is
 off by at most ``gamma H H^T`` entry by entry, and also by at most ``sqrt(2) gamma |N|_F^2`` in the
-Frobenius norm (``gamma |N|_F^2`` if ``B = 0``). The latter and the largest row sum of the former
-bound its spectral norm; with ``e_i`` the smaller of the two,
+Frobenius norm (``gamma |N|_F^2`` if ``B = 0``). The error's spectral norm is at most the Frobenius
+bound, and at most the largest row sum of ``gamma H H^T``; with ``e_i`` the smaller of the two,
 
-    ``|M_i|_2 <= s_i (|M_{i+1}|_2 + e_i)^{1/2}``   with the computed ``M_{i+1}``, which is what is
-    unwound.
+    ``|M_i|_2 <= s_i (|M_{i+1}|_2 + e_i)^{1/2}``   with the computed ``M_{i+1}``,
+
+and these are the roots that are unwound.
 
 The scalar operations left over (two roundings a level, halved by every root) are covered by a
 factor ``1 + 8 eps``. The arithmetic assumed is IEEE with true float32 products
@@ -77,11 +78,9 @@ def _gram(matrix):
     """``M M*`` in blocked inner products, for a matrix given by its one or two parts."""
     parts, rows, _ = matrix.shape
     right = jnp.concatenate(list(matrix), axis=-1)
-    left = (
-        right
-        if parts == 1
-        else jnp.concatenate([right, jnp.concatenate([matrix[1], -matrix[0]], axis=-1)])
-    )
+    left = right
+    if parts == 2:
+        left = jnp.concatenate([right, jnp.concatenate([matrix[1], -matrix[0]], axis=-1)])
     block, num_blocks = _blocks(matrix)
     pad = ((0, 0), (0, block * num_blocks - right.shape[1]))
     left, right = (
@@ -91,8 +90,7 @@ def _gram(matrix):
     def add_block(total, pair):
         return total + jnp.matmul(pair[0], pair[1].T, precision=lax.Precision.HIGHEST), None
 
-    # A loop, not a sum over a batched product: the compiler may merge the latter into one long
-    # inner product.
+    # A loop: the compiler may merge a sum over a batched product into one long inner product.
     total = jnp.matmul(left[0], right[0].T, precision=lax.Precision.HIGHEST)
     if num_blocks > 1:
         total, _ = lax.scan(add_block, total, (left[1:], right[1:]))
@@ -107,7 +105,7 @@ def _blocks(matrix):
 
 
 def _gram_error(matrix):
-    """Bound of ``|fl(M M*) - M M*|_2`` for `_gram`, as a constant; the ``e_i`` of the module's
+    """Bound of ``|fl(M M*) - M M*|_2`` for `_gram`, as a constant: ``e_i`` in the module's
     docstring.
     """
     matrix = lax.stop_gradient(matrix)

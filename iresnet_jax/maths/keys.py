@@ -1,4 +1,4 @@
-"""Keys of random numbers: typed ones, those of before, and what is none."""
+"""Checks of random keys: typed keys pass, legacy `jax.random.PRNGKey` keys are converted."""
 
 from typing import Any
 
@@ -8,11 +8,7 @@ from jaxtyping import Array, Key
 
 
 def typed_key(key: Any) -> Key[Array, "..."]:
-    """A typed key, or an array of them; legacy keys of `jax.random.PRNGKey` are converted.
-
-    Raises:
-        ValueError: If it is no key, but a seed or a generator of NumPy.
-    """
+    """A typed key, or an array of them; legacy keys of `jax.random.PRNGKey` are converted."""
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return key
@@ -25,11 +21,7 @@ def typed_key(key: Any) -> Key[Array, "..."]:
 
 
 def single_key(key: Any) -> Key[Array, ""]:
-    """`typed_key` of one key.
-
-    Raises:
-        ValueError: If it is no key, or several.
-    """
+    """`typed_key` of one key."""
     if (key := typed_key(key)).shape:
         raise ValueError(
             f"key must be a single key, got keys of shape {key.shape}: choose one, or "
@@ -39,7 +31,7 @@ def single_key(key: Any) -> Key[Array, ""]:
 
 
 def check_keys(key: Any, num: int) -> Key[Array, "..."]:
-    """One typed key, or one for each of so many examples; others raise ``ValueError``."""
+    """One typed key, or ``num`` keys, one for each example; anything else raises ``ValueError``."""
     key = typed_key(key)
     if key.shape not in ((), (num,)):
         raise ValueError(

@@ -2,12 +2,12 @@ r"""A verified lower bound of the least eigenvalue of the symmetric part of ``I 
 ``G`` of layers.
 
 For ``|G|_2 < 1`` the symmetric part of ``I + G`` is positive definite, and ``<x, (I + G) x> >=
-lambda |x|^2`` gives ``|(I + G)^-1|_2 <= 1 / lambda`` with the least eigenvalue ``lambda`` of that
-part.
+lambda |x|^2`` gives ``|(I + G)^-1|_2 <= 1 / lambda`` with ``lambda`` the least eigenvalue of the
+symmetric part.
 
 If ``H - s I = L L^T + E`` for any matrix ``L``, then ``H >= s - |E|_2``, as ``L L^T`` is positive
-semidefinite (Rump 2006). A Cholesky factor proves a bound so, and nothing is assumed of how it was
-computed: ``E`` is computed from it by products, and its Frobenius norm bounds ``|E|_2``.
+semidefinite (Rump 2006). So a Cholesky factor ``L`` proves a bound, however it was computed:
+products of ``L`` give ``E``, and the Frobenius norm of ``E`` bounds ``|E|_2``.
 
 Jacobians of convolutions are matrices of few blocks: one block for each pair of image rows that see
 each other. A layer with ``k`` taps joins a row with ``k`` rows, and a chain of layers reaches as
@@ -26,12 +26,12 @@ from iresnet_jax.maths.convolution import Padding
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
 
 Array = np.ndarray
-_BELOW = (0.005, 0.05, 0.3)  # of the estimate by which bounds are tried below it
+_BELOW = (0.005, 0.05, 0.3)  # shares of the estimate to subtract, in the order of trials
 _MOST_STEPS = 40  # of Lanczos' method
 
 
 class RowBlocks(NamedTuple):
-    """A matrix of blocks, those that are missing being zero.
+    """A matrix of blocks; missing blocks are zero.
 
     Attributes:
         blocks: The blocks ``(n_i, m_j)`` by their place ``(i, j)``.
@@ -95,7 +95,7 @@ def behind_activation(
     layer: RowBlocks, slopes: Float[Array, "..."], num_channels: int
 ) -> RowBlocks:
     """``W D`` of a layer and the Jacobian ``D`` of the activation in front, which may make several
-    channels of one.
+    channels from one.
 
     Args:
         layer: ``W``, whose inputs are the activation's outputs.
@@ -133,13 +133,13 @@ def least_eigenvalue_estimate(
     apply: Callable[[Array], Array], num_dims: int
 ) -> tuple[float, float]:
     """Lanczos' estimate of the least eigenvalue of a symmetric map, and the residual of its
-    eigenvector; guaranteed is neither.
+    eigenvector; neither is guaranteed.
 
     Args:
         apply: The map of vectors ``(d,)``.
         num_dims: ``d``.
     """
-    from scipy.linalg import eigh_tridiagonal  # late, as training does without
+    from scipy.linalg import eigh_tridiagonal  # late: training never needs it
 
     start = np.random.default_rng(0).normal(size=num_dims)
     vectors, diagonal, beside = [start / np.linalg.norm(start)], [], []
@@ -176,7 +176,7 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
 
 def _bound_at(matrix: RowBlocks, shift: float) -> float:
     """``s - |E|`` with the factor of ``H - s I``, for matrices within two roundings of the given
-    entries; no factor is -inf.
+    entries; -inf if there is no factor.
     """
     shifted = {place: block for place, block in matrix.blocks.items() if place[0] >= place[1]}
     for i in range(matrix.num_rows):
@@ -204,8 +204,8 @@ def _bound_at(matrix: RowBlocks, shift: float) -> float:
 
 
 def cholesky(matrix: RowBlocks) -> RowBlocks:
-    """The lower triangular factor ``L`` with ``L L^T`` near the matrix, of which the lower half is
-    read.
+    """The lower triangular factor ``L`` with ``L L^T`` near the matrix; only the matrix's lower
+    half is read.
 
     Raises:
         LinAlgError: If the matrix is not positive definite to rounding.

@@ -35,7 +35,7 @@ class BiLipschitz(NamedTuple):
         return cls(at_least(forward * UP), at_least(inverse * UP))
 
     def compose(self, other: "BiLipschitz") -> "BiLipschitz":
-        """Bounds of the one map after the other: the products, in either order."""
+        """Bounds of the composition of both maps, in either order: the products."""
         return BiLipschitz(
             product_bound(self.forward, other.forward), product_bound(self.inverse, other.inverse)
         )
@@ -61,7 +61,7 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[
     layers' bounds, rounded up.
 
     Args:
-        layer_bounds: One upper bound a linear layer.
+        layer_bounds: One upper bound per linear layer.
 
     Returns:
         The bound; infinite if a traced one of its factors is negative or NaN.
@@ -140,7 +140,7 @@ def model_bounds(
     blocks: Sequence[BiLipschitz], log_scales: Sequence[Float[Array, " _"]] = ()
 ) -> BiLipschitz:
     r"""Bounds of a chain of residual blocks and ActNorms: ``prod_k (1 + L_k) prod_l max_c
-    exp(s_lc)`` and its inverse's.
+    exp(s_lc)``, and of its inverse.
 
     The inverse's bound is ``prod_k 1/(1 - L_k) prod_l max_c exp(-s_lc)``. Squeezing is a
     permutation and padding with zero channels an isometry, so neither appears. With a multi-scale
@@ -149,7 +149,7 @@ def model_bounds(
 
     Args:
         blocks: Bounds of every block, see `block_bounds`.
-        log_scales: One vector of natural log scales an ActNorm.
+        log_scales: One vector of natural log scales per ActNorm.
 
     Returns:
         The two bounds, rounded up; infinite where they exceed the dtype's range.

@@ -20,7 +20,7 @@ class LogdetConfig:
     kind: Literal["exact", "series", "roulette", "krylov"] = "series"
     num_terms: Count = 5  # terms of "series", Jacobian products of "krylov"
     num_probes: Count = 1  # probe vectors per example; all kinds but "exact"
-    exact_trace: bool = True  # whether a trace in closed form replaces its estimate: less noise
+    exact_trace: bool = True  # whether a closed form replaces the estimated trace: less noise
     distribution: Literal["poisson", "geometric"] = "poisson"  # random length of "roulette"
     parameter: Positive = 2.0  # mean of "poisson", or success probability of "geometric"
     num_exact_terms: CountOrNone = 2  # terms of "roulette" before its random ones
@@ -29,15 +29,12 @@ class LogdetConfig:
         self.build()  # raises where a parameter does not suit its distribution
 
     def build(self, num_terms: int | None = None) -> LogdetEstimator:
-        """The estimator, or the one with another number of terms."""
+        """The estimator; ``num_terms`` replaces the number in the settings."""
         count = num_terms or self.num_terms
         probes: dict[str, Any] = {"num_probes": self.num_probes, "exact_trace": self.exact_trace}
         if self.kind == "exact":
             return ExactLogdet()
         if self.kind == "roulette":
             return RouletteLogdet(self.distribution, self.parameter, self.num_exact_terms, **probes)
-        return (
-            KrylovLogdet(count, **probes)
-            if self.kind == "krylov"
-            else SeriesLogdet(count, **probes)
-        )
+        kind = KrylovLogdet if self.kind == "krylov" else SeriesLogdet
+        return kind(count, **probes)

@@ -22,7 +22,7 @@ Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
 Jacobian = Callable[[Array], Array]
 Logdet = Callable[[Array], Array]
-# one, or one per example; typed, or of jax.random.PRNGKey
+# one key, or one per example; typed, or from jax.random.PRNGKey
 Keys = Key[Array, "..."] | UInt32[Array, "..."]
 Scalar = float | Float[Array, ""]
 Batch = Shaped[Array | np.ndarray, "..."] | Sequence  # made an array of floats by `as_floats`
@@ -42,7 +42,7 @@ class Linearized(NamedTuple):
 
 
 def linearize(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Linearized:
-    """The branch at ``x``; itself if it is linearised already."""
+    """The branch linearised at ``x``; a linearised branch is returned as it is."""
     return branch if isinstance(branch, Linearized) else Linearized(*jax.linearize(branch, x))
 
 
@@ -66,7 +66,7 @@ def with_gradient(
     """``value`` with the gradient of ``<w, J v>``, where ``pushed`` is ``J v`` and ``w`` is held
     fixed.
 
-    The second derivative is not that of the log-determinant, as ``w`` depends on the point too.
+    Second derivatives are wrong for the log-determinant, as ``w`` depends on the point too.
     """
     surrogate = jnp.sum(lax.stop_gradient(w) * pushed, axis=tuple(range(2, pushed.ndim)))
     return lax.stop_gradient(value) + (surrogate - lax.stop_gradient(surrogate))
@@ -81,8 +81,8 @@ class LogdetInfo(NamedTuple):
     """Error of a log-determinant, in nats, one per example.
 
     Attributes:
-        stderr: Standard error over the probes; 0 if exact, infinite for a single probe. That of
-            `RouletteLogdet` is given its random length, which all probes of an example share.
+        stderr: Standard error over the probes; 0 if exact, infinite for a single probe. For
+            `RouletteLogdet` it holds given the random length, which all probes of an example share.
         truncation_bound: Upper bound of the terms left out, rigorous if the Lipschitz bound is; 0
             if exact, infinite without a Lipschitz bound below 1.
     """
@@ -95,8 +95,8 @@ class LogdetEstimator(ABC):
     """Estimates ``log det(I + J)`` of a branch at every example of a batch.
 
     Attributes:
-        unbiased: True if the mean over all random choices is the log-determinant, of
-            `RouletteLogdet` the series up to its last weight; False for a truncated estimate.
+        unbiased: True if the mean over all random choices is the log-determinant (for
+            `RouletteLogdet`, the series up to its last weight); False for a truncated estimate.
     """
 
     unbiased: ClassVar[bool]
@@ -128,11 +128,13 @@ class LogdetEstimator(ABC):
             lipschitz_bound: Upper bound of ``Lip(g)``, for the truncation bound.
             trace: ``x -> tr J (b,)`` in closed form, if there is one.
             jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
-            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a way that is shorter than
-                ``d`` products with ``J``.
+            logdet: ``x -> log det(I + J) (b,)`` exactly, if there is a faster way than ``d``
+                products with ``J``.
         """
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
-        x, key = as_floats(x, "x"), None if key is None else check_keys(key, len(x))
+        x = as_floats(x, "x")
+        if key is not None:
+            key = check_keys(key, len(x))
         return self._estimate(branch, x, key, bound, trace, jacobian, logdet)
 
     @abstractmethod
@@ -180,7 +182,7 @@ class ProbingEstimator(LogdetEstimator):
         lipschitz_bound: Scalar,
         trace: Trace | None,
     ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
-        """One estimate a probe, and the bound of what they leave out."""
+        """One estimate per probe, and the bound of the terms left out."""
 
 
 def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[Array, "p b ..."]:
@@ -188,13 +190,10 @@ def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[A
     entries.
 
     Args:
-        key: One key, or one for each example; the latter gives an example the same probes in
-            whatever batch it stands.
+        key: One key, or one for each example; with one key per example, an example has the same
+            probes in every batch.
         x: The batch, for shape and type.
         num_probes: Probes for each example.
-
-    Raises:
-        ValueError: If ``num_probes`` is not positive.
     """
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}")
@@ -206,8 +205,8 @@ def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[A
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
-    """Independent signs, a bit each: `jax.random.rademacher` makes a whole word of random bits
-    for one.
+    """Independent signs, one random bit each: `jax.random.rademacher` spends a whole word of random
+    bits on each sign.
     """
     with jax.named_scope("random_signs"):
         size, place = math.prod(shape), jnp.arange(32, dtype=jnp.uint32)[None]
@@ -216,9 +215,7 @@ def _signs(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def mean_and_stderr(samples: Float[Array, "p b"]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Mean over probes, and its standard error: infinite for a single probe, which says nothing
-    about it.
-    """
+    """Mean over probes, and its standard error: infinite for a single probe."""
     mean = jnp.mean(samples, axis=0)
     if len(samples) == 1:
         return mean, jnp.full_like(mean, jnp.inf)

@@ -10,8 +10,8 @@ reach + 1)^2 c`` products in place of ``h w c``.
 With ``reach`` rows of pixels as a block, ``I + J`` is block tridiagonal, and elimination block by
 block gives
 
-    S_1 = A_11,    S_(i+1) = A_(i+1,i+1) - A_(i+1,i) S_i^-1 A_(i,i+1),    log det(I + J) = sum_i log
-    det S_i
+    S_1 = A_11,    S_(i+1) = A_(i+1,i+1) - A_(i+1,i) S_i^-1 A_(i,i+1)
+    log det(I + J) = sum_i log det S_i
 
 in ``6 m^3`` operations for each block of ``m = reach w c`` rows; a dense matrix takes ``2/3 (h w
 c)^3``. For ``|J|_2 < 1`` no rows need to be exchanged, see `log_abs_det`.
@@ -40,16 +40,16 @@ from iresnet_jax.maths.logdet_estimator import (
 )
 from iresnet_jax.maths.upward_rounding import as_floats
 
-INVERSE_JACOBIANS = "inverse Jacobians"  # their name for a backward pass that chooses what to keep
-COLUMNS_AT_ONCE = 64  # of a Jacobian that products with unit vectors give
+INVERSE_JACOBIANS = "inverse Jacobians"  # their name, for backward passes that choose what to keep
+COLUMNS_AT_ONCE = 64  # columns of a Jacobian that are computed together
 SMALL = 32  # rows up to which a matrix is eliminated row by row, not by halves
 
 MOST_ENTRIES = 2**24  # entries of blocks that are in memory together
 
-# of an output pixel: neighbour's row, column and channel, then the output's channel
+# For each output pixel (h, w): neighbour's row and column (s, t), output and input channel.
 Stencil = Float[Array, "b h w s t c c"]
 
-# accelerators' default would be coarser
+# Accelerators' default precision would be coarser.
 product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -84,7 +84,7 @@ def _by_columns(branch: Branch | Linearized, x: Float[Array, "b ..."]) -> Float[
     def column(direction):
         return at.push(jnp.broadcast_to(direction, x.shape)).reshape(len(x), num_dims)
 
-    # few: written out, since XLA:CPU multiplies batches of matrices more slowly than matrices
+    # Few columns are written out: XLA:CPU multiplies batches of matrices more slowly than matrices.
     if num_dims <= 4:
         columns = jnp.stack([column(direction) for direction in basis])
     else:
@@ -97,10 +97,9 @@ def log_abs_det(matrices: Float[Array, "b d d"]) -> Float[Array, " b"]:
     r"""``log |det|`` of matrices ``I + J`` with ``|J|_2 < 1``, by elimination without exchanges of
     rows.
 
-    The symmetric part of ``I + J`` is positive definite. A Schur complement inherits that: its
-    inverse is a diagonal block of the inverse. So all pivots are positive, and they are at least
-    ``1 - |J|_2``, as the inverse of a pivot is at most ``|(I + J)^-1|``. The derivative is ``tr((I
-    + J)^-1 dJ)``.
+    The symmetric part of ``I + J`` is positive definite. A Schur complement inherits this, as its
+    inverse is a diagonal block of ``(I + J)^-1``. So all pivots are positive. Each is at least ``1
+    - |J|_2``, as its inverse is at most ``|(I + J)^-1|``. The derivative is ``tr((I + J)^-1 dJ)``.
     """
     return logdet_and_inverse(matrices)[0]
 
@@ -118,7 +117,7 @@ def logdet_and_inverse(
     """Logarithm of the determinant and inverse of matrices as `log_abs_det` takes them, by halves.
 
     With ``[[A, B], [C, D]]`` and ``S = D - C A^-1 B`` the determinant is ``det A det S``. All but
-    the smallest blocks are products of matrices, which wait for no thread as LAPACK's batches of
+    the smallest blocks are products of matrices, which wait for no thread as batches of LAPACK's
     factorisations do, see `platforms.one_at_a_time`.
     """
     num = matrices.shape[-1]
@@ -161,9 +160,7 @@ def eliminate(matrices: Float[Array, "b d d"]) -> tuple[Float[Array, " b"], Floa
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ExactLogdet(LogdetEstimator):
-    """`dense_logdet`, or a shorter way where a branch has one, as an estimator without
-    randomness and without error.
-    """
+    """`dense_logdet`, or a branch's own faster method, as an estimator without random error."""
 
     unbiased: ClassVar[bool] = True
 

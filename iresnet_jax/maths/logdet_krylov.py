@@ -14,8 +14,8 @@ place of ``log(1 + z)`` and of degree ``n - 1`` in place of ``1 / (1 + z)``:
 The gradient is ``<w, dJ v>`` as in `logdet_series`. Logarithm and inverses exist if ``|J| < 1``, as
 ``|H| <= |J|``. With ``y_t = (I + t H)^-1 e_1`` the value and an a posteriori bound of its error are
 
-    e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt,    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t|
-    t L / (1 - t L) dt
+    e_1^T log(I + H) e_1 = int_0^1 e_1^T H y_t dt
+    |error| <= |v|^2 h_(n+1,n) int_0^1 |e_n^T y_t| t L / (1 - t L) dt
 
 Proof of the bound. The exact solution ``x`` of ``(I + t J^T) x = v`` has ``v^T J^T x = (|v|^2 - v^T
 x) / t``. The approximation ``x_t = |v| V y_t`` leaves the residual ``-t |v| h_(n+1,n) (e_n^T y_t)
@@ -49,8 +49,8 @@ from iresnet_jax.maths.logdet_estimator import (
 from iresnet_jax.maths.upward_rounding import lipschitz_at_least
 
 NUM_NODES = 24  # nodes of the quadrature
-# Most that it errs beside ``|v|^2`` up to such a Lipschitz constant: its largest error for ``log(1
-# + z)`` on ``|z| = L``, by von Neumann's inequality.
+# (L, error): up to the Lipschitz constant L the quadrature errs by at most ``error |v|^2``. It is
+# the largest error for ``log(1 + z)`` on ``|z| = L``, by von Neumann's inequality.
 QUADRATURE_ERRORS = (
     (0.95, 1e-12),
     (0.98, 5e-10),
@@ -59,7 +59,7 @@ QUADRATURE_ERRORS = (
     (0.999, 2.3e-4),
     (0.9999, 1.8e-2),
 )
-# a new direction shorter than this many roundings is noise: the Krylov space is exhausted
+# A new direction shorter than this many roundings is noise: the Krylov space is exhausted.
 EXHAUSTED = 30.0
 
 
@@ -79,7 +79,7 @@ def arnoldi(
         The last row belongs to the direction ``v_(n+1)`` outside of the space.
     """
     shape, num_vectors = v.shape, v.shape[0] * v.shape[1]
-    # XLA:CPU adds over several axes at once ten times more slowly
+    # XLA:CPU sums over several axes at once ten times more slowly than over one.
     v = v.reshape(num_vectors, math.prod(shape[2:]))
     eps = jnp.finfo(v.dtype).eps
 
@@ -154,10 +154,10 @@ def solve_hessenberg(matrix: Float[Array, "n n ..."]) -> Float[Array, "n ..."]:
 class KrylovLogdet(ProbingEstimator):
     """Arnoldi's method with ``num_steps`` products (Saad 1992).
 
-    Its bias is at most ``info.truncation_bound``, the module's a posteriori bound for the same
-    probes and that of its quadrature, and usually far smaller. No polynomial converges faster than
-    the power series if the spectrum fills the whole disk of radius L; spectra of trained blocks do
-    not.
+    Its bias is at most ``info.truncation_bound`` and usually far smaller. This is the module's a
+    posteriori bound for the same probes plus the bound of the quadrature's error. No polynomial
+    converges faster than the power series if the spectrum fills the whole disk of radius L; spectra
+    of trained blocks do not.
 
     Attributes:
         num_steps: Products with the transposed Jacobian.
@@ -180,14 +180,14 @@ class KrylovLogdet(ProbingEstimator):
 
 
 def _forms(hessenberg, probes, lipschitz_bound, *, without_first_order):
-    """``v^T log(I + J) v`` in a subspace, or without ``v^T J v``; the module's bound of its
-    error; ``(I + H)^-1 e_1``.
+    """``v^T log(I + J) v`` in a subspace, the module's bound of its error, and ``(I + H)^-1 e_1``;
+    ``without_first_order`` leaves out ``v^T J v``.
     """
     inner, leaving, dtype = hessenberg[:-1], hessenberg[-1, -1], probes.dtype
     squared = jnp.sum(probes**2, axis=tuple(range(2, probes.ndim)))
     nodes, weights = quadrature()
     weights = jnp.asarray(weights, dtype).reshape(-1, 1, 1)
-    # row, column, node, probe, example
+    # axes: row, column, node, probe, example
     times = jnp.asarray([*nodes, 1.0], dtype).reshape(1, 1, -1, 1, 1)
     solutions = solve_hessenberg(
         jnp.eye(len(inner), dtype=dtype)[:, :, None, None, None] + times * inner[:, :, None]

@@ -1,14 +1,13 @@
 r"""``log det(I + J)`` of a residual block as a series, truncated or cut at a random length; ``J``
 is its branch's Jacobian.
 
-    log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k            (Behrmann et al. 2019,
-    eq. 4) d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)            (Chen et al.
-    2019, Theorem 2)
+    log det(I + J) = tr log(I + J) = sum_k (-1)^(k+1) tr(J^k) / k    (Behrmann et al. 2019, eq. 4)
+    d log det(I + J) = tr((I + J)^-1 dJ) = sum_k (-1)^k tr(J^k dJ)   (Chen et al. 2019, Theorem 2)
 
 Probes ``v`` with ``E[v v^T] = I`` estimate traces (Hutchinson). One chain of vector-Jacobian
 products ``u_k = (J^T)^k v`` gives the terms ``<u_k, v>`` of the value. It also gives ``w = sum_k
-(-1)^k u_k``; the gradient is that of ``<w, J v>`` with ``w`` and ``v`` fixed. The chain is not
-differentiated, so memory does not depend on its length. Second derivatives are not those of the
+(-1)^k u_k``: the gradient of ``<w, J v>`` with ``w`` and ``v`` fixed is the estimate's. The chain
+is not differentiated, so memory does not depend on its length. Second derivatives are wrong for the
 log-determinant. The estimate of ``tr J`` carries most of the variance; a closed form replaces it if
 there is one. `logdet_krylov` needs fewer products.
 """
@@ -41,7 +40,7 @@ from iresnet_jax.maths.logdet_estimator import (
 from iresnet_jax.maths.upward_rounding import euclidean_norm, lipschitz_at_least
 
 _MOST_SUMMED = 10_000  # terms of the tail
-# a Poisson distribution with a larger mean would underflow in the table of its probabilities
+# A larger mean would underflow in the table of a Poisson distribution's probabilities.
 LARGEST_MEAN = 500.0
 
 
@@ -64,9 +63,9 @@ def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> f
         and k <= num_terms + _MOST_SUMMED
     ):
         bound, k, power = bound + power / k, k + 1, power * lipschitz_bound
-    # what is left is below both
+    # Both bound the terms that are not summed.
     rest = min(power / (k * (1 - lipschitz_bound)), -math.log1p(-lipschitz_bound))
-    return num_dims * (bound + rest) * (1 + 1e-11)  # and rounding
+    return num_dims * (bound + rest) * (1 + 1e-11)  # for rounding
 
 
 def weighted_series(
@@ -90,7 +89,7 @@ def weighted_series(
         x: Where to evaluate.
         probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact
             trace.
-        weights: One weight a term, at least ``length`` of them.
+        weights: One weight per term, at least ``length`` weights.
         length: Number of terms. A static number, a traced one (one compiled loop then serves every
             length), or one per example.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight
@@ -152,13 +151,8 @@ def weighted_series(
         def term_and_tail(state):
             k, carry, tail = state
             carry = term(k, carry)
-            return (
-                k + 1,
-                carry,
-                jnp.where((k <= length)[None], norm(carry[0]), tail)
-                if per_example
-                else norm(carry[0]),
-            )
+            size = norm(carry[0])
+            return k + 1, carry, jnp.where((k <= length)[None], size, tail) if per_example else size
 
         state = (jnp.ones_like(longest), carry, norm(probes))
         _, (_, value, neumann), tail = lax.while_loop(
@@ -208,7 +202,7 @@ class SeriesLogdet(ProbingEstimator):
         probes, n = draw_probes(key, x, self.num_probes), self.num_terms
         samples, tail = weighted_series(branch, x, probes, jnp.ones(n, x.dtype), n, trace=trace)
         factor = remainder_factor(lipschitz_bound, n, 1, x.dtype)
-        # also where the tail is 0
+        # An infinite factor counts where the tail is 0, too.
         return samples, jnp.where(jnp.isfinite(factor), factor * jnp.mean(tail, axis=0), jnp.inf)
 
 
@@ -260,8 +254,8 @@ class RouletteLogdet(ProbingEstimator):
             )
         if not 0 < self.parameter <= LARGEST_MEAN:
             raise ValueError(
-                "the Poisson distribution's parameter must lie in (0, "
-                f"{LARGEST_MEAN:g}], got {self.parameter}"
+                f"the Poisson distribution's parameter must lie in (0, {LARGEST_MEAN:g}], got "
+                f"{self.parameter}"
             )
         if self.num_exact_terms < 0:
             raise ValueError(f"num_exact_terms must not be negative, got {self.num_exact_terms}")
@@ -285,16 +279,16 @@ class RouletteLogdet(ProbingEstimator):
     def draw_length(self, key: Keys) -> Int[Array, ""]:
         """A random number of terms, exact ones included."""
         if self.distribution == "poisson":
-            # JAX draws means of 10 or more by a rejection in which every length has a chance of
-            # 2^-23, smaller ones exactly.
+            # JAX draws exactly for means below 10. For larger means its rejection sampler gives
+            # every length a probability of at least 2^-23.
             parts = math.ceil(self.parameter / 9)
             n = jnp.sum(
                 jax.random.poisson(key, self.parameter / parts, (parts,) if parts > 1 else ())
             )
         else:
-            # JAX counts the trials, we count the failures. It draws nothing that has a chance below
-            # 2^-23: lengths of a chance of 2^-10 go on by a second draw, as a geometric
-            # distribution has no memory.
+            # JAX counts trials, this counts failures. JAX never draws lengths of probability below
+            # 2^-23. So a draw that reaches a length of probability 2^-10 is continued by a second
+            # draw, as a geometric distribution has no memory.
             first, second = jax.random.geometric(key, self.parameter, (2,)) - 1
             enough = math.ceil(math.log(2**-10) / math.log1p(-self.parameter))
             n = jnp.where(first < enough, first, enough + second)

@@ -25,11 +25,11 @@ from iresnet_jax.maths.platforms import one_at_a_time
 LinearMap = Callable[[Array, Array], Array]
 
 
-# Vectors of a Lanczos cycle: memory of that many inputs, and an eigenproblem that GPUs solve in
-# batches.
+# Vectors of a Lanczos cycle: it needs the memory of 32 inputs, and its eigenproblem is one that
+# GPUs solve in batches.
 _CYCLE = 32
-# Most steps that a tolerance may ask for; in up to so many dimensions the whole matrix is made
-# instead.
+# Most steps that a tolerance may ask for. If it asks for more, up to _WHOLE_SPACE dimensions are
+# solved as a whole matrix.
 _MOST_STEPS, _WHOLE_SPACE = 20_000, 256
 # Chance, over the start, that an iteration to a tolerance misses it (as far as the theory of
 # `_least_cycles` goes).
@@ -42,8 +42,7 @@ class PowerIterationInfo(NamedTuple):
     Attributes:
         num_steps: Applications of the map and its transpose; the power step that ends tolerance
             mode is not counted.
-        converged: Whether the tolerance is met; always False for a fixed number of steps, which has
-            none.
+        converged: Whether the tolerance is met; always False for a fixed number of steps.
     """
 
     num_steps: Int[Array, ""]
@@ -82,7 +81,7 @@ def spectral_norm(
     (Kuczynski & Wozniakowski 1992), and then until a cycle adds less than ``rtol / 4``; a power
     step ends it. The start is the sum of ``v`` and a fixed random vector, so that this holds
     whatever ``v`` is. In up to 32 dimensions the eigenvectors of ``A^T A`` are computed instead. If
-    ``A v`` has fewer dimensions than ``v``, all of this is of ``A A^T`` and ``A v``.
+    ``A v`` has fewer dimensions than ``v``, the iteration uses ``A A^T`` and ``A v`` instead.
 
     Args:
         apply: Linear in ``x``, and in ``kernel`` for the gradient to be right.
@@ -134,7 +133,7 @@ def singular_vectors(
     v = lax.stop_gradient(v)
     frozen = lax.stop_gradient(kernel)
     largest = jnp.max(jnp.abs(frozen))
-    # keeps the squares in A^T A within the number range
+    # The division keeps the squares in A^T A within the number range.
     frozen = frozen / jnp.where(largest > 0, largest, 1)
 
     def forward(x):
@@ -151,7 +150,7 @@ def singular_vectors(
         return right(u, v), u
 
     if num_steps is None:
-        # the norm is that of the transpose: in the space of fewer dimensions
+        # The map and its transpose have one norm: iterate in the space of fewer dimensions.
         if jax.eval_shape(forward, v).size < v.size:
             u, info = _iterate_to_tolerance(lambda y: forward(transpose(y)[0]), forward(v), rtol)
             v = right(u, v)
@@ -181,13 +180,13 @@ def _iterate_to_tolerance(gram, v, rtol):
     if least_steps > _MOST_STEPS:
         raise ValueError(
             f"rtol={rtol:g} asks for {least_steps:,} steps in {v.size} dimensions, more than "
-            f"{_MOST_STEPS:,}: pass "
-            "rtol >= 1e-5, or bound the norm from above with iresnet_jax.certify"
+            f"{_MOST_STEPS:,}: pass rtol >= 1e-5, or bound the norm from above with "
+            "iresnet_jax.certify"
         )
     most_steps = max(5000, 4 * least_steps)
-    # XLA is slow to fold jax.random's
+    # NumPy draws the signs: XLA is slow to fold a constant of jax.random.
     signs = np.random.default_rng(v.size).choice(np.array([-1, 1], np.int8), v.shape)
-    # in unequal parts, lest they cancel
+    # The parts are unequal, so they cannot cancel.
     start = unit(v)[0] / 2 + unit(jnp.asarray(signs, v.dtype))[0]
 
     def advance(state):
@@ -211,8 +210,8 @@ _eigh = one_at_a_time(jnp.linalg.eigh)
 
 
 def _in_whole_space(gram, v):
-    """An eigenvector of the whole matrix of ``gram``, for as many products as one cycle takes
-    and less to compile.
+    """An eigenvector of the whole matrix of ``gram``: as many products as dimensions, and less to
+    compile than cycles.
     """
     matrix = jax.vmap(gram)(jnp.eye(v.size, dtype=v.dtype).reshape(-1, *v.shape)).reshape(
         v.size, v.size
@@ -226,18 +225,18 @@ def _in_whole_space(gram, v):
 def _least_cycles(num_dims: int, rtol: float) -> int:
     """Cycles after which a random start has found the norm, whatever the other singular values are.
 
-    A cycle of ``m`` vectors multiplies the leading component, relative to those of all singular
-    values more than ``rtol`` below the norm, by a Chebyshev polynomial: at least ``T_n(1 + 4 rtol)
-    = cosh(n acosh(1 + 4 rtol))`` with ``n = m - 1``. A random start in ``d`` dimensions has a
-    leading component above ``miss / sqrt(d)`` with probability about ``1 - miss``.
+    A cycle of ``m`` vectors multiplies the leading component, relative to the components of all
+    singular values more than ``rtol`` below the norm, by a Chebyshev polynomial: by at least
+    ``T_n(1 + 4 rtol) = cosh(n acosh(1 + 4 rtol))`` with ``n = m - 1``. A random start in ``d``
+    dimensions has a leading component above ``miss / sqrt(d)`` with probability about ``1 - miss``.
     """
     gain = math.log(math.cosh(min((_CYCLE - 1) * math.acosh(1 + 4 * rtol), 300.0)))
     return math.ceil(math.log(math.sqrt(num_dims) / _MISS) / gain)
 
 
 def _lanczos_cycle(gram, v):
-    """The largest Ritz value of ``gram = A^T A`` in the Krylov space of ``v``: its vector, and
-    its root, a norm of ``A``.
+    """The Ritz vector of the largest Ritz value of ``gram = A^T A`` in the Krylov space of ``v``,
+    and the value's root, an estimate of ``|A|``.
     """
 
     def extend(carry, j):
@@ -247,7 +246,7 @@ def _lanczos_cycle(gram, v):
         column = basis @ image
         rest, _ = unit(image - column @ basis)
         rest, kept = unit(rest - (basis @ rest) @ basis)
-        # Rounding loses much of its length when it is orthogonalised again: then the Krylov space
+        # If orthogonalising again shortens the direction by half, it is rounding: the Krylov space
         # is exhausted.
         return (basis, jnp.where(kept > 0.5, rest, 0)), column
 

@@ -1,9 +1,9 @@
 r"""The activations of `activations` in double-double arithmetic, with their slopes: what residuals
 and Jacobians are made of.
 
-Values err by at most ``ERROR (1 + |x|)``, slopes by at most ``SLOPE_ERROR``. They are the functions
-of the docstrings there, in which 1.1 and 1.004 are decimal numbers. Only arithmetic is trusted, no
-elementary function of the platform.
+Values err by at most ``ERROR (1 + |x|)``, slopes by at most ``SLOPE_ERROR``. The exact functions
+are the formulas in the docstrings of `activations`, with 1.1 and 1.004 as decimal numbers. Only
+arithmetic is trusted, no elementary function of the platform.
 """
 
 from collections.abc import Callable
@@ -118,13 +118,10 @@ def activate(name: str, x: DoubleDouble, sharpness: DoubleDouble | None = None) 
     Args:
         name: A name in `activations.ACTIVATIONS`.
         x: Arguments, channels last.
-        sharpness: ``softplus(beta)`` of the Swish family, of a shape that fits ``x``.
+        sharpness: ``softplus(beta)`` of the Swish family, broadcastable to ``x``.
 
     Returns:
         The values, and the slope of each output in its own input.
-
-    Raises:
-        ValueError: If the activation is none of this library's.
     """
     if name not in _FUNCTIONS:
         raise ValueError(

@@ -1,10 +1,10 @@
 r"""The Jacobian ``J = W_2 D_1 W_1 D_0`` of two layers around an elementwise activation, in closed
 form.
 
-``D_i`` are the slopes of the activations in front of the layers: ``D_0`` at the input, of one
-example where it is 1, ``D_1`` at the hidden units. Kernels are ``(k, k, cin, cout)`` of
-convolutions, of one odd size, and ``(cin, cout)`` of dense layers. An activation may make several
-channels of one, copy after copy.
+``D_i`` are the slopes of the activations in front of the layers: ``D_0`` at the input (a batch of
+one if it is 1 everywhere), ``D_1`` at the hidden units. Kernels of convolutions are ``(k, k, cin,
+cout)`` with odd ``k``, kernels of dense layers ``(cin, cout)``. An activation may make several
+channels from one, copy after copy.
 """
 
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ def jacobian(
     d0: Float[Array, "_ m"],
     d1: Float[Array, "b n"],
 ) -> Float[Array, "b d d"]:
-    """``J`` of dense layers as one product of matrices: the slopes of a batch times what the
-    weights make of each slope.
+    """``J`` of dense layers as one product of matrices: the slopes of a batch times the weights'
+    contribution of each slope.
 
     Products with unit vectors take as many operations, but XLA:CPU computes the slopes' derivatives
     anew for each of them: at 10 dimensions and 128 hidden units a gradient takes 17 times as long.
@@ -76,11 +76,11 @@ def through_hidden_units(
     d0: Float[Array, "b m"] | None,
     d1: Float[Array, "b n"],
 ) -> Float[Array, "b h h"]:
-    """``D_1 W_1 D_0 W_2``, whose ``det(I + .)`` is that of ``I + J`` (Sylvester), with as many rows
-    as hidden units.
+    """``M = D_1 W_1 D_0 W_2`` with ``det(I + M) = det(I + J)`` (Sylvester), with as many rows as
+    hidden units.
 
-    ``d0`` None is 1, where no activation stands in front: the product of the weights is then one
-    for all examples.
+    ``d0=None`` means ``D_0 = 1``, without an activation in front: all examples then share one
+    product of the weights.
     """
     num_dims, width = back.shape[1], there.shape[1]
     there, back = there.reshape(-1, num_dims, width), back.reshape(-1, width, num_dims)
@@ -100,7 +100,7 @@ def stencil(
     d1: Float[Array, "b y x n"],
 ) -> Float[Array, "b y x s s c c"]:
     """``J`` of two convolutions that take zeros beyond the border, as the stencil of
-    `logdet_exact`; ``d0`` None is 1.
+    `logdet_exact`; ``d0=None`` means ``D_0 = 1``.
 
     A hidden pixel ``q`` carries the input of pixel ``q + a`` to the output of pixel ``q - b``, by
     the tap ``a`` of ``W_1`` and the tap ``b`` of ``W_2``. For each ``b`` one product of matrices
@@ -108,14 +108,12 @@ def stencil(
     """
     b, h, w, _ = d1.shape
     taps, taps_back, width, c = len(there), len(back), there.shape[-1], back.shape[-1]
-    there, back = (
-        there.reshape(taps, taps, -1, c, width),
-        back.reshape(taps_back, taps_back, -1, width, c),
-    )
+    there = there.reshape(taps, taps, -1, c, width)
+    back = back.reshape(taps_back, taps_back, -1, width, c)
     copies, size = there.shape[2], taps + taps_back - 1
     found = jnp.zeros((b, h, w, size, size, copies, c, c), d1.dtype)
 
-    # of outputs whose hidden pixel is inside the image, and how far away that one is
+    # Outputs whose hidden pixel lies inside the image, and the distance between the two.
     def pixels(tap, side):
         shift = tap - taps_back // 2
         first = min(max(-shift, 0), side)

@@ -1,10 +1,10 @@
-r"""Rounding upwards, for numbers that must not end below the bound that they stand for.
+r"""Rounding upwards, for numbers that must not fall below the bound that they represent.
 
-Float64 arithmetic of certificates multiplies what it has computed of a bound by `UP`. A sum of
-``n`` positive terms rounds by at most ``gamma_n = n u / (1 - n u)`` of it (Higham 2002, Lemma 3.1),
-less than ``2^-32`` for a million: `UP` covers such a sum and what a few operations around it round.
-Sums whose terms cancel take `gamma` times the sum of the absolute terms instead. `at_least` and
-`rounded_up` round numbers of any float type up, traced ones too.
+Certificates multiply a bound that they computed in float64 by `UP`. A sum of ``n`` positive terms
+rounds by at most ``gamma_n = n u / (1 - n u)`` of it (Higham 2002, Lemma 3.1), less than ``2^-32``
+for a million: `UP` covers such a sum and the rounding of a few operations around it. Sums whose
+terms cancel take `gamma` times the sum of the absolute terms instead. `at_least` and `rounded_up`
+round numbers of any float type up, traced ones too.
 """
 
 import decimal
@@ -32,11 +32,11 @@ def gamma(num_roundings: int, dtype: Any = np.float64) -> float:
 
 
 def at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
-    """A number or array in a float type, no smaller than it was where that type cannot hold it.
+    """A number or array in a float type, rounded up where the type cannot hold it.
 
     Args:
         value: Numbers of Python or NumPy, or a JAX array, which may be traced.
-        dtype: The type; by default the value's if that is one of floats which JAX uses, else JAX's
+        dtype: The type; by default the value's if it is a float type that JAX uses, else JAX's
             default.
     """
     largest = jnp.dtype(jnp.result_type(float))
@@ -67,8 +67,8 @@ def said_up(value: float, digits: int) -> str:
 
 
 def rounded_up(value: Any, num_roundings: int = 4) -> Shaped[Array, "..."]:
-    """`value` times enough to make up for that many roundings of relative size eps/2, and for
-    this product's.
+    """``value`` times a factor that covers ``num_roundings`` roundings of relative size eps/2, and
+    the rounding of this product.
     """
     value = jnp.asarray(value)
     return value * (1 + (num_roundings + 2) * float(jnp.finfo(value.dtype).eps))
@@ -92,11 +92,7 @@ def lipschitz_at_least(value: Any, dtype: Any = None) -> Shaped[Array, "..."]:
 
 
 def as_floats(batch: Any, name: str) -> Float[Array, "b ..."]:
-    """A batch as a JAX array of floats: lists, NumPy arrays and integers are converted.
-
-    Raises:
-        ValueError: If there is no batch axis.
-    """
+    """A batch as a JAX array of floats: lists, NumPy arrays and integers are converted."""
     batch = jnp.asarray(batch)
     if batch.ndim == 0:
         raise ValueError(f"{name} must have a batch axis first, got a scalar: pass {name}[None]")
@@ -108,6 +104,9 @@ def as_floats(batch: Any, name: str) -> Float[Array, "b ..."]:
 def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The largest power of two up to ``x > 0``, exactly (the exponent's bits), as a constant; 1
     at 0 and below ``tiny``.
+
+    For numbers it is at most ``1 / tiny``: XLA divides by multiplying with the inverse, which would
+    be 0.
     """
     wide = lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     integer, mask = (
@@ -115,12 +114,14 @@ def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
     )
     bits = lax.bitcast_convert_type(wide, integer)
     power = lax.bitcast_convert_type(bits & integer(mask), wide.dtype)
+    largest = 1 / jnp.finfo(wide.dtype).tiny
+    power = jnp.where(power == 2 * largest, largest, power)
     return jnp.where(power > 0, power, 1).astype(x.dtype)
 
 
 def euclidean_norm(x: Float[Array, "..."], axis: int | Sequence[int]) -> Float[Array, "..."]:
-    """``sqrt(sum x^2)`` over some axes; squares neither overflow nor underflow, as a power of
-    two is taken out of them.
+    """``sqrt(sum x^2)`` over some axes; squares neither overflow nor underflow, as a power of two
+    is factored out.
     """
     axis = (axis,) if isinstance(axis, int) else tuple(axis)
     largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axis, keepdims=True, initial=0)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from iresnet_jax.bijections import reshape
-from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget
@@ -32,9 +32,8 @@ class StageSpec:
     Attributes:
         num_blocks: Number of blocks, each an ActNorm and a residual branch.
         hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of
-        the branches, see
-            `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and take flattened
-            arrays.
+            the branches, see `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and
+            take flattened arrays.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
         channel_order: Order of the channels in front of the blocks, after the squeeze: channel
@@ -169,14 +168,14 @@ class PlacedStage(NamedTuple):
         """Random starts of the power iterations of all blocks, stacked."""
         return jax.vmap(self.branch.initial_iterates)(jax.random.split(key, self.spec.num_blocks))
 
-    def actnorm(self, params: ActNormParams) -> ActNormParams:
+    def actnorm(self, params: ActNorm) -> ActNorm:
         """The parameters of the blocks' ActNorm; in a stage without one those of the fixed
         `scale`.
         """
         if self.spec.actnorm:
             return params
         fixed = np.float32(math.log(self.scale))  # the same number in float64
-        return ActNormParams(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, fixed))
+        return ActNorm(jnp.zeros_like(params.bias), jnp.full_like(params.log_scale, fixed))
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ class FlowSpec:
 
     Attributes:
         event_shape: Shape of one example, ``(h, w, c)`` or ``(d,)``.
-        stages: Stages from the data to the latents.
+        stages: Stages from the data to the latents; none make a flow that flattens examples.
         coeff: Largest operator norm, in (0, 1).
         budget: "layer" limits the norm of every layer to ``coeff``, "block" the product of the
             norms of every block.
@@ -223,8 +222,6 @@ class FlowSpec:
         # a list could not be a program's key
         object.__setattr__(self, "stages", tuple(self.stages))
         check_budget(self.coeff, self.budget)
-        if not self.stages:
-            raise ValueError("a flow needs at least one stage, got none")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be a positive number, got {self.scale}")
         if self.scale != 1 and any(stage.actnorm for stage in self.stages):

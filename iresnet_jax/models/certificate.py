@@ -16,9 +16,15 @@ from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.bounds import bilipschitz, with_bounds
 from iresnet_jax.models.contractions import FlowNorms, constrain
-from iresnet_jax.models.flow import FlowWeights, as_params
+from iresnet_jax.models.flow import (
+    FlowBounds,
+    FlowWeights,
+    as_params,
+    bilipschitz,
+    blocks_of,
+    bounded,
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,9 @@ class Certificate:
 
     @property
     def max_block(self) -> float:
-        """The largest bound of a block; NaN if one is."""
-        return max(
-            (block.bound for block in self.blocks), key=lambda bound: (math.isnan(bound), bound)
-        )
+        """The largest bound of a block; NaN if one is, 0 without blocks."""
+        bounds = (block.bound for block in self.blocks)
+        return max(bounds, key=lambda bound: (math.isnan(bound), bound), default=0.0)
 
     @property
     def target(self) -> float | None:
@@ -113,7 +118,7 @@ class Certificate:
         for block in self.blocks:
             rows += [(f"{block.name}/{layer.name}", layer) for layer in block.layers]
             rows.append((block.name, block))
-        width = max(len(name) for name, _ in rows)
+        width = max((len(name) for name, _ in rows), default=0)
         lines = [f"{'':{width}}   target  estimate  certified bound"]
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
@@ -129,14 +134,19 @@ class Certificate:
 
 
 def certificate_of(
-    spec: FlowSpec, weights: FlowWeights, preprocessing: BiLipschitz, *, constrained: bool = True
+    spec: FlowSpec,
+    weights: FlowWeights,
+    bounds: FlowBounds,
+    preprocessing: BiLipschitz,
+    *,
+    constrained: bool = True,
 ) -> Certificate:
     """The certificate of a flow's weights behind a map with the constants of its preprocessing.
 
-    Bounds that the weights carry do not count. They are ``constrained`` if they are meant to
-    satisfy ``spec.coeff``.
+    Bounds are those of the weights, see `flow.bounds_of`. Weights are ``constrained`` if they are
+    meant to satisfy ``spec.coeff``.
     """
-    weights = with_bounds(spec, weights)
+    weights = bounded(blocks_of(spec, weights), bounds)
     per_layer = spec.coeff if constrained and spec.budget == "layer" else None
     per_block = spec.coeff if constrained else None
     blocks = []

@@ -15,7 +15,7 @@ promised.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +23,31 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
 from iresnet_jax.bijections import reshape
-from iresnet_jax.bijections.bijection import Bijection
-from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.dequantize import check_levels, known_levels
-from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
+from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked, pytree
 from iresnet_jax.maths.fixed_point import FixedPointInfo
-from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.flow import FlowWeights
-from iresnet_jax.models.head import HEADS, apply_head, by_channel, initial_head, statistics_of
+from iresnet_jax.models.head import (
+    HEADS,
+    apply_head,
+    batch_statistics,
+    by_channel,
+    initial_head,
+    statistics_of,
+)
 from iresnet_jax.models.history import History
-from iresnet_jax.models.leading_axes import as_batch
-from iresnet_jax.models.model import Model
+from iresnet_jax.models.leading_axes import Examples, as_batch
+from iresnet_jax.models.model import DecodeInfo, How, Model
 
 Images = Num[Array, "... h w c"] | Num[np.ndarray, "... h w c"]
 
 
-@dataclass(frozen=True)
+@pytree()
 class ClassifierSpec:
     """All that defines a classifier but its weights.
 
@@ -107,6 +110,11 @@ class ClassifierSpec:
             )
 
     @property
+    def context_dim(self) -> int:
+        """Length of a context vector: 0, as classifiers have none."""
+        return 0
+
+    @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of an image's features, ``(h, w, c)`` or, after dense blocks, ``(d,)``."""
         return self.flow.layout[-1].branch.in_shape
@@ -132,39 +140,42 @@ class ClassifierSpec:
         head = initial_head(key, self.feature_shape, self.num_classes, self.head)
         return {"head": head, "statistics": of_features if "norm" in head else {}}
 
+    def fitted(self, z: Float[Array, "b d"], labels: Any = None) -> dict[str, Any]:
+        """What of `initial_arrays` is fitted to features: the statistics of the "head"."""
+        del labels
+        features = reshape.unflatten(z, self.feature_shape)
+        return {"statistics": {"head": batch_statistics(features)}} if self.head == "pooled" else {}
+
+    def preprocess(self, images: Images, key: Any = None) -> Float[Array, "b h w d"]:
+        """The network's input for images: scaled to [0, 1], normalised, padded; levels out of
+        range become NaN.
+        """
+        del key
+        return self.pad(self.scaled(images))
+
+    def scaled(self, images: Images) -> Float[Array, "b h w c"]:
+        """Images with pixels in [0, 1]; levels out of range become NaN."""
+        check_levels(images, self.num_levels, self.image_shape)
+        return known_levels(jnp.asarray(images), self.num_levels) / (self.num_levels - 1)
+
     def bilipschitz(self) -> BiLipschitz:
         """Bounds of the Lipschitz constants of `pad` and of its inverse."""
         return BiLipschitz.of(1 / min(self.std), max(self.std))
 
 
-class Reconstruction(NamedTuple):
-    """Images that belong to features.
-
-    Attributes:
-        images: Images with pixels on the scale of [0, 1], which they may leave.
-        padding_residual: Euclidean norm of the padding channels, in the units of the network's
-            input: 0 for the features of an image, and the distance from those of all images
-            otherwise.
-        info: How the inverse ended; its error bound is in the units of the network's input.
-    """
-
-    images: Float[Array, "... h w c"]
-    padding_residual: Float[Array, "..."]
-    info: FixedPointInfo
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "head", "statistics"],
-    meta_fields=["spec", "solver", "unroll", "rematerialize", "history"],
+    data_fields=["spec", "weights", "head", "statistics", "how"],
+    meta_fields=[],
+    drop_fields=["history"],
 )
 @dataclass(frozen=True, eq=False)
-class Classifier(Model):
+class Classifier(Model, spec=ClassifierSpec):
     """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad``
     take it as an argument.
 
-    Methods take images of integer levels, as the data set has them. `logits`, `features` and
-    `reconstruct` take one example, a batch or any leading axes, which their results have too; other
+    Methods take images of integer levels, as the data set has them. `logits`, `encode` and
+    `decode` take one example, a batch or any leading axes, which their results have too; other
     methods take batches.
 
     Attributes:
@@ -173,10 +184,8 @@ class Classifier(Model):
             give them.
         head: Parameters of the head, see `head.apply_head`.
         statistics: Running averages of the BatchNorm in the "head"; empty if it is linear.
-        solver: Inverse of the blocks.
-        unroll: Whether blocks are unrolled instead of scanned.
-        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
-        history: What the training of a fitted model saw.
+        how: How it runs: inverse of the blocks.
+        history: What the training of a fitted model saw; programs and ``tree.map`` drop it.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ("head", "statistics")
@@ -185,9 +194,7 @@ class Classifier(Model):
     weights: FlowWeights | Tree = field(repr=False)
     head: Tree = field(repr=False)
     statistics: Tree = field(repr=False)
-    solver: Solver = Solver()
-    unroll: bool = False
-    rematerialize: Rematerialize = "nothing"
+    how: How = How()
     history: History | None = field(default=None, repr=False)
 
     @classmethod
@@ -225,6 +232,7 @@ class Classifier(Model):
             ValueError: If images and stages do not fit together.
         """
         check_unmasked(images, "images")
+        images = np.asarray(images)
         if np.ndim(images) != 4 or not len(images):
             raise ValueError(f"images must be a batch (n, h, w, c), got shape {np.shape(images)}")
         height, width, channels = np.shape(images)[1:]
@@ -247,56 +255,58 @@ class Classifier(Model):
             std,
             head=head,
         )
-        key_weights, key_head = jax.random.split(single_key(key))
-        model = cls(spec, {}, **spec.initial_arrays(key_head))
-        weights, z = initial.initial_weights(
-            flow, key_weights, model.preprocess(initial.some(images))
-        )
-        return model.with_(
-            weights=weights,
-            statistics=statistics_of(model.head, reshape.unflatten(z, spec.feature_shape)),
-        )
+        check_levels(images, num_levels, spec.image_shape)
+        return initial.initial(spec, key, images).certified()
 
-    def logits(self, images: Images) -> Float[Array, "... k"]:
-        """Logits of images, by running averages."""
-        examples = as_batch(images, self.spec.image_shape)
-        return examples.restore(_logits(self, self.preprocess(examples.x)))
-
-    def features(self, images: Images) -> Float[Array, "..."]:
-        """``F(x)`` as an array with channels last, of `ClassifierSpec.feature_shape`."""
-        examples = as_batch(images, self.spec.image_shape)
+    def encode(self, x: Images, key: Any = None, *, context: Any = None) -> Float[Array, "... d"]:
+        """Features of images, as vectors; a classifier takes no key and no context."""
+        del key
+        examples = self._examples(x, context)
         return examples.restore(_features(self, self.preprocess(examples.x)))
 
-    def reconstruct(self, features: Float[Array, "..."]) -> Reconstruction:
-        """The images that features belong to (Behrmann et al. 2019, fig. 3 and 6); `certify.decode`
-        guarantees their error.
-
-        Without a constraint the iteration may not converge, or to another image;
-        `Reconstruction.info` promises nothing then.
-        """
-        examples = as_batch(features, self.spec.feature_shape)
-        return examples.restore(
-            _reconstruct(self._for_programs(), self.promoted(reshape.flatten(examples.x)))
-        )
+    def logits(
+        self, images: Images, key: Any = None, *, context: Any = None
+    ) -> Float[Array, "... k"]:
+        """Logits of images, by running averages; a classifier takes no key and no context."""
+        del key
+        examples = self._examples(images, context)
+        return examples.restore(_logits(self, self.preprocess(examples.x)))
 
     # ------------------------------------------------------------------------------------ its parts
 
-    def preprocess(self, images: Images) -> Float[Array, "b h w d"]:
+    def _examples(self, x: Any, context: Any = None) -> Examples:
+        if context is not None:
+            raise ValueError("a classifier has no context: leave it out")
+        batch = as_batch(x, self.spec.image_shape)
+        check_levels(batch.x, self.spec.num_levels, self.spec.image_shape)
+        return batch
+
+    def preprocess(self, images: Images, key: Any = None) -> Float[Array, "b h w d"]:
         """The network's input for images: scaled to [0, 1], normalised, padded; levels out of
         range become NaN.
         """
-        levels = self.spec.num_levels
-        check_levels(images, levels, self.spec.image_shape)
-        return self.spec.pad(known_levels(jnp.asarray(images), levels) / (levels - 1))
+        return self.spec.preprocess(images, key)
 
-    def flow(self) -> Bijection:
-        """The invertible network alone, from its input to features as vectors."""
-        return self._flow_of(self.spec.flow, self._for_programs().weights)
+    def dequantize(self, images: Images, key: Any = None) -> Float[Array, "b h w c"]:
+        """Images on the scale of [0, 1]."""
+        del key
+        return self.spec.scaled(images)
+
+    def to_data(
+        self, x: Float[Array, "b ..."], info: FixedPointInfo
+    ) -> tuple[Float[Array, "b h w c"], DecodeInfo]:
+        """Images on the scale of [0, 1], which they may leave, of inputs of the network that its
+        inverse found, and `info` of that in their units.
+        """
+        images, padding = self.spec.unpad(x), self.spec.pad_channels
+        whole = info._replace(error_bound=max(self.spec.std) * info.error_bound)
+        residual = reshape.padding_residual(x, padding)
+        return images, DecodeInfo(*whole[:4], x, info.error_bound, images, residual)
 
     def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Features of an input of the network, such as `preprocess` gives."""
         return reshape.unflatten(
-            self._flow_of(self.spec.flow, self.weights).forward(x), self.spec.feature_shape
+            self.flow_of(self.spec.flow, self.weights).forward(x), self.spec.feature_shape
         )
 
     def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
@@ -306,15 +316,7 @@ class Classifier(Model):
 
 # One program each, as those of a density are.
 _logits = fast_compile(lambda model, x: model.logits_of_input(x))
-_features = fast_compile(lambda model, x: model.features_of_input(x))
-
-
-@fast_compile
-def _reconstruct(model: Classifier, features: Float[Array, "b d"]) -> Reconstruction:
-    x, info = model.flow().inverse(features)
-    return Reconstruction(
-        model.spec.unpad(x), reshape.padding_residual(x, model.spec.pad_channels), info
-    )
+_features = fast_compile(lambda model, x: model.flow().forward(x))
 
 
 def training_logits(

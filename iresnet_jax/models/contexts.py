@@ -114,25 +114,21 @@ class ContextScale(Standardize):
         std = squeezed.std(axis=0)
         return cls(squeezed.mean(axis=0), np.where(std > 0, std, 1), center, width)
 
-    def forward_and_logdet(
-        self, x: Float[Array, "b k"]
-    ) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+    def map(self, x: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
         """The scaled contexts."""
         center, width = (values.astype(x.dtype)[None] for values in (self.center, self.width))
         t = (x - center) / width
-        y, log_det = super().forward_and_logdet(jnp.arcsinh(t))
+        y, log_det = super().map(jnp.arcsinh(t))
         return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(width), axis=1)
 
-    def inverse_and_logdet(
-        self, y: Float[Array, "b k"]
-    ) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+    def unmap(self, y: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
         """The contexts."""
-        squeezed, _ = super().inverse_and_logdet(y)
+        squeezed, _ = super().unmap(y)
         x = (
             jnp.sinh(squeezed) * self.width.astype(y.dtype)[None]
             + self.center.astype(y.dtype)[None]
         )
-        return x, -self.forward_and_logdet(x)[1]
+        return x, -self.map(x)[1]
 
     def bilipschitz(self) -> BiLipschitz:
         """Steepest at the centres; nothing bounds the inverse."""

@@ -23,12 +23,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from iresnet_jax.bijections.actnorm import ActNormParams
+from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.branches.branch import Branch, BranchSpec, ConstrainedBranch
 from iresnet_jax.branches.layers import training_twists
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec, PlacedStage
-from iresnet_jax.models.bounds import remember
 from iresnet_jax.models.flow import Block, FlowWeights, as_params
 
 Tree = Mapping[str, Any]
@@ -128,10 +127,10 @@ def _constrain(
     return ConstrainedFlow(weights, new_spectral, norms)
 
 
-def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNormParams, Tree]:
+def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNorm, Tree]:
     """ActNorm, or the fixed scale in its place, and the branch's weights among the parameters."""
     blocks = dict(params[stage.name]["blocks"])
-    return stage.actnorm(ActNormParams(**jax.tree.map(jnp.asarray, blocks.pop("actnorm")))), blocks
+    return stage.actnorm(ActNorm(**jax.tree.map(jnp.asarray, blocks.pop("actnorm")))), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
@@ -146,7 +145,6 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     for stage in spec.all_stages:
         scale, blocks = _parts(stage, params)
         weights[stage.name] = Block(scale, _frozen(stage.branch, spec.coeff, spec.budget, blocks))
-        remember(weights[stage.name].branch)
     return weights
 
 

@@ -26,10 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
 
-from iresnet_jax.bijections.bijection import Bijection, add_logdet_info, fold_in
-from iresnet_jax.bijections.chain import Rematerialize, chain
+from iresnet_jax.bijections.bijection import (
+    Bijection,
+    add_logdet_info,
+    fold_in,
+    follow_inverse_info,
+)
+from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.checked_dataclasses import Count, NotNegative, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
@@ -42,15 +46,14 @@ from iresnet_jax.models import contexts, initial, preprocessing, priors
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.claims import check_claims
 from iresnet_jax.models.columns import Frame, table_of
 from iresnet_jax.models.contexts import Contexts, Network
 from iresnet_jax.models.contractions import under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
-from iresnet_jax.models.flow import FlowWeights, as_params
+from iresnet_jax.models.flow import FlowBounds, FlowWeights, as_params, bounded
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch
-from iresnet_jax.models.model import Model
+from iresnet_jax.models.model import DecodeInfo, How, Model
 
 # folded into the key of probes for the flow of noise; stages of the other flow fold in their
 # numbers
@@ -100,11 +103,12 @@ class Samples(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["spec", "weights", "prior", "estimator", "network", "noise_network"],
-    meta_fields=["solver", "unroll", "rematerialize", "history"],
+    data_fields=["spec", "weights", "prior", "how", "network", "noise_network"],
+    meta_fields=[],
+    drop_fields=["history"],
 )
 @dataclass(frozen=True, eq=False)
-class Density(Model):
+class Density(Model, spec=DensitySpec):
     """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take
     it as an argument.
 
@@ -121,11 +125,8 @@ class Density(Model):
         weights: Constrained weights of the flow, as `contractions.freeze` or
             `contractions.constrain` give them.
         prior: Density of the latents, see `priors`.
-        estimator: Log-determinant of the blocks.
-        solver: Inverse of the blocks.
-        unroll: Whether blocks are unrolled instead of scanned.
-        rematerialize: What the backward pass recomputes, see `iresnet_jax.bijections.chain.repeat`.
-        history: What the training of a fitted model saw.
+        how: How it runs: log-determinant and inverse of the blocks.
+        history: What the training of a fitted model saw; programs and ``tree.map`` drop it.
         network: Weights of the network on contexts, see `contexts.apply_network`; empty without
             one.
         noise_network: Weights of the network that noise depends on, see `noise.features`; empty if
@@ -137,10 +138,7 @@ class Density(Model):
     spec: DensitySpec
     weights: FlowWeights = field(repr=False)
     prior: Any = field(repr=False)
-    estimator: LogdetEstimator = field(default_factory=ExactLogdet)
-    solver: Solver = Solver()
-    unroll: bool = False
-    rematerialize: Rematerialize = "nothing"
+    how: How = How(ExactLogdet())
     history: History | None = field(default=None, repr=False)
     network: Network = field(default_factory=dict, repr=False)
     noise_network: Network = field(default_factory=dict, repr=False)
@@ -164,6 +162,7 @@ class Density(Model):
         transform: Transform | None = None,
         context: Contexts | None = None,
         context_hidden: tuple[int, ...] = (),
+        labels: Labels | None = None,
         noise: NoiseSpec | None = None,
         estimator: LogdetEstimator | None = None,
     ) -> "Density":
@@ -192,6 +191,8 @@ class Density(Model):
                 of images of integers.
             context: Contexts of the examples, of a conditional density.
             context_hidden: Widths of a network on them, see `DensitySpec`.
+            labels: Classes of the examples, to which the priors of classes behind whitening are
+                fitted.
             noise: Variational dequantisation of integer levels, which starts uniform; uniform by
                 default.
             estimator: Log-determinant of the blocks; exact by default, which takes time and memory
@@ -205,7 +206,6 @@ class Density(Model):
             >>> stages = [StageSpec(6, (64,), activation="clipswish")]
             >>> model = Density.init(jax.random.key(0), x[:256], stages=stages)
         """
-        key_weights, key_noise, key_network = jax.random.split(single_key(key), 3)
         x, num_levels = preprocessing.examples(x, num_levels)
         if context is not None:
             context = contexts.for_examples(context, len(x))
@@ -241,32 +241,24 @@ class Density(Model):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        model = cls(
-            spec, {}, estimator=estimator or ExactLogdet(), **spec.initial_arrays(key_network)
-        )
-        context = None if context is None else initial.some(context)
-        u = model.dequantize(initial.some(x), key_noise)
-        y, log_det, _ = preprocessing.transform(spec).forward_and_logdet(u, key_noise)
-        if not (np.all(np.isfinite(y)) and np.all(np.isfinite(log_det))):
-            raise ValueError(
-                f"examples are out of the range of their transform, {type(spec.transform).__name__}"
-            )
-        given = y, model.scale_context(context)
+        preprocessing.checked(spec, x)
         start = [
             checked(NotNegative, value, what)
             for value, what in ((sharpness, "sharpness"), (last_scale, "last_scale"))
         ]
-        weights, z = initial.initial_weights(spec.flow, key_weights, *given, *start)
-        check_claims(spec.flow, weights, *given)
-        if isinstance(prior, str):
-            is_mixture = family in priors.MIXTURES
-            prior = (
-                priors.MIXTURES[family].fit(np.asarray(z), num_components)
-                if is_mixture
-                else model.prior
-            )
-        model = model.with_(weights=weights, prior=priors.trainable(prior))
-        jax.eval_shape(model.log_prior, z)  # raises for a prior of other vectors
+        free = initial.initial(
+            spec,
+            key,
+            x,
+            context=context,
+            labels=labels,
+            prior=None if isinstance(prior, str) else prior,
+            sharpness=start[0],
+            last_scale=start[1],
+        )
+        model = free.certified().with_(estimator=estimator or ExactLogdet())
+        latents = jax.ShapeDtypeStruct((len(x), flow.num_dims), jnp.float32)
+        jax.eval_shape(model.log_prior, latents)  # raises for a prior of other vectors
         return model
 
     def learned(self, name: str) -> Any:
@@ -286,7 +278,7 @@ class Density(Model):
             num_levels=None,
             cells=None,
         )
-        own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout if self.weights}
+        own = {stage.name: self.weights[stage.name] for stage in spec.flow.layout}
         return self.with_(spec=spec, weights=own, noise_network={})
 
     def given(self, context: Contexts) -> "Density":
@@ -333,14 +325,22 @@ class Density(Model):
         return examples.restore(_log_prob(self, examples.x, examples.context, examples.keys(key)))
 
     def terms(
-        self, x: Data, key_noise: Keys, key_probe: Keys, *, context: Contexts | None = None
+        self,
+        x: Data,
+        key_noise: Keys,
+        key_probe: Keys,
+        *,
+        context: Contexts | None = None,
+        bounds: FlowBounds | None = None,
     ) -> LogProb:
         """The log-likelihood with all its terms, by keys of the noise of integer levels and of
         the estimator's probes.
+
+        Truncation bounds rely on ``bounds``, see `Model.bounds`.
         """
-        examples = self._examples(x, context)
+        examples, bounds = self._examples(x, context), self._own(bounds)
         keys = examples.keys(key_noise), examples.keys(key_probe)
-        return examples.restore(_terms(self._for_programs(), examples.x, examples.context, *keys))
+        return examples.restore(_terms(self, examples.x, examples.context, *keys, bounds))
 
     def log_prior(
         self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None
@@ -362,20 +362,18 @@ class Density(Model):
             )
         return found.astype(z.dtype)
 
-    def class_log_probs(
+    def logits(
         self, x: Data, key: Keys | None = None, *, context: Contexts | None = None
     ) -> Float[Array, "... k"]:
-        """``log p(y | x)`` for every class ``y`` by Bayes' rule: one pass through the flow, no
-        determinants.
-
-        Arguments are those of `encode`.
+        """``log p(y) + log p_Z(z | y)`` for every class ``y``: one pass through the flow, no
+        determinants. Arguments are those of `encode`.
 
         Raises:
             ValueError: If the model has one prior for all.
         """
         prior, z = self._class_priors, self.encode(x, key, context=context)
         by_class = prior.log_prob_by_class(z.reshape(-1, z.shape[-1]))
-        return jax.nn.log_softmax(by_class).reshape(*z.shape[:-1], by_class.shape[1])
+        return by_class.reshape(*z.shape[:-1], by_class.shape[1])
 
     @property
     def _class_priors(self) -> priors.ClassPriors:
@@ -386,38 +384,7 @@ class Density(Model):
             )
         return self.prior
 
-    # ------------------------------------------------------------------------------- there and back
-
-    def encode(
-        self, x: Data, key: Keys | None = None, *, context: Contexts | None = None
-    ) -> Float[Array, "... d"]:
-        """Latents of data.
-
-        Args:
-            x: Data.
-            key: Source of the noise of integer levels; None takes the middle of each level's cell.
-            context: Contexts of a conditional model.
-        """
-        examples = self._examples(x, context)
-        return examples.restore(_encode(self, examples.x, examples.context, examples.keys(key)))
-
-    def decode(
-        self,
-        z: Float[Array, "... d"] | Float[np.ndarray, "... d"],
-        *,
-        context: Contexts | None = None,
-    ) -> tuple[Num[Array, "..."], FixedPointInfo]:
-        """Data of latents, and how the inverse ended; `certify.decode` guarantees the error of the
-        same data.
-
-        Its ``error_bound`` is in the units of continuous data: [0, 1) for integer levels, before
-        they are rounded down. It is the product of the blocks' bounds, without the rounding of the
-        preprocessing, and says little about a deep flow.
-        """
-        examples = as_batch(
-            jnp.asarray(z), (self.spec.flow.num_dims,), context, self.spec.context_dim
-        )
-        return examples.restore(_decode(self._for_programs(), examples.x, examples.context))
+    # ------------------------------------------------------------------------------------- samples
 
     def sample(
         self,
@@ -427,7 +394,8 @@ class Density(Model):
         temperature: float = 1.0,
         context: Contexts | None = None,
         labels: Labels | None = None,
-    ) -> tuple[Num[Array, "n ..."], FixedPointInfo]:
+        bounds: FlowBounds | None = None,
+    ) -> tuple[Num[Array, "n ..."], DecodeInfo]:
         """Samples: latents from the prior through the inverse, and how that ended, see `decode`.
 
         Args:
@@ -438,6 +406,7 @@ class Density(Model):
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default.
                 Classes that do not exist, which cannot be refused under ``jit``, give an inverse
                 that did not converge.
+            bounds: See `Model.bounds`.
 
         Raises:
             ValueError: If labels are given to a model without classes or are not ``num`` integers,
@@ -445,7 +414,8 @@ class Density(Model):
                 outside of ``jit``.
         """
         z = self.sample_latents(key, num, temperature=temperature, labels=labels)
-        return self.decode(z, context=contexts.of_samples(context, num, self.spec.context_dim))
+        context = contexts.of_samples(context, num, self.spec.context_dim)
+        return self.decode(z, context=context, bounds=bounds)
 
     def sample_and_log_prob(
         self,
@@ -454,6 +424,7 @@ class Density(Model):
         *,
         context: Contexts | None = None,
         labels: Labels | None = None,
+        bounds: FlowBounds | None = None,
     ) -> Samples:
         """The samples that `sample` draws from the same key, and their log-densities, by one pass
         through the inverse.
@@ -478,7 +449,7 @@ class Density(Model):
         # latents are drawn from the key itself, or from its first two parts
         key_probe = jax.random.fold_in(typed_key(key), 2)
         context = contexts.of_samples(context, num, self.spec.context_dim)
-        return _decode_and_log_prob(self._for_programs(), z, context, labels, key_probe)
+        return _decode_and_log_prob(self, z, context, labels, key_probe, self._own(bounds))
 
     def sample_latents(
         self,
@@ -517,39 +488,26 @@ class Density(Model):
         )
         return batch._replace(x=preprocessing.checked(self.spec, batch.x))
 
-    def flow(self, context: Contexts | None = None) -> Bijection:
-        """The residual flow alone, from preprocessed data to latents."""
-        return self._flow_of(
-            self.spec.flow, self._for_programs().weights, self.scale_context(context)
-        )
-
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them: scaled, and through the network on them if there is one.
 
         Raises:
             ValueError: If the scale is one of contexts of another length.
         """
-        if context is None:
-            return None
-        vectors = jnp.asarray(contexts.as_vectors(context, self.spec.context_dim))
-        vectors = (
-            vectors
-            if jnp.issubdtype(vectors.dtype, jnp.floating)
-            else vectors.astype(jnp.result_type(float))
-        )
-        if self.spec.context is None:
-            return vectors
-        if vectors.shape[1:] != (self.spec.context_dim,):
-            raise ValueError(
-                f"the model takes contexts of length {self.spec.context_dim}, got "
-                f"shape {vectors.shape}"
-            )
-        scaled, _ = jax.lax.stop_gradient(self.spec.context).forward_and_logdet(vectors)
-        return contexts.apply_network(self.network, scaled) if self.spec.context_hidden else scaled
+        return self.spec.scale_context(context, self.network)
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
         return preprocessing.transform(self.spec).forward(self.dequantize(x, key))
+
+    def to_data(
+        self, x: Float[Array, "b ..."], info: FixedPointInfo
+    ) -> tuple[Num[Array, "b ..."], DecodeInfo]:
+        """Data of inputs of the flow that its inverse found, and `info` of that in their units."""
+        transform = preprocessing.transform(self.spec)
+        u, own = transform.inverse(x)
+        whole = follow_inverse_info(info, own, transform.inverse_lipschitz)
+        return preprocessing.rounded(self.spec, u), DecodeInfo(*whole[:4], x, info.error_bound, u)
 
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle
@@ -562,47 +520,46 @@ class Density(Model):
         )
 
     def dequantize_and_logdet(
-        self, x: Data, key_noise: Keys, key_probe: Keys
+        self, x: Data, key_noise: Keys, key_probe: Keys, bounds: FlowBounds | None = None
     ) -> tuple[Float[Array, "b ..."], Float[Array, " b"], LogdetInfo]:
         """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels
         ``-log q - d log(num_levels)``.
         """
         x, levels = preprocessing.checked(self.spec, x), self.spec.num_levels
-        # noise of first weights is uniform
-        if self.spec.flow.noise is not None and self.weights and levels is not None:
+        if self.spec.flow.noise is not None and levels is not None:
             dtype = jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
             key_probe = fold_in(typed_key(key_probe), OF_NOISE)
             return noises.place_and_logdet(
-                self.noise_flow(x), x, key_noise, key_probe, levels, dtype
+                self.noise_flow(x, bounds), x, key_noise, key_probe, levels, dtype
             )
         u, log_det, info = preprocessing.cells(self.spec).forward_and_logdet(x, key_noise)
         return self.promoted(u), log_det, info
 
-    def noise_flow(self, x: Data) -> Bijection:
+    def noise_flow(self, x: Data, bounds: FlowBounds | None = None) -> Bijection:
         """The flow from logistic numbers to the logits of the noise of these levels, see
         `iresnet_jax.models.noise`.
 
         Raises:
-            ValueError: If the model has uniform noise, or no weights yet.
+            ValueError: If the model has uniform noise.
         """
         flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
-        if flow is None or levels is None or not self.weights:
+        if flow is None or levels is None:
             raise ValueError("the noise of this model is uniform: there is no flow that makes it")
         features = noises.features(
             self.spec.flow, self.noise_network, preprocessing.checked(self.spec, x), levels
         )
-        return self._flow_of(flow, noises.weights_of(self.weights), features)
+        weights = noises.weights_of(bounded(self.weights, bounds))
+        return self.flow_of(flow, weights, features)
 
     def noise_certificate(self) -> Certificate | None:
         """The `certificate` of the flow of noise, of a map from logistic numbers to logits; None
         if noise is uniform.
         """
         flow = self.spec.flow.noise_flow
-        return (
-            None
-            if flow is None
-            else certificate_of(flow, noises.weights_of(self.weights), model_bounds([]))
-        )
+        if flow is None:
+            return None
+        weights, bounds = noises.weights_of(self.weights), noises.weights_of(self.bounds())
+        return certificate_of(flow, weights, bounds, model_bounds([]))
 
     def to_frame(self, x: Data) -> Any:
         """Samples, or other arrays of data, as a pandas data frame with the columns and types that
@@ -632,10 +589,12 @@ def _log_prob(model: Density, x: Array, context: Any, key: Keys | None) -> Float
 
 
 @fast_compile
-def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys) -> LogProb:
-    u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe)
+def _terms(
+    model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys, bounds: Any = None
+) -> LogProb:
+    u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe, bounds)
     y, log_det_transform, _ = preprocessing.transform(model.spec).forward_and_logdet(u, key_probe)
-    z, log_det, info = model.flow(context).forward_and_logdet(y, key_probe)
+    z, log_det, info = model.flow(context, bounds=bounds).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.prior.log_prob_by_class(z)
     log_prior = model.log_prior(z) if by_class is None else jax.nn.logsumexp(by_class, axis=1)
     log_det_transform += log_det_cells
@@ -651,23 +610,10 @@ def _terms(model: Density, x: Array, context: Any, key_noise: Keys, key_probe: K
 
 
 @fast_compile
-def _encode(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, "b d"]:
-    return model.flow(context).forward(model.preprocess(x, key))
-
-
-@fast_compile
-def _decode(model: Density, z: Array, context: Any) -> tuple[Num[Array, "b ..."], FixedPointInfo]:
-    u, info = chain([preprocessing.transform(model.spec), model.flow(context)]).inverse(
-        model.promoted(z)
-    )
-    return preprocessing.rounded(model.spec, u), info
-
-
-@fast_compile
 def _decode_and_log_prob(
-    model: Density, z: Array, context: Any, labels: Any, key_probe: Keys
+    model: Density, z: Array, context: Any, labels: Any, key_probe: Keys, bounds: Any
 ) -> Samples:
-    whole = chain([preprocessing.transform(model.spec), model.flow(context)])
+    whole = Chain([preprocessing.transform(model.spec), model.flow(context, bounds=bounds)])
     x, log_det, logdet_info, info = whole.inverse_and_logdet(z, key_probe)
     return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)
 

@@ -7,6 +7,8 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bounded import Bounded
@@ -16,10 +18,10 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.models import noise, priors
+from iresnet_jax.models import contexts, noise, preprocessing, priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column
-from iresnet_jax.models.contexts import ContextScale, initial_network
+from iresnet_jax.models.contexts import Contexts, ContextScale, Network
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
@@ -131,9 +133,56 @@ class DensitySpec:
         """
         return {
             "prior": {} if self.prior_family == priors.OWN else self.standard_prior(),
-            "network": initial_network(key, self.context_dim, self.context_hidden),
+            "network": contexts.initial_network(key, self.context_dim, self.context_hidden),
             "noise_network": noise.initial_network(self.flow, jax.random.fold_in(key, 1)),
         }
+
+    def fitted(self, z: Array, labels: Any = None) -> dict[str, Any]:
+        """What of `initial_arrays` is fitted to latents: the prior, if it has components or is
+        behind whitening.
+        """
+        family, num = self.prior_family, self.flow.num_dims
+        if self.num_components is not None:
+            return {"prior": priors.MIXTURES[family].fit(np.asarray(z), self.num_components)}
+        if not self.is_white or family == priors.OWN or (self.num_classes and labels is None):
+            return {}
+        if self.num_classes is not None:
+            fit = priors.ClassPriors.fit
+            return {"prior": fit(family, np.asarray(z), np.asarray(labels), self.num_classes)}
+        return {"prior": priors.LOCATION_SCALE[family].of_moments(np.zeros(num), np.ones(num))}
+
+    def preprocess(self, x: Any, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
+        """The flow's input for data, with uniform noise of levels and cells from the key, or
+        none.
+        """
+        return preprocessing.preprocess(self, x, key)
+
+    def scale_context(
+        self, context: Contexts | None, network: Network
+    ) -> Float[Array, "b ..."] | None:
+        """Contexts as the flow takes them: scaled, and through the network on them if there is one.
+
+        Raises:
+            ValueError: If the scale is one of contexts of another length.
+        """
+        if context is None:
+            return None
+        vectors = jnp.asarray(contexts.as_vectors(context, self.context_dim))
+        if not jnp.issubdtype(vectors.dtype, jnp.floating):
+            vectors = vectors.astype(jnp.result_type(float))
+        if self.context is None:
+            return vectors
+        if vectors.shape[1:] != (self.context_dim,):
+            raise ValueError(
+                f"the model takes contexts of length {self.context_dim}, got shape {vectors.shape}"
+            )
+        scaled = jax.lax.stop_gradient(self.context).forward(vectors)
+        return contexts.apply_network(network, scaled) if self.context_hidden else scaled
+
+    @property
+    def is_white(self) -> bool:
+        """Whether the flow's input is whitened."""
+        return isinstance(getattr(self.transform, "then", self.transform), Whiten)
 
     @property
     def context_dim(self) -> int:

@@ -1,8 +1,11 @@
 """The record of a training, as it travels with a model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 STOPPED = "it was stopped"  # why a training ended that somebody stopped
 
@@ -25,18 +28,19 @@ class Attempt(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class History:
     """Measurements of a training run.
-
-    All histories are equal to each other: models that differ in nothing else run the same compiled
-    programs. What returns a model from ``jit`` therefore returns the history of the first one.
 
     Attributes:
         train: Measurements of training steps, averaged between two of them: a list of values by
             name, "step" among them.
         validation: Measurements on the validation split, likewise.
         step: Step whose parameters the model has, the best on validation.
+        loss: Validation loss of the model; NaN without validation.
+        losses: Its loss on each held-out example; None if only the mean is known.
+        num_steps: Updates of the training.
+        seconds: Its time, without the compilation of the step.
         attempts: Runs that were tried, in their order; empty if there was one run only.
         ended: Why no further one was tried.
     """
@@ -44,14 +48,12 @@ class History:
     train: Mapping[str, list[float]]
     validation: Mapping[str, list[float]]
     step: int
+    loss: float = math.nan
+    losses: np.ndarray | None = None
+    num_steps: int = 0
+    seconds: float = 0.0
     attempts: tuple[Attempt, ...] = ()
     ended: str = ""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, History)
-
-    def __hash__(self) -> int:
-        return hash(History)
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]], step: int) -> "History":

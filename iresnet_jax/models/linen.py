@@ -14,8 +14,9 @@ from iresnet_jax.models.classifier import Classifier as ClassifierModel
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.contractions import constrain, unconstrained
 from iresnet_jax.models.flow import flow_bijection
+from iresnet_jax.models.free import ConstraintConfig
 from iresnet_jax.models.head import apply_head, initial_head, statistics_of
-from iresnet_jax.models.initial import fit_actnorm, with_actnorm
+from iresnet_jax.models.initial import fresh
 from iresnet_jax.models.priors import Gaussian
 
 
@@ -47,9 +48,7 @@ class ResidualFlow(nn.Module):
         """
         if self.is_initializing():
             self.param("prior", lambda key: Gaussian.standard(self.spec.num_dims))
-            return _create(
-                self, self.spec, x, context, last_scale=self.last_scale, sharpness=self.sharpness
-            )
+            return _create(self, self.spec, x, context, sharpness=self.sharpness)
         weights = constrain(
             self.spec, self.variables["params"], self.variables.get("spectral", {})
         ).weights
@@ -77,7 +76,7 @@ class Classifier(nn.Module):
         """The logits of inputs of the network, by running averages."""
         flow, is_constrained = self.spec.flow, self.spec.constrained
         if self.is_initializing():
-            z = _create(self, flow, x, last_scale=self.last_scale, is_constrained=is_constrained)
+            z = _create(self, flow, x, is_constrained=is_constrained)
             features = reshape.unflatten(z, self.spec.feature_shape)
             head = self.param(
                 "head",
@@ -96,23 +95,23 @@ class Classifier(nn.Module):
 
 
 def _create(
-    module: nn.Module,
+    module: ResidualFlow | Classifier,
     spec: FlowSpec,
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
     *,
+    sharpness: float = 0.0,
     is_constrained: bool = True,
-    **options: bool | float,
 ) -> Float[Array, "b d"]:
     """Creates a flow's variables in a module, named ``stage0/blocks/conv0/kernel`` and so on.
     Returns the latents of ``x``.
     """
-    params = spec.initial_params(module.make_rng("params"), **options)  # pyright: ignore[reportArgumentType]
-    spectral = spec.initial_iterates(module.make_rng("params")) if is_constrained else {}
-    weights, spectral, _ = (constrain if is_constrained else unconstrained)(spec, params, spectral)
-    weights, z = fit_actnorm(spec, weights, x, context)
-    for name, stage in with_actnorm(params, weights).items():
+    constraint = ConstraintConfig() if is_constrained else ConstraintConfig(norms="none")
+    params, found, z = fresh(
+        spec, module.make_rng("params"), x, context, constraint, sharpness, module.last_scale
+    )
+    for name, stage in params.items():
         module.param(name, lambda key, stage=stage: stage)
-    for name, stage in spectral.items():
+    for name, stage in found.spectral.items() if is_constrained else ():
         module.variable("spectral", name, lambda stage=stage: stage)
     return z

@@ -17,6 +17,7 @@ Weights of the flow's stages stand beside those of the density's own, under name
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,11 +33,12 @@ from iresnet_jax.maths.logdet_estimator import LogdetInfo
 from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import PREFIX, FlowSpec
 from iresnet_jax.models.contexts import Network, apply_network
-from iresnet_jax.models.flow import FlowWeights
 
 
-def weights_of(weights: FlowWeights) -> FlowWeights:
-    """The weights of the flow of noise alone, by the names that they have in it."""
+def weights_of(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of the flow of noise alone, or their bounds, by the names that they have in
+    it.
+    """
     return {
         name.removeprefix(PREFIX): block
         for name, block in weights.items()

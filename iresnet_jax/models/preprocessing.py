@@ -4,7 +4,8 @@
     flow's input
 
 `cells` and `transform` are bijections, the first one in distribution: forward adds noise, the
-inverse rounds. Their numbers come from the data and are no parameters: their gradients are 0.
+inverse rounds. Their numbers come from the data and are no parameters: their gradients are 0. All
+functions take a `DensitySpec`, which imports this file.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,14 @@ from jaxtyping import Array, Float, Num, Shaped
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
-from iresnet_jax.bijections.dequantize import check_levels, dequantize_bijection
+from iresnet_jax.bijections.dequantize import Dequantize, check_levels
 from iresnet_jax.bijections.standardize import Identity
 from iresnet_jax.checked_dataclasses import check_unmasked, finite_numbers
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Frame, numbers_of
-from iresnet_jax.models.density_spec import DensitySpec
 
 
-def numbers(spec: DensitySpec, x: Any) -> Any:
+def numbers(spec: Any, x: Any) -> Any:
     """Data as an array of numbers: a data frame by the names, categories and order of the columns
     that were fitted.
 
@@ -91,7 +91,7 @@ def check_told_apart(
         )
 
 
-def checked(spec: DensitySpec, x: Any) -> Array:
+def checked(spec: Any, x: Any) -> Array:
     """The data as an array, if it is what the model takes.
 
     Raises:
@@ -117,7 +117,7 @@ def checked(spec: DensitySpec, x: Any) -> Array:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)  # which takes longer than all checks
 
 
-def check_ranges(spec: DensitySpec, x: Any) -> None:
+def check_ranges(spec: Any, x: Any) -> None:
     """Raises ``ValueError`` if an entry of vectors is out of its bounds; the message names the
     first one.
     """
@@ -140,24 +140,36 @@ def check_ranges(spec: DensitySpec, x: Any) -> None:
 
 @fast_compile
 def _in_cells(cells: Cells | None, x: Array) -> Array:
-    return x if cells is None else cells.bijection().forward(x)
+    return x if cells is None else cells.forward(x)
 
 
-def cells(spec: DensitySpec) -> Bijection:
+def cells(spec: Any) -> Bijection:
     """From levels to points of [0, 1), or from values to points of their cells; the identity of
     continuous data.
     """
     if spec.num_levels is not None:
-        return dequantize_bijection(spec.num_levels)
-    return jax.lax.stop_gradient(spec.cells or Identity()).bijection()
+        return Dequantize(spec.num_levels)
+    return jax.lax.stop_gradient(spec.cells or Identity())
 
 
-def transform(spec: DensitySpec) -> Bijection:
+def preprocess(spec: Any, x: Any, key: Any = None) -> Float[Array, "b ..."]:
+    """The flow's input for data, with uniform noise from the key, or none; NaN of data that are
+    out of the range of their transform.
+    """
+    x, into = checked(spec, x), cells(spec)
+    u = into.forward(x) if key is None else into.forward_and_logdet(x, key)[0]
+    u = u.astype(jnp.promote_types(u.dtype, jnp.result_type(float)))
+    key = jax.random.key(0) if key is None else key
+    y, log_det, _ = transform(spec).forward_and_logdet(u, key)
+    return jnp.where(jnp.isfinite(log_det).reshape(-1, *[1] * (y.ndim - 1)), y, jnp.nan)
+
+
+def transform(spec: Any) -> Bijection:
     """From continuous data to the flow's input."""
-    return jax.lax.stop_gradient(spec.transform).bijection()
+    return jax.lax.stop_gradient(spec.transform)
 
 
-def rounded(spec: DensitySpec, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
+def rounded(spec: Any, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
     """Levels, or values that own cells, of continuous data; continuous data of a model without
     either as they are.
     """

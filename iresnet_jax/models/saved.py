@@ -21,13 +21,12 @@ from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, array_name
+from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MODELS, array_name
 
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
 Model = Density | Classifier
 Spec = DensitySpec | ClassifierSpec
-MODELS: dict[type, Any] = {DensitySpec: Density, ClassifierSpec: Classifier}
 
 
 def read(

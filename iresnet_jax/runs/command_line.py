@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import to_plain
-from iresnet_jax.runs.signals import Stopped
+from iresnet_jax.training.signals import Stopped
 
 if TYPE_CHECKING:
     from iresnet_jax.runs.config import Config
 
 DEFAULT_CONFIG = "configs/digits_density.py"
 MISTAKE = 2  # exit status
-_LONGEST = 600  # characters of a message; compilers append whole programs to theirs
+_LONGEST = 600  # characters of a message; compilers' messages contain whole programs
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,9 +38,9 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command and returns its exit status; failures and warnings are shown as one sentence
     each on stderr.
 
-    ``ValueError``, ``RuntimeError`` and ``OSError`` are failures that a user can mend and give
-    status 2. `Stopped` gives the status of a death by its signal, such as 143. Other exceptions are
-    bugs and pass through, as failures do with ``debug``.
+    ``ValueError``, ``RuntimeError`` and ``OSError`` are failures that a user can fix and give
+    status 2. `Stopped` gives the status of a process that its signal ends, such as 143. Other
+    exceptions are bugs and pass through; with ``debug``, failures pass through, too.
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(
@@ -79,14 +79,12 @@ def one_sentence(error: Exception) -> str:
 
 
 def quiet_backends() -> None:
-    """Silences what JAX says, below warnings, about accelerators that this machine does not
-    have.
-    """
+    """Silences JAX's messages below warnings about accelerators that this machine does not have."""
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the flags of `train.py`, which describes them, and the overrides
+    """Reads the flags of `train.py`, which are described there, and the overrides
     ``--config.FIELD=VALUE``.
 
     Args:
@@ -95,9 +93,6 @@ def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
     Returns:
         The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of
             `hosts.initialize`.
-
-    Raises:
-        ValueError: If a flag or a field is unknown, a value does not fit, or the config file fails.
     """
     program, *arguments = argv
     overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
@@ -118,17 +113,14 @@ def parse_train_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_config(file: str, overrides: Iterable[str] = ()) -> "Config":
-    """The settings of a config file, some of them overridden.
+    """The settings of a config file, with overrides.
 
     Args:
         file: The file; a variant follows after a colon, as in ``configs/toy_2d.py:moons``.
         overrides: Changes such as ``--config.model.stages[0].num_blocks=8``; ``--config.FIELD`` is
             true, ``--noconfig.FIELD`` false.
-
-    Raises:
-        ValueError: If the file fails, a field is unknown or a value does not fit.
     """
-    # late: --help and mistakes are answered without it
+    # Imported late: --help and mistakes are answered without it.
     from iresnet_jax.runs.config import parse, with_field
 
     name, _, variant = file.partition(":")
@@ -156,9 +148,9 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
                 "the config file has no variants: leave out the colon and what follows it"
             )
         config = get_config(*([variant] if variant else []))
-    except (ValueError, OSError):  # in the words of the file
+    except (ValueError, OSError):  # the file's message stands
         raise
-    except Exception as error:  # whatever a program raises
+    except Exception as error:  # a config file may raise anything
         raise ValueError(
             f"the config file {path} fails: {type(error).__name__}: {one_sentence(error)}"
         ) from error
@@ -168,8 +160,8 @@ def _settings_of(path: Path, variant: str) -> dict[str, Any]:
 
 
 def _read(text: str, kind: type) -> Any:
-    """The value that a text means where one of this type stood, `tuple` for none; the text
-    itself if it means none.
+    """The value of a text that replaces a value of type ``kind`` (`tuple` for None); the text
+    itself if it has no such value.
     """
     words = {"true": True, "false": False}
     if kind in (bool, tuple) and text.lower() in words:

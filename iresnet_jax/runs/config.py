@@ -1,8 +1,7 @@
 """Every setting of a run with its default and meaning.
 
-A file in ``configs/`` starts from `default_config`, a dictionary of these fields with attributes,
-and changes some of them. `parse` checks the result and makes it a `Config`, which the rest of the
-library takes.
+A file in ``configs/`` changes some fields of `default_config`, a dictionary with attributes.
+`parse` checks the result and makes it a `Config`, which the rest of the library takes.
 """
 
 import dataclasses
@@ -27,23 +26,23 @@ from iresnet_jax.checked_dataclasses import (
 from iresnet_jax.data.augment import check_transformations
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
+from iresnet_jax.models.free import ConstraintConfig
 from iresnet_jax.models.priors import FAMILIES, MIXTURES
-from iresnet_jax.training.constraint import ConstraintConfig
 from iresnet_jax.training.hybrid import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
-from iresnet_jax.training.trainer import TrainingConfig
+from iresnet_jax.training.train import STEPS, STEPS_IN_TIME
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Data set."""
 
-    # a name that `iresnet_jax.data.load` knows: an image data set, a 2-D toy or files
+    # A name for `iresnet_jax.data.load`: an image data set, a 2-D toy or files.
     name: str = "digits"
-    # share of the examples of data without splits
+    # Share of the examples, for data without splits.
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1  # likewise
-    # the class, as a vector of 0 and 1, is the context of a density p(x | class)
+    # Makes the class, as a one-hot vector, the context of a density p(x | class).
     condition_on_labels: bool = False
 
 
@@ -55,26 +54,26 @@ class ModelConfig:
         StageSpec(num_blocks=4, hidden=(32, 32), kernel_sizes=(3, 1, 3)),
     )  # from data to latents
     coeff: Annotated[float, Range("(0, 1)")] = 0.9  # largest operator norm c
-    # what c limits: the norm of each layer, or their product in each block
+    # c limits the norm of each layer, or the product of norms in each block.
     budget: Literal["layer", "block"] = "layer"
     # Least and largest stretch (mu, nu) of the whole flow, in place of coeff and budget: mu <=
-    # |F(x) - F(y)| / |x - y| <= nu by construction, without ActNorm. None are prescribed by
-    # default.
+    # |F(x) - F(y)| / |x - y| <= nu by construction, without ActNorm. Not prescribed by default.
     constants: tuple[Positive, ...] = ()
-    # Distribution of the latents: "gaussian" or "logistic" entries; of a density also "mixture", of
-    # normal distributions with full covariances, "scales", a normal distribution at several sizes,
-    # and "marginals", entries that are mixtures each.
+    # Distribution of the latents: "gaussian" or "logistic" entries. For densities also "mixture"
+    # (normal distributions with full covariances), "scales" (a normal distribution at several
+    # sizes), and "marginals" (every entry has a mixture).
     prior: str = "gaussian"
-    # of the families with components, 16 are many scales; 0 for other priors
+    # Components of "mixture", "scales" and "marginals", where 16 scales are many; 0 for other
+    # priors.
     prior_components: CountOrNone = 0
-    # widths of a network on the contexts of a density; none leaves them as they are
+    # Widths of a network on the contexts of a density; () uses no network.
     context_hidden: tuple[Count, ...] = ()
     last_scale: NotNegative = 1.0  # initial factor on the last layer of each branch
     # Initial sharpness of activations of the Swish family in a density, in units of one over the
-    # size of their inputs; above 1 they also bend in different places. 0 leaves it to the
-    # activation.
+    # size of their inputs; above 1 they also bend in different places. 0 keeps the activation's
+    # default.
     sharpness: NotNegative = 0.0
-    # Noise of integer levels: "uniform", or "variational", made given the image by a flow that is
+    # Noise of integer levels: "uniform", or "variational", by a flow given the image, which is
     # trained with the model.
     dequantization: Literal["uniform", "variational"] = "uniform"
     noise: NoiseSpec = field(default_factory=NoiseSpec)  # flow of the noise "variational"
@@ -88,9 +87,9 @@ class PreprocessingConfig:
     # "equalize" is the cumulative histogram of the training pixels, then the logit. For continuous
     # data: "standardize" each entry, or "whiten" vectors. For both: "none".
     transform: Literal["center", "logit", "equalize", "standardize", "whiten", "none"] = "center"
-    # "equalize" with each pixel's own frequency of the most common grey level
+    # Gives "equalize" each pixel's frequency of the most common grey level.
     entrywise: bool = False
-    # least distance of a logit's argument from 0 and 1
+    # Least distance of a logit's argument from 0 and 1.
     alpha: Annotated[float, Range("(0, 0.5)")] = 0.05
 
 
@@ -98,32 +97,32 @@ class PreprocessingConfig:
 class ClassifierConfig:
     """The classifier of objective "classification"."""
 
-    # channels of zeros after those of an image: they widen the network
+    # Channels of zeros after an image's channels, which widen the network.
     pad_channels: CountOrNone = 0
     mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one per channel or one for all
     std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
-    label_smoothing: Decay = 0.0  # also of objective "hybrid"
-    # "linear" on all features is for blocks that never stretch, and radii
+    label_smoothing: Decay = 0.0  # also for objective "hybrid"
+    # "linear", on all features, is for certified radii with blocks that never stretch.
     head: Literal["pooled", "linear"] = "pooled"
     # Radius that training aims at, a 2-norm of pixels on [0, 1]: the loss of a linear head raises
-    # logits of wrong classes by what they can gain on the true one within it.
+    # the logits of wrong classes by their largest gain on the true class within the radius.
     margin: NotNegative = 0.0
-    # divisor of the logits in the loss; below 1 fewer images are lost for the sake of others
+    # Divisor of the logits in the loss; a value below 1 sacrifices fewer images for others.
     temperature: Positive = 1.0
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Random changes of training examples: crops and flips of images that are classified, noise
-    on vectors, transformations.
+    """Random changes of training examples: crops and flips for classification, noise on vectors,
+    transformations.
     """
 
     crop_padding: CountOrNone = 0  # largest shift in pixels
     flip: bool = False  # left to right, with probability 1/2
-    # standard deviation of noise on vectors of a density, relative to that of each entry
+    # Standard deviation of noise on vectors of a density, relative to each entry's.
     noise: NotNegative = 0.0
-    # Half of the images in the training of a density are changed by one of these, and its context
-    # says by which one. Validated and kept is the density of images as they are. "left", "right",
+    # Half of the images in the training of a density are changed by one of these, which the context
+    # names. Validation and the kept model use the density of unchanged images. "left", "right",
     # "up" and "down" move by a pixel, "turn" is by 180 degrees, "mirror" is left to right, and
     # there are "upside_down" and "transpose". None by default.
     transformations: tuple[str, ...] = ()
@@ -136,22 +135,22 @@ class AugmentationConfig:
 class EvaluationConfig:
     """Measurements after training."""
 
-    # Log-determinant of test likelihoods beyond 256 dimensions; up to there it is exact.
+    # Log-determinant of test likelihoods beyond 256 dimensions; up to 256 it is exact.
     logdet: LogdetConfig = LogdetConfig(kind="roulette", num_exact_terms=20)  # noqa: RUF009 (it is frozen)
     batch_size: Count = 256  # most examples at once
     num_dequantisations: Count = 4  # noise draws per image
     num_probe_draws: Count = 4  # probe draws per noise draw
-    # noise draws of the importance-weighted bound of discrete data; 0 for none
+    # Noise draws of the importance-weighted bound of discrete data; 0 for no bound.
     num_importance_draws: CountOrNone = 0
-    # test examples, evenly spaced, that have these draws; 0 for all
+    # Number of test examples with these draws, evenly spaced; 0 for all.
     num_importance_examples: CountOrNone = 0
     num_examples: Count = 20_000  # test examples of a toy; other data use their whole test split
     # Radii at which the accuracy of a classifier is verified and attacked: 2-norms of pixels on [0,
-    # 1]. None by default.
+    # 1].
     radii: tuple[Positive, ...] = ()
     attack_steps: Count = 50  # steps of projected gradient descent
     attack_starts: Count = 1  # random starts of the attack on each image
-    # largest Euclidean error of each block's inverse, for every example
+    # Largest Euclidean error of each block's inverse, for every example.
     inverse_atol: Positive = 1e-6
 
     def solver(self) -> Solver:
@@ -161,23 +160,61 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ReferencesConfig:
-    """Numbers of others that the report compares with."""
+    """Published numbers that the report compares with."""
 
     values: tuple[tuple[str, float], ...] = ()  # pairs ("who", value in bits/dim, nats or % error)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training."""
+
+    # Updates; warm-up and decay of the learning rate are fractions of them. 0 means 1000, or with
+    # `minutes` as many as fit, with the schedule of 10,000 updates stretched over the time.
+    total_steps: CountOrNone = 0
+    minutes: NotNegative = 0.0  # limit of the wall-clock time, compilation included; 0 is no limit
+    # Validations without an improvement after which training ends; 0 never ends it early.
+    patience: CountOrNone = 0
+    batch_size: Count = 128  # examples of a step over all devices
+    # Parts of each device's share, computed one after the other to save memory.
+    num_parts: Count = 1
+    # Decay of the parameters' moving average, which evaluation uses; 0 evaluates the parameters.
+    ema_decay: Decay = 0.999
+    actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
+    # File or folder of a saved model with these stages; training starts from its weights.
+    initial_model: str = ""
+    log_every_steps: Count = 50  # steps that one line of the log averages
+    eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
+    eval_examples: Count = 2048  # largest number of validation examples
+    # Has no effect: training_bias in the log says whether more terms are needed.
+    max_num_terms: CountOrNone = 20
+    # "auto" unrolls blocks on CPUs, where this is faster.
+    blocks: Literal["auto", "scan", "unroll"] = "auto"
+    rematerialize: bool = False  # recompute blocks in the backward pass: less memory, more time
+    # Precision of matrix products on accelerators; "tensorfloat32" is faster, but too coarse for
+    # inverses.
+    matmul_precision: Literal["float32", "tensorfloat32", "highest", "high", "default"] = "float32"
+
+    @property
+    def schedule_steps(self) -> int:
+        """Updates that the schedule of the learning rate is made for; a training of another length
+        stretches the schedule.
+        """
+        return self.total_steps or (STEPS_IN_TIME if self.minutes else STEPS)
 
 
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
-    # of all randomness; JAX would cut off further bits
+    # Seed of all randomness; JAX would cut off further bits.
     seed: Annotated[int, Range("[0, 4294967296)")] = 0
-    # "hybrid" has a prior for every class
+    # "hybrid" has a prior for every class.
     objective: Literal["density", "classification", "hybrid"] = "density"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
-    # in training; evaluation has its own
+    # Log-determinant in training; evaluation has its own.
     logdet: LogdetConfig = field(default_factory=LogdetConfig)
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
     hybrid: HybridConfig = field(default_factory=HybridConfig)
@@ -189,7 +226,7 @@ class Config:
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
 
 
-def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot see
+def default_config() -> Any:  # a ConfigDict: type checkers cannot see its fields
     """The defaults of `Config` for a config file to change."""
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     config.lock()
@@ -197,7 +234,7 @@ def default_config() -> Any:  # a ConfigDict, whose fields type checkers cannot 
 
 
 def parse(settings: Any) -> Config:
-    """The settings of a config file, or of JSON data in the same form, checked; missing fields keep
+    """The checked settings of a config file, or of JSON data in the same form; missing fields keep
     their default.
 
     Raises:
@@ -211,7 +248,7 @@ def parse(settings: Any) -> Config:
     return config
 
 
-# Settings of some objectives, which the others leave at their defaults.
+# Settings that belong to some objectives only; the others leave them at their defaults.
 _OBJECTIVES = {
     "augmentation.crop_padding": ("classification", "hybrid"),
     "augmentation.flip": ("classification", "hybrid"),
@@ -238,7 +275,7 @@ _OBJECTIVES = {
 
 
 def _check_combinations(config: Config) -> None:
-    """Raises ``ValueError`` for settings that are sound one by one and not together."""
+    """Raises ``ValueError`` for settings that are valid alone and contradict each other."""
     for name, objectives in _OBJECTIVES.items():
         found, default = (operator.attrgetter(name)(each) for each in (config, Config()))
         if found != default and config.objective not in objectives:
@@ -248,12 +285,13 @@ def _check_combinations(config: Config) -> None:
             )
     model, evaluation, transform = config.model, config.evaluation, config.preprocessing.transform
     contradictions = {
-        f"config.model.prior must be one of {', '.join(FAMILIES)}, got {model.prior!r}": model.prior
-        not in FAMILIES,
+        f"config.model.prior must be one of {', '.join(FAMILIES)}, got {model.prior!r}": (
+            model.prior not in FAMILIES
+        ),
         f"config.model.prior_components is for the priors {', '.join(MIXTURES)}, which need it, "
-        "and for no other: got "
-        f"{model.prior_components} for {model.prior}": (model.prior in MIXTURES)
-        != bool(model.prior_components),
+        f"and for no other: got {model.prior_components} for {model.prior}": (
+            (model.prior in MIXTURES) != bool(model.prior_components)
+        ),
         "a density needs blocks that are contractions: constraint.norms = none is for "
         "classification": (
             config.objective != "classification" and config.constraint.norms == "none"
@@ -263,10 +301,9 @@ def _check_combinations(config: Config) -> None:
         ),
         f"config.optimizer.boundaries are for schedule step, got {config.optimizer.schedule!r}: "
         "leave them out": (config.optimizer.boundaries and config.optimizer.schedule != "step"),
-        f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": len(
-            model.constants
-        )
-        not in (0, 2),
+        f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": (
+            len(model.constants) not in (0, 2)
+        ),
         "config.evaluation.num_importance_examples needs draws: set "
         "config.evaluation.num_importance_draws": (
             evaluation.num_importance_examples and not evaluation.num_importance_draws
@@ -286,18 +323,14 @@ def _check_combinations(config: Config) -> None:
 
 
 def with_field(plain: dict[str, Any], name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The plain data of a config with another value of one field, or of some fields of a group,
-    given as a dictionary.
+    """The plain data of a config with one value changed: a field's, or a group's, as a dictionary.
 
-    Whether the fields exist, and may have these values, `parse` says.
+    `parse` checks that the fields exist and may have these values.
 
     Args:
         plain: Plain data.
         name: Name of the field, such as ``model.stages[0].hidden``.
-        change: ``old value -> new value``; the old one is ``()`` if there is none.
-
-    Raises:
-        ValueError: If the name reaches into a value that has no fields.
+        change: ``old value -> new value``; the old value is ``()`` if there is none.
     """
 
     def changed(value: Any, keys: list[str], path: str) -> Any:
@@ -318,7 +351,7 @@ def with_field(plain: dict[str, Any], name: str, change: Callable[[Any], Any]) -
 
 
 def check_name(name: str, known: Iterable[str]) -> None:
-    """Raises ``ValueError`` unless a config file knows what follows its colon."""
+    """Raises ``ValueError`` unless a config file knows the name after its colon."""
     if name not in (names := list(known)):
         raise ValueError(
             f"the config file knows no {name!r} after its colon: the names are {', '.join(names)}"
@@ -326,15 +359,12 @@ def check_name(name: str, known: Iterable[str]) -> None:
 
 
 def set_variant(config: Any, variant: str, *own: str) -> None:
-    """Makes the config of a classifier that of another member of its family.
+    """Changes the config of a classifier to another member of its family.
 
     Args:
         config: Config of a classifier, which this function changes.
         variant: A coefficient c such as "0.7", or "vanilla", the network without its constraint.
-        own: Variants that the config file makes itself; they change nothing here.
-
-    Raises:
-        ValueError: If the variant is none of these.
+        own: Variants that the config file handles; they change nothing here.
     """
     if variant in own:
         return

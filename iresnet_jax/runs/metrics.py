@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 from iresnet_jax.atomic_files import growing, replacing
+from iresnet_jax.training import parallel
+from iresnet_jax.training.callbacks import Callback, Progress
+from iresnet_jax.training.run import Run
+
+_logger = logging.getLogger(__name__)
 
 FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")
@@ -22,17 +27,17 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
     A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is
     flushed at once: a killed process loses at most the line that it was writing. A bucket has the
-    lines until the last `publish`. Non-finite values are written as Python's ``NaN`` and
+    lines up to the last `publish`. Non-finite values are written as Python's ``NaN`` and
     ``Infinity``.
 
     Args:
         workdir: Folder of the run.
-        step: Finished updates of the state that the run goes on from; measurements of later steps
+        step: Finished updates of the state from which the run goes on; measurements of later steps
             are dropped.
 
     Attributes:
         kept: Measurements that led to this state.
-        publish: Function that puts all lines in a bucket; on a disk it does nothing, see
+        publish: Function that writes all lines to a bucket; on a disk it does nothing, see
             `atomic_files.growing`.
 
     Raises:
@@ -52,11 +57,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
         self._lines, self._events = path.open("a", encoding="utf-8"), None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one measurement: step, split, time of training so far, and scalars by name.
-
-        Raises:
-            OSError: If the disk is full.
-        """
+        """Appends one measurement: step, split, time of training so far, and scalars by name."""
         try:
             self._lines.write(json.dumps(dict(record)) + "\n")
             self._lines.flush()
@@ -72,7 +73,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     def __exit__(self, *exc_info: object) -> None:
         with self._stack:
             for file in (self._lines, self._events):
-                with contextlib.suppress(OSError):  # of a full disk, which `write` has told of
+                with contextlib.suppress(OSError):  # of a full disk, which `write` has reported
                     if file is not None:
                         file.close()
 
@@ -104,15 +105,12 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Reads what `MetricWriter` wrote, in that order.
+    """Reads the measurements of `MetricWriter`, in order.
 
     A half-written last line, left by a killed process, is skipped.
 
     Args:
         workdir: Folder of the run; without measurements the list is empty.
-
-    Raises:
-        ValueError: If another line is not a measurement.
     """
     path = workdir / FILENAME
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -121,7 +119,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             records.append({**{name: record[name] for name in _RESERVED}, **record})
-        # not JSON, not UTF-8, not an object, or without a field that all have
+        # It is not JSON, not UTF-8, not an object, or lacks a common field.
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
                 raise ValueError(
@@ -130,54 +128,68 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Progress(contextlib.AbstractContextManager["Progress"]):
-    """A progress bar with the newest measurements, the time of a step and the time left, if stderr
-    is a terminal.
-
-    Args:
-        total_steps: Updates in the whole run, as far as is known.
-        initial_step: Updates done by earlier processes; the time left does not count them.
-        shown: Whether there is a bar on a terminal.
+class Metrics(Callback):
+    """Writes the records of a training to its folder, see `MetricWriter`; with several processes,
+    the first one writes.
     """
 
-    def __init__(self, total_steps: int, initial_step: int = 0, *, shown: bool = True):
-        from tqdm import tqdm  # late, as above
+    order = 90
+
+    def __init__(self, folder: Path):
+        self.folder, self._publish = folder, lambda: None
+
+    @contextlib.contextmanager
+    def during(self, run: Run) -> Iterator[None]:
+        """Listens to the records after the state from which training goes on."""
+        if not parallel.is_first():
+            yield
+            return
+        with MetricWriter(self.folder, run.step) as writer:
+            self._publish = writer.publish
+            run.listeners.append(writer.write)
+            try:
+                yield
+            finally:
+                writer.publish()  # the measurements show what went wrong
+
+    def after_step(self, run: Run) -> None:
+        """Publishes before a checkpoint, which then has the measurements that led to it."""
+        if run.is_validated or run.ended is not None:
+            self._publish()
+
+
+class Bar(Callback):
+    """A progress bar with the newest measurements, the time of a step and the time left, if stderr
+    is a terminal; and a line of the log at each validation.
+    """
+
+    order = 80
+
+    def __init__(self):
+        self._lines = Progress(lambda line: _logger.info("%s", line))
+
+    @contextlib.contextmanager
+    def during(self, run: Run) -> Iterator[None]:
+        """Shows the bar."""
+        from tqdm import tqdm  # late: it takes longer than the rest of this module
 
         layout = (
             "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
             "{rate_fmt}{postfix}]"
         )
-        disable = None if shown else True  # None asks whether there is a terminal
-        self._bar = tqdm(
-            total=total_steps,
-            initial=initial_step,
-            unit="step",
-            bar_format=layout,
-            disable=disable,
-            dynamic_ncols=True,
-        )
+        disable = None if parallel.is_first() else True  # None disables it without a terminal
+        options = {"unit": "step", "bar_format": layout, "disable": disable, "dynamic_ncols": True}
+        with tqdm(total=run.horizon, initial=run.step, **options) as self._bar:
+            yield
 
-    def update(self, step: int, total_steps: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Moves the bar to ``step`` of ``total_steps`` and shows ``values``, once that step's
-        results are on the host.
-        """
-        self._bar.total = total_steps
-        self._bar.set_postfix_str(
-            ", ".join(f"{name} {float(value):.4g}" for name, value in values.items()), refresh=False
-        )
-        self._bar.update(step - self._bar.n)
+    def after_step(self, run: Run) -> None:
+        """Moves the bar once results of the step are on the host."""
+        self._lines.after_step(run)
+        if run.logged_at != run.step:
+            return
+        name = run.objective.name
+        self._bar.total = run.horizon
+        value = next(r[name] for r in reversed(run.records) if r["split"] == "train")
+        self._bar.set_postfix_str(f"{name} {value:.4g}", refresh=False)
+        self._bar.update(run.step - self._bar.n)
         self._bar.refresh()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bar.close()
-
-
-class Lines:
-    """Lines of progress on stderr, each with the seconds since it was made."""
-
-    def __init__(self):
-        self._began = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        """Writes a line."""
-        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", file=sys.stderr, flush=True)

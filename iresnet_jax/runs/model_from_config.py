@@ -1,4 +1,4 @@
-"""The data that settings name, and the architecture and preprocessing of their model."""
+"""From a config to its data, and to the architecture and preprocessing of its model."""
 
 from dataclasses import replace
 
@@ -21,23 +21,16 @@ from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, Preprocessi
 
 
 def load_data(settings: DataConfig, num_classes: int | None = None) -> DataSet:
-    """The data that a config names, for a model of so many classes if there is one already."""
+    """The data that a config names; ``num_classes`` is an existing model's number of classes."""
     fractions = settings.validation_fraction, settings.test_fraction
     data = load(settings.name, fractions=fractions, num_classes=num_classes)
     return conditioned_on_labels(data) if settings.condition_on_labels else data
 
 
 def model_spec(config: Config, data: DataSet) -> Spec:
-    """The model of a data set, whatever the objective.
-
-    Raises:
-        ValueError: If settings do not fit the data.
-    """
-    return (
-        classifier_spec(config, data)
-        if config.objective == "classification"
-        else density_spec(config, data)
-    )
+    """The model of a data set, for any objective."""
+    make = classifier_spec if config.objective == "classification" else density_spec
+    return make(config, data)
 
 
 def density_spec(config: Config, data: DataSet) -> DensitySpec:
@@ -63,8 +56,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
     ):
         raise ValueError(
             "config.augmentation.transformations are for images of grey levels without contexts, "
-            "which "
-            f"{data.name} has not: leave them out"
+            f"which {data.name} has not: leave them out"
         )
     if config.evaluation.num_importance_draws and data.num_levels is None and data.cells is None:
         raise ValueError(
@@ -73,12 +65,11 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         )
     context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
     flow = build_flow_spec(config.model, data.event_shape, context_dim)
-    # Contexts of a network are squeezed.
-    context = (
-        (ContextScale.fit if hidden else Standardize.fit_contexts)(data.contexts["train"])
-        if data.contexts
-        else None
-    )
+    # A network on contexts takes them scaled by `ContextScale`.
+    context = None
+    if data.contexts:
+        fit_scale = ContextScale.fit if hidden else Standardize.fit_contexts
+        context = fit_scale(data.contexts["train"])
     return DensitySpec(
         flow=replace(
             flow, noise=config.model.noise if config.model.dequantization == "variational" else None
@@ -96,8 +87,8 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
 
 
 def identity_context(config: Config) -> np.ndarray | None:
-    """Context that says of images that they are as they are, where
-    ``augmentation.transformations`` are contexts, or None.
+    """Context of unchanged images if ``augmentation.transformations`` are contexts; None
+    otherwise.
     """
     num = len(config.augmentation.transformations)
     return np.zeros(num, np.float32) if num else None
@@ -166,12 +157,9 @@ def build_transform(
     Args:
         settings: The kind of preprocessing.
         data: The data.
-        context: Scale of contexts; "whiten" is by the covariance of residuals of a regression on
-            them.
-        by_class: Whether "whiten" is by the covariance within classes.
-
-    Raises:
-        ValueError: If it needs integer levels that the data do not have.
+        context: Scale of contexts; with contexts, "whiten" uses the covariance of residuals of a
+            regression on them.
+        by_class: Whether "whiten" uses the covariance within classes.
     """
     kind, then = settings.transform, Identity()
     if kind in ("standardize", "whiten"):
@@ -185,18 +173,16 @@ def build_transform(
                 "images: standardize them"
             )
         line = data_on_the_line(data)
-        then = (
-            Standardize.fit(line)
-            if kind == "standardize"
-            else Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
-        )
+        if kind == "standardize":
+            then = Standardize.fit(line)
+        else:
+            then = Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
     if kind in ("none", "standardize", "whiten"):
         return then if data.ends is None else replace(data.ends, then=then)
     if data.num_levels is None:
         raise ValueError(
             f"preprocessing.transform {kind} is for data with grey levels, which {data.name} has "
-            "not: "
-            "set it to standardize, whiten or none"
+            "not: set it to standardize, whiten or none"
         )
     if kind == "center":
         return Center()
@@ -209,7 +195,7 @@ def build_transform(
 def _residuals(
     line: np.ndarray, data: DataSet, context: Standardize | None, *, by_class: bool
 ) -> Float[np.ndarray, "n d"] | None:
-    """Examples less the mean of their class, or less what a linear regression on contexts says;
+    """Examples minus their class mean, or minus the prediction of a linear regression on contexts;
     None without either.
     """
     centred = line - line.mean(axis=0, dtype=np.float64)
@@ -220,16 +206,16 @@ def _residuals(
         return centred
     if context is None:
         return None
-    scaled = np.asarray(context.forward_and_logdet(jnp.asarray(data.contexts["train"], float))[0])
+    scaled = np.asarray(context.forward(jnp.asarray(data.contexts["train"], float)))
     return centred - scaled @ linear_regression(scaled, centred)
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:
-    """Training examples as standardize and whiten see them: on the line, with noise in their
-    cells that is always the same.
+    """Training examples for standardize and whiten: on the line, with fixed noise in their
+    cells.
     """
     examples = np.asarray(data.examples["train"])
     if data.cells is not None:
-        spread = jax.jit(data.cells.bijection().forward_and_logdet)
+        spread = jax.jit(data.cells.forward_and_logdet)
         examples = np.asarray(spread(jnp.asarray(examples), jax.random.key(0))[0])
     return examples if data.ends is None else data.ends.to_line(examples.astype(np.float64), np)[0]

@@ -3,7 +3,7 @@ on a CPU.
 
 The step is the one that training runs, with its optimizer. For TPUs it is compiled for all chips;
 that needs the extra ``tpu``, whose compiler knows how much memory a step takes. For GPUs one
-device's share is lowered only: their compiler asks the GPU.
+device's share is only lowered, as their compiler needs the GPU.
 """
 
 import math
@@ -20,13 +20,15 @@ import numpy as np
 from iresnet_jax.data import conditioned_on_labels, tfds
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.platforms import compiling_for
+from iresnet_jax.models.free import num_parameters
 from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.job import Job
 from iresnet_jax.runs.model_from_config import load_data
-from iresnet_jax.runs.objective_from_config import build_objective
 from iresnet_jax.training import parallel
-from iresnet_jax.training.initialization import num_parameters
+from iresnet_jax.training.step import abstract_state
+from iresnet_jax.training.train import abstract_batch, check_batch_size
 
-# Kinds of TPU, each with its smallest machine in libtpu's words.
+# Kinds of TPU, each with libtpu's name of its smallest machine.
 TPUS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
 
 
@@ -37,7 +39,7 @@ class Machine:
     Attributes:
         topology: Name, such as "v5e:4x8" or "cuda:8".
         platform: "tpu" or "cuda".
-        devices: The topology's devices, or one CPU that stands for a GPU.
+        devices: The topology's devices, or one CPU in place of a GPU.
         num_devices: Number of devices of the machine.
     """
 
@@ -48,12 +50,8 @@ class Machine:
 
 
 def machine(topology: str) -> Machine:
-    """The machine of a name: ``v5e:4x8`` and other TPU topologies, ``cuda`` for one GPU or
+    """The machine with a name: ``v5e:4x8`` and other TPU topologies, ``cuda`` for one GPU or
     ``cuda:8``.
-
-    Raises:
-        ValueError: If there is none of this name.
-        RuntimeError: If the compiler for TPUs is not installed or in use.
     """
     kind, _, layout = topology.partition(":")
     if kind == "cuda" and (layout or "1").isdecimal() and int(layout or 1):
@@ -63,14 +61,14 @@ def machine(topology: str) -> Machine:
         raise ValueError(
             f"there is no topology {topology!r}: give one such as {known}, or cuda:8 for eight GPUs"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine is asked what it is
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of a machine's metadata
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", TPUS[kind])
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    except Exception as error:  # whatever the plugin raises
+    except Exception as error:  # the plugin may raise anything
         text = " ".join(str(error).split())
         if "not installed" in text:
             raise RuntimeError(
@@ -96,10 +94,10 @@ class Plan:
         num_devices: Its devices.
         batch_size: Examples of a step, over all devices.
         num_parameters: Parameters of the model.
-        argument_bytes: Bytes on each device of the state and of its share of the batch.
+        argument_bytes: Bytes per device of the state and of the device's share of the batch.
         seconds: Time to trace, lower and compile the step here.
-        temporary_bytes: Bytes on each device of what the step makes on the way; None if the
-            compiler was not asked.
+        temporary_bytes: Bytes per device of the step's temporary arrays; None if the compiler was
+            not asked.
         problem: Why the step does not fit, in the compiler's words; None if it does, or was not
             compiled.
     """
@@ -126,15 +124,13 @@ class Plan:
                 f"lowers for {where}; what it takes on the way is known after a step on the machine"
             )
         else:
-            verdict, memory = (
-                f"fits {where}",
-                f"{memory}, {self.temporary_bytes / 1e9:.3g} GB on the way",
-            )
+            verdict = f"fits {where}"
+            memory += f", {self.temporary_bytes / 1e9:.3g} GB on the way"
         return f"{verdict}\n{memory}\nplanned in {self.seconds:.0f} s"
 
 
 def data_for(config: Config) -> DataSet:
-    """The data of a config; random ones of the same shape in place of those of TensorFlow
+    """The data of a config; random data of the same shape replace data sets of TensorFlow
     Datasets.
     """
     data = tfds.stand_in(config.data.name)
@@ -144,19 +140,16 @@ def data_for(config: Config) -> DataSet:
 
 
 def make(config: Config, on: Machine, *, say: Callable[[str], None] = print) -> Plan:
-    """Compiles the training step of a config for a machine and tells what it takes.
+    """Compiles the training step of a config for a machine and returns its needs.
 
     Args:
         config: All settings.
         on: The machine, from `machine`.
-        say: Takes a line of progress of the compilation, which may take minutes.
-
-    Raises:
-        ValueError: If the batch does not split over the devices, or settings contradict each other
-            or the data.
+        say: Called with a line of progress; the compilation may take minutes.
     """
     began = time.monotonic()
-    config.training.check_splits(on.num_devices)
+    training = config.training
+    check_batch_size(training.batch_size, training.num_parts, None, on.num_devices)
     lowered, about = lower(config, on, data_for(config))
     temporary_bytes, problem = None, None
     if on.platform == "tpu":
@@ -165,7 +158,7 @@ def make(config: Config, on: Machine, *, say: Callable[[str], None] = print) -> 
             "model takes minutes"
         )
         try:
-            # JAX's cache on disk cannot read programs for devices that are not here
+            # JAX's cache on disk cannot read programs for absent devices.
             with warnings.catch_warnings():
                 warnings.filterwarnings(
                     "ignore", "Error (reading|writing) persistent compilation cache"
@@ -192,11 +185,15 @@ def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, dict[str, in
     """
     share = config.training.batch_size // on.num_devices
     with compiling_for(on.platform), jax.default_matmul_precision(config.training.matmul_precision):
-        objective = build_objective(config, data)
-        state, batch = objective.abstract_state(), objective.abstract_batch(share * len(on.devices))
-        traced = parallel.for_devices(objective.training_step, on.devices).trace(state, batch)
+        job = Job.of(config, data)
+        step, fixed = job.step()
+        state = abstract_state(job.spec, step.optimizer)
+        # A placeholder stands for endless data.
+        examples = np.zeros(1, np.float32) if job.examples is None else job.examples
+        batch = abstract_batch(examples, share * len(on.devices))
+        traced = parallel.for_devices(step, on.devices).trace(state, fixed, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
-    argument_bytes = _num_bytes(state) + _num_bytes(batch) // len(on.devices)
+    argument_bytes = _num_bytes((state, fixed)) + _num_bytes(batch) // len(on.devices)
     return lowered, {
         "num_parameters": num_parameters(state.params),
         "argument_bytes": argument_bytes,

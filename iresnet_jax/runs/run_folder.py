@@ -1,5 +1,5 @@
 """The folder of a run: its settings and its model, written once when training starts, and the lock
-of whoever trains in it.
+of the process that trains in it.
 
 ``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and
 classes, and the fingerprint of the data they came from. A resume reads the model from there and
@@ -23,14 +23,14 @@ from iresnet_jax.runs.config import Config, parse
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
-# Settings that change how a step is computed and not what: a run may go on with others, as on other
-# devices.
+# Settings that change how a step is computed, not its result: a run may go on with other values,
+# for example on other devices.
 WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
 
 
 def check_belongs_to(workdir: Path, config: Config) -> None:
-    """Raises ``ValueError`` if the folder holds a run with another config; names the first
-    difference that counts.
+    """Raises ``ValueError`` if the folder holds a run with another config; the message names the
+    first difference that matters.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: choose another --workdir")
@@ -47,11 +47,7 @@ def check_belongs_to(workdir: Path, config: Config) -> None:
 
 
 def read_config(workdir: Path) -> Config:
-    """The settings of a run.
-
-    Raises:
-        ValueError: If there are none, they are damaged or written by another version.
-    """
+    """The settings of a run."""
     if not workdir.is_dir():
         raise ValueError(f"there is no workdir {workdir}: give the --workdir of a training run")
     if not has_run(workdir):
@@ -62,11 +58,7 @@ def read_config(workdir: Path) -> Config:
 
 
 def read_model(workdir: Path) -> tuple[Spec, str]:
-    """The model of a run without its weights, and the fingerprint of its data.
-
-    Raises:
-        ValueError: If there is none, it is damaged or written by another version.
-    """
+    """The model of a run without its weights, and the fingerprint of its data."""
     return _read(
         workdir / MODEL_FILE,
         lambda plain: (checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"])),
@@ -74,32 +66,27 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
 
 
 def model_of_run(workdir: Path, data: DataSet) -> Spec | None:
-    """The model that the run in this folder began with; None of a folder without a run.
-
-    Raises:
-        ValueError: If the run began with other data, or with columns of other names or ranges.
-    """
+    """The model that the run in this folder began with; None for a folder without a run."""
     if not has_run(workdir):
         return None
     spec, fingerprint = read_model(workdir)
     if fingerprint != data.fingerprint:
         raise ValueError(
             f"{workdir} was trained on other data: {data.name} has the fingerprint "
-            f"{data.fingerprint[:12]} now and had "
-            f"{fingerprint[:12]} when training began; bring those data back, or choose another "
-            "--workdir"
+            f"{data.fingerprint[:12]} now and had {fingerprint[:12]} when training began; bring "
+            "those data back, or choose another --workdir"
         )
     transform = getattr(spec, "transform", None)
     if data.ends != (
         dataclasses.replace(transform, then=Identity()) if isinstance(transform, Bounded) else None
     ):
         raise ValueError(
-            f"{workdir} holds a fit with other bounds of columns: give the same, or "
+            f"{workdir} holds a run with other bounds of columns: give the same, or "
             "choose another workdir"
         )
     if data.columns != getattr(spec, "columns", None):
         raise ValueError(
-            f"{workdir} holds a fit with other columns or categories: give the same, "
+            f"{workdir} holds a run with other columns or categories: give the same, "
             "or choose another workdir"
         )
     return spec
@@ -110,12 +97,9 @@ def claimed(
     workdir: Path, config: Config, spec: Spec, data: DataSet
 ) -> Iterator[Callable[[], None]]:
     """Within ``with``, no other process trains in the folder, which holds settings and model; the
-    lock dies with its process.
+    lock ends with its process.
 
-    Yields what `atomic_files.locked` does.
-
-    Raises:
-        ValueError: If another process trains there.
+    Yields the function of `atomic_files.locked`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -128,14 +112,14 @@ def claimed(
             )
             raise ValueError(message) from None
         if has_run(workdir):
-            check_belongs_to(workdir, config)  # it may have begun since the last look
+            check_belongs_to(workdir, config)  # a run may have begun since the last check
         else:
             model = {
                 "model": tagged(spec),
                 "data": {"name": data.name, "fingerprint": data.fingerprint},
             }
-            # The model first: a folder with a config is one of a run, and a model alone was left by
-            # a start that failed.
+            # The model is written first: only a folder with a config holds a run, and a model
+            # without a config is the rest of a failed start.
             for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
                 with replacing(workdir / name) as incoming:
                     incoming.write_text(
@@ -145,14 +129,12 @@ def claimed(
 
 
 def has_run(workdir: Path) -> bool:
-    """Whether a run began in this folder."""
+    """Whether a run has begun in this folder."""
     return (workdir / CONFIG_FILE).exists()
 
 
 def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
-    """Reads the JSON object in a file of the present version and gives what ``understand`` makes
-    of it.
-    """
+    """Reads the JSON object in a file of the present version and returns ``understand`` of it."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):

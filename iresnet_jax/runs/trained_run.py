@@ -3,7 +3,7 @@ model alone.
 
 The parameters are the moving average of the checkpoint that was best on validation, and the weights
 are frozen: scaled by guaranteed bounds of their norms, so that every block is a certified
-contraction whatever training used (`contractions.freeze`).
+contraction, however it was trained (`contractions.freeze`).
 """
 
 import functools
@@ -20,25 +20,26 @@ from iresnet_jax.atomic_files import path_of
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.maths.machine import prepare_backend
 from iresnet_jax.models import preprocessing, saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.columns import listed
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import run_folder
-from iresnet_jax.runs.checkpoints import Checkpoints
 from iresnet_jax.runs.config import Config, parse
-from iresnet_jax.runs.machine import prepare_backend
-from iresnet_jax.runs.model_from_config import identity_context, load_data
-from iresnet_jax.training.constraint import certified_model
+from iresnet_jax.runs.job import finished
+from iresnet_jax.runs.model_from_config import load_data
+from iresnet_jax.training.checkpoints import Store
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.step import abstract_state
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model with what it was trained on.
+    """A trained model with its settings and data.
 
     Attributes:
         folder: Folder of the run, or of the model.
@@ -46,8 +47,7 @@ class Run:
         config: Settings that it was trained with.
         fingerprint: Fingerprint of the data that it was trained on; empty for a converted model.
         step: Number of updates that led to the parameters.
-        notes: Sentences that a reader of any result must know, such as which checkpoint had to be
-            used instead.
+        notes: Sentences that a reader of any result must know, such as a replaced checkpoint.
     """
 
     folder: Path
@@ -59,16 +59,13 @@ class Run:
 
     @functools.cached_property
     def data(self) -> DataSet:
-        """The data that the settings name, as they are now; samples and certificates need none.
-
-        Raises:
-            ValueError: If they cannot be loaded, as the array that `iresnet_jax.fit` was given.
+        """The data that the settings name, in their present state; samples and certificates need no
+        data.
         """
         if self.config.data.name == FITTED_ARRAY:
             raise ValueError(
                 f"{self.folder} does not hold the array that its model was fitted to: save the "
-                "array with numpy.save and add "
-                "--data npy:FILE"
+                "array with numpy.save and add --data npy:FILE"
             )
         return load_data(self.config.data, self._num_classes)
 
@@ -77,11 +74,11 @@ class Run:
         return replace(self, config=replace(self.config, data=replace(self.config.data, name=name)))
 
     def test_examples(self) -> np.ndarray:
-        """All test examples, or as many fresh ones of a toy as the settings ask for."""
+        """All test examples; for a toy, as many new examples as the settings ask for."""
         return self.data.held_out("test", self._num_test, self.config.seed)
 
     def test_contexts(self) -> np.ndarray | None:
-        """The contexts of `test_examples`; None of a model without."""
+        """The contexts of `test_examples`; None if the model takes none."""
         return self.data.held_out_contexts("test", self._num_test)
 
     @property
@@ -96,12 +93,7 @@ class Run:
         return self.config.evaluation.num_examples if self.data.is_endless else None
 
     def with_data_checked(self) -> "Run":
-        """The same run, with a note if its data have changed since training.
-
-        Raises:
-            ValueError: If the model cannot take them: shape, levels, classes or columns are others,
-                or values are out of range.
-        """
+        """The same run, with a note if its data have changed since training."""
         spec, found = self.model.spec, self.data
         names, given = (
             [column.name for column in getattr(each, "columns", None) or ()]
@@ -109,8 +101,8 @@ class Run:
         )
         if names and given and names != given:
             raise ValueError(
-                f"the model takes columns {listed(names)}, in this order, and "
-                f"{found.name} has {listed(given)}"
+                f"the model takes columns {listed(names)}, in this order, and {found.name} has "
+                f"{listed(given)}"
             )
         if found.fingerprint == self.fingerprint:
             return self
@@ -122,8 +114,7 @@ class Run:
             if own.categories is None and are_numbers and known != tuple(range(len(known))):
                 raise ValueError(
                     f"the model takes column {column.name} as places among {known}, from 0, and "
-                    f"{found.name} has numbers: give "
-                    "places, as npy:FILE"
+                    f"{found.name} has numbers: give places, as npy:FILE"
                 )
         if isinstance(spec, DensitySpec) and spec.context_dim != found.context_dim:
             lengths = f"{spec.context_dim}, and {found.name} has them of {found.context_dim}"
@@ -133,8 +124,8 @@ class Run:
             )
         shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
         fits = tuple(shape) == found.event_shape and _may_be(found.num_levels, spec.num_levels)
-        # Classes of folders are numbered in their order: without one of them others have its
-        # number.
+        # Folders of classes are numbered in order: if one is missing, later classes have other
+        # numbers.
         classes_fit = operator.eq if found.name.startswith("folder:") else _may_be
         if not fits or (
             spec.num_classes is not None and not classes_fit(found.num_classes, spec.num_classes)
@@ -158,17 +149,14 @@ class Run:
             )
         note = (
             "These are other data than the model was trained on, or other parts of them: "
-            f"{found.name} has the fingerprint "
-            f"{found.fingerprint[:12]} now and had {self.fingerprint[:12]} then. Give examples "
-            "that training has not seen."
+            f"{found.name} has the fingerprint {found.fingerprint[:12]} now and had "
+            f"{self.fingerprint[:12]} then. Give examples that training has not seen."
         )
         if self._validated_on_the_test():
             fractions = self.config.data.validation_fraction, self.config.data.test_fraction
-            use = (
-                "the checkpoint was chosen on them"
-                if fractions[1] <= fractions[0]
-                else "many of them were trained on"
-            )
+            use = "many of them were trained on"
+            if fractions[1] <= fractions[0]:
+                use = "the checkpoint was chosen on them"
             note = (
                 f"Training has seen the test examples of {found.name}: {use}. Give --data of "
                 "others."
@@ -177,13 +165,13 @@ class Run:
 
     def _with_note(self, note: str) -> "Run":
         found = replace(self, notes=(*self.notes, note))
-        vars(found)["data"] = self.data  # which has been read
+        vars(found)["data"] = self.data  # the data have been read
         return found
 
     def _validated_on_the_test(self) -> bool:
-        """Whether training set no test examples aside of these data, as `iresnet_jax.fit` does not.
+        """Whether training set aside no test examples from these data, as in `iresnet_jax.fit`.
 
-        Test and validation examples are then the first of one order, see `dataset.fraction_masks`.
+        Test and validation examples then begin one common order, see `dataset.fraction_masks`.
         """
         undivided = replace(self.config.data, test_fraction=0.0)
         return (
@@ -193,22 +181,23 @@ class Run:
 
 
 def _may_be(shown: int | None, taken: int | None) -> bool:
-    """Whether data that show so many levels or classes can be some of those that a model takes."""
+    """Whether a model that takes ``taken`` levels or classes can take data with ``shown``."""
     return shown == taken or (shown is not None and taken is not None and shown < taken)
 
 
 def load(folder: str | os.PathLike[str]) -> Run:
-    """Loads the best checkpoint of a run, or the latest where there is no best one, which
-    `Run.notes` then says.
+    """Loads the best checkpoint of a run, or the latest, with a note in `Run.notes`, if there is no
+    best.
 
-    A folder with ``model.npz`` and no checkpoints will do as well. On an accelerator this also sets
-    the precision of matrix products in this process, see `machine.prepare_backend`.
+    A folder with ``model.npz`` and no checkpoints works, too. On an accelerator this also sets the
+    precision of matrix products in this process, see `machine.prepare_backend`.
 
     Args:
-        folder: Folder of the run, as `loop.train` filled it, or of a model.
+        folder: Folder of the run, filled by `job.train`, or of a model.
 
     Raises:
-        ValueError: If it is no such folder, or a file in it is damaged or of another version.
+        ValueError: If the folder is not one of these, or a file in it is damaged or from another
+            version.
         RuntimeError: If it has no checkpoint yet, or none that can be read.
 
     Example:
@@ -226,9 +215,8 @@ def load(folder: str | os.PathLike[str]) -> Run:
     config = run_folder.read_config(folder)
     prepare_backend(config.training.matmul_precision)
     spec, fingerprint = run_folder.read_model(folder)
-    best = Checkpoints(folder).restore(
-        abstract_state(spec, make_optimizer(config.optimizer)), best=True
-    )
+    state = abstract_state(spec, make_optimizer(config.optimizer))
+    best = Store(folder).restore(state, best=True)
     if best is None:
         raise RuntimeError(
             f"{folder} has no checkpoints: its training has not reached the first validation, or "
@@ -241,17 +229,12 @@ def load(folder: str | os.PathLike[str]) -> Run:
             f"These are the parameters of step {best.step}: there is no checkpoint "
             "chosen on validation.",
         )
-    given = identity_context(config)
-    model = certified_model(
-        spec, best.state.ema, best.state.batch_stats, config.evaluation.solver(), given=given
-    )
+    model = finished(config, abstract(spec).certified(best.state.ema, best.state.batch_stats))
     return Run(folder, model, config, fingerprint, best.step, notes)
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
-    """Reads the settings of a folder that `load` takes, of which it raises the errors; no device
-    starts.
-    """
+    """Reads the settings of a folder, with the errors of `load`; no device starts."""
     folder = path_of(folder)
     if not _is_model_alone(folder):
         return run_folder.read_config(folder)
@@ -280,7 +263,7 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
-    """Settings, fingerprint of the data and step, of what `save` wrote beside a model."""
+    """Settings, fingerprint of the data and step that `save` wrote beside a model."""
     if about.get("format") != run_folder.FORMAT:
         raise ValueError(
             f"{path} says nothing of a training in this version: iresnet_jax.load "

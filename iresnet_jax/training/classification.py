@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
-from iresnet_jax.models.classifier import Classifier, ClassifierSpec, training_logits
+from iresnet_jax.models.classifier import Classifier, training_logits
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy, distances
 from iresnet_jax.training import parallel
-from iresnet_jax.training.constraint import ConstraintConfig, validated_model
 from iresnet_jax.training.parallel import AXIS
-from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
+from iresnet_jax.training.run import Measured
+from iresnet_jax.training.step import Keys, Loss
 
 Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "b h w c"]]
 
@@ -44,7 +44,7 @@ def make_loss(
     label_smoothing: float = 0.0,
     margin: Margin = Margin(),
     num_parts: int = 1,
-) -> Callable[[Classifier, Any, StepKeys], Loss]:
+) -> Callable[[Classifier, Any, Keys], Loss]:
     """The loss ``(model, (images, labels), keys) -> Loss``: the cross-entropy.
 
     BatchNorm's statistics are those of the batch on all devices.
@@ -57,7 +57,7 @@ def make_loss(
             statistics are those of the whole batch, so the step itself must not split it.
     """
 
-    def loss(model: Classifier, batch: Any, keys: StepKeys) -> Loss:
+    def loss(model: Classifier, batch: Any, keys: Keys) -> Loss:
         images, labels = batch
         x = model.preprocess(images if augment is None else augment(keys.examples, images))
         logits, statistics = training_logits(model, x, axis_name=AXIS, num_parts=num_parts)
@@ -75,47 +75,17 @@ def make_loss(
     return loss
 
 
-def selection(held_out: Any) -> float:
-    """The error, that of images without their margin where there is one, and where errors tie
-    the cross-entropy.
+def measure(
+    model: Classifier, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin
+) -> Measured:
+    """Accuracy and cross-entropy on held-out images.
+
+    The best model has the least error, of images without their margin where there is one, and
+    where errors tie the least cross-entropy.
     """
-    return (
-        1
-        - held_out.get("accuracy_at_margin", held_out["accuracy"])
-        + 1e-6 * min(held_out["loss"], 10.0)
-    )
-
-
-def make_validation(
-    spec: ClassifierSpec,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    constraint: ConstraintConfig,
-    batch_size: int,
-    margin: Margin = Margin(),
-) -> Callable[[TrainState], ValidationResult]:
-    """Accuracy and cross-entropy on held-out images under the averaged parameters, norms iterated
-    to their tolerance.
-
-    Args:
-        spec: The model.
-        images: Held-out images.
-        labels: Their classes.
-        constraint: How blocks are constrained.
-        batch_size: Most images at once.
-        margin: Margin of the loss. "accuracy_at_margin" is the share of images that are classified
-            rightly with it.
-    """
-
-    def validate(state: TrainState) -> ValidationResult:
-        template = Classifier(spec, {}, {}, {})
-        model = validated_model(
-            template, constraint, state.ema, state.spectral, statistics=state.batch_stats
-        )
-        return ValidationResult(accuracy_and_loss(model, images, labels, batch_size, margin))
-
-    return validate
+    found = accuracy_and_loss(model, images, labels, batch_size, margin)
+    error = 1 - found.get("accuracy_at_margin", found["accuracy"])
+    return Measured(found, error + 1e-6 * min(found["loss"], 10.0))
 
 
 def accuracy_and_loss(
@@ -156,7 +126,7 @@ def classify(
 
 def _classify(own: tuple[Classifier | Density, Margin], batch: tuple[Any, Any]) -> dict[str, Any]:
     (model, margin), (x, labels) = own, batch
-    logits = model.logits(x) if isinstance(model, Classifier) else model.class_log_probs(x)
+    logits = model.logits(x)
     less = margin.apply(model, logits, labels)
     return {
         "loss": cross_entropy(less, labels),

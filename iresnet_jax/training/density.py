@@ -2,9 +2,7 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,23 +13,19 @@ from jaxtyping import Array, Float, Int, Key
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.standardize import Identity, Standardize, Whiten
 from iresnet_jax.maths.logdet_config import LogdetConfig
-from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import preprocessing
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.flow import FlowBounds
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
 from iresnet_jax.training.classification import classify
-from iresnet_jax.training.constraint import ConstraintConfig, validated_model
-from iresnet_jax.training.step import Loss, StepKeys, TrainState, ValidationResult
+from iresnet_jax.training.run import Measured
+from iresnet_jax.training.step import Keys, Loss
 
-# of what is trained, in bits/dim or nats; beyond it training raises its number of terms
-TOLERATED_BIAS = 0.002
 REFERENCE_TERMS = 60  # of the series: at an eigenvalue of -.9 they leave .0002 of -2.3
-SIGNIFICANT = 3.0  # standard errors by which a bias must differ from 0 to count
 ALARMING_BIAS = 0.01  # beyond it a warning is logged
-MORE_TERMS = 1.5  # factor on the number of terms
 WARNING = (
     "on validation data the log-determinant of training reads %s lower by %.3f than one that is "
     "not cut off: training "
@@ -46,11 +40,9 @@ def make_loss(
     *,
     noise: float = 0.0,
     transform: Callable[..., Any] | None = None,
-) -> Callable[[Density, Any, StepKeys], Loss]:
+) -> Callable[[Density, Any, Keys], Loss]:
     """The loss ``(model, (examples, contexts), keys) -> Loss``: the negative log-likelihood in the
     model's unit.
-
-    A random series length is one of the step, so blocks and devices share it.
 
     Args:
         draw: Sampler ``(key, placeholder) -> (example, context)`` of endless data; None takes those
@@ -61,7 +53,7 @@ def make_loss(
             contexts as they are.
     """
 
-    def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
+    def loss(model: Density, batch: Any, keys: Keys) -> Loss:
         key_draw, key_dequantise, key_probe = jnp.moveaxis(
             jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0
         )
@@ -71,7 +63,6 @@ def make_loss(
         if noise:
             drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(key_draw)
             x = _moved(model, x, noise * noise_scales(model.spec)[None] * drawn, key_probe)
-        model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_dequantise, key_probe, context=context)
         value = jnp.mean(model.spec.in_units(terms.log_prob))
         means = {"log_prior": jnp.mean(terms.log_prior), "log_det": jnp.mean(terms.log_det)}
@@ -124,128 +115,70 @@ def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
     return jnp.asarray(scales, jnp.float32)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Mean objective of held-out data under the averaged parameters, norms iterated to their
-    tolerance.
+def measure(
+    model: Density,
+    examples: np.ndarray,
+    *,
+    contexts: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    logdet: LogdetConfig,
+    batch_size: int,
+    seed: int,
+    label_smoothing: float = 0.0,
+) -> Measured:
+    """Mean of every term of held-out data, and the loss of each example.
 
     Training may learn to widen the gap between a log-determinant that is cut off and the true one,
     and nothing else shows it before the loss on held-out data rises. ``training_bias`` shows it:
     the objective by the log-determinant of training less the objective by `REFERENCE_TERMS` terms
-    of the series, on one batch with the same noise and probes. While it is below `-TOLERATED_BIAS`,
-    training goes on with more terms.
+    of the series, on one batch with the same noise and probes.
 
-    Attributes:
-        spec: The model.
+    Args:
+        model: The model, with the log-determinant of validation.
         examples: Held-out examples.
         contexts: Their contexts, of a conditional density.
         labels: Their classes, which the objective "hybrid" measures accuracy and cross-entropy
-            with; None of other objectives.
-        constraint: How blocks are constrained.
-        estimator: Log-determinant of the validation.
+            with, and is chosen by; None of other objectives.
         logdet: Log-determinant of training.
-        max_num_terms: Most terms that training may go on with.
         batch_size: Most examples at once.
-        seed: Seed of the run.
-        given: Context that the model is given, after which it takes none; None leaves it as it is.
+        seed: Seed of noise and probes.
         label_smoothing: Smoothing of the labels in the cross-entropy, as in training.
     """
-
-    spec: DensitySpec
-    examples: np.ndarray
-    contexts: np.ndarray | None
-    labels: np.ndarray | None
-    constraint: ConstraintConfig
-    estimator: LogdetEstimator
-    logdet: LogdetConfig
-    max_num_terms: int
-    batch_size: int
-    seed: int
-    given: np.ndarray | None = None
-    label_smoothing: float = 0.0
-
-    def __call__(self, state: TrainState) -> ValidationResult:
-        """The mean of every term, and the terms of the log-determinant that training goes on
-        with.
-        """
-        return self.measure(state, self.model(state))
-
-    def model(self, state: TrainState) -> Density:
-        """The model of the averaged parameters."""
-        template = Density(self.spec, {}, {}, estimator=self.estimator)
-        return validated_model(
-            template, self.constraint, state.ema, state.spectral, given=self.given
+    metric, key = model.spec.metric, jax.random.key(seed)
+    outputs = evaluate_examples(model, examples, key, batch_size, contexts=contexts)
+    del outputs["truncation_bound"]
+    means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
+    losses = outputs[metric]
+    if labels is not None:
+        logits = classify(model, examples, labels, batch_size)["logits"]
+        losses = np.asarray(
+            cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing=label_smoothing)
         )
-
-    def measure(self, state: TrainState, model: Density) -> ValidationResult:
-        """Result of `__call__`, under the `model` of a training state."""
-        outputs = self._outputs(model)
-        means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
-        losses = outputs[model.spec.metric]
-        if self.labels is not None:
-            logits = classify(model, self.examples, self.labels, self.batch_size)["logits"]
-            entropy = cross_entropy(
-                jnp.asarray(logits), jnp.asarray(self.labels), label_smoothing=self.label_smoothing
-            )
-            means |= {
-                "accuracy": float(np.mean(logits.argmax(axis=1) == self.labels)),
-                "cross_entropy": float(entropy.mean()),
-            }
-            losses = np.asarray(entropy)
-        num_terms = int(state.num_terms)
-        if self.logdet.build().unbiased:
-            return ValidationResult(means, num_terms, losses)
-        bias, is_exploited = self._bias(model, num_terms)
-        if bias < -ALARMING_BIAS:
-            _logger.warning(WARNING, model.spec.metric, -bias, num_terms)
-        if int(state.step) < int(state.horizon):
-            while is_exploited and num_terms < self.max_num_terms:
-                num_terms = min(math.ceil(MORE_TERMS * num_terms), self.max_num_terms)
-                _, is_exploited = self._bias(model, num_terms)
-            if num_terms > int(state.num_terms):
-                _logger.info(
-                    "training goes on with %d terms of the log-determinant: it exploits "
-                    "what fewer cut off",
-                    num_terms,
-                )
-        return ValidationResult(
-            {**means, "training_bias": bias, "num_terms": num_terms}, num_terms, losses
-        )
-
-    def _bias(self, model: Density, num_terms: int) -> tuple[float, bool]:
-        """Objective by so many terms less the one by many, and whether it is lower by more than
-        is tolerated.
-        """
-        without_cut = dataclasses.replace(self.logdet, kind="series").build(REFERENCE_TERMS)
-        cut, reference = (
-            self._outputs(model.with_(estimator=estimator), self.batch_size)[
-                model.spec.metric
-            ].astype(np.float64)
-            for estimator in (self.logdet.build(num_terms), without_cut)
-        )
-        differences = cut - reference
-        bias, stderr = (
-            float(differences.mean()),
-            float(differences.std() / math.sqrt(len(differences))),
-        )
-        return bias, bias < -max(TOLERATED_BIAS, SIGNIFICANT * stderr)
-
-    def _outputs(self, model: Density, num: int | None = None) -> dict[str, np.ndarray]:
-        """Objective and terms of held-out examples: of all, or of so many, spread over all as
-        they are in files' order.
-        """
-        rows = (
-            slice(None)
-            if num is None
-            else np.unique(np.linspace(0, len(self.examples) - 1, num, dtype=int))
-        )
-        contexts = None if self.contexts is None else self.contexts[rows]
-        key = jax.random.key(self.seed)
-        outputs = evaluate_examples(
-            model, self.examples[rows], key, self.batch_size, contexts=contexts
-        )
-        del outputs["truncation_bound"]
-        return outputs
+        means |= {
+            "accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
+            "cross_entropy": float(losses.mean()),
+        }
+    loss = means[metric if labels is None else "cross_entropy"]
+    if logdet.build().unbiased:
+        return Measured(means, loss, losses)
+    # examples spread over all, as they are in files' order
+    rows = np.unique(np.linspace(0, len(examples) - 1, batch_size, dtype=int))
+    rows_contexts = None if contexts is None else contexts[rows]
+    without_cut = dataclasses.replace(logdet, kind="series").build(REFERENCE_TERMS)
+    cut, reference = (
+        evaluate_examples(
+            model.with_(estimator=estimator),
+            examples[rows],
+            key,
+            batch_size,
+            contexts=rows_contexts,
+        )[metric].astype(np.float64)
+        for estimator in (logdet.build(), without_cut)
+    )
+    bias = float((cut - reference).mean())
+    if bias < -ALARMING_BIAS:
+        _logger.warning(WARNING, metric, -bias, logdet.num_terms)
+    return Measured(means | {"training_bias": bias}, loss, losses)
 
 
 def evaluate_examples(
@@ -257,6 +190,7 @@ def evaluate_examples(
     contexts: np.ndarray | None = None,
     draw: tuple[int, int] = (0, 0),
     same_probes: bool = False,
+    bounds: FlowBounds | None = None,
 ) -> dict[str, np.ndarray]:
     """Objective, terms and truncation bound of all examples, by all devices.
 
@@ -269,6 +203,7 @@ def evaluate_examples(
         contexts: Context of each example, of a conditional density.
         draw: Number of the noise draw, and of the probe draw within it.
         same_probes: Whether all noise draws have the probes of the first one.
+        bounds: Bounds of the model's blocks, on which those of truncation rely.
     """
 
     def batch_of(indices):
@@ -282,12 +217,14 @@ def evaluate_examples(
             key_probe,
         )
 
-    return parallel.over_batches(_evaluate_batch, model, batch_of, len(examples), batch_size)
+    return parallel.over_batches(
+        _evaluate_batch, (model, bounds), batch_of, len(examples), batch_size
+    )
 
 
-def _evaluate_batch(model: Density, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
-    x, context, key_noise, key_probe = batch
-    terms = model.terms(x, key_noise, key_probe, context=context)
+def _evaluate_batch(own: Any, batch: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
+    (model, bounds), (x, context, key_noise, key_probe) = own, batch
+    terms = model.terms(x, key_noise, key_probe, context=context, bounds=bounds)
     return {
         model.spec.metric: model.spec.in_units(terms.log_prob),
         "log_prior": terms.log_prior,

@@ -22,7 +22,7 @@ from iresnet_jax.checked_dataclasses import CountOrNone, NotNegative
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training.classification import Augment
-from iresnet_jax.training.step import Loss, StepKeys
+from iresnet_jax.training.step import Keys, Loss
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HybridConfig:
 
 def make_loss(
     settings: HybridConfig, *, label_smoothing: float = 0.0, augment: Augment | None = None
-) -> Callable[[Density, Any, StepKeys], Loss]:
+) -> Callable[[Density, Any, Keys], Loss]:
     """The loss ``(model, (examples, labels), keys) -> Loss``: cross-entropy and likelihood,
     weighted.
 
@@ -61,13 +61,12 @@ def make_loss(
     """
     weight_of_step = settings.weight_of_step()
 
-    def loss(model: Density, batch: Any, keys: StepKeys) -> Loss:
+    def loss(model: Density, batch: Any, keys: Keys) -> Loss:
         x, labels = batch
         keys_by_use = jnp.moveaxis(
             jax.vmap(lambda key: jax.random.split(key, 4))(keys.examples), 1, 0
         )
         key_noise, key_probe, key_augment, key_augment_noise = keys_by_use
-        model = model.with_(estimator=model.estimator.fix_length(keys.shared))
         terms = model.terms(x, key_noise, key_probe)
         bits = jnp.mean(model.spec.in_units(terms.log_prob))
         logits = terms.log_prior_by_class

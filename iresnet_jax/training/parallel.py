@@ -11,65 +11,63 @@ process that has parted from the others (`hosts.ending_together`) goes on with i
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from iresnet_jax.maths import platforms
 
 AXIS = "batch"
+FAILURES = {kind.__name__: kind for kind in (ValueError, RuntimeError, OSError)}
 _is_alone = False
 
 
-def parallelize(
-    step_fn: Callable[[Any, Any], tuple[Any, Any]],
-) -> Callable[[Any, Any], tuple[Any, Any]]:
+def parallelize(step_fn: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
     """Compiles a training step for all devices of all processes, once for each shape of batches.
 
     Args:
-        step_fn: ``(state, batch) -> (state, metrics)`` on one device's share of the batch. All it
-            returns must be equal on all devices: ``pmean`` the loss, the gradients and all
+        step_fn: ``(state, fixed, batch) -> (state, metrics)`` on one device's share of the batch.
+            All it returns must be equal on all devices: ``pmean`` the loss, the gradients and all
             statistics over ``AXIS``.
 
     Returns:
         The same function for this process's share of a batch, from `shard`. It donates the state
-        that it is given.
+        that it is given; ``fixed`` is what no step changes.
 
     Example:
-        >>> def step_fn(state, batch):
-        ...     return state + 1, {"mean": jax.lax.pmean(batch.mean(), AXIS)}
+        >>> def step_fn(state, fixed, batch):
+        ...     return state + fixed, {"mean": jax.lax.pmean(batch.mean(), AXIS)}
         >>> step = parallelize(step_fn)
-        >>> state, metrics = step(jnp.zeros(()), shard(np.ones((8, 2), np.float32)))
+        >>> state, metrics = step(jnp.zeros(()), 1.0, shard(np.ones((8, 2), np.float32)))
     """
     mapped = jax.pmap(
         step_fn,
         axis_name=AXIS,
-        in_axes=(None, 0),
+        in_axes=(None, None, 0),
         out_axes=(None, None),
         donate_argnums=(0,),
         devices=_devices(),
     )
     programs: dict[Any, Any] = {}
 
-    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+    def step(state: Any, fixed: Any, batch: Any) -> tuple[Any, Any]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
         # Placed where a step returns it: a program is for one placement.
-        state = on_local_devices(state, num_devices=shapes[0][0][0])
+        state, fixed = on_local_devices((state, fixed), num_devices=shapes[0][0][0])
         if shapes not in programs:
             programs[shapes] = mapped
-            if (
-                jax.process_count() == 1
-                # ``pmap`` takes no options of the compiler, and what it compiles no shares of
-                # processes
-            ):
-                programs[shapes] = mapped.lower(state, batch).compile(
-                    compiler_options=platforms.compile_options()
-                )
-        outputs = programs[shapes](state, batch)
+            # ``pmap`` takes no options of the compiler, and what it compiles no shares of processes
+            if jax.process_count() == 1:
+                lowered = mapped.lower(state, fixed, batch)
+                options = platforms.compile_options()
+                programs[shapes] = lowered.compile(compiler_options=options)
+        outputs = programs[shapes](state, fixed, batch)
         if jax.local_device_count() > 1 and jax.default_backend() == "cpu":
             # Threads are as many as the devices. One that waits in a reduction and one that waits
             # for the step before its own leave none to go on (jaxlib 0.10): a step must end before
@@ -80,7 +78,7 @@ def parallelize(
     return step
 
 
-def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequence[Any]) -> Any:
+def for_devices(step_fn: Callable[[Any, Any, Any], Any], devices: Sequence[Any]) -> Any:
     """The mapping of `parallelize` for devices that this process need not have, of whole batches:
     to trace and compile.
 
@@ -90,7 +88,11 @@ def for_devices(step_fn: Callable[[Any, Any], tuple[Any, Any]], devices: Sequenc
     split, whole = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
     # With `check_vma`, gradients by the replicated state would come summed over devices already.
     mapped = jax.shard_map(
-        step_fn, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole), check_vma=False
+        step_fn,
+        mesh=mesh,
+        in_specs=(whole, whole, split),
+        out_specs=(whole, whole),
+        check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=0)
 
@@ -245,3 +247,70 @@ def on_local_devices(tree: Any, *, num_devices: int | None = None) -> Any:
 def _replicated(num_devices: int) -> jax.sharding.NamedSharding:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), (AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+# ------------------------------------------------------------------ what processes do together
+
+
+def is_first() -> bool:
+    """Whether this process writes logs, checkpoints and reports: process 0, and any process on
+    its own.
+    """
+    return jax.process_index() == 0
+
+
+def from_first(produce: Callable[[], Any]) -> Any:
+    """Calls a function in process 0 and gives its result, or error, to all processes, which all
+    have to call this.
+
+    Args:
+        produce: Function whose result JSON can hold. ``ValueError``, ``RuntimeError`` and
+            ``OSError`` reach all processes.
+    """
+    if jax.process_count() == 1:
+        return produce()
+    own, failure = {}, None
+    if is_first():
+        try:
+            own["result"] = produce()
+        except tuple(FAILURES.values()) as error:
+            own["kind"] = next(name for name, kind in FAILURES.items() if isinstance(error, kind))
+            own["failure"], failure = str(error), error
+    found = json.loads(texts_of_all(json.dumps(own))[0])
+    if failure is not None:
+        raise failure
+    if "failure" in found:
+        raise FAILURES[found["kind"]](f"process 0: {found['failure']}")
+    return found["result"]
+
+
+def broadcast(tree: Any) -> Any:
+    """Arrays of process 0, bit for bit, in all processes; the others pass arrays of the same
+    shapes and dtypes.
+    """
+    if jax.process_count() == 1:
+        return tree
+    # As bytes: a sum with zeros, by which values travel, would make -0.0 of 0.0.
+    arrays = jax.tree.map(np.asarray, tree)
+    received = multihost_utils.broadcast_one_to_all(
+        jax.tree.map(lambda leaf: leaf.reshape(-1).view(np.uint8), arrays)
+    )
+    return jax.tree.map(
+        lambda leaf, sent: np.array(sent).view(leaf.dtype).reshape(leaf.shape), arrays, received
+    )
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers of all processes, which all have to call this."""
+    return (
+        number
+        if jax.process_count() == 1
+        else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    )
+
+
+def texts_of_all(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    own = text.encode()
+    rows = multihost_utils.process_allgather(np.frombuffer(own.ljust(largest(len(own))), np.uint8))
+    return [np.asarray(row).tobytes().decode().rstrip(" ") for row in rows]

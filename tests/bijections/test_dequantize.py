@@ -11,11 +11,11 @@ import pytest
 from scipy import integrate, stats
 
 from iresnet_jax.bijections.dequantize import (
+    Dequantize,
     cell_centers,
     cells,
     check_levels,
     dequantize,
-    dequantize_bijection,
     quantize,
 )
 from iresnet_jax.models.priors import Logistic
@@ -67,7 +67,7 @@ def test_levels_out_of_range_become_nan_and_samples_out_of_range_are_clipped():
 
 def test_its_log_determinant_is_the_volume_of_the_cells():
     x = jnp.asarray(np.random.default_rng(0).integers(17, size=(3, 2, 2, 1)), jnp.uint8)
-    bijection = dequantize_bijection(17)
+    bijection = Dequantize(17)
     u, logdet, _ = jax.jit(bijection.forward_and_logdet)(x, jax.random.key(0))
     np.testing.assert_allclose(logdet, -4 * np.log(17), rtol=1e-6)
     back, inverse_logdet, *_ = jax.jit(bijection.inverse_and_logdet)(u, jax.random.key(0))

@@ -70,7 +70,7 @@ def test_a_network_of_any_depth_is_1_lipschitz():
     [
         (
             {"hidden": (4,), "activation": "clipswish"},
-            r"slopes lie in \[0, 1\], and those of clipswish do not",
+            r"slopes lie in \[0, 1\], unlike clipswish",
         ),
         ({"hidden": (4, 4)}, "one hidden layer"),
     ],

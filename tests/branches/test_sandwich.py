@@ -129,7 +129,7 @@ def test_one_layer_is_a_feedforward_branch_with_its_closed_forms():
     [
         (
             {"hidden": (4,), "activation": "lipswish"},
-            r"slopes lie in \[0, 1\], and those of lipswish do not",
+            r"slopes lie in \[0, 1\], unlike lipswish",
         ),
         ({"in_shape": (4, 4, 1), "hidden": (4,), "kernel_sizes": (3, 2)}, "kernels of odd sizes"),
     ],

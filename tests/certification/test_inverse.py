@@ -2,6 +2,7 @@
 every kind.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -136,7 +137,9 @@ def conditional():
 def huge():
     """With scales that overflow."""
     block = lipswish().weights["stage0"]
-    actnorm = block.actnorm._replace(log_scale=block.actnorm.log_scale + np.float32(650))
+    actnorm = dataclasses.replace(
+        block.actnorm, log_scale=block.actnorm.log_scale + np.float32(650)
+    )
     return lipswish().with_(weights={"stage0": block._replace(actnorm=actnorm)})
 
 

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.data.arrays import data_of
@@ -48,21 +47,21 @@ def table(num=1200):
 
 
 @pytest.fixture(scope="module")
-def of_table(tmp_path_factory):
-    """The model of a data frame that was trained with noise, its folder, and what `fit` said."""
-    said, workdir = io.StringIO(), tmp_path_factory.mktemp("fitted") / "run"
+def of_table():
+    """The model of a data frame that was trained with noise, and what `fit` said."""
+    said = io.StringIO()
     options = {
         "progress": True,
-        "workdir": workdir,
         "settings": {**QUICK["settings"], "augmentation.noise": 1.0},
     }
     with contextlib.redirect_stderr(said):
         model = ir.fit(table(), bounds={"share": (0, 1), "age": (18, None)}, **QUICK | options)
-    return model, workdir, said.getvalue()
+    return model, said.getvalue()
 
 
+@pytest.mark.slow
 def test_no_sample_of_a_table_leaves_its_support(of_table):
-    model, _, said = of_table
+    model, said = of_table
     assert np.isfinite(model.history.train["nll"]).all()
     x, _ = jax.jit(ir.Density.sample, static_argnums=2)(model, jax.random.key(0), 10_000)
     x = np.asarray(x, np.float64)
@@ -76,6 +75,7 @@ def test_no_sample_of_a_table_leaves_its_support(of_table):
     assert "columns with hard ends: 'flag', 'age', 'share', 'colour'" in said
 
 
+@pytest.mark.slow
 def test_a_model_takes_and_gives_the_table_that_it_was_fitted_to(of_table, tmp_path):
     frame, (model, *_) = table()[:20], of_table
     model.save(tmp_path / "model.npz")
@@ -90,6 +90,7 @@ def test_a_model_takes_and_gives_the_table_that_it_was_fitted_to(of_table, tmp_p
     assert len(samples) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,25 +132,6 @@ def test_booleans_and_integers_of_an_array_are_discrete():
     assert data.cells.gaps.tolist() == [[1.0], [1.0]]
     ends = data_of(RNG.random((300, 2)) < 0.5).ends
     assert (ends.low.tolist(), ends.high.tolist()) == ([-0.5, -0.5], [1.5, 1.5])
-
-
-def test_commands_refuse_data_out_of_range_and_count_certain_values_among_discrete_ones(
-    of_table, tmp_path, capsys
-):
-    frame = table()
-    x = frame.assign(colour=frame.colour.cat.codes).to_numpy(np.float64)
-
-    def evaluate(examples, command="evaluate"):
-        np.save(tmp_path / "x.npy", examples)
-        return main([command, "--workdir", str(of_table[1]), "--data", f"npy:{tmp_path / 'x.npy'}"])
-
-    assert evaluate(x, "reconstruct") == 0
-    found = capsys.readouterr()
-    assert "other data" not in found.out + found.err
-    assert "100 % of the levels are certain" in found.out + found.err
-    x[::3, 2] = 1.5
-    assert evaluate(x) == 2
-    assert "not within the range 0 to 1" in capsys.readouterr().err
 
 
 def test_bounds_are_for_densities():

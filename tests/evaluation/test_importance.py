@@ -89,6 +89,7 @@ def test_estimated_log_determinants_keep_it_a_bound_where_the_plain_formula_is_n
     assert importance.mean_bound(estimated, 1.0, "nats").estimation_gap > exact - found.mean()
 
 
+@pytest.mark.slow
 def test_of_an_estimator_it_agrees_with_that_of_exact_log_determinants(monkeypatch):
     model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
     settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)

@@ -139,6 +139,7 @@ def test_the_file_holds_every_number_and_null_for_what_json_does_not_have():
     assert {"bits_per_dim", "classification"}.isdisjoint(facts)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_numbers_and_pictures_and_needs_no_network():
     draw = np.random.default_rng(0)
     points, images = draw.normal(size=(50, 3)), draw.random((3, 4, 4, 1))

@@ -46,6 +46,7 @@ def measured(model, digits):
     return robustness.measure(model, digits.examples["test"], digits.labels["test"], settings, 0)
 
 
+@pytest.mark.slow
 def test_training_with_a_margin_verifies_and_attacks_find_the_rest(measured):
     found, radii = measured
     assert found.clean.fraction > 0.9
@@ -61,6 +62,7 @@ def test_training_with_a_margin_verifies_and_attacks_find_the_rest(measured):
     assert not found.warnings()
 
 
+@pytest.mark.slow
 def test_the_margin_of_the_loss_is_what_radii_verify(model, digits, measured):
     images, labels = digits.examples["test"], digits.labels["test"]
     for size, proven in zip(sorted(RADII), measured[0].verified, strict=True):

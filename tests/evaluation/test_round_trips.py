@@ -11,16 +11,22 @@ import pytest
 from certified_flows import times
 
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.certification.decode import Decoded
 from iresnet_jax.evaluation import round_trips
 from iresnet_jax.evaluation.round_trips import bound_inverses, reconstruct
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.model import DecodeInfo
 
 JUMPS = DensitySpec(FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="relu"),)))
 
 
-@pytest.mark.parametrize("spec", [kept.IMAGES, kept.CLASSIFIER], ids=["density", "classifier"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(kept.IMAGES, id="density"),
+        pytest.param(kept.CLASSIFIER, id="classifier", marks=pytest.mark.slow),
+    ],
+)
 def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_from_the_first(
     spec,
 ):
@@ -64,6 +70,7 @@ def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
     )
 
 
+@pytest.mark.slow
 def test_where_nothing_is_guaranteed_the_reason_is_said():
     points = np.asarray(jax.random.normal(jax.random.key(0), (3, 2)))
     of_blocks = reconstruct(kept.model(JUMPS), points, 4, 0, num_certified=2).summary.guarantee
@@ -72,11 +79,12 @@ def test_where_nothing_is_guaranteed_the_reason_is_said():
         of_blocks
     )
     assert np.isfinite(of_blocks.max_bound)
-    model, nothing = kept.model(kept.POINTS), Decoded(points, points, points, points, None)
+    model = kept.model(kept.POINTS)
+    nothing = points, points, DecodeInfo(*[None] * 4, points, None, points)
     assert "none, a block is not certified to be a contraction" in str(
-        bound_inverses(times(model, 3), nothing, 2)
+        bound_inverses(times(model, 3), *nothing, 2)
     )
-    assert "none, an example would take about" in str(bound_inverses(model, nothing, 0))
+    assert "none, an example would take about" in str(bound_inverses(model, *nothing, 0))
 
 
 def test_the_number_of_certified_examples_follows_from_their_cost():

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 import tiny_runs as runs
 
 import iresnet_jax as ir
+
+pytestmark = pytest.mark.slow
 
 
 def test_training_ends_with_a_report_of_images(tmp_path_factory):

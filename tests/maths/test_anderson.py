@@ -186,7 +186,7 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
     assert np.all(anderson <= banach + 1)
 
 
-@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("refine", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_starting_behind_what_a_branch_always_adds(x64, refine):
     rng = np.random.default_rng(0)
     network, far = random_network(rng, 6, 0.9), 30 * jnp.asarray(rng.normal(size=(1, 6)))

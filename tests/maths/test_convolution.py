@@ -137,6 +137,7 @@ def test_every_derivative_agrees_with_those_of_jax(x64, name):
         )
 
 
+@pytest.mark.slow
 def test_gradients_in_a_loop_keep_the_layout_that_is_fast_on_cpu():
     """XLA:CPU rewrites other layouts outside of loops only, and runs them up to a hundred times
     slower (benchmarks).

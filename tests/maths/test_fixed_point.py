@@ -10,7 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from iresnet_jax.maths.fixed_point import Equation, finish, init, invert_residual, step
+from iresnet_jax.maths.fixed_point import (
+    Equation,
+    example_norm,
+    finish,
+    init,
+    invert_residual,
+    step,
+)
 
 ATOL = 1e-6  # the default tolerance of the inverse
 NEWTON = 1e-12  # what the dense solution is good for, and rounding in our comparison with it
@@ -72,6 +79,17 @@ def test_without_a_contraction_nothing_is_claimed(lipschitz_bound):
     _, info = invert_multiple(0.5, jnp.ones((1, 2)), lipschitz_bound, max_evals=50)
     assert not jnp.any(info.converged)
     assert jnp.all(jnp.isinf(info.error_bound))
+
+
+def test_whoever_has_no_finite_bound_has_not_converged():
+    """Norms of entries next to the largest float, and the sum of their norms, may overflow."""
+    y = jnp.asarray([[1e37], [1e38]], jnp.float32) * jnp.ones((1, 4), jnp.float32)
+    x, info = invert_multiple(-0.9, y, 0.9)
+    np.testing.assert_allclose(x[0], 1e38, rtol=1e-5)
+    np.testing.assert_array_equal(info.converged, [True, False])  # 1e39 is no float
+    np.testing.assert_array_equal(np.isfinite(info.error_bound), [True, False])
+    large = jnp.full((1, 2), 2e38, jnp.float32)  # 1 / 2^127 would be 0
+    np.testing.assert_allclose(jax.jit(example_norm)(large), 2e38 * np.sqrt(2), rtol=1e-6)
 
 
 def test_a_branch_that_returns_nan_spoils_its_own_example_only():

@@ -112,6 +112,7 @@ def stacked():
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), problem(seed=2), problem(seed=3))
 
 
+@pytest.mark.slow
 def test_under_vmap(x64):
     """Over problems: other weights and other contexts."""
     actual = jax.jit(jax.vmap(jax.grad(loss_of(implicit))))(stacked())
@@ -129,9 +130,9 @@ def test_of_the_inverse_and_its_log_determinant(x64):
     def ours(w):
         g = functools.partial(branch, w=w)
         block, solver = CallableBranch(g, LIPSCHITZ), Solver(atol=ATOL)
-        x, logdet, *_ = residual.residual_bijection(
-            block, ExactLogdet(), solver
-        ).inverse_and_logdet(w["y"], jax.random.key(0))
+        x, logdet, *_ = residual.Residual(block, ExactLogdet(), solver).inverse_and_logdet(
+            w["y"], jax.random.key(0)
+        )
         return combine(x, logdet)
 
     def reference(w):
@@ -155,6 +156,7 @@ def temporary_bytes(function, *arguments):
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_number_of_iterations(x64):
     def few_and_many(solve):
         def loss(w, num_steps):
@@ -178,7 +180,7 @@ def test_memory_does_not_depend_on_the_number_of_iterations(x64):
 # ----------------------------------------------------------------------- derivatives not solved for
 
 
-@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("adjoint", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_linear_solve_that_is_cut_short_says_so(x64, adjoint):
     slopes = jnp.array([0.0, 0.9, 0.0])
     turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])

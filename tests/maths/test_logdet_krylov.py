@@ -130,6 +130,7 @@ def test_the_bound_is_as_small_as_it_says(x64):
     assert 0.5e-3 < error < float(bound[0, 0]) < 3e-3
 
 
+@pytest.mark.slow
 def test_float32_is_as_good_as_its_rounding():
     d = 196
     matrix = matrices("contracting", d, 0.94, 0)

@@ -96,6 +96,7 @@ def test_products_on_accelerators_are_in_float32_unless_another_precision_was_ch
     assert seen == [None, "float32", "tensorfloat32"]
 
 
+@pytest.mark.slow
 def test_exact_log_determinants_and_norms_on_two_devices_do_not_wait_for_each_other():
     """Batches of LAPACK's functions would wait for ever."""
     subprocess.run([sys.executable, "-c", AT_ONCE], env=runs.environment(), check=True, timeout=120)

@@ -13,9 +13,8 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.models.contractions import freeze
+from iresnet_jax.models.initial import initial
 from iresnet_jax.models.priors import Gaussian
-from iresnet_jax.training.constraint import ConstraintConfig
-from iresnet_jax.training.initialization import initial_variables
 
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
 
@@ -113,8 +112,7 @@ def test_other_wrong_claims_are_refused(kind, sentence):
 def test_training_begins_with_the_check():
     spec = density(TooLow).spec
     spec = dataclasses.replace(spec, flow=ir.FlowSpec((2,), spec.flow.stages[1:]))
-    examples = lambda key, n: (jnp.asarray(X), None, None)  # noqa: E731
     with pytest.raises(ValueError, match="was measured on the data"):
         ir.Density.init(jax.random.key(0), X, stages=spec.flow.stages)
     with pytest.raises(ValueError, match="was measured on the data"):
-        initial_variables(spec, 0, examples, actnorm_examples=64, constraint=ConstraintConfig())
+        initial(spec, jax.random.key(0), X)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import kept
 import numpy as np
 import pytest
+import scipy.stats
 
+import iresnet_jax as ir
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
@@ -56,6 +58,7 @@ def test_bits_per_dim_of_the_uniform_density():
     np.testing.assert_allclose(PLANE.in_units(jnp.array([-2.5])), 2.5)
 
 
+@pytest.mark.slow
 def test_latents_far_out_are_levels_too():
     density = kept.model(IMAGES)
     far = 3 * encode(density, X)
@@ -97,7 +100,7 @@ def test_the_estimator_travels_with_the_model():
     assert np.all(series.info.truncation_bound > 0)
     np.testing.assert_array_equal(series.log_prior, exact.log_prior)
     fixed = RouletteLogdet().fix_length(jax.random.key(1))
-    length = jax.jit(lambda m: m.estimator.length)(density.with_(estimator=fixed))
+    length = jax.jit(lambda m: m.how.estimator.length)(density.with_(estimator=fixed))
     assert int(length) == int(fixed.length)
 
 
@@ -231,6 +234,28 @@ def test_values_between_those_of_a_grid_count_as_the_nearest():
     )
 
 
+def test_a_flow_without_blocks_is_a_flow(tmp_path):
+    """Standardised data under a normal prior are normal, and bounds are exact."""
+    x = np.random.default_rng(0).normal(1, 3, size=(300, 2)).astype(np.float32)
+    model = ir.Density.init(jax.random.key(0), x, stages=())
+    expected = scipy.stats.norm(x.mean(axis=0), x.std(axis=0)).logpdf(x).sum(axis=1)
+    model.save(tmp_path / "model.npz")
+    for own in (model, model.freeze(), ir.load(tmp_path / "model.npz")):
+        np.testing.assert_allclose(own.log_prob(x), expected, rtol=1e-5)
+    assert model.flow().inverse_lipschitz == 1
+    certificate = model.certificate()
+    assert certificate.certified
+    np.testing.assert_allclose(certificate.inverse, x.std(axis=0).max(), rtol=1e-4)
+    assert "0 blocks" in str(certificate)
+    back, info = ir.certify.decode(model, model.encode(x))
+    np.testing.assert_allclose(back, x, atol=1e-5)
+    assert info.certificate.applied.all()
+    assert np.all(np.linalg.norm(back - x, axis=1) <= info.error_bound + 1e-5)
+    _, drawn = model.sample(jax.random.key(0), 3)
+    np.testing.assert_array_equal(drawn.error_bound, 0)
+
+
+@pytest.mark.slow
 def test_a_flow_in_float64_inverts_latents_in_float32(x64):
     model = kept.exact_model(PLANE)
     x, info = model.flow().inverse(jnp.ones((3, 2), jnp.float32))
@@ -239,6 +264,7 @@ def test_a_flow_in_float64_inverts_latents_in_float32(x64):
     np.testing.assert_allclose(model.flow().forward(x), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
 def test_a_flow_takes_numbers_of_lower_precision(dtype):
     flow, x = kept.model(PLANE).flow(), jnp.asarray(4 * POINTS).astype(dtype)

@@ -88,6 +88,7 @@ def test_samples_under_one_context_are_those_of_as_many_equal_ones():
         model.sample(key, 2, context=CONTEXTS)
 
 
+@pytest.mark.slow
 def test_transformations_of_jax_see_one_example(x64):
     """Values, gradients, Hessians and Jacobians of one example, mapped or not, are those of the
     batch and of differences.

@@ -44,9 +44,9 @@ def case(spec):
 
 
 @jax.jit
-def log_density_of_noise(model, x, noise):
+def log_density_of_noise(model, x, noise, bounds):
     """``log q(noise | x)`` by the inverse of the flow and the dense Jacobian of ``e -> noise``."""
-    e, info = model.noise_flow(x).inverse(jnp.log(noise / (1 - noise)).reshape(len(x), -1))
+    e, info = model.noise_flow(x, bounds).inverse(jnp.log(noise / (1 - noise)).reshape(len(x), -1))
     e = e.reshape(len(x), -1)
 
     def column(direction):  # of the Jacobians of all examples
@@ -64,7 +64,7 @@ def test_log_likelihoods_are_those_of_the_dense_density_of_the_noise(x64):
     found = terms(model, x, *KEYS())
     u = jax.jit(Density.dequantize)(model, x, KEYS()[0])
     np.testing.assert_array_equal(np.floor(u * LEVELS), x)
-    log_q, converged = log_density_of_noise(model, x, u * LEVELS - x)
+    log_q, converged = log_density_of_noise(model, x, u * LEVELS - x, model.bounds())
     assert converged.all()
     of_point = jax.jit(Density.log_prob)(model.continuous, u)
     expected = of_point - log_q - IMAGES.flow.num_dims * np.log(LEVELS)
@@ -78,7 +78,9 @@ def test_the_density_of_the_noise_integrates_to_1_whatever_the_image(x64):
     grid = 1 / (1 + np.exp(-jnp.asarray(np.stack(np.meshgrid(t, t), axis=-1).reshape(-1, 2))))
     sizes = jnp.prod(grid * (1 - grid), axis=1) * (t[1] - t[0]) ** 2
     for row in x[:2]:
-        log_q, converged = log_density_of_noise(model, jnp.broadcast_to(row, (len(grid), 2)), grid)
+        log_q, converged = log_density_of_noise(
+            model, jnp.broadcast_to(row, (len(grid), 2)), grid, model.bounds()
+        )
         assert converged.all()
         np.testing.assert_allclose(np.sum(np.exp(log_q) * sizes), 1, atol=QUADRATURE_ATOL)
 
@@ -120,6 +122,7 @@ def with_uniform_noise(model):
     return model.with_(spec=spec, weights={"stage0": model.weights["stage0"]}, noise_network={})
 
 
+@pytest.mark.slow
 def test_noise_starts_uniform_and_trains_to_a_better_bound():
     x, stage = squares(), StageSpec(1, (16,), activation="clipswish")
     first = Density.init(
@@ -175,6 +178,7 @@ def test_images_without_channels_have_no_flow_of_noise():
         FlowSpec((4, 4), (StageSpec(1, hidden=(6,)),), noise=NOISE)
 
 
+@pytest.mark.slow
 def test_probes_of_the_noise_are_others_than_those_of_the_data():
     """Both flows are made equal: with the same probes, their log-determinants would err
     together.

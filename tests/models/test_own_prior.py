@@ -61,6 +61,7 @@ def test_its_numbers_have_gradients():
     assert found.log_scale == pytest.approx(np.mean(np.sum(np.abs(z) - 1, axis=1)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_changes_its_arrays():
     stages, key = FLOW.stages, jax.random.key(0)
     model = ir.Density.init(key, X, stages=stages, prior=Laplace(jnp.float32(0)))

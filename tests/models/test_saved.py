@@ -120,6 +120,7 @@ def test_a_model_in_half_precision_is_saved_in_single(density, tmp_path, dtype):
     )
 
 
+@pytest.mark.slow
 def test_the_spec_says_what_branches_compute_before_and_after_saving(density, tmp_path):
     spec = density.spec
     stages = (

@@ -191,7 +191,18 @@ def numbers(model):
     return x, on_line * np.exp(np.asarray(log_ratio, np.float64)), sizes.prod(axis=1)
 
 
-@pytest.mark.parametrize("name", [*CASES, "trained"])
+# What others have, too, or what takes seconds: two entries, and a training.
+SLOW = ("unit interval", "far from zero", "one end far from zero", "counts", "values off a grid")
+SLOW += ("a rounded amount and a free entry", "an atom beside levels", "trained")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in CASES if name not in SLOW),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    ],
+)
 def test_all_numbers_add_up_to_1_and_samples_have_the_shares_that_they_say(name):
     model = trained() if name == "trained" else density(name)
     x, values, sizes = numbers(model)

@@ -15,7 +15,7 @@ from tiny_runs import ROOT
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.models.architecture import StageSpec
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import job
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import default_config, parse
 
@@ -75,7 +75,7 @@ MISTAKES = [
     # what does not fit together, or the data, or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),
     ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
-    ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples of digits"),
+    ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples"),
     ("toy", "preprocessing.entrywise=true", "preprocessing.entrywise is for transform equalize"),
     ("toy", "hybrid.weight=7", "hybrid.weight is for hybrid: leave it at"),
     ("toy", "hybrid.ramp_steps=7", "hybrid.ramp_steps is for hybrid: leave it at"),
@@ -206,7 +206,7 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(
         def train(config, workdir):
             raise error
 
-        monkeypatch.setattr(loop, "train", train)
+        monkeypatch.setattr(job, "train", train)
 
     arguments = [f"--config={config_files['toy']}", f"--workdir={tmp_path}"]
     fail(RuntimeError("nll became non-finite;\n lower the learning rate"))
@@ -218,6 +218,7 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(
         runs.train_main(*arguments)
 
 
+@pytest.mark.slow
 def test_the_real_command_line_of_a_mistake(config_files, tmp_path):
     command = [
         sys.executable,
@@ -272,6 +273,7 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
 # --- the folder of a run --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_workdir_holds_the_config_that_was_trained_and_refuses_another(
     config_files, tmp_path_factory, answer
 ):

@@ -18,11 +18,13 @@ from iresnet_jax.data import load, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import saved
+from iresnet_jax.models.free import num_parameters
+from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import loop, plan
+from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import parse
+from iresnet_jax.runs.job import Job
 from iresnet_jax.training import parallel
-from iresnet_jax.training.initialization import num_parameters
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -96,6 +98,7 @@ def data_of(config, shape=None):
     return DataSet.from_arrays(name, splits, labels, num_levels=levels, num_classes=classes)
 
 
+@pytest.mark.slow
 def test_the_training_step_lowers_for_tpus():
     config = get_config("digits_density", None)
     lowered, _ = plan.lower(
@@ -104,14 +107,16 @@ def test_the_training_step_lowers_for_tpus():
     assert "all_reduce" in lowered.as_text()  # of gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), CONFIGS)
 def test_configs_describe_models_that_fit_their_data(name, argument):
     config = get_config(name, argument)
-    num = num_parameters(loop.build_objective(config, data_of(config)).abstract_state().params)
+    num = num_parameters(abstract(Job.of(config, data_of(config)).spec).params)
     assert num == pytest.approx(PUBLISHED.get((name, argument), num), rel=0.01)
     assert num > 0
 
 
+@pytest.mark.slow
 def test_a_cut_down_copy_takes_a_step():
     """Of two stages whose blocks are those of all."""
     config, stages = get_config("residual_flow_density", "mnist"), slice(2, 4)
@@ -128,13 +133,11 @@ def test_a_cut_down_copy_takes_a_step():
         optimizer=replace(config.optimizer, warmup_steps=0),  # or the first step would not move
     )
     data = data_of(config, (8, 8, 1))
-    objective = loop.build_objective(config, data)
-    current = runs.random_state(objective)
-    step = jax.jit(
-        jax.vmap(objective.training_step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
-    )
-    batch = jax.tree.map(lambda rows: rows[None, :8], objective.examples)
-    after, metrics = jax.device_get(step(current, batch))
+    job = Job.of(config, data)
+    current, (step, fixed) = runs.random_state(job), job.step()
+    mapped = jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=parallel.AXIS)
+    batch = jax.tree.map(lambda rows: rows[None, :8], job.examples)
+    after, metrics = jax.device_get(jax.jit(mapped)(current, fixed, batch))
     assert 0 < float(metrics["bits_per_dim"]) < 50
     moved = jax.tree.map(
         lambda a, b: bool(np.any(a != b)), jax.device_get(current.params), after.params
@@ -196,6 +199,7 @@ def test_kept_models_are_those_of_their_configs(name):
     assert first_difference(config, to_plain(parse(about["config"])), "config") is None
 
 
+@pytest.mark.slow
 def test_a_kept_model_can_be_inverted():
     kept, _ = read_kept("digits_density")
     assert kept.certificate().certified
@@ -205,8 +209,6 @@ def test_a_kept_model_can_be_inverted():
     # with errors of 1.3e-4.
     with jax.enable_x64(True):
         exact = kept.continuous.with_(solver=Solver(atol=1e-10))
-        found, info = jax.jit(lambda model, x: model.decode(model.encode(x)))(
-            exact, (images + 0.5) / levels
-        )
+        found, info = exact.decode(exact.encode((images + 0.5) / levels))
     assert bool(info.converged.all())
     np.testing.assert_allclose(found, (images + 0.5) / levels, atol=1e-7)

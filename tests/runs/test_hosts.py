@@ -13,9 +13,10 @@ import pytest
 import tiny_runs as runs
 from one_of_several import start
 
-from iresnet_jax.runs import hosts, loop
-from iresnet_jax.runs.checkpoints import Checkpoints
+from iresnet_jax.runs import hosts, job
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.training import parallel
+from iresnet_jax.training.checkpoints import Store
 
 # float32 sums over another number of devices, amplified by 8 steps, of an array's largest entry
 ROUNDING = 2e-5
@@ -85,6 +86,7 @@ def stopped(tmp_path_factory):
     return folder / "run", *finish(processes)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
     workdir, statuses, said = stopped
     assert statuses == [128 + signal.SIGTERM] * 2
@@ -99,6 +101,7 @@ def test_a_signal_to_one_process_saves_the_same_step_and_ends_both(stopped):
     ]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
     """Of a run with a time limit, whose processes agree on its length at every line of the log."""
     processes = start(
@@ -113,6 +116,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_path):
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
     processes = start(2, [["toy", str(workdir), LONG]], tmp_path)
@@ -154,10 +158,11 @@ def test_runs_do_not_depend_on_how_devices_are_spread(trained):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were(trained, tmp_path):
     shutil.copytree(trained / "two", tmp_path / "run")
-    Checkpoints(tmp_path / "run").path(runs.newest(tmp_path / "run")).unlink()
-    loop.train(runs.config_of(runs.CONFIGS["classifier"]), tmp_path / "run")
+    Store(tmp_path / "run").path(runs.newest(tmp_path / "run")).unlink()
+    job.train(runs.config_of(runs.CONFIGS["classifier"]), tmp_path / "run")
     assert_close(final(tmp_path / "run"), final(trained / "one"))
 
 
@@ -181,9 +186,10 @@ def test_what_processes_must_have_alike_is_compared(
 ):
     """With the texts that another process would have sent."""
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(hosts, "_of_all", lambda own: [own, own.replace(ours, theirs)])
+    of_all = lambda own: [own, own.replace(ours, theirs)]  # noqa: E731
+    monkeypatch.setattr(parallel, "texts_of_all", of_all)
     with pytest.raises(ValueError, match=difference):
-        loop.train(runs.config_of(runs.CONFIGS["toy"]), tmp_path / "run")
+        job.train(runs.config_of(runs.CONFIGS["toy"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -11,8 +11,10 @@ import struct
 import sys
 
 import pytest
+from one_number import trained, without_blocks  # noqa: F401 (a fixture)
 
-from iresnet_jax.runs.metrics import MetricWriter, Progress, read_metrics
+from iresnet_jax.runs.metrics import Bar, MetricWriter, read_metrics
+from iresnet_jax.training import parallel
 
 
 def steps(workdir):
@@ -134,15 +136,19 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("terminal", "shown"), [(Terminal(), True), (Terminal(), False), (io.StringIO(), True)]
+    ("terminal", "is_first"), [(Terminal(), True), (Terminal(), False), (io.StringIO(), True)]
 )
-def test_progress_shows_values_step_time_and_time_left_on_a_terminal(monkeypatch, terminal, shown):
+def test_a_bar_shows_values_step_time_and_time_left_on_a_terminal(
+    monkeypatch, caplog, terminal, is_first
+):
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress(100, initial_step=40, shown=shown) as progress:
-        progress.update(50, 100, {"bits/dim": 3.4567})
-        progress.update(100, 100, {"bits/dim": 3.25})
-    if shown and terminal.isatty():
-        for part in ("50/100", "bits/dim 3.457", "bits/dim 3.25", "step/s", "100%", "<00:00"):
+    monkeypatch.setattr(parallel, "is_first", lambda: is_first)
+    with caplog.at_level("INFO"):
+        model, _ = trained(Bar())
+    assert "step 12 of 12: validation loss" in caplog.text
+    if is_first and terminal.isatty():
+        last = f"loss {model.history.train['loss'][-1]:.4g}"
+        for part in ("2/12", last, "step/s", "100%", "<00:00"):
             assert part in terminal.getvalue()
     else:
         assert terminal.getvalue() == ""

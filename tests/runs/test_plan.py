@@ -17,14 +17,14 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def test_a_step_for_devices_is_the_one_that_trains():
-    def step(state, batch):
+    def step(state, _, batch):
         return state + lax.pmean(batch.mean(), parallel.AXIS), {
             "sum": lax.psum(batch.sum(), parallel.AXIS)
         }
 
     batch = np.arange(8.0, dtype=np.float32)
-    state, metrics = parallel.for_devices(step, jax.devices()[:2])(jnp.zeros(()), batch)
-    expected = parallel.parallelize(step)(jnp.zeros(()), parallel.shard(batch, num_devices=2))
+    state, metrics = parallel.for_devices(step, jax.devices()[:2])(jnp.zeros(()), (), batch)
+    expected = parallel.parallelize(step)(jnp.zeros(()), (), parallel.shard(batch, num_devices=2))
     assert (
         (float(state), float(metrics["sum"]))
         == (float(expected[0]), float(expected[1]["sum"]))
@@ -40,6 +40,7 @@ def test_the_data_of_a_plan_have_the_shape_that_the_config_describes():
     assert (data.event_shape, data.context_dim) == ((28, 28, 1), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, of the extra tpu")
 def test_a_step_for_tpus_fits_and_has_one_reduction_for_all_gradients():
     config = runs.config_of(runs.TOY_CONFIG, **{"training.batch_size": 32})

@@ -10,7 +10,7 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import job
 from iresnet_jax.runs.model_from_config import model_spec
 from iresnet_jax.runs.run_folder import claimed, model_of_run, read_config, read_model
 
@@ -61,7 +61,7 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path):
         ValueError,
         match=f"fingerprint {other[:12]} now and had {data.fingerprint[:12]} when training",
     ):
-        loop.train(config, workdir)
+        job.train(config, workdir)
     assert read_model(workdir) == before
 
 
@@ -87,5 +87,5 @@ def test_data_without_test_examples_are_refused_before_training(tmp_path):
         runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/x.npy", "data.test_fraction": 0.0}
     )
     with pytest.raises(ValueError, match=r"has not the two test examples .* data.test_fraction"):
-        loop.train(config, tmp_path / "run")
+        job.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -17,11 +17,9 @@ from iresnet_jax import data
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import run_folder
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.runs.checkpoints import Checkpoints
+from iresnet_jax.runs.job import Job
 from iresnet_jax.runs.model_from_config import model_spec
-from iresnet_jax.runs.objective_from_config import initial_variables
-from iresnet_jax.training.optimizers import make_optimizer
-from iresnet_jax.training.step import first_state
+from iresnet_jax.training.checkpoints import Store
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
 
@@ -36,12 +34,11 @@ def trained(tmp_path_factory):
     spec = model_spec(config, dataset)
     with run_folder.claimed(workdir, config, spec, dataset):
         pass
-    optimizer = make_optimizer(config.optimizer)
-    start = first_state(initial_variables(config, spec, dataset), optimizer)
+    start = runs.random_state(Job.of(config, dataset))
     rng = np.random.default_rng(0)
     for step, metric in ((20, 2.0), (40, 3.0)):
         ema = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), start.ema)
-        Checkpoints(workdir).save(step, start._replace(step=np.int32(step), ema=ema), metric=metric)
+        Store(workdir).save(step, start._replace(step=np.int32(step), ema=ema), metric=metric)
     return workdir
 
 
@@ -81,7 +78,7 @@ def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
                 kernel * np.abs(raw).max(), raw * np.abs(kernel).max(), atol=1e-5
             )
     assert toy.model.certificate().certified
-    assert toy.model.solver.atol == toy.config.evaluation.inverse_atol
+    assert toy.model.how.solver.atol == toy.config.evaluation.inverse_atol
 
 
 def test_a_best_checkpoint_that_is_damaged_is_said_to_be(toy, copied):
@@ -95,10 +92,10 @@ def test_a_best_checkpoint_that_is_damaged_is_said_to_be(toy, copied):
 
 
 def test_the_latest_checkpoint_is_the_second_choice_and_said_to_be(copied):
-    Checkpoints(copied).path(20).unlink()
-    with np.load(Checkpoints(copied).path(40)) as archive:
+    Store(copied).path(20).unlink()
+    with np.load(Store(copied).path(40)) as archive:
         content = dict(archive)
-    np.savez(Checkpoints(copied).path(40), **{**content, "(metric)": np.nan})  # never validated
+    np.savez(Store(copied).path(40), **{**content, "(metric)": np.nan})  # never validated
     found = run.load(copied)
     assert found.step == 40
     assert found.notes == (
@@ -118,7 +115,7 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     assert run.read_config(tmp_path) == run.read_config(copied) == toy.config
     for name in ("config", "fingerprint", "step"):
         assert getattr(alone, name) == getattr(toy, name)
-    assert (alone.model.spec, alone.model.solver) == (toy.model.spec, toy.model.solver)
+    assert (alone.model.spec, alone.model.how) == (toy.model.spec, toy.model.how)
     assert same(alone.model.prior, toy.model.prior)
     ours, theirs = (model.weights["stage0"].branch for model in (alone.model, toy.model))
     assert same(ours.weights, theirs.weights)

@@ -2,7 +2,6 @@
 reported honestly.
 """
 
-import itertools
 import json
 
 import chex
@@ -17,11 +16,12 @@ from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
 from iresnet_jax.evaluation.classification import evaluate
 from iresnet_jax.models.head import apply_head
-from iresnet_jax.runs import loop
+from iresnet_jax.runs import job
 from iresnet_jax.runs.config import AugmentationConfig
+from iresnet_jax.runs.job import build_augmentation
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.objective_from_config import build_augmentation
 from iresnet_jax.training import classification
+from iresnet_jax.training.classification import Margin
 
 SAME = 1e-5  # the same maths by another route, float32
 
@@ -45,6 +45,7 @@ def test_training_improves_validation_and_counts_every_term(workdir):
     assert last_state(workdir)["step"] == 8
 
 
+@pytest.mark.slow
 def test_classes_that_brightness_tells_are_learned():
     def drawn(num, seed):
         labels, noise = (
@@ -70,19 +71,20 @@ def last_state(workdir):
     return runs.arrays_of(workdir, 8)
 
 
-def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(workdir, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_stopped_run_ends_bit_for_bit_like_one_never_stopped(workdir, tmp_path):
+    class Crashes(ir.Callback):
+        def after_step(self, run):
+            if run.step == 5:
+                raise ZeroDivisionError
+
     config = runs.config_of(runs.CLASSIFIER_CONFIG)
-    whole = loop.device_batches
-    monkeypatch.setattr(
-        loop,
-        "device_batches",
-        lambda *arguments, **options: itertools.islice(whole(*arguments, **options), 4),
-    )
-    assert int(loop.train(config, tmp_path).step) == 4
-    monkeypatch.undo()
-    resumed = loop.train(config, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        job.train(config, tmp_path, callbacks=(Crashes(),))
+    assert runs.newest(tmp_path) == 4
+    resumed = job.train(config, tmp_path)
     chex.assert_trees_all_equal(last_state(tmp_path), last_state(workdir))
-    assert np.abs(resumed.batch_stats["head"]["var"]).max() > 0
+    assert np.abs(resumed.statistics["head"]["var"]).max() > 0
 
 
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (1, False), (0, True), (2, True)])
@@ -101,11 +103,19 @@ def test_augmentation_is_what_the_config_says(padding, flip):
     assert bool(padding or flip) == bool((found != images).any())
 
 
-def test_checkpoints_are_chosen_by_accuracy_and_ties_broken_by_the_loss():
-    best = classification.selection({"accuracy": 0.99, "loss": 9.0})
-    assert best < classification.selection({"accuracy": 0.9898, "loss": 0.0})
-    of_ties = [classification.selection({"accuracy": 0.99, "loss": loss}) for loss in (0.1, 0.2)]
-    assert of_ties[0] < of_ties[1] < best
+def test_models_are_chosen_by_accuracy_and_ties_broken_by_the_loss(trained, monkeypatch):
+    def measured(accuracy, loss, **at_margin):
+        found = {"accuracy": accuracy, "loss": loss, **at_margin}
+        monkeypatch.setattr(classification, "accuracy_and_loss", lambda *_: found)
+        return classification.measure(model, images, labels, 256, Margin()).loss
+
+    model, data = trained.model, trained.data
+    images, labels = data.examples["test"], data.labels["test"]
+
+    best = measured(0.99, 9.0)
+    assert best < measured(0.9898, 0.0)
+    assert measured(0.99, 0.1) < measured(0.99, 0.2) < best
+    assert measured(0.9, 0.0, accuracy_at_margin=0.8) < measured(1.0, 0.0, accuracy_at_margin=0.7)
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -139,6 +149,7 @@ def test_test_error_by_hand(trained):
     np.testing.assert_allclose(result.loss, -log_p[np.arange(360), labels].mean(), rtol=SAME)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_commands_after_training(workdir, capsys):
     command = ("--workdir", str(workdir))

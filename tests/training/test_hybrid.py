@@ -20,14 +20,16 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.free import Free
 from iresnet_jax.models.head import cross_entropy
+from iresnet_jax.models.model import How
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs.config import AugmentationConfig
+from iresnet_jax.runs.job import Job, build_augmentation
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.runs.objective_from_config import build_augmentation, build_objective
 from iresnet_jax.training import parallel
 from iresnet_jax.training.hybrid import HybridConfig, make_loss
-from iresnet_jax.training.step import StepKeys
+from iresnet_jax.training.step import Keys
 
 SAME = 1e-5  # the same maths by another route, float32
 K, D = 3, 2
@@ -77,7 +79,7 @@ def by_hand(prior, z):
 def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
     model, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), plane())
     key, labels = jax.random.key(0), jnp.arange(len(x)) % K
-    keys = StepKeys(jnp.int32(0), key, jax.random.split(key, len(x)))
+    keys = Keys(jnp.int32(0), key, key, jax.random.split(key, len(x)))
 
     @jax.jit
     def compute(model, x):
@@ -109,11 +111,11 @@ def test_samples_of_a_class_follow_its_prior(x64):
     labels = jnp.append(jnp.repeat(jnp.arange(K), 2000), K)  # there is no class K
 
     @jax.jit
-    def draw_and_encode(model, labels):
-        x, info = model.sample(jax.random.key(5), len(labels), labels=labels)
+    def draw_and_encode(model, labels, bounds):
+        x, info = model.sample(jax.random.key(5), len(labels), labels=labels, bounds=bounds)
         return model.encode(x), info
 
-    z, info = draw_and_encode(model, labels)
+    z, info = draw_and_encode(model, labels, model.bounds())
     np.testing.assert_array_equal(info.converged, labels < K)
     z, labels = np.asarray(z), np.asarray(labels)
 
@@ -172,12 +174,10 @@ def draw(model, labels):
 
 
 def setup(config):
-    """The objective of a run, a state whose classes differ, and the images and labels of a
-    batch.
-    """
-    objective = build_objective(config, load(config.data.name))
-    images, labels = objective.examples
-    return objective, runs.random_state(objective), (images[:32], labels[:32].astype(np.int32))
+    """The job of a run, a state whose classes differ, and the images and labels of a batch."""
+    job = Job.of(config, load(config.data.name))
+    images, labels = job.examples
+    return job, runs.random_state(job), (images[:32], labels[:32].astype(np.int32))
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_bits():
@@ -193,11 +193,10 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     }
     changes |= {"classifier.label_smoothing": 0.1, "augmentation.crop_padding": 3}
     config = runs.config_of(runs.HYBRID_CONFIG, **changes)
-    objective, start, (images, labels) = setup(config)
-    step = jax.vmap(
-        objective.training_step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None)
-    )
-    _, metrics = jax.jit(step)(start, parallel.shard((images, labels), num_devices=1))
+    job, start, (images, labels) = setup(config)
+    step, fixed = job.step()
+    mapped = jax.vmap(step, axis_name=parallel.AXIS, in_axes=(None, None, 0), out_axes=(None, None))
+    _, metrics = jax.jit(mapped)(start, fixed, parallel.shard((images, labels), num_devices=1))
 
     @jax.jit
     def drawn(images):
@@ -211,14 +210,14 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
         return keys, estimator, augment.random_crop(keys[:, 2], images, padding=3)
 
     keys, estimator, cropped = drawn(images)
-    template = objective.training_step.model.with_(estimator=estimator)
+    free = Free({}, {}, {}, job.spec, How(estimator), config.constraint)
     assert np.any(cropped != images)
 
     def terms(params):
         weights = constrain(
-            template.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps
+            job.spec.flow, params, start.spectral, num_steps=config.constraint.num_steps
         ).weights
-        model = template.with_(weights=weights, prior=params["prior"])
+        model = free.build(weights, params)
         bits = model.spec.in_units(model.terms(images, keys[:, 0], keys[:, 1]).log_prob)
         log_p = model.class_log_probs(cropped, keys[:, 3])
         entropy = cross_entropy(log_p, jnp.asarray(labels), label_smoothing=0.1)

@@ -16,11 +16,12 @@ from iresnet_jax.training.parallel import (
 RTOL = 1e-5  # float32 means over the same numbers, summed in another order
 
 
-def noisy_regression_step(state, batch):
+def noisy_regression_step(state, seed, batch):
     """One gradient step whose loss draws a random number for every example."""
 
     def loss_fn(weights):
-        keys = example_keys(jax.random.fold_in(jax.random.key(7), state["step"]), len(batch["x"]))
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        keys = example_keys(key, len(batch["x"]))
         noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
         errors = batch["x"] @ weights - batch["y"] + noise
         return jax.lax.pmean(jnp.mean(errors**2), AXIS)
@@ -31,7 +32,8 @@ def noisy_regression_step(state, batch):
 
 
 def simulate(step_fn):
-    return jax.jit(jax.vmap(step_fn, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None)))
+    in_axes = (None, None, 0)
+    return jax.jit(jax.vmap(step_fn, axis_name=AXIS, in_axes=in_axes, out_axes=(None, None)))
 
 
 def initial_state():
@@ -50,7 +52,7 @@ def batches():
 def run(step, batches, num_devices):
     state, losses = initial_state(), []
     for batch in batches:
-        state, metrics = step(state, shard(batch, num_devices=num_devices))
+        state, metrics = step(state, np.uint32(7), shard(batch, num_devices=num_devices))
         losses.append(float(metrics["loss"]))
     return jax.device_get(state), losses
 
@@ -73,15 +75,15 @@ def test_one_device_two_devices_and_vmap_agree(batches):
 def test_the_state_is_donated_and_the_step_compiled_once(batches):
     num_traces = 0
 
-    def counted_step(state, batch):
+    def counted_step(state, seed, batch):
         nonlocal num_traces
         num_traces += 1
-        return noisy_regression_step(state, batch)
+        return noisy_regression_step(state, seed, batch)
 
     step, state = parallelize(counted_step), initial_state()
-    for batch in batches:
+    for seed, batch in enumerate(batches):  # other seeds share the program
         old = state
-        state, _ = step(state, shard(batch))
+        state, _ = step(state, np.uint32(seed), shard(batch))
         # warnings are errors: donation that cannot be used would be one
         jax.block_until_ready(state)
     # also where the first state lies on one device, unlike those that a step returns

@@ -9,8 +9,10 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.data import load
-from iresnet_jax.runs.objective_from_config import build_objective
+from iresnet_jax.runs.job import Job
 from iresnet_jax.training import parallel
+from iresnet_jax.training.step import abstract_state
+from iresnet_jax.training.train import abstract_batch
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which
 # magnifies their rounding.
@@ -34,34 +36,43 @@ CASES = {
 }
 
 
-def objective_of(name, **changes):
+def job_of(name, **changes):
     source, own = CASES[name]
     config = runs.config_of(source, **own, **changes)
-    return build_objective(config, load(config.data.name)), config.training.batch_size
+    return Job.of(config, load(config.data.name))
 
 
 @functools.cache
 def start_of(name):
     """The first state and batch of a case, as NumPy arrays, which no step can take away."""
-    objective, size = objective_of(name)
-    rows = np.zeros(size, np.float32) if objective.examples is None else objective.examples
-    return jax.device_get(runs.random_state(objective)), jax.tree.map(
-        lambda rows: rows[:size], rows
-    )
+    job = job_of(name)
+    size = job.config.training.batch_size
+    rows = np.zeros(size, np.float32) if job.examples is None else job.examples
+    return jax.device_get(runs.random_state(job)), jax.tree.map(lambda rows: rows[:size], rows)
 
 
 def after_two_steps(name, num_shares, mapped, **changes):
     """The state and the metrics after two steps with the batch in so many shares."""
-    (state, batch), step = start_of(name), mapped(objective_of(name, **changes)[0].training_step)
+    (state, batch), (step, fixed) = start_of(name), job_of(name, **changes).step()
+    mapped_step = mapped(step)
     for _ in range(2):
-        state, metrics = step(state, parallel.shard(batch, num_devices=num_shares))
+        state, metrics = mapped_step(state, fixed, parallel.shard(batch, num_devices=num_shares))
     return jax.device_get((state, metrics))
 
 
 def vmapped(step):
     return jax.jit(
-        jax.vmap(step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, None))
+        jax.vmap(step, axis_name=parallel.AXIS, in_axes=(None, None, 0), out_axes=(None, None))
     )
+
+
+def on_one_device(job, method):
+    """What a method of the mapped step makes of the shapes of its arguments."""
+    step, fixed = job.step()
+    state = abstract_state(job.spec, step.optimizer)
+    batch = abstract_batch(job.examples, job.config.training.batch_size)
+    mapped = parallel.for_devices(step, jax.devices()[:1])
+    return getattr(mapped, method)(state, fixed, batch)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,14 +85,13 @@ def test_parts_on_two_devices_train_like_the_whole_on_one(name):
     chex.assert_trees_all_close(parts, whole, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_parts_take_the_memory_of_one():
     def temporary_bytes(num_parts):
         config = runs.config_of(
             runs.CLASSIFIER_CONFIG, **{"training.batch_size": 512, "training.num_parts": num_parts}
         )
-        objective = build_objective(config, load(config.data.name))
-        step = parallel.for_devices(objective.training_step, jax.devices()[:1])
-        compiled = step.lower(objective.abstract_state(), objective.abstract_batch(512)).compile()
+        compiled = on_one_device(Job.of(config, load(config.data.name)), "lower").compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(8) < temporary_bytes(1) / 4
@@ -89,9 +99,7 @@ def test_parts_take_the_memory_of_one():
 
 def test_without_a_constraint_no_norm_is_measured():
     for norms, measured in (("none", False), ("estimated", True)):
-        objective, size = objective_of("classifier", **{"constraint.norms": norms})
-        step = parallel.for_devices(objective.training_step, jax.devices()[:1])
-        _, metrics = jax.eval_shape(
-            step, objective.abstract_state(), objective.abstract_batch(size)
+        _, metrics = on_one_device(
+            job_of("classifier", **{"constraint.norms": norms}), "eval_shape"
         )
         assert ({"max_sigma", "max_lipschitz"} <= set(metrics)) == measured

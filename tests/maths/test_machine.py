@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax.runs import machine
+from iresnet_jax.maths import machine
 from iresnet_jax.runs.config import Config
 
 
@@ -50,7 +50,7 @@ PROGRAM = """
 import os
 import pathlib
 import jax, jax.numpy as jnp
-from iresnet_jax.runs import machine
+from iresnet_jax.maths import machine
 from iresnet_jax.runs.config import Config
 
 machine.keep_freed_memory()
@@ -100,6 +100,7 @@ def said(tmp_path, **variables):
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_path):
     devices, *nowhere, folder, computed, has_returned = said(tmp_path)
     count = machine.num_devices(Config(), machine.num_cores())

@@ -1,5 +1,9 @@
-"""Checkpoints of a training run: the newest few and the best one, each an ``.npz`` file of named
-arrays, whole or absent.
+"""Trainings that resume to the bit: the newest few checkpoints and the best one, each an ``.npz``
+file of named arrays, whole or absent.
+
+Batches and random numbers are functions of (seed, step), and all else that an update depends on is
+in the file. A training that is told to stop saves the step it has reached; its next line of the log
+then averages only the steps since. One that is killed loses the steps since its last checkpoint.
 
 A file is written under another name and renamed at the end: a killed process or a full disk cannot
 damage what was there before. The format keeps a checksum of each array, which finds what a failing
@@ -8,9 +12,17 @@ disk did since. The name of an array is its path in the pytree of the state, suc
 """
 
 import contextlib
+import functools
 import itertools
+import json
+import logging
 import math
-from collections.abc import Mapping
+import os
+import re
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -18,11 +30,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.atomic_files import replacing
+from iresnet_jax.atomic_files import locked, path_of, replacing
+from iresnet_jax.checked_dataclasses import first_difference, tagged
 from iresnet_jax.models.model import array_name
+from iresnet_jax.training import parallel
+from iresnet_jax.training.background import Background
+from iresnet_jax.training.callbacks import Callback
+from iresnet_jax.training.run import LONGEST, Run
+from iresnet_jax.training.signals import Stopped
+
+_logger = logging.getLogger(__name__)
 
 KEPT = 2  # of the newest checkpoints, beside the best one: one is left to fall back to
-_METRIC = "(metric)"  # no array of a state is called that
+SAVE_SECONDS = 600.0  # between checkpoints, where validations are further apart
+# no array of a state is called like these
+_METRIC, _ABOUT = "(metric)", "(about)"
+_FORMER = "num_terms"  # an array of states of before, which nothing depends on
 
 
 class Restored(NamedTuple):
@@ -32,16 +55,18 @@ class Restored(NamedTuple):
         state: The state, of arrays that own their memory and so may be donated.
         step: Its finished updates.
         metric: Number that model selection goes by; NaN if it was saved without one.
+        about: JSON data that were saved with it.
         notes: Sentences on damaged checkpoints that it takes the place of.
     """
 
     state: Any
     step: int
     metric: float
+    about: dict[str, Any]
     notes: tuple[str, ...]
 
 
-class Checkpoints:
+class Store:
     """The checkpoints ``workdir/checkpoints/<step>.npz``: the newest to resume from, the best to
     evaluate.
 
@@ -49,9 +74,9 @@ class Checkpoints:
         workdir: Folder of the run, which exists when something is saved.
 
     Example:
-        >>> checkpoints = Checkpoints(Path("runs/moons"))
-        >>> checkpoints.save(100, state, metric=3.2)  # doctest: +SKIP
-        >>> state = checkpoints.restore(state).state  # doctest: +SKIP
+        >>> store = Store(Path("runs/moons"))
+        >>> store.save(100, state, metric=3.2)  # doctest: +SKIP
+        >>> state = store.restore(state).state  # doctest: +SKIP
     """
 
     def __init__(self, workdir: Path):
@@ -62,7 +87,14 @@ class Checkpoints:
         """Returns the file of a step, whether it exists or not."""
         return self._folder / f"{step}.npz"
 
-    def save(self, step: int, state: Any, *, metric: SupportsFloat | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metric: SupportsFloat | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes the checkpoint of a step, then deletes those that are no longer needed.
 
         Checkpoints of later steps are deleted too: resuming from an earlier step gave up their
@@ -78,7 +110,9 @@ class Checkpoints:
             OSError: If the disk is full or not writable; the checkpoints already there are kept.
         """
         value = math.nan if metric is None else float(metric)
-        named = to_named(state) | {_METRIC: np.array(value)}
+        text = json.dumps(dict(about or {})).encode()
+        named = to_named(state)
+        named |= {_METRIC: np.array(value), _ABOUT: np.frombuffer(text, np.uint8)}
         try:
             self._folder.mkdir(exist_ok=True)
             with contextlib.suppress(ConnectionError):  # to a bucket, which has none
@@ -137,6 +171,8 @@ class Checkpoints:
                 with self.path(step).open("rb") as file, np.load(file) as archive:
                     named = {name: archive[name] for name in archive.files}
                 metric = float(named.pop(_METRIC))
+                text = named.pop(_ABOUT, np.frombuffer(b"{}", np.uint8)).tobytes()
+                about = json.loads(text)
             except FileNotFoundError:  # deleted by its training just now, for a later one
                 continue
             # of a bucket, which says nothing of its objects
@@ -146,7 +182,8 @@ class Checkpoints:
                 damage.append(f"The checkpoint {self.path(step)} is damaged ({_reason(error)})")
                 continue
             notes = tuple(f"{sentence}: step {step} takes its place." for sentence in damage)
-            return Restored(from_named(named, target), step, metric, notes)
+            named.pop(_FORMER, None)
+            return Restored(from_named(named, target), step, metric, about, notes)
         if damage:
             raise RuntimeError(
                 f"{damage[-1]}, and no other can be read: put back a copy, or "
@@ -248,3 +285,127 @@ def _misfit(difference: str) -> ValueError:
         f"the checkpoint does not fit this state, {difference}: build the state from "
         "the config of its run"
     )
+
+
+class Checkpoints(Callback):
+    """Makes a training resumable: the same call goes on from the newest checkpoint in the folder,
+    to the same bits.
+
+    Validations, the end, and every ten minutes between them leave a checkpoint. From the second
+    step on, Ctrl-C and SIGTERM save the step that was reached, and raise `Stopped`. Of several
+    processes the first one writes.
+
+    Args:
+        folder: A folder of this training alone, also in a bucket.
+        claim: ``run ->`` context of a folder that is this training's alone, whose value raises once
+            it no longer is; by default `claimed`.
+
+    Example:
+        >>> model = train(model, loss, x, callbacks=[Checkpoints("run")])  # doctest: +SKIP
+    """
+
+    order = 100
+    resumes = True
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        claim: Callable[[Run], contextlib.AbstractContextManager[Any]] | None = None,
+    ):
+        self.folder, self.store = path_of(folder), Store(path_of(folder))
+        self._claim = claim or (lambda run: claimed(self.folder, run))
+        self._check: Callable[[], None] = lambda: None
+        self._saved_at = math.inf
+
+    def of(self, name: str) -> "Checkpoints":
+        """Checkpoints of one of several trainings."""
+        return Checkpoints(self.folder / re.sub(r"\W+", "-", name))
+
+    @contextlib.contextmanager
+    def during(self, run: Run) -> Iterator[None]:
+        """Claims the folder, and goes on from its newest checkpoint."""
+        with contextlib.ExitStack() as stack:
+            self._write = stack.enter_context(Background())
+            found: list[Any] = [run.state, (run.state.ema, run.state.batch_stats)]
+
+            def begin() -> dict[str, Any] | None:
+                self._check = stack.enter_context(self._claim(run))
+                newest = self.store.restore(run.state)
+                if newest is None:
+                    return None
+                best = self.store.restore(run.state, best=True)
+                assert best is not None
+                for note in dict.fromkeys((*newest.notes, *best.notes)):
+                    warnings.warn(note, stacklevel=2)
+                found[:] = newest.state, (best.state.ema, best.state.batch_stats)
+                about = {"losses": [], "records": [], "seconds": 0.0, "compiling_s": 0.0}
+                about |= {"ended": None, **newest.about}
+                is_best = math.isfinite(best.metric)
+                return about | {"best": [best.metric, best.step] if is_best else None}
+
+            about = parallel.from_first(begin)
+            if about is not None:
+                state, (ema, batch_stats) = parallel.broadcast(tuple(found))
+                best = about["best"] and (*about["best"], ema, batch_stats)
+                run.resume(state, best, about)
+                _logger.info("resuming from step %d of %d", run.step, run.horizon)
+            self._saved_at = time.monotonic()
+            try:
+                yield
+            except Stopped:
+                parallel.from_first(self._write.wait)  # nobody leaves before the state is written
+                raise
+            parallel.from_first(self._write.wait)
+
+    def after_step(self, run: Run) -> None:
+        """Saves the state where that is due."""
+        if run.ended is not None:
+            run.means()  # in all processes: a state that blew up is not saved
+        is_late = run.logged_at == run.step and time.monotonic() - self._saved_at > SAVE_SECONDS
+        is_due = run.is_validated or run.ended is not None or is_late
+        if not is_due or not parallel.is_first():
+            return
+        self._write.wait()  # memory holds one copy of the state
+        state = jax.tree.map(np.array, jax.device_get(run.state))  # the next step frees the arrays
+        best = run.best
+        metric = best.loss if best is not None and best.step == run.step else None
+        self._write(self._check)
+        self._write(self.store.save, run.step, state, metric=metric, about=run.about())
+        self._saved_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
+    """Within ``with``, no other process trains in the folder, which says what trains there.
+
+    Yields what `atomic_files.locked` does.
+
+    Raises:
+        ValueError: If another process trains there, or another training has begun there.
+    """
+    steps = run.most if run.most < LONGEST else None
+    about = {"seed": int(run.fixed.seed), "batch_size": run.batch_size, "steps": steps}
+    rows = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run.data)]
+    about["data"] = functools.reduce(lambda found, leaf: zlib.crc32(leaf, found), rows, 0)
+    about = json.loads(json.dumps(about | {"model": tagged(run.free.spec)}))
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            check = stack.enter_context(locked(folder / "training", timeout_s=0.0))
+        except TimeoutError:
+            raise ValueError(
+                f"another process is training in {folder}: wait until it has ended, or choose "
+                "another folder"
+            ) from None
+        path = folder / "training.json"
+        if path.exists():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if difference := first_difference(about, theirs, "training"):
+                raise ValueError(
+                    f"{folder} holds another training: {difference}; choose another folder or "
+                    "delete it"
+                )
+        else:
+            with replacing(path) as incoming:
+                incoming.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        yield check

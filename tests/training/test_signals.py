@@ -8,8 +8,10 @@ import threading
 
 import pytest
 
-from iresnet_jax.runs import signals
-from iresnet_jax.runs.signals import SIGNALS, StopRequests
+from iresnet_jax.training import signals
+from iresnet_jax.training.signals import SIGNALS, StopRequests
+
+pytestmark = pytest.mark.slow
 
 # Read as a file, so that a process takes 0.1 s and not the second of importing JAX.
 HEAD = f"""

@@ -1,8 +1,7 @@
-"""Models by any loss: `train`, and loops of one's own on `Unconstrained`."""
+"""Models by any loss: `train`, and loops of your own on `Unconstrained`."""
 
 import functools
 import signal
-import sys
 
 import chex
 import jax
@@ -12,6 +11,7 @@ import optax
 import pytest
 
 import iresnet_jax as ir
+from iresnet_jax.training.signals import Stopped
 
 STAGES = [ir.StageSpec(1, (8,), activation="clipswish")]
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32) * np.float32([1.0, 3.0]) + 2
@@ -78,8 +78,8 @@ def test_a_loop_of_ones_own_gives_the_same_model():
 
 def test_no_step_leaves_the_budget():
     def bounds_of(free):
-        model, _ = free.constrain()
-        return model, model.weights["stage0"].branch.lipschitz_bound
+        found = free.constraint_of_step(free.params, free.iterates)
+        return free.build(found.weights), found.weights["stage0"].branch.lipschitz_bound
 
     free = ir.Unconstrained.of(start())
     large = free.with_(params=jax.tree.map(lambda leaf: 5 * leaf, free.params))
@@ -113,37 +113,65 @@ def test_the_best_model_on_validation_is_returned_and_training_ends_without_impr
     )
 
 
-def test_a_training_that_blows_up_gives_its_best_model():
-    def rate(step):
-        return jnp.where(step < 7, 1e-3, jnp.nan)
+def test_a_training_that_is_stopped_between_validations_goes_on_to_the_same_bits(tmp_path):
+    """With the optimizer that `train` has by itself, and a loss with a key."""
 
-    options = {
-        "steps": 20,
-        "optimizer": optax.sgd(rate),
-        "validation": X[:3],
-        "every": 2,
-        "patience": 0,
-    }
-    with pytest.warns(
-        UserWarning, match=r"non-finite.* The model is the best one of the validations before"
-    ):
-        trained = ir.train(start(), nll, X, **QUICK | options)
-    assert trained.history.step in (2, 4, 6)
-    assert "non-finite" in trained.history.ended
-    assert np.all(np.isfinite(trained.log_prob(X)))
+    class Stops(ir.Callback):
+        order = 35
 
+        def after_step(self, run):
+            if run.step == 5:
+                signal.raise_signal(signal.SIGTERM)
 
-def test_ctrl_c_gives_the_last_model_where_somebody_sits(monkeypatch):
-    options = PLAIN | {
-        "every": 2,
-        "callback": lambda step, model, metrics: signal.raise_signal(signal.SIGINT),
-    }
-    with pytest.raises(KeyboardInterrupt):
-        ir.train(start(), nll, X, **options)
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    assert ir.train(start(), nll, X, **options).history.step == 2
+    def loss(model, batch, key):
+        return nll(model, batch + 0.1 * jax.random.normal(key, batch.shape), key)
+
+    options = QUICK | {"validation": X[:3], "every": 3, "log_every": 1}
+    expected = ir.train(start(), loss, X, **options)
+    with pytest.raises(Stopped):
+        ir.train(start(), loss, X, **options, callbacks=[Stops(), ir.Checkpoints(tmp_path)])
+    found = ir.train(start(), loss, X, **options, callbacks=[ir.Checkpoints(tmp_path)])
+    chex.assert_trees_all_equal(found.weights, expected.weights)
+    chex.assert_trees_all_equal(found.prior, expected.prior)
+    assert found.history.validation["loss"] == expected.history.validation["loss"]
+    assert found.history.train["loss"] == expected.history.train["loss"]
 
 
+def test_parts_of_a_batch_have_keys_of_their_own_and_the_gradient_of_the_whole():
+    def with_a_number(model, batch, key):
+        return nll(model, batch, key), {"size": jnp.float32(len(batch)), "drawn": draw(key)}
+
+    def draw(key):
+        return jax.random.uniform(key)
+
+    options = PLAIN | {"steps": 2, "log_every": 1, "ema_decay": 0}
+    whole, parts = (ir.train(start(), with_a_number, X, **options, num_parts=num) for num in (1, 4))
+    assert set(whole.history.train["size"]) == {16 / jax.local_device_count()}
+    assert set(parts.history.train["size"]) == {16 / jax.local_device_count() / 4}
+    assert set(whole.history.train["drawn"]).isdisjoint(parts.history.train["drawn"])
+    np.testing.assert_allclose(parts.log_prob(X), whole.log_prob(X), atol=1e-5)
+
+
+def test_validation_without_data_to_train_on_has_its_rows():
+    def loss(model, batch, key):
+        rows = 0 if batch is None else len(batch)
+        x = jax.random.normal(key, (16, 2)) if batch is None else batch
+        return nll(model, x, key), {"rows": jnp.float32(rows)}
+
+    trained = ir.train(start(), loss, **PLAIN, validation=X[:5])
+    assert set(trained.history.train["rows"]) == {0}
+    assert set(trained.history.validation["rows"]) == {5}
+
+
+def test_parameters_without_their_constraint_are_trained_like_their_model():
+    options = PLAIN | {"key": 3}  # also a seed
+    found, expected = (
+        ir.train(each, nll, X, **options) for each in (ir.Unconstrained.of(start()), start())
+    )
+    chex.assert_trees_all_equal(found.weights, expected.weights)
+
+
+@pytest.mark.slow
 def test_training_goes_on_from_a_trained_model(tmp_path):
     first = ir.train(start(), nll, X, **PLAIN)
     again = ir.train(ir.load(first.save(tmp_path / "model.npz")), nll, X, **PLAIN)
@@ -151,6 +179,7 @@ def test_training_goes_on_from_a_trained_model(tmp_path):
     chex.assert_trees_all_equal(ir.train(first, nll, X, **PLAIN).weights, again.weights)
 
 
+@pytest.mark.slow
 def test_everything_in_float64(tmp_path):
     with jax.enable_x64(True):
         x = X.astype(float)
@@ -167,6 +196,7 @@ def test_everything_in_float64(tmp_path):
     np.testing.assert_allclose(rounded.log_prob(X), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loss_without_data_draws_its_own():
     def loss(model, batch, key):
         assert batch is None
@@ -177,6 +207,7 @@ def test_a_loss_without_data_draws_its_own():
     assert np.square(trained.decode(z)[0]).mean() < 0.9 * np.square(start().decode(z)[0]).mean()
 
 
+@pytest.mark.slow
 def test_classifiers_train_by_losses_of_ones_own():
     images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1), np.uint8)
     labels = (images.mean(axis=(1, 2, 3)) > 127).astype(int)
@@ -214,6 +245,7 @@ INIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", INIT.values(), ids=INIT)
 def test_init_gives_certified_models_that_train(options):
     model = ir.Density.init(jax.random.key(0), X, stages=STAGES, **options).with_(unroll=True)
@@ -282,7 +314,7 @@ WRONG = {
     "no rows": (lambda: ir.train(start(), nll, X[:0], **QUICK), "one row an example"),
     "NaN in the data": (
         lambda: ir.train(start(), nll, np.where(X > 4, np.nan, X), **QUICK),
-        "x holds NaN",
+        "data holds NaN",
     ),
     "NaN in the validation": (
         lambda: ir.train(start(), nll, X, validation=X * np.nan, **QUICK),
@@ -297,14 +329,8 @@ WRONG = {
         "too large for float32.* row 0",
     ),
     "no steps": (lambda: ir.train(start(), nll, X, **QUICK | {"steps": 0}), "steps"),
-    "a seed as key": (
-        lambda: ir.train(start(), nll, X, **QUICK | {"key": 3}),
-        r"jax.random.key\(3\)",
-    ),
-    "a model without weights": (
-        lambda: ir.train(start().with_(weights={}), nll, X, **QUICK),
-        "no weights",
-    ),
+    "a number as key": (lambda: ir.train(start(), nll, X, **QUICK | {"key": 3.0}), "key must be"),
+    "no validations": (lambda: ir.train(start(), nll, X, **QUICK, every=0), "every"),
     "contexts of other rows": (
         lambda: ir.Density.init(jax.random.key(0), X, stages=STAGES, context=X[:3]),
         "context must be",

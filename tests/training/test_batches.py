@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iresnet_jax.data import batches
-from iresnet_jax.training import parallel
+from iresnet_jax.training import batches, parallel
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 3, 2), np.uint8)
 LABELS = np.arange(50, dtype=np.int32)

@@ -1,8 +1,9 @@
 """States survive a round trip bit by bit, under readable names; damaged checkpoints are noticed
-and stepped over.
+and stepped over; trainings that are stopped go on to the same bits.
 """
 
 import resource
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -14,9 +15,19 @@ import numpy as np
 import optax
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from one_number import (
+    NUM_STEPS,
+    At,
+    assert_same,
+    steps,
+    trained,
+    without_blocks,  # noqa: F401 (a fixture)
+)
 
-from iresnet_jax.atomic_files import path_of
-from iresnet_jax.runs.checkpoints import Checkpoints, from_named, to_named
+import iresnet_jax as ir
+from iresnet_jax.atomic_files import locked, path_of
+from iresnet_jax.training.checkpoints import Store, from_named, to_named
+from iresnet_jax.training.signals import Stopped
 
 
 class State(NamedTuple):
@@ -100,15 +111,15 @@ def steps_in(workdir):
 
 def test_round_trip_is_bit_exact(tmp_path):
     state = make_state(seed=5)
-    assert Checkpoints(tmp_path).restore(state) is None
-    Checkpoints(tmp_path).save(120, state)
+    assert Store(tmp_path).restore(state) is None
+    Store(tmp_path).save(120, state)
     for best in (False, True):
-        restored = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state), best=best)
+        restored = Store(tmp_path).restore(jax.eval_shape(lambda: state), best=best)
         assert (restored.step, np.isnan(restored.metric), restored.notes) == (120, True, ())
         assert_same_bits(restored.state, state)
     # and is not taken for a damaged one
     with pytest.raises(ValueError, match="does not fit this state"):
-        Checkpoints(tmp_path).restore(make_state(num_blocks=4))
+        Store(tmp_path).restore(make_state(num_blocks=4))
 
 
 def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
@@ -118,8 +129,8 @@ def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
         "key": jax.random.PRNGKey(0),
         "empty": jnp.zeros((0, 3)),
     }
-    Checkpoints(tmp_path).save(1, state)
-    assert_same_bits(Checkpoints(tmp_path).restore(state).state, state)
+    Store(tmp_path).save(1, state)
+    assert_same_bits(Store(tmp_path).restore(state).state, state)
 
 
 @pytest.mark.parametrize(
@@ -127,27 +138,27 @@ def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
 )
 def test_the_newest_are_kept_and_an_earlier_step_gives_up_the_later_ones(tmp_path, saved, kept):
     for step in saved:
-        Checkpoints(tmp_path).save(step, make_state(step))
+        Store(tmp_path).save(step, make_state(step))
     assert steps_in(tmp_path) == kept
-    restored = Checkpoints(tmp_path).restore(make_state())
+    restored = Store(tmp_path).restore(make_state())
     assert restored.step == int(restored.state.step) == kept[-1]
 
 
 def test_the_best_survives_a_resume(tmp_path):
     for step, metric in ((10, 2.0), (20, 1.0), (30, 1.5), (40, float("nan")), (50, None)):
-        Checkpoints(tmp_path).save(step, make_state(step), metric=metric)
+        Store(tmp_path).save(step, make_state(step), metric=metric)
     assert steps_in(tmp_path) == [20, 40, 50]
-    best = Checkpoints(tmp_path).restore(make_state(), best=True)
+    best = Store(tmp_path).restore(make_state(), best=True)
     assert (best.step, best.metric, int(best.state.step)) == (20, 1.0, 20)
-    Checkpoints(tmp_path).save(60, make_state(60), metric=np.float32(0.5))
-    assert Checkpoints(tmp_path).restore(make_state(), best=True).step == 60
+    Store(tmp_path).save(60, make_state(60), metric=np.float32(0.5))
+    assert Store(tmp_path).restore(make_state(), best=True).step == 60
     assert steps_in(tmp_path) == [50, 60]
 
 
 KILLS = """
 import itertools, os, pathlib, sys, tempfile, warnings
 import numpy as np
-from iresnet_jax.runs.checkpoints import Checkpoints
+from iresnet_jax.training.checkpoints import Store
 
 warnings.simplefilter("ignore")  # of forking
 state = lambda step: {"w": np.full(20_000, step), "step": np.int64(step)}
@@ -172,7 +183,7 @@ def check(step, checkpoints):
 
 for death in itertools.count():
     folder = pathlib.Path(tempfile.mkdtemp(dir=sys.argv[1]))
-    checkpoints = Checkpoints(folder)
+    checkpoints = Store(folder)
     checkpoints.save(10, state(10), metric=2.0)
     child = os.fork()
     if child == 0:
@@ -180,7 +191,7 @@ for death in itertools.count():
         checkpoints.save(20, state(20), metric=1.0)
         os._exit(0)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    check(20, Checkpoints(folder))
+    check(20, Store(folder))
     checkpoints.save(20, state(20), metric=1.0)
     checkpoints.save(30, state(30), metric=1.5)
     assert sorted(os.listdir(folder / "checkpoints")) == ["20.npz", "30.npz"]
@@ -191,6 +202,7 @@ print(death)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_neither_the_newest_nor_the_best(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, check=False
@@ -218,7 +230,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Store(tmp_path)
     for step, metric in ((10, 2.0), (20, 1.0)):
         checkpoints.save(step, big_state(step), metric=metric)
     damage(checkpoints.path(20))
@@ -251,22 +263,22 @@ def test_a_bucket_that_fails_for_a_moment_costs_no_checkpoint(monkeypatch):
     for name in ("cat_file", "ls"):
         monkeypatch.setattr(MemoryFileSystem, name, failing(getattr(MemoryFileSystem, name)))
     for step, metric in ((10, 1.0), (20, 3.0), (30, 2.5)):
-        Checkpoints(folder).save(step, big_state(step), metric=metric)
+        Store(folder).save(step, big_state(step), metric=metric)
     for left[0] in (1, 2, 5):  # the listing, a metric and the whole state
         with pytest.raises(ConnectionError, match="503 at the moment"):
-            Checkpoints(folder).restore(big_state(0), best=True)
+            Store(folder).restore(big_state(0), best=True)
     for left[0] in (1, 2, 3, 4):  # both listings, metrics
-        Checkpoints(folder).save(step := 10 * left[0] + 30, big_state(step), metric=3.0)
-        assert Checkpoints(folder).restore(big_state(0), best=True).step == 10
-    Checkpoints(folder).save(80, big_state(80), metric=3.0)
+        Store(folder).save(step := 10 * left[0] + 30, big_state(step), metric=3.0)
+        assert Store(folder).restore(big_state(0), best=True).step == 10
+    Store(folder).save(80, big_state(80), metric=3.0)
     assert sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.npz")) == [10, 70, 80]
 
 
 def test_a_checkpoint_that_its_training_deletes_is_not_called_damaged(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Store(tmp_path)
     for step in (10, 20):
         checkpoints.save(step, big_state(step), metric=1.0)
-    monkeypatch.setattr(Checkpoints, "steps", lambda self: [30, 20, 10])
+    monkeypatch.setattr(Store, "steps", lambda self: [30, 20, 10])
     for best in (False, True):
         restored = checkpoints.restore(big_state(0), best=best)
         assert (restored.step, restored.notes) == (20, ())
@@ -274,7 +286,7 @@ def test_a_checkpoint_that_its_training_deletes_is_not_called_damaged(tmp_path, 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     state = {"w": np.arange(40.0, dtype=np.float32), "deep": {"single": jnp.ones(3)}}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Store(tmp_path)
     checkpoints.save(1, state)
     path, noticed = checkpoints.path(1), 0
     for at in range(0, path.stat().st_size, 7):
@@ -290,7 +302,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Store(tmp_path)
     checkpoints.save(10, big_state(10))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -308,3 +320,123 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert steps_in(tmp_path) == [10]
     assert_same_bits(checkpoints.restore(big_state(0)).state, big_state(10))
+
+
+# --- trainings that are resumed -------------------------------------------------------------------
+
+
+def stops(run):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def crashes(run):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 11])
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, step):
+    expected = trained()
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step} of {NUM_STEPS}"):
+        trained(At(step, stops), ir.Checkpoints(tmp_path))
+    found = trained(ir.Checkpoints(tmp_path))
+    assert found[1].first_step == step
+    assert_same(found, expected)
+    assert steps(found[1], "validation") == steps(expected[1], "validation")
+
+
+def test_a_training_that_crashed_goes_on_from_its_last_validation(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        trained(At(8, crashes), ir.Checkpoints(str(tmp_path / "new" / "folder")))
+    found = trained(ir.Checkpoints(tmp_path / "new" / "folder"))
+    assert found[1].first_step == 6
+    assert_same(found, trained())
+
+
+def test_a_best_model_before_the_stop_is_still_the_best_after_it(tmp_path):
+    losses = [2.0, 1.0, 4.0, 5.0]
+    expected = trained(held_out=losses)
+    with pytest.raises(Stopped):
+        trained(At(10, stops), ir.Checkpoints(tmp_path), held_out=losses)
+    found = trained(ir.Checkpoints(tmp_path), held_out=losses[3:])
+    assert (found[0].history.step, found[0].history.loss) == (6, 1.0)
+    assert_same(found, expected)
+
+
+def test_patience_counts_validations_before_the_stop(tmp_path):
+    options = {"steps": 60, "patience": 3}
+    with pytest.raises(Stopped):
+        trained(At(8, stops), ir.Checkpoints(tmp_path), held_out=[1.0, 2.0], **options)
+    model, run = trained(ir.Checkpoints(tmp_path), held_out=[3.0, 4.0, 5.0], **options)
+    assert (run.step, model.history.step) == (12, 3)
+
+
+ENDS = {
+    "by its steps": ({}, ()),
+    "by patience": ({"held_out": [1.0, 2.0, 3.0], "patience": 2}, ()),
+    "by a callback between two validations": ({}, (At(5, lambda run: run.end("enough")),)),
+    "by a function": ({"callback": lambda step, model, metrics: step == 6}, ()),
+}
+
+
+@pytest.mark.parametrize(("options", "callbacks"), ENDS.values(), ids=ENDS)
+def test_a_training_that_has_ended_stays_ended(tmp_path, options, callbacks):
+    model, run = trained(*callbacks, ir.Checkpoints(tmp_path), **options)
+    again, run_again = trained(ir.Checkpoints(tmp_path), **options)
+    assert run_again.first_step == run.step
+    assert_same((again, run_again), (model, run))
+    assert again.history.ended == model.history.ended
+    assert again.history.train == model.history.train
+
+
+def test_a_training_that_blew_up_gives_the_same_model_again(tmp_path):
+    def blow_up(run):
+        run.state = run.state._replace(params={"number": run.state.params["number"] * np.nan})
+
+    found = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="The model is the best one of the validations before"):
+            found.append(trained(At(7, blow_up), ir.Checkpoints(tmp_path))[0])
+    assert found[0].number == found[1].number
+    assert {each.history.step for each in found} == {6}
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
+    checkpoints = ir.Checkpoints(tmp_path)
+    trained(checkpoints)
+    checkpoints.store.path(NUM_STEPS).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=f"{NUM_STEPS}.npz is damaged .* step 9 takes its place"):
+        found = trained(ir.Checkpoints(tmp_path))
+    assert found[1].first_step == 9
+    assert_same(found, trained())
+
+
+OTHER = ir.DensitySpec(ir.FlowSpec((1,), (ir.StageSpec(1, (2,)),)))
+OTHERS = {
+    "seed": ({"key": 1}, r"training.seed is 1, not 0|seed.* 1 .* 0"),
+    "batch size": ({"batch_size": 4}, r"batch_size.* 4 .* 8"),
+    "steps": ({"steps": 13}, r"13 .* 12"),
+    "model": ({"spec": OTHER}, r"model.flow.stages.*hidden"),
+}
+
+
+@pytest.mark.parametrize(("options", "difference"), OTHERS.values(), ids=OTHERS)
+def test_another_training_is_refused_in_a_sentence_that_names_the_difference(
+    tmp_path, options, difference
+):
+    trained(ir.Checkpoints(tmp_path), steps=12)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds another training: .*{difference}"):
+        trained(ir.Checkpoints(tmp_path), **options)
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    with (
+        locked(tmp_path / "training"),
+        pytest.raises(ValueError, match=f"another process is training in {tmp_path}"),
+    ):
+        trained(ir.Checkpoints(tmp_path))
+
+
+def test_a_bucket_keeps_a_training(tmp_path):
+    with pytest.raises(Stopped):
+        trained(At(5, stops), ir.Checkpoints("memory://bucket/resumed"))
+    assert_same(trained(ir.Checkpoints("memory://bucket/resumed")), trained())

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from iresnet_jax.data.cache import user_folder
+from iresnet_jax.atomic_files import user_folder
 
 MOST_CACHED_BYTES = 2**30  # of compiled programs on disk
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently
@@ -27,11 +27,7 @@ _settings: Any = jax.config  # whose fields type checkers cannot see
 
 
 def start_backend() -> None:
-    """Starts JAX on its devices.
-
-    Raises:
-        RuntimeError: If it finds none of the platform that it was told to use.
-    """
+    """Starts JAX on its devices."""
     try:
         jax.devices()
     # JAX asserts that there is a backend, if CUDA's is not installed
@@ -39,8 +35,7 @@ def start_backend() -> None:
         reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
         raise RuntimeError(
             f"JAX was told to use {_settings.jax_platforms!r} and finds no such device{reason}: "
-            "unset JAX_PLATFORMS to use "
-            "what there is, or install JAX's plugin for it"
+            "unset JAX_PLATFORMS to use what there is, or install JAX's plugin for it"
         ) from None
 
 
@@ -53,7 +48,8 @@ def keep_freed_memory() -> None:
     """
     most = 2**31 - 1
     settings = {-1: most, -2: 2**26, -3: most}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
-    # all threads share the first thread's arena, which alone keeps arrays of more than 64 MiB
+    # All threads share the first thread's arena, the only one that keeps arrays of more than 64
+    # MiB.
     if num_cores() == 1:
         settings[-8] = 1  # M_ARENA_MAX
     for parameter, value in settings.items():
@@ -61,7 +57,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Returns what is free now to the system, such as the memory of a compiler that is done."""
+    """Returns freed memory to the system, such as a compiler's after it is done."""
     _glibc("malloc_trim", 0)
 
 
@@ -99,7 +95,7 @@ def use_all_cores(config: Any) -> int:
     devices = num_devices(config, num_cores())
     try:
         jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:  # which JAX raises once its backend is there
+    except RuntimeError:  # JAX has started its backend
         return 0
     return devices
 
@@ -121,9 +117,6 @@ def prepare_backend(matmul_precision: str) -> None:
 
     Their default there has 11 bits or fewer: an inverse could not be better than 1e-3, nor norms be
     trusted.
-
-    Raises:
-        RuntimeError: If JAX cannot start, see `start_backend`.
     """
     start_backend()
     if jax.default_backend() != "cpu":
@@ -154,27 +147,27 @@ def cache_programs() -> Path | None:
         return None
     folder = user_folder() / "programs" / _processor()
     try:
-        # who can write there can have code run here
+        # Whoever can write there can have code run here.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return None
     if not os.access(folder, os.W_OK):
         return None
-    # without its time, as a killed process leaves it, JAX would write no others
+    # A killed process leaves a program without its time, after which JAX would write no others.
     for program in folder.glob("*-cache"):
         if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
             program.unlink(missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_CACHED_BYTES)
-    # to look for a program takes time, too
+    # Looking for a program takes time, too.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
-    compilation_cache.reset_cache()  # which programs that were compiled before have fixed
+    compilation_cache.reset_cache()  # programs compiled before have fixed its settings
     return folder
 
 
 def _processor() -> str:
-    """A name for processors that can run each other's programs: homes are shared by unlike
-    machines.
+    """A name for processors that can run each other's programs, as unlike machines may share a
+    home.
     """
     try:
         flags = re.search(
