@@ -187,7 +187,7 @@ def resume(
     measure: Callable[..., Mapping[str, Any]],
     summarize: Callable[[list[dict[str, Any]]], Any],
     packages: Iterable[str],
-) -> None:
+) -> list[dict[str, Any]]:
     """Makes the runs that a record lacks, writes it after each of them, and shows its summary.
 
     Args:
@@ -199,6 +199,9 @@ def resume(
         measure: Makes a run.
         summarize: The summary of all runs.
         packages: Packages whose versions a run keeps.
+
+    Returns:
+        All runs of the record.
     """
     path, runs = arguments.output or (None if arguments.quick else RESULTS / f"{name}.json"), []
     if path is not None and path.exists():
@@ -217,6 +220,7 @@ def resume(
                 name, arguments, settings, {"summary": summarize(runs), "runs": runs}, is_shown=True
             )
     show(summarize(runs))
+    return runs
 
 
 def made_with(packages: Iterable[str]) -> dict[str, Any]:

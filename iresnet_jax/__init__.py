@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.chain import Chain as chain
 from iresnet_jax.bijections.chain import Multiscale as multiscale
 from iresnet_jax.bijections.chain import Repeat as repeat
 from iresnet_jax.bijections.chain import Stage
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.residual import Residual as residual_bijection
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
@@ -60,7 +60,6 @@ __all__ = [
     "BranchSpec",
     "CallableBranch",
     "Callback",
-    "Cells",
     "Center",
     "Checkpoints",
     "Classifier",
@@ -77,6 +76,7 @@ __all__ = [
     "KrylovLogdet",
     "LogdetInfo",
     "Logit",
+    "Marginals",
     "NoiseSpec",
     "RouletteLogdet",
     "SeriesLogdet",

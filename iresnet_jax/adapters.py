@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.maths.keys import typed_key
@@ -92,7 +93,9 @@ def _numpyro_class() -> Any:
         def support(self) -> constraints.Constraint:
             """All real arrays, or vectors whose entries stay within their bounds."""
             transform = self.model.spec.transform
-            if not isinstance(transform, Bounded):
+            if not isinstance(transform, Bounded) or not (
+                np.isfinite(transform.low).any() or np.isfinite(transform.high).any()
+            ):
                 if self.event_dim == 1:
                     # Mixtures compare the types of their components' supports.
                     return constraints.real_vector

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax import losses
 from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.checked_dataclasses import Count, Positive, checked
-from iresnet_jax.fit_settings import EXACT_DIMS, MIXTURE_DIMS, WHITENED_DIMS
+from iresnet_jax.fit_settings import EXACT_DIMS
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
@@ -38,6 +38,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import STOPPED
 from iresnet_jax.models.mixtures import GaussianMixture, Marginals
 from iresnet_jax.models.priors import family_of
+from iresnet_jax.starts import MIXTURE_DIMS, WHITENED_DIMS
 from iresnet_jax.training.run import BlowUpError
 from iresnet_jax.training.train import train
 

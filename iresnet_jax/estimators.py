@@ -22,10 +22,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
 from iresnet_jax.fitting import fit
+from iresnet_jax.maths.keys import keys_of_examples
 from iresnet_jax.models.density import Density
 from iresnet_jax.training.signals import interrupts_raised
 
 BATCH_SIZE = 256
+NUM_DRAWS = 16  # of noise, whose mean a score is
 
 
 class _ResidualFlow(BaseEstimator):
@@ -79,9 +81,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     `score_samples` and `score` are as in `sklearn.mixture.GaussianMixture`; `sample` returns only
     the samples.
 
-    Features of whole or rounded numbers are dequantised in cells, see
-    `iresnet_jax.bijections.cells`: `score_samples` is then a lower bound of their log-probability
-    by their unit, finite for all values. No sample leaves the bounds of a feature, and
+    Features of whole or rounded numbers have masses, see `iresnet_jax.bijections.marginals`:
+    `score_samples` is then a lower bound of their log-probability by their unit, finite for all
+    values. No sample leaves the bounds of a feature, and
     `score_samples` is minus infinity outside of them.
 
     Args:
@@ -125,7 +127,8 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Log-likelihood of every sample in nats, ``model_.log_prob``.
+        """Log-likelihood of every sample in nats, the mean of ``model_.log_prob`` over 16 draws of
+        noise.
 
         It is minus infinity if a feature's value is out of its bounds, or so far from the training
         samples that single precision overflows.
@@ -239,7 +242,11 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
 @jax.jit
 def _log_prob(model: Density, x: jax.Array) -> jax.Array:
-    return model.log_prob(x)  # without a key equal samples have equal scores
+    if not model.spec.is_discrete:
+        return model.log_prob(x)
+    keys = keys_of_examples(x)  # so that equal samples have equal scores
+    draw = jax.vmap(jax.random.fold_in, (0, None))
+    return jax.lax.map(lambda i: model.log_prob(x, draw(keys, i)), jnp.arange(NUM_DRAWS)).mean(0)
 
 
 @jax.jit

@@ -2,45 +2,28 @@
 candidates among which validation chooses.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Float
 
 from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.augment import TRANSFORMATIONS
-from iresnet_jax.data.dataset import DataSet, some_rows
-from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models.mixtures import (
-    GaussianMixture,
-    ScaleMixture,
-    expectation_maximisation,
-    no_component_collapsed,
-)
-from iresnet_jax.models.priors import LOCATION_SCALE
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.runs.config import Config, parse, with_field
-from iresnet_jax.runs.model_from_config import density_spec
+from iresnet_jax.starts import WHITENED_DIMS
 from iresnet_jax.training.run import LONGEST, VALIDATIONS
 from iresnet_jax.training.train import STEPS_IN_TIME
 
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder candidates
-WHITENED_DIMS = 1000  # most dimensions to whiten: the model stores a matrix of their square
-PER_COVARIANCE = 4  # examples per entry of a covariance; with fewer the network is small
+# Examples per entry of a covariance, and with classes, with fewer of which the network is small.
+PER_COVARIANCE, FEW = 4, 1000
 # Most dimensions for `ExactLogdet`, which needs no probes: steps at 10, 20, 30 dimensions take .3,
 # .8, 1.6 times as long as with `KrylovLogdet`.
 EXACT_DIMS = 32
-MIXTURE_DIMS = 64  # most dimensions of a mixture, whose components each have a matrix
-# Most numbers in the matrices of a kernel density, which has a component for each example.
-KERNEL_NUMBERS = 500_000
-# Numbers of examples that choose the prior, and a mixture's number of components.
-PRIOR_EXAMPLES, MIXTURE_EXAMPLES = 10_000, 5_000
-NUM_SCALES = 16  # components of the prior "scales"
 NOISES = (0.0, 0.1, 0.3)  # standard deviations of the noise on examples
 DECAYS = (0.1, 0.3, 1.0)  # weight decays, tuned on posteriors of simulators
 # Blocks, width and learning rate of each size; "given" stands for the user's stages.
@@ -195,30 +178,21 @@ class Candidate:
 
     Attributes:
         size: A key of `SIZES`.
-        prior: Family of the prior; None leaves it to the settings.
-        components: Components of the priors "mixture" and "scales", 0 for others.
+        start: Name of its start, see `iresnet_jax.starts`; empty leaves it to the settings.
         noise: Standard deviation of noise on the examples of a density; None leaves it to the
             settings.
         decay: Weight decay of a conditional density; None leaves it to the settings.
-        is_trained: Whether it is trained. A kernel density is not: training would turn each of its
-            examples into a spike.
     """
 
     size: str
-    prior: str | None = None
-    components: int = 0
+    start: str = ""
     noise: float | None = None
     decay: float | None = None
-    is_trained: bool = True
 
     def __str__(self) -> str:
-        if not self.is_trained:
-            return "kernel density"
         parts = ["network as given" if self.size == "given" else f"{self.size} network"]
-        if self.prior == "mixture":
-            parts.append(f"{self.components} normal distributions as prior")
-        elif self.prior is not None:
-            parts.append(f"{self.prior} prior")
+        if self.start:
+            parts.append(f"from {self.start}")
         if self.noise:
             parts.append(f"noise of {self.noise}")
         if self.decay is not None:
@@ -234,8 +208,6 @@ class Candidate:
         }
         if self.size != "given":
             chosen["model.stages"] = _dense_stages(self.size)
-        if self.prior is not None:
-            chosen |= {"model.prior": self.prior, "model.prior_components": self.components}
         if self.decay is not None:
             chosen["optimizer.weight_decay"] = self.decay
         if self.noise is not None:
@@ -254,133 +226,32 @@ class Candidate:
             yield dataclasses.replace(self, size="small")
 
 
-def candidates(config: Config, data: DataSet, given: Iterable[str] = ()) -> Iterator[Candidate]:
-    """Candidates that validation chooses from, the plain one first; none for images.
+def candidates(
+    config: Config, data: DataSet, given: Iterable[str] = (), starts: Sequence[str] = ()
+) -> list[Candidate]:
+    """Candidates that validation chooses from, the likeliest start first; none for images.
 
     A conditional density has a second candidate with less weight decay, unless the decay is given.
-    A density without contexts has candidates with other priors: a mixture, with the number of
-    components from the Bayesian information criterion; a kernel density, if examples are few and
-    likelier under it; and scales, if vectors differ much in length. Training and validation decide.
 
     Args:
         config: Settings of all candidates.
         data: The data.
         given: Names of settings that the user has chosen.
+        starts: Names of starts to train from.
     """
     if len(data.event_shape) != 1 or config.objective == "classification":
-        return
+        return []
     is_density = config.objective == "density"
     num, dims = len(data.examples["train"]), data.event_shape[0]
+    is_few = num < FEW and (data.contexts or not is_density)
     if "model.stages" in given:
         size = "given"
-    elif num < PER_COVARIANCE * dims**2:
+    elif num < PER_COVARIANCE * dims**2 or is_few:
         size = "small"
     else:  # with 1500 examples the medium size is as good, in half the time
-        size = "medium" if is_density and not data.contexts and num < 10_000 else "large"
+        size = "medium" if is_density and num < 10_000 else "large"
     if data.contexts:
-        yield from (
-            Candidate(size, decay=decay)
-            for decay in ([None] if "optimizer.weight_decay" in given else [0.3, 0.1])
-        )
-        return
-    plain = Candidate(
-        size, noise=NOISES[0] if is_density and "augmentation.noise" not in given else None
-    )
-    if not is_density or "model.prior" in given:
-        yield plain
-        return
-    train, held_out = (_latents(config, data, split) for split in ("train", "validation"))
-    prior, log_prob = likelier_prior(train)
-    yield dataclasses.replace(plain, prior=prior)
-    if has_scales(train, held_out, prior):
-        yield dataclasses.replace(plain, prior="scales", components=NUM_SCALES)
-    if dims <= MIXTURE_DIMS:
-        components, of_mixture = likeliest_components(
-            train[:: -(-len(train) // MIXTURE_EXAMPLES)], config.seed
-        )
-        if components > 1 and of_mixture > log_prob:
-            log_prob = of_mixture
-            yield dataclasses.replace(plain, prior="mixture", components=components)
-    if (
-        len(train) == num
-        and num * dims**2 <= KERNEL_NUMBERS
-        and GaussianMixture.kernels(train)[1] > log_prob
-    ):
-        yield dataclasses.replace(
-            plain, prior="mixture", components=num, noise=None, is_trained=False
-        )
-
-
-def _latents(config: Config, data: DataSet, split: str) -> Float[np.ndarray, "n d"]:
-    """Preprocessed examples: the latents before training."""
-    rows = data.examples[split]
-    x = np.asarray(rows[some_rows(len(rows), PRIOR_EXAMPLES)])
-    z = _preprocess(density_spec(config, data), x, jax.random.key(config.seed))
-    return np.asarray(z, np.float64)
-
-
-_preprocess = fast_compile(lambda spec, x, key: spec.preprocess(x, key))
-
-
-def likelier_prior(z: Float[np.ndarray, "n d"]) -> tuple[str, float]:
-    """The prior under which latents are likelier, and their mean log-density; "logistic" has
-    heavy tails.
-    """
-    mean, std = np.zeros(z.shape[1]), np.ones(z.shape[1])
-    found = {
-        name: float(np.mean(_log_prob(family.of_moments(mean, std), z)))
-        for name, family in LOCATION_SCALE.items()
-    }
-    return max(found.items(), key=lambda item: item[1])
-
-
-def has_scales(z: Float[np.ndarray, "n d"], held_out: Float[np.ndarray, "m d"], prior: str) -> bool:
-    """Whether a prior of scales, for vectors whose lengths differ much, is clearly likelier on
-    held-out latents.
-    """
-    plain = LOCATION_SCALE[prior].of_moments(np.zeros(z.shape[1]), np.ones(z.shape[1]))
-    gains = _log_prob(ScaleMixture.fit(z, NUM_SCALES), held_out) - _log_prob(plain, held_out)
-    # The gain must be large both in nats and in standard errors.
-    return len(gains) > 1 and bool(
-        gains.mean() > 0.1 + 3 * gains.std(ddof=1) / math.sqrt(len(gains))
-    )
-
-
-def _log_prob(prior: Any, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
-    return np.asarray(_log_prob_of(prior, z.astype(np.float32)), np.float64)
-
-
-_log_prob_of = fast_compile(lambda prior, z: prior.log_prob(z))
-
-
-def likeliest_components(z: Float[np.ndarray, "n d"], seed: int) -> tuple[int, float]:
-    """Number of normal distributions in a mixture by the Bayesian information criterion (Schwarz
-    1978), and its mean.
-
-    Numbers double until the criterion is worse twice, with at least 5 examples per row of means and
-    covariances, and are then refined to a sixteenth. A mixture with a collapsed component is
-    skipped. The mean, in nats, is the log-density minus the cost of the parameters that one normal
-    distribution, as in whitening, does not have.
-    """
-    of_one = z.shape[1] * (z.shape[1] + 3) / 2  # parameters of a mean and a covariance
-    most, found = len(z) // (5 * (z.shape[1] + 1)), {}
-
-    def attempt(num):
-        if 1 <= num <= most and num not in found:
-            found[num] = -math.inf
-            with contextlib.suppress(ValueError):  # raised for a collapsed component
-                mixture = expectation_maximisation(z, num, random_state=seed)
-                if no_component_collapsed(mixture, len(z)):
-                    found[num] = (of_one * math.log(len(z)) - float(mixture.bic(z))) / (2 * len(z))
-        return max(found, key=found.__getitem__, default=0)
-
-    num = 1
-    while num <= max(4 * attempt(num), 4):
-        num *= 2
-    step = attempt(0) // 2
-    while step > attempt(0) // 16:
-        best = attempt(0)
-        attempt(best - step)
-        step = step if attempt(best + step) != best else step // 2
-    best = attempt(0)
-    return best, found.get(best, -math.inf)
+        decays = [None] if "optimizer.weight_decay" in given else [0.3, 0.1]
+        return [Candidate(size, decay=decay) for decay in decays]
+    noise = NOISES[0] if is_density and "augmentation.noise" not in given else None
+    return [Candidate(size, start, noise) for start in starts or [""]]

@@ -1,7 +1,6 @@
 """`fit`: a model of an array, with settings chosen from the array and the machine."""
 
 import dataclasses
-import itertools
 import math
 import time
 import warnings
@@ -26,7 +25,9 @@ from iresnet_jax.maths.machine import cache_programs, prepare_backend, start_bac
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import STOPPED, Attempt, History
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.job import Job
+from iresnet_jax.runs.job import Job, finished
+from iresnet_jax.runs.model_from_config import build_flow_spec
+from iresnet_jax.starts import KERNELS, MOST_ROWS, Start, Starts, with_likelier_columns
 from iresnet_jax.training.callbacks import (
     Callback,
     Lines,
@@ -41,7 +42,11 @@ from iresnet_jax.training.signals import SIGNALS, StopRequests, heard_in_memory
 from iresnet_jax.training.train import train
 
 FIRST_SHARE = 0.2
-LAST_START = 0.9  # share of the time limit after which no run starts
+COMPILING_S = 8.0  # seconds in which a training is compiled; with less left none starts
+ROWS_A_SECOND = 200  # of the cross-validation of starts, by the time limit
+FEW_COMPILATIONS = 6  # with less time than so many only the likeliest start is trained
+# Settings with which the user has chosen the start.
+_FIXED = {"model.prior", "model.prior_components", "preprocessing.transform"}
 WORTHWHILE = 1.5  # least time left for a longer run, in units of the last run's time
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
 OVERFITTED = 0.5  # share below which a milder candidate is worthwhile
@@ -82,8 +87,9 @@ def fit(
     ``train.py``: a tenth of the examples validate, the parameters are averaged, training ends early
     once validation no longer improves, and the result is the best model on validation, certified.
     Integer images are levels. Among the columns of vectors, whole numbers, rounded ones, booleans
-    and categories are dequantised in cells, see `iresnet_jax.bijections.cells`; others are
-    continuous. Models of vectors are the best of several candidates, see `best_of`. A warning
+    and categories have masses, see `iresnet_jax.bijections.marginals`; others are continuous. A
+    density of vectors starts as the likeliest of some simple ones, see `iresnet_jax.starts`, and
+    models of vectors are the best of several candidates, see `best_of`. A warning
     reports a time limit that was too short to train the model. Needs ``pip install
     'iresnet_jax[train]'``.
 
@@ -96,7 +102,7 @@ def fit(
         x: Vectors ``(n, d)``, images ``(n, h, w, c)``, or a pandas data frame of numbers, booleans
             and categories.
         labels: Classes, integers from 0 on, one per example.
-        context: Context vectors ``(n, k)``: the model is then ``p(x | context)``.
+        context: Context vectors ``(n, k)`` or a data frame: the model is then ``p(x | context)``.
         key: Source of all randomness; by default always the same key. For several models, loop over
             keys.
         minutes: Longest time for training, compilation included; 3 by default. Training ends
@@ -170,17 +176,32 @@ def fit(
     for note in data.notes:
         say(note)
 
+    starts = None
+    if (
+        config.objective == "density"
+        and data.kinds
+        and not data.contexts
+        and not _FIXED & set(given)
+    ):
+        limit_s = 60 * config.training.minutes or math.inf
+        starts = Starts(data, int(min(ROWS_A_SECOND * limit_s, MOST_ROWS)))
+    elif (data.contexts or data.labels) and data.kinds and not _FIXED & set(given):
+        data = with_likelier_columns(data)
+    names = starts.names if starts else []
+    to_train = [name for name in names if name != KERNELS][: 2 if steps is None else 1]
+    table = candidates(config, data, given, to_train)
     # A number of steps means a single training.
-    table = list(itertools.islice(candidates(config, data, given), None if steps is None else 1))
+    table = table if steps is None else table[:1]
     # With checkpoints, SIGTERM is handled, too.
     heard = SIGNALS if any(each.resumes for each in callbacks) else heard_in_memory()
     with StopRequests("training ends after this step", heard) as stop:
         if steps is None and table:
-            model = best_of(table, config, data, given, say, began, stop, callbacks)
+            model = best_of(table, config, data, given, say, began, stop, callbacks, starts)
         else:
             config = with_settings(config, {**(table[0].settings if table else {}), **given})
             lengths = {"steps": steps, "minutes": config.training.minutes or None}
-            model = train_candidate(config, data, say, stop, callbacks, **lengths)
+            start = starts.fit(to_train[0]) if starts else None
+            model = train_candidate(config, data, say, stop, callbacks, start, **lengths)
     if shortfall := hardly_trained(model.history):
         warnings.warn(shortfall, stacklevel=2)
     return model
@@ -233,17 +254,18 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
 def hardly_trained(history: History) -> str:
     """A sentence for a model whose training was ended by time too early; empty for others.
 
-    Too early means fewer than `FEW_UPDATES` updates in its longest run, or a validation loss that
+    Too early means fewer than `FEW_UPDATES` updates in its longest run, the best of them late, or a
+    validation loss that
     fell by more than `STEEP`, in nats or bits/dim, over the last tenth of the updates.
     """
-    if "time" not in history.ended:
+    if "time" not in history.ended or (history.attempts and not history.train):  # a start was kept
         return ""
     advice = "the model is hardly trained: give it more minutes or a smaller architecture"
     num_updates = max(
         [*history.train.get("step", []), *(attempt.num_steps for attempt in history.attempts)],
         default=0,
     )
-    if num_updates < FEW_UPDATES:
+    if num_updates < FEW_UPDATES and history.step > OVERFITTED * num_updates:
         return f"fit had time for {num_updates:.0f} updates, {advice}"
     loss = next(
         (
@@ -304,37 +326,44 @@ def best_of(
     began: float,
     stop: StopRequests,
     callbacks: Sequence[Callback] = (),
+    starts: Starts | None = None,
 ) -> Any:
     """The best model of several candidates by successive halving, with all attempts in its history.
 
     The first round gives `STEPS_IN_ROUND` updates to each candidate, all of them at most a fifth of
     the time. Then the best candidate that learned goes on alone, as `next_run` decides: longer and
     from its start, as a learning rate has to fall to the end of a run, or with more noise. Each run
-    also validates its start, which competes with its later states.
+    also validates its start, which competes with its later states. Nothing starts that is not
+    expected to end in time. The likeliest start stays, fitted to all rows, unless a trained model
+    is clearly better on held-out ones.
 
     Args:
-        table: The candidates; the first one is the plain one.
+        table: The candidates; the first one is the likeliest, or the plain one without starts.
         config: Settings of all runs.
         data: The data.
         given: Settings that the user has given, which no candidate changes.
         say: Takes a line of progress.
-        began: Start of the limited time, which includes fits of mixtures: with many columns these
-            take long.
+        began: Start of the limited time, which includes the choice of starts.
         stop: Notes a signal.
         callbacks: Further callbacks of each training.
+        starts: Starts that the candidates name.
     """
     limit_s = 60 * config.training.minutes
     longer = LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
     runs: dict[tuple[Candidate, int], Run | None] = {}
-    # The plain candidate comes last: without time to train, candidates with a fitted prior are
-    # better.
-    ended, upcoming = "", [(candidate, STEPS_IN_ROUND) for candidate in reversed(table)]
-    while upcoming:
+
+    def left_s():
+        return limit_s - (time.monotonic() - began)
+
+    first = STEPS_IN_ROUND
+    if left_s() < FEW_COMPILATIONS * COMPILING_S:
+        table, first = table[:1], 0  # until time is over
+    upcoming = [(each, first) for each in table]
+    ended = "no time was left to train"
+    while upcoming and (left_s() > COMPILING_S or not (starts or any(runs.values()))):
         # 1. Train the next one.
         candidate, num_steps = upcoming.pop(0)
-        length = f"up to {num_steps} steps" if num_steps else "until time is over"
-        say(f"{candidate}: {length if candidate.is_trained else 'only validated'}")
-        left_s = max(limit_s - (time.monotonic() - began), 1.0)
+        say(f"{candidate}: {f'up to {num_steps} steps' if num_steps else 'until time is over'}")
         steps_s = FIRST_SHARE / len(table) * limit_s if num_steps == STEPS_IN_ROUND else math.inf
         one_began = time.monotonic()
         try:
@@ -344,12 +373,13 @@ def best_of(
                 say,
                 stop,
                 [each.of(f"{candidate} {num_steps}") for each in callbacks],
+                starts.fit(candidate.start) if starts else None,
                 steps=num_steps or None,
-                minutes=left_s / 60,
-                steps_s=steps_s if candidate.is_trained else 0.0,
+                minutes=max(left_s(), 1.0) / 60,
+                steps_s=steps_s,
             )
         except BlowUpError as error:
-            if not upcoming and not any(runs.values()):
+            if not starts and not upcoming and not any(runs.values()):
                 raise
             runs[candidate, num_steps] = None
             say(f"{candidate}: given up, {error}")
@@ -359,18 +389,29 @@ def best_of(
             began -= max(model.history.seconds - (time.monotonic() - one_began), 0.0)
 
         # 2. Choose what follows.
-        left_s = limit_s - (time.monotonic() - began)
-        if not any(runs.values()):
-            continue
+        ended = "time was over"
         if stop.received:
             ended, upcoming = STOPPED, []
-        elif left_s < (1 - LAST_START) * limit_s:
-            ended, upcoming = "time was over", []
-        elif not upcoming:
-            following = next_run(runs, table[0], left_s, longer)
-            ended, upcoming = (following, []) if isinstance(following, str) else ("", [following])
-    best = chosen_run(runs, table[0] if table[-1].prior is None else table[-1])
+        elif not upcoming and any(runs.values()):
+            following = next_run(runs, table[0], left_s(), longer)
+            ended, upcoming = (
+                (following, []) if isinstance(following, str) else (ended, [following])
+            )
     attempts = tuple(run.attempt for run in runs.values() if run is not None)
+    if runs and not attempts:
+        ended = "every training blew up"
+        warnings.warn(f"{ended}: the model is its start", stacklevel=3)
+    if starts:
+        name, own = starts.names[0], starts.losses(config.training.eval_examples, config.seed)
+        clear = 0.0 if name == KERNELS else CLEAR  # nothing is trained from a kernel density
+        if not attempts or not is_clearly_better(_leader(runs)[1].losses, own, clear):
+            loss = float(own.mean())
+            say(f"the start was kept: {name}, validation {loss:.4f}; {ended}")
+            attempts = (Attempt(name, loss, 0, 0, 0.0), *attempts)
+            history = History({}, {}, 0, loss, own, attempts=attempts, ended=ended)
+            model = starts.fit(name, with_validation=True).model(data)
+            return finished(config, model).with_(history=history)
+    best = _leader(runs)[1]
     among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
     say(
         f"{best.attempt.what}: validation {best.attempt.loss:.4f} at step "
@@ -396,7 +437,7 @@ def next_run(
         run is not None and run.is_cut_short for run in runs.values()
     ):
         return plain, 0
-    candidate, best = _leader(runs, trained=True)
+    candidate, best = _leader(runs)
     # If training only made the best start worse, another candidate that still improves may overtake
     # it.
     that_learned = {
@@ -420,32 +461,12 @@ def next_run(
     return "validation no longer improved"
 
 
-def chosen_run(runs: Runs, likeliest: Candidate) -> Run:
-    """The run with the least validation loss, if it is clearly better than all runs of the
-    likeliest candidate; otherwise the best of these.
-
-    Args:
-        runs: All runs, at least one with a model.
-        likeliest: The candidate that a criterion on all training examples prefers: few held-out
-            examples tell less.
-    """
-    best = _leader(runs)[1]
-    of_likeliest = [
-        run for (candidate, _), run in runs.items() if candidate == likeliest and run is not None
-    ]
-    expected = min(of_likeliest, key=lambda run: run.attempt.loss, default=best)
-    return best if is_clearly_better(best.losses, expected.losses) else expected
-
-
-def _leader(runs: Runs, *, trained: bool = False) -> tuple[Candidate, Run]:
-    """The best candidate, or with ``trained`` the best trained one if there is any; among equals
-    the last, which is milder.
-    """
-    finished = [
+def _leader(runs: Runs) -> tuple[Candidate, Run]:
+    """The best candidate; among equals the last, which is milder."""
+    done = [
         (candidate, run) for (candidate, _), run in reversed(list(runs.items())) if run is not None
     ]
-    finished = [each for each in finished if trained and each[0].is_trained] or finished
-    return min(finished, key=lambda item: item[1].attempt.loss)
+    return min(done, key=lambda item: item[1].attempt.loss)
 
 
 def train_candidate(
@@ -454,6 +475,7 @@ def train_candidate(
     say: Say,
     stop: StopRequests,
     callbacks: Sequence[Callback],
+    start: Start | None = None,
     *,
     steps: int | None,
     minutes: float | None,
@@ -467,37 +489,33 @@ def train_candidate(
         say: Takes a line of progress.
         stop: Notes a signal.
         callbacks: Further callbacks.
+        start: Preprocessing and prior to begin with; by default those of the settings.
         steps: Most updates; None for no limit but time.
         minutes: Longest time.
-        steps_s: Longest time of updates, compilation excluded; 0 only validates the start.
+        steps_s: Longest time of updates, compilation excluded.
 
     Raises:
         BlowUpError: If training blows up before it is better than its start.
     """
     began = time.monotonic()
     prepare_backend(config.training.matmul_precision)
-    job = Job.of(config, data)
+    spec, prior = None, None
+    if start is not None:
+        flow = build_flow_spec(config.model, data.event_shape)
+        spec, prior = start.spec(flow, data.columns), start.prior
+    job = Job.of(config, data, spec)
     watching = [
         Validate(at_start=True, clear=CLEAR),
         TimeLimit(minutes, steps_s=steps_s, began=began),
         Stop(stop, raises=any(each.resumes for each in callbacks)),
         Progress(say),
         *callbacks,
-        *([] if steps_s else [_Untrained()]),
     ]
     arguments = job.arguments | {"steps": steps, "minutes": minutes}
     with warnings.catch_warnings():
         # The history says so.
         warnings.filterwarnings("ignore", ".*The model is the best one of the validations")
-        model = train(job.free(), job.objective, job.examples, callbacks=watching, **arguments)
+        model = train(
+            job.free(prior=prior), job.objective, job.examples, callbacks=watching, **arguments
+        )
     return job.finish(model)
-
-
-class _Untrained(Callback):
-    """Ends a training before its first step, once its start is validated."""
-
-    order = Validate.order - 1
-
-    def during(self, run: Any) -> Any:
-        run.end("")
-        return super().during(run)

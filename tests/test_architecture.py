@@ -33,7 +33,7 @@ EDGES = (
         "conversion_stages",
         "energy_evaluation",
     ),
-    *("energy_fitting", "estimators", "fit_settings", "fitting", "losses"),
+    *("energy_fitting", "estimators", "fit_settings", "fitting", "losses", "starts"),
 )
 HEAVY = {
     "absl",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from iresnet_jax.evaluation import classification, likelihood
@@ -108,3 +109,14 @@ def test_density_of_ridges_integrates_to_one(benchmark):
     stderr = weights.std() / len(x) ** 0.5
     assert stderr < 0.06
     assert abs(weights.mean() - 1) < 5 * stderr
+
+
+@pytest.mark.parametrize("values", [np.r_[np.repeat(0, 40), 1:31], np.linspace(0, 7, 29).round(1)])
+def test_likelihoods_of_values_without_training_add_up_to_one(benchmark, values):
+    untrained, series = benchmark("_untrained"), pd.Series(values)
+    kind = untrained.Kind.of(series)
+    places = kind.places(kind.numbers(series))
+    marginal = untrained.Marginal(places, 0, np.random.default_rng(0))
+    step = np.diff(kind.knots).min()
+    every = kind.places(np.arange(-3000, 3000) * step)
+    assert np.sum(np.exp(marginal.log_prob(every)) * every.unit) == pytest.approx(1, abs=1e-3)

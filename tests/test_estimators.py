@@ -53,7 +53,7 @@ class Moments(Density):
     time to compile or to train.
     """
 
-    spec = types.SimpleNamespace(cells=None)
+    spec = types.SimpleNamespace(cells=None, is_discrete=False)
 
     def __init__(self, means, std):
         self.__dict__.update(means=means, std=std)
@@ -188,6 +188,7 @@ def test_features_on_a_grid_are_counted():
     np.testing.assert_allclose(
         flow.score_samples(faces[2:3]), flow.score_samples(faces)[2:3], rtol=SAME
     )
+    assert len(set(flow.score_samples(np.repeat(faces, 3, axis=0)))) == 6
     samples = flow.sample(1000, random_state=0)[:, 0]
     assert set(range(1, 7)) <= set(samples)
     assert np.all(samples == np.rint(samples))

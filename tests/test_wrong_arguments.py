@@ -100,7 +100,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(None), "x must be an array of numbers, got a NoneType"),
         (lambda: fit([[1, 2], [3]]), "x must be an array of numbers"),
         (lambda: fit(X[:, 0]), r"x\[:, None\]"),
-        (lambda: fit(X[:2]), "too few"),
+        (lambda: fit(X[:2]), "needs 10 rows or more, got 2"),
         (lambda: fit_density(X[:, 0]), "1D array"),
         (lambda: model().log_prob(X[:, :1]), r"takes floats of shape \(batch, 2\)"),
     ],

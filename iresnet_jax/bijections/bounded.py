@@ -175,10 +175,12 @@ class Bounded(ClosedForm):
         """The images of the intervals in which ``then`` encloses entries; slopes are largest at an
         interval's end, or next to 0.
         """
-        line = self.then.enclose_inverse(y, radius)
+        line = self.enclose_line(y, radius)
         low, high, center, scale, bounded, _ = self._rows(y, np)
         points = np.concatenate([line.center, line.low, line.high, np.clip(0, line.low, line.high)])
-        x, log_slopes = (found.reshape(4, *y.shape) for found in self.from_line(points, np))
+        x, log_slopes = (
+            found.reshape(4, *y.shape) for found in Bounded.from_line(self, points, np)
+        )
         offset = np.where(bounded, np.minimum(x - low, high - x), np.abs(x - center))
         # NumPy's functions round less
         errors = np.where(bounded | (scale > 0), 16 * U * (np.abs(x) + offset) + 1e-300, 0)
@@ -190,6 +192,10 @@ class Bounded(ClosedForm):
             error=(np.linalg.norm(errors[0], axis=1) + steepest * line.error) * UP,
             lipschitz=steepest * line.lipschitz * UP,
         )
+
+    def enclose_line(self, y: Any, radius: Any) -> Enclosure:
+        """Enclosures of the mapped vectors."""
+        return self.then.enclose_inverse(y, radius)
 
     def _rows(self, x: Any, xp: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
         """Ends, centers, and scales or widths in the type of ``x``, which entries have an end,

@@ -4,7 +4,7 @@ Uniform noise makes a density of the continuous points a lower bound of the leve
 (Theis et al. 2016, sec. 3.1): the cells of ``n x`` have volume 1, so ``E_u[log p(n x)] <= log
 P(k)`` by Jensen's inequality.
 
-`Cells` of `iresnet_jax.bijections.cells` does the same for entries of vectors, such as ages in
+`Marginals` of `iresnet_jax.bijections.marginals` does so for entries of vectors, such as ages in
 years.
 """
 

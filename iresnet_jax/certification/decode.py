@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.dequantize import certain_levels
 from iresnet_jax.bijections.enclosure import enclosing
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
 from iresnet_jax.certification.prepared import check, on_host, vectors_of
@@ -106,7 +106,10 @@ def certified(
         channels, steps = spec.image_shape[-1], spec.num_levels - 1.0
         mean, std = (values * (channels // len(values)) for values in (spec.mean, spec.std))
         with jax.enable_x64():  # keeps the numbers of `spec` unrounded
-            standardize, levels = Standardize(mean, std), Cells.of([(0.0, 1 / steps)] * channels)
+            standardize, levels = (
+                Standardize(mean, std),
+                Marginals.lines([(0.0, 1 / steps)] * channels),
+            )
         enclosure = enclosing(standardize)(x[..., :channels], certificate.error_bound)
         certain = levels.certain(np.rint(data * steps) / steps, enclosure)
     else:

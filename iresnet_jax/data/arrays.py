@@ -17,6 +17,7 @@ from iresnet_jax.data.tables import Table, describe
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 from iresnet_jax.models.preprocessing import check_told_apart
 
+FEWEST = 10  # rows of a density
 FITTED_ARRAY = "the array"  # name of data given to `iresnet_jax.fit`; `data.load` does not know it
 
 
@@ -47,6 +48,7 @@ def from_arrays(
     *,
     fractions: tuple[float, float] = (0.1, 0.1),
     columns: tuple[Column, ...] | None = None,
+    context_columns: tuple[Column, ...] | None = None,
     bounds: Any = None,
     is_table: bool = False,
     num_classes: int | None = None,
@@ -63,6 +65,7 @@ def from_arrays(
             examples are not split yet. The choice depends on their number alone, see
             `fraction_masks`.
         columns: Columns of the data frame or table that holds the vectors.
+        context_columns: Those of the one that holds the contexts.
         bounds: Ends of columns of a table, see `tables.describe`.
         is_table: Whether to fit a density of vectors whose entries keep to their ranges, see
             `tables`.
@@ -96,11 +99,15 @@ def from_arrays(
         table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)
     else:
         check_channels(train.x)
-    constant = []
+    constant, context_kinds = [], ()
     if train.context is not None:
         rows = np.asarray(given.context).reshape(-1, train.context.shape[1])
         check_told_apart(rows, train.context.dtype, "entry {} of the context".format)
         constant = np.flatnonzero(np.ptp(train.context, axis=0) == 0).tolist()
+        of_columns = [len(column.categories or ()) for column in context_columns or ()]
+        context_kinds = describe(
+            {"train": train.context}, levels=of_columns, is_density=False
+        ).kinds
     data = DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
@@ -117,7 +124,15 @@ def from_arrays(
             for entry in constant
         ),
     ]
-    return dataclasses.replace(data, ends=table.ends, columns=columns, notes=tuple(notes))
+    return dataclasses.replace(
+        data,
+        ends=table.ends,
+        kinds=table.kinds,
+        columns=columns,
+        context_kinds=context_kinds,
+        context_columns=context_columns,
+        notes=tuple(notes),
+    )
 
 
 def _by_split(
@@ -299,9 +314,11 @@ def data_of(
         is_density: Whether to fit a density without classes: entries of vectors then keep to their
             ranges.
     """
-    columns = columns_of(x) if isinstance(x, Frame) else None
-    arrays = _arrays(columns, x, labels, context)
+    columns, of_context = (columns_of(t) if isinstance(t, Frame) else None for t in (x, context))
+    arrays = _arrays(columns, of_context, x, labels, context)
     is_table = is_density and arrays.x.ndim == 2
+    if is_table and len(arrays.x) < FEWEST:
+        raise ValueError(f"a density needs {FEWEST} rows or more, got {len(arrays.x)}")
     if bounds is not None and not is_table:
         raise ValueError("bounds are for densities of vectors without classes: leave them out")
     splits: Arrays | dict[str, Arrays] = arrays
@@ -329,17 +346,30 @@ def data_of(
                 "validation must be like x, or a tuple (x, labels, context), got "
                 f"{len(held_out)} entries"
             )
-        splits = {"train": arrays, "validation": _arrays(columns, *held_out)}
+        splits = {"train": arrays, "validation": _arrays(columns, of_context, *held_out)}
     fractions = validation_fraction, 0.0
     return from_arrays(
-        FITTED_ARRAY, splits, fractions=fractions, columns=columns, bounds=bounds, is_table=is_table
+        FITTED_ARRAY,
+        splits,
+        fractions=fractions,
+        columns=columns,
+        context_columns=of_context,
+        bounds=bounds,
+        is_table=is_table,
     )
 
 
 def _arrays(
-    columns: tuple[Column, ...] | None, x: Any, labels: Any = None, context: Any = None
+    columns: tuple[Column, ...] | None,
+    of_context: tuple[Column, ...] | None,
+    x: Any,
+    labels: Any = None,
+    context: Any = None,
 ) -> Arrays:
-    numbers = x if columns is None or not isinstance(x, Frame) else numbers_of(x, columns)
+    numbers, context = (
+        given if known is None or not isinstance(given, Frame) else numbers_of(given, known)
+        for given, known in ((x, columns), (context, of_context))
+    )
     others = (
         None if given is None else _as_array(given, name)
         for given, name in ((labels, "labels"), (context, "context"))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PRNGKeyArray, Shaped
 
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.cells import Cells
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Column
@@ -49,7 +49,10 @@ class DataSet:
             without contexts.
         cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
         ends: Map of entries to the line, if some have ends or heavy tails; None otherwise.
+        kinds: What each column of vectors holds, see `iresnet_jax.data.tables.Kind`.
         columns: Columns of the data frame or table that the entries come from; None for arrays.
+        context_kinds: What each entry of contexts holds.
+        context_columns: Columns of the data frame that contexts come from; None for arrays.
         notes: Sentences on how the entries were interpreted.
         generator: Toy that examples of endless data are drawn from; None for arrays.
     """
@@ -62,9 +65,12 @@ class DataSet:
     examples: Splits = field(default_factory=dict)
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
-    cells: Cells | None = None
+    cells: Marginals | None = None
     ends: Bounded | None = None
+    kinds: tuple[Any, ...] = ()
     columns: tuple[Column, ...] | None = None
+    context_kinds: tuple[Any, ...] = ()
+    context_columns: tuple[Column, ...] | None = None
     notes: tuple[str, ...] = ()
     generator: Toy | None = None
 
@@ -78,7 +84,7 @@ class DataSet:
         num_levels: int | None,
         num_classes: int | None,
         contexts: Splits | None = None,
-        cells: Cells | None = None,
+        cells: Marginals | None = None,
         fingerprint: str | None = None,
     ) -> "DataSet":
         """Makes a data set from arrays by split; a fingerprint that is not given is computed from

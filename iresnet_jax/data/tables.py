@@ -1,28 +1,42 @@
-"""Columns of vectors: values that own cells, atoms, ends and tails.
+"""What the columns of a table hold: levels, numbers on a grid, continuous numbers, atoms; their
+ends and heavy tails; and the distribution of each column by itself.
 
-Columns of decimals, whole numbers among them, lie on a regular grid of cells, see `values_of`, and
-so do levels of booleans and categories. Columns have the ends that the user gives, or the ends of
-their levels; other columns have a map of their tails if these are heavy, see `tails_of`.
+`describe` finds out once what all rows say. `fit_marginals` fits the map of every column to normal
+scores, see `iresnet_jax.bijections.marginals`: shares of levels, or shares of repeated numbers
+mixed with a kernel density, whose weights, widths and line are chosen by cross-validation. NumPy
+computes all of it, in float64.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
+from scipy.special import ndtr, ndtri
 
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.cells import Cells
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.models.columns import listed
 
 FINEST_GRID = 2.0**-17  # least spacing of a grid (64 floats), relative to the largest number
+MOST_CODES, EACH_CODE = 16, 5  # numbers that are levels: so many, in so many rows each
+NUM_FOLDS, MOST_ROWS, MOST_TESTED = 5, 10_000, 80  # of rows that choose a column's smoothing
+MOST_KERNELS = 200, 2000  # kernels while it is chosen, and afterwards
+WIDTHS = (0.03, 0.07, 0.15, 0.3, 0.5, 0.9)  # of kernels, in units of the column's scale
+WEIGHTS = (0.0, 0.3, 0.7, 0.9, 0.97)  # of repeated numbers beside the kernel density
+HEAP, MOST_HEAPS = 1e-4, 1024  # least share of a number that knots stand around, and their number
+# Weight of a broad normal distribution, of all columns together, which bounds the slope of scores;
+# and how far kernels reach beyond the numbers, in units of their range.
+BROAD, BEYOND = 0.003, 0.08
+SPIKE = 0.05  # least share of a number whose mass is its share alone
+FARTHEST = 9.0  # score of an end that no number is beyond
+SCORES = np.linspace(-3.6, 3.6, 73)  # of knots
+GAIN = 3.0  # nats by which levels must be likelier given those of another column
 
 Rows = Float[np.ndarray, "_ d"]
-Numbers = Float[np.ndarray, " n"]
+Numbers = Float[np.ndarray, " _"]
 
 
 class Table(NamedTuple):
@@ -30,9 +44,66 @@ class Table(NamedTuple):
     sentences.
     """
 
-    cells: Cells | None
+    cells: Marginals | None
     ends: Bounded | None = None
     notes: tuple[str, ...] = ()
+    kinds: tuple["Kind", ...] = ()
+
+
+class Kind(NamedTuple):
+    """What one column holds.
+
+    Attributes:
+        values: See `values_of`.
+        atoms: Values that many rows of a continuous column have.
+        levels: Its levels if no other values exist; empty for numbers.
+        low: End that the user gave, or 0 if no number is negative; minus infinity without one.
+        high: End that the user gave; infinite without one.
+        is_given: Whether the user gave one.
+        is_near_0: Whether numbers are not negative, and a normal distribution of them would be.
+    """
+
+    values: Sequence[float]
+    atoms: Sequence[float]
+    levels: Sequence[float]
+    low: float
+    high: float
+    is_given: bool
+    is_near_0: bool
+
+    @property
+    def spacing(self) -> float:
+        """Distance of the numbers of a grid; 0 without one."""
+        return 0.0 if len(self.values) != 2 else self.values[1] - self.values[0]
+
+    @property
+    def unit(self) -> float:
+        """Unit of the likelihood of numbers on a grid: 1 for whole ones."""
+        is_whole = all(value == round(value) for value in self.values)
+        return 1.0 if is_whole or not self.spacing else self.spacing
+
+    def cells(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """Ends of the cells of numbers, which are equal for a continuous column."""
+        if len(self.values) <= 2:
+            return numbers - self.spacing / 2, numbers + self.spacing / 2
+        middles = np.convolve(self.values, [0.5, 0.5], "valid")
+        place = np.searchsorted(middles, numbers)
+        return np.append(-np.inf, middles)[place], np.append(middles, np.inf)[place]
+
+
+def _kind(
+    numbers: Numbers, values: Sequence[float], atoms: Any, num_levels: int, low: float, high: float
+) -> Kind:
+    distinct, counts = np.unique(numbers, return_counts=True)
+    are_codes = len(distinct) <= MOST_CODES and counts.min() >= EACH_CODE and len(values)
+    levels = distinct.tolist() if are_codes or len(distinct) <= 2 else []
+    is_given = bool(np.isfinite(low) or np.isfinite(high))
+    if num_levels:
+        levels, is_given = [float(level) for level in range(num_levels)], False
+    elif not np.isfinite(low) and numbers.min() >= 0:
+        low = 0.0
+    is_near_0 = low == 0 and not levels and numbers.mean() < 4 * numbers.std()
+    return Kind(values, list(atoms), levels, low, high, is_given, bool(is_near_0))
 
 
 def describe(
@@ -61,10 +132,18 @@ def describe(
             (0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps))
         )
         atoms.append({} if num_levels else atoms_of(numbers, values[-1]))
-    cells = Cells.of(values, atoms) if any(map(len, values)) or any(atoms) else None
+    low, high = ends_given(bounds or {}, names, levels)
+    kinds = tuple(map(_kind, np.asarray(x, np.float64).T, values, atoms, levels, low, high))
+    ranges = [
+        (k.levels[0], k.levels[-1]) if k.levels and not k.is_given else (k.low, k.high)
+        for k in kinds
+    ]
+    cells, (least, most) = None, np.array(ranges).T
+    if any(map(len, values)) or any(atoms):
+        rare = [[[0, -math.log(len(x) + 1)]]] * len(kinds)
+        cells = Marginals.lines(values, atoms, least=least, most=most, reserved=rare)
     if not is_density:
-        return Table(cells)
-    low, high = ends_given({} if bounds is None else bounds, names, levels)
+        return Table(cells, kinds=kinds)
     for split, rows in splits.items():
         outside = (rows < low.astype(rows.dtype)) | (rows > high.astype(rows.dtype))
         for row, column in np.argwhere(outside)[:1].tolist():
@@ -84,20 +163,27 @@ def describe(
             f"{low[column]:g} and {high[column]:g}: give closer ones, or None in place of one"
         )
     heavy = np.isinf(low) & np.isinf(high) & (np.asarray(ends.scale) > 0)
-    kinds = {
-        "cells": map(len, values),
-        "atoms": atoms,
-        "hard ends": is_bounded,
-        "heavy tails": heavy,
-    }
-    chosen = {
-        kind: [name for name, has in zip(names, having, strict=True) if has]
-        for kind, having in kinds.items()
-    }
-    notes = tuple(
-        f"columns with {kind}: {listed(those)}" for kind, those in chosen.items() if those
-    )
-    return Table(cells, ends if chosen["hard ends"] or chosen["heavy tails"] else None, notes)
+    notes = tuple(_notes(np.asarray(x, np.float64), names, kinds, heavy))
+    return Table(cells, ends if np.any(is_bounded | heavy) else None, notes, kinds)
+
+
+def _notes(x: Rows, names: Sequence[Any], kinds: Sequence[Kind], heavy: Any) -> Iterator[str]:
+    """What each column was taken for, in a line."""
+    for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        low, high = x[:, i].min(), x[:, i].max()
+        same = [j for j in range(i) if np.array_equal(x[:, i], x[:, j])]
+        what = "numbers" if not kind.spacing else f"multiples of {kind.spacing:g}"
+        what = "whole numbers" if kind.spacing and kind.unit == 1 else what
+        atoms = f", often {listed(kind.atoms)}" if len(kind.atoms) else ""
+        if low == high:
+            yield f"{name}: always {low:g}"
+        elif same:
+            yield f"{name}: a copy of {names[same[0]]}"
+        elif kind.levels:
+            yield f"{name}: {len(kind.levels)} levels"
+        else:
+            tails = ", heavy tails" if heavy[i] else ""
+            yield f"{name}: {what}, {low:g} to {high:g}{atoms}{tails}"
 
 
 def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
@@ -188,16 +274,18 @@ def ends_given(
     return found[:, 0], found[:, 1]
 
 
-def _on_line(x: Rows, cells: Cells | None, low: np.ndarray, high: np.ndarray) -> Bounded:
+def _on_line(x: Rows, cells: Marginals | None, low: np.ndarray, high: np.ndarray) -> Bounded:
     """The map of ends, with all of their cells, and of heavy tails; it takes the median distance
     from a single end to 0.
     """
     line = x
     if cells is not None:
-        line = np.asarray(jax.jit(cells.forward_and_logdet)(jnp.asarray(x), jax.random.key(0))[0])
-        with jax.enable_x64():
-            _, start, width, _ = map(np.asarray, cells.places(jnp.asarray([low, high])))
-        low, high = start[0], start[1] + width[1]
+        noise = np.random.default_rng(0).random(x.shape)
+        line = cells.placed(np.asarray(x, np.float64), noise, np)[0]
+        low, high = (
+            np.where(np.isfinite(end), _cell_end(cells, end, sign), end)
+            for end, sign in ((low, -1), (high, 1))
+        )
     center, scale = np.array([tails_of(column) for column in line.T]).T
     distance = np.median(np.minimum(line - low, high - line), axis=0)
     is_bounded = np.isfinite(distance)
@@ -227,3 +315,318 @@ def tails_of(numbers: Numbers) -> tuple[float, float]:
 
     gain = log_likelihood(mapped[:, 0]) + log_slopes.mean() - log_likelihood(numbers)
     return center, scale if gain > 0.05 + 3 / math.sqrt(len(numbers)) else 0.0
+
+
+def _cell_end(cells: Marginals, values: np.ndarray, sign: int) -> np.ndarray:
+    """Where the cells of values end on the line, below or above."""
+    places = cells.places(np.where(np.isfinite(values), values, 0.0)[None], np)
+    return np.where(places.has_mass, places.low if sign < 0 else places.high, places.score)[0]
+
+
+# --------------------------------------------------------------------------- columns by themselves
+
+
+class Choice(NamedTuple):
+    """What cross-validation chose for a column of numbers, or for one of levels.
+
+    Attributes:
+        line: Its map to the line.
+        width: Width of kernels, in units of the column's scale.
+        weight: Weight of repeated numbers.
+        broad: Weight of a broad normal distribution beside the kernels.
+        parent: Place of the column that its levels depend on; -1 for none.
+    """
+
+    line: Any = None  # a `Bounded` of one column; none of levels
+    width: float = 0.4
+    weight: float = 0.0
+    broad: float = BROAD
+    parent: int = -1
+
+
+def choose(x: Rows, kinds: Sequence[Kind]) -> list[Choice]:
+    """What every fit to rows of this table goes by."""
+    parents = _parents(x, kinds)
+    return [
+        Choice(parent=parent) if kind.levels else _smoothing(numbers, kind, BROAD / len(kinds))
+        for numbers, kind, parent in zip(np.asarray(x, np.float64).T, kinds, parents, strict=True)
+    ]
+
+
+def fit_marginals(x: Rows, kinds: Sequence[Kind], choices: Sequence[Choice]) -> Marginals:
+    """The map of every column to normal scores that is fitted to these rows."""
+    x = np.asarray(x, np.float64)
+    columns = []
+    for numbers, kind, choice in zip(x.T, kinds, choices, strict=True):
+        if kind.levels:
+            parent = None if choice.parent < 0 else (x[:, choice.parent], kinds[choice.parent])
+            columns.append(_levels(numbers, kind, parent) | {"parent": choice.parent})
+        else:
+            columns.append(_numbers(numbers, kind, choice))
+    return Marginals.of(columns)
+
+
+def _codes(numbers: Numbers, kind: Kind) -> np.ndarray:
+    """Places of numbers among levels, their number for others."""
+    levels = np.asarray(kind.levels)
+    place = np.minimum(np.searchsorted(levels, numbers), len(levels) - 1)
+    return np.where(levels[place] == numbers, place, len(levels))
+
+
+def _levels(numbers: Numbers, kind: Kind, parent: tuple[Numbers, Kind] | None) -> dict[str, Any]:
+    """Shares of levels, for each level of the parent."""
+    num = len(kind.levels)
+    row = np.zeros(len(numbers), int) if parent is None else _codes(*parent)
+    rows = 1 if parent is None else len(parent[1].levels) + 1
+    counts = np.zeros((rows, num + 1))
+    np.add.at(counts, (row, _codes(numbers, kind)), 1)
+    counts = counts[:, :num]
+    counts = np.where(counts.sum(axis=1, keepdims=True) > 0, counts, counts.sum(axis=0))
+    total = counts.sum(axis=1, keepdims=True)
+    ends = np.concatenate([np.zeros((rows, 1)), np.cumsum(counts, axis=1)], axis=1)
+    with np.errstate(divide="ignore"):
+        scores = normal_scores(ends / total, (total - ends) / total)
+    lacking = np.sum(counts == 0, axis=1) + 1
+    each = -np.log(total[:, 0] + 1)
+    return {
+        **{"values": kind.levels, "units": log_units(kind.levels), "has_levels": 1},
+        **{"lower": scores[:, :-1], "upper": scores[:, 1:]},
+        "reserved": np.stack([np.log(total[:, 0]) + each, each - np.log(lacking)], axis=1),
+    }
+
+
+def log_units(values: Sequence[float] | Numbers) -> np.ndarray:
+    """Logarithms of the units of listed values: 1 for whole numbers, else the widths of cells."""
+    if len(values) < 2 or all(value == round(value) for value in values):
+        return np.zeros(len(values))
+    edges, gaps = np.convolve(values, [0.5, 0.5], "valid"), np.diff(values)
+    return np.log(np.diff([edges[0] - gaps[0], *edges, edges[-1] + gaps[-1]]))
+
+
+def normal_scores(below: Any, above: Any) -> Any:
+    """Scores of probabilities below and above, of which the smaller one is precise."""
+    return np.where(below < above, ndtri(below), -ndtri(above))
+
+
+def _parents(x: Rows, kinds: Sequence[Kind]) -> list[int]:
+    """For each column the column whose levels make its own likelier, left one out; parents have no
+    parents.
+    """
+    some = [i for i, kind in enumerate(kinds) if 1 < len(kind.levels) <= MOST_CODES * 2]
+    codes = {i: _codes(np.asarray(x[:, i], np.float64), kinds[i]) for i in some}
+    alone = {i: _left_one_out(codes[i], np.zeros_like(codes[i])) for i in some}
+    gains = {
+        (_left_one_out(codes[i], codes[j]) - alone[i], i, j) for i in some for j in some if i != j
+    }
+    parents = [-1] * len(kinds)
+    for gain, i, j in sorted(gains, reverse=True):
+        if gain > GAIN and parents[i] < 0 and parents[j] < 0 and i not in parents:
+            parents[i] = j
+    return parents
+
+
+def _left_one_out(codes: np.ndarray, given: np.ndarray) -> float:
+    """Log-likelihood of levels given others, each by all other rows, as `_levels` has it."""
+    counts = np.zeros((given.max() + 1, codes.max() + 1))
+    np.add.at(counts, (given, codes), 1)
+    others, total = counts - 1, counts.sum(axis=1, keepdims=True)
+    lacking = np.sum(counts == 0, axis=1, keepdims=True) + 2
+    each = np.where(others > 0, others, 1 / lacking) / total
+    return float(np.sum(counts * np.log(each)))
+
+
+class _Kernels:
+    """A kernel density of numbers on a line, which ends a little beyond them, and a broad normal
+    distribution of a small weight.
+    """
+
+    def __init__(self, numbers: Numbers, kind: Kind, choice: Choice, most: int):
+        order = np.sort(numbers)
+        order = order[np.linspace(0, len(order) - 1, min(len(order), most)).astype(int)]
+        reach = max(BEYOND * (order[-1] - order[0]), kind.spacing / 2)
+        outer = np.array([kind.low - kind.spacing / 2, kind.high + kind.spacing / 2])
+        ends = np.clip([order[0] - reach, order[-1] + reach], *outer)
+        line = choice.line
+        self.centers, self.ends = _on(line, order)[0], _on(line, ends)[0]
+        if kind.is_given:  # an end of the line is infinitely far
+            self.outer = np.array([-np.inf, np.inf])
+        else:
+            on_line = _on(line, np.clip(outer, -1e300, 1e300))[0]
+            self.outer = np.where(np.isfinite(outer), on_line, outer)
+        self.middle, self.broad = np.mean(self.centers[[0, -1]]), 0.75 * np.ptp(self.centers) or 1.0
+        self.width, self.weight = choice.width * _scale(self.centers), choice.broad
+        self.cut = self._smaller(self.ends)
+        self.broad_cut = ndtr([1, -1] * (self.outer - self.middle) / self.broad)
+
+    def _smaller(self, y: Any) -> Any:
+        """Probability of the kernels beyond places, on the side that is farther from the middle."""
+        side = np.where(y < self.middle, 1, -1)
+        return ndtr(
+            (side * y)[:, None] / self.width - side[:, None] * self.centers / self.width
+        ).mean(1)
+
+    def shares(self, y: Any) -> tuple[Any, Any]:
+        """Probabilities below and above."""
+        is_low, cut = y < self.middle, self.cut
+        narrow = self._smaller(np.clip(y, *self.ends)) - np.where(is_low, *cut)
+        broad = ndtr(np.where(is_low, 1, -1) * (y - self.middle) / self.broad)
+        broad = (broad - np.where(is_low, *self.broad_cut)) / (1 - self.broad_cut.sum())
+        smaller = (1 - self.weight) * narrow / (1 - cut.sum()) + self.weight * broad
+        smaller = np.clip(smaller, 0, 1)
+        return np.where(is_low, smaller, 1 - smaller), np.where(is_low, 1 - smaller, smaller)
+
+    def density(self, y: Any) -> Any:
+        """Density on the line."""
+        t = (y[:, None] - self.centers) / self.width
+        narrow = np.exp(-0.5 * t**2).mean(axis=1) / (self.width * (1 - self.cut.sum()))
+        narrow = np.where((y >= self.ends[0]) & (y <= self.ends[1]), narrow, 0)
+        broad = np.exp(-0.5 * ((y - self.middle) / self.broad) ** 2) / self.broad
+        return ((1 - self.weight) * narrow + self.weight * broad) / math.sqrt(2 * math.pi)
+
+
+def _lines(numbers: Numbers, kind: Kind) -> list[Bounded]:
+    """Lines that a column may lie on: the one between its ends, or the numbers themselves, and
+    asinh around the median and around 0.
+    """
+
+    def line(low=-np.inf, high=np.inf, center=0.0, scale=0.0):
+        return Bounded([low], [high], [center], [scale])
+
+    if kind.is_given:
+        low, high = kind.low - kind.spacing / 2, kind.high + kind.spacing / 2
+        return [line(low, high, 0, np.median(np.minimum(numbers - low, high - numbers)))]
+    low, center, high = np.quantile(numbers, (0.25, 0.5, 0.75)).tolist()
+    found = [line(), line(center=center, scale=(high - low) / 2 or numbers.std())]
+    positive = numbers[numbers > 0]
+    if kind.low == 0 and len(positive):
+        found.append(line(scale=max(np.quantile(positive, 0.05), kind.spacing)))
+    return found
+
+
+def _on(line: Bounded, numbers: Any) -> tuple[Any, Any]:
+    """Numbers on a line, and ``log dy/dx``."""
+    with np.errstate(invalid="ignore"):  # of infinite ends of cells
+        y, log_slopes = line.to_line(np.reshape(numbers, (-1, 1)), np)
+    return y.reshape(np.shape(numbers)), log_slopes.reshape(np.shape(numbers))
+
+
+def _scale(y: Numbers) -> float:
+    iqr = np.subtract(*np.quantile(y, [0.75, 0.25])) / 1.35
+    std = float(y.std())
+    return float(min(std, iqr) if iqr > 0 else std) or 1.0
+
+
+def _smoothing(numbers: Numbers, kind: Kind, broad: float) -> Choice:
+    """Line, width of kernels and weight of repeated numbers that held-out rows are likeliest
+    under.
+    """
+    rows = np.random.default_rng(0).permutation(_rest(numbers, kind))[:MOST_ROWS]
+    if len(rows) < 2 * NUM_FOLDS:
+        return Choice(_lines(numbers, kind)[0], broad=broad)
+    weights = np.array(WEIGHTS if len(kind.values) else (0.0,))
+    found = []
+    for line in _lines(numbers, kind):
+        total = np.zeros((len(WIDTHS), len(weights)))
+        for fold in range(NUM_FOLDS):
+            is_test = np.arange(len(rows)) % NUM_FOLDS == fold
+            tested = rows[is_test][:MOST_TESTED]
+            at, log_slopes = _on(line, tested)
+            low, high = (_on(line, end)[0] for end in kind.cells(tested))
+            values, counts = np.unique(rows[~is_test], return_counts=True)
+            place = np.minimum(np.searchsorted(values, tested), len(values) - 1)
+            seen = np.where(values[place] == tested, counts[place], 0) / counts.sum()
+            for i, width in enumerate(WIDTHS):
+                choice = Choice(line, width, broad=broad)
+                kernels = _Kernels(rows[~is_test], kind, choice, MOST_KERNELS[0])
+                if len(kind.values):
+                    (below, above), (below_high, above_high) = map(kernels.shares, (low, high))
+                    mass = np.where(below < 0.5, below_high - below, above - above_high)
+                else:
+                    mass = kernels.density(at) * np.exp(log_slopes)
+                mixed = weights * seen[:, None] + (1 - weights) * mass[:, None]
+                total[i] += np.log(np.maximum(mixed, 1e-30)).sum(axis=0)
+        i, j = np.unravel_index(total.argmax(), total.shape)
+        found.append((total.max(), Choice(line, WIDTHS[i], float(weights[j]), broad)))
+    return max(found, key=lambda each: each[0])[1]
+
+
+def _rest(numbers: Numbers, kind: Kind) -> Numbers:
+    """Numbers without spikes and atoms; of continuous ones each once, as equal numbers are
+    likeliest under kernels without a width.
+    """
+    if not len(kind.values):
+        return np.setdiff1d(numbers, kind.atoms)
+    values, counts = np.unique(numbers, return_counts=True)
+    return numbers[~np.isin(numbers, values[counts > SPIKE * len(numbers)])]
+
+
+def _numbers(numbers: Numbers, kind: Kind, choice: Choice) -> dict[str, Any]:
+    """The spline of a column of numbers, and its atoms."""
+    half, line = kind.spacing / 2, choice.line
+    values, counts = np.unique(numbers, return_counts=True)
+    rows = _rest(numbers, kind)
+    rows = rows if len(rows) > 1 else numbers
+    is_spike = ~np.isin(values, rows)
+    shares = (
+        counts / len(numbers) * np.where(is_spike, len(numbers) / (len(numbers) + 1), choice.weight)
+    )
+    least = max(HEAP * (half > 0), np.sort(shares)[-MOST_HEAPS:][0])
+    is_heap = is_spike | (bool(kind.values) & (shares >= least))
+    heaps, shares = values[is_heap], shares[is_heap]
+    if half:  # without the rounding of floats, so that neighbours share a side
+        heaps = values[0] + np.rint((heaps - values[0]) / kind.spacing) * kind.spacing
+    kernels = _Kernels(rows, kind, choice, MOST_KERNELS[1])
+
+    def scores_at(places, num_below):  # with so many repeated numbers below
+        below, above = kernels.shares(places)
+        step, rest = np.concatenate([[0], np.cumsum(shares)]), 1 - shares.sum()
+        found = step[num_below] + rest * below, step[-1] - step[num_below] + rest * above
+        return np.clip(normal_scores(*found), -FARTHEST, FARTHEST)
+
+    if len(kind.values) > 2:
+        low, high = (_on(line, end)[0] for end in kind.cells(heaps))
+        count = np.arange(len(heaps))
+        lower, upper = scores_at(low, count), scores_at(high, count + 1)
+        lower[0], upper[-1] = -np.inf, np.inf
+        column = {"values": heaps, "units": log_units(heaps), "has_levels": 2}
+        return column | {"lower": [lower], "upper": [upper]}
+    # Knots stand at quantiles of the kernel density, and on both sides of each repeated number.
+    ends, outer = kernels.ends, kernels.outer
+    fine = np.unique(np.concatenate([np.linspace(ends[0], ends[1], 512), kernels.centers[::8]]))
+    at = np.unique(np.interp(SCORES, normal_scores(*kernels.shares(fine)), fine))
+    far = kernels.middle + np.array([-2, -1, 1, 2]) * kernels.broad
+    if np.isfinite(outer[0]):  # where scores fall without end
+        far = np.append(far, outer[0] + (kernels.centers[0] - outer[0]) * 10.0 ** -np.arange(7))
+    at = np.unique(np.concatenate([ends, at, np.clip(far, *outer), outer[np.isfinite(outer)]]))
+    axis = line.from_line(at[:, None], np)[0][:, 0]
+    num = np.searchsorted(heaps, axis - half)
+    is_between = num == np.searchsorted(heaps, axis + half, side="right")
+    sides = _on(line, np.stack([heaps - half, heaps + half]))[0]
+    count = np.arange(len(heaps))
+    lower, upper = scores_at(sides[0], count), scores_at(sides[1], count + 1)
+    scores = np.concatenate([scores_at(at, num)[is_between], lower, upper])
+    at = np.concatenate([at[is_between], sides[0], sides[1]])
+    order = np.lexsort((scores, at))
+    at, scores = at[order], scores[order]
+    if half:
+        is_new = np.append(True, np.diff(at) > 1e-9 * (1 + abs(at[1:])))
+        at, scores = at[is_new], scores[is_new]
+    least = np.cumsum(2.0**-20 * (1 + abs(scores)))  # which single precision tells apart
+    scores = np.maximum.accumulate(scores - least) + least
+    slopes = (1 - shares.sum()) * kernels.density(at) * np.exp(0.5 * scores**2)
+    limits = 1e-6 / kernels.broad, 1e3 / kernels.width
+    slopes = np.clip(slopes * math.sqrt(2 * math.pi), *limits)
+    for end, inner in ((0, 1), (-1, -2)):
+        if abs(scores[end]) > FARTHEST - 1 and at[end] != at[inner]:
+            slopes[end] = (scores[end] - scores[inner]) / (at[end] - at[inner])
+    column = {
+        name: np.asarray(getattr(line, name))[0] for name in ("low", "high", "center", "scale")
+    }
+    column |= {"at": at, "to": scores, "slopes": slopes, "least": kind.low, "most": kind.high}
+    if np.isfinite(kind.low) and not kind.is_given:
+        column |= {"reserved": [[math.log1p(-1 / (len(numbers) + 1)), -math.log(len(numbers) + 1)]]}
+    column |= {"spacing": 2 * half, "origin": values[0] * (half > 0), "unit": math.log(kind.unit)}
+    if not half and len(heaps):
+        lower[heaps <= kind.low], upper[heaps >= kind.high] = -np.inf, np.inf
+        column |= {"values": heaps, "units": 0 * heaps, "lower": [lower], "upper": [upper]}
+    return column

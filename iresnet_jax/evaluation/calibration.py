@@ -187,11 +187,11 @@ def calibrate(
 
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:
-    """Vectors in which numbers of cells replace the values that own them, as each precision rounds
+    """Vectors in which middles of cells replace the values that own them, as each precision rounds
     the values differently.
     """
     cells = model.spec.cells
-    return np.asarray(x if cells is None else cells.places(jnp.asarray(x))[0], np.float64)
+    return np.asarray(x if cells is None else cells.forward(jnp.asarray(x)), np.float64)
 
 
 def rank_test(

@@ -17,6 +17,7 @@ from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.columns import Frame, columns_of, numbers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,14 +158,24 @@ def density_map(
     return figure
 
 
-def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
+def pairs(points: Mapping[str, Any]) -> "Figure":
     """Marginals of the first entries of vectors on the diagonal, pairs of entries below it, on the
     range of the first set.
 
     Args:
-        points: One or two sets of vectors by name, such as test data and samples.
+        points: One or two sets of vectors by name, such as test data and samples, or of rows of
+            data frames with the same columns.
+
+    Example:
+        >>> pairs({"rows": frame, "samples": model.to_frame(x)})  # doctest: +SKIP
     """
     first = next(iter(points.values()))
+    names = [f"entry {place}" for place in range(first.shape[1])]
+    if isinstance(first, Frame):
+        columns = columns_of(first)
+        names = [str(column.name) for column in columns]
+        points = {name: numbers_of(frame, columns) for name, frame in points.items()}
+        first = next(iter(points.values()))
     finite = first[np.isfinite(first).all(axis=1)]
     low, high = np.quantile(
         finite if len(finite) else np.zeros((1, first.shape[1])), [0.001, 0.999], axis=0
@@ -197,8 +208,8 @@ def pairs(points: Mapping[str, Float[np.ndarray, "n d"]]) -> "Figure":
         axes.set_xlim(low[column], high[column])
         label(
             axes,
-            f"entry {column}" if row == shown - 1 else "",
-            f"entry {row}" if column == 0 and row else "",
+            names[column] if row == shown - 1 else "",
+            names[row] if column == 0 and row else "",
             "",
         )
     grid[0, 0].legend(frameon=False, fontsize=8)

@@ -326,7 +326,9 @@ def bound_inverses(
     given = None if contexts is None else contexts[: len(latents)]
     found = certified(model, latents, data, info, context=given)
     cells = model.spec.cells if isinstance(model, Density) else None
-    is_discrete = slice(None) if cells is None else np.asarray(cells.gaps[:, 0] > 0)
+    is_discrete = slice(None)
+    if cells is not None:
+        is_discrete = np.asarray((cells.spacing > 0) | (cells.has_levels > 0))
     own, reason = found.certificate, ""
     errors = np.linalg.norm(
         (np.asarray(info.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1

@@ -1,10 +1,13 @@
-"""Checks of random keys: typed keys pass, legacy `jax.random.PRNGKey` keys are converted."""
+"""Random keys: typed keys pass checks, legacy `jax.random.PRNGKey` keys are converted, and examples
+have keys of their own.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Key, Num
 
 
 def typed_key(key: Any) -> Key[Array, "..."]:
@@ -39,3 +42,20 @@ def check_keys(key: Any, num: int) -> Key[Array, "..."]:
             f"shape {key.shape}"
         )
     return key
+
+
+def keys_of_examples(x: Num[Array, "b ..."]) -> Key[Array, " b"]:
+    """A key for each example from its own bits in single precision, so that its random numbers
+    depend on nothing else, and those of different examples are independent.
+    """
+    numbers = x.astype(jnp.float32).reshape(len(x), -1)
+    numbers = jnp.where(numbers == 0, 0.0, numbers)  # 0 and -0 are equal
+    bits = jax.lax.bitcast_convert_type(numbers, jnp.uint32)
+    # Products modulo 2^32 with odd numbers of each entry, after a mixing of each entry's bits.
+    factors = np.random.default_rng(0).integers(2**31, size=(2, bits.shape[1]), dtype=np.uint32)
+    mixed = (bits ^ (bits >> 16)) * jnp.uint32(0x45D9F3B)
+    mixed = mixed ^ (mixed >> 16)
+    first, second = (jnp.sum(mixed * (2 * each[None] + 1), axis=1) for each in jnp.asarray(factors))
+    return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), a), b))(
+        first, second
+    )

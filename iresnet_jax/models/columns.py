@@ -64,8 +64,7 @@ def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n 
     """A data frame as numbers, its columns found by name.
 
     Raises:
-        ValueError: If a column is missing, unknown or there twice, or holds missing values, text or
-            an unknown category.
+        ValueError: If a column is missing, unknown or there twice, or holds missing values or text.
     """
     series = _series(frame)
     names = [column.name for column in columns]
@@ -164,11 +163,16 @@ def _column(name: Any, values: Any) -> Column:
             f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one "
             "of them, or drop it"
         )
-    return Column(name, str(values.dtype), tuple(sorted(set(values))))
+    counts = values.value_counts()
+    if (counts == 1).sum() > len(values) / 2 and len(values) > 2:
+        raise ValueError(
+            f"column {name!r} holds text, most of which occurs once, as names do: drop the column"
+        )
+    return Column(name, str(values.dtype), tuple(sorted(counts.index)))
 
 
 def _numbers(values: Any, column: Column) -> Float[np.ndarray, " n"]:
-    """The values of one column; categories by their places."""
+    """The values of one column; categories by their places, -1 for one that is not known."""
     if column.categories is None:
         try:
             return values.to_numpy(np.float64)
@@ -177,12 +181,4 @@ def _numbers(values: Any, column: Column) -> Float[np.ndarray, " n"]:
                 f"column {column.name!r} must hold numbers, got {values.dtype}"
             ) from None
     places = {category: place for place, category in enumerate(column.categories)}
-    codes = [places.get(value, -1) for value in values]
-    if -1 in codes:
-        row = codes.index(-1)
-        raise ValueError(
-            f"{values.iloc[row]!r} in row {row} of column {column.name!r} is none of the "
-            "categories of the model: these are "
-            f"{listed(column.categories)}"
-        )
-    return np.array(codes, np.float64)
+    return np.array([places.get(value, -1) for value in values], np.float64)

@@ -6,6 +6,8 @@ entry of a `ContextScale` is ``(asinh((c - center) / width) - mean) / scale``: l
 centre and logarithmic far from it, on both sides. Its width is the one, among several and linear,
 after which the training data look most like a normal distribution.
 
+**Columns** of a table, such as counts, codes and categories, become `ContextScores`.
+
 **Network.** ``h(c) = A c + W_n phi(... phi(W_1 c + b_1)) + b_n`` has no constraint: whatever it
 makes of a context, blocks remain contractions of the example. A branch alone depends on contexts by
 linear maps, and learns products of entries slowly.
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.standardize import ROUNDING, Standardize, set_floats
 from iresnet_jax.checked_dataclasses import check_unmasked, pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
@@ -136,6 +139,38 @@ class ContextScale(Standardize):
         return BiLipschitz((1 + ROUNDING) * steepest, jnp.full_like(steepest, jnp.inf))
 
 
+@pytree(arrays=("scores",))
+class ContextScores:
+    """Contexts that are columns of a table: the normal scores of their mid-ranks, and 0 or 1 for
+    each level of a column of several.
+
+    Attributes:
+        scores: Map of every column to scores.
+        num_levels: Levels of each column; 0 for one that keeps its score.
+    """
+
+    scores: Marginals
+    num_levels: tuple[int, ...]
+
+    @property
+    def num_entries(self) -> int:
+        """Length of contexts."""
+        return len(self.num_levels)
+
+    @property
+    def num_features(self) -> int:
+        """Length of what is made of them."""
+        return sum(max(num, 1) for num in self.num_levels)
+
+    def forward(self, c: Float[Array, "b k"]) -> Float[Array, "b f"]:
+        """Scores in the middle of values' masses, and indicators of levels."""
+        z, parts = self.scores.forward(c), []
+        for i, num in enumerate(self.num_levels):
+            known = self.scores.values[i, :num].astype(c.dtype)
+            parts.append((c[:, i, None] == known[None]).astype(z.dtype) if num else z[:, i, None])
+        return jnp.concatenate(parts, axis=1)
+
+
 def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Centre and width of an entry: linear, unless others have a clearly straighter
     quantile-quantile plot (Filliben 1975).
@@ -166,6 +201,12 @@ def _likeliest(column: Float[np.ndarray, " n"]) -> tuple[float, float]:
     curved = [(center, width) for center, width in pairs if center != 0 or width >= smallest]
     best = max(curved, key=lambda pair: straightness(*pair), default=linear)
     return best if straightness(*best) > straightness(*linear) + 2e-3 else linear
+
+
+@fast_compile
+def scaled(scale: Any, context: Any) -> Array:
+    """Contexts by their scale, as one program."""
+    return scale.forward(context)
 
 
 @functools.partial(fast_compile, static_argnums=(1, 2))

@@ -37,7 +37,7 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.checked_dataclasses import Count, NotNegative, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
-from iresnet_jax.maths.keys import single_key, typed_key
+from iresnet_jax.maths.keys import keys_of_examples, single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet
@@ -291,7 +291,9 @@ class Density(Model, spec=DensitySpec):
             ValueError: If the model takes no contexts or not one of this shape, or has branches of
                 one's own.
         """
-        dim, vector = self.spec.context_dim, contexts.as_vectors(context, self.spec.context_dim)
+        dim, context = self.spec.context_dim, self.spec.context_numbers(context)
+        vector = contexts.as_vectors(context, dim)
+        vector = vector[0] if vector.shape == (1, dim) else vector
         if not dim:
             raise ValueError("the model takes no contexts: there is none that it could be given")
         if vector.shape != (dim,):
@@ -303,7 +305,9 @@ class Density(Model, spec=DensitySpec):
         assert scaled is not None
         weights = under_context(self.spec.flow, self.weights, scaled[0])
         flow = dataclasses.replace(self.spec.flow, context_dim=0)
-        spec = dataclasses.replace(self.spec, flow=flow, context=None, context_hidden=())
+        spec = dataclasses.replace(
+            self.spec, flow=flow, context=None, context_columns=None, context_hidden=()
+        )
         return self.with_(spec=spec, weights=weights, network={})
 
     # ----------------------------------------------------------------------------------- likelihood
@@ -316,9 +320,8 @@ class Density(Model, spec=DensitySpec):
 
         Args:
             x: Data.
-            key: Source of noise and probes; None gives every example the same ones, so that its
-                result does not depend on the others. Their errors then add up in means: evaluations
-                pass keys.
+            key: Source of noise and probes; by default each example's own bits, so that its result
+                depends on nothing else.
             context: Contexts of a conditional model: the result is ``log p(x | context)``.
         """
         examples = self._examples(x, context)
@@ -414,7 +417,9 @@ class Density(Model, spec=DensitySpec):
                 outside of ``jit``.
         """
         z = self.sample_latents(key, num, temperature=temperature, labels=labels)
-        context = contexts.of_samples(context, num, self.spec.context_dim)
+        context = contexts.of_samples(
+            self.spec.context_numbers(context), num, self.spec.context_dim
+        )
         return self.decode(z, context=context, bounds=bounds)
 
     def sample_and_log_prob(
@@ -448,7 +453,9 @@ class Density(Model, spec=DensitySpec):
         z = self.sample_latents(key, num, labels=labels)
         # latents are drawn from the key itself, or from its first two parts
         key_probe = jax.random.fold_in(typed_key(key), 2)
-        context = contexts.of_samples(context, num, self.spec.context_dim)
+        context = contexts.of_samples(
+            self.spec.context_numbers(context), num, self.spec.context_dim
+        )
         return _decode_and_log_prob(self, z, context, labels, key_probe, self._own(bounds))
 
     def sample_latents(
@@ -483,7 +490,7 @@ class Density(Model, spec=DensitySpec):
         batch = as_batch(
             preprocessing.numbers(self.spec, x),
             self.spec.flow.event_shape,
-            context,
+            self.spec.context_numbers(context),
             self.spec.context_dim,
         )
         return batch._replace(x=preprocessing.checked(self.spec, batch.x))
@@ -579,7 +586,7 @@ class Density(Model, spec=DensitySpec):
 
 @fast_compile
 def _log_prob(model: Density, x: Array, context: Any, key: Keys | None) -> Float[Array, " b"]:
-    key = jnp.broadcast_to(jax.random.key(0), len(x)) if key is None else key
+    key = keys_of_examples(x) if key is None else key
     key_noise, key_probe = (
         jax.random.split(key)
         if key.ndim == 0

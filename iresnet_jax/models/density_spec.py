@@ -12,16 +12,16 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import contexts, noise, preprocessing, priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.columns import Column
-from iresnet_jax.models.contexts import Contexts, ContextScale, Network
+from iresnet_jax.models.columns import Column, Frame, numbers_of
+from iresnet_jax.models.contexts import Contexts, ContextScale, ContextScores, Network
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 
@@ -43,6 +43,7 @@ class DensitySpec:
         columns: Columns of the data frame or table that the entries of vectors are; None for
             arrays.
         context: Scale of the contexts of a conditional density; None takes contexts as they are.
+        context_columns: Columns of the data frame that contexts are; None for arrays.
         num_components: Components of a prior of `priors.MIXTURES`, which has no classes; None for
             other priors.
         context_hidden: Widths of a network on the scaled contexts, the last one of its output,
@@ -57,9 +58,10 @@ class DensitySpec:
     transform: Transform = field(default_factory=Identity)
     num_levels: int | None = None
     num_classes: int | None = None
-    cells: Cells | None = None
+    cells: Marginals | None = None
     columns: tuple[Column, ...] | None = None
-    context: Standardize | ContextScale | None = None
+    context: Standardize | ContextScale | ContextScores | None = None
+    context_columns: tuple[Column, ...] | None = None
     num_components: int | None = None
     context_hidden: tuple[int, ...] = ()
 
@@ -80,7 +82,7 @@ class DensitySpec:
                 f"there are {len(self.columns)} columns for examples of shape "
                 f"{self.flow.event_shape}"
             )
-        taken = self.context_hidden[-1] if self.context_hidden else self.context_dim
+        taken = self.context_hidden[-1] if self.context_hidden else self.num_features
         if taken != self.flow.context_dim:
             made = (
                 "the network on contexts gives"
@@ -133,7 +135,7 @@ class DensitySpec:
         """
         return {
             "prior": {} if self.prior_family == priors.OWN else self.standard_prior(),
-            "network": contexts.initial_network(key, self.context_dim, self.context_hidden),
+            "network": contexts.initial_network(key, self.num_features, self.context_hidden),
             "noise_network": noise.initial_network(self.flow, jax.random.fold_in(key, 1)),
         }
 
@@ -150,6 +152,12 @@ class DensitySpec:
             fit = priors.ClassPriors.fit
             return {"prior": fit(family, np.asarray(z), np.asarray(labels), self.num_classes)}
         return {"prior": priors.LOCATION_SCALE[family].of_moments(np.zeros(num), np.ones(num))}
+
+    def context_numbers(self, context: Any) -> Any:
+        """Contexts as an array, if they are a data frame."""
+        if self.context_columns is None or not isinstance(context, Frame):
+            return context
+        return numbers_of(context, self.context_columns)
 
     def preprocess(self, x: Any, key: Key[Array, "..."] | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data, with uniform noise of levels and cells from the key, or
@@ -188,6 +196,11 @@ class DensitySpec:
     def context_dim(self) -> int:
         """Length of a context vector; 0 for none."""
         return self.flow.context_dim if self.context is None else self.context.num_entries
+
+    @property
+    def num_features(self) -> int:
+        """Length of a scaled context."""
+        return getattr(self.context, "num_features", self.context_dim)
 
     @property
     def is_discrete(self) -> bool:

@@ -18,7 +18,7 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.claims import check_claims
-from iresnet_jax.models.contexts import linear_regression, with_linear_mean
+from iresnet_jax.models.contexts import linear_regression, scaled, with_linear_mean
 from iresnet_jax.models.contractions import ConstrainedFlow, Tree
 from iresnet_jax.models.flow import Block, FlowWeights, flow_bijection
 from iresnet_jax.models.free import ConstraintConfig, Free, exact_constraint
@@ -80,8 +80,8 @@ def initial(
     )
     check_claims(spec.flow, found.weights, u, given)
     if learned.get("network") and not fits_actnorm:
-        scaled = spec.context.forward(jnp.asarray(context))
-        coefficients = linear_regression(np.asarray(scaled), np.asarray(u))
+        c = np.asarray(scaled(spec.context, jnp.asarray(context)))
+        coefficients = linear_regression(c, np.asarray(u))
         learned["network"] = with_linear_mean(learned["network"], coefficients)
         params = _less_first_features(spec.flow, params)
     fitted = spec.fitted(z, labels) if prior is None else {}
@@ -170,8 +170,8 @@ def with_actnorm(params: Tree, weights: FlowWeights) -> dict[str, Any]:
 @fast_compile
 def _inputs(spec: Any, network: Any, x: Any, context: Any, key: Key[Array, ""]) -> Any:
     """What the flow is given of examples and of their contexts."""
-    scaled = None if context is None else spec.scale_context(context, network)
-    return spec.preprocess(x, key), scaled
+    given = None if context is None else spec.scale_context(context, network)
+    return spec.preprocess(x, key), given
 
 
 def _less_first_features(spec: FlowSpec, params: Any) -> Any:

@@ -18,6 +18,8 @@ from iresnet_jax.bijections.standardize import varies
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
 
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # numbers of components that a criterion chooses among
+
 
 class Mixture:
     """A mixture whose components have the weights ``softmax(logits)``, over the last axis."""
@@ -88,15 +90,15 @@ class GaussianMixture(Mixture):
         # millionth of all latents'.
         settings = {"reg_covar": 1e-6, "max_iter": 30, "random_state": 0}
         found = expectation_maximisation((z - mean) / std, num_components, **settings)
-        factors = np.linalg.inv(np.linalg.cholesky(found.covariances_ * np.outer(std, std)))
+        covariances = found.covariances_ * np.outer(std, std)
+        return cls.of(found.weights_, mean + std * found.means_, covariances)
+
+    @classmethod
+    def of(cls, weights: Any, means: Any, covariances: Any) -> "GaussianMixture":
+        """The mixture with these weights ``(k,)``, means ``(k, d)`` and covariances."""
+        factors = np.linalg.inv(np.linalg.cholesky(covariances))
         log_diagonal = np.log(np.diagonal(factors, axis1=1, axis2=2))
-        parts = (
-            mean + std * found.means_,
-            log_diagonal,
-            np.tril(factors, -1),
-            np.log(found.weights_),
-        )
-        return cls(*map(floats, parts))
+        return cls(*map(floats, (means, log_diagonal, np.tril(factors, -1), np.log(weights))))
 
     @classmethod
     def kernels(cls, z: Float[np.ndarray, "n d"]) -> tuple["GaussianMixture", float]:
@@ -124,7 +126,12 @@ class GaussianMixture(Mixture):
                     math.log(bandwidth) + exponent * log_radius + (1 - exponent) * log_radius.mean()
                 )
                 terms = -0.5 * distances * np.exp(-2 * log_std) - num_dims * log_std
-                found.append((logsumexp(terms, axis=1).mean() - math.log(num - 1), log_std))
+                found.append(
+                    (
+                        float(np.asarray(logsumexp(terms, axis=1)).mean()) - math.log(num - 1),
+                        log_std,
+                    )
+                )
         log_prob, log_std = max(found, key=lambda case: case[0])
         log_diagonal, lower = (
             np.repeat(-log_std[:, None], num_dims, axis=1),
@@ -179,7 +186,7 @@ class GaussianMixture(Mixture):
 
 
 def expectation_maximisation(
-    z: ArrayLike, num_components: int, *, random_state: int, **settings: Any
+    z: ArrayLike, num_components: int, *, random_state: int, most_starts: int = 30, **settings: Any
 ) -> Any:
     """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the
     more starts.
@@ -202,7 +209,7 @@ def expectation_maximisation(
         warnings.catch_warnings(action="ignore", category=ConvergenceWarning),
         threadpool_limits(1),
     ):
-        for _ in range(min(max(10_000 // num, 2), 30)):
+        for _ in range(min(max(10_000 // num, 2), most_starts)):
             with contextlib.suppress(ValueError):
                 found.append(mixture.GaussianMixture(num_components, **settings).fit(z))
     if not found:
@@ -210,6 +217,36 @@ def expectation_maximisation(
             f"{num_components} components of {num} vectors have singular covariances: take fewer"
         )
     return max(found, key=lambda each: (no_component_collapsed(each, num), each.lower_bound_))
+
+
+def fit_mixture(z: Float[np.ndarray, "n d"], covariance: str, num: int) -> Any:
+    """scikit-learn's mixture of standardised vectors, with covariances that are "full" or
+    "diag".
+    """
+    return expectation_maximisation(
+        z, num, random_state=0, most_starts=1, covariance_type=covariance, reg_covar=1e-4
+    )
+
+
+def full(mixture: Any) -> Float[np.ndarray, "k d d"]:
+    """The covariances of scikit-learn's mixture as matrices."""
+    found = mixture.covariances_
+    return found if found.ndim == 3 else found[:, :, None] * np.eye(found.shape[1])
+
+
+def likeliest_size(z: Float[np.ndarray, "n d"]) -> tuple[str, int]:
+    """Covariances and number of components by the Bayesian information criterion (Schwarz 1978)."""
+    found = {("full", 1): np.inf}
+    for covariance, parameters in (("full", z.shape[1] * (z.shape[1] + 1) / 2), ("diag", 0)):
+        criteria = [np.inf]
+        for num in SIZES:
+            is_worse = len(criteria) > 2 and min(criteria[-2:]) > min(criteria)
+            if is_worse or num * max(5, parameters / 4) > len(z):
+                break
+            with contextlib.suppress(ValueError):
+                criteria.append(fit_mixture(z, covariance, num).bic(z))
+                found[covariance, num] = criteria[-1]
+    return min(found, key=lambda size: found[size])
 
 
 def no_component_collapsed(mixture: Any, num: int) -> bool:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import path_of
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.branches.kinds import KINDS
-from iresnet_jax.checked_dataclasses import checked
+from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import of_stored
@@ -47,7 +48,7 @@ def read(
             one's own is not given.
     """
     with _opened(path) as (archive, header):
-        spec = checked(Spec, _with_branches(header["spec"], dict(branches or {})), "model")
+        spec = spec_of(_with_branches(header["spec"], dict(branches or {})))
         is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
         if is_own != (prior is not None):
             raise _RefusedError(
@@ -120,6 +121,28 @@ def _with_branches(plain: Mapping[str, Any], branches: Mapping[str, Any]) -> dic
             "stages": [with_branch(stage) for stage in plain["flow"]["stages"]],
         },
     }
+
+
+def spec_of(plain: Mapping[str, Any]) -> Spec:
+    """A model without its weights, from plain data, also of versions before."""
+    cells = plain.get("cells") or {}
+    if cells.get("type") == "Cells":
+        plain = {**plain, "cells": tagged(_of_cells(cells, plain["transform"]))}
+    return checked(Spec, plain, "model")
+
+
+def _of_cells(plain: Mapping[str, Any], transform: Mapping[str, Any]) -> Marginals:
+    """The columns of a model that was saved with cells, which lines of marginals are now."""
+    values, atoms, least, most = [], [], [], []
+    columns = zip(*(plain[name] for name in ("knots", "gaps", "atoms", "widths")), strict=True)
+    for i, (knots, gaps, places, widths) in enumerate(columns):
+        num = int(np.sum(np.greater(gaps, 0)))
+        values.append([*knots[:num], knots[num - 1] + gaps[num - 1]] if num else [])
+        atoms.append({a: width for a, width in zip(places, widths, strict=True) if width > 0})
+        half = gaps[0] / 2 if num == 1 else 0.0
+        least.append(transform.get("low", {i: -np.inf})[i] + half)
+        most.append(transform.get("high", {i: np.inf})[i] - half)
+    return Marginals.lines(values, atoms, least=least, most=most)
 
 
 @contextlib.contextmanager

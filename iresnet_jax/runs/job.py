@@ -119,12 +119,13 @@ class Job(NamedTuple):
         how = {name: own[name] for name in ("unroll", "rematerialize")}
         return step, Fixed.of(self.config.seed, free, **how)
 
-    def free(self, *, from_model: bool = True) -> Free:
+    def free(self, *, from_model: bool = True, prior: Any = None) -> Free:
         """The model that training starts from: fresh weights, fitted to training data, or replaced
         by the weights of ``training.initial_model``.
 
         Args:
             from_model: Whether to read that file; a resumed training no longer needs it.
+            prior: Prior to begin with; by default one of the model's family is fitted.
         """
         config, spec = self.config, self.spec
         path = config.training.initial_model if from_model else ""
@@ -142,6 +143,7 @@ class Job(NamedTuple):
             x,
             context=context if identity is None else np.tile(identity, (len(x), 1)),
             labels=labels,
+            prior=prior,
             constraint=config.constraint,
             last_scale=config.model.last_scale,
             sharpness=config.model.sharpness,

@@ -1,8 +1,8 @@
 """From a config to its data, and to the architecture and preprocessing of its model."""
 
 from dataclasses import replace
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -12,9 +12,10 @@ from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.data import conditioned_on_labels, load
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.tables import choose, fit_marginals
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.contexts import ContextScale, linear_regression
+from iresnet_jax.models.contexts import ContextScale, ContextScores, linear_regression, scaled
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.saved import Spec
 from iresnet_jax.runs.config import Config, DataConfig, ModelConfig, PreprocessingConfig
@@ -68,8 +69,14 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
     # A network on contexts takes them scaled by `ContextScale`.
     context = None
     if data.contexts:
-        fit_scale = ContextScale.fit if hidden else Standardize.fit_contexts
-        context = fit_scale(data.contexts["train"])
+        rows, kinds = data.contexts["train"], data.context_kinds
+        if hidden and any(kind.levels or len(kind.values) or kind.atoms for kind in kinds):
+            columns = data.context_columns or [None] * len(kinds)
+            nums = [len(column.categories or ()) if column else 0 for column in columns]
+            num_levels = tuple(num if num > 2 else 0 for num in nums)
+            context = ContextScores(fit_marginals(rows, kinds, choose(rows, kinds)), num_levels)
+        else:
+            context = (ContextScale.fit if hidden else Standardize.fit_contexts)(rows)
     return DensitySpec(
         flow=replace(
             flow, noise=config.model.noise if config.model.dequantization == "variational" else None
@@ -81,6 +88,7 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
         cells=data.cells,
         columns=data.columns,
         context=context,
+        context_columns=data.context_columns,
         num_components=config.model.prior_components or None,
         context_hidden=hidden,
     )
@@ -149,7 +157,7 @@ def build_transform(
     settings: PreprocessingConfig,
     data: DataSet,
     *,
-    context: Standardize | None = None,
+    context: Any = None,
     by_class: bool = False,
 ) -> Transform:
     """The preprocessing of a data set; "equalize" counts the levels of its training images.
@@ -193,7 +201,7 @@ def build_transform(
 
 
 def _residuals(
-    line: np.ndarray, data: DataSet, context: Standardize | None, *, by_class: bool
+    line: np.ndarray, data: DataSet, context: Any, *, by_class: bool
 ) -> Float[np.ndarray, "n d"] | None:
     """Examples minus their class mean, or minus the prediction of a linear regression on contexts;
     None without either.
@@ -206,8 +214,8 @@ def _residuals(
         return centred
     if context is None:
         return None
-    scaled = np.asarray(context.forward(jnp.asarray(data.contexts["train"], float)))
-    return centred - scaled @ linear_regression(scaled, centred)
+    c = np.asarray(scaled(context, jnp.asarray(data.contexts["train"], float)))
+    return centred - c @ linear_regression(c, centred)
 
 
 def data_on_the_line(data: DataSet) -> np.ndarray:
@@ -216,6 +224,6 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
     """
     examples = np.asarray(data.examples["train"])
     if data.cells is not None:
-        spread = jax.jit(data.cells.forward_and_logdet)
-        examples = np.asarray(spread(jnp.asarray(examples), jax.random.key(0))[0])
+        noise = np.random.default_rng(0).random(examples.shape)
+        examples = data.cells.placed(examples.astype(np.float64), noise, np)[0]
     return examples if data.ends is None else data.ends.to_line(examples.astype(np.float64), np)[0]

@@ -16,9 +16,9 @@ from typing import Any
 from iresnet_jax.atomic_files import locked, replacing
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.standardize import Identity
-from iresnet_jax.checked_dataclasses import checked, first_difference, tagged, to_plain
+from iresnet_jax.checked_dataclasses import first_difference, tagged, to_plain
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.models.saved import Spec
+from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.runs.config import Config, parse
 
 FORMAT = 1  # version of both files
@@ -61,7 +61,7 @@ def read_model(workdir: Path) -> tuple[Spec, str]:
     """The model of a run without its weights, and the fingerprint of its data."""
     return _read(
         workdir / MODEL_FILE,
-        lambda plain: (checked(Spec, plain["model"], "model"), str(plain["data"]["fingerprint"])),
+        lambda plain: (spec_of(plain["model"]), str(plain["data"]["fingerprint"])),
     )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from iresnet_jax import certify
-from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.models import preprocessing
@@ -30,7 +30,7 @@ DENSITIES = {
     "cells and a context": DensitySpec(
         FlowSpec((2,), (StageSpec(2, hidden=(8,)),), context_dim=3),
         transform=Standardize((3.0, 0.0), (2.0, 0.1)),
-        cells=Cells.of([(0.0, 0.5), ()]),
+        cells=Marginals.lines([(0.0, 0.5), ()]),
     ),
 }
 

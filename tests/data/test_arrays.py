@@ -96,7 +96,7 @@ def test_cells_are_those_of_all_rows_of_one_array():
     even = 2.0 * RNG.integers(0, 9, 200)
     # alone, in a row that is held out
     even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3
-    assert made(beside(even).x, fractions=(0.1, 0.1)).cells.gaps[1] == 1
+    assert made(beside(even).x, fractions=(0.1, 0.1)).cells.spacing[1] == 1
 
 
 @pytest.mark.parametrize(

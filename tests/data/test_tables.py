@@ -1,11 +1,11 @@
-"""Columns of tables: their cells and atoms, the ends that the user gives, and the tails that are
-heavy.
+"""Columns of tables: their cells and atoms, the ends that the user gives, the tails that are heavy,
+and what is said of them.
 """
 
 import numpy as np
 import pytest
 
-from iresnet_jax.data.tables import atoms_of, describe, ends_given, tails_of, values_of
+from iresnet_jax.data.tables import atoms_of, choose, describe, ends_given, tails_of, values_of
 
 RNG = np.random.default_rng(0)
 NAMES = ["rent", "rest", "income"]
@@ -80,7 +80,7 @@ def test_levels_of_booleans_and_categories_are_their_ends_whether_seen_or_not():
         [RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50), RNG.integers(0, 2, 50)], axis=1
     ).astype(np.float32)
     found = described(x, levels=(2, 3, 0))
-    assert found.cells.gaps.tolist() == [[1.0], [1.0], [1.0]]
+    assert found.cells.spacing.tolist() == [1.0, 1.0, 1.0]
     assert ends_of(found) == [(-0.5, 1.5), (-0.5, 2.5), FREE]
 
 
@@ -124,7 +124,7 @@ def test_ends_are_those_that_are_given_by_name_or_number_with_all_of_their_cells
     )
     share[:300], share[300:400] = 0, 1
     with_atoms = described(beside(share), NAMES, bounds={"rest": (0, 1)})
-    assert with_atoms.ends.high[1] == pytest.approx(1 + np.sum(with_atoms.cells.widths[1]))
+    assert with_atoms.ends.high[1] == pytest.approx(np.max(with_atoms.cells.upper[1]))
 
 
 def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
@@ -138,7 +138,6 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
         assert np.median(line[:, 1]) == pytest.approx(0, abs=1e-3)
     counts = described(beside(RNG.poisson(3, 1500)), NAMES, bounds={"rest": (0, np.inf)})
     assert ends_of(counts)[1] == (-0.5, np.inf)
-    assert counts.notes == ("columns with cells: 'rest'", "columns with hard ends: 'rest'")
 
 
 @pytest.mark.parametrize(
@@ -192,5 +191,31 @@ def test_heavy_tails_are_found_and_light_ones_are_left():
 def test_numbers_of_any_size_are_described():
     assert described(1e30 * beside(NORMAL[:, 2]), NAMES).cells is None  # whose squares overflow
     assert describe({"train": 1.6e9 + 1000 * NORMAL}, NAMES).ends is None  # double precision can
-    notes = described(beside(np.where(NORMAL[:, 2] < 0, 0, 1e3 ** NORMAL[:, 2])), NAMES).notes
-    assert notes == ("columns with atoms: 'rest'", "columns with heavy tails: 'rest'")
+
+
+def test_a_line_says_what_each_column_is():
+    """Numbers that are few and frequent are levels, and a level that another column tells follows
+    it.
+    """
+    x = np.stack(
+        [
+            np.where(NORMAL[:, 2] < 0, 0, 1e3 ** NORMAL[:, 2]),
+            RNG.integers(0, 2, 1500),
+            np.round(NORMAL[:, 1], 1),
+            np.full(1500, 7),
+        ],
+        axis=1,
+    )
+    x = np.concatenate([x, 5 * x[:, 1:2], x[:, 2:3]], axis=1).astype(np.float32)
+    table = described(x, ["pay", "sex", "heat", "one", "grade", "again"])
+    low, high = x[:, 2].min(), x[:, 2].max()
+    assert table.notes == (
+        f"pay: numbers, 0 to {x[:, 0].max():g}, often 0.0, heavy tails",
+        "sex: 2 levels",
+        f"heat: multiples of 0.1, {low:g} to {high:g}",
+        "one: always 7",
+        "grade: 2 levels",
+        "again: a copy of heat",
+    )
+    parents = [choice.parent for choice in choose(x, table.kinds)]
+    assert parents in ([-1, 4, -1, -1, -1, -1], [-1, -1, -1, -1, 1, -1])

@@ -93,10 +93,12 @@ def test_frames_of_other_packages_are_converted_by_themselves():
         columns_of(Table())
 
 
-def test_columns_are_found_by_name():
+def test_columns_are_found_by_name_and_unknown_categories_have_no_place():
     np.testing.assert_array_equal(
         numbers_of(FRAME[FRAME.columns[::-1]], COLUMNS), numbers_of(FRAME, COLUMNS)
     )
+    found = numbers_of(FRAME.assign(city=["Oslo", "Rome", "Oslo"]), COLUMNS)
+    assert found[:, [column.name for column in COLUMNS].index("city")].tolist() == [1, -1, 1]
 
 
 @pytest.mark.parametrize(
@@ -104,10 +106,6 @@ def test_columns_are_found_by_name():
     [
         ({"age": ["a", "b", "c"]}, "column 'age' must hold numbers"),
         ({"height": [1.0, 2.0, np.nan]}, "'height' has 1 missing values, the first in row 2"),
-        (
-            {"city": ["Oslo", "Rome", "Oslo"]},
-            "'Rome' in row 1 of column 'city' .* these are 'Bern', 'Oslo'",
-        ),
         ({"weight": [1, 2, 3]}, "the model has no column 'weight'"),
     ],
 )

@@ -14,9 +14,9 @@ import scipy.stats
 
 import iresnet_jax as ir
 from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Standardize
 from iresnet_jax.maths.logdet_series import RouletteLogdet, SeriesLogdet
@@ -225,13 +225,11 @@ def test_classes_of_a_conditional_model_take_contexts():
 
 
 def test_values_between_those_of_a_grid_count_as_the_nearest():
-    model = kept.model(dataclasses.replace(PLANE, cells=Cells.of([(0.0, 1.0), ()])))
-    between = POINTS.copy()
+    model = kept.model(dataclasses.replace(PLANE, cells=Marginals.lines([(0.0, 1.0), ()])))
+    between, key = POINTS.copy(), jax.random.key(0)
     between[:, 0] = [0.2, 0.8, -1.3]
-    np.testing.assert_array_equal(
-        model.log_prob(between),
-        model.log_prob(np.stack([between[:, 0].round(), between[:, 1]], axis=1)),
-    )
+    nearest = np.stack([between[:, 0].round(), between[:, 1]], axis=1)
+    np.testing.assert_array_equal(model.log_prob(between, key), model.log_prob(nearest, key))
 
 
 def test_a_flow_without_blocks_is_a_flow(tmp_path):

@@ -15,9 +15,9 @@ import pytest
 from oracles import dense_conv_matrix, operator_norm
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.cells import Cells
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import read
@@ -48,7 +48,7 @@ SPECS = {
         context_hidden=(4, 2),
     ),
     "prescribed constants": DensitySpec(ir.FlowSpec.bilipschitz((2,), [STAGE], mu=0.2, nu=5.0)),
-    "grid": DensitySpec(PLANE, cells=Cells.of([(0.0, 1.0), ()])),
+    "grid": DensitySpec(PLANE, cells=Marginals.lines([(0.0, 1.0), ()])),
     "levels": DensitySpec(
         ir.FlowSpec(SHAPE, (dataclasses.replace(CONV, factor_out=True), DENSE)),
         "logistic",
