@@ -55,6 +55,7 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
         )
     dim, vectors = model.spec.context_dim, None
     if context is not None:
+        context = model.spec.context_numbers(context)
         vectors = jnp.asarray(as_vectors(context, dim), jnp.result_type(float))
     if (dim and vectors is None) or (
         vectors is not None and (not dim or vectors.shape[-1:] != (dim,))

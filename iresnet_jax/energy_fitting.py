@@ -36,7 +36,7 @@ from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.history import STOPPED
-from iresnet_jax.models.mixtures import GaussianMixture, Marginals
+from iresnet_jax.models.mixtures import EntryMixtures, GaussianMixture
 from iresnet_jax.models.priors import family_of
 from iresnet_jax.starts import MIXTURE_DIMS, WHITENED_DIMS
 from iresnet_jax.training.run import BlowUpError
@@ -69,7 +69,7 @@ def fit_energy(
     trained by their likelihood, and then by both divergences, see
     `iresnet_jax.losses.symmetric_kl`. Its prior is the likeliest before training, on whitened or
     standardised particles: a mixture of normal distributions, or an independent mixture for each
-    entry, see `Marginals`. `evaluate_energy` judges the result.
+    entry, see `EntryMixtures`. `evaluate_energy` judges the result.
 
     Args:
         log_density: ``(n, num_dims) -> (n,)``, the logarithm of the density up to a constant, which
@@ -293,7 +293,7 @@ def _start(
     for transform in (Standardize.fit(x), *([Whiten.fit(x)] if num_dims <= WHITENED_DIMS else [])):
         z = np.asarray(transform.forward(jnp.asarray(x)))
         held_out_z, log_dets, _ = transform.forward_and_logdet(jnp.asarray(held_out))
-        priors: list[Any] = [Marginals.fit(z, PER_MARGINAL)]
+        priors: list[Any] = [EntryMixtures.fit(z, PER_MARGINAL)]
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
             priors.append(_likeliest_mixture(z[:5000], held_out_z))
         starts += [

@@ -139,7 +139,7 @@ class Starts:
         if num * dims**2 > KERNEL_NUMBERS and KERNELS in names:
             names.remove(KERNELS)
         if dims > MIXTURE_DIMS:
-            names = [name for name in names if STARTS[name][1] in LOCATION_SCALE]
+            names = [name for name in names if STARTS[name][1] != "mixture"]
         for name in names:
             if name.startswith("mixture"):
                 self.sizes[name] = likeliest_size(self._placed(name, rows, {})[2])
@@ -212,11 +212,12 @@ class Starts:
             prior, _ = GaussianMixture.kernels(z)
             return "mixture", prior, lambda z: _log_kernels(prior, z)
         if family == "mixture" and STARTS[name][0]:
-            mean, covariance = z.mean(axis=0), shrunk_covariance(z - z.mean(axis=0))
-            weights, means, covariances = np.ones(1), mean[None], covariance[None]
             if name in self.sizes:
                 found = fit_mixture(z, *self.sizes[name])
                 weights, means, covariances = found.weights_, found.means_, full(found)
+            else:
+                means = z.mean(axis=0)[None]
+                weights, covariances = np.ones(1), shrunk_covariance(z - means)[None]
             # Where all else is unlikely, rows are as likely as with independent columns, nearly.
             share = 1 / (len(z) + 1)
             parts = (
@@ -250,6 +251,8 @@ def with_likelier_columns(data: DataSet) -> DataSet:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if data.labels and np.bincount(data.labels["train"]).min() < NUM_FOLDS:
+        return data
     rows = np.random.default_rng(0).permutation(len(data.examples["train"]))[:MOST_ROWS]
     x = np.asarray(data.examples["train"][rows], np.float64)
     choices = choose(x, data.kinds)
@@ -272,7 +275,7 @@ def with_likelier_columns(data: DataSet) -> DataSet:
             model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
             labels = data.labels["train"][rows]
             found[name] = cross_val_score(model, u, labels, scoring="neg_log_loss").mean()
-    if found["line"] >= found["scores"]:
+    if not found["scores"] > found["line"]:
         return data
     space = Space.of_scores(
         fit_marginals(_some(data.examples["train"], MOST_FITTED), data.kinds, choices)

@@ -10,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
@@ -209,6 +210,48 @@ def test_a_model_that_time_has_left_hardly_trained_is_told_of():
     # by the user, or by itself
     for ended in ("it was stopped", "validation no longer improved", ""):
         assert hardly_trained(curve(*falling, num=60, ended=ended)) == ""
+
+
+COUNTS = np.random.default_rng(0).integers(0, 9, (300, 1))
+
+
+@pytest.mark.parametrize(
+    ("x", "outside"),
+    [
+        (COUNTS, 11.0),
+        (COUNTS % 3, -1.0),
+        (0 * COUNTS + 2, 11.0),
+        (COUNTS + np.random.default_rng(1).random((300, 1)), 11.0),
+        (np.hstack([COUNTS, np.random.default_rng(2).normal(size=(300, 1))]), 12.0),
+    ],
+)
+def test_the_density_is_0_beyond_ends_that_are_given(x, outside):
+    model = ir.fit(x, bounds={0: (0, 10)}, minutes=0.01, progress=False)
+    rows = np.repeat(x[:1].astype(np.float32), 2, axis=0)
+    rows[0, 0] = outside
+    found = jax.jit(ir.Density.log_prob)(model, rows)
+    assert np.isneginf(found).tolist() == [True, False]
+    with pytest.raises(ValueError, match="is not within the range 0 to 10 of the model"):
+        model.log_prob(rows)
+
+
+def test_contexts_may_be_a_data_frame_whose_unknown_categories_are_no_error():
+    rng = np.random.default_rng(0)
+    city, age = rng.choice(["Bern", "Oslo", "Rome"], 200), rng.integers(18, 90, 200)
+    context = pd.DataFrame({"city": city, "age": age})
+    x = (city == "Oslo")[:, None] * 3 + rng.normal(size=(200, 1))
+    model = ir.fit(x, context=context, architecture=TINY, steps=2, progress=False)
+    assert model.spec.context.num_levels == (3, 0)
+    some = context[["age", "city"]][:4]  # found by name
+    found = model.log_prob(x[:4].astype(np.float32), context=some)
+    one = model.given(context[:1]).log_prob(x[:1].astype(np.float32))
+    np.testing.assert_allclose(one, found[:1], rtol=1e-4)
+    samples, _ = model.sample(jax.random.key(0), 4, context=some)
+    latents = model.encode(samples, context=some)
+    data, info = ir.certify.decode(model, latents, context=some)
+    np.testing.assert_allclose(data, samples, atol=1e-3)
+    assert np.all(info.certificate.error_bound < 1e-3)
+    assert np.isfinite(model.log_prob(x[:4], context=some.assign(city="Ulm"))).all()
 
 
 def test_without_time_a_density_is_its_likeliest_start(tmp_path):

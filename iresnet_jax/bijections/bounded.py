@@ -159,15 +159,6 @@ class Bounded(ClosedForm):
         free_slopes = xp.where(scale > 0, xp.log(unit) + xp.logaddexp(t, -t) - math.log(2), 0)
         return xp.where(bounded, x, free), xp.where(bounded, log_slopes, free_slopes)
 
-    def clip(self, x: Any, margin: Any) -> Any:
-        """Vectors whose entries with a finite margin (entries with cells) stay at least this far
-        from their ends.
-
-        A point between two cells may be rounded to either, but beyond the last cell there is none.
-        """
-        low, high, *_ = self._rows(x, jnp)
-        return jnp.where(margin < jnp.inf, jnp.clip(x, low + margin, high - margin), x)
-
     @on_balls
     def enclose_inverse(
         self, y: Float[np.ndarray, "b d"], radius: Float[np.ndarray, " b"]

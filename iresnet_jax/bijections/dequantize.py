@@ -9,7 +9,6 @@ years.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -133,37 +132,9 @@ def check_levels(
         raise ValueError(f"the model takes {wanted}, got levels from {lowest} to {highest}")
 
 
-class Spread(Bijection):
-    """From values to points of their cells: a bijection in distribution. `forward` alone gives the
-    middle of a cell.
-
-    Attributes:
-        noisy: ``(x, key)`` to a point of the cell of each value.
-        nearest: The value in whose cell each point lies.
-        log_ratio: Logarithm of the volume of each example's cell, in units of the data's.
-    """
-
-    noisy: Callable[[Any, Any], Array]
-    nearest: Callable[[Any], Array]
-    log_ratio: Callable[[Any], Array]
-
-    def forward_and_logdet(self, x, key):
-        """`noisy` points, and `log_ratio`."""
-        u = self.noisy(x, key)
-        return u, self.log_ratio(x).astype(u.dtype), no_logdet_error(u)
-
-    def inverse(self, y):
-        """`nearest` values."""
-        return self.nearest(y), no_inverse_error(y)
-
-    def inverse_and_logdet(self, y, key=None):
-        """`nearest` values, and minus their `log_ratio`."""
-        x = self.nearest(y)
-        return x, -self.log_ratio(x).astype(y.dtype), no_logdet_error(y), no_inverse_error(y)
-
-
-class Dequantize(Spread):
-    r"""From integer levels to [0, 1), with a new noise at each forward pass.
+class Dequantize(Bijection):
+    r"""From integer levels to [0, 1), with a new noise at each forward pass: a bijection in
+    distribution. `forward` alone gives the middle of a cell.
 
     ``log|det| = -D log num_levels`` from the unit cubes of the levels to [0, 1).
     """
@@ -175,17 +146,22 @@ class Dequantize(Spread):
         """`cell_centers`."""
         return cell_centers(x, self.num_levels)
 
-    def noisy(self, x, key):
-        """`dequantize`."""
-        return dequantize(key, x, self.num_levels)
+    def forward_and_logdet(self, x, key):
+        """`dequantize`, and the logarithm of the cells' volume."""
+        u = dequantize(key, x, self.num_levels)
+        return u, self._log_volume(u), no_logdet_error(u)
 
-    def nearest(self, u):
+    def inverse(self, y):
         """`quantize`."""
-        return quantize(u, self.num_levels)
+        return quantize(y, self.num_levels), no_inverse_error(y)
 
-    def log_ratio(self, x):
-        """Volume of as many cells as an example has entries."""
-        return jnp.full(len(x), -math.prod(x.shape[1:]) * math.log(self.num_levels))
+    def inverse_and_logdet(self, y, key=None):
+        """`quantize`, and minus the logarithm of the cells' volume."""
+        x, info = self.inverse(y)
+        return x, -self._log_volume(y), no_logdet_error(y), info
+
+    def _log_volume(self, u):
+        return jnp.full(len(u), -math.prod(u.shape[1:]) * math.log(self.num_levels), u.dtype)
 
 
 def certain_levels(

@@ -259,7 +259,7 @@ class Marginals(Bounded):
         if self.is_continuous:
             line, log_slopes = super().to_line(x, xp)
             z, slopes = self._spline(line, xp)
-            return Places(z, z, z != z, z, log_slopes + xp.log(slopes))
+            return Places(z, z, xp.zeros(z.shape, bool), z, log_slopes + xp.log(slopes))
         spacing, origin, least, most = (
             self._row(name, xp, x.dtype) for name in ("spacing", "origin", "least", "most")
         )
@@ -304,6 +304,8 @@ class Marginals(Bounded):
         rounding = log_slope + xp.log(step) - xp.log(xp.maximum(high - low, xp.finfo(x.dtype).tiny))
         factor = factor + xp.where(is_fine, rounding, 0)
         factor = xp.where(is_listed, occurring - unit, xp.where(is_lacking, lacking, factor))
+        is_beyond = (x < self._row("low", xp, x.dtype)) | (x > self._row("high", xp, x.dtype))
+        factor = xp.where(is_beyond, -xp.inf, factor)
         has_mass = is_listed | has_levels | (spacing > 0)
         low, high = xp.where(has_mass, low, -1), xp.where(has_mass, high, 1)
         return Places(low, high, has_mass, z, factor)

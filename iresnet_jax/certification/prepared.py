@@ -101,10 +101,11 @@ def check(
     model = dataclasses.replace(model, weights=weights)  # pyright: ignore[reportArgumentType]
     if any(np.ndim(batch) == 0 for batch in given):
         raise ValueError("certificates are for batches of examples, got a scalar")
+    found: Any = context
     if given:
         dim = getattr(model.spec, "context_dim", 0)
-        context = of_samples(context, len(given[0]), dim)
-        check_context(dim, len(given[0]), context)
+        found = of_samples(model.spec.context_numbers(context), len(given[0]), dim)
+        check_context(dim, len(given[0]), found)
     for stage in model.spec.flow.layout:
         scale, branch = model.weights[stage.name]
         if not np.all(np.abs(scale.log_scale) <= LARGEST_EXPONENT):
@@ -125,7 +126,7 @@ def check(
             "a block is not certified to be a contraction, so the inverse may not be "
             "unique: see certificate()"
         )
-    return model, context
+    return model, found
 
 
 @contextlib.contextmanager

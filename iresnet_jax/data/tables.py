@@ -140,7 +140,7 @@ def describe(
     ]
     cells, (least, most) = None, np.array(ranges).T
     if any(map(len, values)) or any(atoms):
-        rare = [[[0, -math.log(len(x) + 1)]]] * len(kinds)
+        rare = [[[0, -np.inf if k.is_given else -math.log(len(x) + 1)]] for k in kinds]
         cells = Marginals.lines(values, atoms, least=least, most=most, reserved=rare)
     if not is_density:
         return Table(cells, kinds=kinds)
@@ -360,7 +360,9 @@ def fit_marginals(x: Rows, kinds: Sequence[Kind], choices: Sequence[Choice]) -> 
     for numbers, kind, choice in zip(x.T, kinds, choices, strict=True):
         if kind.levels:
             parent = None if choice.parent < 0 else (x[:, choice.parent], kinds[choice.parent])
-            columns.append(_levels(numbers, kind, parent) | {"parent": choice.parent})
+            ends = {"low": kind.low, "high": kind.high, "least": kind.low, "most": kind.high}
+            columns.append(_levels(numbers, kind, parent) | (ends if kind.is_given else {}))
+            columns[-1]["parent"] = choice.parent
         else:
             columns.append(_numbers(numbers, kind, choice))
     return Marginals.of(columns)

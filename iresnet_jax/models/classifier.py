@@ -114,6 +114,10 @@ class ClassifierSpec:
         """Length of a context vector: 0, as classifiers have none."""
         return 0
 
+    def context_numbers(self, context: Any) -> Any:
+        """Contexts as they are, for the flow to refuse."""
+        return context
+
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of an image's features, ``(h, w, c)`` or, after dense blocks, ``(d,)``."""

@@ -28,8 +28,9 @@ from iresnet_jax.bijections.standardize import ROUNDING, Standardize, set_floats
 from iresnet_jax.checked_dataclasses import check_unmasked, pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
+from iresnet_jax.models.columns import Frame
 
-Contexts = Num[Array, "..."] | Num[np.ndarray, "..."]
+Contexts = Num[Array, "..."] | Num[np.ndarray, "..."] | Frame
 Network = Mapping[str, Mapping[str, Array]]
 
 
@@ -66,7 +67,7 @@ def for_examples(context: Any, num: int) -> Float[np.ndarray, "n k"]:
     return context
 
 
-def of_samples(context: Contexts | None, num: int, dim: int) -> Contexts | None:
+def of_samples(context: Any, num: int, dim: int) -> Any:
     """A context for each of so many samples, from one for all or one for each.
 
     Raises:

@@ -291,15 +291,15 @@ class Density(Model, spec=DensitySpec):
             ValueError: If the model takes no contexts or not one of this shape, or has branches of
                 one's own.
         """
-        dim, context = self.spec.context_dim, self.spec.context_numbers(context)
-        vector = contexts.as_vectors(context, dim)
+        dim, found = self.spec.context_dim, self.spec.context_numbers(context)
+        vector = contexts.as_vectors(found, dim)
         vector = vector[0] if vector.shape == (1, dim) else vector
         if not dim:
             raise ValueError("the model takes no contexts: there is none that it could be given")
         if vector.shape != (dim,):
             raise ValueError(
                 f"the model must be given one context of shape ({dim},), got shape "
-                f"{np.shape(context)}"
+                f"{np.shape(found)}"
             )
         scaled = self.scale_context(vector[None])
         assert scaled is not None

@@ -354,7 +354,7 @@ class ScaleMixture(Mixture):
 
 
 @pytree(arrays=("mean", "log_scale", "logits"))
-class Marginals(Mixture):
+class EntryMixtures(Mixture):
     """Independent entries that are mixtures each, ``p(z) = prod_j sum_k w_jk N(z_j; mean_jk,
     scale_jk^2)``.
 
@@ -372,13 +372,13 @@ class Marginals(Mixture):
     logits: Any
 
     @classmethod
-    def standard(cls, num_dims: int, num_components: int) -> "Marginals":
+    def standard(cls, num_dims: int, num_components: int) -> "EntryMixtures":
         """Components that are all standard normal and equally likely."""
         zeros = floats(np.zeros((num_dims, num_components)))
         return cls(zeros, zeros, zeros)
 
     @classmethod
-    def fit(cls, z: ArrayLike, num_components: int) -> "Marginals":
+    def fit(cls, z: ArrayLike, num_components: int) -> "EntryMixtures":
         """Expectation maximisation for each entry by itself, from components at its quantiles."""
         z = np.asarray(z, jnp.result_type(float))
         places = (np.arange(num_components) + 0.5) / num_components
@@ -420,7 +420,7 @@ class Marginals(Mixture):
 
 
 @jax.jit
-def _maximise(start: Marginals, z: Float[Array, "n d"]) -> Marginals:
+def _maximise(start: EntryMixtures, z: Float[Array, "n d"]) -> EntryMixtures:
     least = jnp.square(1e-3 * jnp.std(z, axis=0))[:, None]  # variance of a component
 
     def step(_, now):
@@ -428,6 +428,8 @@ def _maximise(start: Marginals, z: Float[Array, "n d"]) -> Marginals:
         counts = jnp.sum(shares, axis=0) + 1e-6
         mean = jnp.einsum("ndc,nd->dc", shares, z) / counts
         square = jnp.sum(shares * jnp.square(z[:, :, None] - mean[None]), axis=0) / counts
-        return Marginals(mean, 0.5 * jnp.log(jnp.maximum(square, least)), jnp.log(counts / len(z)))
+        return EntryMixtures(
+            mean, 0.5 * jnp.log(jnp.maximum(square, least)), jnp.log(counts / len(z))
+        )
 
     return lax.fori_loop(0, 200, step, start)

@@ -200,8 +200,7 @@ class Model:
             bounds: See `bounds`.
         """
         num, dim = self.spec.flow.num_dims, self.spec.context_dim
-        context = getattr(self.spec, "context_numbers", lambda given: given)(context)
-        examples = as_batch(jnp.asarray(z), (num,), context, dim)
+        examples = as_batch(jnp.asarray(z), (num,), self.spec.context_numbers(context), dim)
         bounds = self._own(bounds)
         return examples.restore(_decode(self, examples.x, examples.context, bounds))
 

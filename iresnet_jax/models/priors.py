@@ -21,7 +21,7 @@ from iresnet_jax.bijections.logit import log_logistic
 from iresnet_jax.branches.own import Structure
 from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
-from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
+from iresnet_jax.models.mixtures import EntryMixtures, GaussianMixture, ScaleMixture
 
 NUM_FOLDS = 5  # of the cross-validation of classifiers
 NUM_REGRESSED = 5000  # latents that logistic regression is fitted to
@@ -105,7 +105,7 @@ LOCATION_SCALE: dict[str, Any] = {"gaussian": Gaussian, "logistic": Logistic}
 MIXTURES: dict[str, Any] = {
     "mixture": GaussianMixture,
     "scales": ScaleMixture,
-    "marginals": Marginals,
+    "marginals": EntryMixtures,
 }  # of components
 FAMILIES = {**LOCATION_SCALE, **MIXTURES}
 OWN = "own"  # the family of a prior of one's own

@@ -15,7 +15,7 @@ from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
 from iresnet_jax.models import priors
-from iresnet_jax.models.mixtures import Marginals
+from iresnet_jax.models.mixtures import EntryMixtures
 from iresnet_jax.models.priors import Gaussian
 
 FLOW = ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(4,), activation="tanh"),))
@@ -92,7 +92,7 @@ def test_a_file_holds_its_numbers(tmp_path):
 
 def test_independent_mixtures_of_the_library_need_no_template(tmp_path):
     model = ir.Density.init(
-        jax.random.key(0), X, stages=FLOW.stages, prior=Marginals.fit(np.asarray(X), 3)
+        jax.random.key(0), X, stages=FLOW.stages, prior=EntryMixtures.fit(np.asarray(X), 3)
     )
     assert (model.spec.prior_family, model.spec.num_components) == ("marginals", 3)
     file = model.save(tmp_path / "model.npz")

@@ -9,7 +9,7 @@ import pytest
 from scipy import special, stats
 
 from iresnet_jax.models import priors
-from iresnet_jax.models.mixtures import GaussianMixture, Marginals, ScaleMixture
+from iresnet_jax.models.mixtures import EntryMixtures, GaussianMixture, ScaleMixture
 from iresnet_jax.models.priors import ClassPriors, Gaussian, Logistic
 
 EXACT = 1e-9  # float64, same maths by another route
@@ -50,7 +50,7 @@ def by_scipy(prior, z):
             .logpdf(z)
             .sum(axis=1)
         )
-    if isinstance(prior, Marginals):
+    if isinstance(prior, EntryMixtures):
         of_components = stats.norm(prior.mean, np.exp(prior.log_scale)).logpdf(z[:, :, None])
         return special.logsumexp(
             of_components, axis=2, b=special.softmax(prior.logits, axis=1)
@@ -153,7 +153,7 @@ def test_a_mixture_is_fitted_to_modes():
 
 
 def test_latents_that_are_all_alike_have_a_fit():
-    for family in (Gaussian, ScaleMixture, Marginals):
+    for family in (Gaussian, ScaleMixture, EntryMixtures):
         sizes = [2] if family in priors.MIXTURES.values() else []
         assert all(
             np.isfinite(leaf).all() for leaf in jax.tree.leaves(family.fit(np.ones((4, D)), *sizes))
