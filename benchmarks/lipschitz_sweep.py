@@ -22,12 +22,13 @@ import numpy as np
 from _models import load, read_config
 from _record import parser, show, write
 
+from iresnet_jax.arguments import to_plain
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.checked_dataclasses import first_difference, to_plain
 from iresnet_jax.evaluation import classification
 from iresnet_jax.evaluation.report import TrainingTimes
 from iresnet_jax.evaluation.round_trips import round_trip
 from iresnet_jax.models.model import FILE_NAME
+from iresnet_jax.pytrees import first_difference
 from iresnet_jax.runs import job
 from iresnet_jax.runs.metrics import read_metrics
 

@@ -29,7 +29,7 @@ FOLDERS = (
     "evaluation",
 )
 SHOWN_FILES = (".json", ".jsonl", ".png", ".md")  # of benchmarks/, which pages link to
-NUMBERS = {  # names of annotations in checked_dataclasses.py
+NUMBERS = {  # names of annotations in arguments.py
     "Count": "integer in [1, inf)",
     "CountOrNone": "integer in [0, inf)",
     "Positive": "(0, inf)",

@@ -21,7 +21,7 @@ from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float, Key, Shaped
 from scipy.special import log_softmax
 
-from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.arguments import Count, checked
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet

@@ -26,8 +26,8 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax import losses
+from iresnet_jax.arguments import Count, Positive, checked
 from iresnet_jax.bijections.standardize import Standardize, Whiten
-from iresnet_jax.checked_dataclasses import Count, Positive, checked
 from iresnet_jax.fit_settings import EXACT_DIMS
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
 from iresnet_jax.maths.keys import single_key

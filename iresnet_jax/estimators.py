@@ -20,7 +20,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked
+from iresnet_jax.arguments import Count, check_unmasked, checked
 from iresnet_jax.fitting import fit
 from iresnet_jax.maths.keys import keys_of_examples
 from iresnet_jax.models.density import Density

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from iresnet_jax.checked_dataclasses import to_plain
+from iresnet_jax.arguments import to_plain
 from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.runs.config import Config, parse, with_field

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from iresnet_jax.checked_dataclasses import Count, Positive, Range, checked
+from iresnet_jax.arguments import Count, Positive, Range, checked
 from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.fit_settings import (

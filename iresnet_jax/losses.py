@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.checked_dataclasses import Count, checked
+from iresnet_jax.arguments import Count, checked
 from iresnet_jax.models.density import Density
 
 LogDensity = Callable[[Array], Any]  # (b, ...) -> (b,)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm, no_inverse_error
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.upward_rounding import rounded_up
+from iresnet_jax.pytrees import pytree
 
 EPS = 1e-5  # added to variances, which caps scales at 316
 

@@ -30,10 +30,10 @@ from jaxtyping import Array, Float, Num
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, on_balls
 from iresnet_jax.bijections.standardize import ROUNDING, Identity, Standardize, Whiten
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
+from iresnet_jax.pytrees import pytree
 
 TAIL = 2.0**-18  # share of an end up to which distances from it belong to the tail
 # Distance from an end that a value exactly there counts as, as a share of the width or scale.

@@ -45,11 +45,11 @@ from iresnet_jax.bijections.logit import (
 )
 from iresnet_jax.bijections.reshape import flatten
 from iresnet_jax.bijections.standardize import ROUNDING, set_floats
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble, where
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
+from iresnet_jax.pytrees import pytree
 
 # Weight of the frequency over all entries in an entry's share, so that no level is impossible.
 WEIGHT_OF_ALL = 0.01

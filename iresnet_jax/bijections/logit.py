@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, increasing, on_balls
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.precise_activations import sigmoid
 from iresnet_jax.maths.upward_rounding import UP, U
+from iresnet_jax.pytrees import pytree
 
 UNIT_ERROR = 2.0**-80  # absolute error of a logistic function in double-double, with a wide margin
 

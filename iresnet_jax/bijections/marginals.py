@@ -43,9 +43,9 @@ from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import uniform
 from iresnet_jax.bijections.enclosure import Enclosure
 from iresnet_jax.bijections.standardize import ROUNDING, set_floats
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.upward_rounding import UP, U
+from iresnet_jax.pytrees import pytree
 
 NARROW = 1e-3  # width of scores within which the normal density is as good as constant
 FINE = 3e-5  # width below which a difference of scores is rounded more than a slope times a width

@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Num
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, affine, on_balls
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.convolution_certificate import dense_norm_bound
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, model_bounds
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.maths.upward_rounding import UP, U, as_floats
+from iresnet_jax.pytrees import pytree
 
 ROUNDING = 4e-6  # relative error of constants computed in float32, with a margin
 # Least standard deviation within classes that `Whiten.fit` takes, relative to the whole data's.

@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.checked_dataclasses import check_unmasked, finite_numbers
+from iresnet_jax.arguments import check_unmasked, finite_numbers
 from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.tables import Table, describe
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of

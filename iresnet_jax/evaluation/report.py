@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import replacing
-from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.evaluation import (
     calibration,
     classification,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from iresnet_jax.checked_dataclasses import Count, CountOrNone, Positive
+from iresnet_jax.arguments import Count, CountOrNone, Positive
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from iresnet_jax.arguments import Count, checked
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
 from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget
 from iresnet_jax.branches.own import name_of
-from iresnet_jax.checked_dataclasses import Count, checked
 
 PREFIX = "noise_"  # of the names of the stages of the flow of noise
 

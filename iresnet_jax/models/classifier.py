@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
+from iresnet_jax.arguments import Count, check_unmasked, checked
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.dequantize import check_levels, known_levels
-from iresnet_jax.checked_dataclasses import Count, check_unmasked, checked, pytree
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
@@ -43,6 +43,7 @@ from iresnet_jax.models.head import (
 from iresnet_jax.models.history import History
 from iresnet_jax.models.leading_axes import Examples, as_batch
 from iresnet_jax.models.model import DecodeInfo, How, Model
+from iresnet_jax.pytrees import pytree
 
 Images = Num[Array, "... h w c"] | Num[np.ndarray, "... h w c"]
 

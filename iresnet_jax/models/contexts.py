@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
+from iresnet_jax.arguments import check_unmasked
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.standardize import ROUNDING, Standardize, set_floats
-from iresnet_jax.checked_dataclasses import check_unmasked, pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Frame
+from iresnet_jax.pytrees import pytree
 
 Contexts = Num[Array, "..."] | Num[np.ndarray, "..."] | Frame
 Network = Mapping[str, Mapping[str, Array]]

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
 
+from iresnet_jax.arguments import Count, NotNegative, checked
 from iresnet_jax.bijections.bijection import (
     Bijection,
     add_logdet_info,
@@ -35,7 +36,6 @@ from iresnet_jax.bijections.bijection import (
 from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Standardize
-from iresnet_jax.checked_dataclasses import Count, NotNegative, checked
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.keys import keys_of_examples, single_key, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds

@@ -16,12 +16,12 @@ from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.models import contexts, noise, preprocessing, priors
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.columns import Column, Frame, numbers_of
 from iresnet_jax.models.contexts import Contexts, ContextScale, ContextScores, Network
+from iresnet_jax.pytrees import pytree
 
 Transform = Identity | Center | Logit | Equalize | Standardize | Whiten | Bounded
 

@@ -10,12 +10,13 @@ from typing import Any, Generic, Literal, TypeVar
 
 import jax
 
-from iresnet_jax.checked_dataclasses import Count, pytree
+from iresnet_jax.arguments import Count
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import as_params, bounded, carried_bounds
 from iresnet_jax.models.model import MODELS, How, Model, remember
+from iresnet_jax.pytrees import pytree
 
 M = TypeVar("M", bound=Model)
 # (params, iterates) -> constrained weights

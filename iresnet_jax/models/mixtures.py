@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Key
 from numpy.typing import ArrayLike
 
 from iresnet_jax.bijections.standardize import varies
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
+from iresnet_jax.pytrees import pytree
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # numbers of components that a criterion chooses among
 

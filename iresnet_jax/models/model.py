@@ -22,7 +22,6 @@ from iresnet_jax.atomic_files import path_of, replacing
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.checked_dataclasses import pytree, tagged
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
@@ -41,6 +40,7 @@ from iresnet_jax.models.flow import (
     is_traced,
 )
 from iresnet_jax.models.leading_axes import Examples, as_batch
+from iresnet_jax.pytrees import pytree, tagged
 
 FILE_NAME = "model.npz"
 FORMAT = 2

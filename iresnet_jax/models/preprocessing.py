@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
+from iresnet_jax.arguments import check_unmasked, finite_numbers
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Dequantize, check_levels
 from iresnet_jax.bijections.standardize import Identity
-from iresnet_jax.checked_dataclasses import check_unmasked, finite_numbers
 from iresnet_jax.models.columns import Frame, numbers_of
 
 

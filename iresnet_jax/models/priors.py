@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike
 
 from iresnet_jax.bijections.logit import log_logistic
 from iresnet_jax.branches.own import Structure
-from iresnet_jax.checked_dataclasses import pytree
 from iresnet_jax.maths.platforms import floats
 from iresnet_jax.models.mixtures import EntryMixtures, GaussianMixture, ScaleMixture
+from iresnet_jax.pytrees import pytree
 
 NUM_FOLDS = 5  # of the cross-validation of classifiers
 NUM_REGRESSED = 5000  # latents that logistic regression is fitted to

@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.arguments import checked
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.branches.kinds import KINDS
-from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models import priors
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MODELS, array_name
+from iresnet_jax.pytrees import tagged
 
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 

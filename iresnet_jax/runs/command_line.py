@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import path_of
-from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.training.signals import Stopped
 
 if TYPE_CHECKING:

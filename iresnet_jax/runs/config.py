@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 
 import ml_collections
 
-from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.checked_dataclasses import (
+from iresnet_jax.arguments import (
     Count,
     CountOrNone,
     Decay,
@@ -23,6 +22,7 @@ from iresnet_jax.checked_dataclasses import (
     Range,
     from_plain,
 )
+from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data.augment import check_transformations
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from iresnet_jax.checked_dataclasses import first_difference
+from iresnet_jax.pytrees import first_difference
 from iresnet_jax.training import parallel, signals
 
 INITIALIZATION_S = 300  # longest wait until all processes have joined

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.arguments import checked, to_plain
 from iresnet_jax.atomic_files import path_of
-from iresnet_jax.checked_dataclasses import checked, tagged, to_plain
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths import platforms
@@ -25,6 +25,7 @@ from iresnet_jax.models.free import Free, num_parameters
 from iresnet_jax.models.initial import VECTORS, abstract, initial
 from iresnet_jax.models.model import How
 from iresnet_jax.models.saved import Spec
+from iresnet_jax.pytrees import tagged
 from iresnet_jax.runs import hosts, run_folder
 from iresnet_jax.runs.config import AugmentationConfig, Config
 from iresnet_jax.runs.metrics import Bar, Metrics

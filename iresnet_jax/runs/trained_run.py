@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import path_of
-from iresnet_jax.checked_dataclasses import to_plain
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.machine import prepare_backend

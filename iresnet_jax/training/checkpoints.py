@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.atomic_files import locked, path_of, replacing
-from iresnet_jax.checked_dataclasses import first_difference, tagged
 from iresnet_jax.models.model import array_name
+from iresnet_jax.pytrees import first_difference, tagged
 from iresnet_jax.training import parallel
 from iresnet_jax.training.background import Background
 from iresnet_jax.training.callbacks import Callback

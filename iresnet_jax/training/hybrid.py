@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.checked_dataclasses import CountOrNone, NotNegative
+from iresnet_jax.arguments import CountOrNone, NotNegative
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training.classification import Augment

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from iresnet_jax.checked_dataclasses import CountOrNone, Decay, NotNegative, Positive, Range
+from iresnet_jax.arguments import CountOrNone, Decay, NotNegative, Positive, Range
 
 # root mean square of an Adam update divided by the learning rate (Liu et al., 2025, Section 2.2)
 ADAM_RMS = 0.2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iresnet_jax.checked_dataclasses import (
+from iresnet_jax.arguments import (
     Count,
     CountOrNone,
     Decay,

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from iresnet_jax.checked_dataclasses import from_plain, tagged
+from iresnet_jax.arguments import from_plain
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of, table_of
+from iresnet_jax.pytrees import tagged
 
 
 @dataclasses.dataclass(frozen=True)

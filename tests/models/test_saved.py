@@ -16,14 +16,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import iresnet_jax as ir
+from iresnet_jax.arguments import checked
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.checked_dataclasses import checked, tagged
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.saved import Spec, model_of
+from iresnet_jax.pytrees import tagged
 
 FLOW = FlowSpec(
     (4, 4, 1),

@@ -13,7 +13,7 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import ROOT
 
-from iresnet_jax.checked_dataclasses import to_plain
+from iresnet_jax.arguments import to_plain
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import job
 from iresnet_jax.runs.command_line import parse_train_flags

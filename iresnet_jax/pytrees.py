@@ -1,0 +1,119 @@
+"""Frozen dataclasses as pytrees, and as JSON data with their types."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+
+@typing.dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
+)
+def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
+    """Makes a class a frozen dataclass and a pytree: the named fields hold arrays or pytrees, all
+    others are static.
+
+    Two instances are equal if their static fields and the numbers in their arrays are equal.
+    ``__post_init__`` does not run when JAX rebuilds an instance, as tracers have no values to
+    check.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        static = tuple(field.name for field in dataclasses.fields(made) if field.name not in arrays)
+
+        def flatten(value):
+            return [getattr(value, name) for name in arrays], tuple(
+                getattr(value, name) for name in static
+            )
+
+        def flatten_with_keys(value):
+            children, known = flatten(value)
+            return [
+                (jax.tree_util.GetAttrKey(name), child)
+                for name, child in zip(arrays, children, strict=True)
+            ], known
+
+        def unflatten(known, children):
+            value = object.__new__(made)
+            value.__dict__.update(
+                zip(static, known, strict=True), **dict(zip(arrays, children, strict=True))
+            )
+            return value
+
+        def equal(value, other):
+            if type(other) is not made:
+                return NotImplemented
+            (ours, structure), (theirs, of_other) = jax.tree.flatten(value), jax.tree.flatten(other)
+            return structure == of_other and all(map(np.array_equal, ours, theirs))
+
+        made.__eq__, made.__hash__ = equal, lambda value: hash((made, flatten(value)[1]))
+        jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        return made
+
+    return register
+
+
+def tagged(value: Any) -> Any:
+    """A dataclass as JSON data, with the name of every dataclass in it under "type"; arrays are
+    lists of their numbers.
+
+    A field with "name" in its metadata holds something that is not data: the function "name"
+    returns its name; the field is left out if that is None.
+    """
+    if dataclasses.is_dataclass(value):
+        entries = [
+            (field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        ]
+        kept = [
+            (field, entry)
+            for field, entry in entries
+            if entry is not None or "name" not in field.metadata
+        ]
+        plain = {field.name: field.metadata.get("name", tagged)(entry) for field, entry in kept}
+        return {"type": type(value).__name__, **plain}
+    if isinstance(value, np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    return (
+        [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)
+    )
+
+
+def first_difference(
+    ours: Any, theirs: Any, path: str, where: tuple[str, str] = ("now", "before")
+) -> str | None:
+    """Names the first entry in which plain data differ, with both values; None if they agree.
+
+    Args:
+        ours: Some data.
+        theirs: Data to compare with.
+        path: Name of the data in the sentence.
+        where: Names of the two places in the sentence.
+    """
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            if key not in ours or key not in theirs:
+                return f"{path}.{key} is there {where[key in theirs]} alone"
+            if difference := first_difference(ours[key], theirs[key], f"{path}.{key}", where):
+                return difference
+        return None
+    if ours == theirs:
+        return None
+    return f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
+
+
+def _number_of_python(value: Any) -> Any:
+    """A number of NumPy or JAX as a Python number, a dataclass as a dictionary, and any other value
+    unchanged.
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
