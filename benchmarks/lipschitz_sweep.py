@@ -22,7 +22,6 @@ import numpy as np
 from _models import load, read_config
 from _record import parser, show, write
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.evaluation import classification
 from iresnet_jax.evaluation.report import TrainingTimes
@@ -30,6 +29,7 @@ from iresnet_jax.evaluation.round_trips import round_trip
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.pytrees import first_difference
 from iresnet_jax.runs import job
+from iresnet_jax.runs.config import to_plain
 from iresnet_jax.runs.metrics import read_metrics
 
 VARIANTS = ("vanilla", "0.9", "0.8", "0.7", "0.6", "0.5")

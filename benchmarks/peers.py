@@ -29,9 +29,8 @@ from _processes import core_counts, most_cores, pin, workers
 from _record import parser, show, take_turns, write
 from _steps import WARMUP, prepare_jax
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.runs import plan
-from iresnet_jax.runs.config import default_config, parse
+from iresnet_jax.runs.config import default_config, parse, to_plain
 from iresnet_jax.runs.model_from_config import density_spec
 
 NAIVE = "naive"

@@ -101,7 +101,6 @@ def fit_energy(
     minutes = checked(Positive, minutes, "minutes")
     if steps is not None:
         steps = checked(Count, steps, "steps")
-    stages = checked(tuple[StageSpec, ...], stages, "stages")
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(
         single_key(key), 5
     )

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.runs.config import Config, parse, with_field
+from iresnet_jax.runs.config import Config, parse, set_field, to_plain
 from iresnet_jax.starts import WHITENED_DIMS
 from iresnet_jax.training.run import LONGEST, VALIDATIONS
 from iresnet_jax.training.train import STEPS_IN_TIME
@@ -57,7 +56,7 @@ def choose_settings(
     objective = objective or (
         "density" if data.num_classes is None else "hybrid" if is_vectors else "classification"
     )
-    if objective != "density" and data.num_classes is None:
+    if objective in ("classification", "hybrid") and data.num_classes is None:
         raise ValueError(f"the objective {objective} needs labels: give the class of each example")
     num, devices = len(data.examples["train"]), jax.local_device_count()
     chosen = _for_vectors(data, objective) if is_vectors else _for_images(data, objective)
@@ -168,7 +167,7 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``."""
     plain = to_plain(config)
     for name, value in settings.items():
-        plain = with_field(plain, name, lambda _, value=value: value)
+        set_field(plain, name, value)
     return parse(plain)
 
 

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -140,13 +140,10 @@ def fit(
     began = time.monotonic()
     start_backend()
     cache_programs()
-    minutes = checked(Positive | None, minutes, "minutes")
-    steps = checked(Count | None, steps, "steps")
+    minutes = None if minutes is None else checked(Positive, minutes, "minutes")
+    steps = None if steps is None else checked(Count, steps, "steps")
     if minutes is not None and steps is not None:
         raise ValueError(f"give minutes or steps, not both: got {minutes} and {steps}")
-    objective = checked(
-        Literal["density", "classification", "hybrid"] | None, objective, "objective"
-    )
     validation_fraction = checked(
         Annotated[float, Range("(0, 1)")], validation_fraction, "validation_fraction"
     )
@@ -235,19 +232,15 @@ def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
         raise ValueError(
             "give the stages as architecture= or as the setting model.stages, not as both"
         )
-    stages = checked(
-        tuple[StageSpec, ...] | None, fields.pop("model.stages", architecture), "architecture"
-    )
+    stages = fields.pop("model.stages", architecture)
     for stage in stages or ():
-        if stage.branch is not None:
+        if isinstance(stage, StageSpec) and stage.branch is not None:
             raise ValueError(
                 "fit takes branches by the name of their kind: call "
                 f"kinds.register({stage.branch_name!r}, ...) of iresnet_jax.branches and give "
                 f"StageSpec(kind={stage.branch_name!r}) in place of branch=..."
             )
-    of_stages = (
-        {} if stages is None else {"model.stages": [dataclasses.asdict(stage) for stage in stages]}
-    )
+    of_stages = {} if stages is None else {"model.stages": list(stages)}
     return {**of_stages, **fields}
 
 

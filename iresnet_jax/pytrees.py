@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -78,11 +78,23 @@ def tagged(value: Any) -> Any:
         ]
         plain = {field.name: field.metadata.get("name", tagged)(entry) for field, entry in kept}
         return {"type": type(value).__name__, **plain}
-    if isinstance(value, np.ndarray | jax.Array):
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()
-    return (
-        [tagged(entry) for entry in value] if isinstance(value, tuple) else _number_of_python(value)
-    )
+    if isinstance(value, tuple):
+        return [tagged(entry) for entry in value]
+    return value
+
+
+def from_tagged(plain: Any, classes: Mapping[str, type]) -> Any:
+    """The value that `tagged` described, of dataclasses by their names; lists become tuples."""
+    if isinstance(plain, Mapping):
+        fields = {
+            name: from_tagged(value, classes) for name, value in plain.items() if name != "type"
+        }
+        return classes[plain["type"]](**fields)
+    if isinstance(plain, list):
+        return tuple(from_tagged(entry, classes) for entry in plain)
+    return plain
 
 
 def first_difference(
@@ -106,14 +118,3 @@ def first_difference(
     if ours == theirs:
         return None
     return f"{path} is {json.dumps(ours)} {where[0]} and {json.dumps(theirs)} {where[1]}"
-
-
-def _number_of_python(value: Any) -> Any:
-    """A number of NumPy or JAX as a Python number, a dataclass as a dictionary, and any other value
-    unchanged.
-    """
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation import (
     calibration,
@@ -43,6 +42,7 @@ from iresnet_jax.maths.machine import device_summary, num_cores
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.preprocessing import cells
+from iresnet_jax.runs.config import to_plain
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
 

@@ -64,16 +64,13 @@ class StageSpec:
     branch: Any = field(default=None, metadata={"name": name_of})
 
     def __post_init__(self):
-        several = tuple[Count, ...]
-        kinds_of = {
-            "num_blocks": Count,
-            "squeeze": Count,
-            "hidden": several,
-            "kernel_sizes": several | None,
-        }
-        for name, kind in (*kinds_of.items(), ("channel_order", tuple[int, ...] | None)):
-            # a list could not be a program's key
-            object.__setattr__(self, name, checked(kind, getattr(self, name), name))
+        for name in ("num_blocks", "squeeze"):
+            object.__setattr__(self, name, checked(Count, getattr(self, name), name))
+        for name in ("hidden", "kernel_sizes", "channel_order"):
+            if getattr(self, name) is not None:  # a list could not be hashed
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for size in (*self.hidden, *(self.kernel_sizes or ())):
+            checked(Count, size, "an entry of hidden and kernel_sizes")
         kinds.get(self.kind)
         if self.branch is not None:
             kinds.check_own(self.branch)
@@ -216,11 +213,9 @@ class FlowSpec:
     noise: NoiseSpec | None = None
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "event_shape", checked(tuple[Count, ...], self.event_shape, "event_shape")
-        )
-        # a list could not be a program's key
-        object.__setattr__(self, "stages", tuple(self.stages))
+        shape = (checked(Count, n, f"event_shape[{i}]") for i, n in enumerate(self.event_shape))
+        object.__setattr__(self, "event_shape", tuple(shape))
+        object.__setattr__(self, "stages", tuple(self.stages))  # a list could not be hashed
         check_budget(self.coeff, self.budget)
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be a positive number, got {self.scale}")

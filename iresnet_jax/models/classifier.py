@@ -241,7 +241,6 @@ class Classifier(Model, spec=ClassifierSpec):
         if np.ndim(images) != 4 or not len(images):
             raise ValueError(f"images must be a batch (n, h, w, c), got shape {np.shape(images)}")
         height, width, channels = np.shape(images)[1:]
-        stages = checked(tuple[StageSpec, ...], stages, "stages")
         num_classes, num_levels = (
             checked(Count, num_classes, "num_classes"),
             checked(Count, num_levels, "num_levels"),

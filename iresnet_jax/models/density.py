@@ -214,7 +214,6 @@ class Density(Model, spec=DensitySpec):
             )
         if transform is None:
             transform = Standardize.fit(x) if num_levels is None else Logit()
-        stages = checked(tuple[StageSpec, ...], stages, "stages")
         num_classes = None if num_classes is None else checked(Count, num_classes, "num_classes")
         num_components = (
             None if num_components is None else checked(Count, num_components, "num_components")

@@ -7,28 +7,37 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.arguments import checked
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.models import priors
+from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
+from iresnet_jax.models.columns import Column
+from iresnet_jax.models.contexts import ContextScale, ContextScores
 from iresnet_jax.models.contractions import of_stored
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MODELS, array_name
-from iresnet_jax.pytrees import tagged
+from iresnet_jax.pytrees import from_tagged, tagged
 
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 
 Model = Density | Classifier
 Spec = DensitySpec | ClassifierSpec
+_CLASSES = {
+    each.__name__: each
+    for each in (
+        *(DensitySpec, ClassifierSpec, FlowSpec, StageSpec, NoiseSpec, *get_args(Transform)),
+        *(Marginals, Column, ContextScale, ContextScores),
+    )
+}
 
 
 def read(
@@ -129,7 +138,7 @@ def spec_of(plain: Mapping[str, Any]) -> Spec:
     cells = plain.get("cells") or {}
     if cells.get("type") == "Cells":
         plain = {**plain, "cells": tagged(_of_cells(cells, plain["transform"]))}
-    return checked(Spec, plain, "model")
+    return from_tagged(plain, _CLASSES)
 
 
 def _of_cells(plain: Mapping[str, Any], transform: Mapping[str, Any]) -> Marginals:

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import inspect
 import logging
 import re
 import runpy
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.training.signals import Stopped
 
@@ -121,52 +119,26 @@ def read_config(file: str, overrides: Iterable[str] = ()) -> "Config":
             true, ``--noconfig.FIELD`` false.
     """
     # Imported late: --help and mistakes are answered without it.
-    from iresnet_jax.runs.config import parse, with_field
+    from iresnet_jax.runs.config import parse, set_field, to_plain
 
-    name, _, variant = file.partition(":")
-    settings = _settings_of(Path(name), variant)
+    path, _, variant = file.partition(":")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        settings = to_plain(get_config(*([variant] if variant else [])))
+    except Exception as error:  # a config file may raise anything
+        raise ValueError(
+            f"the config file {path} fails: {type(error).__name__}: {error}"
+        ) from error
     for override in overrides:
-        path, has_value, text = override.lstrip("-").partition("=")
-        root, _, name = path.partition(".")
-        text = text if has_value else str(root == "config")
-        settings = with_field(settings, name, lambda old, text=text: _read(text, type(old)))
+        name, has_value, text = override.lstrip("-").partition("=")
+        root, _, name = name.partition(".")
+        set_field(settings, name, _read(text) if has_value else root == "config")
     return parse(settings)
 
 
-def _settings_of(path: Path, variant: str) -> dict[str, Any]:
-    """Settings that a config file returns, as plain data."""
-    from ml_collections import ConfigDict
-
-    if not path.is_file():
-        raise ValueError(
-            f"there is no config file {path}: those that come with the library are in configs/"
-        )
+def _read(text: str) -> Any:
+    """A number, a tuple or whatever else Python reads; other texts are strings."""
     try:
-        get_config = runpy.run_path(str(path))["get_config"]
-        if variant and not inspect.signature(get_config).parameters:
-            raise ValueError(
-                "the config file has no variants: leave out the colon and what follows it"
-            )
-        config = get_config(*([variant] if variant else []))
-    except (ValueError, OSError):  # the file's message stands
-        raise
-    except Exception as error:  # a config file may raise anything
-        raise ValueError(
-            f"the config file {path} fails: {type(error).__name__}: {one_sentence(error)}"
-        ) from error
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"get_config() of {path} must return a ConfigDict, got {config!r}")
-    return to_plain(config)
-
-
-def _read(text: str, kind: type) -> Any:
-    """The value of a text that replaces a value of type ``kind`` (`tuple` for None); the text
-    itself if it has no such value.
-    """
-    words = {"true": True, "false": False}
-    if kind in (bool, tuple) and text.lower() in words:
-        return words[text.lower()]
-    try:
-        return {str: str, float: float}.get(kind, ast.literal_eval)(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text  # for `parse` to refuse
+        return text

@@ -5,29 +5,26 @@ A file in ``configs/`` changes some fields of `default_config`, a dictionary wit
 """
 
 import dataclasses
+import difflib
+import json
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import ml_collections
+import pydantic
 
-from iresnet_jax.arguments import (
-    Count,
-    CountOrNone,
-    Decay,
-    NotNegative,
-    Positive,
-    Range,
-    from_plain,
-)
+from iresnet_jax.arguments import Count, CountOrNone, Decay, NotNegative, Positive, Range
 from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.data import conditioned_on_labels
+from iresnet_jax.data import load as load_data
 from iresnet_jax.data.augment import check_transformations
+from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.free import ConstraintConfig
-from iresnet_jax.models.priors import FAMILIES, MIXTURES
 from iresnet_jax.training.hybrid import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
 from iresnet_jax.training.train import STEPS, STEPS_IN_TIME
@@ -44,6 +41,12 @@ class DataConfig:
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1  # likewise
     # Makes the class, as a one-hot vector, the context of a density p(x | class).
     condition_on_labels: bool = False
+
+    def load(self, num_classes: int | None = None) -> DataSet:
+        """The data set; ``num_classes`` is the number of classes of an existing model."""
+        fractions = self.validation_fraction, self.test_fraction
+        data = load_data(self.name, fractions=fractions, num_classes=num_classes)
+        return conditioned_on_labels(data) if self.condition_on_labels else data
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ModelConfig:
     # Distribution of the latents: "gaussian" or "logistic" entries. For densities also "mixture"
     # (normal distributions with full covariances), "scales" (a normal distribution at several
     # sizes), and "marginals" (every entry has a mixture).
-    prior: str = "gaussian"
+    prior: Literal["gaussian", "logistic", "mixture", "scales", "marginals"] = "gaussian"
     # Components of "mixture", "scales" and "marginals", where 16 scales are many; 0 for other
     # priors.
     prior_components: CountOrNone = 0
@@ -207,6 +210,8 @@ class TrainingConfig:
 class Config:
     """All settings of a run."""
 
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
     # Seed of all randomness; JAX would cut off further bits.
     seed: Annotated[int, Range("[0, 4294967296)")] = 0
     # "hybrid" has a prior for every class.
@@ -226,11 +231,22 @@ class Config:
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
 
 
+_CONFIG = pydantic.TypeAdapter(Config)
+
+
 def default_config() -> Any:  # a ConfigDict: type checkers cannot see its fields
     """The defaults of `Config` for a config file to change."""
     config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
     config.lock()
     return config
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """A `Config`, or the dictionary with attributes of a config file, as JSON data."""
+    as_dict = dataclasses.asdict
+    plain = as_dict(settings) if isinstance(settings, Config) else settings.to_dict()
+    number = lambda value: value.item() if hasattr(value, "item") else as_dict(value)  # noqa: E731
+    return json.loads(json.dumps(plain, default=number))
 
 
 def parse(settings: Any) -> Config:
@@ -241,11 +257,37 @@ def parse(settings: Any) -> Config:
         ValueError: If a field is unknown, of the wrong kind or out of its range, or settings
             contradict each other.
     """
-    config = from_plain(
-        Config, settings.to_dict() if hasattr(settings, "to_dict") else settings, "config"
-    )
-    _check_combinations(config)
+    settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    try:
+        config = _CONFIG.validate_python(settings)
+    except pydantic.ValidationError as error:
+        raise ValueError(_sentence(error.errors()[0])) from None
+    if contradiction := _contradiction(config):
+        raise ValueError(contradiction)
     return config
+
+
+def _sentence(error: Any) -> str:
+    """One of pydantic's errors, with the setting's name and value."""
+    keys = error["loc"]
+    place = "config" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    if error["type"] == "unexpected_keyword_argument":
+        return f"there is no {place}{_suggestion(keys[-1])}"
+    got = "" if isinstance(error["input"], Mapping) else f", got {error['input']!r}"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _suggestion(name: str) -> str:
+    """The setting that a misspelt name may mean."""
+    groups = Config(), StageSpec, *vars(Config()).values()
+    known = [
+        f.name
+        for group in groups
+        if dataclasses.is_dataclass(group)
+        for f in dataclasses.fields(group)
+    ]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 # Settings that belong to some objectives only; the others leave them at their defaults.
@@ -274,88 +316,50 @@ _OBJECTIVES = {
 }
 
 
-def _check_combinations(config: Config) -> None:
-    """Raises ``ValueError`` for settings that are valid alone and contradict each other."""
+def _contradiction(config: Config) -> str:
+    """What is wrong with settings that are valid alone; empty if nothing is."""
     for name, objectives in _OBJECTIVES.items():
         found, default = (operator.attrgetter(name)(each) for each in (config, Config()))
         if found != default and config.objective not in objectives:
-            raise ValueError(
+            return (
                 f"config.{name} is for {' and '.join(objectives)}: leave it at "
                 f"{default!r} for {config.objective}"
             )
-    model, evaluation, transform = config.model, config.evaluation, config.preprocessing.transform
-    contradictions = {
-        f"config.model.prior must be one of {', '.join(FAMILIES)}, got {model.prior!r}": (
-            model.prior not in FAMILIES
-        ),
-        f"config.model.prior_components is for the priors {', '.join(MIXTURES)}, which need it, "
-        f"and for no other: got {model.prior_components} for {model.prior}": (
-            (model.prior in MIXTURES) != bool(model.prior_components)
-        ),
-        "a density needs blocks that are contractions: constraint.norms = none is for "
-        "classification": (
-            config.objective != "classification" and config.constraint.norms == "none"
-        ),
-        f"preprocessing.entrywise is for transform equalize, got {transform!r}": (
-            config.preprocessing.entrywise and transform != "equalize"
-        ),
-        f"config.optimizer.boundaries are for schedule step, got {config.optimizer.schedule!r}: "
-        "leave them out": (config.optimizer.boundaries and config.optimizer.schedule != "step"),
-        f"config.model.constants must be (mu, nu), or () for none, got {model.constants}": (
-            len(model.constants) not in (0, 2)
-        ),
-        "config.evaluation.num_importance_examples needs draws: set "
-        "config.evaluation.num_importance_draws": (
-            evaluation.num_importance_examples and not evaluation.num_importance_draws
-        ),
-        "config.evaluation.num_importance_examples must be 0, for all, or at least 2, got 1": (
-            evaluation.num_importance_examples == 1
-        ),
-        "config.classifier.margin is a radius for config.classifier.head = linear: the logits of a "
-        "pooled head have no scale": (
-            config.classifier.margin and config.classifier.head != "linear"
-        ),
-        "config.model.stages must have at least one stage, got none": not model.stages,
-    }
-    for sentence, is_wrong in contradictions.items():
-        if is_wrong:
-            raise ValueError(sentence)
+    if config.objective != "classification" and config.constraint.norms == "none":
+        return "config.constraint.norms = none is for classification: a density needs contractions"
+    if len(config.model.constants) not in (0, 2):
+        return f"config.model.constants must be (mu, nu) or (), got {config.model.constants}"
+    if config.classifier.margin and config.classifier.head != "linear":
+        return "config.classifier.margin needs config.classifier.head = linear"
+    return ""
 
 
-def with_field(plain: dict[str, Any], name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The plain data of a config with one value changed: a field's, or a group's, as a dictionary.
-
-    `parse` checks that the fields exist and may have these values.
+def set_field(plain: Any, name: str, value: Any) -> None:
+    """Changes a field in the plain data of a config, or fields of a group by a dictionary; `parse`
+    checks the values.
 
     Args:
-        plain: Plain data.
+        plain: Plain data, which this function changes.
         name: Name of the field, such as ``model.stages[0].hidden``.
-        change: ``old value -> new value``; the old value is ``()`` if there is none.
+        value: Its new value.
     """
-
-    def changed(value: Any, keys: list[str], path: str) -> Any:
-        if not keys:
-            new = change(value)
-            return value | new if isinstance(value, dict) and isinstance(new, dict) else new
-        key, *rest = keys
-        if isinstance(value, dict):
-            return value | {key: changed(value.get(key, {} if rest else ()), rest, f"{path}.{key}")}
-        if not isinstance(value, list):
-            raise ValueError(f"{path} has no fields: it is {value!r}")
-        if not (key.isdecimal() and int(key) < len(value)):
-            raise ValueError(f"{path} has no entry {key}: it has {len(value)}")
-        entry = changed(value[int(key)], rest, f"{path}[{key}]")
-        return [entry if index == int(key) else old for index, old in enumerate(value)]
-
-    return changed(plain, re.findall(r"[^.\[\]]+", name), "config")
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            set_field(plain, f"{name}.{key}", entry)
+        return
+    *groups, last = (int(key) if key.isdecimal() else key for key in re.findall(r"[^.\[\]]+", name))
+    try:
+        for key in groups:
+            plain = plain[key]
+        plain[last] = value
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"there is no config.{name}{_suggestion(str(error.args[0]))}") from None
 
 
 def check_name(name: str, known: Iterable[str]) -> None:
     """Raises ``ValueError`` unless a config file knows the name after its colon."""
     if name not in (names := list(known)):
-        raise ValueError(
-            f"the config file knows no {name!r} after its colon: the names are {', '.join(names)}"
-        )
+        raise ValueError(f"there is no variant {name!r}: the variants are {', '.join(names)}")
 
 
 def set_variant(config: Any, variant: str, *own: str) -> None:
@@ -366,15 +370,9 @@ def set_variant(config: Any, variant: str, *own: str) -> None:
         variant: A coefficient c such as "0.7", or "vanilla", the network without its constraint.
         own: Variants that the config file handles; they change nothing here.
     """
-    if variant in own:
+    if re.fullmatch(r"[\d.]+", variant):
+        config.model.coeff = float(variant)
         return
+    check_name(variant, ("vanilla", *own, "a coefficient such as 0.7"))
     if variant == "vanilla":
         config.constraint.norms = "none"
-        return
-    try:
-        config.model.coeff = float(variant)
-    except ValueError:
-        names = " or ".join(", ".join(("vanilla", *own)).rsplit(", ", 1))
-        raise ValueError(
-            f"a variant is a coefficient such as 0.7, {names}; got {variant!r}"
-        ) from None

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.arguments import checked, to_plain
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
@@ -24,10 +23,10 @@ from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.free import Free, num_parameters
 from iresnet_jax.models.initial import VECTORS, abstract, initial
 from iresnet_jax.models.model import How
-from iresnet_jax.models.saved import Spec
+from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import tagged
 from iresnet_jax.runs import hosts, run_folder
-from iresnet_jax.runs.config import AugmentationConfig, Config
+from iresnet_jax.runs.config import AugmentationConfig, Config, to_plain
 from iresnet_jax.runs.metrics import Bar, Metrics
 from iresnet_jax.runs.model_from_config import identity_context, load_data, model_spec
 from iresnet_jax.training import classification, density, hybrid, parallel
@@ -212,7 +211,7 @@ def train(
         return [tagged(specs[0]) if parallel.num_processes() > 1 else None, has_begun]
 
     plain, has_begun = parallel.from_first(begin)
-    job = Job.of(config, dataset, specs[0] if specs else checked(Spec, plain, "model"))
+    job = Job.of(config, dataset, specs[0] if specs else spec_of(plain))
     examples = job.examples and job.examples[0]
     check_batch_size(config.training.batch_size, config.training.num_parts, examples)
     free = job.free(from_model=not has_begun and parallel.is_first())

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import locked, replacing
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.standardize import Identity
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import first_difference, tagged
-from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.config import Config, parse, to_plain
 
 FORMAT = 1  # version of both files
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.data.dataset import DataSet
@@ -29,7 +28,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import run_folder
-from iresnet_jax.runs.config import Config, parse
+from iresnet_jax.runs.config import Config, parse, to_plain
 from iresnet_jax.runs.job import finished
 from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.training.checkpoints import Store

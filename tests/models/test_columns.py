@@ -1,23 +1,13 @@
 """Columns of data frames as numbers and back, in their own types, and what a frame may not hold."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from iresnet_jax.arguments import from_plain
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of, table_of
-from iresnet_jax.pytrees import tagged
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A spec with columns, as a saved model has."""
-
-    columns: tuple[Column, ...]
-
+from iresnet_jax.pytrees import from_tagged, tagged
 
 FRAME = pd.DataFrame(
     {
@@ -60,9 +50,7 @@ def test_names_come_back_as_they_were(names):
         np.eye(2),
         columns=pd.MultiIndex.from_tuples(names) if isinstance(names[0], tuple) else names,
     )
-    columns = from_plain(
-        Spec, json.loads(json.dumps(tagged(Spec(columns_of(frame))))), "model"
-    ).columns
+    columns = from_tagged(json.loads(json.dumps(tagged(columns_of(frame)))), {"Column": Column})
     pd.testing.assert_frame_equal(table_of(numbers_of(frame, columns), columns), frame)
 
 

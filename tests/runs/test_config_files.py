@@ -12,7 +12,6 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import ROOT
 
-from iresnet_jax.arguments import to_plain
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import load, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
@@ -23,7 +22,7 @@ from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.pytrees import first_difference
 from iresnet_jax.runs import plan
-from iresnet_jax.runs.config import parse
+from iresnet_jax.runs.config import parse, to_plain
 from iresnet_jax.runs.job import Job
 from iresnet_jax.training import parallel
 

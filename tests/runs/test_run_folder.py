@@ -32,7 +32,7 @@ DAMAGED, OTHER_VERSION = "cannot be read", "was written by another version"
         (b'{"seed": "\xff"}', DAMAGED),
         (
             b'{"format": 1, "sede": 0}',
-            f"{DAMAGED} (config has no field 'sede': did you mean 'seed'?)",
+            f"{DAMAGED} (there is no config.sede: did you mean 'seed'?)",
         ),
         (b'{"format": 1, "model": {"type": "Desnity"}}', DAMAGED),
         (b'{"format": 0}', OTHER_VERSION),
