@@ -114,7 +114,7 @@ class OurSteps(Steps):
 
         from iresnet_jax.maths import machine
         from iresnet_jax.runs import plan
-        from iresnet_jax.training.batches import device_batches
+        from iresnet_jax.training.parallel import device_batches
 
         self._jax = jax
         self._step, self._state, examples, self._name = training_step(

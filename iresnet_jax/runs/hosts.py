@@ -150,7 +150,7 @@ def ending_together() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         is_lost = any(sign in str(error) for sign in _TRANSPORTS)
-        if not isinstance(error, tuple(parallel.FAILURES.values())):
+        if not isinstance(error, parallel.FAILURES):
             traceback.print_exc()
         elif is_lost:
             advice = (

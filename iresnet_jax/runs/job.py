@@ -29,7 +29,7 @@ from iresnet_jax.runs import hosts, run_folder
 from iresnet_jax.runs.config import AugmentationConfig, Config, to_plain
 from iresnet_jax.runs.metrics import Bar, Metrics
 from iresnet_jax.runs.model_from_config import identity_context, load_data, model_spec
-from iresnet_jax.training import classification, density, hybrid, parallel
+from iresnet_jax.training import classification, density, parallel
 from iresnet_jax.training.callbacks import Callback, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
@@ -247,7 +247,7 @@ def _density(config: Config, data: DataSet, spec: Any) -> Objective:
 
 
 def _hybrid(config: Config, data: DataSet, spec: Any) -> Objective:
-    loss = hybrid.make_loss(
+    loss = density.make_hybrid_loss(
         config.hybrid,
         label_smoothing=config.classifier.label_smoothing,
         augment=build_augmentation(config.augmentation, data),

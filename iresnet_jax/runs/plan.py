@@ -26,7 +26,7 @@ from iresnet_jax.runs.job import Job
 from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.training import parallel
 from iresnet_jax.training.step import abstract_state
-from iresnet_jax.training.train import abstract_batch, check_batch_size
+from iresnet_jax.training.train import check_batch_size
 
 # Kinds of TPU, each with libtpu's name of its smallest machine.
 TPUS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
@@ -190,7 +190,7 @@ def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, dict[str, in
         state = abstract_state(job.spec, step.optimizer)
         # A placeholder stands for endless data.
         examples = np.zeros(1, np.float32) if job.examples is None else job.examples
-        batch = abstract_batch(examples, share * len(on.devices))
+        batch = parallel.abstract_batch(examples, share * len(on.devices))
         traced = parallel.for_devices(step, on.devices).trace(state, fixed, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
     argument_bytes = _num_bytes((state, fixed)) + _num_bytes(batch) // len(on.devices)

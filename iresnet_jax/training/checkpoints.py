@@ -13,16 +13,17 @@ disk did since. The name of an array is its path in the pytree of the state, suc
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
 import os
 import re
+import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -34,9 +35,8 @@ from iresnet_jax.atomic_files import locked, path_of, replacing
 from iresnet_jax.models.model import array_name
 from iresnet_jax.pytrees import first_difference, tagged
 from iresnet_jax.training import parallel
-from iresnet_jax.training.background import Background
 from iresnet_jax.training.callbacks import Callback
-from iresnet_jax.training.run import LONGEST, Run
+from iresnet_jax.training.run import LONGEST, Best, Run
 from iresnet_jax.training.signals import Stopped
 
 _logger = logging.getLogger(__name__)
@@ -81,7 +81,6 @@ class Store:
 
     def __init__(self, workdir: Path):
         self._folder = workdir / "checkpoints"
-        self._metrics: dict[int, float] = {}  # that are known: to look one up reads a checkpoint
 
     def path(self, step: int) -> Path:
         """Returns the file of a step, whether it exists or not."""
@@ -92,60 +91,37 @@ class Store:
         step: int,
         state: Any,
         *,
-        metric: SupportsFloat | None = None,
+        metric: SupportsFloat = math.nan,
+        best: int | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes the checkpoint of a step, then deletes those that are no longer needed.
+        """Writes the checkpoint of a step, then deletes all but the newest ones and the best.
 
         Checkpoints of later steps are deleted too: resuming from an earlier step gave up their
-        future.
+        future. If the disk is full, those that are there are kept.
 
         Args:
             step: Finished updates, >= 0.
             state: A pytree of arrays, without a device axis.
             metric: What model selection goes by, lower is better, e.g. validation bits/dim. NaN is
                 never the best.
-
-        Raises:
-            OSError: If the disk is full or not writable; the checkpoints already there are kept.
+            best: Step of the best checkpoint so far; None if there is none.
+            about: JSON data to save with it.
         """
-        value = math.nan if metric is None else float(metric)
         text = json.dumps(dict(about or {})).encode()
-        named = to_named(state)
-        named |= {_METRIC: np.array(value), _ABOUT: np.frombuffer(text, np.uint8)}
-        try:
-            self._folder.mkdir(exist_ok=True)
-            with contextlib.suppress(ConnectionError):  # to a bucket, which has none
-                for leftover in self._folder.glob("*.incoming"):  # of killed processes
-                    leftover.unlink()
-            with replacing(self.path(step)) as incoming, incoming.open("xb") as file:
-                np.savez(file, **named)  # pyright: ignore[reportArgumentType]: of names that no state has
-        except OSError as error:
-            raise OSError(
-                f"the checkpoint of step {step} could not be written to {self._folder} "
-                f"({_reason(error)}): "
-                "free space, check permissions or the connection, and resume; the checkpoints "
-                "written before are kept"
-            ) from error
-        self._metrics[step] = value
+        named = to_named(state) | {_METRIC: np.array(float(metric))}
+        named |= {_ABOUT: np.frombuffer(text, np.uint8)}
+        self._folder.mkdir(exist_ok=True)
         # what cannot be read or deleted now is so after the next one
         with contextlib.suppress(OSError):
-            self._prune(step)
-
-    def _prune(self, step: int) -> None:
-        """Deletes all checkpoints but the newest up to this step and the best."""
-        steps = self.steps()
-        past = [other for other in steps if other <= step]
-        self._metrics = {
-            other: self._metrics[other] if other in self._metrics else self._metric(other)
-            for other in past
-        }
-        best = sorted(
-            (other for other in past if math.isfinite(self._metrics[other])),
-            key=self._metrics.__getitem__,
-        )
-        for other in {*steps} - {*past[:KEPT], *best[:1]}:
-            with contextlib.suppress(OSError):
+            for leftover in self._folder.glob("*.incoming"):  # of killed processes
+                leftover.unlink()
+        with replacing(self.path(step)) as incoming, incoming.open("xb") as file:
+            np.savez(file, **named)  # pyright: ignore[reportArgumentType]: of names that no state has
+        with contextlib.suppress(OSError):
+            steps = self.steps()
+            past = [other for other in steps if other <= step]
+            for other in {*steps} - {*past[:KEPT], best}:
                 self.path(other).unlink()
 
     def restore(self, target: Any, *, best: bool = False) -> Restored | None:
@@ -159,11 +135,6 @@ class Store:
 
         Returns:
             The checkpoint; None if nothing was saved yet.
-
-        Raises:
-            RuntimeError: If there are checkpoints and all of them are damaged.
-            ValueError: If the first intact one does not fit ``target``; it names the first
-                difference.
         """
         steps, damage = self.steps(), []
         for step in sorted(steps, key=self._metric) if best else steps:
@@ -171,15 +142,16 @@ class Store:
                 with self.path(step).open("rb") as file, np.load(file) as archive:
                     named = {name: archive[name] for name in archive.files}
                 metric = float(named.pop(_METRIC))
-                text = named.pop(_ABOUT, np.frombuffer(b"{}", np.uint8)).tobytes()
-                about = json.loads(text)
+                about = named.pop(_ABOUT, np.frombuffer(b"{}", np.uint8)).tobytes()
+                about = json.loads(about)
             except FileNotFoundError:  # deleted by its training just now, for a later one
                 continue
             # of a bucket, which says nothing of its objects
             except (ConnectionError, PermissionError):
                 raise
-            except Exception as error:  # Damage shows as whatever zipfile or NumPy trips over.
-                damage.append(f"The checkpoint {self.path(step)} is damaged ({_reason(error)})")
+            except Exception as error:  # damage shows as whatever zipfile or NumPy trips over
+                reason = " ".join(str(error).split())
+                damage.append(f"The checkpoint {self.path(step)} is damaged ({reason})")
                 continue
             notes = tuple(f"{sentence}: step {step} takes its place." for sentence in damage)
             named.pop(_FORMER, None)
@@ -201,32 +173,17 @@ class Store:
         )
 
     def _metric(self, step: int) -> float:
-        """Reads a metric; infinity if there is none, and minus infinity of a damaged file, so that
-        restoring it can say so.
-
-        Raises:
-            OSError: If a bucket cannot be reached, or refuses.
+        """Reads a metric: infinity if there is none, and minus infinity of a file that cannot be
+        read, so that `restore` says why.
         """
         try:
             with self.path(step).open("rb") as file, np.load(file) as archive:
                 metric = float(archive[_METRIC])
-        except FileNotFoundError:
-            return math.inf
         except (ConnectionError, PermissionError):
             raise
         except Exception:  # as above
             return -math.inf
         return math.inf if math.isnan(metric) else metric
-
-
-def _reason(error: Exception) -> str:
-    """Shortens an error to a phrase: the system's own words where it has some."""
-    cause = error.__cause__ or error
-    return (
-        getattr(cause, "strerror", None)
-        or " ".join(str(cause).split())[:160]
-        or type(cause).__name__
-    )
 
 
 def to_named(tree: Any) -> dict[str, np.ndarray]:
@@ -250,41 +207,18 @@ def from_named(named: Mapping[str, np.ndarray], target: Any) -> Any:
         named: Arrays by name, as `to_named` returns them.
         target: A pytree with the structure, shapes and dtypes to restore, such as the result of
             ``jax.eval_shape``.
-
-    Raises:
-        ValueError: If a name is missing or left over, or a shape or dtype differs; it names the
-            first difference.
     """
-
-    def restored(path: Any, leaf: Any) -> jax.Array:
-        name, expected = array_name(path), (leaf.dtype, leaf.shape)
-        if name not in named:
-            raise _misfit(f"it lacks {name!r}")
-        dtype, shape = named[name].dtype, named[name].shape
-        if {dtype, leaf.dtype} == {np.dtype(np.float32), np.dtype(np.float64)}:
-            setting = "set" if dtype == np.float64 else "unset"
-            raise ValueError(
-                f"the run was trained in {dtype}: {setting} JAX_ENABLE_X64 to go on "
-                "with it or to read it"
-            )
-        if (dtype, shape) != expected:
-            raise _misfit(
-                f"{name!r} is {dtype}{list(shape)} in it, not {leaf.dtype}{list(leaf.shape)}"
-            )
-        return jnp.array(named[name])
-
-    tree = jax.tree.map_with_path(restored, target)
-    known = {array_name(path) for path, _ in jax.tree.leaves_with_path(target)}
-    if left := next(itertools.filterfalse(known.__contains__, named), None):
-        raise _misfit(f"it holds {left!r}, which this state does not have")
-    return tree
-
-
-def _misfit(difference: str) -> ValueError:
-    return ValueError(
-        f"the checkpoint does not fit this state, {difference}: build the state from "
-        "the config of its run"
+    wanted = {array_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
+    ours, theirs = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+        for leaves in (wanted, named)
     )
+    if difference := first_difference(ours, theirs, "state", ("now", "in the checkpoint")):
+        raise ValueError(
+            f"the checkpoint does not fit this state, {difference}: give the config, the optimizer "
+            "and JAX_ENABLE_X64 of its run"
+        )
+    return jax.tree.map_with_path(lambda path, _: jnp.array(named[array_name(path)]), target)
 
 
 class Checkpoints(Callback):
@@ -315,7 +249,7 @@ class Checkpoints(Callback):
         self.folder, self.store = path_of(folder), Store(path_of(folder))
         self._claim = claim or (lambda run: claimed(self.folder, run))
         self._check: Callable[[], None] = lambda: None
-        self._saved_at = math.inf
+        self._writing: Future[None] = Future()
 
     def of(self, name: str) -> "Checkpoints":
         """Checkpoints of one of several trainings."""
@@ -325,16 +259,14 @@ class Checkpoints(Callback):
     def during(self, run: Run) -> Iterator[None]:
         """Claims the folder, and goes on from its newest checkpoint."""
         with contextlib.ExitStack() as stack:
-            self._write = stack.enter_context(Background())
             found: list[Any] = [run.state, (run.state.ema, run.state.batch_stats)]
 
             def begin() -> dict[str, Any] | None:
                 self._check = stack.enter_context(self._claim(run))
                 newest = self.store.restore(run.state)
-                if newest is None:
-                    return None
                 best = self.store.restore(run.state, best=True)
-                assert best is not None
+                if newest is None or best is None:
+                    return None
                 for note in dict.fromkeys((*newest.notes, *best.notes)):
                     warnings.warn(note, stacklevel=2)
                 found[:] = newest.state, (best.state.ema, best.state.batch_stats)
@@ -349,13 +281,16 @@ class Checkpoints(Callback):
                 best = about["best"] and (*about["best"], ema, batch_stats)
                 run.resume(state, best, about)
                 _logger.info("resuming from step %d of %d", run.step, run.horizon)
-            self._saved_at = time.monotonic()
+            self._writing, self._saved_at = in_background(lambda: None), time.monotonic()
             try:
                 yield
-            except Stopped:
-                parallel.from_first(self._write.wait)  # nobody leaves before the state is written
+            except Exception:  # before one of the writing, which has to end
+                wait([self._writing])
                 raise
-            parallel.from_first(self._write.wait)
+            except Stopped:
+                parallel.from_first(self._writing.result)  # nobody leaves before it is written
+                raise
+            parallel.from_first(self._writing.result)
 
     def after_step(self, run: Run) -> None:
         """Saves the state where that is due."""
@@ -365,13 +300,29 @@ class Checkpoints(Callback):
         is_due = run.is_validated or run.ended is not None or is_late
         if not is_due or not parallel.is_first():
             return
-        self._write.wait()  # memory holds one copy of the state
+        self._writing.result()  # memory holds one copy of the state
         state = jax.tree.map(np.array, jax.device_get(run.state))  # the next step frees the arrays
-        best = run.best
-        metric = best.loss if best is not None and best.step == run.step else None
-        self._write(self._check)
-        self._write(self.store.save, run.step, state, metric=metric, about=run.about())
+        self._writing = in_background(self._save, run.step, state, run.best, run.about())
         self._saved_at = time.monotonic()
+
+    def _save(self, step: int, state: Any, best: Best | None, about: Mapping[str, Any]) -> None:
+        self._check()
+        metric = best.loss if best and best.step == step else math.nan
+        self.store.save(step, state, metric=metric, best=best and best.step, about=about)
+
+
+def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Calls a function in a thread, for which no end of a process waits."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 @contextlib.contextmanager
@@ -379,9 +330,6 @@ def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
     """Within ``with``, no other process trains in the folder, which says what trains there.
 
     Yields what `atomic_files.locked` does.
-
-    Raises:
-        ValueError: If another process trains there, or another training has begun there.
     """
     steps = run.most if run.most < LONGEST else None
     about = {"seed": int(run.fixed.seed), "batch_size": run.batch_size, "steps": steps}

@@ -61,16 +61,10 @@ def make_loss(
         images, labels = batch
         x = model.preprocess(images if augment is None else augment(keys.examples, images))
         logits, statistics = training_logits(model, x, axis_name=AXIS, num_parts=num_parts)
-        value = jnp.mean(
-            cross_entropy(
-                margin.apply(model, logits, labels), labels, label_smoothing=label_smoothing
-            )
-        )
-        return Loss(
-            value,
-            {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels)},
-            statistics,
-        )
+        seen = margin.apply(model, logits, labels)
+        value = jnp.mean(cross_entropy(seen, labels, label_smoothing=label_smoothing))
+        accuracy = jnp.mean(jnp.argmax(logits, axis=1) == labels)
+        return Loss(value, {"loss": value, "accuracy": accuracy}, statistics)
 
     return loss
 
@@ -78,35 +72,21 @@ def make_loss(
 def measure(
     model: Classifier, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin
 ) -> Measured:
-    """Accuracy and cross-entropy on held-out images.
+    """Share of held-out images that are classified rightly, also with a margin, and their mean
+    cross-entropy.
 
     The best model has the least error, of images without their margin where there is one, and
     where errors tie the least cross-entropy.
     """
-    found = accuracy_and_loss(model, images, labels, batch_size, margin)
-    error = 1 - found.get("accuracy_at_margin", found["accuracy"])
-    return Measured(found, error + 1e-6 * min(found["loss"], 10.0))
-
-
-def accuracy_and_loss(
-    model: Classifier | Density,
-    images: np.ndarray,
-    labels: np.ndarray,
-    batch_size: int,
-    margin: Margin = Margin(),
-) -> dict[str, float]:
-    """Share of images that are classified rightly, also with a margin, and their mean
-    cross-entropy.
-    """
     outputs = classify(model, images, labels, batch_size, margin)
-    correct = outputs["logits"].argmax(axis=1) == labels
     found = {
-        "accuracy": float(correct.mean()),
+        "accuracy": float((outputs["logits"].argmax(axis=1) == labels).mean()),
         "loss": float(outputs["loss"].mean(dtype=np.float64)),
     }
-    return found | (
-        {"accuracy_at_margin": float(outputs["at_margin"].mean())} if margin.radius else {}
-    )
+    if margin.radius:
+        found["accuracy_at_margin"] = float(outputs["at_margin"].mean())
+    error = 1 - found.get("accuracy_at_margin", found["accuracy"])
+    return Measured(found, error + 1e-6 * min(found["loss"], 10.0))
 
 
 def classify(

@@ -1,15 +1,28 @@
-"""The likelihood objective: the loss of a batch, and the likelihood of held-out data."""
+"""The objectives of densities: losses of a batch by likelihood, alone or beside a cross-entropy,
+and the likelihood of held-out data.
+
+The hybrid objective trains one network that classifies examples and models their density (Nalisnick
+et al. 2019),
+
+    loss = cross-entropy(label, p(y | x)) + lambda bits/dim(x),
+
+with both from the joint density ``p(x, y) = p(y) p(x | y)`` of a model with a prior for every
+class. Continuous data have nats in place of bits/dim, see `DensitySpec.unit`.
+"""
 
 import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, Key
 
+from iresnet_jax.arguments import CountOrNone, NotNegative
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.standardize import Identity, Standardize, Whiten
 from iresnet_jax.maths.logdet_config import LogdetConfig
@@ -20,7 +33,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import FlowBounds
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.classification import classify
+from iresnet_jax.training.classification import Augment, classify
 from iresnet_jax.training.run import Measured
 from iresnet_jax.training.step import Keys, Loss
 
@@ -54,9 +67,7 @@ def make_loss(
     """
 
     def loss(model: Density, batch: Any, keys: Keys) -> Loss:
-        key_draw, key_dequantise, key_probe = jnp.moveaxis(
-            jax.vmap(lambda key: jax.random.split(key, 3))(keys.examples), 1, 0
-        )
+        key_draw, key_dequantise, key_probe = _split(keys.examples, 3)
         x, context = batch if draw is None else jax.vmap(draw)(key_draw, batch)
         if transform is not None:
             x, context = transform(key_draw, x)
@@ -69,6 +80,73 @@ def make_loss(
         return Loss(value, {model.spec.metric: value, **means})
 
     return loss
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """Objective "hybrid", which minimises cross-entropy + lambda bits/dim, or nats instead for
+    continuous data.
+
+    With ``lambda = D log 2`` for images of D dimensions, or 1 for continuous data, the loss is the
+    joint likelihood of data and labels. A smaller lambda emphasises the labels.
+    """
+
+    weight: NotNegative = 1.0  # lambda after the ramp
+    initial_weight: NotNegative = 1.0  # lambda at step 0, if there is a ramp
+    ramp_steps: CountOrNone = 0  # steps of the linear ramp between them; 0 for no ramp
+
+    def weight_of_step(self) -> Callable[[Any], Any]:
+        """``step -> lambda``: from ``initial_weight`` in a straight line to ``weight``, then
+        constant.
+        """
+        if not self.ramp_steps:
+            return optax.constant_schedule(self.weight)
+        return optax.linear_schedule(self.initial_weight, self.weight, self.ramp_steps)
+
+
+def make_hybrid_loss(
+    settings: HybridConfig, *, label_smoothing: float = 0.0, augment: Augment | None = None
+) -> Callable[[Density, Any, Keys], Loss]:
+    """The loss ``(model, (examples, labels), keys) -> Loss``: cross-entropy and likelihood,
+    weighted.
+
+    Args:
+        settings: The weight of the likelihood.
+        label_smoothing: Smoothing of the labels, see `head.cross_entropy`.
+        augment: Random change of the images that are classified, in a pass of their own: a
+            likelihood is one of images as they are. None classifies those.
+    """
+    weight_of_step = settings.weight_of_step()
+
+    def loss(model: Density, batch: Any, keys: Keys) -> Loss:
+        x, labels = batch
+        key_noise, key_probe, key_augment, key_augment_noise = _split(keys.examples, 4)
+        terms = model.terms(x, key_noise, key_probe)
+        bits = jnp.mean(model.spec.in_units(terms.log_prob))
+        logits = terms.log_prior_by_class
+        if augment is not None:
+            logits = model.class_log_probs(augment(key_augment, x), key_augment_noise)
+        assert logits is not None  # the model has classes
+        entropy = jnp.mean(cross_entropy(logits, labels, label_smoothing=label_smoothing))
+        bits_weight = weight_of_step(keys.step)
+        value = entropy + bits_weight * bits
+        metrics = {
+            "loss": value,
+            model.spec.metric: bits,
+            "log_prior": jnp.mean(terms.log_prior),
+            "log_det": jnp.mean(terms.log_det),
+            "cross_entropy": entropy,
+            "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
+            "bits_weight": jnp.asarray(bits_weight, bits.dtype),
+        }
+        return Loss(value, metrics)
+
+    return loss
+
+
+def _split(keys: Key[Array, " b"], num: int) -> Key[Array, "_ b"]:
+    """So many keys for every example, by use."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, num))(keys), 1, 0)
 
 
 def _moved(model: Density, x: Any, noise: Any, key: Key[Array, " b"]) -> Array:
@@ -90,28 +168,16 @@ def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
 
     Training on few examples with noise is training on a kernel density of them (Rothfuss et al.
     2019, sec. 4): it keeps the flow from enclosing each one by itself.
-
-    Args:
-        spec: The model.
-
-    Raises:
-        ValueError: If the data are not vectors whose scale the model knows.
     """
     transform = spec.transform.then if isinstance(spec.transform, Bounded) else spec.transform
-    if (
-        not isinstance(transform, Identity | Standardize | Whiten)
-        or len(spec.flow.event_shape) != 1
-    ):
+    shape = spec.flow.event_shape
+    if not isinstance(transform, Identity | Standardize | Whiten) or len(shape) != 1:
         raise ValueError(
             "config.augmentation.noise is for continuous vectors with preprocessing.transform "
-            "standardize, whiten or none, got "
-            f"{type(transform).__name__} of examples of shape {spec.flow.event_shape}"
+            f"standardize, whiten or none, got {type(transform).__name__} of examples of shape "
+            f"{shape}"
         )
-    scales = (
-        np.ones(spec.flow.event_shape)
-        if isinstance(transform, Identity)
-        else transform.entry_scales()
-    )
+    scales = np.ones(shape) if isinstance(transform, Identity) else transform.entry_scales()
     return jnp.asarray(scales, jnp.float32)
 
 
@@ -159,26 +225,21 @@ def measure(
             "cross_entropy": float(losses.mean()),
         }
     loss = means[metric if labels is None else "cross_entropy"]
-    if logdet.build().unbiased:
-        return Measured(means, loss, losses)
-    # examples spread over all, as they are in files' order
-    rows = np.unique(np.linspace(0, len(examples) - 1, batch_size, dtype=int))
-    rows_contexts = None if contexts is None else contexts[rows]
-    without_cut = dataclasses.replace(logdet, kind="series").build(REFERENCE_TERMS)
-    cut, reference = (
-        evaluate_examples(
-            model.with_(estimator=estimator),
-            examples[rows],
-            key,
-            batch_size,
-            contexts=rows_contexts,
-        )[metric].astype(np.float64)
-        for estimator in (logdet.build(), without_cut)
-    )
-    bias = float((cut - reference).mean())
-    if bias < -ALARMING_BIAS:
-        _logger.warning(WARNING, metric, -bias, logdet.num_terms)
-    return Measured(means | {"training_bias": bias}, loss, losses)
+    if not logdet.build().unbiased:
+        # examples spread over all, as they are in files' order
+        rows = np.unique(np.linspace(0, len(examples) - 1, batch_size, dtype=int))
+        some, given = parallel.rows_of(examples, contexts)(rows)
+        without_cut = dataclasses.replace(logdet, kind="series").build(REFERENCE_TERMS)
+        cut, reference = (
+            evaluate_examples(
+                model.with_(estimator=estimator), some, key, batch_size, contexts=given
+            )[metric].astype(np.float64)
+            for estimator in (logdet.build(), without_cut)
+        )
+        means["training_bias"] = bias = float((cut - reference).mean())
+        if bias < -ALARMING_BIAS:
+            _logger.warning(WARNING, metric, -bias, logdet.num_terms)
+    return Measured(means, loss, losses)
 
 
 def evaluate_examples(
@@ -206,16 +267,11 @@ def evaluate_examples(
         bounds: Bounds of the model's blocks, on which those of truncation rely.
     """
 
-    def batch_of(indices):
-        key_noise, key_probe = evaluation_keys(key, indices, *draw)
+    def batch_of(places):
+        key_noise, key_probe = evaluation_keys(key, places, *draw)
         if same_probes:
-            _, key_probe = evaluation_keys(key, indices, 0, draw[1])
-        return (
-            examples[indices],
-            None if contexts is None else contexts[indices],
-            key_noise,
-            key_probe,
-        )
+            _, key_probe = evaluation_keys(key, places, 0, draw[1])
+        return *parallel.rows_of(examples, contexts)(places), key_noise, key_probe
 
     return parallel.over_batches(
         _evaluate_batch, (model, bounds), batch_of, len(examples), batch_size

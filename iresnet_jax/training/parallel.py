@@ -8,23 +8,28 @@ device's value and vmap raises: test every step under both.
 
 Devices are in the order of their processes, so a process's share of a batch is contiguous. A
 process that has parted from the others (`hosts.ending_together`) goes on with its own devices.
+
+Batches are pure functions of seed and step, so that a resumed run sees the very batches it would
+have seen. They are arrays of NumPy: JAX runs steps asynchronously, and the host takes the next
+batch from memory or from the map of a file while the devices are at work on the last one.
 """
 
 import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PRNGKeyArray, Shaped
+from jaxtyping import Array, Int, PRNGKeyArray, Shaped
 
 from iresnet_jax.maths import platforms
 
 AXIS = "batch"
-FAILURES = {kind.__name__: kind for kind in (ValueError, RuntimeError, OSError)}
+FAILURES = ValueError, RuntimeError, OSError  # of process 0, which all processes hear of
 _is_alone = False
 
 
@@ -142,10 +147,89 @@ def shard(batch: Any, *, num_devices: int | None = None) -> Any:
         batch: Pytree of arrays whose first axis counts the same ``n`` examples.
         num_devices: Devices to use, from the first; all local ones by default.
     """
-    num_devices = jax.local_device_count() if num_devices is None else num_devices
+    num = jax.local_device_count() if num_devices is None else num_devices
+    return jax.tree.map(lambda leaf: leaf.reshape((num, -1, *leaf.shape[1:])), batch)
+
+
+def num_rows(x: Any) -> int:
+    """Examples in a pytree of arrays."""
+    return len(jax.tree.leaves(x)[0])
+
+
+# ---------------------------------------------------------------------------- batches of a training
+
+
+def device_batches(
+    examples: Any, *, seed: int, batch_size: int, first_step: int = 0
+) -> Iterator[Any]:
+    """Yields the batches of training steps ``first_step``, ``first_step + 1`` and so on, without
+    end.
+
+    Example::
+
+        # (num_devices, 128 / num_devices, h, w, c)
+        for batch in device_batches(images, seed=0, batch_size=128):
+            state, metrics = step(state, fixed, batch)
+
+    Args:
+        examples: Array, or pytree of arrays such as images and labels, with the examples along
+            their first axis; None gives placeholders of the right number, for steps that draw their
+            own examples.
+        seed: Seed of the run, at least 0.
+        batch_size: Examples in a batch over all processes and devices, a multiple of their number.
+        first_step: Training step of the first batch.
+
+    Returns:
+        Iterator over pytrees like ``examples`` with arrays of shape ``(num_devices, share, ...)``,
+        in the types that JAX has.
+    """
+    if examples is None:
+        return itertools.repeat(shard(own_share(np.zeros(batch_size, np.float32))))
+
+    def batch(step: int) -> Any:
+        rows = own_share(batch_indices(seed, step, batch_size, num_rows(examples)))
+        taken = jax.tree.map(lambda leaf: leaf[rows], examples)
+        return shard(jax.tree.map(lambda leaf: leaf.astype(_dtype_in_jax(leaf), copy=False), taken))
+
+    return map(batch, itertools.count(first_step))
+
+
+def abstract_batch(examples: Any, batch_size: int) -> Any:
+    """Shapes and dtypes of a batch before it is split."""
     return jax.tree.map(
-        lambda leaf: leaf.reshape((num_devices, len(leaf) // num_devices, *leaf.shape[1:])), batch
+        lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), _dtype_in_jax(leaf)),
+        examples,
     )
+
+
+def _dtype_in_jax(leaf: Any) -> Any:
+    return jax.dtypes.canonicalize_dtype(leaf.dtype)  # float32 for float64, unless that is enabled
+
+
+# consecutive steps share an epoch; a permutation of a large set is worth keeping
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " n"]:
+    order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(num_examples)
+    order = order.astype(np.int32) if num_examples < 2**31 else order
+    order.flags.writeable = False  # shared by all callers
+    return order
+
+
+def batch_indices(
+    seed: int, step: int, batch_size: int, num_examples: int
+) -> Int[np.ndarray, " b"]:
+    """Places of the examples that a training step sees, of all processes; read-only.
+
+    Epoch ``e`` is a permutation of all examples drawn from ``(seed, e)`` and cut into
+    ``num_examples // batch_size`` batches. The remainder of an epoch is dropped; as every epoch has
+    its own order, no example is left out for good. Another release of NumPy may permute
+    differently.
+    """
+    epoch, batch = divmod(step, num_examples // batch_size)
+    return _epoch_order(seed, epoch, num_examples)[batch * batch_size : (batch + 1) * batch_size]
+
+
+# ------------------------------------------------------------------------------------- evaluations
 
 
 def over_batches(
@@ -169,20 +253,12 @@ def over_batches(
 
     Returns:
         The outputs of all examples in order, on the host.
-
-    Raises:
-        ValueError: If there are none.
     """
-    if not num_examples:
-        raise ValueError("there are no examples to evaluate: check that the split is not empty")
     num_devices, is_shared = all_devices(), num_processes() > 1
     num_batches = -(-num_examples // batch_size)
     size = -(-num_examples // (num_batches * num_devices)) * num_devices
-    mapped, state, parts = (
-        _mapped_eval(evaluate, _devices(), is_shared),
-        on_local_devices(state),
-        [],
-    )
+    mapped, state = _mapped_eval(evaluate, _devices(), is_shared), on_local_devices(state)
+    parts = []
     for first in range(0, num_examples, size):
         # the last batch is filled up
         places = np.minimum(np.arange(first, first + size), num_examples - 1)
@@ -264,8 +340,8 @@ def from_first(produce: Callable[[], Any]) -> Any:
     have to call this.
 
     Args:
-        produce: Function whose result JSON can hold. ``ValueError``, ``RuntimeError`` and
-            ``OSError`` reach all processes.
+        produce: Function whose result JSON can hold. Its `FAILURES` are a ``RuntimeError`` in
+            the other processes.
     """
     if jax.process_count() == 1:
         return produce()
@@ -273,14 +349,13 @@ def from_first(produce: Callable[[], Any]) -> Any:
     if is_first():
         try:
             own["result"] = produce()
-        except tuple(FAILURES.values()) as error:
-            own["kind"] = next(name for name, kind in FAILURES.items() if isinstance(error, kind))
+        except FAILURES as error:
             own["failure"], failure = str(error), error
     found = json.loads(texts_of_all(json.dumps(own))[0])
     if failure is not None:
         raise failure
     if "failure" in found:
-        raise FAILURES[found["kind"]](f"process 0: {found['failure']}")
+        raise RuntimeError(f"process 0: {found['failure']}")
     return found["result"]
 
 

@@ -208,9 +208,7 @@ def _first_state(variables: Any, optimizer: optax.GradientTransformation, length
 
 def abstract_state(spec: Any, optimizer: optax.GradientTransformation) -> State:
     """Shapes and dtypes of a model's state, without computing it."""
-    free = abstract(spec)
-    variables = free.params, free.iterates, free.statistics
-    return jax.eval_shape(lambda own: _first_state(own, optimizer, np.int32(1)), variables)
+    return jax.eval_shape(lambda free: first_state(free, optimizer, 1), abstract(spec))
 
 
 def _mean_over_parts(compute: Callable[[Any], Any], rows: Any, num_parts: int) -> Any:

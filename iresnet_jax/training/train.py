@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,7 +23,6 @@ from iresnet_jax.maths.keys import single_key
 from iresnet_jax.models.free import Free
 from iresnet_jax.models.model import Model
 from iresnet_jax.training import parallel
-from iresnet_jax.training.batches import device_batches
 from iresnet_jax.training.callbacks import (
     Call,
     Callback,
@@ -36,6 +34,7 @@ from iresnet_jax.training.callbacks import (
     Validate,
 )
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from iresnet_jax.training.parallel import device_batches
 from iresnet_jax.training.run import (
     LONGEST,
     VALIDATIONS,
@@ -43,7 +42,6 @@ from iresnet_jax.training.run import (
     LossFunction,
     Objective,
     Run,
-    num_rows,
 )
 from iresnet_jax.training.step import Fixed, Step, first_state
 
@@ -54,10 +52,6 @@ STEPS = 1000  # updates, if neither these nor minutes are given
 # many, as a warm-up is some hundred.
 STEPS_IN_TIME = 10_000
 LEARNING_RATE = 5e-3  # of the default optimizer
-RESERVED = {  # names of the log
-    *("loss", "grad_norm", "learning_rate", "max_sigma", "max_lipschitz", "step", "split"),
-    *("wall_time_s", "seconds_per_step", "compile_seconds"),
-}
 
 
 def train(
@@ -98,8 +92,9 @@ def train(
     Args:
         model: The model to start from, such as one of ``Density.init`` or ``load``, or its `Free`.
         loss: ``(model, batch, key) -> loss``, a mean over the batch, or ``(loss, metrics)`` with a
-            dictionary of further means. With several devices each sees its share of the batch, with
-            a key of its own, and gradients are averaged.
+            dictionary of further means; one with a name of the log, such as "loss", is not logged.
+            With several devices each sees its share of the batch, with a key of its own, and
+            gradients are averaged.
         data: Examples: an array or any pytree of arrays with as many rows, of which batches have
             random ones. None trains without data: the loss is given None, and draws what it needs
             by its key.
@@ -139,8 +134,6 @@ def train(
         The model with its `History`, certified to be within its budget.
 
     Raises:
-        ValueError: If arguments do not fit together, the loss is not one number, or it does not
-            depend on the model.
         RuntimeError: If the loss becomes NaN or infinite before a model was validated.
 
     Example:
@@ -152,49 +145,57 @@ def train(
     machine.cache_programs()
     # 1. The door: the only checks of a training.
     seed = key if isinstance(key, int) else int(jax.random.bits(single_key(key), dtype="uint32"))
-    free = model if isinstance(model, Free) else Free.of(model)
-    most, length = lengths(steps, minutes)
-    between = max(most // VALIDATIONS, 1) if most < LONGEST else LONGEST  # or by the clock
-    between = between if every is None else checked(Count, every, "every")
-    between_lines = log_every or min(between, STEPS // VALIDATIONS)
-    batch_size, num_parts = (
-        checked(Count, batch_size, "batch_size"),
-        checked(Count, num_parts, "num_parts"),
-    )
+    steps = None if steps is None else checked(Count, steps, "steps")
+    minutes = None if minutes is None else checked(Positive, minutes, "minutes")
+    num_parts = checked(Count, num_parts, "num_parts")
     if isinstance(loss, Objective):
         objective = loss
-        check_batch_size(batch_size, num_parts, data)
     else:
         data, validation = _checked_rows(data, "data"), _checked_rows(validation, "validation")
-        batch_size = batch_size if data is None else min(batch_size, num_rows(data))
+        objective = Objective.of(loss, validation, seed, has_data=data is not None)
+        # the largest batch of equal shares
+        batch_size = batch_size if data is None else min(batch_size, parallel.num_rows(data))
         shares = parallel.all_devices() * num_parts
         batch_size = max(batch_size // shares, 1) * shares
-        _check_loss(loss, free, data, batch_size)
-        objective = Objective.of(loss, validation, seed, has_data=data is not None)
+    check_batch_size(batch_size, num_parts, data)
+
+    # 2. The step, and the first state, which is equal in all processes.
+    free = model if isinstance(model, Free) else Free.of(model)
+    most = steps or (STEPS if minutes is None else LONGEST)
+    length = STEPS_IN_TIME if most == LONGEST else most
     if optimizer is None:
         default = OptimizerConfig(
             "muon", LEARNING_RATE, warmup_steps=length // 20, momentum=0.95, nesterov=True
         )
         optimizer, schedule = make_optimizer(default), make_schedule(default, length)
-
-    # 2. The step, and the first state, which is equal in all processes.
     step = Step(
         objective.loss,
         optimizer,
         schedule,
-        length if schedule_steps is None else schedule_steps,
+        schedule_steps or length,
         checked(Decay, ema_decay, "ema_decay"),
         num_parts,
     )
-    state = parallel.broadcast(first_state(free, optimizer, length))
-    fixed = Fixed.of(seed, free, unroll=unroll, rematerialize=rematerialize)
-    run = Run(free, objective, step, state, fixed, most, between, between_lines, batch_size, data)
+    if every is None:  # by the clock if time is the only limit
+        every = max(most // VALIDATIONS, 1) if most < LONGEST else LONGEST
+    run = Run(
+        free,
+        objective,
+        parallel.parallelize(step),
+        parallel.broadcast(first_state(free, optimizer, length)),
+        Fixed.of(seed, free, unroll=unroll, rematerialize=rematerialize),
+        most,
+        length,
+        checked(Count, every, "every"),
+        log_every or min(every, STEPS // VALIDATIONS),
+        batch_size,
+        data,
+    )
 
     # 3. Who watches: defaults, and what was given in their place.
-    patience = checked(CountOrNone, patience, "patience")
     defaults = [
-        TimeLimit(None if minutes is None else checked(Positive, minutes, "minutes")),
-        *(Log(), Validate(), Patience(patience)),
+        *(TimeLimit(minutes), Log(), Validate()),
+        Patience(checked(CountOrNone, patience, "patience")),
         Stop(raises=any(each.resumes for each in callbacks)),
         *([] if callback is None else [Call(callback)]),
         *([Progress()] if progress else []),
@@ -224,13 +225,6 @@ def train(
         return run.result()
 
 
-def lengths(steps: int | None, minutes: float | None) -> tuple[int, int]:
-    """The largest number of updates, and the updates that a schedule is made for."""
-    if steps is not None:
-        return checked(Count, steps, "steps"), steps
-    return (STEPS, STEPS) if minutes is None else (LONGEST, STEPS_IN_TIME)
-
-
 def check_batch_size(batch_size: int, num_parts: int, data: Any, devices: int = 0) -> None:
     """Raises ``ValueError`` unless a batch splits over devices and into parts, and is no larger
     than the training data.
@@ -241,74 +235,23 @@ def check_batch_size(batch_size: int, num_parts: int, data: Any, devices: int = 
             f"batch_size must be a multiple of {devices} devices times {num_parts} parts, got "
             f"{batch_size}"
         )
-    if data is not None and batch_size > num_rows(data):
+    if data is not None and batch_size > (num := parallel.num_rows(data)):
         raise ValueError(
-            f"batch_size must be at most {num_rows(data)}, the training examples, got {batch_size}"
+            f"batch_size must be at most {num}, the training examples, got {batch_size}"
         )
-
-
-def _check_loss(loss: LossFunction, free: Free, data: Any, batch_size: int) -> None:
-    """Raises ``ValueError`` unless the loss is a number, and its metrics a dictionary of
-    numbers.
-    """
-    batch = None if data is None else abstract_batch(data, batch_size)
-    found: Any = jax.eval_shape(
-        lambda free, batch, key: loss(free.constrain()[0], batch, key),
-        *(free, batch, jax.random.key(0)),
-    )
-    pair: Any = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
-    value, metrics = pair
-    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        got = (
-            f"{value.dtype} of shape {value.shape}"
-            if hasattr(value, "shape")
-            else f"a {type(value).__name__}"
-        )
-        raise ValueError(
-            f"the loss must be one number, or one and a dictionary of metrics, got {got}: take the "
-            "mean over the batch"
-        )
-    if not isinstance(metrics, Mapping) or any(
-        getattr(metric, "shape", None) != () for metric in metrics.values()
-    ):
-        raise ValueError(f"metrics of the loss must be a dictionary of numbers, got {metrics}")
-    if clash := sorted(RESERVED & set(metrics)):
-        raise ValueError(
-            f"a metric of the loss cannot be called {clash[0]!r}, a name of the log: rename it"
-        )
-
-
-def abstract_batch(data: Any, batch_size: int) -> Any:
-    """Shapes of a batch, in the dtypes that JAX gives to arrays: without ``jax_enable_x64``,
-    float32 for float64.
-    """
-
-    def of_rows(rows):
-        dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
-        return jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), dtype)
-
-    return jax.tree.map(of_rows, data)
 
 
 def _checked_rows(x: Any, name: str) -> Any:
-    """Arrays of NumPy with equally many rows.
-
-    Raises:
-        ValueError: If they differ in their number of rows, have none, or hold NaN or infinite
-            numbers.
-    """
-    if x is None:
-        return None
+    """Arrays of NumPy with equally many rows of finite numbers, which the types of JAX can hold."""
     for leaf in jax.tree.leaves(x):
         check_unmasked(leaf, name)
     x = jax.tree.map(np.asarray, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
-    if not shapes or () in shapes or len({shape[0] for shape in shapes}) != 1 or not shapes[0][0]:
+    if x is not None and (() in shapes or len({shape[0] for shape in shapes}) != 1):
         raise ValueError(
             f"arrays of {name} must have one row an example, and equally many rows, got shapes "
             f"{shapes}"
         )
     for leaf in jax.tree.leaves(x):
-        if leaf.dtype.kind in "biuf":
-            finite_numbers(leaf, name, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        finite_numbers(leaf, name, jax.dtypes.canonicalize_dtype(leaf.dtype))
     return x

@@ -127,7 +127,7 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(stopped, tmp_pat
     processes[1].send_signal(signal.SIGTERM)
     (status, other), said = finish(processes)
     assert status == 2
-    assert "error: the checkpoint of step" in said[0][-1]
+    assert f"error: [Errno 17] File exists: '{checkpoints}'" in said[0][-1]
     assert other in (2, *ENDS_OF_THE_LOST)  # told what failed, or left alone
 
 

@@ -2,6 +2,7 @@
 and stepped over; trainings that are stopped go on to the same bits.
 """
 
+import math
 import resource
 import signal
 import subprocess
@@ -79,24 +80,20 @@ def test_restored_arrays_can_be_donated():
 
 
 MISFITS = [
-    ({"params/prior/mean": None}, "it lacks 'params/prior/mean'"),
+    (lambda named: named.pop("params/prior/mean"), "params/prior/mean is there now alone"),
     (
-        {"params/prior/mean": np.zeros(4, np.float32)},
-        r"'params/prior/mean' is float32\[4\] in it, not float32\[5\]",
+        lambda named: named.update({"params/prior/mean": np.zeros(5)}),
+        r"params/prior/mean is \"float32\[5\]\" now and \"float64\[5\]\".*JAX_ENABLE_X64",
     ),
-    ({"params/prior/mean": np.zeros(5)}, "trained in float64: set JAX_ENABLE_X64"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), MISFITS)
-def test_a_difference_is_named_in_one_sentence(changes, message):
-    state = make_state()
-    named = {
-        name: array for name, array in (to_named(state) | changes).items() if array is not None
-    }
-    with pytest.raises(ValueError, match=message) as caught:
-        from_named(named, state)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("change", "message"), MISFITS)
+def test_a_difference_is_named(change, message):
+    named = to_named(make_state())
+    change(named)
+    with pytest.raises(ValueError, match=message):
+        from_named(named, make_state())
 
 
 # --- saving and restoring -------------------------------------------------------------------------
@@ -112,25 +109,15 @@ def steps_in(workdir):
 def test_round_trip_is_bit_exact(tmp_path):
     state = make_state(seed=5)
     assert Store(tmp_path).restore(state) is None
-    Store(tmp_path).save(120, state)
+    Store(tmp_path).save(120, state, about={"seconds": 1.5})
     for best in (False, True):
         restored = Store(tmp_path).restore(jax.eval_shape(lambda: state), best=best)
         assert (restored.step, np.isnan(restored.metric), restored.notes) == (120, True, ())
+        assert restored.about == {"seconds": 1.5}
         assert_same_bits(restored.state, state)
     # and is not taken for a damaged one
     with pytest.raises(ValueError, match="does not fit this state"):
         Store(tmp_path).restore(make_state(num_blocks=4))
-
-
-def test_every_dtype_and_empty_arrays_survive(tmp_path, x64):
-    state = {
-        "double": jnp.array([jnp.pi, -0.0, jnp.nan]),
-        "flag": jnp.array([True, False]),
-        "key": jax.random.PRNGKey(0),
-        "empty": jnp.zeros((0, 3)),
-    }
-    Store(tmp_path).save(1, state)
-    assert_same_bits(Store(tmp_path).restore(state).state, state)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +132,14 @@ def test_the_newest_are_kept_and_an_earlier_step_gives_up_the_later_ones(tmp_pat
 
 
 def test_the_best_survives_a_resume(tmp_path):
-    for step, metric in ((10, 2.0), (20, 1.0), (30, 1.5), (40, float("nan")), (50, None)):
-        Store(tmp_path).save(step, make_state(step), metric=metric)
+    for step, metric, best in (
+        *((10, 2.0, 10), (20, 1.0, 20), (30, 1.5, 20), (40, math.nan, 20), (50, math.nan, 20)),
+    ):
+        Store(tmp_path).save(step, make_state(step), metric=metric, best=best)
     assert steps_in(tmp_path) == [20, 40, 50]
     best = Store(tmp_path).restore(make_state(), best=True)
     assert (best.step, best.metric, int(best.state.step)) == (20, 1.0, 20)
-    Store(tmp_path).save(60, make_state(60), metric=np.float32(0.5))
+    Store(tmp_path).save(60, make_state(60), metric=np.float32(0.5), best=60)
     assert Store(tmp_path).restore(make_state(), best=True).step == 60
     assert steps_in(tmp_path) == [50, 60]
 
@@ -175,25 +164,21 @@ def dies_at(death):
     for name in ("mkdir", "replace", "unlink"):
         setattr(pathlib.Path, name, counted(getattr(pathlib.Path, name)))
 
-def check(step, checkpoints):
-    latest, newest, *_ = checkpoints.restore(state(0))
-    assert newest in (10, 20) and np.array_equal(latest["w"], state(newest)["w"]), newest
-    best, number, *_ = checkpoints.restore(state(0), best=True)
-    assert number == newest and np.array_equal(best["w"], state(number)["w"]), number
-
 for death in itertools.count():
     folder = pathlib.Path(tempfile.mkdtemp(dir=sys.argv[1]))
     checkpoints = Store(folder)
-    checkpoints.save(10, state(10), metric=2.0)
+    checkpoints.save(10, state(10), metric=2.0, best=10)
     child = os.fork()
     if child == 0:
         dies_at(death)
-        checkpoints.save(20, state(20), metric=1.0)
+        checkpoints.save(20, state(20), metric=1.0, best=20)
         os._exit(0)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    check(20, Store(folder))
-    checkpoints.save(20, state(20), metric=1.0)
-    checkpoints.save(30, state(30), metric=1.5)
+    for best in (False, True):
+        found = checkpoints.restore(state(0), best=best)
+        assert found.step in (10, 20) and np.array_equal(found.state["w"], state(found.step)["w"])
+    checkpoints.save(20, state(20), metric=1.0, best=20)
+    checkpoints.save(30, state(30), metric=1.5, best=20)
     assert sorted(os.listdir(folder / "checkpoints")) == ["20.npz", "30.npz"]
     assert checkpoints.restore(state(0), best=True).step == 20
     if not killed:
@@ -232,7 +217,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     checkpoints = Store(tmp_path)
     for step, metric in ((10, 2.0), (20, 1.0)):
-        checkpoints.save(step, big_state(step), metric=metric)
+        checkpoints.save(step, big_state(step), metric=metric, best=step)
     damage(checkpoints.path(20))
     for best in (False, True):
         restored = checkpoints.restore(big_state(0), best=best)
@@ -262,22 +247,22 @@ def test_a_bucket_that_fails_for_a_moment_costs_no_checkpoint(monkeypatch):
 
     for name in ("cat_file", "ls"):
         monkeypatch.setattr(MemoryFileSystem, name, failing(getattr(MemoryFileSystem, name)))
-    for step, metric in ((10, 1.0), (20, 3.0), (30, 2.5)):
-        Store(folder).save(step, big_state(step), metric=metric)
+    for step in (10, 20, 30):
+        Store(folder).save(step, big_state(step), metric=step, best=10)
     for left[0] in (1, 2, 5):  # the listing, a metric and the whole state
         with pytest.raises(ConnectionError, match="503 at the moment"):
             Store(folder).restore(big_state(0), best=True)
-    for left[0] in (1, 2, 3, 4):  # both listings, metrics
-        Store(folder).save(step := 10 * left[0] + 30, big_state(step), metric=3.0)
+    for left[0] in (1, 2):  # both listings of a save
+        Store(folder).save(40, big_state(40), metric=40.0, best=10)
         assert Store(folder).restore(big_state(0), best=True).step == 10
-    Store(folder).save(80, big_state(80), metric=3.0)
-    assert sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.npz")) == [10, 70, 80]
+    Store(folder).save(50, big_state(50), metric=50.0, best=10)
+    assert sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.npz")) == [10, 40, 50]
 
 
 def test_a_checkpoint_that_its_training_deletes_is_not_called_damaged(tmp_path, monkeypatch):
     checkpoints = Store(tmp_path)
     for step in (10, 20):
-        checkpoints.save(step, big_state(step), metric=1.0)
+        checkpoints.save(step, big_state(step), metric=1.0, best=10)
     monkeypatch.setattr(Store, "steps", lambda self: [30, 20, 10])
     for best in (False, True):
         restored = checkpoints.restore(big_state(0), best=best)
@@ -301,7 +286,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     assert noticed > path.stat().st_size / 14
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path):
+def test_a_full_disk_keeps_what_was_there(tmp_path):
     checkpoints = Store(tmp_path)
     checkpoints.save(10, big_state(10))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -311,11 +296,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path):
             # writes fail as they do on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             for step in (20, 10):  # also when it would replace the only one
-                with pytest.raises(
-                    OSError, match=rf"step {step} could not be written .*\(File too large\)"
-                ) as error:
+                with pytest.raises(OSError, match=rf"{step}.npz cannot be written .*too large"):
                     checkpoints.save(step, big_state(step + 1))
-                assert "\n" not in str(error.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert steps_in(tmp_path) == [10]
@@ -344,14 +326,6 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, step):
     assert steps(found[1], "validation") == steps(expected[1], "validation")
 
 
-def test_a_training_that_crashed_goes_on_from_its_last_validation(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        trained(At(8, crashes), ir.Checkpoints(str(tmp_path / "new" / "folder")))
-    found = trained(ir.Checkpoints(tmp_path / "new" / "folder"))
-    assert found[1].first_step == 6
-    assert_same(found, trained())
-
-
 def test_a_best_model_before_the_stop_is_still_the_best_after_it(tmp_path):
     losses = [2.0, 1.0, 4.0, 5.0]
     expected = trained(held_out=losses)
@@ -368,6 +342,22 @@ def test_patience_counts_validations_before_the_stop(tmp_path):
         trained(At(8, stops), ir.Checkpoints(tmp_path), held_out=[1.0, 2.0], **options)
     model, run = trained(ir.Checkpoints(tmp_path), held_out=[3.0, 4.0, 5.0], **options)
     assert (run.step, model.history.step) == (12, 3)
+
+
+def test_a_training_that_crashed_goes_on_from_its_last_validation(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        trained(At(8, crashes), ir.Checkpoints(str(tmp_path / "new" / "folder")))
+    found = trained(ir.Checkpoints(tmp_path / "new" / "folder"))
+    assert found[1].first_step == 6
+    assert_same(found, trained())
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_training(tmp_path):
+    def full(run):
+        (tmp_path / "checkpoints" / "6.npz").mkdir()
+
+    with pytest.raises(OSError, match=r"6.npz cannot be written"):
+        trained(At(5, full), ir.Checkpoints(tmp_path))
 
 
 ENDS = {
@@ -412,9 +402,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path):
 
 OTHER = ir.DensitySpec(ir.FlowSpec((1,), (ir.StageSpec(1, (2,)),)))
 OTHERS = {
-    "seed": ({"key": 1}, r"training.seed is 1, not 0|seed.* 1 .* 0"),
-    "batch size": ({"batch_size": 4}, r"batch_size.* 4 .* 8"),
-    "steps": ({"steps": 13}, r"13 .* 12"),
+    "seed": ({"key": 1}, r"training.seed is 1 now and 0 before"),
+    "data": ({"batch": 4.0}, r"training.data is"),
     "model": ({"spec": OTHER}, r"model.flow.stages.*hidden"),
 }
 

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
-import pytest
 import scipy.special
 import scipy.stats
 import tiny_runs as runs
 
 from iresnet_jax.data import augment, load
-from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain
 from iresnet_jax.models.density import Density
@@ -24,11 +22,10 @@ from iresnet_jax.models.free import Free
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.model import How
 from iresnet_jax.models.priors import Gaussian
-from iresnet_jax.runs.config import AugmentationConfig
-from iresnet_jax.runs.job import Job, build_augmentation
+from iresnet_jax.runs.job import Job
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training import parallel
-from iresnet_jax.training.hybrid import HybridConfig, make_loss
+from iresnet_jax.training.density import HybridConfig, make_hybrid_loss
 from iresnet_jax.training.step import Keys
 
 SAME = 1e-5  # the same maths by another route, float32
@@ -83,13 +80,13 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
 
     @jax.jit
     def compute(model, x):
-        z, loss = model.encode(x), make_loss(HybridConfig(weight=2.0))(model, (x, labels), keys)
+        z, loss = model.encode(x), make_hybrid_loss(HybridConfig(weight=2.0))
         return (
             z,
             model.prior.log_prob_by_class(z),
             model.terms(x, key, key),
             model.class_log_probs(x),
-            loss.value,
+            loss(model, (x, labels), keys).value,
         )
 
     z, by_class, terms, posterior, loss = compute(model, x)
@@ -148,26 +145,6 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     )
     expected = 6000 * scipy.special.softmax(np.asarray(prior.logits, np.float64))
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (
-            lambda: plane(num_classes=None)[0].class_log_probs(jnp.zeros((2, D))),
-            "one prior for all",
-        ),
-        (lambda: draw(plane(num_classes=None)[0], jnp.zeros(4, int)), "one prior for all"),
-        (lambda: draw(plane()[0], jnp.zeros(3, int)), "labels must be 4 integers"),
-    ],
-)
-def test_mistakes_of_callers(call, match):
-    with pytest.raises(ValueError, match=match):
-        call()
-
-
-def draw(model, labels):
-    return model.sample(jax.random.key(0), 4, labels=labels)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -235,14 +212,6 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     # the cross-entropy reaches the network
     of_kernels = by_term["stage0"]["blocks"]["dense0"]["kernel"][0]
     assert np.linalg.norm(of_kernels) > 0.1
-
-
-def test_vectors_are_not_cropped_or_flipped():
-    vectors = from_arrays(
-        "mine", Arrays(np.random.default_rng(0).normal(size=(20, 2)), np.arange(20) % 2)
-    )
-    with pytest.raises(ValueError, match=r"crops and flips of .* images, and mine has vectors"):
-        build_augmentation(AugmentationConfig(flip=True), vectors)
 
 
 def test_weight_goes_from_the_first_to_the_last_in_a_straight_line():

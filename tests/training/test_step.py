@@ -12,7 +12,6 @@ from iresnet_jax.data import load
 from iresnet_jax.runs.job import Job
 from iresnet_jax.training import parallel
 from iresnet_jax.training.step import abstract_state
-from iresnet_jax.training.train import abstract_batch
 
 # The same sums in another order, in float32; Adam divides by the root of tiny second moments, which
 # magnifies their rounding.
@@ -70,7 +69,7 @@ def on_one_device(job, method):
     """What a method of the mapped step makes of the shapes of its arguments."""
     step, fixed = job.step()
     state = abstract_state(job.spec, step.optimizer)
-    batch = abstract_batch(job.examples, job.config.training.batch_size)
+    batch = parallel.abstract_batch(job.examples, job.config.training.batch_size)
     mapped = parallel.for_devices(step, jax.devices()[:1])
     return getattr(mapped, method)(state, fixed, batch)
 
