@@ -31,7 +31,7 @@ from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import default_config, parse, to_plain
-from iresnet_jax.runs.model_from_config import density_spec
+from iresnet_jax.runs.job import density_spec
 
 NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`

@@ -25,8 +25,7 @@ from iresnet_jax.maths.machine import cache_programs, prepare_backend, start_bac
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import STOPPED, Attempt, History
 from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.job import Job, finished
-from iresnet_jax.runs.model_from_config import build_flow_spec
+from iresnet_jax.runs.job import Job, build_flow_spec, finished
 from iresnet_jax.starts import KERNELS, MOST_ROWS, Start, Starts, with_likelier_columns
 from iresnet_jax.training.callbacks import (
     Callback,

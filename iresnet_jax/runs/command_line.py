@@ -49,16 +49,9 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return stopped.status
-        except ModuleNotFoundError as error:
-            if debug or (error.name or "").startswith("iresnet_jax"):
-                raise
-            print(
-                f"error: there is no package {error.name}: pip install 'iresnet_jax[train]'",
-                file=sys.stderr,
-            )
-            return MISTAKE
-        except (ValueError, RuntimeError, OSError) as error:
-            if debug:
+        except (ModuleNotFoundError, ValueError, RuntimeError, OSError) as error:
+            missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+            if debug or missing.startswith("iresnet_jax"):
                 raise
             print(f"error: {one_sentence(error)}", file=sys.stderr)
             return MISTAKE
@@ -67,12 +60,13 @@ def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
 def one_sentence(error: Exception) -> str:
     """Message of an exception on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        text = f"there is no package {error.name}: pip install 'iresnet_jax[train]'"
     if "RESOURCE_EXHAUSTED" in text:
-        advice = (
-            "lower training.batch_size or evaluation.batch_size or --num, or raise "
-            "training.num_parts"
+        text = (
+            "the device is out of memory: lower training.batch_size or evaluation.batch_size or "
+            f"--num, or raise training.num_parts ({text})"
         )
-        text = f"the device is out of memory: {advice} ({text})"
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ... (--debug shows all)"
 
 

@@ -7,7 +7,6 @@ A file in ``configs/`` changes some fields of `default_config`, a dictionary wit
 import dataclasses
 import difflib
 import json
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -290,41 +289,12 @@ def _suggestion(name: str) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-# Settings that belong to some objectives only; the others leave them at their defaults.
-_OBJECTIVES = {
-    "augmentation.crop_padding": ("classification", "hybrid"),
-    "augmentation.flip": ("classification", "hybrid"),
-    "augmentation.noise": ("density",),
-    "classifier.head": ("classification",),
-    "classifier.label_smoothing": ("classification", "hybrid"),
-    "classifier.margin": ("classification",),
-    "classifier.mean": ("classification",),
-    "classifier.std": ("classification",),
-    "classifier.temperature": ("classification",),
-    "evaluation.radii": ("classification",),
-    "augmentation.transformations": ("density",),
-    "classifier.pad_channels": ("classification",),
-    "evaluation.num_importance_draws": ("density", "hybrid"),
-    "hybrid.initial_weight": ("hybrid",),
-    "hybrid.ramp_steps": ("hybrid",),
-    "hybrid.weight": ("hybrid",),
-    "model.context_hidden": ("density",),
-    "model.dequantization": ("density", "hybrid"),
-    "model.prior": ("density", "hybrid"),
-    "model.prior_components": ("density",),
-    "model.sharpness": ("density", "hybrid"),
-}
-
-
 def _contradiction(config: Config) -> str:
     """What is wrong with settings that are valid alone; empty if nothing is."""
-    for name, objectives in _OBJECTIVES.items():
-        found, default = (operator.attrgetter(name)(each) for each in (config, Config()))
-        if found != default and config.objective not in objectives:
-            return (
-                f"config.{name} is for {' and '.join(objectives)}: leave it at "
-                f"{default!r} for {config.objective}"
-            )
+    if config.objective != "hybrid" and config.hybrid != HybridConfig():
+        return f"settings config.hybrid are for the objective hybrid, not for {config.objective}"
+    if config.objective == "density" and config.classifier != ClassifierConfig():
+        return "settings config.classifier are for classification and hybrid, not for density"
     if config.objective != "classification" and config.constraint.norms == "none":
         return "config.constraint.norms = none is for classification: a density needs contractions"
     if len(config.model.constants) not in (0, 2):

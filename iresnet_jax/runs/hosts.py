@@ -62,17 +62,13 @@ def initialize(
         process_id: Number of this process, from 0.
 
     Raises:
-        ValueError: If arguments are missing or do not fit together.
+        ValueError: If arguments are missing, in the words of JAX.
         RuntimeError: If the other processes do not come in time.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     is_given = any(value is not None for value in (coordinator_address, num_processes, process_id))
     # JAX's native handler of SIGTERM would silence `signals`, which handles Ctrl-C and SIGTERM.
     jax.config.update("jax_enable_preemption_service", val=False)
-    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"--process_id must lie in [0, {num_processes}), the --num_processes, got {process_id}"
-        )
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -83,23 +79,11 @@ def initialize(
             heartbeat_timeout_seconds=LOST_S,
             shutdown_timeout_seconds=SHUTDOWN_S,
         )
-    except ValueError as error:
-        # Otherwise no argument is given and there is no cluster.
-        if is_given or "be defined" not in str(error):
-            needed = (
-                "--coordinator_address, --num_processes and --process_id, where no cluster is "
-                "detected that tells them"
-            )
-            raise ValueError(f"several processes need {needed}: {error}") from None
-    except Exception as error:  # the transport may raise anything
-        # JAX has already started, for example in a notebook.
-        if not is_given and "must be called before" in str(error):
-            return
-        raise RuntimeError(
-            f"the processes of this run could not meet ({' '.join(str(error).split())[:200]}): "
-            "start the same command on all of them, with one --coordinator_address that all can "
-            "reach and a --process_id each"
-        ) from error
+    except (ValueError, RuntimeError) as error:
+        # There is no cluster, or JAX has already started, for example in a notebook.
+        is_single = "be defined" in str(error) or "must be called before" in str(error)
+        if is_given or not is_single:
+            raise
 
 
 def _is_single() -> bool:
@@ -142,23 +126,18 @@ def ending_together() -> Iterator[None]:
     """
     try:
         yield
-    except signals.Stopped:
-        _leave()
-        raise
     except Exception as error:
         if not is_shared():
             raise
         reason = " ".join(str(error).split())
-        is_lost = any(sign in str(error) for sign in _TRANSPORTS)
+        is_lost = any(sign in reason for sign in _TRANSPORTS)
         if not isinstance(error, parallel.FAILURES):
             traceback.print_exc()
         elif is_lost:
-            advice = (
-                "the same command on all processes, or on fewer, goes on from the last checkpoint"
-            )
             signals.say(
-                "another process has failed or cannot be reached, see what it said: "
-                f"{advice} ({reason[:200]})"
+                "another process has failed or cannot be reached, see what it said: the same "
+                "command on all processes, or on fewer, goes on from the last checkpoint "
+                f"({reason[:200]})"
             )
         else:
             signals.say(f"error: {reason}")
@@ -166,12 +145,7 @@ def ending_together() -> Iterator[None]:
         if parallel.is_first():
             time.sleep(_LAST_WORDS_S)
         os._exit(LOST if is_lost else _FAILED)
-    else:
-        _leave()
-
-
-def _leave() -> None:
-    """Waits until all processes get here, and leaves them."""
-    if is_shared():
-        jax.distributed.shutdown()
-        parallel.go_on_alone()
+    finally:  # waits until all processes get here
+        if is_shared():
+            jax.distributed.shutdown()
+            parallel.go_on_alone()

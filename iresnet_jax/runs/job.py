@@ -1,34 +1,49 @@
-"""A config and its data as arguments of `train`: the only file that knows configs and library."""
+"""A config and its data as a model, an objective and arguments of `train`: the only file that knows
+configs and library.
+"""
 
-import dataclasses
 import functools
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from iresnet_jax.atomic_files import path_of
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.tables import choose, fit_marginals
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.machine import device_summary, prepare_backend
 from iresnet_jax.models import saved
+from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.contexts import ContextScale, ContextScores, linear_regression, scaled
+from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.free import Free, num_parameters
 from iresnet_jax.models.initial import VECTORS, abstract, initial
 from iresnet_jax.models.model import How
 from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import tagged
-from iresnet_jax.runs import hosts, run_folder
-from iresnet_jax.runs.config import AugmentationConfig, Config, to_plain
+from iresnet_jax.runs import hosts, trained_run
+from iresnet_jax.runs.config import (
+    AugmentationConfig,
+    Config,
+    ModelConfig,
+    PreprocessingConfig,
+    to_plain,
+)
 from iresnet_jax.runs.metrics import Bar, Metrics
-from iresnet_jax.runs.model_from_config import identity_context, load_data, model_spec
+from iresnet_jax.runs.trained_run import finished, identity_context
 from iresnet_jax.training import classification, density, parallel
 from iresnet_jax.training.callbacks import Callback, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store
@@ -156,21 +171,8 @@ class Job(NamedTuple):
         return finished(self.config, model)
 
 
-def finished(config: Config, model: Any) -> Any:
-    """The kept form of a trained model, which takes no transformations as contexts."""
-    identity = identity_context(config)
-    model = model.with_(solver=config.evaluation.solver())
-    if not isinstance(model.spec, ClassifierSpec):
-        model = model.with_(estimator=ExactLogdet())
-    return model if identity is None else model.given(identity)
-
-
 def train(
-    config: Config,
-    workdir: str | os.PathLike[str],
-    *,
-    data: DataSet | None = None,
-    callbacks: tuple[Callback, ...] = (),
+    config: Config, workdir: str | os.PathLike[str], *, callbacks: tuple[Callback, ...] = ()
 ) -> Any:
     """Trains the model of a config in a folder, or goes on from its newest checkpoint.
 
@@ -179,44 +181,40 @@ def train(
     Args:
         config: All settings, from `config.parse`.
         workdir: Folder of the run: config, model, metrics, checkpoints.
-        data: The data; by default the data set of ``config.data``.
         callbacks: Further callbacks.
 
     Returns:
         The best model, certified.
 
     Raises:
-        ValueError: If settings contradict each other or the data, or the folder belongs to another
-            config or other data.
+        ValueError: If settings do not fit the data, or the folder belongs to another config or
+            other data.
         RuntimeError: If training blows up before a model was validated.
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     began, folder = time.monotonic(), path_of(workdir)
     prepare_backend(config.training.matmul_precision)
-    dataset = load_data(config.data) if data is None else data
-    if data is None and dataset.examples and len(dataset.examples.get("test", ())) < 2:
+    data = config.data.load()
+    if data.examples and len(data.examples.get("test", ())) < 2:
         raise ValueError(
-            f"{dataset.name} has not the two test examples that a report needs: add a split called "
+            f"{data.name} has not the two test examples that a report needs: add a split called "
             "test or, where there are no splits, set data.test_fraction"
         )
-    about = {"name": dataset.name, "fingerprint": dataset.fingerprint}
+    about = {"name": data.name, "fingerprint": data.fingerprint}
     hosts.agree_on("run", {"config": to_plain(config), "data": about})
 
-    specs: list[Spec] = []
-
     def begin():  # runs in process 0, whose model the others receive
-        run_folder.check_belongs_to(folder, config)
-        specs.append(run_folder.model_of_run(folder, dataset) or model_spec(config, dataset))
-        has_begun = bool(Store(folder).steps())
-        return [tagged(specs[0]) if parallel.num_processes() > 1 else None, has_begun]
+        trained_run.check_belongs_to(folder, config)
+        spec = trained_run.model_of_run(folder, data) or model_spec(config, data)
+        return tagged(spec), bool(Store(folder).steps())
 
     plain, has_begun = parallel.from_first(begin)
-    job = Job.of(config, dataset, specs[0] if specs else spec_of(plain))
+    job = Job.of(config, data, spec_of(plain))
     examples = job.examples and job.examples[0]
     check_batch_size(config.training.batch_size, config.training.num_parts, examples)
     free = job.free(from_model=not has_begun and parallel.is_first())
     _logger.info("%d parameters on %s", num_parameters(free.params), device_summary())
-    claim = lambda _: run_folder.claimed(folder, config, job.spec, dataset)  # noqa: E731
+    claim = lambda _: trained_run.claimed(folder, config, job.spec, data)  # noqa: E731
     watching = [
         *(Checkpoints(folder, claim), Metrics(folder), Stop(raises=True), Bar()),
         TimeLimit(config.training.minutes, began=began),
@@ -228,16 +226,188 @@ def train(
     return job.finish(model)
 
 
+# --- models ---------------------------------------------------------------------------------------
+
+
+def model_spec(config: Config, data: DataSet) -> Spec:
+    """The model of a data set, for any objective."""
+    if misfit := _misfit(config, data):
+        raise ValueError(misfit)
+    make = classifier_spec if config.objective == "classification" else density_spec
+    return make(config, data)
+
+
+def _misfit(config: Config, data: DataSet) -> str:
+    """What of the settings is for other data; empty if nothing is."""
+    objective, augmentation = config.objective, config.augmentation
+    are_levels, are_images = data.num_levels is not None, len(data.event_shape) == 3
+    transform = config.preprocessing.transform
+    of_levels = transform in ("center", "logit", "equalize")
+    is_fitted = transform in ("standardize", "whiten")
+    if objective != "density" and (data.num_classes is None or data.context_dim):
+        return f"{objective} needs labels, and no contexts, which {data.name} has not"
+    if objective == "classification" and not (are_levels and are_images):
+        return f"classification is for images of integer grey levels, which {data.name} has not"
+    if objective != "classification" and (
+        (of_levels and not are_levels) or (is_fitted and (are_levels or data.is_endless))
+    ):
+        return (
+            f"config.preprocessing.transform {transform} is for data with grey levels if it is "
+            "center, logit or equalize, and for arrays of continuous data if it is standardize or "
+            f"whiten: {data.name} is neither"
+        )
+    if augmentation.transformations and (
+        objective != "density" or not (are_levels and are_images) or data.context_dim
+    ):
+        return "config.augmentation.transformations are for densities of levels without contexts"
+    if (augmentation.crop_padding or augmentation.flip) and (
+        objective == "density" or not are_images
+    ):
+        return "crops and flips of config.augmentation are for images that are classified"
+    if augmentation.noise and (objective != "density" or data.is_endless):
+        return "config.augmentation.noise is for densities of arrays"
+    if config.evaluation.num_importance_draws and not are_levels and data.cells is None:
+        return (
+            f"config.evaluation.num_importance_draws is for discrete data, and {data.name} is "
+            "continuous"
+        )
+    return ""
+
+
+def density_spec(config: Config, data: DataSet) -> DensitySpec:
+    """The density of a data set, with a prior for every class if the objective is hybrid."""
+    is_hybrid = config.objective == "hybrid"
+    hidden, transformations = config.model.context_hidden, config.augmentation.transformations
+    context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
+    flow = build_flow_spec(config.model, data.event_shape, context_dim)
+    # A network on contexts takes them scaled by `ContextScale`.
+    context = None
+    if data.contexts:
+        rows, kinds = data.contexts["train"], data.context_kinds
+        if hidden and any(kind.levels or len(kind.values) or kind.atoms for kind in kinds):
+            columns = data.context_columns or [None] * len(kinds)
+            nums = [len(column.categories or ()) if column else 0 for column in columns]
+            num_levels = tuple(num if num > 2 else 0 for num in nums)
+            context = ContextScores(fit_marginals(rows, kinds, choose(rows, kinds)), num_levels)
+        else:
+            context = (ContextScale.fit if hidden else Standardize.fit_contexts)(rows)
+    return DensitySpec(
+        flow=replace(
+            flow, noise=config.model.noise if config.model.dequantization == "variational" else None
+        ),
+        prior_family=config.model.prior,
+        transform=build_transform(config.preprocessing, data, context=context, by_class=is_hybrid),
+        num_levels=data.num_levels,
+        num_classes=data.num_classes if is_hybrid else None,
+        cells=data.cells,
+        columns=data.columns,
+        context=context,
+        context_columns=data.context_columns,
+        num_components=config.model.prior_components or None,
+        context_hidden=hidden,
+    )
+
+
+def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
+    """The classifier of a data set."""
+    settings = config.classifier
+    height, width, channels = data.event_shape
+    return ClassifierSpec(
+        flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
+        image_shape=(height, width, channels),
+        num_classes=data.num_classes or 0,
+        num_levels=data.num_levels or 0,
+        pad_channels=settings.pad_channels,
+        mean=settings.mean,
+        std=settings.std,
+        constrained=config.constraint.norms != "none",
+        head=settings.head,
+    )
+
+
+def build_flow_spec(
+    settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0
+) -> FlowSpec:
+    """The architecture for examples of one shape, with contexts of some length."""
+    if settings.constants:
+        mu, nu = settings.constants
+        return FlowSpec.bilipschitz(
+            event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim
+        )
+    return FlowSpec(
+        tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim
+    )
+
+
+def build_transform(
+    settings: PreprocessingConfig,
+    data: DataSet,
+    *,
+    context: Any = None,
+    by_class: bool = False,
+) -> Transform:
+    """The preprocessing of a data set; "equalize" counts the levels of its training images.
+
+    Args:
+        settings: The kind of preprocessing.
+        data: The data.
+        context: Scale of contexts; with contexts, "whiten" uses the covariance of residuals of a
+            regression on them.
+        by_class: Whether "whiten" uses the covariance within classes.
+    """
+    kind, then = settings.transform, Identity()
+    if kind in ("standardize", "whiten"):
+        line = data_on_the_line(data)
+        if kind == "standardize":
+            then = Standardize.fit(line)
+        else:
+            then = Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
+    if kind in ("none", "standardize", "whiten"):
+        return then if data.ends is None else replace(data.ends, then=then)
+    if kind == "center":
+        return Center()
+    if kind == "logit":
+        return Logit(settings.alpha)
+    images, num_levels = data.examples["train"], data.num_levels or 0
+    return Equalize.fit(images, num_levels, entrywise=settings.entrywise, alpha=settings.alpha)
+
+
+def _residuals(
+    line: np.ndarray, data: DataSet, context: Any, *, by_class: bool
+) -> Float[np.ndarray, "n d"] | None:
+    """Examples minus their class mean, or minus the prediction of a linear regression on contexts;
+    None without either.
+    """
+    centred = line - line.mean(axis=0, dtype=np.float64)
+    if by_class:
+        labels = data.labels["train"]
+        for label in np.unique(labels):
+            centred[labels == label] -= centred[labels == label].mean(axis=0)
+        return centred
+    if context is None:
+        return None
+    c = np.asarray(scaled(context, jnp.asarray(data.contexts["train"], float)))
+    return centred - c @ linear_regression(c, centred)
+
+
+def data_on_the_line(data: DataSet) -> np.ndarray:
+    """Training examples for standardize and whiten: on the line, with fixed noise in their
+    cells.
+    """
+    examples = np.asarray(data.examples["train"])
+    if data.cells is not None:
+        noise = np.random.default_rng(0).random(examples.shape)
+        examples = data.cells.placed(examples.astype(np.float64), noise, np)[0]
+    return examples if data.ends is None else data.ends.to_line(examples.astype(np.float64), np)[0]
+
+
+# --- objectives -----------------------------------------------------------------------------------
+
 # Each function returns the loss and the measurement of an objective.
 
 
 def _density(config: Config, data: DataSet, spec: Any) -> Objective:
     noise = config.augmentation.noise
-    if noise and data.is_endless:
-        raise ValueError(
-            f"config.augmentation.noise is for continuous vectors of an array, and {data.name} has "
-            "no end: set it to 0"
-        )
     if noise:
         density.noise_scales(spec)  # raises if noise has no scale
     loss = density.make_loss(
@@ -304,7 +474,7 @@ def _of_model(path: str, spec: Spec) -> dict[str, Any]:
     model, _ = saved.read(path)
     own, flow = model.spec.flow, spec.flow
     context_dim = own.context_dim or flow.context_dim  # a model may have been given its context
-    own = dataclasses.replace(
+    own = replace(
         own, coeff=flow.coeff, budget=flow.budget, noise=flow.noise, context_dim=context_dim
     )
     wanted, found = (
@@ -351,11 +521,6 @@ def build_augmentation(
     """
     if not settings.crop_padding and not settings.flip:
         return None
-    if len(data.event_shape) != 3:
-        raise ValueError(
-            f"crops and flips of config.augmentation are for images, and {data.name} "
-            "has vectors: leave them out"
-        )
     if not settings.crop_padding:
         return augment.random_flip
     change = augment.crop_and_flip if settings.flip else augment.random_crop

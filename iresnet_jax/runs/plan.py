@@ -23,7 +23,6 @@ from iresnet_jax.maths.platforms import compiling_for
 from iresnet_jax.models.free import num_parameters
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.job import Job
-from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.training import parallel
 from iresnet_jax.training.step import abstract_state
 from iresnet_jax.training.train import check_batch_size
@@ -54,33 +53,19 @@ def machine(topology: str) -> Machine:
     ``cuda:8``.
     """
     kind, _, layout = topology.partition(":")
-    if kind == "cuda" and (layout or "1").isdecimal() and int(layout or 1):
+    if kind == "cuda":
         return Machine(topology, "cuda", (jax.devices("cpu")[0],), int(layout or 1))
-    if kind not in TPUS or not layout:
-        known = ", ".join(f"{name}:2x2" for name in TPUS)
-        raise ValueError(
-            f"there is no topology {topology!r}: give one such as {known}, or cuda:8 for eight GPUs"
-        )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of a machine's metadata
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", TPUS[kind])
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     try:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of a machine's metadata
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", TPUS[kind])
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # the plugin may raise anything
-        text = " ".join(str(error).split())
-        if "not installed" in text:
-            raise RuntimeError(
-                f"compiling for TPUs needs pip install '.[tpu]': {text[:200]}"
-            ) from None
-        if "lockfile" in text:
-            raise RuntimeError(
-                "another process uses the compiler for TPUs, which serves one at a "
-                "time: wait for it"
-            ) from None
         raise ValueError(
-            f"the compiler for TPUs knows no topology {topology!r}: {text[:200]}"
+            f"the compiler for TPUs, which pip install '.[tpu]' brings and one process at a time "
+            f"uses, has no topology {topology!r} such as v5e:2x2 ({str(error)[:200]})"
         ) from None
     return Machine(topology, "tpu", tuple(devices), len(devices))
 
@@ -135,7 +120,7 @@ def data_for(config: Config) -> DataSet:
     """
     data = tfds.stand_in(config.data.name)
     if data is None:
-        return load_data(config.data)
+        return config.data.load()
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 

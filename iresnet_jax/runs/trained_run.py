@@ -1,24 +1,30 @@
-"""A run after training: its model, its settings and its data, from the folder of a run or of a
-model alone.
+"""A run in its folder: what is written when training starts, and what is read after it.
 
-The parameters are the moving average of the checkpoint that was best on validation, and the weights
-are frozen: scaled by guaranteed bounds of their norms, so that every block is a certified
-contraction, however it was trained (`contractions.freeze`).
+``config.json`` holds the settings; ``model.json`` the architecture, grey levels, histogram and
+classes, and the fingerprint of the data they came from. A resume reads the model from there and
+computes nothing from data files again.
+
+After training, the parameters are the moving average of the checkpoint that was best on validation,
+and the weights are frozen: scaled by guaranteed bounds of their norms, so that every block is a
+certified contraction, however it was trained (`contractions.freeze`).
 """
 
+import contextlib
 import functools
+import json
 import math
 import operator
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iresnet_jax.atomic_files import path_of
-from iresnet_jax.data.arrays import FITTED_ARRAY
+from iresnet_jax.atomic_files import locked, path_of, replacing
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.machine import prepare_backend
 from iresnet_jax.models import preprocessing, saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
@@ -27,13 +33,131 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import run_folder
+from iresnet_jax.models.saved import Spec, spec_of
+from iresnet_jax.pytrees import first_difference, tagged
 from iresnet_jax.runs.config import Config, parse, to_plain
-from iresnet_jax.runs.job import finished
-from iresnet_jax.runs.model_from_config import load_data
 from iresnet_jax.training.checkpoints import Store
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.step import abstract_state
+
+FORMAT = 1  # version of the files
+CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
+# Settings that change how a step is computed, not its result: a run may go on with other values,
+# for example on other devices.
+WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
+
+
+# --- while it trains ------------------------------------------------------------------------------
+
+
+def check_belongs_to(folder: Path, config: Config) -> None:
+    """Raises ``ValueError`` if the folder holds a run with another config; the message names the
+    first difference that matters.
+    """
+    if not has_run(folder):
+        return
+    theirs = read_config(folder)
+    ways = {name: getattr(theirs.training, name) for name in WAYS_TO_COMPUTE}
+    ours = replace(config, training=replace(config.training, **ways))
+    if difference := first_difference(to_plain(ours), to_plain(theirs), "config"):
+        raise ValueError(
+            f"{folder} holds a run with another config: {difference}; choose another "
+            "--workdir or delete it"
+        )
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (folder / CONFIG_FILE).exists()
+
+
+def read_model(folder: Path) -> tuple[Spec, str]:
+    """The model of a run without its weights, and the fingerprint of its data."""
+    return _read(
+        folder / MODEL_FILE,
+        lambda plain: (spec_of(plain["model"]), str(plain["data"]["fingerprint"])),
+    )
+
+
+def model_of_run(folder: Path, data: DataSet) -> Spec | None:
+    """The model that the run in this folder began with; None for a folder without a run."""
+    if not has_run(folder):
+        return None
+    spec, fingerprint = read_model(folder)
+    if fingerprint != data.fingerprint:
+        raise ValueError(
+            f"{folder} was trained on other data: {data.name} has the fingerprint "
+            f"{data.fingerprint[:12]} now and had {fingerprint[:12]} when training began; bring "
+            "those data back, or choose another --workdir"
+        )
+    return spec
+
+
+@contextlib.contextmanager
+def claimed(
+    folder: Path, config: Config, spec: Spec, data: DataSet
+) -> Iterator[Callable[[], None]]:
+    """Within ``with``, no other process trains in the folder, which holds settings and model; the
+    lock ends with its process.
+
+    Yields the function of `atomic_files.locked`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            check = stack.enter_context(locked(folder / "training", timeout_s=0.0))
+        except TimeoutError:
+            raise ValueError(
+                f"another process is training in {folder}: wait until it has ended, or choose "
+                "another --workdir"
+            ) from None
+        if has_run(folder):
+            check_belongs_to(folder, config)  # a run may have begun since the last check
+        else:
+            about = {"name": data.name, "fingerprint": data.fingerprint}
+            model = {"model": tagged(spec), "data": about}
+            # The model is written first: only a folder with a config holds a run, and a model
+            # without a config is the rest of a failed start.
+            for name, plain in ((MODEL_FILE, model), (CONFIG_FILE, to_plain(config))):
+                with replacing(folder / name) as incoming:
+                    text = json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
+                    incoming.write_text(text, encoding="utf-8")
+        yield check
+
+
+def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
+    """``understand`` of the JSON object in a file of the present version."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        reason = f"its format is {plain.get('format')}, not {FORMAT}"
+        if plain.pop("format", None) == FORMAT:
+            return understand(plain)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(
+        f"{path} is damaged or was written by another version ({reason}): restore it, or choose "
+        "another --workdir"
+    )
+
+
+# --- after training -------------------------------------------------------------------------------
+
+
+def identity_context(config: Config) -> np.ndarray | None:
+    """Context of unchanged images if ``augmentation.transformations`` are contexts; None
+    otherwise.
+    """
+    num = len(config.augmentation.transformations)
+    return np.zeros(num, np.float32) if num else None
+
+
+def finished(config: Config, model: Any) -> Any:
+    """The kept form of a trained model, which takes no transformations as contexts."""
+    identity = identity_context(config)
+    model = model.with_(solver=config.evaluation.solver())
+    if not isinstance(model.spec, ClassifierSpec):
+        model = model.with_(estimator=ExactLogdet())
+    return model if identity is None else model.given(identity)
 
 
 @dataclass(frozen=True)
@@ -61,12 +185,7 @@ class Run:
         """The data that the settings name, in their present state; samples and certificates need no
         data.
         """
-        if self.config.data.name == FITTED_ARRAY:
-            raise ValueError(
-                f"{self.folder} does not hold the array that its model was fitted to: save the "
-                "array with numpy.save and add --data npy:FILE"
-            )
-        return load_data(self.config.data, self._num_classes)
+        return self.config.data.load(self._num_classes)
 
     def with_data(self, name: str) -> "Run":
         """The same run on other data, by a name that `iresnet_jax.data.load` knows."""
@@ -93,55 +212,13 @@ class Run:
 
     def with_data_checked(self) -> "Run":
         """The same run, with a note if its data have changed since training."""
-        spec, found = self.model.spec, self.data
-        names, given = (
-            [column.name for column in getattr(each, "columns", None) or ()]
-            for each in (spec, found)
-        )
-        if names and given and names != given:
-            raise ValueError(
-                f"the model takes columns {listed(names)}, in this order, and {found.name} has "
-                f"{listed(given)}"
-            )
+        if misfit := self._misfit():
+            raise ValueError(f"{misfit}: bring its data back, or give others as --data")
+        found = self.data
         if found.fingerprint == self.fingerprint:
             return self
-        for column, own in zip(
-            getattr(spec, "columns", None) or (), found.columns or (), strict=False
-        ):
-            known = tuple(column.categories or ())
-            are_numbers = any(not isinstance(category, str) for category in known)
-            if own.categories is None and are_numbers and known != tuple(range(len(known))):
-                raise ValueError(
-                    f"the model takes column {column.name} as places among {known}, from 0, and "
-                    f"{found.name} has numbers: give places, as npy:FILE"
-                )
-        if isinstance(spec, DensitySpec) and spec.context_dim != found.context_dim:
-            lengths = f"{spec.context_dim}, and {found.name} has them of {found.context_dim}"
-            raise ValueError(
-                f"the model takes contexts of length {lengths}: bring its data back, "
-                "or give --data with contexts"
-            )
-        shape = spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
-        fits = tuple(shape) == found.event_shape and _may_be(found.num_levels, spec.num_levels)
-        # Folders of classes are numbered in order: if one is missing, later classes have other
-        # numbers.
-        classes_fit = operator.eq if found.name.startswith("folder:") else _may_be
-        if not fits or (
-            spec.num_classes is not None and not classes_fit(found.num_classes, spec.num_classes)
-        ):
-            taken = f"{tuple(shape)}, {spec.num_levels} levels and {spec.num_classes} classes"
-            got = f"{found.event_shape}, {found.num_levels} and {found.num_classes}"
-            raise ValueError(
-                f"the model takes examples of shape {taken}, and {found.name} has "
-                f"{got} now: bring its data back"
-            )
         if isinstance(self.model, Density) and "test" in found.examples:
-            try:
-                preprocessing.check_ranges(self.model.spec, found.examples["test"])
-            except ValueError as error:
-                raise ValueError(
-                    f"test examples of {found.name} are none that the model can give: {error}"
-                ) from None
+            preprocessing.check_ranges(self.model.spec, found.examples["test"])
         if not self.fingerprint:
             return self._with_note(
                 f"The model says nothing of its training data; these are {found.name}."
@@ -162,6 +239,47 @@ class Run:
             )
         return self._with_note(note)
 
+    def _misfit(self) -> str:
+        """Why the model cannot take its data, or would mistake their columns or classes; empty if
+        it can.
+        """
+        spec, found = self.model.spec, self.data
+        ours: Any = getattr(spec, "columns", None) or ()
+        theirs: Any = found.columns or ()
+        names, given = ([column.name for column in each] for each in (ours, theirs))
+        if ours and theirs and names != given:
+            return (
+                f"the model takes columns {listed(names)}, in this order, and {found.name} has "
+                f"{listed(given)}"
+            )
+        for column, own in zip(ours, theirs, strict=False):
+            known = column.categories or ()
+            codes = [each for each in known if not isinstance(each, str)]
+            if own.categories is None and codes != list(range(len(codes))):
+                return (
+                    f"the model takes column {column.name} as places among {known}, from 0, and "
+                    f"{found.name} has numbers"
+                )
+        shape = tuple(
+            spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
+        )
+        # Folders of classes are numbered in order: if one is missing, later classes have other
+        # numbers.
+        classes_fit = operator.eq if found.name.startswith("folder:") else _may_be
+        if (
+            shape == found.event_shape
+            and _may_be(found.num_levels, spec.num_levels)
+            and (spec.num_classes is None or classes_fit(found.num_classes, spec.num_classes))
+            and (isinstance(spec, ClassifierSpec) or spec.context_dim == found.context_dim)
+        ):
+            return ""
+        taken, got = (
+            f"shape {shape}, {each.num_levels} levels, {each.num_classes} classes and contexts of "
+            f"length {getattr(each, 'context_dim', 0)}"
+            for shape, each in ((shape, spec), (found.event_shape, found))
+        )
+        return f"the model takes examples of {taken}, and {found.name} has {got} now"
+
     def _with_note(self, note: str) -> "Run":
         found = replace(self, notes=(*self.notes, note))
         vars(found)["data"] = self.data  # the data have been read
@@ -175,7 +293,7 @@ class Run:
         undivided = replace(self.config.data, test_fraction=0.0)
         return (
             not self.data.is_endless
-            and load_data(undivided, self._num_classes).fingerprint == self.fingerprint
+            and undivided.load(self._num_classes).fingerprint == self.fingerprint
         )
 
 
@@ -195,9 +313,9 @@ def load(folder: str | os.PathLike[str]) -> Run:
         folder: Folder of the run, filled by `job.train`, or of a model.
 
     Raises:
-        ValueError: If the folder is not one of these, or a file in it is damaged or from another
-            version.
-        RuntimeError: If it has no checkpoint yet, or none that can be read.
+        OSError: If a file is missing.
+        ValueError: If a file is damaged or from another version.
+        RuntimeError: If there is no checkpoint yet, or none that can be read.
 
     Example:
         >>> run = load("runs/digits_density")  # doctest: +SKIP
@@ -208,12 +326,11 @@ def load(folder: str | os.PathLike[str]) -> Run:
         model, about = saved.read(folder / FILE_NAME)
         config, fingerprint, step = _parsed(folder / FILE_NAME, about)
         prepare_backend(config.training.matmul_precision)
-        return Run(
-            folder, model.with_(solver=config.evaluation.solver()), config, fingerprint, step
-        )
-    config = run_folder.read_config(folder)
+        model = model.with_(solver=config.evaluation.solver())
+        return Run(folder, model, config, fingerprint, step)
+    config = read_config(folder)
     prepare_backend(config.training.matmul_precision)
-    spec, fingerprint = run_folder.read_model(folder)
+    spec, fingerprint = read_model(folder)
     state = abstract_state(spec, make_optimizer(config.optimizer))
     best = Store(folder).restore(state, best=True)
     if best is None:
@@ -236,9 +353,8 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     """Reads the settings of a folder, with the errors of `load`; no device starts."""
     folder = path_of(folder)
     if not _is_model_alone(folder):
-        return run_folder.read_config(folder)
-    path = folder / FILE_NAME
-    return _parsed(path, saved.read_about(path))[0]
+        return _read(folder / CONFIG_FILE, parse)
+    return _parsed(folder / FILE_NAME, saved.read_about(folder / FILE_NAME))[0]
 
 
 def _is_model_alone(folder: Path) -> bool:
@@ -253,7 +369,7 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
         path: File to write; by default ``model.npz`` in the folder of the run.
     """
     about = {
-        "format": run_folder.FORMAT,
+        "format": FORMAT,
         "config": to_plain(run.config),
         "fingerprint": run.fingerprint,
         "step": run.step,
@@ -263,12 +379,10 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
 
 def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
     """Settings, fingerprint of the data and step that `save` wrote beside a model."""
-    if about.get("format") != run_folder.FORMAT:
-        raise ValueError(
-            f"{path} says nothing of a training in this version: iresnet_jax.load "
-            "reads the model alone"
-        )
     try:
         return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from None
+        raise ValueError(
+            f"{path} says nothing of a training in this version ({error}): iresnet_jax.load reads "
+            "the model alone"
+        ) from None

@@ -10,7 +10,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.maths.lipschitz_bounds import block_bounds
 from iresnet_jax.runs.config import default_config, parse
-from iresnet_jax.runs.model_from_config import build_flow_spec
+from iresnet_jax.runs.job import build_flow_spec
 
 MU, NU = 0.2, 5.0
 X = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)

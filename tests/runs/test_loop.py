@@ -26,8 +26,8 @@ from tiny_runs import (
 from iresnet_jax.atomic_files import locked
 from iresnet_jax.data import load
 from iresnet_jax.models.initial import abstract
-from iresnet_jax.runs import job, run_folder, trained_run
-from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs import job, trained_run
+from iresnet_jax.runs.job import model_spec
 from iresnet_jax.training import checkpoints
 from iresnet_jax.training import train as loop
 from iresnet_jax.training.callbacks import Callback
@@ -282,7 +282,7 @@ def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_
         return outputs["bits_per_dim"].mean()
 
     assert abs(bits(run.model) - logged[6]) < 1e-3  # norms are certified and not estimated
-    conditional, _ = run_folder.read_model(tmp_path / "run")
+    conditional, _ = trained_run.read_model(tmp_path / "run")
     state = abstract_state(conditional, make_optimizer(config.optimizer))
     ema = Store(tmp_path / "run").restore(state).state.ema
     of_moved = abstract(conditional).certified(ema).given(np.float32([1, 0]))
@@ -304,9 +304,3 @@ def test_a_folder_that_is_removed_ends_training(config, tmp_path):
 
     with pytest.raises(OSError, match=f"No such file.*{tmp_path / 'run'}"):
         job.train(config, tmp_path / "run", callbacks=(Removes(),))
-
-
-def test_a_file_in_the_place_of_a_folder_is_named(config, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"{tmp_path / 'file'} is a file"):
-        job.train(config, tmp_path / "file")

@@ -1,9 +1,8 @@
-"""A run after training: which parameters count, what they need to be read, and what is said of
+"""A run in its folder: which parameters count, what they need to be read, and what is said of
 damage and of other data.
 """
 
 import dataclasses
-import itertools
 import shutil
 
 import jax
@@ -15,13 +14,18 @@ from PIL import Image
 
 from iresnet_jax import data
 from iresnet_jax.models.model import FILE_NAME
-from iresnet_jax.runs import run_folder
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.runs.job import Job
-from iresnet_jax.runs.model_from_config import model_spec
+from iresnet_jax.runs.job import Job, model_spec, train
 from iresnet_jax.training.checkpoints import Store
 
 NORM_RTOL = 1e-2  # ten times the tolerance of the norms
+
+
+def begin(workdir, config):
+    """The data of a run that has claimed its folder, and nothing else."""
+    found = data.load(config.data.name)
+    with run.claimed(workdir, config, model_spec(config, found), found):
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +34,8 @@ def trained(tmp_path_factory):
     averages drawn at random.
     """
     workdir = tmp_path_factory.mktemp("toy")
-    config, dataset = runs.config_of(runs.TOY_CONFIG), data.load("moons")
-    spec = model_spec(config, dataset)
-    with run_folder.claimed(workdir, config, spec, dataset):
-        pass
-    start = runs.random_state(Job.of(config, dataset))
+    config = runs.config_of(runs.TOY_CONFIG)
+    start = runs.random_state(Job.of(config, begin(workdir, config)))
     rng = np.random.default_rng(0)
     for step, metric in ((20, 2.0), (40, 3.0)):
         ema = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), start.ema)
@@ -103,7 +104,7 @@ def test_the_latest_checkpoint_is_the_second_choice_and_said_to_be(copied):
     )
 
 
-# --- one file -------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
@@ -128,7 +129,82 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     assert run.load(copied).step == 20
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", b"{", "Expecting property name"),
+        ("config.json", b'{"format": 1, "sede": 0}', "no config.sede: did you mean 'seed'?"),
+        ("config.json", b'{"format": 0}', "its format is 0, not 1"),
+        ("model.json", b'{"format": 1, "model": {"type": "Desnity"}}', "'Desnity'"),
+    ],
+)
+def test_a_file_that_is_no_use_is_said_to_be(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    read = run.read_config if name == "config.json" else run.read_model
+    with pytest.raises(ValueError, match=f"{name} is damaged or .* another version") as raised:
+        read(tmp_path)
+    assert reason in str(raised.value)
+
+
+def test_what_is_no_folder_of_a_run_is_said_to_be_none(tmp_path, copied):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        run.load(tmp_path / "none")
+    kept.model(kept.POINTS).save(tmp_path / FILE_NAME)
+    with pytest.raises(ValueError, match="says nothing of a training"):
+        run.load(tmp_path)
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"), jax.enable_x64(True):
+        run.load(copied)
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(RuntimeError, match="has no checkpoints: its training has not reached"):
+        run.load(copied)
+
+
 # --- data -----------------------------------------------------------------------------------------
+
+
+def test_a_run_on_other_data_or_of_another_config_is_not_gone_on_with(tmp_path):
+    path, workdir = tmp_path / "data.npz", tmp_path / "run"
+    changes = {"data.name": kept.write_data(path)}
+    before = begin(workdir, runs.config_of(runs.DIGITS_CONFIG, **changes)).fingerprint
+    with pytest.raises(ValueError, match=r"holds a run with another config: config.seed is 7 now"):
+        begin(workdir, runs.config_of(runs.DIGITS_CONFIG, **changes, seed=7))
+    now = data.load(kept.write_data(path, seed=5)).fingerprint
+    said = f"fingerprint {now[:12]} now and had {before[:12]} when training"
+    with pytest.raises(ValueError, match=said):
+        train(runs.config_of(runs.DIGITS_CONFIG, **changes), workdir)
+    assert run.read_model(workdir)[1] == before
+
+
+def test_a_model_without_a_config_was_left_by_a_start_that_failed(tmp_path):
+    begin(tmp_path, runs.config_of(runs.TOY_CONFIG))
+    (tmp_path / "config.json").unlink()  # as on a full disk
+    begin(tmp_path, runs.config_of(runs.TOY_CONFIG, **{"model.coeff": 0.5}))
+    assert run.read_model(tmp_path)[0].flow.coeff == run.read_config(tmp_path).model.coeff == 0.5
+
+
+def test_data_without_test_examples_are_refused_before_training(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 2)))
+    changes = {"data.name": f"npy:{tmp_path}/x.npy", "data.test_fraction": 0.0}
+    with pytest.raises(ValueError, match=r"has not the two test examples .* data.test_fraction"):
+        train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_columns_in_another_order_or_as_codes_are_refused(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(40, 2))
+    for name, header in (("ours", "a,b"), ("other", "b,a")):
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header=header, comments="")
+    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"csv:{tmp_path}/ours.csv"})
+    loaded = data.load(config.data.name)
+    spec = dataclasses.replace(kept.POINTS, columns=loaded.columns)
+    ours = run.Run(tmp_path, kept.model(spec), config, loaded.fingerprint, step=7)
+    assert ours.with_data_checked() is ours
+    with pytest.raises(ValueError, match=r"columns 'a', 'b', in this order, and .* has 'b', 'a'"):
+        ours.with_data(f"csv:{tmp_path}/other.csv").with_data_checked()
+    coded = tuple(dataclasses.replace(column, categories=(1, 2, 3)) for column in spec.columns)
+    model = kept.model(dataclasses.replace(spec, columns=coded))
+    with pytest.raises(ValueError, match=r"takes column a as places among \(1, 2, 3\), from 0"):
+        dataclasses.replace(ours, model=model).with_data_checked()
 
 
 @pytest.fixture
@@ -136,36 +212,6 @@ def of_images(tmp_path):
     """The folder of a hybrid's ``model.npz``, and the file of its data."""
     path = tmp_path / "images.npz"
     return kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path)), path
-
-
-def test_columns_in_another_order_are_refused(tmp_path):
-    rows = np.random.default_rng(0).normal(size=(40, 2))
-    for name, header in (("ours", "a,b"), ("other", "b,a")):
-        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header=header, comments="")
-    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"csv:{tmp_path}/ours.csv"})
-    loaded = data.load(config.data.name)
-    of_columns = kept.model(
-        dataclasses.replace(kept.POINTS, columns=model_spec(config, loaded).columns)
-    )
-    ours = run.Run(tmp_path, of_columns, config, loaded.fingerprint, step=7)
-    assert ours.with_data_checked() is ours
-    coded = [
-        dataclasses.replace(column, categories=(1, 2, 3)) for column in of_columns.spec.columns
-    ]
-    of_codes = dataclasses.replace(
-        ours,
-        model=kept.model(dataclasses.replace(kept.POINTS, columns=tuple(coded))),
-        fingerprint="",
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"takes column a as places among \(1, 2, 3\), from 0, and .*ours.csv has numbers",
-    ):
-        of_codes.with_data_checked()
-    with pytest.raises(
-        ValueError, match=r"takes columns 'a', 'b', in this order, and .*other.csv has 'b', 'a'"
-    ):
-        ours.with_data(f"csv:{tmp_path}/other.csv").with_data_checked()
 
 
 def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
@@ -187,25 +233,22 @@ def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
         without.with_data_checked()
 
 
-OTHERS = {  # changes of images `x_...` and labels `y_...`
-    "(3, 4, 1), 256 and 3": lambda name, array: array[:, :3] if name[0] == "x" else array,
-    "(4, 4, 1), 256 and None": lambda name, array: array if name[0] == "x" else None,
-    "(4, 4, 1), None and 3": lambda name, array: (
-        array.astype(np.float32) if name[0] == "x" else array
-    ),
-}
-
-
-@pytest.mark.parametrize("found", OTHERS)
-def test_data_that_the_model_cannot_take_are_refused(of_images, found):
+@pytest.mark.parametrize(
+    ("prefix", "change", "found"),
+    [
+        ("x", lambda images: images[:, :3], r"shape \(3, 4, 1\), 256 levels, 3 classes"),
+        ("x", lambda images: images.astype(np.float32), "None levels"),
+        ("y", lambda _: None, "None classes"),
+    ],
+)
+def test_data_that_the_model_cannot_take_are_refused(of_images, prefix, change, found):
     folder, path = of_images
-    changed = {name: OTHERS[found](name, array) for name, array in np.load(path).items()}
-    np.savez(path, **{name: array for name, array in changed.items() if array is not None})
-    with pytest.raises(
-        ValueError, match=r"takes examples of shape \(4, 4, 1\), 256 levels and 3 classes, and npz:"
-    ) as raised:
+    arrays = {
+        name: change(own) if name[0] == prefix else own for name, own in np.load(path).items()
+    }
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=rf"shape \(4, 4, 1\), 256 levels, 3 .* has .*{found}"):
         run.load(folder).with_data_checked()
-    assert f"has {found} now" in str(raised.value)
 
 
 def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classes(of_images):
@@ -225,57 +268,16 @@ def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classe
 def test_data_with_other_contexts_are_refused(tmp_path):
     np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(40, 2)))
     config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/points.npy"})
-    with pytest.raises(
-        ValueError, match=r"takes contexts of length 3, and npy:.*points.npy has them of 0"
-    ):
+    with pytest.raises(ValueError, match=r"contexts of length 3, and npy:.* contexts of length 0"):
         run.Run(tmp_path, kept.model(kept.GIVEN), config, "", step=7).with_data_checked()
 
 
-def test_folders_need_every_class_as_they_number_them(tmp_path):
-    for split, label in itertools.product(("train", "test"), "ac"):  # the model knows a, b and c
-        (tmp_path / "images" / split / label).mkdir(parents=True)
-        for number in range(4):
-            Image.fromarray(np.full((4, 4), 9 * number, np.uint8)).save(
-                tmp_path / "images" / split / label / f"{number}.png"
-            )
-    loaded = run.load(
-        kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(tmp_path / "images.npz"))
-    )
-    with pytest.raises(
-        ValueError, match=r"3 classes, and folder:.*images has \(4, 4, 1\), 256 and 2 now"
-    ):
+def test_folders_need_every_class_as_they_number_them(of_images, tmp_path):
+    for label in "ac":  # the model knows a, b and c
+        for number in range(8):
+            path = tmp_path / "images" / ("train", "test")[number % 2] / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4), 9 * number, np.uint8)).save(path)
+    loaded = run.load(of_images[0])
+    with pytest.raises(ValueError, match=r"3 classes .* and folder:.*images has .* 2 classes"):
         loaded.with_data(f"folder:{tmp_path / 'images'}").with_data_checked()
-
-
-# --- damage ---------------------------------------------------------------------------------------
-
-
-def test_folders_that_are_none_are_said_to_be(tmp_path, copied):
-    with pytest.raises(ValueError, match=f"there is no workdir {tmp_path / 'none'}"):
-        run.load(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        run.load(tmp_path / "empty")
-    kept.model(kept.POINTS).save(tmp_path / "empty" / FILE_NAME)
-    with pytest.raises(ValueError, match="says nothing of a training"):
-        run.load(tmp_path / "empty")
-    with (
-        pytest.raises(ValueError, match=r"checkpoint does not fit this state, .*JAX_ENABLE_X64"),
-        jax.enable_x64(True),
-    ):
-        run.load(copied)
-
-
-def test_checkpoints_that_are_damaged_or_gone_are_explained_and_a_kept_model_takes_their_place(
-    copied,
-):
-    whole = run.load(copied)
-    for checkpoint in (copied / "checkpoints").iterdir():
-        checkpoint.write_bytes(b"")
-    with pytest.raises(RuntimeError, match=r"is damaged \(.*\), and no other can be read"):
-        run.load(copied)
-    shutil.rmtree(copied / "checkpoints")
-    with pytest.raises(RuntimeError, match="has no checkpoints: its training has not reached"):
-        run.load(copied)
-    run.save(whole)
-    assert run.load(copied).step == whole.step  # a kept model is enough

@@ -9,8 +9,7 @@ import tiny_runs as runs
 from iresnet_jax.data import load
 from iresnet_jax.models.free import Free
 from iresnet_jax.models.priors import Gaussian
-from iresnet_jax.runs.job import Job
-from iresnet_jax.runs.model_from_config import identity_context
+from iresnet_jax.runs.job import Job, identity_context
 
 STAGES = (
     {"num_blocks": 1, "hidden": (3,), "kernel_sizes": (3, 3), "squeeze": 2, "factor_out": True},
