@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation.report import describe_environment
+from iresnet_jax.storage import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

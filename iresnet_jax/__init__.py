@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.chain import Chain as chain
@@ -41,6 +40,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import Block, flow_bijection
 from iresnet_jax.models.free import Free
+from iresnet_jax.storage import path_of
 
 if TYPE_CHECKING:
     from iresnet_jax import adapters, losses

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.maths import machine
 from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
+from iresnet_jax.storage import path_of
 from iresnet_jax.training.signals import end_at_signals
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax import conversion
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import (
     calibration,
@@ -36,6 +35,7 @@ from iresnet_jax.runs import plan as plans
 from iresnet_jax.runs.command_line import parse_train_flags
 from iresnet_jax.runs.config import Config, DataConfig
 from iresnet_jax.runs.trained_run import Run, save
+from iresnet_jax.storage import path_of
 
 # Rough time for guaranteed errors of inverses if no number of examples is given.
 CERTIFY_S = 5.0

@@ -14,7 +14,6 @@ import warnings
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax import object_storage
 from iresnet_jax.runs import hosts
 from iresnet_jax.runs.command_line import explain_failures
 from iresnet_jax.runs.job import train
@@ -119,22 +118,17 @@ def status_of_one_killed_in_a_save(name, workdir, call):
     return process.exitcode
 
 
-def start_training(environment, beat_s, name, workdir):
-    """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables and this time
-    between signs of life.
-    """
+def start_training(environment, name, workdir):
+    """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
-        process = FORKSERVER.Process(
-            target=_train, args=(environment, beat_s, name, workdir), daemon=True
-        )
+        process = FORKSERVER.Process(target=_train, args=(environment, name, workdir), daemon=True)
         process.start()
     return process
 
 
-def _train(environment, beat_s, name, workdir):
+def _train(environment, name, workdir):
     os.environ.update(environment)
-    object_storage.BEAT_S = beat_s
     train(runs.config_of(runs.CONFIGS[name]), workdir)
 
 

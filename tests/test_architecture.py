@@ -22,7 +22,7 @@ FOLDERS = (
 )
 # Files beside the folders: how files are written whole and dataclasses become JSON is for everyone,
 # the others may import all.
-FOR_EVERYONE = ("arguments", "atomic_files", "object_storage", "pytrees")
+FOR_EVERYONE = ("arguments", "storage", "pytrees")
 EDGES = (
     *(
         "__init__",

@@ -210,7 +210,7 @@ MISTAKES = [
         "evaluate",
         None,
         ["--workdir=nosuch://bucket/run"],
-        "nosuch:// is no storage that fsspec knows",
+        "Protocol not known: nosuch",
     ),
     # what a model does not have
     ("sample", "classifier", ["--label", "1"], "holds no density"),

@@ -57,7 +57,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(steps=0), "steps must lie in"),
         (
             lambda: fit(callbacks=[ir.Checkpoints("nosuch://bucket/run")], steps=1),
-            "nosuch:// is no storage that fsspec knows",
+            "Protocol not known: nosuch",
         ),
     ],
     "architecture": [
@@ -77,10 +77,8 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "validation": [
         (lambda: fit(validation_fraction=0), "validation_fraction must lie in"),
         (lambda: fit(validation_fraction=0.999), "too few"),
-        (lambda: fit(validation=(X, None, None, None)), "got 4 entries"),
-        (lambda: fit(validation=[X, LABELS]), "got a list"),
-        (lambda: fit(validation=X[:, :1]), "examples of one shape"),
-        (lambda: fit(validation=(X, LABELS)), "need labels"),
+        (lambda: fit(validation=X[:, :1]), "must agree in type and shape"),
+        (lambda: fit(validation=(X, LABELS)), "in having no labels"),
     ],
     "objective and folder": [
         (
@@ -92,12 +90,8 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: fit(X, LABELS, context=X, objective="classification"),
             "classification takes no contexts",
         ),
-        (lambda: fit(callbacks=[ir.Checkpoints(3)]), "a path must be a string"),
     ],
     "examples": [
-        (lambda: jax.jit(fit)(X), "outside of jax.jit"),
-        (lambda: fit(None), "x must be an array of numbers, got a NoneType"),
-        (lambda: fit([[1, 2], [3]]), "x must be an array of numbers"),
         (lambda: fit(X[:, 0]), r"x\[:, None\]"),
         (lambda: fit(X[:2]), "needs 10 rows or more, got 2"),
         (lambda: fit_density(X[:, 0]), "1D array"),
@@ -105,7 +99,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     ],
     "labels": [
         (lambda: fit(X, np.zeros(3, int)), "labels must be 60"),
-        (lambda: fit(X, LABELS * 2**32), "4294967296 as the largest"),  # which int32 would make 0
+        (lambda: fit(X, LABELS * 2**32), "got 4294967296"),  # which int32 would make 0
         (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
     ],
     "layers": [
@@ -176,9 +170,7 @@ def test_lists_are_taken_for_tuples_and_arrays():
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(
-        ValueError, match=r"gs:// needs a package .*: pip install 'iresnet_jax\[gcs\]'$"
-    ):
+    with pytest.raises(ValueError, match=r"for gs:// pip install 'iresnet_jax\[gcs\]'"):
         ir.load("gs://bucket/model.npz")
     monkeypatch.setitem(sys.modules, "iresnet_jax.energy_fitting", None)
     with pytest.raises(

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from iresnet_jax.atomic_files import locked
 from iresnet_jax.models.initial import abstract
 from iresnet_jax.runs import job, trained_run
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.metrics import read_metrics
+from iresnet_jax.storage import locked
 from iresnet_jax.training.checkpoints import Store
 from iresnet_jax.training.step import Step, first_state
 

@@ -11,29 +11,35 @@
 ``npz:FILE``            arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``, or ``x`` alone,
                         to be split; images of 8 bits or floats, with contexts
                         ``context_train`` or ``context``
-``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or integer levels, see `sources`
+``npy:PATH`` ``csv:``   vectors, and as ``npy:`` images of floats or integer levels, from one file
+                        to be split, or from a folder with ``train.npy``, ``validation.npy``,
+                        ``test.npy``; ``train_labels.npy``, ``train_context.npy`` and so on belong
+                        to them, and in a table the columns ``label`` and ``context...``
 ``folder:FOLDER``       image files ``train/CLASS/NAME.png``, ``test/CLASS/NAME.png``
 ======================  ===========================================================================
 
 Pixels stay integers until the model dequantises them, so ``num_levels`` and bits per dimension
-always belong together. Images of TFDS and image files are decoded once (`cache`). `dataset` says
-how the validation split is made, and `batches` which examples a training step sees.
+always belong together. Images of TFDS and image files are decoded once (`images.decoded`).
+`dataset` says how the validation split is made.
 """
 
+import csv
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from iresnet_jax.atomic_files import path_of
-from iresnet_jax.data import images, sources, tfds
-from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data import images, tfds
+from iresnet_jax.data.arrays import Arrays, from_arrays
+from iresnet_jax.data.dataset import SPLITS, DataSet
 from iresnet_jax.data.toys import TOYS, Toy
+from iresnet_jax.models.columns import Column
+from iresnet_jax.storage import path_of
 
 __all__ = ["DataSet", "Toy", "conditioned_on_labels", "load"]
 
-_IMAGES = {"idx": images.load_idx, "cifar": images.load_cifar, "folder": images.load_folder}
-_ARRAYS = {"npz": sources.load_npz, "npy": sources.load_npy, "csv": sources.load_csv}
+_Given = Arrays | dict[str, Arrays]
 
 
 def load(
@@ -54,11 +60,6 @@ def load(
         fractions: Shares for validation and test, for a file whose arrays are not split.
         num_classes: Number of classes of arrays in a file; by default the labels' classes, without
             gaps.
-
-    Raises:
-        ValueError: If no data set has this name, or its files do not make up a data set.
-        RuntimeError: If TFDS cannot prepare it.
-        OSError: If files cannot be read, or decoded images cannot be written.
     """
     if name in TOYS:
         return DataSet.endless(TOYS[name])
@@ -66,7 +67,10 @@ def load(
         return images.load_digits()
     kind, colon, path = name.partition(":")
     if colon and kind in _ARRAYS:
-        return _ARRAYS[kind](path_of(path), name, fractions, num_classes)
+        arrays, columns = _ARRAYS[kind](path_of(path))
+        return from_arrays(
+            name, arrays, fractions=fractions, columns=columns, num_classes=num_classes
+        )
     if colon and kind in _IMAGES:
         return _IMAGES[kind](Path(path).expanduser(), name)
     if (found := tfds.load(name)) is None:
@@ -89,3 +93,128 @@ def conditioned_on_labels(data: DataSet) -> DataSet:
     vectors = np.eye(data.num_classes, dtype=np.float32)
     contexts = {split: vectors[labels] for split, labels in data.labels.items()}
     return dataclasses.replace(data, contexts=contexts)
+
+
+# Arrays in files ----------------------------------------------------------------------------------
+
+
+def _read_npz(path: Path) -> tuple[_Given, None]:
+    """The arrays ``x``, ``y`` and ``context``, or ``x_train``, ``y_train``, ``context_train`` and
+    so on, or ``train_images`` and ``train_labels`` as MedMNIST has them.
+
+    Labels and contexts may be left out. Images may lack the axis of channels.
+    """
+    with path.open("rb") as file, np.load(file) as archive:
+        arrays = dict(archive)
+
+    def part(x: str, y: str, context: str) -> Arrays:
+        examples = arrays.pop(x)
+        examples = examples[..., None] if examples.ndim == 3 else examples
+        return Arrays(examples, arrays.pop(y, None), arrays.pop(context, None))
+
+    splits: dict[str, Arrays] = {}
+    names = (
+        ("train", "train"),
+        ("validation", "validation"),
+        ("validation", "val"),
+        ("test", "test"),
+    )
+    for split, name in names:
+        for x, y in ((f"x_{name}", f"y_{name}"), (f"{name}_images", f"{name}_labels")):
+            if x in arrays and split not in splits:
+                splits[split] = part(x, y, f"context_{name}")
+    read = part("x", "y", "context") if "x" in arrays and not splits else splits
+    if arrays:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(arrays))}, which nothing reads beside "
+            f"{' and '.join(splits) or 'x'}: leave it out, or call it x, y and context, or "
+            "x_train, y_train, context_train, x_validation, x_test and so on"
+        )
+    return read, None
+
+
+def _read_npy(path: Path) -> tuple[_Given, None]:
+    def array(file: Path) -> np.ndarray:
+        with file.open("rb") as content:
+            return np.load(content)
+
+    def read(file: Path) -> Arrays:
+        beside = {kind: file.with_name(f"{file.stem}_{kind}.npy") for kind in ("labels", "context")}
+        return Arrays(array(file), **{k: array(at) for k, at in beside.items() if at.is_file()})
+
+    return _by_split(path, ".npy", read, beside=("_labels", "_context")), None
+
+
+def _read_csv(path: Path) -> tuple[_Given, tuple[Column, ...] | None]:
+    headers = []
+
+    def read(file: Path) -> Arrays:
+        header, numbers = _read_table(file)
+        headers.append(header)
+        if headers[0] != header:
+            raise ValueError(
+                f"{file} has the columns {header}, and the tables before it {headers[0]}: give all "
+                "the same"
+            )
+        contexts = [column.startswith("context") for column in header]
+        labels = [column == "label" for column in header]
+        if not header:
+            return Arrays(numbers)
+        x = numbers[:, ~np.logical_or(contexts, labels)]
+        classes = numbers[:, labels].ravel() if any(labels) else None
+        if classes is not None and np.all(classes % 1 == 0):
+            classes = classes.astype(np.int64)
+        return Arrays(x, classes, numbers[:, contexts] if any(contexts) else None)
+
+    arrays = _by_split(path, ".csv", read)
+    names = [n for n in (headers or [[]])[0] if n != "label" and not n.startswith("context")]
+    return arrays, tuple(Column(name, "float64") for name in names) or None
+
+
+def _by_split(
+    path: Path, ending: str, read: Callable[[Path], Arrays], beside: tuple[str, ...] = ()
+) -> _Given:
+    """The content of a file, or of the files of a folder by split."""
+    if not path.is_dir():
+        return read(path)
+    known = [split + end for split in SPLITS for end in ("", *beside)]
+    if other := sorted({each.stem for each in path.glob(f"[!.]*{ending}")} - {*known}):
+        raise ValueError(
+            f"{path} holds {other[0]}{ending}, which nothing reads: call it one of "
+            f"{', '.join(known)}, or move it elsewhere"
+        )
+    files = {split: path / f"{split}{ending}" for split in SPLITS}
+    return {split: read(file) for split, file in files.items() if file.is_file()}
+
+
+def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
+    """The column names, empty without a header, and the numbers of a table."""
+    with path.open(encoding="utf-8-sig") as file:
+        lines = [line for line in file.read().splitlines() if line]
+    first = [cell.strip() for cell in next(csv.reader(lines[:1]), [])]
+    header = [] if all(map(_is_number, first)) else first
+    if len(first) > 1 and first == [str(i) for i in range(len(first))]:
+        raise ValueError(
+            f"the first line of {path} numbers the columns, as the header that pandas writes for "
+            "an array: write it with header=False, or name the columns; a row of data with these "
+            "numbers can stand further down"
+        )
+    if len(set(header)) < len(header) or "" in header:
+        raise ValueError(
+            f"{path} has the columns {header}: give each a name of its own; pandas writes row "
+            "numbers, which have none, unless index=False"
+        )
+    rows = lines[1:] if header else lines
+    return header, np.loadtxt(rows, delimiter=",", quotechar='"', comments=None, ndmin=2)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+_IMAGES = {"idx": images.load_idx, "cifar": images.load_cifar, "folder": images.load_folder}
+_ARRAYS = {"npz": _read_npz, "npy": _read_npy, "csv": _read_csv}

@@ -4,10 +4,8 @@
 Integer images are levels, floats are continuous. Columns of vectors are described in `tables`.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,10 +34,13 @@ class Arrays(NamedTuple):
 
     def take(self, chosen: Any) -> "Arrays":
         """The chosen examples, by places or by a mask."""
-        labels, context = (
-            None if array is None else array[chosen] for array in (self.labels, self.context)
-        )
-        return Arrays(self.x[chosen], labels, context)
+        others = (None if array is None else array[chosen] for array in self[1:])
+        return Arrays(self.x[chosen], *others)
+
+    @property
+    def context_dim(self) -> int:
+        """Entries of a context vector; 0 without contexts."""
+        return 0 if self.context is None else self.context.shape[1]
 
 
 def from_arrays(
@@ -71,17 +72,18 @@ def from_arrays(
             `tables`.
         num_classes: Number of classes, if the publisher states it; by default the labels' classes,
             without gaps.
-
-    Raises:
-        ValueError: If the arrays do not fit together, are not finite, or have entries without a
-            density; it says which.
     """
     parts, seen = _by_split(name, arrays, fractions)
     train = parts["train"]
     labels = {split: part.labels for split, part in parts.items() if part.labels is not None}
-    num_classes = (
-        _num_classes(np.concatenate(list(labels.values())), num_classes) if labels else None
-    )
+    if labels:
+        present = np.unique(np.concatenate(list(labels.values())))
+        num_classes = num_classes or len(present)
+        if present[-1] >= num_classes:
+            raise ValueError(
+                f"labels of {num_classes} classes must lie in 0 to {num_classes - 1}, got "
+                f"{present[-1]}: number them with np.unique(labels, return_inverse=True)[1]"
+            )
     levels, table = None, Table(None)
     # These are the examples in the precision in which they were given.
     given = arrays if isinstance(arrays, Arrays) else arrays["train"]
@@ -98,34 +100,27 @@ def from_arrays(
             of_columns = [2] * train.x.shape[1]
         table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)
     else:
-        check_channels(train.x)
-    constant, context_kinds = [], ()
+        _check_channels(train.x)
+    notes, context_kinds = list(table.notes), ()
     if train.context is not None:
         rows = np.asarray(given.context).reshape(-1, train.context.shape[1])
         check_told_apart(rows, train.context.dtype, "entry {} of the context".format)
-        constant = np.flatnonzero(np.ptp(train.context, axis=0) == 0).tolist()
+        notes += [
+            f"entry {entry} of the context is constant and tells nothing: leave it out"
+            for entry in np.flatnonzero(np.ptp(train.context, axis=0) == 0)
+        ]
         of_columns = [len(column.categories or ()) for column in context_columns or ()]
         context_kinds = describe(
             {"train": train.context}, levels=of_columns, is_density=False
         ).kinds
-    data = DataSet.from_arrays(
+    return DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
         {split: of_split.astype(np.int32) for split, of_split in labels.items()},
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
-        num_classes=num_classes,
+        num_classes=num_classes if labels else None,
         cells=table.cells,
-    )
-    notes = [
-        *table.notes,
-        *(
-            f"entry {entry} of the context is constant and tells nothing: leave it out"
-            for entry in constant
-        ),
-    ]
-    return dataclasses.replace(
-        data,
         ends=table.ends,
         kinds=table.kinds,
         columns=columns,
@@ -150,30 +145,14 @@ def _by_split(
             f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}"
         )
     parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
-    if len(parts["train"].x) < 2:
-        raise ValueError(f"{name} has one training example: a model is trained on 2 or more")
-    shapes = {part.x.shape[1:] for part in parts.values()}
-    if len(shapes) > 1:
+    kinds = {
+        (str(part.x.dtype), part.x.shape[1:], part.labels is None, part.context_dim)
+        for part in parts.values()
+    }
+    if len(kinds) > 1:
         raise ValueError(
-            f"the splits of {name} must hold examples of one shape, got {sorted(shapes)}"
-        )
-    if len(dtypes := {str(part.x.dtype) for part in parts.values()}) > 1:
-        raise ValueError(
-            f"the splits of {name} must hold examples of one type, got "
-            f"{' and '.join(sorted(dtypes))}"
-        )
-    if len({(part.labels is None, part.context is None) for part in parts.values()}) > 1:
-        raise ValueError(f"all splits of {name} need labels and contexts, or none of them")
-    if (
-        len(
-            lengths := {
-                part.context.shape[1] for part in parts.values() if part.context is not None
-            }
-        )
-        > 1
-    ):
-        raise ValueError(
-            f"the splits of {name} must have contexts of one length, got {sorted(lengths)}"
+            f"the splits of {name} must agree in type and shape of examples, in having no labels, "
+            f"and in the length of contexts, got {sorted(kinds)}"
         )
     seen = {split: part.x for split, part in parts.items()}
     if "validation" not in parts:
@@ -182,46 +161,34 @@ def _by_split(
     return parts, seen
 
 
-def check_channels(images: np.ndarray) -> None:
-    """Raises ``ValueError`` if a channel of continuous images is constant or nearly constant, or
-    most of its values are equal.
-    """
+def _check_channels(images: np.ndarray) -> None:
+    """Raises ``ValueError`` if continuous images have a channel without a density."""
     for channel in range(images.shape[-1]):
         values = np.asarray(images[..., channel]).reshape(-1)
-        distinct, counts = np.unique(values, return_counts=True)
-        if len(distinct) < 2:
-            raise ValueError(
-                f"channel {channel} of the images is constant, so there is no density: drop it"
-            )
         check_told_apart(
             values[:, None],
             images.dtype,
             lambda _, channel=channel: f"channel {channel} of the images",
         )
-        if len(values) >= 1000 and len(distinct) <= 256:
+        distinct, counts = np.unique(values, return_counts=True)
+        is_coarse = len(distinct) <= 256 and len(values) >= 1000
+        if len(distinct) < 2 or is_coarse or counts.max() > len(values) / 4:
             raise ValueError(
-                f"channel {channel} of the images has {len(distinct)} different values: give "
-                "images of integer levels as integers, so that their likelihood is one of levels"
-            )
-        if counts.max() > len(values) / 4:
-            raise ValueError(
-                f"{counts.max() / len(values):.0%} of channel {channel} of the images are "
-                f"{distinct[counts.argmax()]:g}, where a density would grow without bound: add "
-                "noise, or give the images as integer levels"
+                f"channel {channel} of the images has {len(distinct)} different values, and "
+                f"{counts.max() / len(values):.0%} are {distinct[counts.argmax()]:g}, so its "
+                "density would grow without bound: drop a constant channel, give integer levels "
+                "as integers, or add noise"
             )
 
 
 def _checked(arrays: Arrays) -> Arrays:
     """The arrays in the types that training takes."""
-    x = np.asarray(arrays.x)
+    x, labels, context = (None if array is None else np.asarray(array) for array in arrays)
+    assert x is not None
     if x.ndim not in (2, 4) or not x.size:
-        hints = {
-            1: ": numbers are vectors of length 1 as x[:, None]",
-            3: ": add a channel axis with x[..., None]",
-        }
-        hint = ": there are no examples" if x.ndim and not len(x) else hints.get(x.ndim, "")
         raise ValueError(
-            f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}{hint}"
+            f"data must be vectors (n, d) or images (n, h, w, c), got shape {x.shape}: numbers are "
+            "vectors of length 1 as x[:, None], grey images have a channel as x[..., None]"
         )
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[2] == x.shape[3] > 4:
         raise ValueError(
@@ -235,19 +202,14 @@ def _checked(arrays: Arrays) -> Arrays:
             )
         x = x.astype(np.uint8)
     else:
-        x = _finite_floats(x, "the data")
-    labels, context = (
-        None if given is None else np.asarray(given) for given in (arrays.labels, arrays.context)
-    )
+        x = finite_numbers(x, "the data", jnp.result_type(float))
     if labels is not None:
         labels = labels[:, 0] if labels.shape == (len(x), 1) else labels
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            numbered = "np.unique(labels, return_inverse=True)[1]"
-            if labels.ndim == 2 and len(labels) == len(x):  # one-hot
-                numbered = "labels.argmax(axis=1)"
             raise ValueError(
                 f"labels must be {len(x)} integers from 0 on, one per example, got {labels.dtype} "
-                f"of shape {labels.shape}: number the classes with {numbered}"
+                f"of shape {labels.shape}: number the classes with np.unique(labels, "
+                "return_inverse=True)[1], or one-hot vectors with labels.argmax(axis=1)"
             )
     if context is not None:
         context = context[:, None] if context.ndim == 1 else context
@@ -256,39 +218,8 @@ def _checked(arrays: Arrays) -> Arrays:
                 f"context must hold a vector for each of {len(x)} examples, got shape "
                 f"{context.shape}"
             )
-        context = _finite_floats(context, "the context")
+        context = finite_numbers(context, "the context", jnp.result_type(float))
     return Arrays(x, labels, context)
-
-
-def _num_classes(labels: np.ndarray, published: int | None) -> int:
-    """The number of classes, from the labels of all splits."""
-    present = np.unique(labels)
-    if published is not None and present[-1] >= published:
-        raise ValueError(
-            f"labels must lie in 0 to {published - 1}, got {present[-1]}: correct "
-            "them, or fetch the file again"
-        )
-    if len(present) < 2 and (published or 0) < 2:
-        raise ValueError(
-            f"labels must be of 2 classes or more, and all are {present[0]}: leave them out"
-        )
-    if published is None and len(present) <= present[-1]:
-        lacking = np.setdiff1d(np.arange(len(present)), present)[0]
-        raise ValueError(
-            f"labels must number the classes from 0 on without gaps, got none of {lacking} and "
-            f"{present[-1]} as the largest: number the classes with np.unique(labels, "
-            "return_inverse=True)[1]"
-        )
-    return published or len(present)
-
-
-def _finite_floats(array: np.ndarray, what: str) -> np.ndarray:
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
-        raise ValueError(
-            f"{what} must be numbers, got {array.dtype}: encode text, categories and "
-            "booleans as numbers first"
-        )
-    return finite_numbers(array, what, jnp.result_type(float))
 
 
 def data_of(
@@ -315,7 +246,18 @@ def data_of(
             ranges.
     """
     columns, of_context = (columns_of(t) if isinstance(t, Frame) else None for t in (x, context))
-    arrays = _arrays(columns, of_context, x, labels, context)
+
+    def in_memory(x: Any, labels: Any = None, context: Any = None) -> Arrays:
+        x, context = (
+            given if known is None or not isinstance(given, Frame) else numbers_of(given, known)
+            for given, known in ((x, columns), (context, of_context))
+        )
+        for name, given in {"x": x, "labels": labels, "context": context}.items():
+            check_unmasked(given, name)
+        others = (None if given is None else np.asarray(given) for given in (labels, context))
+        return Arrays(np.asarray(x), *others)
+
+    arrays = in_memory(x, labels, context)
     is_table = is_density and arrays.x.ndim == 2
     if is_table and len(arrays.x) < FEWEST:
         raise ValueError(f"a density needs {FEWEST} rows or more, got {len(arrays.x)}")
@@ -323,73 +265,14 @@ def data_of(
         raise ValueError("bounds are for densities of vectors without classes: leave them out")
     splits: Arrays | dict[str, Arrays] = arrays
     if validation is not None:
-        if isinstance(validation, list) and any(
-            np.ndim(part) >= arrays.x.ndim for part in validation
-        ):
-            raise ValueError(
-                "validation must be like x, or a tuple (x, labels, context), got a list: None is "
-                "what there is not"
-            )
-        if (
-            isinstance(validation, tuple)
-            and len(validation) == 2
-            and labels is None
-            and context is not None
-        ):
-            raise ValueError(
-                "validation of a conditional density is (x, None, context): the "
-                "second entry holds labels"
-            )
         held_out = validation if isinstance(validation, tuple) else (validation,)
-        if not 1 <= len(held_out) <= 3:
-            raise ValueError(
-                "validation must be like x, or a tuple (x, labels, context), got "
-                f"{len(held_out)} entries"
-            )
-        splits = {"train": arrays, "validation": _arrays(columns, of_context, *held_out)}
-    fractions = validation_fraction, 0.0
+        splits = {"train": arrays, "validation": in_memory(*held_out)}
     return from_arrays(
         FITTED_ARRAY,
         splits,
-        fractions=fractions,
+        fractions=(validation_fraction, 0.0),
         columns=columns,
         context_columns=of_context,
         bounds=bounds,
         is_table=is_table,
     )
-
-
-def _arrays(
-    columns: tuple[Column, ...] | None,
-    of_context: tuple[Column, ...] | None,
-    x: Any,
-    labels: Any = None,
-    context: Any = None,
-) -> Arrays:
-    numbers, context = (
-        given if known is None or not isinstance(given, Frame) else numbers_of(given, known)
-        for given, known in ((x, columns), (context, of_context))
-    )
-    others = (
-        None if given is None else _as_array(given, name)
-        for given, name in ((labels, "labels"), (context, "context"))
-    )
-    return Arrays(_as_array(numbers, "x"), *others)
-
-
-def _as_array(given: Any, name: str) -> np.ndarray:
-    """An array of numbers; ``ValueError`` for anything else, for masked values, and for traced
-    arrays.
-    """
-    if isinstance(given, jax.core.Tracer):
-        raise ValueError(
-            f"{name} must be an array of numbers that are known: call fit outside of jax.jit"
-        )
-    check_unmasked(given, name)
-    try:
-        array = np.asarray(given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers: {error}") from None
-    if array.ndim == 0:
-        raise ValueError(f"{name} must be an array of numbers, got a {type(given).__name__}")
-    return array

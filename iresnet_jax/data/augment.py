@@ -29,12 +29,6 @@ def random_crop(
         padding: Largest shift in pixels, from 0 to the smaller side of an image; 4 is customary for
             32x32.
     """
-    height, width = images.shape[1:3]
-    if not 0 <= padding <= min(height, width):
-        raise ValueError(
-            f"padding must lie in [0, {min(height, width)}] for {height}x{width} "
-            f"images, got {padding}"
-        )
     margins = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, margins, mode="symmetric")
 
@@ -88,15 +82,6 @@ TRANSFORMATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def check_transformations(names: Sequence[str]) -> None:
-    """Raises ``ValueError`` unless the names are among `TRANSFORMATIONS`, each at most once."""
-    if not set(names) <= set(TRANSFORMATIONS) or len(set(names)) < len(names):
-        raise ValueError(
-            f"transformations must be some of {', '.join(TRANSFORMATIONS)}, each "
-            f"once, got {tuple(names)}"
-        )
-
-
 def transformed(
     keys: Key[Array, " b"], images: Shaped[Array, "b h w c"], names: Sequence[str]
 ) -> tuple[Shaped[Array, "b h w c"], Float[Array, "b k"]]:
@@ -115,11 +100,6 @@ def transformed(
         The images, and for each a vector with a 1 at the place of its transformation, or zeros for
         an unchanged image.
     """
-    if "transpose" in names and images.shape[1] != images.shape[2]:
-        raise ValueError(
-            "the transformation transpose is for square images, got "
-            f"{images.shape[1]}x{images.shape[2]}"
-        )
     changes = [lambda image: image, *(TRANSFORMATIONS[name] for name in names)]
 
     def of_example(key, image):

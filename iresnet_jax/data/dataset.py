@@ -84,31 +84,33 @@ class DataSet:
         num_levels: int | None,
         num_classes: int | None,
         contexts: Splits | None = None,
-        cells: Marginals | None = None,
         fingerprint: str | None = None,
+        **others: Any,
     ) -> "DataSet":
         """Makes a data set from arrays by split; a fingerprint that is not given is computed from
-        all their bytes.
+        all their bytes. ``others`` are further attributes.
         """
+        contexts = contexts or {}
         if fingerprint is None:
-            arrays = {f"{split}_examples": array for split, array in examples.items()}
-            arrays |= {f"{split}_labels": array for split, array in labels.items()}
-            arrays |= {f"{split}_contexts": array for split, array in (contexts or {}).items()}
-            described = {key: _content(array) for key, array in arrays.items()}
+            kinds = {"examples": examples, "labels": labels, "contexts": contexts}
+            described = {
+                f"{split}_{kind}": _content(array)
+                for kind, arrays in kinds.items()
+                for split, array in arrays.items()
+            }
             fingerprint = _hash(
                 {"num_levels": num_levels, "num_classes": num_classes, "arrays": described}
             )
-        event_shape = examples["train"].shape[1:]
         return cls(
             name,
-            event_shape,
+            examples["train"].shape[1:],
             num_levels,
             num_classes,
             fingerprint,
             examples,
             labels,
-            contexts or {},
-            cells,
+            contexts,
+            **others,
         )
 
     @classmethod
@@ -149,19 +151,13 @@ class DataSet:
 
         Args:
             split: "validation" or "test".
-            num: Largest number of examples to return; None returns the whole split, and is an error
-                for endless data.
+            num: Largest number of examples to return; None returns the whole split of arrays.
             seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore
                 it.
-
-        Raises:
-            ValueError: If all examples of endless data are asked for, or the data have no such
-                split.
         """
         if not self.is_endless:
             return self._taken(self.examples, split, num)
-        if num is None:
-            raise ValueError(f"{self.name} has no end: say how many examples of {split!r} to draw")
+        assert num is not None, "endless data have no whole split"
         stream = {"validation": 1, "test": 2}[split]
         return np.asarray(
             self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
@@ -249,17 +245,12 @@ def fraction_masks(num: int, fractions: tuple[float, float]) -> dict[str, Bool[n
             rest.
     """
     validation, test = fractions
-    if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
-        raise ValueError(
-            "the shares for validation and test must lie in [0, 1) and leave some "
-            f"for training, got {fractions}"
-        )
     sizes = {"test": test, "validation": validation}
     counts = {split: max(round(share * num), 1) for split, share in sizes.items() if share}
-    if sum(counts.values()) + 2 > num:
+    if min(fractions) < 0 or sum(counts.values()) + 2 > num:
         raise ValueError(
-            f"{num} examples are too few to be split into {', '.join(['train', *counts])}: "
-            f"{sum(counts.values())} would be held out, and at least 2 must be left for training"
+            f"{num} examples are too few for the shares {fractions} of validation and test, of "
+            "which none is negative: at least 2 must be left for training"
         )
     parts = np.split(by_digest(num), np.cumsum(list(counts.values())))
     masks = {

@@ -1,19 +1,28 @@
 """Images in their published formats: scikit-learn's digits, IDX files, CIFAR's binary files, image
-files.
+files; and a cache of decoded images.
 """
 
+import collections
+import contextlib
 import gzip
-import math
-import zlib
-from collections.abc import Iterator
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Integer
 
 from iresnet_jax.data.arrays import Arrays, from_arrays
-from iresnet_jax.data.cache import Contents, decoded
-from iresnet_jax.data.dataset import DataSet, by_digest
+from iresnet_jax.data.dataset import SPLITS, DataSet, by_digest, validation_mask
+from iresnet_jax.storage import locked, user_folder
+
+_log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------- digits
 
@@ -59,23 +68,32 @@ def split_digits(labels: Integer[np.ndarray, " n"]) -> dict[str, Int[np.ndarray,
 
 # ---------------------------------------------------------------------------------------------- IDX
 
-_PREFIXES = {"train": ("train",), "test": ("t10k", "test")}  # of the usual file names
-
 
 def load_idx(folder: Path, name: str) -> DataSet:
     """MNIST and its relatives: ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
     ``t10k-...`` or ``.gz``.
     """
-    images, labels = (
-        {split: read_idx(_find_idx(folder, split, kind, name)) for split in _PREFIXES}
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    num_classes = 1 + max(int(found.max(initial=0)) for found in labels.values())
-    return from_arrays(
-        name,
-        {split: Arrays(images[split][..., None], labels[split]) for split in images},
-        num_classes=num_classes,
-    )
+    parts = {}
+    for split, prefix in (("train", "train"), ("test", "(?:t10k|test)")):
+        images, labels = (
+            read_idx(_find_idx(folder, f"{prefix}-{kind}")) for kind in ("images", "labels")
+        )
+        parts[split] = Arrays(images[..., None], labels)
+    num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
+    return from_arrays(name, parts, num_classes=num_classes)
+
+
+def _find_idx(folder: Path, kind: str) -> Path:
+    """Finds the file of a kind; an unpacked file takes precedence over its archive."""
+    # Some archives unpack to train-images.idx3-ubyte.
+    pattern = re.compile(rf"{kind}.idx\d-ubyte(\.gz)?$")
+    found = sorted(path for path in folder.iterdir() if pattern.search(path.name))
+    if len({path.name.removesuffix(".gz") for path in found}) != 1:
+        raise ValueError(
+            f"{folder} must hold one file {kind}-idx...-ubyte or its .gz, and has "
+            f"{', '.join(path.name for path in found) or 'none'}"
+        )
+    return found[0]
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -87,48 +105,16 @@ def read_idx(path: Path) -> np.ndarray:
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not an intact gzip file: {error}; fetch it again"
-            ) from None
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise ValueError(
-            f"{path} is not an IDX file of unsigned bytes, which begins with 0, 0, 8; "
-            "fetch it again"
-        )
+        content = gzip.decompress(content)
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no IDX file of unsigned bytes: it does not begin with 0, 0, 8")
     start = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">u4").tolist()
-    if len(content) - start != math.prod(shape):
-        raise ValueError(
-            f"{path} should hold {' x '.join(map(str, shape))} = {math.prod(shape)} bytes after "
-            f"its header but holds {len(content) - start}: fetch it again"
-        )
+    shape = np.frombuffer(content[4:start], ">u4")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _find_idx(folder: Path, split: str, kind: str, name: str) -> Path:
-    """Finds a file of a split; an unpacked file takes precedence over its archive."""
-    names = [f"{prefix}-{kind}-ubyte" for prefix in _PREFIXES[split]]
-    # Some archives unpack to train-images.idx3-ubyte.
-    patterns = [of_name.replace("-idx", "?idx") for of_name in names]
-    for ending in ("", ".gz"):
-        found = sorted(
-            {path for pattern in patterns for path in folder.glob(f"*{pattern}{ending}")}
-        )
-        if len(found) > 1:
-            raise ValueError(f"{folder} has {found[0].name} and {found[1].name}: keep one of them")
-        if found:
-            return found[0]
-    raise ValueError(
-        f"{name} needs the file {' or '.join(names)}[.gz] in {folder} for its {split} split"
-    )
 
 
 # -------------------------------------------------------------------------------------------- CIFAR
 
-_PIXELS = 3 * 32 * 32
 _CIFAR10 = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 _CIFAR100 = {"train": ["train.bin"], "test": ["test.bin"]}
 
@@ -141,25 +127,10 @@ def load_cifar(folder: Path, name: str) -> DataSet:
     """
     found = {file.name: file for file in folder.rglob("*.bin")}
     is_100 = "train.bin" in found
-    if is_100 and "test_batch.bin" in found:
-        raise ValueError(
-            f"{folder} holds both CIFAR-10 and CIFAR-100: give the folder of one of them"
-        )
-    num_labels = 2 if is_100 else 1
-    size, parts = num_labels + _PIXELS, {}
+    num_labels, parts = 2 if is_100 else 1, {}
     for split, files in (_CIFAR100 if is_100 else _CIFAR10).items():
-        if missing := [file for file in files if file not in found]:
-            raise ValueError(
-                f"{folder} lacks {', '.join(missing)}: the binary version of CIFAR is needed, as "
-                "cifar-10-binary.tar.gz unpacks"
-            )
         content = b"".join(found[file].read_bytes() for file in files)
-        if not content or len(content) % size:
-            raise ValueError(
-                f"{split} files in {folder} have {len(content)} bytes, not a multiple "
-                f"of {size}: fetch them again"
-            )
-        records = np.frombuffer(content, np.uint8).reshape(-1, size)
+        records = np.frombuffer(content, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
         images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         parts[split] = Arrays(images, records[:, num_labels - 1])
     return from_arrays(name, parts, num_classes=100 if is_100 else 10)
@@ -180,44 +151,36 @@ def load_folder(folder: Path, name: str) -> DataSet:
     There may be ``validation/`` or ``val/``, too. Classes are numbered in the order of their
     folders' names in ``train/``. Grey images get one channel, others three.
     """
-    files = {}
-    for split, names in _FOLDERS.items():
-        found = [folder / candidate for candidate in names if (folder / candidate).is_dir()]
-        if len(found) > 1:
-            raise ValueError(
-                f"{folder} has both {found[0].name} and {found[1].name}: remove or "
-                "rename one of them"
-            )
-        for inside in found:
-            files[split] = sorted(
-                path for path in inside.rglob("*") if _is_image(path.relative_to(inside))
-            )
+
+    def class_of(path: Path) -> str:
+        return "/".join(path.relative_to(folder).parts[1:-1])  # "cat" for train/cat/1.png
+
+    files = {
+        split: sorted(
+            path
+            for inside in names
+            for path in (folder / inside).rglob("*")
+            if _is_image(path.relative_to(folder))
+        )
+        for split, names in _FOLDERS.items()
+    }
     everything = [path for paths in files.values() for path in paths]
-    classes = sorted({_class_of(path, folder) for path in files.get("train", ())})
-    is_labelled = classes not in ([], [""])
+    classes = sorted({class_of(path) for path in files["train"]})
+    is_labelled = classes != [""]
     for path in everything:
-        if is_labelled and not _class_of(path, folder):
+        if class_of(path) not in classes or (is_labelled and not class_of(path)):
             raise ValueError(
-                f"{path} lies beside the folders of the classes: move it into one, or remove it"
-            )
-        if classes and _class_of(path, folder) not in classes:
-            raise ValueError(
-                f"the class of {path} does not occur in {folder / 'train'}: {name} needs training "
-                "images of every class"
+                f"{path} has no class with training images: images of each class lie in a folder "
+                f"below {folder / 'train'}, or all lie in it"
             )
 
     def read(split: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
         for path in files[split]:
-            yield (
-                str(path),
-                _pixels(path),
-                classes.index(_class_of(path, folder)) if is_labelled else None,
-            )
+            yield str(path), _pixels(path), classes.index(class_of(path)) if is_labelled else None
 
-    num = {split: len(paths) for split, paths in files.items()}
-    return decoded(
-        name, folder, everything, lambda: Contents(num, len(classes) if is_labelled else None, read)
-    )
+    num = {split: len(paths) for split, paths in files.items() if paths}
+    num_classes = len(classes) if is_labelled else None
+    return decoded(name, folder, everything, lambda: Contents(num, num_classes, read))
 
 
 def _is_image(path: Path) -> bool:
@@ -225,23 +188,142 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
-def _class_of(path: Path, folder: Path) -> str:
-    """Returns ``cat`` for ``train/cat/1.png``, and nothing for ``train/1.png``."""
-    _, *classes, _ = path.relative_to(folder).parts
-    return "/".join(classes)
-
-
 def _pixels(path: Path) -> np.ndarray:
     from PIL import Image  # needed by this source alone
 
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _GREY | _COLOUR:
-                raise ValueError(
-                    f"{path} has pixels of type {image.mode}: convert it to 8-bit "
-                    "grey or opaque RGB"
-                )
-            pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
-    except (OSError, SyntaxError) as error:  # raised by Pillow for damaged files
-        raise ValueError(f"{path} is not an intact image: {error}") from None
+    with Image.open(path) as image:
+        if image.mode not in _GREY | _COLOUR:
+            raise ValueError(
+                f"{path} has pixels of type {image.mode}: convert it to 8-bit grey or opaque RGB"
+            )
+        pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+# ---------------------------------------------------------------------- the cache of decoded images
+
+_RECORD = "record.json"
+
+
+class Contents(NamedTuple):
+    """Images in files, as their publisher split them.
+
+    Attributes:
+        num_examples: Number of images by the publisher's name of the split.
+        num_classes: Number of classes; None without labels.
+        read: Iterates over a split: the image's place for messages, the image ``(h, w, c)`` and its
+            class.
+    """
+
+    num_examples: dict[str, int]
+    num_classes: int | None
+    read: Callable[[str], Iterator[tuple[str, np.ndarray, int | None]]]
+
+
+def decoded(
+    name: str, folder: Path, files: Iterable[Path], contents: Callable[[], Contents]
+) -> DataSet:
+    """Decodes images once, into NumPy arrays in the user's cache folder, which are mapped into
+    memory.
+
+    The folder is ``$IRESNET_JAX_CACHE_DIR`` if that is set, else ``$XDG_CACHE_HOME/iresnet_jax`` or
+    ``~/.cache/iresnet_jax``. Its content may be deleted at any time.
+
+    Args:
+        name: Name of the data set.
+        folder: Folder of the files.
+        files: Files that hold the images: a change of names, sizes or times of change decodes them
+            anew.
+        contents: Function that returns the content of the files.
+    """
+    state = hashlib.sha256(os.fsencode(folder.resolve()))
+    for file in sorted(files):
+        found = file.stat()
+        state.update(
+            os.fsencode(file.relative_to(folder))
+            + f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode()
+        )
+    place = user_folder() / f"decoded-{state.hexdigest()[:16]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place):  # processes that start together wait for the first
+        if not place.is_dir():
+            _log.info("decoding %s into %s", name, place)
+            _decode(name, contents(), place)
+    return _mapped(name, place, **json.loads((place / _RECORD).read_text()))
+
+
+def _mapped(name: str, folder: Path, num_classes: int | None, fingerprint: str | None) -> DataSet:
+    arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
+    labels = {} if num_classes is None else {split: arrays[f"{split}_labels"] for split in SPLITS}
+    examples = {split: arrays[split] for split in SPLITS}
+    return DataSet.from_arrays(
+        name, examples, labels, num_levels=256, num_classes=num_classes, fingerprint=fingerprint
+    )
+
+
+def _decode(name: str, contents: Contents, place: Path) -> None:
+    """Writes the arrays into a temporary folder and renames it at the end: a writer that fails
+    leaves nothing.
+    """
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.") as temporary:
+        made = Path(temporary, "decoded")
+        made.mkdir()
+        _write(name, contents, made)
+        record = {"num_classes": contents.num_classes, "fingerprint": None}
+        record["fingerprint"] = _mapped(name, made, **record).fingerprint
+        (made / _RECORD).write_text(json.dumps(record))
+        # If the file system cannot lock, another process may have been faster.
+        with contextlib.suppress(OSError):
+            made.rename(place)
+
+
+def _write(name: str, contents: Contents, folder: Path) -> None:
+    """Writes ``train.npy``, ``train_labels.npy`` and so on.
+
+    "test" is the published test split or, without one, the published validation split, as for the
+    downsampled ImageNet. "validation" is the published validation split unless that became "test";
+    otherwise it is carved from the training split.
+    """
+    num, num_classes = contents.num_examples, contents.num_classes
+    test = "test" if "test" in num else "validation"
+    if num.get("train", 0) < 2 or not num.get(test):
+        raise ValueError(
+            f"{name} needs images in the splits 'train' and 'test' or 'validation', and has {num}"
+        )
+    # The split of each published image.
+    places = {"train": np.full(num["train"], "train"), test: np.full(num[test], "test")}
+    if test == "test" and num.get("validation"):
+        places["validation"] = np.full(num["validation"], "validation")
+    else:
+        places["train"] = np.where(validation_mask(num["train"]), "validation", "train")
+    sizes = collections.Counter(np.concatenate(list(places.values())).tolist())
+    arrays: dict[str, np.ndarray] = {}
+    labels: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    for published, of_split in places.items():
+        for split, (where, image, label) in zip(
+            of_split.tolist(), contents.read(published), strict=True
+        ):
+            if not arrays:
+                arrays = {
+                    s: np.lib.format.open_memmap(
+                        folder / f"{s}.npy", "w+", np.uint8, (size, *image.shape)
+                    )
+                    for s, size in sizes.items()
+                }
+            shape = arrays[split].shape[1:]
+            if image.dtype != np.uint8 or image.shape != shape:
+                raise ValueError(
+                    f"{where} has {image.dtype} pixels of shape {image.shape}, and the first image "
+                    f"of {name} uint8 ones of shape {shape}: give all images one size and 8-bit "
+                    "pixels"
+                )
+            if label is not None and num_classes is not None and not 0 <= label < num_classes:
+                raise ValueError(
+                    f"{where} has the class {label}, and classes of {name} lie in 0 to "
+                    f"{num_classes - 1}"
+                )
+            arrays[split][len(labels[split])] = image
+            labels[split].append(label)
+    if num_classes is not None:
+        for split, found in labels.items():
+            np.save(folder / f"{split}_labels.npy", np.array(found, np.int32))

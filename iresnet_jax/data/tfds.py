@@ -6,7 +6,6 @@ be prepared elsewhere and its folder copied. A prepared and decoded data set is 
 importing TFDS.
 """
 
-import contextlib
 import importlib.util
 import os
 import re
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.atomic_files import locked
-from iresnet_jax.data.cache import Contents, decoded
 from iresnet_jax.data.dataset import DataSet, Splits
+from iresnet_jax.data.images import Contents, decoded
+from iresnet_jax.storage import locked
 
 _FORMAT = "array_record"
 _CHUNK = 1024  # images read at once
@@ -80,12 +79,13 @@ def stand_in(name: str) -> DataSet | None:
 def _find(root: Path, name: str) -> Path | None:
     """Finds the folder of the newest prepared version, or of the named version."""
     name, _, version = name.partition(":")
-    found = (root / name).glob("*/dataset_info.json")
-    numbered = [path.parent for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
-    versions = {tuple(map(int, folder.name.split("."))): folder for folder in numbered}
-    if version:
-        return versions.get(tuple(map(int, version.split("."))))
-    return versions[max(versions)] if versions else None
+    found = [path.parent for path in (root / name).glob(f"{version or '*'}/dataset_info.json")]
+    numbered = {
+        tuple(map(int, folder.name.split("."))): folder
+        for folder in found
+        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)
+    }
+    return numbered[max(numbered)] if numbered else None
 
 
 def _prepare(root: Path, name: str) -> Path | None:
@@ -95,9 +95,6 @@ def _prepare(root: Path, name: str) -> Path | None:
         builder = tfds.builder(name, data_dir=root)
     except tfds.core.DatasetNotFoundError:
         return None
-    # TFDS does not have this version or configuration.
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"TFDS has no {name}: {' '.join(str(error).split())}") from None
     folder = Path(builder.data_path)
     if (folder / "dataset_info.json").is_file():  # the default configuration
         return folder
@@ -108,70 +105,40 @@ def _prepare(root: Path, name: str) -> Path | None:
             "install 'iresnet_jax[prepare]' and start again to download it, or set TFDS_DATA_DIR "
             "to a folder in which it is prepared"
         )
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / "iresnet_jax"):
-            # It returns at once if another process has prepared the data set.
-            builder.download_and_prepare(file_format=_FORMAT)
-    except Exception as error:  # servers, archives and disks fail in many ways
-        raise RuntimeError(
-            f"TFDS could not download and prepare {name} in {root}: {' '.join(str(error).split())}"
-        ) from error
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / "iresnet_jax"):
+        # It returns at once if another process has prepared the data set.
+        builder.download_and_prepare(file_format=_FORMAT)
     return folder
 
 
 def _contents(name: str, folder: Path) -> Contents:
     import tensorflow_datasets as tfds
 
-    with _explaining(name, folder):
-        builder: Any = tfds.builder_from_directory(folder)
+    builder: Any = tfds.builder_from_directory(folder)
     image_key, label_key = _keys(builder.info, name)
 
     def read(split: str) -> Iterator[tuple[str, np.ndarray, int | None]]:
-        with _explaining(name, folder):
-            records = builder.as_data_source(split)
-            for start in range(0, len(records), _CHUNK):
-                examples = records.__getitems__(range(start, min(start + _CHUNK, len(records))))
-                for number, example in enumerate(examples, start):
-                    label = int(example[label_key]) if label_key else None
-                    yield (
-                        f"image {number} of the split {split!r} of {name}",
-                        example[image_key],
-                        label,
-                    )
+        records = builder.as_data_source(split)
+        for start in range(0, len(records), _CHUNK):
+            examples = records.__getitems__(range(start, min(start + _CHUNK, len(records))))
+            for number, example in enumerate(examples, start):
+                label = int(example[label_key]) if label_key else None
+                yield f"image {number} of {split!r} of {name}", example[image_key], label
 
     num_classes = builder.info.features[label_key].num_classes if label_key else None
-    return Contents(
-        {split: found.num_examples for split, found in builder.info.splits.items()},
-        num_classes,
-        read,
-    )
-
-
-@contextlib.contextmanager
-def _explaining(name: str, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    # array_record, protobuf, Pillow and TFDS each have their own errors.
-    except Exception as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(
-            f"cannot read {name} in {folder}, delete that folder to have it prepared "
-            f"again: {problem}"
-        ) from error
+    sizes = {split: found.num_examples for split, found in builder.info.splits.items()}
+    return Contents(sizes, num_classes, read)
 
 
 def _keys(info: Any, name: str) -> tuple[str, str | None]:
     """Names of the features for the image and for the class, None without classes."""
     features, keys = dict(info.features.items()), info.supervised_keys or ("image", None)
     image_key, label_key = keys if len(keys) == 2 else ("image", None)
-    if not isinstance(image_key, str) or len(getattr(features.get(image_key), "shape", ())) != 3:
+    has_images = len(getattr(features.get(image_key), "shape", ())) == 3
+    if not has_images or (label_key and not hasattr(features[label_key], "num_classes")):
         raise ValueError(
             f"{name} is not a data set of images with classes: its features are "
             f"{', '.join(sorted(features))}"
-        )
-    if label_key is not None and not hasattr(features[label_key], "num_classes"):
-        raise ValueError(
-            f"{name} is not a classification data set: its feature {label_key!r} is not a class"
         )
     return image_key, label_key

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.columns import Frame, columns_of, numbers_of
+from iresnet_jax.storage import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

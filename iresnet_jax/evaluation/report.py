@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.atomic_files import replacing
 from iresnet_jax.evaluation import (
     calibration,
     classification,
@@ -45,6 +44,7 @@ from iresnet_jax.models.preprocessing import cells
 from iresnet_jax.runs.config import to_plain
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
+from iresnet_jax.storage import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

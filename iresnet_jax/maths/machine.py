@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from iresnet_jax.atomic_files import user_folder
+from iresnet_jax.storage import user_folder
 
 MOST_CACHED_BYTES = 2**30  # of compiled programs on disk
 LEAST_EXAMPLES = 8  # of each device; smaller shares are computed less efficiently

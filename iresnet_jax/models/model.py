@@ -18,7 +18,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from iresnet_jax.atomic_files import path_of, replacing
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
@@ -41,6 +40,7 @@ from iresnet_jax.models.flow import (
 )
 from iresnet_jax.models.leading_axes import Examples, as_batch
 from iresnet_jax.pytrees import pytree, tagged
+from iresnet_jax.storage import path_of, replacing
 
 FILE_NAME = "model.npz"
 FORMAT = 2

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.branches.kinds import KINDS
 from iresnet_jax.models import priors
@@ -26,6 +25,7 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.model import FILE_NAME, FORMAT, HEADER, MODELS, array_name
 from iresnet_jax.pytrees import from_tagged, tagged
+from iresnet_jax.storage import path_of
 
 _DOUBLE = {np.dtype(np.float32): np.dtype(np.float64)}  # of models that were trained in float64
 

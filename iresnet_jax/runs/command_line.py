@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from iresnet_jax.atomic_files import path_of
+from iresnet_jax.storage import path_of
 from iresnet_jax.training.signals import Stopped
 
 if TYPE_CHECKING:

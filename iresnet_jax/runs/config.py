@@ -19,7 +19,6 @@ from iresnet_jax.arguments import Count, CountOrNone, Decay, NotNegative, Positi
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data import load as load_data
-from iresnet_jax.data.augment import check_transformations
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
@@ -126,11 +125,10 @@ class AugmentationConfig:
     # Half of the images in the training of a density are changed by one of these, which the context
     # names. Validation and the kept model use the density of unchanged images. "left", "right",
     # "up" and "down" move by a pixel, "turn" is by 180 degrees, "mirror" is left to right, and
-    # there are "upside_down" and "transpose". None by default.
-    transformations: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        check_transformations(self.transformations)
+    # "transpose" is for square images. None by default.
+    transformations: tuple[
+        Literal["left", "right", "up", "down", "mirror", "upside_down", "turn", "transpose"], ...
+    ] = ()
 
 
 @dataclass(frozen=True)

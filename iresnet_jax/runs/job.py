@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
@@ -44,6 +43,7 @@ from iresnet_jax.runs.config import (
 )
 from iresnet_jax.runs.metrics import Bar, Metrics
 from iresnet_jax.runs.trained_run import finished, identity_context
+from iresnet_jax.storage import path_of
 from iresnet_jax.training import classification, density, parallel
 from iresnet_jax.training.callbacks import Callback, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from iresnet_jax.atomic_files import growing, replacing
+from iresnet_jax.storage import growing, replacing
 from iresnet_jax.training import parallel
 from iresnet_jax.training.callbacks import Callback, Progress
 from iresnet_jax.training.run import Run
@@ -38,7 +38,7 @@ class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     Attributes:
         kept: Measurements that led to this state.
         publish: Function that writes all lines to a bucket; on a disk it does nothing, see
-            `atomic_files.growing`.
+            `storage.growing`.
 
     Raises:
         ValueError: If the folder has measurements that cannot be read, see `read_metrics`.

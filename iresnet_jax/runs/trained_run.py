@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.atomic_files import locked, path_of, replacing
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.machine import prepare_backend
@@ -36,6 +35,7 @@ from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import first_difference, tagged
 from iresnet_jax.runs.config import Config, parse, to_plain
+from iresnet_jax.storage import locked, path_of, replacing
 from iresnet_jax.training.checkpoints import Store
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.step import abstract_state
@@ -100,7 +100,7 @@ def claimed(
     """Within ``with``, no other process trains in the folder, which holds settings and model; the
     lock ends with its process.
 
-    Yields the function of `atomic_files.locked`.
+    Yields the function of `storage.locked`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iresnet_jax.atomic_files import locked, path_of, replacing
 from iresnet_jax.models.model import array_name
 from iresnet_jax.pytrees import first_difference, tagged
+from iresnet_jax.storage import locked, path_of, replacing
 from iresnet_jax.training import parallel
 from iresnet_jax.training.callbacks import Callback
 from iresnet_jax.training.run import LONGEST, Best, Run
@@ -329,7 +329,7 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
     """Within ``with``, no other process trains in the folder, which says what trains there.
 
-    Yields what `atomic_files.locked` does.
+    Yields what `storage.locked` does.
     """
     steps = run.most if run.most < LONGEST else None
     about = {"seed": int(run.fixed.seed), "batch_size": run.batch_size, "steps": steps}

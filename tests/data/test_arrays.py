@@ -103,13 +103,10 @@ def test_cells_are_those_of_all_rows_of_one_array():
     ("arrays", "message"),
     [
         (beside(1e6 + RNG.normal(size=200)), "column 'age' apart: subtract its mean"),
-        # of which one float is left
-        (beside(1.7e9 + 5 * RNG.normal(size=200)), "column 'age' apart: subtract its mean"),
         (
             Arrays(VECTORS, None, 1.7e9 + 5 * RNG.normal(size=200)),
             "entry 0 of the context apart: subtract its mean",
         ),
-        (beside(1e-42 * RNG.normal(size=200)), "column 'age' .* divide by its standard deviation"),
         (
             beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))),
             "too large for .* row 3, column 1",
@@ -120,45 +117,41 @@ def test_cells_are_those_of_all_rows_of_one_array():
         ),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),
         (Arrays(VECTORS[:, 0]), r"got shape \(200,\)"),
-        (Arrays(RNG.random((20, 4, 4))), "add a channel axis"),
-        (Arrays(np.array([["a", "b"], ["c", "d"]])), "must be numbers"),
+        (Arrays(RNG.random((20, 4, 4))), "have a channel as"),
         (Arrays(100 * IMAGES), "levels 0 to 255"),
-        (Arrays(np.zeros((40, 4, 4, 1))), "channel 0 of the images is constant"),
+        (Arrays(np.zeros((40, 4, 4, 1))), "channel 0 of the images has 1 different values"),
         (
             Arrays(np.where(RNG.random((40, 4, 4, 1)) > 0.5, RNG.random((40, 4, 4, 1)), 0)),
             "grow without bound",
         ),
         (Arrays(RNG.integers(0, 9, (100, 4, 4, 1)) / 8), "as integers"),
         (Arrays(VECTORS, np.zeros(3, int)), "200 integers"),
-        (Arrays(VECTORS, np.full(200, 0.5)), "np.unique"),
+        (Arrays(VECTORS, np.full(200, 0.5)), "integers from 0 on"),
         (
             Arrays(VECTORS, 5 * (np.arange(200) % 2)),
-            "without gaps, got none of 1 and 5 as the largest",
+            "labels of 2 classes must lie in 0 to 1, got 5: number them",
         ),
-        (Arrays(VECTORS, np.full(200, 2)), "2 classes or more, and all are 2"),
-        (Arrays(VECTORS, np.eye(200, dtype=int)), r"with labels.argmax\(axis=1\)"),
         (Arrays(RNG.random((20, 3, 8, 8))), r"x.transpose\(0, 2, 3, 1\)"),
         (Arrays(VECTORS, context=np.zeros((3, 2))), "each of 200"),
         ({"test": Arrays(VECTORS)}, "no training examples"),
         (
-            {"train": Arrays(VECTORS[:1]), "validation": Arrays(VECTORS)},
-            "one training example: a model is trained on 2 or more",
+            {"train": Arrays(VECTORS), "test": Arrays(VECTORS[:, :2])},
+            "must agree in type and shape",
         ),
-        ({"train": Arrays(VECTORS), "test": Arrays(VECTORS[:, :2])}, "one shape"),
         (
             {"train": Arrays(VECTORS, np.zeros(200, int)), "test": Arrays(VECTORS)},
-            "or none of them",
+            "in having no labels",
         ),
         (
             {
                 "train": Arrays(VECTORS, context=VECTORS),
                 "test": Arrays(VECTORS, context=VECTORS[:, 0]),
             },
-            "contexts of one length",
+            "in the length of contexts",
         ),
         (
             {"train": Arrays(IMAGES), "test": Arrays(IMAGES / 16)},
-            "of one type, got float32 and uint8",
+            "got .*float32.*uint8",
         ),
     ],
 )

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from iresnet_jax.data import augment
 
@@ -70,13 +69,3 @@ def test_transformations_come_with_the_contexts_that_name_them():
     assert np.all(
         np.abs(np.bincount(kinds, minlength=9) - NUM * shares) < 5 * np.sqrt(NUM * shares)
     )
-
-
-def test_images_that_are_not_square_are_not_transposed():
-    with pytest.raises(ValueError, match="square images, got 4x3"):
-        augment.transformed(KEYS[:2], jnp.zeros((2, 4, 3, 1)), ("transpose",))
-
-
-def test_impossible_padding_is_refused():
-    with pytest.raises(ValueError, match=r"padding must lie in \[0, 3\] for 4x3 images, got 4"):
-        augment.random_crop(KEYS[:2], jnp.zeros((2, 4, 3, 1)), padding=4)

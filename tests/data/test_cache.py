@@ -1,6 +1,5 @@
-"""The cache of decoded images: what it holds, interruption, damage, and several writers at once."""
+"""The cache of decoded images: what it holds, interruption, and several writers at once."""
 
-import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from iresnet_jax.data.cache import Contents, decoded
+from iresnet_jax.data.images import Contents, decoded
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 6, 5, 3), np.uint8)
 LABELS = np.arange(50) % 4
@@ -73,16 +72,11 @@ def test_the_second_time_is_mapped_and_not_decoded(load, home, tmp_path):
     assert decodings == ["train", "test"] * 2
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt("Ctrl-C")]
-)
-def test_interrupted_decoding_leaves_nothing(load, home, error):
+def test_interrupted_decoding_leaves_nothing(load, home):
     def fail():
-        raise error
+        raise KeyboardInterrupt
 
-    with pytest.raises(
-        type(error), match=r"x cannot be written into .*No space left on device|Ctrl-C"
-    ):
+    with pytest.raises(KeyboardInterrupt):
         load(after_each=fail)
     assert caches(home) == []
     load()
@@ -92,7 +86,7 @@ def test_interrupted_decoding_leaves_nothing(load, home, error):
     ("changed", "message"),
     [
         ({"images": IMAGES.astype(np.uint16)}, "image 0 has uint16 pixels"),
-        ({"labels": LABELS + 1}, "classes of x must lie in 0 to 3, got 1 to 4"),
+        ({"labels": LABELS - 1}, "has the class -1, and classes of x lie in 0 to 3"),
         ({"images": IMAGES[:45], "labels": LABELS[:45]}, "shorter"),
     ],
 )
@@ -100,17 +94,6 @@ def test_images_that_break_the_word_of_their_source_are_refused(load, home, chan
     with pytest.raises(ValueError, match=message):
         load(**changed)
     assert caches(home) == []
-
-
-def test_a_damaged_cache_is_named(load, home):
-    load()
-    [made] = caches(home)
-    (made / "test.npy").write_bytes((made / "test.npy").read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{made} is damaged, delete it"):
-        load()
-    (made / "test.npy").unlink()  # as by what cleans up old files
-    with pytest.raises(ValueError, match=rf"{made} is damaged, delete it"):
-        load()
 
 
 def test_writers_that_start_at_once_agree(load):

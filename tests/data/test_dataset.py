@@ -121,8 +121,6 @@ def test_held_out_examples_of_endless_data_belong_to_their_split_and_seed():
     np.testing.assert_array_equal(found, dataset.held_out("test", 7, seed=1))
     for other in (dataset.held_out("validation", 7, seed=1), dataset.held_out("test", 7, seed=2)):
         assert not np.any(found == other)
-    with pytest.raises(ValueError, match="has no end"):
-        dataset.held_out("test")
 
 
 def test_endless_data_draw_one_example_for_each_key():
@@ -143,14 +141,6 @@ def test_random_training_examples_are_distinct_and_no_more_than_there_are():
     )
     assert len(make().random_train(key, 100)[0]) == 12
     assert data.load("moons").random_train(key, 7)[0].shape == (7, 2)
-
-
-@pytest.mark.parametrize("name", ["moon", "h5:/a/b", "../mnist", "", "mnist:", "/etc/passwd"])
-def test_unknown_names_and_formats_list_the_known_ones(name):
-    with pytest.raises(
-        ValueError, match=rf"unknown data set '{name}': .*digits, mnist, .*moons.* idx:PATH, "
-    ):
-        data.load(name)
 
 
 # Splits -------------------------------------------------------------------------------------------
@@ -175,10 +165,6 @@ def test_fractions_depend_on_the_number_alone_and_their_parts_are_disjoint():
     assert sum(mask.astype(int) for mask in masks.values()).tolist() == [1] * 50
     assert list(fraction_masks(50, (0.1, 0.0))) == ["train", "validation"]
     np.testing.assert_array_equal(masks["test"], fraction_masks(50, (0.2, 0.1))["test"])
-    for num, fractions, message in (
-        (3, (0.1, 0.1), "too few"),
-        (10, (0.95, 0.0), "10 would be"),
-        (30, (0.6, 0.5), "shares"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for num, fractions in ((3, (0.1, 0.1)), (10, (0.95, 0.0)), (30, (0.6, 0.5)), (30, (-0.1, 0.5))):
+        with pytest.raises(ValueError, match=f"{num} examples are too few"):
             fraction_masks(num, fractions)

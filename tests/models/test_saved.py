@@ -16,7 +16,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import iresnet_jax as ir
-from iresnet_jax.atomic_files import path_of
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
@@ -24,6 +23,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.saved import model_of, spec_of
 from iresnet_jax.pytrees import tagged
+from iresnet_jax.storage import path_of
 
 FLOW = FlowSpec(
     (4, 4, 1),

@@ -74,7 +74,6 @@ MISTAKES = [
     ("toy", "evaluation.num_importance_draws=5", "num_importance_draws is for discrete data"),
     ("toy", "training.initial_model=nowhere", "there is no model nowhere: train.py and model.sa"),
     ("classifier", "data.name=moons", "classification needs label"),
-    ("classifier", "augmentation.crop_padding=9", "padding must lie in [0, 8] for 8x8 images"),
 ]
 
 

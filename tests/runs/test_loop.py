@@ -23,11 +23,11 @@ from tiny_runs import (
     newest,
 )
 
-from iresnet_jax.atomic_files import locked
 from iresnet_jax.data import load
 from iresnet_jax.models.initial import abstract
 from iresnet_jax.runs import job, trained_run
 from iresnet_jax.runs.job import model_spec
+from iresnet_jax.storage import locked
 from iresnet_jax.training import checkpoints
 from iresnet_jax.training import train as loop
 from iresnet_jax.training.callbacks import Callback

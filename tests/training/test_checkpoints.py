@@ -26,7 +26,7 @@ from one_number import (
 )
 
 import iresnet_jax as ir
-from iresnet_jax.atomic_files import locked, path_of
+from iresnet_jax.storage import locked, path_of
 from iresnet_jax.training.checkpoints import Store, from_named, to_named
 from iresnet_jax.training.signals import Stopped
 
