@@ -25,8 +25,11 @@ always belong together. Images of TFDS and image files are decoded once (`images
 
 import csv
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,14 +101,23 @@ def conditioned_on_labels(data: DataSet) -> DataSet:
 # Arrays in files ----------------------------------------------------------------------------------
 
 
+def _loaded(path: Path) -> Any:
+    """The array of an ``.npy`` file, or the arrays of an ``.npz`` file by name."""
+    try:
+        with path.open("rb") as file:
+            found = np.load(file)
+            return found if isinstance(found, np.ndarray) else dict(found)
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no intact file of plain arrays: {error}") from None
+
+
 def _read_npz(path: Path) -> tuple[_Given, None]:
     """The arrays ``x``, ``y`` and ``context``, or ``x_train``, ``y_train``, ``context_train`` and
     so on, or ``train_images`` and ``train_labels`` as MedMNIST has them.
 
     Labels and contexts may be left out. Images may lack the axis of channels.
     """
-    with path.open("rb") as file, np.load(file) as archive:
-        arrays = dict(archive)
+    arrays = dict(_loaded(path))
 
     def part(x: str, y: str, context: str) -> Arrays:
         examples = arrays.pop(x)
@@ -134,13 +146,10 @@ def _read_npz(path: Path) -> tuple[_Given, None]:
 
 
 def _read_npy(path: Path) -> tuple[_Given, None]:
-    def array(file: Path) -> np.ndarray:
-        with file.open("rb") as content:
-            return np.load(content)
-
     def read(file: Path) -> Arrays:
         beside = {kind: file.with_name(f"{file.stem}_{kind}.npy") for kind in ("labels", "context")}
-        return Arrays(array(file), **{k: array(at) for k, at in beside.items() if at.is_file()})
+        others = {kind: _loaded(other) for kind, other in beside.items() if other.is_file()}
+        return Arrays(_loaded(file), **others)
 
     return _by_split(path, ".npy", read, beside=("_labels", "_context")), None
 

@@ -413,6 +413,11 @@ def cifar_with_the_label_10(folder):
     return write_cifar(folder, *COLOUR, change)
 
 
+def damaged(folder):
+    (folder / "a.npy").write_bytes(b"nothing")
+    return f"npy:{folder}/a.npy"
+
+
 def unread(folder):
     for name in ("train", "train_context", "test", "test_context", "val"):
         np.save(folder / f"{name}.npy", X)
@@ -455,6 +460,7 @@ WRONG = {
     ),
     # a pickle, which could run anything
     "pickle": (npz(x_train=np.array([{"code": 1}])), "Object arrays cannot be loaded"),
+    "no array": (damaged, "a.npy is no intact file of plain arrays"),
     "unread file": (
         unread,
         "holds val.npy, which nothing reads: call it one of train, train_labels",

@@ -85,7 +85,7 @@ def test_mistakes_are_answered_in_one_sentence(config_files, answer, name, overr
 def test_mistakes_in_other_flags_are_answered_in_one_sentence(config_files, answer):
     config = f"--config={config_files['toy']}"
     assert "worcdir" in answer(config, "--worcdir=x")
-    assert "nosuch:// is no storage" in answer(config, "--workdir=nosuch://bucket/run")
+    assert "Protocol not known: nosuch" in answer(config, "--workdir=nosuch://bucket/run")
 
 
 @pytest.mark.parametrize(
