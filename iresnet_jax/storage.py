@@ -160,6 +160,8 @@ def replacing(path: Path) -> Iterator[Path]:
             path.upload(incoming)
         else:
             incoming.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:
         with contextlib.suppress(OSError):
             incoming.unlink(missing_ok=True)
