@@ -154,7 +154,7 @@ def test_an_upload_is_tried_again_until_the_time_is_up(monkeypatch, caplog):
     assert path.read_text() == "there"
     monkeypatch.setattr(storage, "RETRY_S", 0.0)
     failures[0] = 1
-    with pytest.raises(OSError, match="cannot be written .*503"), replacing(path) as incoming:
+    with pytest.raises(OSError, match=r"cannot be written .*503"), replacing(path) as incoming:
         incoming.write_text("new")
 
 
