@@ -1,35 +1,256 @@
-"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``,
-``convert``.
+"""Everything but training: ``python -m iresnet_jax COMMAND --workdir DIR``; ``plan``, ``convert``.
+
+A command prints its result and returns whether it succeeded: if not, the exit status is 1. The
+first paragraph of its docstring is its help.
 """
 
 import argparse
+import dataclasses
+import functools
+import inspect
 import math
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from iresnet_jax import conversion
+from iresnet_jax.arguments import Count, CountOrNone, Positive, checked
+from iresnet_jax.data.arrays import FITTED_ARRAY
+from iresnet_jax.evaluation import (
+    calibration,
+    classification,
+    likelihood,
+    robustness,
+    round_trips,
+    samples,
+)
+from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
+from iresnet_jax.evaluation.report import write
 from iresnet_jax.maths import machine
-from iresnet_jax.runs.command_line import Parser, explain_failures, quiet_backends
+from iresnet_jax.models.architecture import FlowSpec
+from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.contexts import as_vectors
+from iresnet_jax.models.density import Density
+from iresnet_jax.runs import plan as plans
+from iresnet_jax.runs import trained_run
+from iresnet_jax.runs.command_line import (
+    Parser,
+    explain_failures,
+    parse_train_flags,
+    quiet_backends,
+)
+from iresnet_jax.runs.config import Config, DataConfig
+from iresnet_jax.runs.trained_run import Run
 from iresnet_jax.storage import path_of
 from iresnet_jax.training.signals import end_at_signals
 
+# Rough time for guaranteed errors of inverses if no number of examples is given.
+CERTIFY_S = 5.0
 
-def count(text: str, least: int = 1) -> int:
-    """A number of examples, for argparse."""
-    number = int(text)
-    if not least <= number < 2**31:
-        raise argparse.ArgumentTypeError(
-            f"it must be at least {least} and below 2^31, got {number}"
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
+    """Test likelihood, test error of a model with classes, and robustness of a classifier."""
+    run = _with_settings(run, arguments).with_data_checked()
+    model, examples = run.model, run.test_examples()
+    settings, seed = run.config.evaluation, run.config.seed
+    lines = []
+    if isinstance(model, Density):
+        floor, contexts = run.data.entropy, run.test_contexts()
+        lines.append(
+            likelihood.measure(
+                model, examples, settings, seed, contexts=contexts, entropy_floor=floor
+            )
         )
-    return number
+    if run.model.spec.num_classes is not None:
+        labels = run.data.labels["test"]
+        lines.append(classification.evaluate(model, examples, labels, settings.batch_size))
+        if isinstance(model, Classifier) and settings.radii:
+            lines.append(robustness.measure(model, examples, labels, settings, seed)[0])
+    _say(*run.notes, *lines)
+    return True
+
+
+def sample(run: Run, arguments: argparse.Namespace) -> bool:
+    """Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge for
+    all of them.
+    """
+    model, size = run.model, run.config.evaluation.batch_size
+    if not isinstance(model, Density):
+        raise ValueError(
+            f"{run.folder} holds no density, so there are no samples: that takes a "
+            "density objective"
+        )
+    num, contexts = arguments.num, None
+    if arguments.context is not None:
+        contexts = read_contexts(arguments.context, model.spec.context_dim)
+        num = max(num, len(contexts))
+    values, convergence = samples.draw(
+        model,
+        num,
+        size,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        labels=None if arguments.label is None else [arguments.label] * num,
+        contexts=contexts,
+        num_certified=_num_certified(arguments, model.spec.flow),
+    )
+    png, npy = write_samples(values, model.spec.num_levels, run.folder)
+    _say(*run.notes, convergence, f"written: {png} and {npy}")
+    return not convergence.failed
+
+
+def read_contexts(text: str, context_dim: int) -> Float[np.ndarray, "n k"]:
+    """The contexts that ``--context`` gives: numbers separated by commas, or a ``.npy`` file
+    with one context per row.
+    """
+    if text.endswith(".npy"):
+        found = np.load(text, allow_pickle=False)
+    else:
+        found = np.array([float(number) for number in text.split(",")])
+    return np.atleast_2d(as_vectors(found.astype(np.float32), context_dim))
+
+
+def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
+    """Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse
+    failed for any.
+    """
+    run = run.with_data_checked()
+    examples, size = run.test_examples()[: arguments.num], run.config.evaluation.batch_size
+    contexts = run.test_contexts()
+    contexts = None if contexts is None else contexts[: arguments.num]
+    num = _num_certified(arguments, run.model.spec.flow)
+    result = round_trips.reconstruct(
+        run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num
+    )
+    figure = reconstructions(result.originals, result.reconstructions)
+    lines = [*run.notes, result.summary]
+    if figure is not None:
+        lines.append(f"written: {write_png(figure, run.folder / 'reconstructions.png')}")
+    _say(*lines)
+    return result.summary.fraction_converged == 1
+
+
+def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:
+    """Number of examples to certify: the requested number, or as many as take some seconds; None
+    for none.
+    """
+    if arguments.certify is None:
+        return round_trips.affordable(flow, CERTIFY_S)
+    return arguments.certify or None
+
+
+def certify(run: Run, _: argparse.Namespace) -> bool:
+    """Certified Lipschitz bound of every layer and block; exit status 1 if a block is not certified
+    a contraction.
+    """
+    certificate = run.model.certificate()
+    of_noise = run.model.noise_certificate() if isinstance(run.model, Density) else None
+    _say(*run.notes, certificate, *([f"flow of noise:\n{of_noise}"] if of_noise else ()))
+    return certificate.certified and (of_noise is None or of_noise.certified)
+
+
+def calibrate(run: Run, arguments: argparse.Namespace) -> bool:
+    """Calibration of a density given contexts: ranks of test examples among samples, and tests that
+    they are uniform; exit status 1 if these refuse it.
+    """
+    run = run.with_data_checked()
+    found = calibration.calibrate_run(run, arguments.num, arguments.samples)
+    _say(*run.notes, found)
+    return found.is_calibrated
+
+
+def report(run: Run, arguments: argparse.Namespace) -> bool:
+    """All results, to report.json and report.html."""
+    _say(write(_with_settings(run, arguments)), f"report: {run.folder / 'report.html'}")
+    return True
+
+
+def _with_settings(run: Run, arguments: argparse.Namespace) -> Run:
+    """The run, with the requested importance-weighted bound and robustness in its evaluation."""
+    changes = {"num_importance_draws": arguments.importance, "radii": arguments.radii}
+    given = {name: value for name, value in changes.items() if value is not None}
+    evaluation = dataclasses.replace(run.config.evaluation, **given)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation))
+
+
+def convert(arguments: argparse.Namespace) -> bool:
+    """A network of the authors' PyTorch codes as a model; exit status 1 if a block is not certified
+    a contraction.
+
+    The other commands take the model with ``--data``.
+    """
+    model = conversion.convert(arguments.FILE, arguments.architecture)
+    certificate = model.certificate()
+    excess = _excess(certificate)
+    if arguments.scale:
+        model = model.freeze()
+        certificate, excess = model.certificate(), f"{excess}; now they are within it"
+    objective = "density" if isinstance(model, Density) else "classification"
+    folder = path_of(arguments.output).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
+    path = trained_run.save(run, arguments.output)
+    _say(excess, certificate.verdict, f"written: {path} ({len(path.read_bytes()) / 1e6:.2g} MB)")
+    return certificate.certified
+
+
+def _excess(certificate: Certificate) -> str:
+    """A sentence on the excess of certified norms of layers over the coefficient."""
+    layers = [
+        (f"{block.name}/{layer.name}", layer.bound)
+        for block in certificate.blocks
+        for layer in block.layers
+    ]
+    coeff = certificate.coeff or math.nan
+    num_above = sum(bound > coeff for _, bound in layers)
+    name, largest = max(layers, key=lambda layer: layer[1])
+    return (
+        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient "
+        f"{coeff:g}; the largest is {largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
+    )
+
+
+def plan(arguments: argparse.Namespace) -> bool:
+    """Whether a training step, by the options of train.py, fits a machine that is not here; exit
+    status 1 if it does not.
+    """
+    # The compiler for TPUs compiles without running anything.
+    jax.config.update("jax_platforms", "cpu")
+    config = parse_train_flags(["python -m iresnet_jax plan", *arguments.flags]).config
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    made = plans.make(config, plans.machine(arguments.topology), say=say)
+    _say(made)
+    return made.problem is None
+
+
+def _say(*lines: object) -> None:
+    print("\n".join(map(str, lines)))
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def count(text: str) -> int:
+    """A number of examples, for argparse."""
+    return checked(Count, int(text), "number")
+
+
+def count_or_none(text: str) -> int:
+    """A number of examples, for argparse; 0 for none."""
+    return checked(CountOrNone, int(text), "number")
 
 
 def radii(text: str) -> tuple[float, ...]:
     """Radii, for argparse."""
-    found = tuple(float(number) for number in text.split(","))
-    if not all(0 < number < math.inf for number in found):
-        raise argparse.ArgumentTypeError(f"they must be positive, got {text}")
-    return found
+    return tuple(checked(Positive, float(number), "radius") for number in text.split(","))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,7 +276,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "how many examples, images of each side or samples (%(default)s)",
     },
     "certify": {
-        "type": lambda text: count(text, least=0),
+        "type": count_or_none,
         "metavar": "N",
         "help": "how many, from the first, get a guaranteed error; 0 for none (what takes some "
         "seconds, at most 64)",
@@ -95,56 +316,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Command(NamedTuple):
-    """A command, which the function of its name in `iresnet_jax.commands` runs.
-
-    Attributes:
-        help: Its result, and the condition for exit status 1.
-        options: Names in `OPTIONS`, some with a default; arguments without dashes are in capitals.
-    """
-
-    help: str
-    options: str
-
-
-COMMANDS = {
-    "evaluate": Command(
-        "Test likelihood, test error of a model with classes, and robustness of a classifier.",
-        "workdir data importance radii",
-    ),
-    "sample": Command(
-        "Samples, to samples.png and samples.npy; exit status 1 if the inverse did not converge "
-        "for all of them.",
-        "workdir num=64 temperature seed context label certify",
-    ),
-    "reconstruct": Command(
-        "Test examples encoded and inverted, to reconstructions.png; exit status 1 if the inverse "
-        "failed for any.",
-        "workdir data num=512 certify",
-    ),
-    "certify": Command(
-        "Certified Lipschitz bound of every layer and block; exit status 1 if a block is not "
-        "certified a contraction.",
-        "workdir",
-    ),
-    "calibrate": Command(
-        "Calibration of a density given contexts: ranks of test examples among samples, and tests "
-        "that they are uniform; exit status 1 if these refuse it.",
-        "workdir data num=500 samples",
-    ),
-    "report": Command(
-        "All results, to report.json and report.html.", "workdir data importance radii"
-    ),
-    "convert": Command(
-        "A network of the authors' PyTorch codes as a model; exit status 1 if a block is not "
-        "certified a contraction.",
-        "FILE architecture scale output=model.npz",
-    ),
-    "plan": Command(
-        "Whether a training step, by the options of train.py, fits a machine that is not here; "
-        "exit status 1 if it does not.",
-        "topology",
-    ),
+# Functions, and names in `OPTIONS`, some with a default; arguments without dashes are in capitals.
+COMMANDS: dict[str, tuple[Callable[..., bool], str]] = {
+    "evaluate": (evaluate, "workdir data importance radii"),
+    "sample": (sample, "workdir num=64 temperature seed context label certify"),
+    "reconstruct": (reconstruct, "workdir data num=512 certify"),
+    "certify": (certify, "workdir"),
+    "calibrate": (calibrate, "workdir data num=500 samples"),
+    "report": (report, "workdir data importance radii"),
+    "convert": (convert, "FILE architecture scale output=model.npz"),
+    "plan": (plan, "topology"),
 }
 
 
@@ -156,13 +337,14 @@ def make_parser() -> Parser:
     parsers = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )
-    for name, command in COMMANDS.items():
-        options = parsers.add_parser(name, help=command.help, description=command.help)
-        for option in command.options.split():
+    for name, (execute, options) in COMMANDS.items():
+        text = " ".join((inspect.getdoc(execute) or "").partition("\n\n")[0].split())
+        command = parsers.add_parser(name, help=text, description=text)
+        for option in options.split():
             flag, _, default = option.partition("=")
             settings = OPTIONS[flag] | (dict[str, Any](default=default) if default else {})
-            options.add_argument(flag if flag.isupper() else f"--{flag}", **settings)
-        options.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+            command.add_argument(flag if flag.isupper() else f"--{flag}", **settings)
+        command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 
 
@@ -172,18 +354,13 @@ def run(argv: Sequence[str]) -> int:
     arguments, arguments.flags = parser.parse_known_args(argv)
     if arguments.flags and arguments.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(arguments.flags)}")
-    if "workdir" in arguments:
-        arguments.workdir = path_of(arguments.workdir)
-
-    from iresnet_jax import commands  # slow to import: --help and mistakes are answered without it
-    from iresnet_jax.runs import trained_run
-
     machine.cache_programs()
-    execute = getattr(commands, arguments.command)
+    execute, _ = COMMANDS[arguments.command]
     if "workdir" not in arguments:
         return 0 if execute(arguments) else 1
-    machine.use_all_cores(trained_run.read_config(arguments.workdir))
-    trained, data = trained_run.load(arguments.workdir), getattr(arguments, "data", None)
+    folder, data = path_of(arguments.workdir), getattr(arguments, "data", None)
+    machine.use_all_cores(trained_run.read_config(folder))
+    trained = trained_run.load(folder)
     return 0 if execute(trained.with_data(data) if data else trained, arguments) else 1
 
 

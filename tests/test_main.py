@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from certified_flows import times
 
-from iresnet_jax.__main__ import COMMANDS, main
+from iresnet_jax.__main__ import COMMANDS, main, read_contexts
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.commands import read_contexts
 from iresnet_jax.evaluation import samples
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import trained_run as run
@@ -83,6 +82,9 @@ def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
     assert "of 25 examples" in lines[1]
     assert said(capsys, "evaluate", folders["classifier"]).startswith("test error: ")
     assert " nats (" in said(capsys, "evaluate", folders["points"])
+    assert "by the importance-weighted bound with 2 draws" in said(
+        capsys, "evaluate", folders["hybrid"], "--importance", "2"
+    )
 
 
 def test_whatever_needs_data_says_that_they_are_others(tmp_path, capsys):
@@ -165,14 +167,6 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     )
 
 
-def test_the_importance_weighted_bound_is_one_of_discrete_data(folders, capsys):
-    assert "by the importance-weighted bound with 2 draws" in said(
-        capsys, "evaluate", folders["hybrid"], "--importance", "2"
-    )
-    refused = answer(capsys, "evaluate", "--workdir", folders["points"], "--importance", "2")
-    assert "--importance is for densities of integer levels" in refused
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
@@ -203,35 +197,18 @@ MISTAKES = [
     # of the command line
     ("evalute", None, [], "invalid choice: 'evalute'"),
     ("sample", "points", ["--nun", "3"], "--nun"),
-    ("reconstruct", "points", ["--num", "0"], "at least 1 and below 2^31, got 0"),
-    ("sample", "points", ["--num", "3000000000"], "below 2^31, got 3000000000"),
+    ("reconstruct", "points", ["--num", "0"], "argument --num: invalid count value: '0'"),
+    ("evaluate", "classifier", ["--radii", "1,-1"], "invalid radii value: '1,-1'"),
     ("evaluate", "nowhere", [], "No such file or directory"),
-    (
-        "evaluate",
-        None,
-        ["--workdir=nosuch://bucket/run"],
-        "Protocol not known: nosuch",
-    ),
+    ("evaluate", None, ["--workdir=nosuch://bucket/run"], "Protocol not known: nosuch"),
     # what a model does not have
     ("sample", "classifier", ["--label", "1"], "holds no density"),
-    ("sample", "points", ["--seed", "-3"], "seed must lie in"),
     ("sample", "points", ["--temperature", "nan"], "temperature must lie in [0, inf), got nan"),
     ("sample", "points", ["--context", "-1.0"], "takes no context"),
-    ("sample", "points", ["--context", "--num", "5"], "expected one argument"),
-    (
-        "sample",
-        "points",
-        ["--context", "x.npy"],
-        "--context takes numbers such as 1.0,2.0 or a .npy file, got 'x.npy'",
-    ),
+    ("sample", "points", ["--context", "x.npy"], "No such file or directory: 'x.npy'"),
     ("sample", "given", ["--certify", "0"], "takes a context of shape (batch, 3), got none"),
     ("sample", "hybrid", ["--label", "3"], "labels must be classes from 0 to 2, got 3"),
-    (
-        "sample",
-        "hybrid",
-        ["--label", "3000000000"],
-        "labels must be classes from 0 to 2, got 3000000000",
-    ),
+    ("evaluate", "points", ["--importance", "2"], "bound is one of data of integer levels"),
 ]
 
 
@@ -252,15 +229,9 @@ def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path
     path = tmp_path / "images.npz"
     folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
     path.unlink()
-    for command in ("evaluate", "reconstruct", "report"):
-        assert path.name in answer(capsys, command, "--workdir", folder)
-    path.write_bytes(b"no archive")
     assert path.name in answer(capsys, "evaluate", "--workdir", folder)
     (copied["points"] / FILE_NAME).write_bytes(b"")
     assert "model.npz is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
-    (copied["points"] / FILE_NAME).unlink()
-    (copied["points"] / run.CONFIG_FILE).write_text("{")
-    assert "config.json is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
 
 
 def test_help_lists_the_commands(capsys):
