@@ -58,7 +58,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
 try:
-    from iresnet_jax.maths import machine
+    from iresnet_jax.maths import platforms
     from iresnet_jax.runs import command_line
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -74,13 +74,13 @@ def run(argv: list[str]) -> int:
 
     hosts.initialize(given.coordinator_address, given.num_processes, given.process_id)
     if not hosts.is_shared():
-        machine.use_all_cores(given.config)
+        platforms.use_all_cores(given.config)
     from iresnet_jax.evaluation.report import write
     from iresnet_jax.runs.job import train
     from iresnet_jax.runs.trained_run import load, save
 
-    machine.start_backend()
-    machine.cache_programs()
+    platforms.start_backend()
+    platforms.cache_programs()
     with hosts.ending_together():
         if not parallel.is_first():
             logging.getLogger("iresnet_jax").setLevel(logging.WARNING)
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    machine.keep_freed_memory()
+    platforms.keep_freed_memory()
     gc.set_threshold(50_000, 20, 100)  # imports and tracing make many objects that live on
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     status = main(sys.argv)

@@ -19,21 +19,21 @@ def prepare_jax(config=None):
     """What train.py does in its process before JAX starts; without a config what a command for a
     trained model does.
     """
-    from iresnet_jax.maths import machine
+    from iresnet_jax.maths import platforms
     from iresnet_jax.runs.config import Config
 
     gc.set_threshold(50_000, 20, 100)
     if config is not None:
-        machine.keep_freed_memory()
-    machine.use_all_cores(config or Config())
-    machine.cache_programs()
+        platforms.keep_freed_memory()
+    platforms.use_all_cores(config or Config())
+    platforms.cache_programs()
 
 
 def training_step(config, data):
     """The step of train.py for all devices, ``(state, batch) -> (state, metrics)``, the state
     before the first, examples for batches, name of the loss.
     """
-    from iresnet_jax.maths.machine import prepare_backend
+    from iresnet_jax.maths.platforms import prepare_backend
     from iresnet_jax.runs.job import Job
     from iresnet_jax.training import parallel
     from iresnet_jax.training.step import first_state
@@ -112,7 +112,7 @@ class OurSteps(Steps):
         prepare_jax(settings)
         import jax
 
-        from iresnet_jax.maths import machine
+        from iresnet_jax.maths import platforms
         from iresnet_jax.runs import plan
         from iresnet_jax.training.parallel import device_batches
 
@@ -125,7 +125,7 @@ class OurSteps(Steps):
         )
         self.take()
         self.wait()
-        machine.return_freed_memory()
+        platforms.return_freed_memory()
         self.warm_up(warmup)
 
     def take(self):

@@ -30,7 +30,7 @@ from iresnet_jax.evaluation import (
 )
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
 from iresnet_jax.evaluation.report import write
-from iresnet_jax.maths import machine
+from iresnet_jax.maths import platforms
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
@@ -354,12 +354,12 @@ def run(argv: Sequence[str]) -> int:
     arguments, arguments.flags = parser.parse_known_args(argv)
     if arguments.flags and arguments.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(arguments.flags)}")
-    machine.cache_programs()
+    platforms.cache_programs()
     execute, _ = COMMANDS[arguments.command]
     if "workdir" not in arguments:
         return 0 if execute(arguments) else 1
     folder, data = path_of(arguments.workdir), getattr(arguments, "data", None)
-    machine.use_all_cores(trained_run.read_config(folder))
+    platforms.use_all_cores(trained_run.read_config(folder))
     trained = trained_run.load(folder)
     return 0 if execute(trained.with_data(data) if data else trained, arguments) else 1
 

@@ -23,7 +23,7 @@ from scipy.special import log_softmax
 
 from iresnet_jax.arguments import Count, checked
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
-from iresnet_jax.maths.keys import single_key
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.density import Density
 
@@ -121,7 +121,7 @@ def evaluate_energy(
         log Z 0.8032 ± 0.0009, effective sample size 99.2%
         The tail of the weights is light enough for their mean (Pareto k is 0.08, at most 0.70).
     """
-    num, key = checked(Count, num, "num"), single_key(key)
+    num, key = checked(Count, num, "num"), typed_key(key)
     model, size = model.with_(estimator=ExactLogdet()), min(num, 1000)
     keys, bounds = jax.random.split(key, -(-num // size)), model.bounds()
     drawn = [_draw(model, part, size, bounds) for part in keys]

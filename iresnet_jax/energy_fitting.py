@@ -30,7 +30,7 @@ from iresnet_jax.arguments import Count, Positive, checked
 from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.fit_settings import EXACT_DIMS
 from iresnet_jax.losses import LogDensity, check_finite, log_density_of
-from iresnet_jax.maths.keys import single_key
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models.architecture import StageSpec
@@ -102,7 +102,7 @@ def fit_energy(
     if steps is not None:
         steps = checked(Count, steps, "steps")
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(
-        single_key(key), 5
+        typed_key(key), 5
     )
 
     x = particles(log_density, num_dims, key=key_particles, scale=scale, num=num_particles)
@@ -176,7 +176,7 @@ def particles(
         raise ValueError(
             f"num_particles must be at least 1000, got {num}: a tenth of them validates"
         )
-    key_anneal, key_move, key_order = jax.random.split(single_key(key), 3)
+    key_anneal, key_move, key_order = jax.random.split(typed_key(key), 3)
     found, step = anneal(
         log_density, key_anneal, num, num_dims, scale=checked(Positive, scale, "scale")
     )

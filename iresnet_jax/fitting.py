@@ -20,8 +20,8 @@ from iresnet_jax.fit_settings import (
     choose_settings,
     with_settings,
 )
-from iresnet_jax.maths.keys import single_key
-from iresnet_jax.maths.machine import cache_programs, prepare_backend, start_backend
+from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.maths.platforms import cache_programs, prepare_backend, start_backend
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.history import STOPPED, Attempt, History
 from iresnet_jax.runs.config import Config
@@ -150,7 +150,7 @@ def fit(
         "data.validation_fraction": validation_fraction,
         **_given_settings(settings, architecture),
     }
-    seed = 0 if key is None else int(jax.random.bits(single_key(key), dtype="uint32"))
+    seed = 0 if key is None else int(jax.random.bits(typed_key(key), dtype="uint32"))
     data = data_of(
         x,
         labels,

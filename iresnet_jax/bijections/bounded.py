@@ -87,13 +87,13 @@ class Bounded(ClosedForm):
 
     def map(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """The mapped vectors; outside of an interval the log-determinant is minus infinity."""
-        line, log_slopes = self.to_line(as_floats(x, "x"))
+        line, log_slopes = self.to_line(as_floats(x))
         y, log_det = self.then.map(line)
         return y, log_det + jnp.sum(log_slopes, axis=1)
 
     def unmap(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """Vectors within their intervals."""
-        line, log_det = self.then.unmap(as_floats(y, "y"))
+        line, log_det = self.then.unmap(as_floats(y))
         x, log_slopes = self.from_line(line)
         return x, log_det + jnp.sum(log_slopes, axis=1)
 

@@ -120,7 +120,7 @@ class Equalize(ClosedForm):
 
     def map(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``y = logit(alpha + (1 - 2 alpha) u)`` and ``sum log(dy/dx)``."""
-        x = as_floats(x, "x")
+        x = as_floats(x)
         entries = self._flatten(x)
         k = quantize(entries, self.num_levels).astype(jnp.int32)
         lower, upper, below, above, slopes = self._of_levels(k, x.dtype)
@@ -131,7 +131,7 @@ class Equalize(ClosedForm):
 
     def unmap(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """``x``, and ``sum log(dx/dy)``."""
-        y = as_floats(y, "y")
+        y = as_floats(y)
         entries, edges = self._flatten(y), self.edges.astype(y.dtype)
         if len(edges) == 1:
             k = jnp.searchsorted(edges[0, 1:-1], entries, side="right")

@@ -9,9 +9,8 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm
 from iresnet_jax.bijections.enclosure import Enclosure, increasing, on_balls
-from iresnet_jax.maths.double_double import DoubleDouble
+from iresnet_jax.maths.double_double import DoubleDouble, sigmoid
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.maths.precise_activations import sigmoid
 from iresnet_jax.maths.upward_rounding import UP, U
 from iresnet_jax.pytrees import pytree
 

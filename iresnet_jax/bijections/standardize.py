@@ -36,12 +36,12 @@ class _Shift(ClosedForm):
 
     def map(self, x: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The shifted data, and 0."""
-        x = as_floats(x, "x")
+        x = as_floats(x)
         return x - self.shift, jnp.zeros(len(x), x.dtype)
 
     def unmap(self, y: Num[Array, "b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
         """The data, and 0."""
-        y = as_floats(y, "y")
+        y = as_floats(y)
         return y + self.shift, jnp.zeros(len(y), y.dtype)
 
     def bilipschitz(self) -> BiLipschitz:
@@ -126,13 +126,13 @@ class Standardize(ClosedForm):
 
     def map(self, x: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(scale)``, once for each pixel of an image."""
-        x = as_floats(x, "x")
+        x = as_floats(x)
         mean, scale = self._like(x)
         return (x - mean) / scale, self._log_det(x)
 
     def unmap(self, y: Num[Array, "b ... d"]) -> tuple[Float[Array, "b ... d"], Float[Array, " b"]]:
         """``x``, and ``sum log(scale)``, once for each pixel."""
-        y = as_floats(y, "y")
+        y = as_floats(y)
         mean, scale = self._like(y)
         return y * scale + mean, -self._log_det(y)
 
@@ -235,7 +235,7 @@ class Whiten(ClosedForm):
 
     def map(self, x: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``y``, and ``-sum log(diagonal of factor)``."""
-        x = as_floats(x, "x")
+        x = as_floats(x)
         factor, inverse = (
             matrix.astype(x.dtype).T for matrix in (self.factor, self.inverse_factor)
         )
@@ -248,7 +248,7 @@ class Whiten(ClosedForm):
 
     def unmap(self, y: Num[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, " b"]]:
         """``x``, and ``sum log(diagonal of factor)``."""
-        y = as_floats(y, "y")
+        y = as_floats(y)
         return y @ self.factor.astype(y.dtype).T + self.mean.astype(y.dtype)[None], -self._log_det(
             y
         )

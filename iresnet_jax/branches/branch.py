@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Any]
 # Lipschitz constants by part of a branch, such as a layer's norm; arrays of JAX or NumPy
 Norms = Mapping[str, Any]
-BUDGETS = ("layer", "block")
 
 
 class CallableBranch(NamedTuple):
@@ -265,7 +264,7 @@ class BranchSpec(ABC):
         """The branch brought into the budget by ``bounds`` from `norm_bounds`; the rest is as for
         `constrained`.
         """
-        check_budget(coeff, budget)
+        del budget
         bound = bounds["branch"]
         rounding = 4 * jnp.finfo(bound.dtype).eps
         gain = jnp.where(
@@ -306,10 +305,8 @@ class BranchSpec(ABC):
         return frozenset()
 
     def folded(self, weights: Weights, context: Float[Array, " k"]) -> Weights:
-        """Weights of ``x -> g(x; context)`` as a branch without contexts, with the same bounds.
-
-        Raises:
-            ValueError: If the kind does not define it.
+        """Weights of ``x -> g(x; context)`` as a branch without contexts, with the same bounds; not
+        defined by every kind.
         """
         raise ValueError(
             f"a branch of {type(self).__name__} depends on contexts in its own way: go on giving "
@@ -347,16 +344,6 @@ class BranchSpec(ABC):
         return weights, norms
 
 
-def check_budget(coeff: float, budget: str) -> None:
-    """Raises ``ValueError`` unless ``coeff`` is in (0, 1) and the budget is one of `BUDGETS`."""
-    if not 0 < coeff < 1:
-        raise ValueError(
-            f"coeff must lie in (0, 1), got {coeff}: the inverse only exists for a contraction"
-        )
-    if budget not in BUDGETS:
-        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-
-
 def check_context(
     context_dim: int,
     batch_size: int,
@@ -368,11 +355,8 @@ def check_context(
 
     With ``of_pixels``, the height and width of an image, there must be one context per pixel.
     """
-    if context_dim == 0 and context is not None:
-        raise ValueError(
-            f"the model takes no context (context_dim=0), got one of shape {context.shape}: leave "
-            "it out"
-        )
-    if context_dim and (context is None or context.shape != (batch_size, *of_pixels, context_dim)):
-        found = "none" if context is None else f"shape {context.shape} for a batch of {batch_size}"
-        raise ValueError(f"the model takes a context of shape (batch, {context_dim}), got {found}")
+    found = None if context is None else context.shape
+    if found != ((batch_size, *of_pixels, context_dim) if context_dim else None):
+        wanted = f"a context of shape (batch, {context_dim})" if context_dim else "no context"
+        got = f"one of shape {found} for a batch of {batch_size}" if found else "none"
+        raise ValueError(f"the model takes {wanted}, got {got}")

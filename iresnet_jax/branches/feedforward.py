@@ -31,7 +31,6 @@ from iresnet_jax.branches.branch import (
     ConstrainedBranch,
     Norms,
     Weights,
-    check_budget,
 )
 from iresnet_jax.branches.layers import LayerSpec, Part, VectorPair
 from iresnet_jax.maths import activations, two_layers
@@ -78,48 +77,27 @@ class FeedforwardSpec(BranchSpec):
     operator_roundings: ClassVar[int] = 0
 
     def __post_init__(self):
-        activations.get(self.activation)
-        if self.context_dim < 0:
+        activations.get(self.activation)  # raises for an unknown name, as the next line
+        pads_of(self.padding, (1, 1))
+        wanted = (1, None) if self.kernel_sizes is None else (3, len(self.hidden) + 1)
+        if (len(self.in_shape), self.kernel_sizes and len(self.kernel_sizes)) != wanted:
             raise ValueError(
-                f"context_dim must not be negative, got {self.context_dim}; 0 is no context"
+                "a branch of images (h, w, c) has one more kernel size than hidden widths, and a "
+                f"branch of vectors has none; got examples of shape {self.in_shape}, "
+                f"kernel_sizes={self.kernel_sizes} and hidden={self.hidden}"
             )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must name at least one positive width, got {self.hidden}")
-        if self.kernel_sizes is None:
-            if len(self.in_shape) != 1:
-                raise ValueError(
-                    f"a dense branch takes vectors, got examples of shape {self.in_shape}: flatten "
-                    "them first"
-                )
-            return
-        if len(self.in_shape) != 3:
-            raise ValueError(
-                "a convolutional branch takes images (h, w, c), got examples of "
-                f"shape {self.in_shape}"
-            )
-        if len(self.kernel_sizes) != len(self.hidden) + 1:
-            raise ValueError(
-                f"kernel_sizes needs {len(self.hidden) + 1} entries, one per layer, for "
-                f"hidden={self.hidden}; got {self.kernel_sizes}"
-            )
-        pads_of(self.padding, (1, 1))  # raises for an unknown padding
 
     def check_slopes(self) -> None:
         """Raises ``ValueError`` unless the activation's slopes are in [0, 1] and kernels have odd
         sizes.
         """
-        if not activations.get(self.activation).monotone:
-            known = ", ".join(
-                name for name, activation in activations.ACTIVATIONS.items() if activation.monotone
-            )
+        is_odd = all(size % 2 for size in self.kernel_sizes or ())
+        if not (activations.get(self.activation).monotone and is_odd):
+            known = [name for name, entry in activations.ACTIVATIONS.items() if entry.monotone]
             raise ValueError(
-                f"{type(self).__name__} takes activations whose slopes lie in [0, 1], unlike "
-                f"{self.activation}: choose one of {known}"
-            )
-        if any(size % 2 == 0 for size in self.kernel_sizes or ()):
-            raise ValueError(
-                f"{type(self).__name__} takes kernels of odd sizes, got "
-                f"kernel_sizes={self.kernel_sizes}"
+                f"{type(self).__name__} takes kernels of odd sizes and activations with slopes in "
+                f"[0, 1], one of {', '.join(known)}; got kernel_sizes={self.kernel_sizes} and "
+                f"{self.activation}"
             )
 
     @classmethod
@@ -329,7 +307,6 @@ class FeedforwardSpec(BranchSpec):
         """The branch whose kernels are scaled into the budget by guaranteed bounds, from the
         first step on, for any weights.
         """
-        check_budget(coeff, budget)
         allowance = len(self.layers) * _SCALING_MARGIN
         within = coeff * (1 - allowance - _SCALING_MARGIN)
         scaled, lipschitz = self._within_budget(weights, bounds, coeff=within, budget=budget)
@@ -350,7 +327,6 @@ class FeedforwardSpec(BranchSpec):
         """Kernels scaled down, each part to ``coeff`` or all by one factor to a product of
         ``coeff``; and the constant of the scaled branch.
         """
-        check_budget(coeff, budget)
         sizes = jnp.stack([norms[part.name] for part in self.parts])
         if budget == "layer":
             excess = sizes / coeff

@@ -30,17 +30,10 @@ def register(name: str, kind: Kind) -> None:
         name: The name.
         kind: A class of `BranchSpec`, or a function ``key -> module`` as `StageSpec.branch` takes
             it.
-
-    Raises:
-        ValueError: If another kind has the name, or ``kind`` is neither.
     """
     if KINDS.get(name, kind) is not kind:
         raise ValueError(
             f"there is a kind of branch {name!r} already, {KINDS[name]!r}: choose another name"
-        )
-    if not callable(kind):
-        raise ValueError(
-            f"a kind must be a class of BranchSpec or a function key -> module, got {kind!r}"
         )
     _kinds[name] = kind
 
@@ -55,22 +48,6 @@ def get(name: str) -> Kind:
     return KINDS[name]
 
 
-def check_own(branch: Any) -> None:
-    """Raises ``ValueError`` in one sentence unless a stage can have such branches, see
-    `StageSpec.branch`.
-    """
-    if not callable(branch) and not isinstance(branch, BranchSpec):
-        raise ValueError(
-            f"branch must be a function key -> module or a BranchSpec, got {branch!r}: a config "
-            "and a file name a kind that kinds.register knows, and ir.load takes "
-            "branches={name: function}"
-        )
-    try:
-        hash(branch)
-    except TypeError:
-        raise ValueError(f"branch must be hashable, as a function is, got {branch!r}") from None
-
-
 def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpec:
     """The branch of a `StageSpec` for examples of this shape, which it flattens if its ``in_shape``
     is flat.
@@ -78,11 +55,6 @@ def branch_of(stage: Any, shape: tuple[int, ...], context_dim: int) -> BranchSpe
     chosen = get(stage.kind) if stage.branch is None else stage.branch
     flat = (math.prod(shape),)
     if isinstance(chosen, BranchSpec):
-        if tuple(chosen.in_shape) not in (shape, flat) or chosen.context_dim != context_dim:
-            raise ValueError(
-                f"the stage has examples of shape {shape} and contexts of length {context_dim}, "
-                f"and its branch takes {tuple(chosen.in_shape)} and {chosen.context_dim}"
-            )
         return chosen
     if isinstance(chosen, type) and issubclass(chosen, BranchSpec):
         return chosen.of_stage(stage, flat if stage.kernel_sizes is None else shape, context_dim)

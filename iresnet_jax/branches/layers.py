@@ -66,10 +66,7 @@ class LayerSpec(NamedTuple):
         """
         if self.activation is None:
             return h
-        activation = activations.get(self.activation)
-        return (
-            activation.apply(h, parameters["beta"]) if activation.has_beta else activation.apply(h)
-        )
+        return activations.get(self.activation).apply(h, parameters.get("beta"))
 
     def apply(
         self, parameters: Mapping[str, Array], h: Array, context: Array | None = None

@@ -51,7 +51,7 @@ class OwnSpec(BranchSpec):
         ``layers.0.weight``.
         """
         del last_scale, sharpness
-        _structure(self.make)  # raises if there are no weights
+        _structure(self.make)  # raises if constants differ from call to call
         return Structure.of(self.make(key))[1]
 
     def module(self, weights: Weights) -> Any:
@@ -75,12 +75,8 @@ class OwnSpec(BranchSpec):
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
         """``module.lipschitz_bound()``."""
         bound = self.module(weights).lipschitz_bound()
-        bound = bound if isinstance(bound, float | np.generic | np.ndarray) else jnp.asarray(bound)
-        if np.shape(bound):
-            raise ValueError(
-                f"lipschitz_bound() must return one number, got shape {np.shape(bound)}"
-            )
-        return at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
+        bound = at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
+        return bound.reshape(())  # raises for more than one number
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: constants may be arrays
@@ -112,10 +108,10 @@ class Structure:
                     f"its leaf {name} is {leaf.dtype}, which cannot be trained: make it an array "
                     "of NumPy, a constant"
                 )
-            if name in weights:
+            if name in {_RESERVED, *weights}:
                 raise ValueError(
-                    f"two of its leaves are called {name}: a key of a dictionary must "
-                    "not contain a dot"
+                    f"its leaf {name} has the name of another, or the name of ActNorm: rename it, "
+                    "without dots in keys of dictionaries"
                 )
             names.append(name if is_weight else None)
             constants.append(None if is_weight else leaf)
@@ -147,7 +143,7 @@ def _structure(make: Make) -> Structure:
         return weights
 
     for _ in range(2):  # a new lambda each time: JAX caches results by function
-        weights = jax.eval_shape(lambda key: weights_of(key), jax.random.key(0))
+        jax.eval_shape(lambda key: weights_of(key), jax.random.key(0))
     for one, other in zip(*(structure.constants for structure in found), strict=True):
         is_number = isinstance(one, np.ndarray | np.generic | float | int)
         if is_number and not np.array_equal(
@@ -157,39 +153,21 @@ def _structure(make: Make) -> Structure:
                 "its constants differ from call to call: draw them outside of the "
                 "function, once for all blocks"
             )
-    if not weights:
-        raise ValueError(
-            "it has nothing to train: one of its leaves at least must be an array of "
-            "JAX with floats"
-        )
-    if _RESERVED in weights:
-        raise ValueError(
-            f"its array must not be called {_RESERVED!r}, as ActNorm is: give it another name"
-        )
     return found[0]
 
 
 @functools.lru_cache(maxsize=256)
 def _try(spec: OwnSpec) -> None:
-    """Raises ``ValueError`` in one sentence unless a module can be made, called on a batch, and
+    """Raises what the user's code raises, unless a module can be made, called on a batch, and
     asked for its bound.
     """
-    floats = jnp.result_type(float)
-    x = jax.ShapeDtypeStruct((2, *spec.in_shape), floats)
-    context = jax.ShapeDtypeStruct((2, spec.context_dim), floats) if spec.context_dim else None
-    given = f"a batch of shape {x.shape}" + (
-        "" if context is None else f" and contexts of shape {context.shape}"
+    x, context = (
+        jax.ShapeDtypeStruct((2, *shape), jnp.result_type(float))
+        for shape in (spec.in_shape, (spec.context_dim,))
     )
-
-    def step(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return jax.eval_shape(function, *arguments)
-        except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"the branch {name_of(spec.make)!r} cannot {what}: {error}") from error
-
-    weights = step("be made of a key", spec.initial_weights, jax.random.key(0))
-    step(f"be called on {given}", spec.apply, weights, x, context)
-    step("say the bound of its Lipschitz constant", spec.lipschitz_bound, weights)
+    weights = jax.eval_shape(spec.initial_weights, jax.random.key(0))
+    jax.eval_shape(spec.apply, weights, x, context if spec.context_dim else None)
+    jax.eval_shape(spec.lipschitz_bound, weights)
 
 
 def name_of(part: Any) -> str:

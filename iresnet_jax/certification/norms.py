@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from iresnet_jax.certification.residuals import Layer, PreciseStage, Residuals
 from iresnet_jax.maths import activations
+from iresnet_jax.maths.double_double import SLOPE_ERROR
 from iresnet_jax.maths.least_eigenvalue import (
     RowBlocks,
     behind_activation,
@@ -26,7 +27,6 @@ from iresnet_jax.maths.least_eigenvalue import (
     least_eigenvalue_bound,
 )
 from iresnet_jax.maths.lipschitz_bounds import branch_jacobian_bound
-from iresnet_jax.maths.precise_activations import SLOPE_ERROR
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
 
 MOST_ENTRIES = 2**26  # largest size of a step's Jacobian that is computed

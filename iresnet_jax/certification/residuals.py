@@ -17,8 +17,16 @@ from jaxtyping import Array, Float
 from iresnet_jax.branches.branch import BranchSpec, Norms, Weights
 from iresnet_jax.branches.layers import LayerSpec
 from iresnet_jax.certification.steps import Place, blocks_of
-from iresnet_jax.maths import precise_activations
-from iresnet_jax.maths.double_double import UNIT, DoubleDouble, Sliced, exp, product
+from iresnet_jax.maths.double_double import (
+    ACTIVATION_ERROR,
+    UNIT,
+    DoubleDouble,
+    Sliced,
+    activate,
+    exp,
+    product,
+    softplus,
+)
 from iresnet_jax.maths.upward_rounding import UP
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import FlowWeights
@@ -140,9 +148,7 @@ def _layer(layer: LayerSpec, own: Any, norm: Any) -> Layer:
     sharpness = None
     if "beta" in own:
         beta = own["beta"]
-        sharpness = precise_activations.softplus(
-            DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1))
-        )
+        sharpness = softplus(DoubleDouble.of(beta.reshape(num, *(1,) * len(layer.in_shape), -1)))
     return Layer(
         spec=layer,
         kernel=own["kernel"],
@@ -225,8 +231,8 @@ def _branch(stage, h, error, context):
         if layer.spec.activation is not None:
             of_arguments = np.maximum(of_arguments, error)
             size = _norm(h) + np.sqrt(np.prod(h.high.shape[2:]))
-            error = error + precise_activations.ERROR * size
-            h, slope = precise_activations.activate(layer.spec.activation, h, layer.sharpness)
+            error = error + ACTIVATION_ERROR * size
+            h, slope = activate(layer.spec.activation, h, layer.sharpness)
         slopes.append(slope)
         h, own = product(h, layer.slices, functools.partial(_apply, layer.spec))
         h = h + layer.bias

@@ -37,7 +37,7 @@ from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.evaluation.round_trips import Inversion
 from iresnet_jax.evaluation.samples import SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.maths.machine import device_summary, num_cores
+from iresnet_jax.maths.platforms import device_summary, num_cores
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.preprocessing import cells

@@ -52,34 +52,17 @@ class Activation(NamedTuple):
     def apply(
         self, x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None
     ) -> Float[Array, "..."]:
-        """``phi(x)``; ``beta`` has the shape ``()`` or ``(c,)``, and its initial value if it is
-        left out.
-        """
-        if self.has_beta:
-            return self.function(x, beta)
-        if beta is not None:
-            raise ValueError(
-                f"beta must be None for {self.function.__name__}, got a value: only "
-                "the Swish family takes one"
-            )
-        return self.function(x)
+        """``phi(x)``; the Swish family takes a ``beta`` of the shape ``()`` or ``(c,)``."""
+        return self.function(x) if beta is None else self.function(x, beta)
 
 
-def _positive_beta(
-    x: Float[Array, "..."], beta: Float[Array, "..."] | float | None
-) -> Float[Array, "..."]:
-    """Returns ``softplus(beta)`` with the shape and dtype of ``x``."""
-    beta = jnp.asarray(_INITIAL_BETA if beta is None else beta, x.dtype)
-    if beta.shape not in ((), x.shape[-1:]):
-        raise ValueError(
-            f"beta must have shape () or {x.shape[-1:]} for an input of shape {x.shape}, got "
-            f"{beta.shape}: use one value per layer or one per channel"
-        )
-    return jnp.broadcast_to(jax.nn.softplus(beta), x.shape)
+def _sharpness(x: Float[Array, "..."], beta: Float[Array, "..."] | float) -> Float[Array, "..."]:
+    """``softplus(beta)`` with the shape and dtype of ``x``."""
+    return jnp.broadcast_to(jax.nn.softplus(jnp.asarray(beta, x.dtype)), x.shape)
 
 
 def lipswish(
-    x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None
+    x: Float[Array, "..."], beta: Float[Array, "..."] | float = _INITIAL_BETA
 ) -> Float[Array, "..."]:
     r"""Swish divided by its Lipschitz constant, with a learnable sharpness.
 
@@ -93,25 +76,24 @@ def lipswish(
 
     Args:
         x: Input.
-        beta: Raw sharpness, any real number, one per layer or one per input channel; 0.5 if
-            ``None``.
+        beta: Raw sharpness, any real number, one per layer or one per input channel.
 
     Example:
         >>> lipswish(jnp.array([-1.0, 0.0, 1.0]), beta=0.5)
     """
     # sigmoid(y) = (1 + tanh(y / 2)) / 2, whose second derivatives are twice as fast on XLA:CPU as
     # the sigmoid's.
-    return x * (0.5 + 0.5 * jnp.tanh(0.5 * _positive_beta(x, beta) * x)) / _LIPSWISH_BOUND
+    return x * (0.5 + 0.5 * jnp.tanh(0.5 * _sharpness(x, beta) * x)) / _LIPSWISH_BOUND
 
 
 def clipswish(
-    x: Float[Array, "... c"], beta: Float[Array, "..."] | float | None = None
+    x: Float[Array, "... c"], beta: Float[Array, "..."] | float = _INITIAL_BETA
 ) -> Float[Array, "... 2*c"]:
     r"""Concatenates LipSwish of both signs, which keeps more of the gradient norm at the price of
     twice the channels.
 
     ``CLipSwish(x) = [LipSwish(x), LipSwish(-x)] / 1.004`` along the last axis (Perugachi-Diaz et
-    al. 2021). It takes the arguments of `lipswish` and raises the same errors.
+    al. 2021). It takes the arguments of `lipswish`.
 
     Guaranteed 1-Lipschitz: each input channel feeds two outputs, so without the factor 1.004 the
     Jacobian has the singular values ``sqrt(s(t)^2 + s(-t)^2) / 1.1`` with ``s`` and ``t`` as in
@@ -123,7 +105,7 @@ def clipswish(
         (8, 16, 16, 64)
     """
     half = 0.5 / (_LIPSWISH_BOUND * _CLIPSWISH_BOUND)
-    odd = jnp.tanh(0.5 * _positive_beta(x, beta) * x)  # see `lipswish`
+    odd = jnp.tanh(0.5 * _sharpness(x, beta) * x)  # see `lipswish`
     return jnp.concatenate([x * (half + half * odd), x * (half * odd - half)], axis=-1)
 
 
@@ -221,9 +203,6 @@ def register_activation(name: str, activation: Activation) -> None:
     Args:
         name: The name.
         activation: The activation, which has to be 1-Lipschitz: nothing checks that.
-
-    Raises:
-        ValueError: If another activation has the name.
 
     Example:
         >>> register_activation("sine", Activation(jnp.sin, slope_lipschitz=1.0))

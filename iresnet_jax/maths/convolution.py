@@ -65,21 +65,7 @@ def conv(
         kernel: Taps in the order of ``jax.lax``'s "HWIO".
         padding: "SAME" as in ``jax.lax`` (zeros), or "CIRCULAR" (periodic).
         implementation: "auto" chooses by the kernel's shape; the other names serve measurements.
-
-    Raises:
-        ValueError: If shapes or channels do not match or the padding is unknown.
     """
-    if (x.ndim, kernel.ndim) != (4, 4):
-        raise ValueError(
-            "conv takes x (b, h, w, c) and a kernel (kh, kw, cin, cout), got shapes "
-            f"{x.shape} and {kernel.shape}"
-        )
-    kernel_height, kernel_width, cin, _ = kernel.shape
-    if x.shape[-1] != cin:
-        raise ValueError(
-            f"the kernel takes {cin} channels, the input has {x.shape[-1]}: check the "
-            "layer's widths"
-        )
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     pads = pads_of(padding, kernel.shape)
@@ -88,7 +74,7 @@ def conv(
         pads = ((0, 0), (0, 0))
     if implementation == "auto":
         implementation = choose_implementation(kernel.shape)
-        if dtype == jnp.bfloat16 and kernel_height * kernel_width > 1:
+        if dtype == jnp.bfloat16 and math.prod(kernel.shape[:2]) > 1:
             implementation = "xla"  # sums over taps in float32, as do its gradients
     if implementation == "xla":
         convolve = _convolve if platforms.platform() != "cpu" else _convolution.bind

@@ -1,9 +1,9 @@
 """The inverse of a residual block by fixed-point iteration, with a verdict and an error bound for
 every example.
 
-Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson's method) and differentiable
-(implicit function theorem). An example stops on its own residual: rounding apart, its result does
-not depend on the rest of its batch.
+Behrmann et al. 2019, Algorithm 1 and Lemma 2, accelerated (Anderson 1965, type II) and
+differentiable (implicit function theorem). An example stops on its own residual: rounding apart,
+its result does not depend on the rest of its batch.
 
 The iteration is `init`, `step` and `finish`, for whoever wants to watch it:
 
@@ -24,7 +24,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from iresnet_jax.maths.anderson import History
 from iresnet_jax.maths.upward_rounding import (
     as_floats,
     euclidean_norm,
@@ -93,9 +92,8 @@ def invert_residual(
     Args:
         branch: ``g``, acting on each example of a batch alone.
         y: Outputs of the block, a batch; integers and lists become floats.
-        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``. If ``L >= 1``, or if a traced ``L`` is
-            negative or NaN, every example reports ``converged=False`` and an infinite
-            ``error_bound``.
+        lipschitz_bound: ``L``, an upper bound of ``Lip(g)``. If ``L >= 1``, or if ``L`` is negative
+            or NaN, every example reports ``converged=False`` and an infinite ``error_bound``.
         atol: Wanted bound of ``|x - x*|`` (Euclidean norm of an example).
         max_evals: Cap on evaluations of ``g``; Banach iteration needs about ``log(atol) / log(L)``.
         memory: Steps that Anderson's method remembers, usually 3 to 5, at most an example's size; 0
@@ -105,25 +103,12 @@ def invert_residual(
     Returns:
         ``x`` and how the iteration ended.
 
-    Raises:
-        ValueError: If ``y`` is no batch, ``max_evals`` or ``atol`` is not positive, ``memory`` is
-            negative, or a concrete ``lipschitz_bound`` is negative or NaN.
-
     Example:
         >>> x, info = invert_residual(lambda x: 0.5 * jnp.tanh(x), y, lipschitz_bound=0.5)
         >>> bool(info.converged.all())
         True
     """
-    if max_evals < 1:
-        raise ValueError(f"max_evals must be at least 1, got {max_evals}")
-    if not atol > 0:
-        raise ValueError(
-            f"atol must be positive, got {atol}: it is the wanted Euclidean distance "
-            "to the solution"
-        )
-    if memory < 0:
-        raise ValueError(f"memory must not be negative, got {memory}; 0 is plain Banach iteration")
-    y = as_floats(y, "y")
+    y = as_floats(y)
     bound = lax.stop_gradient(lipschitz_at_least(lipschitz_bound, y.dtype))
     limits: dict[str, Any] = {"lipschitz_bound": bound, "max_evals": max_evals, "memory": memory}
 
@@ -243,6 +228,86 @@ class _Evaluation(NamedTuple):
     image: Array
     residual: Array
     rounding: Array
+
+
+class History(NamedTuple):
+    """The memory of Anderson's method: the last ``m`` steps of an iteration, in rings in which the
+    newest step takes the place of the oldest.
+
+    Attributes:
+        image: ``y - g(x)`` at the last evaluation.
+        r: Residual at the last evaluation.
+        images: Steps of ``image``, ``(b, m, d)``.
+        residuals: Steps of ``r``, ``(b, m, d)``.
+        gram: Inner products of the steps of ``r``, ``(b, m, m)``.
+    """
+
+    image: Array
+    r: Array
+    images: Array
+    residuals: Array
+    gram: Array
+
+    @classmethod
+    def empty(cls, x: Float[Array, "b d"], memory: int) -> "History":
+        """Room for ``memory`` steps of examples like ``x``, all zero."""
+        nothing, steps = jnp.zeros_like(x), jnp.zeros((len(x), memory, x.shape[1]), x.dtype)
+        return cls(nothing, nothing, steps, steps, jnp.zeros((len(x), memory, memory), x.dtype))
+
+    def extend(self, step: Array, image: Array, r: Array) -> "History":
+        """Adds the step from the last evaluation to this one."""
+        slot = step % self.images.shape[1]
+        # the first evaluation is no step, and a zero step explains nothing
+        moved = (step > 0).astype(r.dtype)
+        latest = moved * (r - self.r)
+        residuals = self.residuals.at[:, slot].set(latest)
+        products = _inner_products(residuals, latest)
+        return History(
+            image=image,
+            r=r,
+            images=self.images.at[:, slot].set(moved * (image - self.image)),
+            residuals=residuals,
+            gram=self.gram.at[:, slot].set(products).at[:, :, slot].set(products),
+        )
+
+    def extrapolate(self) -> tuple[Array, Array]:
+        """``image`` less what past steps explain of it, and the part of ``|r|^2`` that they
+        explain, one per example.
+
+        The explained part is NaN if the least-squares problem for ``gamma`` has no solution.
+        """
+        products = _inner_products(self.residuals, self.r)
+        gamma = _solve_regularized(self.gram, products)
+
+        explained = sum(gamma[:, j, None] * self.images[:, j] for j in range(gamma.shape[1]))
+        return self.image - explained, jnp.sum(gamma * products, axis=1)
+
+
+def _inner_products(steps: Float[Array, "b m d"], r: Float[Array, "b d"]) -> Float[Array, "b m"]:
+    return jnp.einsum("bmd,bd->bm", steps, r, precision="highest")
+
+
+def _solve_regularized(gram: Float[Array, "b m m"], b: Float[Array, "b m"]) -> Float[Array, "b m"]:
+    """Solves ``(gram + ridge I) gamma = b`` for every example; the ridge is a few units of
+    rounding.
+
+    Gauss-Jordan elimination in which each entry is a vector over examples; a library's solver would
+    run once an example. The matrix is positive definite, so no pivots are needed.
+    """
+    m, dtype = b.shape[1], b.dtype
+    ridge = 10 * jnp.finfo(dtype).eps * sum(gram[:, i, i] for i in range(m)) + jnp.finfo(dtype).tiny
+    rows = [
+        [gram[:, i, j] + (ridge if i == j else 0) for j in range(m)] + [b[:, i]] for i in range(m)
+    ]
+    for k in range(m):
+        scaled = [entry / rows[k][k] for entry in rows[k]]
+        rows = [
+            scaled
+            if i == k
+            else [entry - row[k] * above for entry, above in zip(row, scaled, strict=True)]
+            for i, row in enumerate(rows)
+        ]
+    return jnp.stack([row[m] for row in rows], axis=1)
 
 
 class State(NamedTuple):

@@ -23,16 +23,6 @@ def typed_key(key: Any) -> Key[Array, "..."]:
     )
 
 
-def single_key(key: Any) -> Key[Array, ""]:
-    """`typed_key` of one key."""
-    if (key := typed_key(key)).shape:
-        raise ValueError(
-            f"key must be a single key, got keys of shape {key.shape}: choose one, or "
-            "loop over them"
-        )
-    return key
-
-
 def check_keys(key: Any, num: int) -> Key[Array, "..."]:
     """One typed key, or ``num`` keys, one for each example; anything else raises ``ValueError``."""
     key = typed_key(key)

@@ -64,10 +64,7 @@ def branch_bound(layer_bounds: Sequence[Scalar] | Float[Array, " k"]) -> Shaped[
         layer_bounds: One upper bound per linear layer.
 
     Returns:
-        The bound; infinite if a traced one of its factors is negative or NaN.
-
-    Raises:
-        ValueError: If a concrete factor is negative or NaN.
+        The bound; infinite if one of its factors is negative or NaN.
 
     Example:
         >>> branch_bound([0.9, 0.9, 0.9])  # 0.729
@@ -121,11 +118,8 @@ def block_bounds(lipschitz_bound: Scalar) -> BiLipschitz:
         lipschitz_bound: ``L``, a guaranteed bound of the branch.
 
     Returns:
-        The two bounds, rounded up; ``inverse`` is infinite if ``L >= 1``, both if a traced ``L`` is
-        negative or NaN.
-
-    Raises:
-        ValueError: If a concrete ``L`` is negative or NaN.
+        The two bounds, rounded up; ``inverse`` is infinite if ``L >= 1``, both if ``L`` is negative
+        or NaN.
     """
     return _of_block(lipschitz_at_least(lipschitz_bound))
 

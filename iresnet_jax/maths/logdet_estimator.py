@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, Shaped, UInt32
 
-from iresnet_jax.maths.keys import check_keys, typed_key
+from iresnet_jax.maths.keys import check_keys
 from iresnet_jax.maths.upward_rounding import as_floats
 
 Branch = Callable[[Array], Array]
@@ -132,10 +132,7 @@ class LogdetEstimator(ABC):
                 products with ``J``.
         """
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
-        x = as_floats(x, "x")
-        if key is not None:
-            key = check_keys(key, len(x))
-        return self._estimate(branch, x, key, bound, trace, jacobian, logdet)
+        return self._estimate(branch, as_floats(x), key, bound, trace, jacobian, logdet)
 
     @abstractmethod
     def _estimate(
@@ -165,11 +162,8 @@ class ProbingEstimator(LogdetEstimator):
 
     def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del jacobian, logdet
-        if key is None:
-            raise ValueError("key must be given: the estimator draws random probes")
-        samples, bound = self._samples(
-            branch, x, key, lipschitz_bound, trace if self.exact_trace else None
-        )
+        trace = trace if self.exact_trace else None
+        samples, bound = self._samples(branch, x, check_keys(key, len(x)), lipschitz_bound, trace)
         value, stderr = mean_and_stderr(samples)
         return value, LogdetInfo(stderr, bound)
 
@@ -178,14 +172,16 @@ class ProbingEstimator(LogdetEstimator):
         self,
         branch: Branch | Linearized,
         x: Float[Array, "b ..."],
-        key: Keys,
+        key: Key[Array, "..."],
         lipschitz_bound: Scalar,
         trace: Trace | None,
     ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
         """One estimate per probe, and the bound of the terms left out."""
 
 
-def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[Array, "p b ..."]:
+def draw_probes(
+    key: Key[Array, "..."], x: Float[Array, "b ..."], num_probes: int
+) -> Float[Array, "p b ..."]:
     """Probes of independent signs, which have the least variance among probes of independent
     entries.
 
@@ -195,9 +191,6 @@ def draw_probes(key: Keys, x: Float[Array, "b ..."], num_probes: int) -> Float[A
         x: The batch, for shape and type.
         num_probes: Probes for each example.
     """
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
-    key = typed_key(key)
     if key.ndim == 0:
         return _signs(key, (num_probes, *x.shape), x.dtype)
     return jax.vmap(lambda k: _signs(k, (num_probes, *x.shape[1:]), x.dtype), out_axes=1)(key)

@@ -67,7 +67,7 @@ def dense_logdet(
         x: Where to evaluate.
         jacobian: ``x -> J (b, d, d)`` in closed form, if there is one.
     """
-    x = as_floats(x, "x")
+    x = as_floats(x)
     num_dims = math.prod(x.shape[1:])
     if not len(x):
         return jnp.zeros(0, x.dtype)

@@ -167,10 +167,6 @@ class KrylovLogdet(ProbingEstimator):
 
     unbiased: ClassVar[bool] = False
 
-    def __post_init__(self):
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-
     def _samples(self, branch, x, key, lipschitz_bound, trace):
         probes = draw_probes(key, x, self.num_probes)
         samples, bounds = quadratic_form(

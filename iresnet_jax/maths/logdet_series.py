@@ -51,11 +51,6 @@ def truncation_bound(num_dims: int, lipschitz_bound: float, num_terms: int) -> f
     It follows from ``|tr(J^k)| <= d L^k`` (Behrmann et al. 2019, Theorem 3). The tail is summed,
     which avoids cancellation.
     """
-    if not 0 <= lipschitz_bound < 1:
-        raise ValueError(
-            f"lipschitz_bound must lie in [0, 1), got {lipschitz_bound}: the series "
-            "only converges there"
-        )
     bound, k, power = 0.0, num_terms + 1, lipschitz_bound ** (num_terms + 1)
     while (
         power > 1e-17 * bound * (1 - lipschitz_bound)
@@ -90,8 +85,8 @@ def weighted_series(
         probes: ``v``; with the columns of ``sqrt(d) I`` as probes the mean over them is the exact
             trace.
         weights: One weight per term, at least ``length`` weights.
-        length: Number of terms. A static number, a traced one (one compiled loop then serves every
-            length), or one per example.
+        length: Number of terms. A static number from 1 on, a traced one (one compiled loop then
+            serves every length), or one per example.
         trace: ``x -> tr J (b,)``, exact and differentiable; replaces the first term, whose weight
             must be 1 in expectation.
 
@@ -101,58 +96,46 @@ def weighted_series(
     """
     at = linearize(branch, x)
     pushed, pull = jacobian_product(at, probes), transposed_jacobian(at, len(probes))
-    example_axes = tuple(range(2, probes.ndim))
-    weights = jnp.asarray(weights, x.dtype)
+    weights, lengths = (
+        jnp.asarray(weights, x.dtype),
+        jnp.broadcast_to(jnp.asarray(length), (len(x),)),
+    )
     if trace is not None:
         weights = weights.at[0].set(0)
-    length = jnp.asarray(length) if not isinstance(length, int) else length
-    per_example = isinstance(length, jax.Array) and length.ndim == 1
 
-    def expand(a):  # (b,) or () against (p, b, ...)
-        return a if jnp.ndim(a) == 0 else a.reshape(1, -1, *(1,) * (probes.ndim - 2))
-
-    def signed(k):
+    def signed(k):  # of every example, 0 beyond its last term
         sign = jnp.where(k % 2 == 1, 1, -1).astype(x.dtype)
-        return sign * (jnp.where(k <= length, weights[k - 1], 0) if per_example else weights[k - 1])
+        return sign * jnp.where(k <= lengths, weights[k - 1], 0)
+
+    def of_examples(factors, u):
+        return factors.reshape(1, -1, *(1,) * (probes.ndim - 2)) * u
 
     def dot(a, b):
-        return jnp.sum(a * b, axis=example_axes)
+        return jnp.sum(a * b, axis=tuple(range(2, probes.ndim)))
 
     def norm(u):
-        return euclidean_norm(u, example_axes)
+        return euclidean_norm(u, range(2, probes.ndim))
 
     def term(k, carry):
         u, value, neumann = carry
-        neumann = neumann + expand(signed(k)) * u
+        neumann = neumann + of_examples(signed(k), u)
         u = pull(u)
-        coefficient = signed(k) / k
-        return (
-            u,
-            value + (coefficient[None] if per_example else coefficient) * dot(u, probes),
-            neumann,
-        )
+        return u, value + (signed(k) / k)[None] * dot(u, probes), neumann
 
     carry = (probes, jnp.zeros(probes.shape[:2], x.dtype), jnp.zeros_like(probes))
     if isinstance(length, int):
-        if not 0 <= length <= len(weights):
-            raise ValueError(
-                f"length must lie between 0 and the number of weights {len(weights)}, got {length}"
-            )
         u, value, neumann = lax.fori_loop(1, length, term, carry)
-        tail = norm(probes)
         # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another
         # product
-        if length > 0:
-            neumann = neumann + signed(length) * u
-            value, tail = value + signed(length) / length * dot(u, pushed), norm(pull(u))
+        neumann = neumann + of_examples(signed(length), u)
+        value, tail = value + (signed(length) / length)[None] * dot(u, pushed), norm(pull(u))
     else:
-        longest = jnp.max(length, initial=0)
+        longest = jnp.max(lengths, initial=0)
 
         def term_and_tail(state):
             k, carry, tail = state
             carry = term(k, carry)
-            size = norm(carry[0])
-            return k + 1, carry, jnp.where((k <= length)[None], size, tail) if per_example else size
+            return k + 1, carry, jnp.where((k <= lengths)[None], norm(carry[0]), tail)
 
         state = (jnp.ones_like(longest), carry, norm(probes))
         _, (_, value, neumann), tail = lax.while_loop(
@@ -193,10 +176,6 @@ class SeriesLogdet(ProbingEstimator):
     num_terms: int = 5
 
     unbiased: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if self.num_terms < 1:
-            raise ValueError(f"num_terms must be at least 1, got {self.num_terms}")
 
     def _samples(self, branch, x, key, lipschitz_bound, trace):
         probes, n = draw_probes(key, x, self.num_probes), self.num_terms
@@ -244,21 +223,12 @@ class RouletteLogdet(ProbingEstimator):
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.distribution not in ("poisson", "geometric"):
+        end = {"poisson": LARGEST_MEAN, "geometric": 1.0}[self.distribution]
+        if not 0 < self.parameter < end:
             raise ValueError(
-                f"distribution must be poisson or geometric, got {self.distribution!r}"
-            )
-        if self.distribution == "geometric" and not 0 < self.parameter < 1:
-            raise ValueError(
-                f"the geometric distribution's parameter must lie in (0, 1), got {self.parameter}"
-            )
-        if not 0 < self.parameter <= LARGEST_MEAN:
-            raise ValueError(
-                f"the Poisson distribution's parameter must lie in (0, {LARGEST_MEAN:g}], got "
+                f"the parameter of a {self.distribution} length must lie in (0, {end:g}), got "
                 f"{self.parameter}"
             )
-        if self.num_exact_terms < 0:
-            raise ValueError(f"num_exact_terms must not be negative, got {self.num_exact_terms}")
 
     def survival(self) -> Float[np.ndarray, " j"]:
         """``P(n >= j)`` for ``j = 1, 2, ...``, in float64, down to 1e-12 ("poisson") or 1e-9."""

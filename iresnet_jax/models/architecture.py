@@ -7,19 +7,19 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from iresnet_jax.arguments import Count, checked
+from iresnet_jax.arguments import Count, Range, checked
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
-from iresnet_jax.branches.branch import BranchSpec, Weights, check_budget
+from iresnet_jax.branches.branch import BranchSpec, Weights
 from iresnet_jax.branches.own import name_of
 
 PREFIX = "noise_"  # of the names of the stages of the flow of noise
@@ -72,8 +72,6 @@ class StageSpec:
         for size in (*self.hidden, *(self.kernel_sizes or ())):
             checked(Count, size, "an entry of hidden and kernel_sizes")
         kinds.get(self.kind)
-        if self.branch is not None:
-            kinds.check_own(self.branch)
         if self.channel_order is not None and sorted(self.channel_order) != list(
             range(len(self.channel_order))
         ):
@@ -216,7 +214,9 @@ class FlowSpec:
         shape = (checked(Count, n, f"event_shape[{i}]") for i, n in enumerate(self.event_shape))
         object.__setattr__(self, "event_shape", tuple(shape))
         object.__setattr__(self, "stages", tuple(self.stages))  # a list could not be hashed
-        check_budget(self.coeff, self.budget)
+        checked(Annotated[float, Range("(0, 1)")], self.coeff, "coeff")
+        if self.budget not in ("layer", "block"):
+            raise ValueError(f"budget must be layer or block, got {self.budget!r}")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be a positive number, got {self.scale}")
         if self.scale != 1 and any(stage.actnorm for stage in self.stages):

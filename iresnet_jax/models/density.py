@@ -37,7 +37,7 @@ from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.maths.fixed_point import FixedPointInfo
-from iresnet_jax.maths.keys import keys_of_examples, single_key, typed_key
+from iresnet_jax.maths.keys import keys_of_examples, typed_key
 from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet
@@ -466,7 +466,7 @@ class Density(Model, spec=DensitySpec):
         labels: Labels | None = None,
     ) -> Float[Array, "n d"]:
         """Latents from the prior; arguments and errors are those of `sample`."""
-        num, key = checked(Count, num, "num"), single_key(key)
+        num, key = checked(Count, num, "num"), typed_key(key)
         options: dict[str, Any] = {"temperature": checked(NotNegative, temperature, "temperature")}
         if self.spec.prior_family == priors.OWN:
             if options.pop("temperature") != 1:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.bijections.chain import Chain
-from iresnet_jax.maths.keys import single_key
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
@@ -61,7 +61,7 @@ def initial(
         ValueError: If examples are out of the range of their transform, or a custom branch
             stretches them by more than it claims.
     """
-    key_weights, key_noise, key_learned = jax.random.split(single_key(key), 3)
+    key_weights, key_noise, key_learned = jax.random.split(typed_key(key), 3)
     most = VECTORS if len(spec.flow.event_shape) == 1 else IMAGES
     x, context, labels = (
         None if rows is None else rows[:: -(-len(rows) // most)] for rows in (x, context, labels)

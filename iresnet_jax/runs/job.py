@@ -22,7 +22,7 @@ from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.data.tables import choose, fit_marginals
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.machine import device_summary, prepare_backend
+from iresnet_jax.maths.platforms import device_summary, prepare_backend
 from iresnet_jax.models import saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec

@@ -24,7 +24,7 @@ import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.maths.machine import prepare_backend
+from iresnet_jax.maths.platforms import prepare_backend
 from iresnet_jax.models import preprocessing, saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.columns import listed
@@ -307,7 +307,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
     best.
 
     A folder with ``model.npz`` and no checkpoints works, too. On an accelerator this also sets the
-    precision of matrix products in this process, see `machine.prepare_backend`.
+    precision of matrix products in this process, see `platforms.prepare_backend`.
 
     Args:
         folder: Folder of the run, filled by `job.train`, or of a model.

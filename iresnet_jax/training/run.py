@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from iresnet_jax.maths import machine
+from iresnet_jax.maths import platforms
 from iresnet_jax.models.free import Free
 from iresnet_jax.models.history import History
 from iresnet_jax.training import parallel
@@ -248,7 +248,7 @@ class Run:
             self.clock.begin_steps(self.step)
             self.first_value = float(found[self.objective.name])
             self.record("timing", {"compile_seconds": self.clock.to_first_step_s})
-            machine.return_freed_memory()  # of the compiler
+            platforms.return_freed_memory()  # of the compiler
         jax.block_until_ready(self.window[-1 - AHEAD : -AHEAD])
 
     @property

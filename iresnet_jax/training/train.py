@@ -18,8 +18,8 @@ from iresnet_jax.arguments import (
     checked,
     finite_numbers,
 )
-from iresnet_jax.maths import machine
-from iresnet_jax.maths.keys import single_key
+from iresnet_jax.maths import platforms
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.models.free import Free
 from iresnet_jax.models.model import Model
 from iresnet_jax.training import parallel
@@ -141,10 +141,10 @@ def train(
         ...     return -model.log_prob(batch, key).mean()
         >>> trained = train(model, loss, x, steps=2000, key=jax.random.key(1))  # doctest: +SKIP
     """
-    machine.start_backend()
-    machine.cache_programs()
+    platforms.start_backend()
+    platforms.cache_programs()
     # 1. The door: the only checks of a training.
-    seed = key if isinstance(key, int) else int(jax.random.bits(single_key(key), dtype="uint32"))
+    seed = key if isinstance(key, int) else int(jax.random.bits(typed_key(key), dtype="uint32"))
     steps = None if steps is None else checked(Count, steps, "steps")
     minutes = None if minutes is None else checked(Positive, minutes, "minutes")
     num_parts = checked(Count, num_parts, "num_parts")

@@ -126,7 +126,7 @@ def test_two_derivatives_are_finite_and_saturate_quietly(x64, dtype):
     )
 
     def of_one(activation, x, beta):
-        function = lambda x: activation.apply(x, beta if activation.has_beta else None)  # noqa: E731
+        function = lambda x: activation.apply(x, beta if activation.has_beta else None)
         second = slopes(lambda x: slopes(function, x), x)
         return slopes(function, x), second, jax.grad(lambda x: jnp.sum(function(x)))(x)
 

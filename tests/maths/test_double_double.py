@@ -10,9 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths import precise_activations
 from iresnet_jax.maths.activations import ACTIVATIONS
-from iresnet_jax.maths.double_double import LOG2, UNIT, DoubleDouble, Sliced, exp, log, product
+from iresnet_jax.maths.double_double import (
+    ACTIVATION_ERROR,
+    LOG2,
+    SLOPE_ERROR,
+    UNIT,
+    DoubleDouble,
+    Sliced,
+    activate,
+    exp,
+    log,
+    product,
+    softplus,
+)
 
 CONTEXT = decimal.Context(prec=60)
 Decimal = decimal.Decimal
@@ -120,7 +131,7 @@ def reference(name, t, b):
 @pytest.mark.parametrize("name", [name for name, entry in ACTIVATIONS.items() if entry.elementwise])
 def test_activations_and_slopes_against_decimal_numbers(name):
     x, sharpness = numbers(60), 3.7
-    values, slopes = precise_activations.activate(
+    values, slopes = activate(
         name,
         x.map(lambda part: part[:, None]),
         DoubleDouble.of(sharpness) if ACTIVATIONS[name].has_beta else None,
@@ -130,10 +141,8 @@ def test_activations_and_slopes_against_decimal_numbers(name):
         found = exact(values.map(lambda part, i=i: part[i]))
         assert len(found) == len(wanted)
         for value, slope, (right, right_slope) in zip(found, slopes[i], wanted, strict=True):
-            assert abs(value - right) <= Decimal(precise_activations.ERROR) * (1 + abs(t))
-            assert abs(Decimal(float(slope)) - right_slope) <= Decimal(
-                precise_activations.SLOPE_ERROR
-            )
+            assert abs(value - right) <= Decimal(ACTIVATION_ERROR) * (1 + abs(t))
+            assert abs(Decimal(float(slope)) - right_slope) <= Decimal(SLOPE_ERROR)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -144,8 +153,8 @@ def test_activations_are_those_of_the_library(name):
         wanted = (
             entry.apply(jnp.asarray(x), beta) if entry.has_beta else entry.apply(jnp.asarray(x))
         )
-        sharpness = precise_activations.softplus(DoubleDouble.of(beta)) if entry.has_beta else None
-        found, _ = precise_activations.activate(name, DoubleDouble.of(x), sharpness)
+        sharpness = softplus(DoubleDouble.of(beta)) if entry.has_beta else None
+        found, _ = activate(name, DoubleDouble.of(x), sharpness)
         np.testing.assert_allclose(found.high, wanted, rtol=1e-14, atol=1e-15)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax.maths import machine
+from iresnet_jax.maths import platforms
 from iresnet_jax.runs.config import Config
 
 
@@ -32,17 +32,17 @@ def config_of(batch_size, num_parts=1):
     ],
 )
 def test_devices_share_batches_evenly(batch_size, cores, devices):
-    assert machine.num_devices(config_of(batch_size), cores) == devices
+    assert platforms.num_devices(config_of(batch_size), cores) == devices
 
 
 def test_devices_share_parts_evenly():
     """A batch in parts that one machine takes is none that another refuses."""
-    assert [machine.num_devices(config_of(120, num_parts=2), cores) for cores in (1, 4, 8)] == [
+    assert [platforms.num_devices(config_of(120, num_parts=2), cores) for cores in (1, 4, 8)] == [
         1,
         4,
         6,
     ]
-    assert machine.num_devices(config_of(64, num_parts=16), 8) == 4
+    assert platforms.num_devices(config_of(64, num_parts=16), 8) == 4
 
 
 # The functions in a process of their own: where nothing is kept, and where something is.
@@ -50,13 +50,13 @@ PROGRAM = """
 import os
 import pathlib
 import jax, jax.numpy as jnp
-from iresnet_jax.maths import machine
+from iresnet_jax.maths import platforms
 from iresnet_jax.runs.config import Config
 
-machine.keep_freed_memory()
-devices = machine.use_all_cores(Config())
+platforms.keep_freed_memory()
+devices = platforms.use_all_cores(Config())
 jax.jit(lambda x: x + 1)(1.0)  # compiled before the cache is there
-print(devices, jax.local_device_count(), machine.use_all_cores(Config()))
+print(devices, jax.local_device_count(), platforms.use_all_cores(Config()))
 where = os.environ["IRESNET_JAX_CACHE_DIR"]
 settings = [("jax_enable_compilation_cache", False), ("jax_compilation_cache_dir", where)]
 for name, value in (*settings, ("", "/dev/null/cache")):
@@ -64,9 +64,9 @@ for name, value in (*settings, ("", "/dev/null/cache")):
     in_environment = lambda to: os.environ.update(IRESNET_JAX_CACHE_DIR=to)
     change = (lambda to: jax.config.update(name, to)) if name else in_environment
     change(value)
-    print(machine.cache_programs())
+    print(platforms.cache_programs())
     change(before)
-print(machine.cache_programs(), machine.cache_programs())  # once
+print(platforms.cache_programs(), platforms.cache_programs())  # once
 events = []
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
@@ -76,7 +76,7 @@ pages = lambda: int(statm.read_text().split()[1]) if statm.exists() else 0
 kept = [bytearray(2**16) for _ in range(1000)]
 kept = kept[::2]  # the end of the heap is in use
 before = pages()
-machine.return_freed_memory()
+platforms.return_freed_memory()
 print(pages() < before or not statm.exists())
 """
 
@@ -103,7 +103,7 @@ def said(tmp_path, **variables):
 @pytest.mark.slow
 def test_a_process_has_a_device_a_core_and_finds_what_another_one_compiled(tmp_path):
     devices, *nowhere, folder, computed, has_returned = said(tmp_path)
-    count = machine.num_devices(Config(), machine.num_cores())
+    count = platforms.num_devices(Config(), platforms.num_cores())
     assert devices == f"{count} {count} 0"  # too late, once JAX has started
     assert nowhere == ["None"] * 3
     assert folder.startswith(str(tmp_path / "cache" / "programs"))
