@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
+from iresnet_jax.branches import kinds
 from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
+from iresnet_jax.maths import activations
 
 X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
 LABELS = np.arange(60) % 2
@@ -47,7 +49,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(key=7), r"jax.random.key\(7\), got 7"),
         (
             lambda: fit(key=jax.random.split(KEY, (2, 2))),
-            r"got keys of shape \(2, 2\): choose one, or loop over them",
+            r"a key array of shape \(2, 2\)",
         ),
         (lambda: model().sample(0, 3), "key must be a key"),
     ],
@@ -103,19 +105,15 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: ResidualFlowClassifier(steps=1).fit(X, [None] * 30 + ["a"] * 30), "label"),
     ],
     "layers": [
+        (lambda: ir.conv(jnp.ones((1, 4, 4, 1)), KERNEL, padding="VALID"), "one of SAME, CIRCULAR"),
+        (lambda: ir.certify.conv_norm_bound(KERNEL, (8, 8), padding="REFLECT"), "got 'REFLECT'"),
+        (lambda: ir.spectral_norm(jnp.dot, jnp.eye(2), jnp.ones(2), num_steps=0), "num_steps=0"),
+        (lambda: activations.get("swish"), "one of clipswish, elu, .*, got 'swish'"),
+        (lambda: activations.maxmin(jnp.zeros((2, 3))), "even number of them, got 3"),
         (
-            lambda: ir.certify.dense_norm_bound(jnp.ones(3)),
-            r"weights must have the shape \(m, n\), got \(3,\)",
+            lambda: activations.register_activation("elu", activations.ACTIVATIONS["tanh"]),
+            "another activation 'elu' already",
         ),
-        (
-            lambda: ir.certify.conv_norm_bound(jnp.ones((3, 3)), (8, 8)),
-            r"shape \(kh, kw, cin, cout\), got \(3, 3\)",
-        ),
-        (
-            lambda: ir.certify.conv_norm_bound(KERNEL, (1, 8, 8)),
-            r"two positive numbers, the input's \(h, w\), got \(1, 8, 8\)",
-        ),
-        (lambda: ir.conv(jnp.ones((8, 8, 1)), KERNEL), r"conv takes x \(b, h, w, c\)"),
         (lambda: ir.FlowSpec((2, 0), (STAGE,)), r"event_shape\[1\] must lie in \[1, inf\), got 0"),
         (
             lambda: ir.Density.init(KEY, X, stages=[STAGE], last_scale=-1.0),
@@ -130,9 +128,39 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: ir.Equalize.fit(np.full((2, 2, 2, 1), 9), 4, entrywise=False, alpha=0.05),
             "with integer levels 0 to 3",
         ),
+        (lambda: ir.SeriesLogdet()(jnp.tanh, X), "key must be a key"),
+        (lambda: ir.RouletteLogdet(parameter=-1.0), r"must lie in \(0, 500\), got -1"),
+        (lambda: ir.RouletteLogdet("geometric", 1.0), r"must lie in \(0, 1\), got 1"),
         (
             lambda: ir.SeriesLogdet()(jnp.tanh, X, jax.random.split(KEY, 3)),
             "one key, or one for each of 60 examples",
+        ),
+    ],
+    "branches": [
+        (lambda: ir.FlowSpec((2,), (STAGE,), coeff=1.0), r"coeff must lie in \(0, 1\), got 1.0"),
+        (lambda: ir.FlowSpec((2,), (STAGE,), budget="all"), "budget must be one of layer, block"),
+        (
+            lambda: ir.FlowSpec((3,), (ir.StageSpec(1, (4,), factor_out=True),)),
+            "stage0 factors out half .* has 3",
+        ),
+        (
+            lambda: ir.FlowSpec((5, 4, 1), (ir.StageSpec(1, (4,), (3, 3), squeeze=2),)),
+            "stage0 cannot squeeze",
+        ),
+        (
+            lambda: ir.FlowSpec((3,), (ir.StageSpec(1, (4,), channel_order=(1, 0)),)),
+            "has 3 channels, and its channel_order 2",
+        ),
+        (lambda: ir.StageSpec(0, (4,)), r"num_blocks must lie in \[1, inf\), got 0"),
+        (lambda: ir.StageSpec(1, (3,), kind="dens"), "kind must be one of feedforward"),
+        (lambda: ir.FeedforwardSpec((4, 4, 1), (4,)), "branch of vectors has none; got examples"),
+        (lambda: ir.FeedforwardSpec((4, 4, 1), (4,), (3,)), r"kernel_sizes=\(3,\) and hidden"),
+        (lambda: kinds.get("potential")((4,), (4, 4)), "one hidden layer"),
+        (lambda: kinds.get("sandwich")((4,), (4,), activation="maxmin"), "with slopes in"),
+        (lambda: kinds.get("sandwich")((4, 4, 1), (4,), (3, 2)), "kernels of odd sizes"),
+        (
+            lambda: ir.Branch(ir.FeedforwardSpec((4,), (4,)), {})(X),
+            r"bounds are for examples of shape \(4,\), got \(2,\)",
         ),
     ],
     "number of samples": [

@@ -106,8 +106,8 @@ class FeedforwardSpec(BranchSpec):
         return cls(
             in_shape,
             context_dim=context_dim,
-            hidden=tuple(stage.hidden),
-            kernel_sizes=None if stage.kernel_sizes is None else tuple(stage.kernel_sizes),
+            hidden=stage.hidden,
+            kernel_sizes=stage.kernel_sizes,
             activation=stage.activation,
             preactivation=stage.preactivation,
             padding=stage.padding,

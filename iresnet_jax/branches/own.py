@@ -75,8 +75,9 @@ class OwnSpec(BranchSpec):
     def lipschitz_bound(self, weights: Weights) -> Float[Array, ""]:
         """``module.lipschitz_bound()``."""
         bound = self.module(weights).lipschitz_bound()
-        bound = at_least(bound, jnp.result_type(*jax.tree.leaves(weights)))
-        return bound.reshape(())  # raises for more than one number
+        bound = bound if isinstance(bound, float | np.generic | np.ndarray) else jnp.asarray(bound)
+        # reshape raises for more than one number
+        return at_least(bound, jnp.result_type(*jax.tree.leaves(weights))).reshape(())
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: constants may be arrays

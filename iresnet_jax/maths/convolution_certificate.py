@@ -194,15 +194,9 @@ def _phases(taps, periods, twist):
     """``(cos, sin)(w.t)`` on the grid, one frequency of each pair ``+-w`` (a real kernel's
     symbol there is conjugate).
     """
-    j = np.stack(np.meshgrid(*(np.arange(n) for n in periods), indexing="ij"), axis=-1).reshape(
-        -1, 2
-    )
+    j, t = (np.array(list(np.ndindex(*sizes))) for sizes in (periods, taps))
     mirrored = (-j - np.array(twist)) % np.array(periods)
-    j = j[
-        np.ravel_multi_index(tuple(j.T), periods)
-        <= np.ravel_multi_index(tuple(mirrored.T), periods)
-    ]
-    t = np.stack(np.meshgrid(*(np.arange(k) for k in taps), indexing="ij"), axis=-1).reshape(-1, 2)
+    j = j[np.arange(len(j)) <= np.ravel_multi_index(tuple(mirrored.T), periods)]
     # w.t = pi * turns / (N1 N2); an integer modulo a full turn, so the angle is known to the last
     # bits.
     turns = (

@@ -274,15 +274,14 @@ Value = tuple[DoubleDouble, Array]
 ACTIVATION_ERROR = 2.0**-80  # of values, relative to 1 + |x|
 SLOPE_ERROR = 2.0**-48
 
-_ONE = DoubleDouble.of(1.0)
+_ZERO, _ONE = DoubleDouble.of(0.0), DoubleDouble.of(1.0)
 _LIPSWISH, _CLIPSWISH = Fraction(10, 11), Fraction(10, 11) / Fraction(1004, 1000)
 
 
 def softplus(x: DoubleDouble) -> DoubleDouble:
     """``max(x, 0) + log(1 + e^-|x|)``."""
     size = where(x.high < 0, -x, x)
-    positive = where(x.high > 0, x, DoubleDouble.of(np.zeros_like(x.high)))
-    return positive + log(_ONE + exp(-size))
+    return where(x.high > 0, x, _ZERO) + log(_ONE + exp(-size))
 
 
 def sigmoid(x: DoubleDouble) -> DoubleDouble:
@@ -293,7 +292,7 @@ def sigmoid(x: DoubleDouble) -> DoubleDouble:
 
 
 def _elu(x: DoubleDouble, _: None) -> Value:
-    growth = exp(where(x.high < 0, x, DoubleDouble.of(np.zeros_like(x.high))))
+    growth = exp(where(x.high < 0, x, _ZERO))
     return where(x.high < 0, growth - _ONE, x), growth.high
 
 
@@ -308,45 +307,42 @@ def _tanh(x: DoubleDouble, _: None) -> Value:
 
 
 def _relu(x: DoubleDouble, _: None) -> Value:
-    positive = x.high > 0
-    return where(positive, x, DoubleDouble.of(np.zeros_like(x.high))), positive * 1.0
+    return where(x.high > 0, x, _ZERO), (x.high > 0) * 1.0
 
 
 def _identity(x: DoubleDouble, _: None) -> Value:
     return x, np.ones_like(x.high)
 
 
-def _swish(x: DoubleDouble, sharpness: DoubleDouble) -> tuple[DoubleDouble, DoubleDouble, Array]:
-    """``x sigmoid(b x)``, ``sigmoid(b x)`` and the slope ``s + t s (1 - s)`` at ``t = b x``."""
+def _swish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
+    """``x s`` with ``s = sigmoid(t)`` and the slope ``s + t s (1 - s)`` at ``t = b x``."""
     t = x * sharpness
     s = sigmoid(t)
-    return x * s, s, s.high + t.high * (s * (_ONE - s)).high
+    return x * s, s.high + t.high * (s * (_ONE - s)).high
 
 
 def _lipswish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
-    value, _, slope = _swish(x, sharpness)
+    value, slope = _swish(x, sharpness)
     return value * DoubleDouble.constant(_LIPSWISH), slope * float(_LIPSWISH)
 
 
 def _clipswish(x: DoubleDouble, sharpness: DoubleDouble) -> Value:
-    first, _, slope = _swish(x, sharpness)
+    first, slope = _swish(x, sharpness)
     second = first - x  # -x sigmoid(-b x)
-    factor = DoubleDouble.constant(_CLIPSWISH)
     both = DoubleDouble(
-        *(np.concatenate(parts, axis=-1) for parts in zip(first, second, strict=True))
+        *(np.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True))
     )
-    return both * factor, np.concatenate([slope, slope - 1], axis=-1) * float(_CLIPSWISH)
+    slopes = np.concatenate([slope, slope - 1], axis=-1)
+    return both * DoubleDouble.constant(_CLIPSWISH), slopes * float(_CLIPSWISH)
 
 
 def _maxmin(x: DoubleDouble, _: None) -> Value:
     """Pairs sorted; its Jacobian is no diagonal, and the slopes are NaN."""
     first, second = (x.map(lambda part, i=i: part[..., i::2]) for i in (0, 1))
     ascending = (first - second).high < 0
-    sorted_pairs = (where(ascending, second, first), where(ascending, first, second))
-    high, low = (
-        np.stack([pair[i] for pair in sorted_pairs], axis=-1).reshape(x.high.shape) for i in (0, 1)
-    )
-    return DoubleDouble(high, low), np.full_like(x.high, np.nan)
+    pairs = zip(where(ascending, second, first), where(ascending, first, second), strict=True)
+    parts = (np.stack(pair, axis=-1).reshape(x.high.shape) for pair in pairs)
+    return DoubleDouble(*parts), np.full_like(x.high, np.nan)
 
 
 _FUNCTIONS: dict[str, Callable[..., Value]] = {

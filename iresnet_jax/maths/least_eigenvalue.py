@@ -16,7 +16,7 @@ what rounding contributes is bounded where they are used.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,20 @@ class RowBlocks(NamedTuple):
                 part = block @ other.blocks[k, j]
                 product[i, j] = product[i, j] + part if (i, j) in product else part
         return RowBlocks(product, self.num_rows)
+
+    @property
+    def num_dims(self) -> int:
+        """Number of rows, of a square matrix."""
+        return sum(len(self.blocks[i, i]) for i in range(self.num_rows))
+
+    def times(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The product of a square matrix with a vector."""
+        ends = np.cumsum([0, *(len(self.blocks[i, i]) for i in range(self.num_rows))])
+        parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+        image = np.zeros_like(v)
+        for (i, j), block in self.blocks.items():
+            image[parts[i]] += block @ v[parts[j]]
+        return image
 
     def frobenius(self) -> float:
         """The Frobenius norm, to some units of rounding."""
@@ -129,22 +143,17 @@ def identity_and_symmetric_part(matrix: RowBlocks) -> RowBlocks:
     return RowBlocks(blocks, matrix.num_rows)
 
 
-def least_eigenvalue_estimate(
-    apply: Callable[[Array], Array], num_dims: int
-) -> tuple[float, float]:
-    """Lanczos' estimate of the least eigenvalue of a symmetric map, and the residual of its
+def least_eigenvalue_estimate(matrix: RowBlocks) -> tuple[float, float]:
+    """Lanczos' estimate of the least eigenvalue of a symmetric matrix, and the residual of its
     eigenvector; neither is guaranteed.
-
-    Args:
-        apply: The map of vectors ``(d,)``.
-        num_dims: ``d``.
     """
     from scipy.linalg import eigh_tridiagonal  # late: training never needs it
 
+    num_dims = matrix.num_dims
     start = np.random.default_rng(0).normal(size=num_dims)
     vectors, diagonal, beside = [start / np.linalg.norm(start)], [], []
     for _ in range(min(_MOST_STEPS, num_dims)):
-        image = apply(vectors[-1])
+        image = matrix.times(vectors[-1])
         diagonal.append(float(vectors[-1] @ image))
         for _ in range(2):  # orthogonal to all vectors so far, twice for rounding
             basis = np.array(vectors)
@@ -166,7 +175,7 @@ def least_eigenvalue_bound(matrix: RowBlocks, at_least: float) -> float:
         matrix: A symmetric matrix.
         at_least: A known lower bound, returned where no greater one is found.
     """
-    estimate, residual = least_eigenvalue_estimate(_product(matrix), _num_dims(matrix))
+    estimate, residual = least_eigenvalue_estimate(matrix)
     for below in _BELOW:
         shift = estimate - min(residual, below * abs(estimate)) - below * abs(estimate)
         if shift > at_least and (bound := _bound_at(matrix, shift)) > at_least:
@@ -186,7 +195,7 @@ def _bound_at(matrix: RowBlocks, shift: float) -> float:
     except np.linalg.LinAlgError:
         return -np.inf
     rows = [factor.columns_of(i) for i in range(matrix.num_rows)]
-    total, num_dims = 0.0, _num_dims(matrix)
+    total, num_dims = 0.0, matrix.num_dims
     for i in range(matrix.num_rows):
         for j in range(i + 1):
             common = [k for k in rows[j] if k in rows[i]]
@@ -204,11 +213,8 @@ def _bound_at(matrix: RowBlocks, shift: float) -> float:
 
 
 def cholesky(matrix: RowBlocks) -> RowBlocks:
-    """The lower triangular factor ``L`` with ``L L^T`` near the matrix; only the matrix's lower
-    half is read.
-
-    Raises:
-        LinAlgError: If the matrix is not positive definite to rounding.
+    """The lower triangular factor ``L`` with ``L L^T`` near the matrix, of which only the lower
+    half is read; NumPy's ``LinAlgError`` if the matrix is not positive definite to rounding.
     """
     factor: dict[tuple[int, int], Array] = {}
     inverses: list[Array] = []
@@ -228,24 +234,3 @@ def cholesky(matrix: RowBlocks) -> RowBlocks:
             else:
                 factor[i, j] = own @ inverses[j]
     return RowBlocks(factor, matrix.num_rows)
-
-
-def _product(matrix: RowBlocks) -> Callable[[Array], Array]:
-    ends = np.cumsum([0, *(len(matrix.blocks[i, i]) for i in range(matrix.num_rows))])
-    columns = [matrix.columns_of(i) for i in range(matrix.num_rows)]
-    wide = [np.hstack([matrix.blocks[i, j] for j in columns[i]]) for i in range(matrix.num_rows)]
-
-    def apply(v: Float[Array, " d"]) -> Float[Array, " d"]:
-        parts = [v[start:end] for start, end in itertools.pairwise(ends)]
-        return np.concatenate(
-            [
-                rows @ np.concatenate([parts[j] for j in own])
-                for rows, own in zip(wide, columns, strict=True)
-            ]
-        )
-
-    return apply
-
-
-def _num_dims(matrix: RowBlocks) -> int:
-    return sum(len(matrix.blocks[i, i]) for i in range(matrix.num_rows))

@@ -20,7 +20,7 @@ from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.models.priors import Gaussian
 
 DIMS, BLOCKS, COEFF = 3, 3, 0.8
-GRAPH = np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 1]])  # a constant, which is not trained
+GRAPH = np.array([[0.5, 1, 0], [0, 1, 1], [0, 0, 1]])  # a constant, which is not trained
 
 
 @functools.partial(
@@ -64,29 +64,9 @@ def test_its_constants_are_no_weights():
     )
 
 
-def test_constants_of_any_type_are_refined_in_double_precision():
+def test_constants_are_refined_in_double_precision():
     """After a program in single precision has seen them."""
-
-    @functools.partial(register_dataclass, data_fields=["weight", "order", "scale"], meta_fields=[])
-    @dataclasses.dataclass(frozen=True)
-    class Moved:
-        weight: jax.Array
-        order: np.ndarray
-        scale: np.ndarray
-
-        def __call__(self, x):
-            return jnp.tanh((x * self.scale[None])[:, self.order] @ self.weight)
-
-        def lipschitz_bound(self):
-            return jnp.linalg.norm(self.weight)
-
-    def make(key):
-        return Moved(
-            jax.random.normal(key, (DIMS, DIMS)), np.array([2, 0, 1]), np.array([0.5, 0.25, 1.0])
-        )
-
-    flow = ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),), coeff=COEFF)
-    model = model_of(flow)
+    model = model_of(FLOW)
     z = model.encode(X)
     with jax.enable_x64():
         back, info = model.with_(solver=ir.Solver(atol=1e-12, refine=True)).decode(z)
@@ -102,15 +82,6 @@ def test_a_file_knows_it_by_name(tmp_path):
     np.testing.assert_array_equal(loaded.log_prob(X), model.log_prob(X))
     with pytest.raises(ValueError, match=r"branches=\{'masked': \.\.\.\}"):
         ir.load(path)
-    with pytest.raises(ValueError, match="damaged"):
-        ir.load(
-            path,
-            branches={
-                "masked": lambda key: dataclasses.replace(
-                    masked(key), bias=jnp.zeros(DIMS + 1)[:, None]
-                )
-            },
-        )
     one, other = functools.partial(masked), functools.partial(masked)
     twice = ir.DensitySpec(
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=one), ir.StageSpec(1, branch=other)))
@@ -164,8 +135,6 @@ def test_a_stage_takes_a_class_of_specs_an_instance_or_a_registered_name():
     )
     with pytest.raises(ValueError, match="there is a kind of branch 'scaled' already"):
         kinds.register("scaled", masked)
-    with pytest.raises(ValueError, match=r"examples of shape \(3,\) .* takes \(16,\)"):
-        ir.FlowSpec((3,), (ir.StageSpec(1, branch=ScaledSpec((16,))),))
     with pytest.raises(ValueError, match="kind='masked'"):
         ir.fit(np.zeros((9, DIMS)), architecture=[ir.StageSpec(1, branch=masked)])
 
@@ -185,7 +154,7 @@ def test_without_actnorm_the_density_of_odd_branches_is_even():
         )
 
 
-def of_flax():
+def test_modules_of_other_libraries_are_branches():
     from flax import nnx  # not at the top: every process would import it, as all collect this file
 
     class Net(nnx.Module):
@@ -198,29 +167,9 @@ def of_flax():
         def lipschitz_bound(self):
             return jnp.linalg.norm(self.layer.kernel[...])
 
-    return Net, {"layer.kernel.value", "layer.bias.value"}
-
-
-def of_equinox():
-    eqx = pytest.importorskip("equinox")
-
-    class Scaled(eqx.Module):
-        layer: eqx.nn.Linear
-
-        def __call__(self, x):
-            return jnp.tanh(jax.vmap(self.layer)(x))
-
-        def lipschitz_bound(self):
-            return jnp.linalg.norm(self.layer.weight)
-
-    return lambda key: Scaled(eqx.nn.Linear(DIMS, DIMS, key=key)), {"layer.weight", "layer.bias"}
-
-
-@pytest.mark.parametrize("library", [of_flax, of_equinox])
-def test_modules_of_other_libraries_are_branches(library):
-    make, names = library()
-    model = model_of(ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=make),)))
-    assert set(model.weights["stage0"].branch.weights) == names
+    model = model_of(ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=Net),)))
+    weights = model.weights["stage0"].branch.weights
+    assert set(weights) == {"layer.kernel.value", "layer.bias.value"}
     assert np.all(model.decode(model.encode(X))[1].converged)
     model.check_branches(X)
 
@@ -234,37 +183,28 @@ def odd_one(**methods):
 
 
 WRONG = {
-    "no array": (lambda key: GRAPH, "nothing to train"),
     "an integer": (
         lambda key: dataclasses.replace(masked(key), bias=jnp.arange(DIMS)),
         "leaf bias is int32",
     ),
     "one name twice": (
         lambda key: {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}},
-        "two of its leaves are called a.b",
+        "leaf a.b has the name of another",
     ),
-    "the name of ActNorm": (lambda key: {"actnorm": jnp.zeros(2)}, "must not be called 'actnorm'"),
-    "no call": (lambda key: {"weight": jnp.zeros(2)}, "cannot be called on a batch of shape"),
+    "the name of ActNorm": (lambda key: {"actnorm": jnp.zeros(2)}, "the name of ActNorm"),
     "another shape": (
         odd_one(__call__=lambda self, x: x[:, :2]),
-        r"floats of the shape of its batch \(2, 3\)",
-    ),
-    "no bound": (odd_one(lipschitz_bound=None), "cannot say the bound of its Lipschitz constant"),
-    "two bounds": (
-        odd_one(lipschitz_bound=lambda self: self.bias),
-        r"one number, got shape \(3,\)",
+        r"of the shape of its batch \(2, 3\)",
     ),
     "another mask at every call": (
         lambda key: {"weight": jnp.zeros(2), "mask": np.random.default_rng().random(2)},
         "differ from call to call",
     ),
-    "an error": (lambda: None, "cannot be made of a key"),
-    "no function": (3, "must be a function key -> module or a BranchSpec, got 3"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_branch_is_refused_in_one_sentence(name):
+def test_what_would_compute_something_else_is_refused(name):
     make, sentence = WRONG[name]
     with pytest.raises(ValueError, match=sentence):
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))
@@ -275,12 +215,6 @@ def test_a_constant_that_is_nan_is_the_same_at_every_call():
         1, branch=lambda key: dataclasses.replace(masked(key), graph=np.nan * GRAPH)
     )
     assert ir.FlowSpec((DIMS,), (stage,)).layout
-
-
-def test_no_examples_check_no_branch():
-    model = model_of(FLOW)
-    with pytest.raises(ValueError, match="checked on data, got none"):
-        model.check_branches(X[:0])
 
 
 def test_a_bound_that_is_said_as_a_number_is_rounded_up():

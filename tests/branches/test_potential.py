@@ -63,18 +63,3 @@ def test_a_network_of_any_depth_is_1_lipschitz():
     assert 1 <= certificate.forward < 1 + 1e-4
     z = np.asarray(network.encode(x))
     assert np.all(np.linalg.norm(z[1:] - z[:-1], axis=1) < np.linalg.norm(x[1:] - x[:-1], axis=1))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (
-            {"hidden": (4,), "activation": "clipswish"},
-            r"slopes lie in \[0, 1\], unlike clipswish",
-        ),
-        ({"hidden": (4, 4)}, "one hidden layer"),
-    ],
-)
-def test_mistakes_are_named(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        PotentialSpec(**{"in_shape": (4,), **wrong})

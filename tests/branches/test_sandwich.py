@@ -12,7 +12,6 @@ import oracles
 import pytest
 from tiny_runs import random_weights
 
-from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 
 COEFF = 0.9
@@ -112,28 +111,3 @@ def test_it_is_attained_at_half_of_the_product_of_norms_and_slopes_below_zero_br
     assert largest_norm(there, back, low=-1.0) == pytest.approx(
         np.linalg.norm(there, 2) * np.linalg.norm(back, 2)
     )
-
-
-def test_one_layer_is_a_feedforward_branch_with_its_closed_forms():
-    for case in (
-        {"in_shape": (7,), "hidden": (3,)},
-        {"in_shape": (7, 6, 2), "hidden": (3,), "kernel_sizes": (3, 3)},
-    ):
-        sandwich, plain = SandwichSpec(**case), FeedforwardSpec(**case)
-        assert sandwich.layers == plain.layers
-        assert sandwich.knows == plain.knows
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (
-            {"hidden": (4,), "activation": "lipswish"},
-            r"slopes lie in \[0, 1\], unlike lipswish",
-        ),
-        ({"in_shape": (4, 4, 1), "hidden": (4,), "kernel_sizes": (3, 2)}, "kernels of odd sizes"),
-    ],
-)
-def test_mistakes_are_named(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        SandwichSpec(**{"in_shape": (4,), **wrong})

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.convolution import PADDINGS, choose_implementation, conv, pads_of
+from iresnet_jax.maths.convolution import choose_implementation, conv, pads_of
 
 EXACT = 1e-12  # the same sum of at most a hundred terms in another order, in float64
 IMPLEMENTATIONS = ("xla", "patches", "taps")
@@ -56,20 +56,12 @@ def test_values_and_gradients_agree_with_the_sum_over_taps(x64, name):
     matrix = oracles.dense_conv_matrix(kernel, height, width, padding=padding)
     units = np.eye(kernel.size).reshape(-1, *kernel_shape)
     along_units = [np.sum(cotangent * oracles.conv_forward(x, k, padding=padding)) for k in units]
-    for implementation, (y, x_grad, kernel_grad) in values_and_gradients(
-        x, kernel, cotangent
-    ).items():
-        np.testing.assert_allclose(y, expected, rtol=EXACT, atol=EXACT, err_msg=implementation)
-        np.testing.assert_allclose(
-            x_grad.reshape(2, -1),
-            cotangent.reshape(2, -1) @ matrix,
-            rtol=EXACT,
-            atol=EXACT,
-            err_msg=implementation,
-        )
-        np.testing.assert_allclose(
-            kernel_grad.ravel(), along_units, rtol=EXACT, atol=EXACT, err_msg=implementation
-        )
+    wanted = expected, (cotangent.reshape(2, -1) @ matrix).reshape(x.shape), along_units
+    for implementation, found in values_and_gradients(x, kernel, cotangent).items():
+        for own, right in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(
+                np.ravel(own), np.ravel(right), rtol=EXACT, atol=EXACT, err_msg=implementation
+            )
 
 
 def test_one_tap_is_a_plain_matrix_product_and_all_else_goes_to_xla():
@@ -170,11 +162,3 @@ def test_kernels_in_float32_serve_images_in_float64(x64):
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, 6.0, rtol=EXACT)
     assert pull(y)[0].dtype == jnp.float32
-
-
-def test_mistakes_are_named():
-    x = jnp.ones((1, 4, 4, 2))
-    with pytest.raises(ValueError, match="takes 3 channels, the input has 2"):
-        conv(x, jnp.ones((3, 3, 3, 1)))
-    with pytest.raises(ValueError, match=f"one of {', '.join(PADDINGS)}"):
-        conv(x, jnp.ones((3, 3, 2, 1)), padding="VALID")

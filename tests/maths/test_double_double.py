@@ -3,6 +3,7 @@ fractions.
 """
 
 import decimal
+import operator
 from fractions import Fraction
 
 import jax
@@ -55,32 +56,14 @@ def worst(found, wanted, relative_to):
     )
 
 
-BINARY = {
-    "sum": (lambda a, b: a + b),
-    "difference": (lambda a, b: a - b),
-    "product": (lambda a, b: a * b),
-}
-UNARY = {
-    "exp": (exp, lambda v: v.exp()),
-    "reciprocal": (DoubleDouble.reciprocal, lambda v: 1 / v),
-}
-
-
-@pytest.mark.parametrize("name", BINARY)
-def test_sums_and_products_against_decimal_numbers(name):
-    a, b = numbers(200, 1), numbers(200, 2)
-    wanted = [BINARY[name](one, other) for one, other in zip(exact(a), exact(b), strict=True)]
-    assert worst(BINARY[name](a, b), wanted, [abs(v) for v in wanted]) <= UNIT
-
-
-@pytest.mark.parametrize("name", UNARY)
-def test_functions_against_decimal_numbers(name):
-    x = numbers(200, largest=600.0)
-    wanted = [UNARY[name][1](value) for value in exact(x)]
-    assert (
-        worst(UNARY[name][0](x), wanted, wanted if name == "exp" else [abs(v) for v in wanted])
-        <= UNIT
-    )
+def test_sums_products_and_functions_against_decimal_numbers():
+    a, b, x = numbers(200, 1), numbers(200, 2), numbers(200, largest=600.0)
+    for function in (operator.add, operator.sub, operator.mul):
+        wanted = list(map(function, exact(a), exact(b)))
+        assert worst(function(a, b), wanted, map(abs, wanted)) <= UNIT
+    for function, right in ((exp, Decimal.exp), (DoubleDouble.reciprocal, lambda v: 1 / v)):
+        wanted = list(map(right, exact(x)))
+        assert worst(function(x), wanted, map(abs, wanted)) <= UNIT
 
 
 def test_logarithm_against_decimal_numbers():

@@ -1,6 +1,5 @@
 """Lipschitz bounds of branches, blocks and models against closed forms and dense Jacobians."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,10 +33,12 @@ def test_block_bounds_are_attained_by_scaling_and_know_their_limit(x64):
     np.testing.assert_allclose([bounds.forward, bounds.inverse], [1.5, 2], rtol=EXACT)
     assert block_bounds(1.0).inverse == jnp.inf
     assert block_bounds(1.5).inverse == jnp.inf
-    chex.assert_tree_all_finite(jax.grad(lambda b: block_bounds(b).inverse)(0.9))
+    assert np.isfinite(jax.grad(lambda b: block_bounds(b).inverse)(0.9))
+    for bad in (-0.1, float("nan"), jnp.float32(-1)):  # which promise nothing
+        assert all(map(np.isinf, (*block_bounds(bad), branch_bound([0.5, bad]))))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_model_bounds_against_the_dense_jacobian(seed, x64):
     """A linear two-stage model: two blocks and an ActNorm, then the same on the first half of
     the coordinates.
@@ -69,23 +70,7 @@ def test_model_bounds_of_scalings_are_equalities(x64):
     assert model_bounds([block_bounds(0.5), block_bounds(1.0)]).inverse == jnp.inf
 
 
-@pytest.mark.parametrize("bound", [0.9, 0.9999, 0.99999])
-def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one(bound):
-    inverses = (block_bounds(bound).inverse, model_bounds([block_bounds(bound)]).inverse)
-    for inverse in inverses:
-        assert float(inverse) >= 1 / (1 - bound)
-    assert float(branch_bound([bound, 1.1])) >= 1.1 * bound
-
-
-@pytest.mark.parametrize("bad", [-0.1, float("nan")])
-def test_what_bounds_nothing_is_refused_or_infinite(bad):
-    functions = (
-        lambda bound: block_bounds(bound),
-        lambda bound: branch_bound([0.5, bound]),
-    )
-    for function in functions:
-        for concrete in (bad, np.float64(bad), jnp.float32(bad)):
-            with pytest.raises(ValueError, match="a Lipschitz bound must be at least 0, got"):
-                function(concrete)
-    block, layers = jax.jit(lambda bound: [function(bound) for function in functions])(bad)
-    assert all(np.isinf(value) for value in (*block, layers))
+def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one():
+    for bound in (0.9, 0.9999, 0.99999):
+        assert float(model_bounds([block_bounds(bound)]).inverse) >= 1 / (1 - bound)
+        assert float(branch_bound([bound, 1.1])) >= 1.1 * bound

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from iresnet_jax.maths.logdet_exact import dense_logdet
 from iresnet_jax.maths.logdet_krylov import quadratic_form
 
 QUADRATURE = 1e-9  # of 24 nodes, relative to the squared norm of a probe, for L up to .98
@@ -56,43 +55,17 @@ def quadratic_form_of_matrix(matrix, v, lipschitz_bound, *, num_steps):
     return quadratic_form(linear(matrix), x, v, num_steps, lipschitz_bound=lipschitz_bound)
 
 
-def tanh_network(d, lipschitz, seed=0):
-    rng = np.random.default_rng(seed)
-    params = {
-        "w1": jnp.asarray(scaled(rng.normal(size=(2 * d, d)), lipschitz)),
-        "b": jnp.asarray(rng.normal(size=2 * d)),
-    }
-    params["w2"] = jnp.asarray(scaled(rng.normal(size=(d, 2 * d)), 1.0))
-    return params, jnp.asarray(rng.normal(size=(3, d)))
-
-
-def apply(params, x):
-    return jnp.tanh(x @ params["w1"].T + params["b"][None]) @ params["w2"].T
-
-
-def full_basis(x):
-    """Probes ``sqrt(d) e_i``: the mean of ``v^T A v`` over them is the trace, without noise."""
-    d = x.shape[1]
-    return jnp.broadcast_to(math.sqrt(d) * jnp.eye(d, dtype=x.dtype)[:, None, :], (d, *x.shape))
-
-
-# --- the pieces -----------------------------------------------------------------------------------
-
-
-# --- values ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lipschitz", [0.3, 0.9, 0.98])
-def test_the_whole_space_gives_the_logarithm(x64, kind, lipschitz):
+def test_the_whole_space_gives_the_logarithm(x64, kind):
     d = 6
-    matrix = matrices(kind, d, lipschitz, 3)
     v = np.random.default_rng(4).normal(size=(2, 1, d))
-    values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=d)
-    expected = [u[0] @ scipy.linalg.logm(np.eye(d) + matrix) @ u[0] for u in v]
     squared = (v**2).sum(axis=-1)
-    np.testing.assert_allclose(values[:, 0], np.real(expected), atol=QUADRATURE * squared.max())
-    assert (np.asarray(bounds) < 1e-9 * squared).all()  # nothing leaves the space
+    for lipschitz in (0.3, 0.98):
+        matrix = matrices(kind, d, lipschitz, 3)
+        values, bounds = quadratic_form_of_matrix(matrix, v, lipschitz, num_steps=d)
+        expected = [u[0] @ scipy.linalg.logm(np.eye(d) + matrix) @ u[0] for u in v]
+        np.testing.assert_allclose(values[:, 0], np.real(expected), atol=QUADRATURE * squared.max())
+        assert (np.asarray(bounds) < 1e-9 * squared).all()  # nothing leaves the space
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,25 +115,21 @@ def test_float32_is_as_good_as_its_rounding():
 
 @pytest.mark.parametrize("d", [1, 2])
 def test_more_steps_than_dimensions_change_nothing(d):
-    params, x = tanh_network(d, 0.9)
-    params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-    branch = functools.partial(apply, params)
-    found = jax.jit(lambda x: quadratic_form(branch, x, full_basis(x), 7, lipschitz_bound=0.9))(x)
-    np.testing.assert_allclose(
-        found[0].mean(axis=0), jax.jit(functools.partial(dense_logdet, branch))(x), atol=SINGLE
-    )
-    assert (np.asarray(found[1]) < 1e-3).all()
+    rng = np.random.default_rng(0)
+    matrix, v = (rng.normal(size=shape).astype(np.float32) for shape in ((d, d), (3, 1, d)))
+    matrix = scaled(matrix, 0.9).astype(np.float32)
+    values, bounds = quadratic_form_of_matrix(matrix, v, 0.9, num_steps=7)
+    exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
+    np.testing.assert_allclose(values, exact, atol=SINGLE * np.sum(v**2))
+    assert (np.asarray(bounds) < 1e-3).all()
 
 
-# --- the estimator --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lipschitz", [0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999])
-def test_bounds_hold_the_error_of_the_quadrature(x64, lipschitz):
+def test_bounds_hold_the_error_of_the_quadrature(x64):
     """The Krylov space of a multiple of the identity has one dimension: nothing else is left
     out.
     """
     v = jnp.ones((1, 1, 4))
-    values, bounds = quadratic_form_of_matrix(-lipschitz * np.eye(4), v, lipschitz, num_steps=2)
-    assert abs(float(values[0, 0]) - 4 * np.log1p(-lipschitz)) <= bounds[0, 0]
-    assert bounds[0, 0] < 0.1 or lipschitz > 0.9999
+    for lipschitz in (0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999):
+        values, bounds = quadratic_form_of_matrix(-lipschitz * np.eye(4), v, lipschitz, num_steps=2)
+        assert abs(float(values[0, 0]) - 4 * np.log1p(-lipschitz)) <= bounds[0, 0]
+        assert bounds[0, 0] < 0.1 or lipschitz > 0.9999

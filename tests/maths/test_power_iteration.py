@@ -78,13 +78,9 @@ DENSE = {
         "orthogonal": with_spectrum(rng, np.ones(80)),
         "linear spectrum": with_spectrum(rng, np.linspace(1, 0.9, 80)),
         "rank one": np.outer(rng.normal(size=80), rng.normal(size=80)),
-        **{
-            f"spike of {gap}": spiked(rng, 80, gap) for gap in (0.1, 0.05, 0.03, 0.01, 0.003, 0.002)
-        },
+        **{f"spike of {gap}": spiked(rng, 80, gap) for gap in (0.1, 0.03, 0.01, 0.002)},
     },
-    "8 x 8": lambda rng: {
-        f"spike of {gap}": spiked(rng, 8, gap) for gap in (0.1, 0.03, 0.01, 0.003)
-    },
+    "8 x 8": lambda rng: {f"spike of {gap}": spiked(rng, 8, gap) for gap in (0.1, 0.003)},
     "1 x 1": lambda rng: {"positive": np.ones((1, 1)), "negative": -np.ones((1, 1))},
 }
 
@@ -141,12 +137,6 @@ def test_the_iteration_is_in_the_space_of_fewer_dimensions(shape):
         np.testing.assert_allclose(np.abs(v @ left[:, 0]), 1, rtol=ROUNDING)
 
 
-def test_five_power_steps_from_a_cold_start_have_not_converged():
-    kernel = jnp.asarray(spiked(np.random.default_rng(0), 80, 0.05), jnp.float32)
-    _, _, info = norm_of(dense, kernel, jax.random.normal(jax.random.key(0), (80,)), num_steps=5)
-    assert not info.converged
-
-
 def test_the_tolerance_does_not_depend_on_the_warm_start():
     kernel = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
     # no start at all, and one orthogonal to the answer
@@ -164,9 +154,9 @@ def test_one_power_step_follows_a_drifting_kernel():
     def apply(kernel, x):
         return conv(x[None], kernel, implementation="xla")[0]
 
-    _, v, _ = jax.jit(functools.partial(spectral_norm, apply, num_steps=50))(
-        start, jax.random.normal(jax.random.key(0), (6, 6, 3))
-    )
+    v = jax.random.normal(jax.random.key(0), (6, 6, 3))
+    _, v, info = norm_of(apply, start, v, num_steps=50)
+    assert not info.converged  # which power steps alone do not show
 
     def step(v, time):
         kernel = start + time * drift
@@ -214,7 +204,6 @@ def test_a_layer_inside_the_ball_is_unchanged_bit_for_bit():
     sigma, _, _ = norm_of(dense, kernel, jnp.ones(5))
     assert sigma < COEFF
     np.testing.assert_array_equal(soft_normalize(kernel, sigma, COEFF), kernel)
-    np.testing.assert_array_equal(soft_normalize(kernel, jnp.float32(COEFF), COEFF), kernel)
     gradient = jax.grad(lambda k: jnp.sum(soft_normalize(k, jnp.linalg.norm(k), COEFF)))(
         0.1 * kernel
     )
@@ -244,34 +233,3 @@ def test_the_gradient_of_a_dense_norm_is_that_of_the_svd(x64):
     )
     # the path through the norm is not a detail
     assert not np.allclose(direct, through_svd, rtol=0.1)
-
-
-def test_a_tolerance_that_would_take_minutes_is_refused():
-    matrix = jnp.diag(jnp.linspace(0.5, 1, 300))
-    arguments = (lambda w, x: x @ w, matrix, jnp.ones(300))
-    with pytest.raises(
-        ValueError, match=r"rtol=1e-06 asks for .* steps in 300 dimensions.*pass rtol >= 1e-5"
-    ):
-        spectral_norm(*arguments, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: spectral_norm(dense, jnp.ones((2, 2)), jnp.ones(2), num_steps=0),
-            "num_steps must be at least 1, got 0",
-        ),
-        (
-            lambda: spectral_norm(dense, jnp.ones((2, 2)), jnp.ones(2), rtol=0.0),
-            r"rtol must lie in \(0, 1\), got 0",
-        ),
-        (
-            lambda: soft_normalize(jnp.ones((2, 2)), jnp.float32(1), -1.0),
-            "coeff must be positive, got -1",
-        ),
-    ],
-)
-def test_mistakes_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
