@@ -24,7 +24,7 @@ from _record import parser, resume
 from _sbibm_tasks import NUM_OBSERVATIONS, TASKS, c2st
 
 import iresnet_jax as ir
-from iresnet_jax.evaluation import samples
+from iresnet_jax.evaluation import round_trips
 
 NUM_SAMPLES, QUICK_SAMPLES = 10_000, 500
 VERSIONS = ("iresnet_jax", "jax")
@@ -82,7 +82,7 @@ def measure(task, model, number, num):
     """C2ST of a model's samples for an observation, and what share of its inverses converged."""
     x = np.repeat(task.observation(number)[None], num, axis=0).astype(np.float32)
     began = time.monotonic()
-    values, convergence = samples.draw(model, num, 1000, seed=number, contexts=x)
+    values, convergence = round_trips.draw(model, num, 1000, seed=number, contexts=x)
     sample_seconds, began = time.monotonic() - began, time.monotonic()
     accuracy = c2st(task.from_fit(values.astype(np.float64)), task.reference(number)[:num])
     return {

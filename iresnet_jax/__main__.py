@@ -26,7 +26,6 @@ from iresnet_jax.evaluation import (
     likelihood,
     robustness,
     round_trips,
-    samples,
 )
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
 from iresnet_jax.evaluation.report import write
@@ -92,7 +91,7 @@ def sample(run: Run, arguments: argparse.Namespace) -> bool:
     if arguments.context is not None:
         contexts = read_contexts(arguments.context, model.spec.context_dim)
         num = max(num, len(contexts))
-    values, convergence = samples.draw(
+    values, convergence = round_trips.draw(
         model,
         num,
         size,

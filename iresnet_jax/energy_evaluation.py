@@ -21,8 +21,7 @@ from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float, Key, Shaped
 from scipy.special import log_softmax
 
-from iresnet_jax.arguments import Count, checked
-from iresnet_jax.losses import LogDensity, check_finite, log_density_of
+from iresnet_jax.losses import LogDensity, log_density_of
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.density import Density
@@ -107,13 +106,9 @@ def evaluate_energy(
         model: The model, whose samples are weighed; its log-determinants are computed exactly.
         log_density: ``(b, ...) -> (b,)``, up to a constant.
         key: Source of the samples.
-        num: Number of samples, at least 100.
+        num: Number of samples.
         samples: Samples of the target, if available, for example from a long Markov chain: they
             show lost modes.
-
-    Raises:
-        ValueError: If the log-density has the wrong shape, or is NaN or infinite at samples; the
-            message says how many.
 
     Example:
         >>> found = evaluate_energy(model, log_density, jax.random.key(0))  # doctest: +SKIP
@@ -121,29 +116,20 @@ def evaluate_energy(
         log Z 0.8032 ± 0.0009, effective sample size 99.2%
         The tail of the weights is light enough for their mean (Pareto k is 0.08, at most 0.70).
     """
-    num, key = checked(Count, num, "num"), typed_key(key)
     model, size = model.with_(estimator=ExactLogdet()), min(num, 1000)
-    keys, bounds = jax.random.split(key, -(-num // size)), model.bounds()
+    keys, bounds = jax.random.split(typed_key(key), -(-num // size)), model.bounds()
     drawn = [_draw(model, part, size, bounds) for part in keys]
-    values = np.concatenate(
-        [np.asarray(log_density_of(log_density, x), np.float64) for x, _, _ in drawn]
-    )[:num]
-    check_finite(values, "samples of the model")
-    log_prob, is_converged = (
-        np.concatenate([np.asarray(part[i]) for part in drawn])[:num] for i in (1, 2)
-    )
-    log_weights, upper, lost = values - log_prob, None, None
-    weights = weigh(log_weights)
+    values = [log_density_of(log_density, x, "samples of the model") for x, _, _ in drawn]
+    log_probs, converged = ([part[i] for part in drawn] for i in (1, 2))
+    log_weights = (np.concatenate(values).astype(float) - np.concatenate(log_probs))[:num]
+    weights, upper, lost = weigh(log_weights), None, None
     is_useful, verdict = weights.pareto_k <= weights.threshold, _verdict(weights, num)
     if samples is not None:
-        if not len(samples := np.asarray(samples)):
-            raise ValueError("samples of the target are empty: leave them out")
-        values = np.asarray(log_density_of(log_density, samples), np.float64)
-        check_finite(values, "samples of the target")
-        parts = np.array_split(samples, -(-len(values) // size))
-        of_target = values - np.concatenate(
-            [np.asarray(_log_prob(model, part, key)) for part in parts]
-        )
+        samples = np.asarray(samples)
+        values = log_density_of(log_density, samples, "samples of the target")
+        parts = np.array_split(samples, -(-len(samples) // size))
+        log_probs = np.concatenate([_log_prob(model, part, key) for part in parts])
+        of_target = np.asarray(values, np.float64) - log_probs
         upper, lost = float(of_target.mean()), float(np.mean(of_target > log_weights.max()))
         # Where the model does not see a share s of the target, log Z is too small by -log(1 - s),
         # which is at least s.
@@ -154,7 +140,7 @@ def evaluate_energy(
                 f"than all {num} samples of the model, whose mean leaves out what lies there. "
                 "Train against samples that reach all modes."
             )
-    if failed := int(np.sum(~is_converged)):
+    if failed := int(np.sum(~np.concatenate(converged)[:num])):
         verdict += (
             f" The inverse did not converge for {failed} of {num} samples, whose weights "
             "belong to other points."
@@ -212,13 +198,9 @@ def weigh(log_weights: Float[np.ndarray, " n"]) -> Weights:
     that is not finite makes the shape NaN.
 
     Args:
-        log_weights: Logarithms of at least 100 weights, of independent samples.
+        log_weights: Logarithms of the weights of independent samples.
     """
     num = len(log_weights)
-    if num < 100:
-        raise ValueError(
-            f"at least 100 weights are needed to see their tail, got {num}: draw more samples"
-        )
     with jax.enable_x64():
         # The shares add up to 1.
         shares, shape = map(np.asarray, _smoothed(np.asarray(log_weights, np.float64)))

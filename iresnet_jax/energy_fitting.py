@@ -26,10 +26,9 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
 from iresnet_jax import losses
-from iresnet_jax.arguments import Count, Positive, checked
 from iresnet_jax.bijections.standardize import Standardize, Whiten
 from iresnet_jax.fit_settings import EXACT_DIMS
-from iresnet_jax.losses import LogDensity, check_finite, log_density_of
+from iresnet_jax.losses import LogDensity, log_density_of
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
@@ -81,7 +80,7 @@ def fit_energy(
         minutes: Time, compilation included. Only training obeys it: annealing may exceed it. If
             less than half a minute is left for training, training is by likelihood alone.
         steps: Updates of the flow instead of a time, half of them by each loss.
-        num_particles: Particles, at least 1000.
+        num_particles: Particles, some thousand: a tenth of them, at most 2000, validates.
         stages: Stages of the flow.
         progress: Whether lines of progress are written to stderr.
 
@@ -89,56 +88,44 @@ def fit_energy(
         The model, certified, with the `History` of the training that led to it; its step is 0 if
         training brought no improvement.
 
-    Raises:
-        ValueError: If the log-density has the wrong shape, or is NaN or infinite where annealing
-            starts or ends.
-
     Example:
         >>> model = fit_energy(log_density, 2, scale=3.0, key=jax.random.key(0))  # doctest: +SKIP
         >>> print(evaluate_energy(model, log_density, jax.random.key(1)))  # doctest: +SKIP
     """
-    began = time.monotonic()
-    minutes = checked(Positive, minutes, "minutes")
-    if steps is not None:
-        steps = checked(Count, steps, "steps")
+    end_s = time.monotonic() + 60 * minutes if steps is None else math.inf
     key_particles, key_init, key_likelihood, key_energy, key_choice = jax.random.split(
         typed_key(key), 5
     )
-
     x = particles(log_density, num_dims, key=key_particles, scale=scale, num=num_particles)
     num_held_out = min(2000, x.shape[1] // 10)
     # The last snapshot comes first.
     held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)
-    end = math.inf if steps is not None else began + 60 * minutes
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    by_likelihood = {
-        "loss": _negative_log_likelihood,
-        "key": key_likelihood,
-        "batch_size": BATCH_SIZE,
-    }
-    both = losses.symmetric_kl(log_density, BATCH_SIZE // 2)
-    by_energy = {"loss": both, "key": key_energy, "batch_size": BATCH_SIZE // 2, "optimizer": adam}
 
     best = _start(key_init, x, held_out, stages)
     least = _divergence(best, log_density, held_out, key_choice)
-    turns = [by_likelihood] if end - time.monotonic() < 30 else [by_likelihood, by_energy]
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    both = losses.symmetric_kl(log_density, BATCH_SIZE // 2)
+    turns: list[dict[str, Any]] = [
+        {"loss": _negative_log_likelihood, "key": key_likelihood, "batch_size": BATCH_SIZE},
+        {"loss": both, "key": key_energy, "batch_size": BATCH_SIZE // 2, "optimizer": adam},
+    ]
+    if end_s - time.monotonic() < 30:
+        turns.pop()
     for i, turn in enumerate(turns):
+        left_s = (end_s - time.monotonic()) / (len(turns) - i)
         if steps is None:
-            length: dict[str, Any] = {
-                "minutes": max((end - time.monotonic()) / (len(turns) - i) / 60, 0.01)
-            }
+            turn["minutes"] = max(left_s / 60, 0.01)
         else:
-            length = {"steps": max(steps // 2, 1)}
+            turn["steps"] = max(steps // 2, 1)
         try:
             trained = train(
-                best, data=x, validation=held_out, patience=0, progress=progress, **turn, **length
+                best, data=x, validation=held_out, patience=0, progress=progress, **turn
             )
         except BlowUpError as error:
             if i == 0:
                 raise
             warnings.warn(
-                f"the model was trained by likelihood only: by the energy, {error}",
-                stacklevel=2,
+                f"the model was trained by likelihood only: by the energy, {error}", stacklevel=2
             )
             break
         history = trained.history
@@ -171,20 +158,13 @@ def particles(
     A particle has the same place in all snapshots, so that some particles can be held out from all
     of them.
     """
-    num_dims, num = checked(Count, num_dims, "num_dims"), checked(Count, num, "num_particles")
-    if num < 1000:
-        raise ValueError(
-            f"num_particles must be at least 1000, got {num}: a tenth of them validates"
-        )
     key_anneal, key_move, key_order = jax.random.split(typed_key(key), 3)
-    found, step = anneal(
-        log_density, key_anneal, num, num_dims, scale=checked(Positive, scale, "scale")
-    )
+    found, step = anneal(log_density, key_anneal, num, num_dims, scale=scale)
     snapshots = []
     for key in jax.random.split(key_move, NUM_SNAPSHOTS):
         found = step(key, found)
         snapshots.append(np.asarray(found.x))
-    check_finite(log_density(found.x), "particles")
+    log_density_of(log_density, found.x, "particles")
     return np.stack(snapshots)[:, np.asarray(jax.random.permutation(key_order, num))]
 
 
@@ -252,10 +232,7 @@ def anneal(
 
     key_start, key = jax.random.split(key)
     x = scale * jax.random.normal(key_start, (num, num_dims))
-    check_finite(
-        log_density_of(log_density, x),
-        f"draws from the normal distribution of scale {scale:g} in which annealing starts",
-    )
+    log_density_of(log_density, x, f"draws from N(0, {scale:g}^2), in which annealing starts")
     found, num_steps = Particles(x, jnp.zeros((), x.dtype), jnp.full((), 0.3, x.dtype)), 0
     while found.t < 1:
         found, num_steps = step(jax.random.fold_in(key, num_steps), found), num_steps + 1
@@ -295,10 +272,9 @@ def _start(
         priors: list[Any] = [EntryMixtures.fit(z, PER_MARGINAL)]
         if num_dims <= MIXTURE_DIMS and isinstance(transform, Whiten):
             priors.append(_likeliest_mixture(z[:5000], held_out_z))
-        starts += [
-            (float(_mean_log_prob(prior, held_out_z) + log_dets[0]), transform, prior)
-            for prior in priors
-        ]
+        for prior in priors:
+            log_prob = float(_mean_log_prob(prior, held_out_z) + log_dets[0])
+            starts.append((log_prob, transform, prior))
     _, transform, prior = max(starts, key=lambda start: start[0])
     return Density.init(
         key,
@@ -319,16 +295,15 @@ def _likeliest_mixture(
     likelihood has fallen twice.
     """
     best, highest, fallen = None, -math.inf, 0
-    for num in (
-        count for count in COMPONENTS if count == 1 or 5 * count * (z.shape[1] + 1) <= len(z)
-    ):
+    for num in COMPONENTS:
+        if fallen == 2 or (num > 1 and 5 * num * (z.shape[1] + 1) > len(z)):
+            break
         mixture = GaussianMixture.fit(z, num)
         value = float(_mean_log_prob(mixture, held_out))
-        best, highest, fallen = (
-            (mixture, value, 0) if value > highest else (best, highest, fallen + 1)
-        )
-        if fallen == 2:
-            break
+        if value > highest:
+            best, highest, fallen = mixture, value, 0
+        else:
+            fallen += 1
     assert best is not None
     return best
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from iresnet_jax.arguments import Count, checked
 from iresnet_jax.models.density import Density
 
 LogDensity = Callable[[Array], Any]  # (b, ...) -> (b,)
@@ -36,7 +35,6 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
         >>> loss = reverse_kl(lambda x: -0.5 * jnp.sum(x**2, axis=1))
         >>> trained = train(model, loss, steps=1000, key=jax.random.key(0))  # doctest: +SKIP
     """
-    num = checked(Count, num, "num")
 
     def loss(model: Density, batch: Any, key: Key[Array, ""]) -> Array:
         del batch
@@ -80,34 +78,26 @@ def symmetric_kl(log_density: LogDensity, num: int = 128) -> Loss:
 
     def loss(model: Density, batch: Any, key: Key[Array, ""]) -> tuple[Array, dict[str, Array]]:
         key_batch, key_reverse = jax.random.split(key)
-        forward, reverse = (
-            -jnp.mean(model.log_prob(batch, key_batch)),
-            reverse_loss(model, None, key_reverse),
-        )
+        forward = -jnp.mean(model.log_prob(batch, key_batch))
+        reverse = reverse_loss(model, None, key_reverse)
         return forward + reverse, {"forward": forward, "reverse": reverse}
 
     return loss
 
 
-def log_density_of(log_density: LogDensity, x: Any) -> Float[Array, " b"]:
-    """The log-density of a batch."""
+def log_density_of(log_density: LogDensity, x: Any, where: str | None = None) -> Float[Array, " b"]:
+    """The log-density of a batch; with the name of a place, checked to be finite there."""
     values = jnp.asarray(log_density(x))
-    if values.shape != x.shape[:1] or not jnp.issubdtype(values.dtype, jnp.floating):
+    if values.shape != x.shape[:1]:
         raise ValueError(
-            f"log_density must give one real number for each of {len(x)} examples, shape "
-            f"({len(x)},), got {values.dtype} of shape {values.shape}: a function of one example "
-            "becomes one of batches by jax.vmap"
+            f"log_density must give one number for each of {len(x)} examples, shape ({len(x)},), "
+            f"got shape {values.shape}: a function of one example becomes one of batches by "
+            "jax.vmap"
         )
-    return values
-
-
-def check_finite(values: Any, where: str) -> None:
-    """Raises ``ValueError`` if log-densities are NaN or infinite; the message says how many, and
-    where.
-    """
-    if bad := int(np.sum(~np.isfinite(np.asarray(values)))):
+    if where and (bad := int(np.sum(~np.isfinite(values)))):
         raise ValueError(
             f"log_density is NaN or infinite at {bad} of {len(values)} {where}: it must be finite "
             "wherever samples may fall; parameters with ends are to be mapped to the whole line "
             "first"
         )
+    return values

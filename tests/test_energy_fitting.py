@@ -16,6 +16,8 @@ from iresnet_jax.training.run import BlowUpError
 pytestmark = pytest.mark.slow
 
 SHARES = (0.2, 0.8)
+QUICK = {"key": jax.random.key(0), "steps": 2, "num_particles": 1000, "progress": False}
+QUICK |= {"stages": [ir.StageSpec(1, (8,))]}
 
 
 def two_modes(x):
@@ -42,11 +44,6 @@ def test_modes_that_are_far_apart_keep_their_shares_when_annealed_and_moved():
     assert np.mean(np.any(later.x != found.x, axis=1)) > 0.99
 
 
-def test_a_log_density_that_is_infinite_is_refused():
-    with pytest.raises(ValueError, match=r"infinite at \d+ of 500 draws"):
-        anneal(lambda x: jnp.where(x[:, 0] > 0, 0.0, -jnp.inf), jax.random.key(0), 500, 2)
-
-
 def test_fit_energy_finds_both_modes(monkeypatch):
     monkeypatch.setattr(energy_fitting, "COMPONENTS", (1, 2))
 
@@ -55,14 +52,7 @@ def test_fit_energy_finds_both_modes(monkeypatch):
             *(-0.5 * jnp.sum(jnp.square((x - center) / 0.5), axis=1) for center in (-4.0, 4.0))
         )
 
-    options = {
-        "scale": 4.0,
-        "steps": 2,
-        "num_particles": 1000,
-        "stages": [ir.StageSpec(1, (8,))],
-        "progress": False,
-    }
-    fitted = ir.fit_energy(target, 3, key=jax.random.key(0), **options)
+    fitted = ir.fit_energy(target, 3, scale=4.0, **QUICK)
     found = ir.evaluate_energy(fitted, target, jax.random.key(1), 1000)
     log_z = math.log(2) + 3 * 0.5 * math.log(2 * math.pi * 0.25)
     assert found.log_z == pytest.approx(log_z, abs=4 * found.stderr)
@@ -80,22 +70,12 @@ def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monk
         trained.append(model)
         return model.with_(history=History.from_records([], 2))
 
+    def normal(x):
+        return -0.5 * jnp.sum(jnp.square(x), axis=1)
+
     monkeypatch.setattr(energy_fitting, "train", train)
-    options = {
-        "steps": 2,
-        "num_particles": 1000,
-        "stages": [ir.StageSpec(1, (8,))],
-        "progress": False,
-    }
-    with pytest.warns(
-        UserWarning, match="trained by likelihood only: by the energy, loss became non-finite"
-    ):
-        found = ir.fit_energy(
-            lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options
-        )
+    with pytest.warns(UserWarning, match="by the energy, loss became non-finite"):
+        found = ir.fit_energy(normal, 3, **QUICK)
     assert found.history.step in (0, 2)
-    trained.append(None)
     with pytest.raises(BlowUpError):  # before there is such a flow
-        ir.fit_energy(
-            lambda x: -0.5 * jnp.sum(jnp.square(x), axis=1), 3, key=jax.random.key(0), **options
-        )
+        ir.fit_energy(normal, 3, **QUICK)

@@ -12,7 +12,7 @@ from certified_flows import times
 
 from iresnet_jax.__main__ import COMMANDS, main, read_contexts
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.evaluation import samples
+from iresnet_jax.evaluation import round_trips
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig
@@ -109,7 +109,7 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
     levels = np.load(folder / "samples.npy")
     assert (levels.shape, levels.dtype) == ((5, *kept.SHAPE), np.uint8)
     np.testing.assert_array_equal(
-        levels, samples.draw(run.load(folder).model, 5, 32, temperature=0.8, seed=3)[0]
+        levels, round_trips.draw(run.load(folder).model, 5, 32, temperature=0.8, seed=3)[0]
     )
     assert (folder / "samples.png").read_bytes().startswith(PNG)
     said(capsys, "sample", folder, *options, "--label", "2", "--certify", "0")

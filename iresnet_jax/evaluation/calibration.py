@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from iresnet_jax.evaluation import likelihood, samples
+from iresnet_jax.evaluation import likelihood, round_trips
 from iresnet_jax.models.contexts import for_examples
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
@@ -152,38 +152,28 @@ def calibrate(
         settings: Batch size, and how log-densities are computed.
         seed: Seed of the samples, in [0, 2^32).
 
-    Raises:
-        ValueError: If the examples are not vectors, or fewer than `LEAST_EXAMPLES`, or some have no
-            context.
-
     Example:
         >>> print(calibrate(model, theta_test, context_test))  # doctest: +SKIP
     """
     examples = np.asarray(examples)
-    if examples.ndim != 2 or len(examples) < LEAST_EXAMPLES:
-        raise ValueError(
-            f"calibration takes at least {LEAST_EXAMPLES} vectors, got examples of "
-            f"shape {examples.shape}"
-        )
-    contexts = for_examples(contexts, len(examples))
+    num, generator = len(examples), np.random.default_rng(seed)
+    if num < LEAST_EXAMPLES:
+        raise ValueError(f"calibration takes at least {LEAST_EXAMPLES} examples, got {num}")
+    contexts = for_examples(contexts, num)
     repeated = np.repeat(contexts, num_samples, axis=0)
-    drawn, convergence = samples.draw(
+    drawn, convergence = round_trips.draw(
         model, len(repeated), settings.batch_size, seed=seed, contexts=repeated
     )
     log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
     of_samples, of_truth = log_prob(drawn, contexts=repeated), log_prob(examples, contexts=contexts)
-    values = _places(model, drawn).reshape(len(examples), num_samples, -1)
-    truth = _places(model, examples)
-    generator = np.random.default_rng(seed)
-    tests = [
-        rank_test(
-            f"entry {i}", _ranks(values[:, :, i], truth[:, i], generator), num_samples, generator
-        )
-        for i in range(examples.shape[1])
-    ]
-    of_density = _ranks(of_samples.reshape(len(examples), num_samples), of_truth, generator)
-    tests.append(rank_test("log p", of_density, num_samples, generator))
-    return Calibration(tuple(tests), len(examples), num_samples, len(convergence.failed))
+    values, truth = _places(model, drawn).reshape(num, num_samples, -1), _places(model, examples)
+    ranked = {f"entry {i}": (values[:, :, i], truth[:, i]) for i in range(examples.shape[1])}
+    ranked["log p"] = of_samples.reshape(num, num_samples), of_truth
+    tests = (
+        rank_test(name, _ranks(*pair, generator), num_samples, generator)
+        for name, pair in ranked.items()
+    )
+    return Calibration(tuple(tests), num, num_samples, len(convergence.failed))
 
 
 def _places(model: Density, x: np.ndarray) -> Float[np.ndarray, "n d"]:

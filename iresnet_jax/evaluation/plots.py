@@ -36,13 +36,6 @@ COLUMNS = 8  # images in a row
 MAX_PAIRS, MAX_RANKS = 5, 12  # entries of a vector whose pairs and whose ranks are drawn
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, with sizes in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def data_uri(figure: "Figure") -> str:
     """A figure as a data URI, for a page that needs no other file."""
     file = io.BytesIO()
@@ -69,35 +62,16 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -
             be missing.
         evaluated_step: Step of the evaluated checkpoint, a vertical line.
     """
-    logged = {
-        name
-        for record in records
-        for name, value in record.items()
-        if isinstance(value, int | float)
-    }
-    names = [
-        *(name for name in OBJECTIVES if name in logged),
-        *sorted(logged - {"step", "wall_time_s", *OBJECTIVES}),
-    ]
+    logged = {name for record in records for name in record} - {"step", "split", "wall_time_s"}
+    names = [*(name for name in OBJECTIVES if name in logged), *sorted(logged - {*OBJECTIVES})]
+    styles = {"train": (BLUE, ""), "validation": (ORANGE, "o")}
     figure, grid = panels(len(names), columns=4, height=1.9)
     for axes, name in zip(grid, names, strict=True):
-        for split, color, marker in (("train", BLUE, ""), ("validation", ORANGE, "o")):
-            found = [
-                (r["step"], r[name])
-                for r in records
-                if r.get("split") == split and isinstance(r.get(name), int | float)
-            ]
+        for split, (color, marker) in styles.items():
+            found = [(r["step"], r[name]) for r in records if r["split"] == split and name in r]
             if found:
-                steps, values = np.array(sorted(found), np.float64).T
-                axes.plot(
-                    steps,
-                    values,
-                    color=color,
-                    marker=marker,
-                    markersize=3,
-                    linewidth=1.2,
-                    label=split,
-                )
+                steps, values = zip(*sorted(found), strict=True)
+                axes.plot(steps, values, color=color, marker=marker, markersize=3, label=split)
         axes.axvline(evaluated_step, color=GREY, linewidth=0.8)
         axes.ticklabel_format(axis="y", useOffset=False)
         label(axes, "step", "", OBJECTIVES.get(name, name.replace("_", " ")))
@@ -112,22 +86,18 @@ def lipschitz_bars(certificate: Certificate) -> "Figure":
     An estimate comes from power iteration, which approaches the norm from below: only the bound
     proves anything.
     """
-    estimates, bounds = (
-        [getattr(block, kind) for block in certificate.blocks] for kind in ("estimate", "bound")
-    )
-    figure = new_figure(10.0, 3.2)
-    axes = figure.add_subplot()
+    estimates = [block.estimate for block in certificate.blocks]
+    bounds = [block.bound for block in certificate.blocks]
+    figure, [axes] = panels(1, 1, 3.2)
     place = np.arange(len(bounds))
-    axes.bar(place, estimates, width=0.7, color=BLUE, alpha=0.85, label="estimate (from below)")
+    axes.bar(place, estimates, color=BLUE, label="estimate (from below)")
     axes.scatter(place, bounds, s=26, marker="D", color=ORANGE, zorder=3, label="certified bound")
     if certificate.target is not None:
-        axes.axhline(
-            certificate.target, color=PLUM, linestyle="--", label=f"target {certificate.target:g}"
-        )
-    axes.axhline(1.0, color=INK, linewidth=1.0, label="invertible below 1")
-    axes.set_ylim(
-        0.0, 1.04 * max(value for value in (1.0, *estimates, *bounds) if math.isfinite(value))
-    )
+        target = f"target {certificate.target:g}"
+        axes.axhline(certificate.target, color=PLUM, linestyle="--", label=target)
+    axes.axhline(1.0, color=INK, label="invertible below 1")
+    finite = [value for value in (1.0, *estimates, *bounds) if math.isfinite(value)]
+    axes.set_ylim(0.0, 1.04 * max(finite))
     label(axes, "block, from the data to the latents", "Lipschitz constant of g", "")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
@@ -147,13 +117,10 @@ def density_map(
             upwards.
         extent: (left, right, bottom, top) of the grid.
     """
-    figure = new_figure(5.4, 4.6)
-    axes = figure.add_subplot()
+    figure, [axes] = panels(1, 1, 4.6, width=5.4)
     density = np.exp(np.where(np.isfinite(log_density), log_density, -np.inf))
     top = float(np.quantile(density, 0.995)) or float(density.max()) or 1.0
     shown = axes.imshow(density, origin="lower", extent=extent, aspect="auto", vmin=0.0, vmax=top)
-    label(axes, "", "", "")
-    axes.grid(visible=False)
     figure.colorbar(shown, ax=axes, label="density", extend="max")
     return figure
 
@@ -177,42 +144,27 @@ def pairs(points: Mapping[str, Any]) -> "Figure":
         points = {name: numbers_of(frame, columns) for name, frame in points.items()}
         first = next(iter(points.values()))
     finite = first[np.isfinite(first).all(axis=1)]
-    low, high = np.quantile(
-        finite if len(finite) else np.zeros((1, first.shape[1])), [0.001, 0.999], axis=0
-    )
+    finite = finite if len(finite) else np.zeros((1, first.shape[1]))
+    low, high = np.quantile(finite, [0.001, 0.999], axis=0)
     margin = 0.1 * np.maximum(high - low, 1e-12)
     low, high, shown = low - margin, high + margin, min(first.shape[1], MAX_PAIRS)
-    figure = new_figure(10.0, max(1.9 * shown, 3.0))
-    grid: Any = figure.subplots(shown, shown, squeeze=False)
-    for row, column in np.ndindex(shown, shown):
-        axes = grid[row, column]
+    figure, grid = panels(shown**2, shown, max(1.9, 3.0 / shown))
+    for axes, (row, column) in zip(grid, np.ndindex(shown, shown), strict=True):
         if column > row:
             axes.set_axis_off()
             continue
         for (name, values), color in zip(points.items(), (BLUE, ORANGE), strict=False):
+            x, y = values[:, column], values[:, row]
             if row == column:
                 bins = np.linspace(low[row], high[row], 41).tolist()
-                axes.hist(
-                    values[:, row],
-                    bins=bins,
-                    density=True,
-                    histtype="step",
-                    color=color,
-                    label=name,
-                )
+                axes.hist(x, bins=bins, density=True, histtype="step", color=color, label=name)
             else:
-                axes.scatter(
-                    values[:, column], values[:, row], s=2.0, color=color, alpha=0.35, linewidths=0
-                )
+                axes.scatter(x, y, s=2.0, color=color, alpha=0.35, linewidths=0)
                 axes.set_ylim(low[row], high[row])
         axes.set_xlim(low[column], high[column])
-        label(
-            axes,
-            names[column] if row == shown - 1 else "",
-            names[row] if column == 0 and row else "",
-            "",
-        )
-    grid[0, 0].legend(frameon=False, fontsize=8)
+        below, left = row == shown - 1, column == 0 < row
+        label(axes, names[column] if below else "", names[row] if left else "", "")
+    grid[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -237,19 +189,17 @@ def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
     """Number of examples by class (row) and predicted class (column); colour is the share of the
     class on a log scale.
     """
-    figure = new_figure(5.6, 5.0)
-    axes = figure.add_subplot()
-    scaled = np.log10(np.maximum(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), 1e-4))
+    figure, [axes] = panels(1, 1, 5.0, width=5.6)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    scaled = np.log10(np.maximum(shares, 1e-4))
     axes.imshow(np.where(counts > 0, scaled, np.nan), cmap="Blues", vmin=-4.5, vmax=0.0)
     if len(counts) <= 20:
         axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
         for row, column in np.argwhere(counts > 0):
             ink = "white" if scaled[row, column] > -1.5 else INK
-            axes.text(
-                column, row, f"{counts[row, column]}", ha="center", va="center", size=8, color=ink
-            )
-    label(axes, "taken for", "class", "")
-    axes.grid(visible=False)
+            number = str(counts[row, column])
+            axes.text(column, row, number, ha="center", va="center", size=8, color=ink)
+    axes.set(xlabel="taken for", ylabel="class")
     return figure
 
 
@@ -257,24 +207,13 @@ def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Fig
     """Verified accuracy and accuracy under attack by radius; certified radii are 0 for images
     classified wrongly.
     """
-    figure = new_figure(5.6, 3.6)
-    axes = figure.add_subplot()
-    axes.plot(
-        np.sort(radii)[::-1],
-        np.arange(1, len(radii) + 1) / len(radii),
-        color=BLUE,
-        label="verified",
-    )
-    left = np.array([(own.fraction, *own.interval) for own in found.attacked]).T
-    axes.errorbar(
-        found.radii,
-        left[0],
-        np.abs(left[1:] - left[0]),
-        fmt="o",
-        markersize=3,
-        color=ORANGE,
-        label="under attack",
-    )
+    figure, [axes] = panels(1, 1, 3.6, width=5.6)
+    shares = np.arange(1, len(radii) + 1) / len(radii)
+    axes.plot(np.sort(radii)[::-1], shares, color=BLUE, label="verified")
+    left = np.array([own.fraction for own in found.attacked])
+    ends = np.array([own.interval for own in found.attacked]).T
+    errors = np.abs(ends - left[None])
+    axes.errorbar(found.radii, left, errors, fmt="o", color=ORANGE, label="under attack")
     axes.set(xlim=(0, 1.1 * max(found.radii)), ylim=(0, 1))
     label(axes, "radius (2-norm of pixels in [0, 1])", "accuracy", "")
     axes.legend(frameon=False, fontsize=8)
@@ -282,17 +221,24 @@ def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Fig
 
 
 def images(
-    values: Num[np.ndarray, "n h w c"], num_levels: int | None, *, captions: Sequence[str] = ()
+    values: Num[np.ndarray, "n h w c"],
+    num_levels: int | None,
+    *,
+    captions: Sequence[str] = (),
+    columns: int = COLUMNS,
 ) -> "Figure":
-    """Images in reading order; continuous images are clipped to their 1 % and 99 % quantiles."""
-    if num_levels is not None:
-        pixels = values / (num_levels - 1)
-    else:
+    """Images in reading order, black where not finite; continuous images are clipped to their 1 %
+    and 99 % quantiles. Other numbers of channels than 3 are averaged to grey.
+    """
+    low, high = 0, (num_levels or 2) - 1
+    if num_levels is None:
         low, high = np.quantile(values[np.isfinite(values)], [0.01, 0.99])
-        pixels = (values - low) / max(high - low, 1e-12)
+    pixels = (values - low) / max(high - low, 1e-12)
+    if pixels.shape[-1] != 3:
+        pixels = np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
     height = pixels.shape[1] / pixels.shape[2] + (0.3 if captions else 0)
-    figure, grid = panels(len(pixels), COLUMNS, height, width=1.0 * COLUMNS)
-    for axes, image in zip(grid, rgb(pixels), strict=True):
+    figure, grid = panels(len(pixels), columns, height, width=1.0 * columns)
+    for axes, image in zip(grid, np.clip(np.nan_to_num(pixels), 0, 1), strict=True):
         axes.imshow(image, interpolation="nearest")
         axes.set_axis_off()
     for axes, caption in zip(grid, captions, strict=False):
@@ -309,25 +255,10 @@ def reconstructions(
     if originals.ndim != 4 or originals.min() < 0 or originals.max() > 1:
         return None
     originals, back = originals[:COLUMNS], back[:COLUMNS]
-    figure = new_figure(10.0, 2.6 * max(originals.shape[1] / originals.shape[2], 0.5) + 0.4)
-    grid: Any = figure.subplots(2, len(originals), squeeze=False)
-    for axes, original, inverted, error in zip(
-        grid.T, rgb(originals), rgb(back), np.abs(back - originals), strict=True
-    ):
-        for place, image in zip(axes, (original, inverted), strict=True):
-            place.imshow(image, interpolation="nearest")
-            place.set_axis_off()
-        axes[1].set_title(f"off by {error.max():.1e}", size=8)
-    return figure
-
-
-def rgb(pixels: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w 3"]:
-    """RGB images in [0, 1] from pixels in [0, 1], black where not finite; other numbers of channels
-    than 3 are averaged to grey.
-    """
-    if pixels.shape[-1] != 3:
-        pixels = np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
-    return np.clip(np.nan_to_num(pixels), 0.0, 1.0)
+    errors = np.abs(back - originals).max(axis=(1, 2, 3))
+    captions = [*[""] * len(back), *(f"off by {error:.1e}" for error in errors)]
+    both = np.concatenate([originals, back])
+    return images(both, 2, captions=captions, columns=len(back))
 
 
 def write_samples(
@@ -349,8 +280,10 @@ def panels(
     """A figure of ``num`` axes in rows of one height, in inches; the rest of the last row stays
     empty.
     """
+    from matplotlib.figure import Figure
+
     rows = math.ceil(num / columns)
-    figure = new_figure(width, rows * height)
+    figure = Figure(figsize=(width, rows * height), layout="constrained")
     grid: Any = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[num:]:
         axes.set_axis_off()

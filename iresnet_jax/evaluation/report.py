@@ -28,14 +28,12 @@ from iresnet_jax.evaluation import (
     plots,
     robustness,
     round_trips,
-    samples,
 )
 from iresnet_jax.evaluation.calibration import Calibration
 from iresnet_jax.evaluation.classification import Classification
 from iresnet_jax.evaluation.likelihood import Likelihood
 from iresnet_jax.evaluation.robustness import Robustness
-from iresnet_jax.evaluation.round_trips import Inversion
-from iresnet_jax.evaluation.samples import SampleConvergence
+from iresnet_jax.evaluation.round_trips import Inversion, SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import device_summary, num_cores
 from iresnet_jax.models.certificate import Certificate
@@ -92,26 +90,27 @@ class TrainingTimes:
     def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int) -> "TrainingTimes":
         """Times of a run from the records of its metrics."""
         records = list(records)
-        windows = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
-        compiles = [record["compile_seconds"] for record in records if "compile_seconds" in record]
+
+        def logged(name: str) -> list[float]:
+            return [record[name] for record in records if name in record]
+
+        windows, compiles = logged("seconds_per_step"), logged("compile_seconds")
         return cls(
             steps=steps,
             total_steps=max((record["step"] for record in records), default=steps),
             seconds_per_step=float(np.median(windows)) if windows else None,
             compile_seconds=compiles[-1] if compiles else None,
-            total_seconds=max((record["wall_time_s"] for record in records), default=None),
+            total_seconds=max(logged("wall_time_s"), default=None),
         )
 
     def __str__(self) -> str:
-        times = {
-            "in all": self.total_seconds,
-            "a step": self.seconds_per_step,
-            "to compile": self.compile_seconds,
-        }
-        known = "".join(
-            f", {seconds:.3g} s {what}" for what, seconds in times.items() if seconds is not None
-        )
-        return f"training: {self.steps} steps of {self.total_steps}{known}"
+        times = (self.total_seconds, self.seconds_per_step, self.compile_seconds)
+        known = [
+            f"{seconds:.3g} s {what}"
+            for seconds, what in zip(times, ("in all", "a step", "to compile"), strict=True)
+            if seconds is not None
+        ]
+        return ", ".join([f"training: {self.steps} steps of {self.total_steps}", *known])
 
 
 @dataclass(frozen=True)
@@ -144,61 +143,39 @@ class Report:
     def warnings(self) -> list[str]:
         """Sentences to read before any number."""
         found = list(self.notes)
-        parts = (
-            self.likelihood,
-            self.calibration,
-            self.classification,
-            self.robustness,
-            self.samples,
-            self.inverse,
-        )
-        for part in parts:
-            found += part.warnings() if part else ()
-        if self.samples_by_class:
-            found += self.samples_by_class.warnings("samples by class")
-        return found + [
-            known.verdict
-            for known in (self.lipschitz, self.noise_lipschitz)
-            if known and not known.certified
-        ]
+        for part in (getattr(self, name) for name in TITLES):
+            if isinstance(part, Certificate):
+                found += [] if part.certified else [part.verdict]
+            elif hasattr(part, "warnings"):
+                found += part.warnings()
+        return found
 
     def __str__(self) -> str:
-        verdict = self.lipschitz and self.lipschitz.verdict
-        calibration = self.calibration and self.calibration.headline
         headlines = [
             self.likelihood,
-            calibration,
+            self.calibration and self.calibration.headline,
             self.classification,
             self.robustness,
             self.inverse,
-            verdict,
+            self.lipschitz and self.lipschitz.verdict,
         ]
         said = "\n".join(str(headline) for headline in headlines if headline)
         return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``report.json``; numbers that are not finite become None."""
-        facts = {
-            name: value
-            for name, value in asdict(self).items()
-            if value is not None and name != "notes"
-        }
+        facts = {name: value for name, value in asdict(self).items() if value is not None}
+        del facts["notes"]
         if self.likelihood:
-            facts["nll" if self.likelihood.unit == "nats" else "bits_per_dim"] = facts.pop(
-                "likelihood"
-            )
-        if self.calibration:
-            facts["calibration"] |= {
-                "p_value": self.calibration.p_value,
-                "calibrated": self.calibration.is_calibrated,
-            }
-        for name, known in (
-            ("lipschitz", self.lipschitz),
-            ("noise_lipschitz", self.noise_lipschitz),
-        ):
-            if known:
+            name = "nll" if self.likelihood.unit == "nats" else "bits_per_dim"
+            facts[name] = facts.pop("likelihood")
+        if found := self.calibration:
+            of_all = {"p_value": found.p_value, "calibrated": found.is_calibrated}
+            facts["calibration"] |= of_all
+        for name in ("lipschitz", "noise_lipschitz"):
+            if known := getattr(self, name):
                 facts[name] |= {"certified": known.certified, "max_block": known.max_block}
-        facts |= {"warnings": self.warnings()}
+        facts["warnings"] = self.warnings()
         # JSON has no NaN and no infinity: None stands for them.
         return json.loads(json.dumps(facts), parse_constant=lambda _: None)
 
@@ -238,20 +215,11 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty= with changes",
-    ]
+    options = "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"
+    command = ["git", "-C", str(root), "describe", *options]
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
         return None
 
@@ -272,11 +240,8 @@ def write(run: Run) -> Report:
     results: Results = {}
     figures: Figures = {}
     if curves := [record for record in records if record["split"] != "timing"]:
-        figures["train"] = {
-            "Learning curves; the line is the evaluated step": plots.learning_curves(
-                curves, run.step
-            )
-        }
+        drawn = plots.learning_curves(curves, run.step)
+        figures["train"] = {"Learning curves; the line is the evaluated step": drawn}
     if isinstance(run.model, Density):
         results |= _density(run, run.model, examples, figures)
     if run.model.spec.num_classes is not None:
@@ -284,12 +249,8 @@ def write(run: Run) -> Report:
     results |= _inverse(run, examples, figures)
     times = TrainingTimes.from_metrics(records, run.step)
     report = Report(times, describe_environment(), to_plain(run.config), notes=run.notes, **results)
-    html = render(
-        report,
-        figures,
-        title=run.folder.absolute().name,
-        references=dict(run.config.references.values),
-    )
+    references = dict(run.config.references.values)
+    html = render(report, figures, title=run.folder.absolute().name, references=references)
     content = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
     for name, text in {"report.json": content, "report.html": html}.items():
         with replacing(run.folder / name) as incoming:
@@ -300,35 +261,27 @@ def write(run: Run) -> Report:
 def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> Results:
     """Likelihood and samples of a density, and the calibration of a conditional one of vectors."""
     settings, seed, contexts = run.config.evaluation, run.config.seed, run.test_contexts()
-    is_image = len(model.spec.flow.event_shape) == 3
-    values, convergence = samples.draw(
-        model,
-        NUM_IMAGES if is_image else NUM_POINTS,
-        settings.batch_size,
-        seed=seed,
-        contexts=contexts,
+    shape, floor = model.spec.flow.event_shape, run.data.entropy
+    num = NUM_IMAGES if len(shape) == 3 else NUM_POINTS
+    values, convergence = round_trips.draw(
+        model, num, settings.batch_size, seed=seed, contexts=contexts
     )
     measured = likelihood.measure(
-        model, examples, settings, seed, contexts=contexts, entropy_floor=run.data.entropy
+        model, examples, settings, seed, contexts=contexts, entropy_floor=floor
     )
     results: Results = {"likelihood": measured, "samples": convergence}
-    if is_image:
+    if len(shape) == 3:
         figures["samples"] = {"Samples": plots.images(values, model.spec.num_levels)}
         return results
-    figures["samples"] = {
-        "Samples beside test data": plots.pairs(
-            {"test data": examples[:NUM_POINTS], "samples": values}
-        )
-    }
-    if model.spec.flow.event_shape == (2,) and contexts is None:
-        figures["samples"]["Density"] = plots.density_map(
-            *log_density_on_grid(model, examples[:NUM_POINTS])
-        )
+    points = examples[:NUM_POINTS]
+    beside = plots.pairs({"test data": points, "samples": values})
+    figures["samples"] = {"Samples beside test data": beside}
+    if shape == (2,) and contexts is None:
+        drawn = plots.density_map(*log_density_on_grid(model, points))
+        figures["samples"]["Density"] = drawn
     if contexts is not None and len(examples) >= calibration.LEAST_EXAMPLES:
-        results["calibration"] = calibration.calibrate_run(run)
-        figures["calibration"] = {
-            "Ranks of test examples": plots.rank_histograms(results["calibration"])
-        }
+        results["calibration"] = found = calibration.calibrate_run(run)
+        figures["calibration"] = {"Ranks of test examples": plots.rank_histograms(found)}
     return results
 
 
@@ -357,37 +310,31 @@ def _classes(run: Run, examples: np.ndarray, figures: Figures) -> Results:
     """Test error of a model with classes; a classifier's robustness, or a density's samples of each
     class.
     """
-    model, size, levels = run.model, run.config.evaluation.batch_size, run.model.spec.num_levels
-    is_image = examples.ndim == 4
-    result = classification.evaluate(model, examples, run.data.labels["test"], size)
-    figures["classification"] = {
-        "Classes and what they were taken for": plots.confusion_matrix(np.array(result.confusion))
-    }
-    if result.mistakes and is_image:
+    model, settings, seed = run.model, run.config.evaluation, run.config.seed
+    labels, levels = run.data.labels["test"], model.spec.num_levels
+    result = classification.evaluate(model, examples, labels, settings.batch_size)
+    results: Results = {"classification": result}
+    drawn = plots.confusion_matrix(np.array(result.confusion))
+    figures["classification"] = {"Classes and what they were taken for": drawn}
+    if result.mistakes and examples.ndim == 4:
         chosen = examples[[mistake.index for mistake in result.mistakes]]
         captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
-        figures["classification"]["First mistakes"] = plots.images(
-            chosen, levels, captions=captions
+        drawn = plots.images(chosen, levels, captions=captions)
+        figures["classification"]["First mistakes"] = drawn
+    if isinstance(model, Density):
+        classes = range(min(model.spec.num_classes or 0, CLASSES_SHOWN))
+        of_rows = np.repeat(classes, plots.COLUMNS).tolist()
+        values, results["samples_by_class"] = round_trips.draw(
+            model, len(of_rows), settings.batch_size, seed=seed + 1, labels=of_rows
         )
-    if not isinstance(model, Density):
-        results: Results = {"classification": result}
-        if run.config.evaluation.radii:
-            labels = run.data.labels["test"]
-            found, radii = robustness.measure(
-                model, examples, labels, run.config.evaluation, run.config.seed
-            )
-            results["robustness"] = found
-            figures["robustness"] = {"Accuracy by radius": plots.robustness_curves(found, radii)}
-        return results
-    labels = np.repeat(
-        range(min(model.spec.num_classes or 0, CLASSES_SHOWN)), plots.COLUMNS
-    ).tolist()
-    values, convergence = samples.draw(
-        model, len(labels), size, seed=run.config.seed + 1, labels=labels
-    )
-    if is_image:
-        figures["samples_by_class"] = {"Samples, a class a row": plots.images(values, levels)}
-    return {"classification": result, "samples_by_class": convergence}
+        if examples.ndim == 4:
+            drawn = plots.images(values, levels)
+            figures["samples_by_class"] = {"Samples, a class a row": drawn}
+    elif settings.radii:
+        found, radii = robustness.measure(model, examples, labels, settings, seed)
+        results["robustness"] = found
+        figures["robustness"] = {"Accuracy by radius": plots.robustness_curves(found, radii)}
+    return results
 
 
 def _inverse(run: Run, examples: np.ndarray, figures: Figures) -> Results:
@@ -425,10 +372,8 @@ def render(
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    template = environment.from_string(
-        files("iresnet_jax.evaluation").joinpath("page.html.jinja").read_text("utf-8")
-    )
-    return template.render(
+    page = files("iresnet_jax.evaluation").joinpath("page.html.jinja").read_text("utf-8")
+    return environment.from_string(page).render(
         title=title,
         report=report,
         sections=[

@@ -1,28 +1,28 @@
-"""Round trips of test examples through latents or features: is the trained network invertible, and
-how exactly?
+"""Round trips of test examples through latents or features, and samples: is the trained network
+invertible, and how exactly?
 
 A guarantee concerns the inverse of given latents. A round trip also rounds in the encoding, so its
 error may be larger.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Float, Num
 
 from iresnet_jax.certification.decode import certified
 from iresnet_jax.certification.prepared import check
 from iresnet_jax.maths import activations
-from iresnet_jax.maths.fixed_point import FixedPointInfo, example_norm
+from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.flow import FlowBounds
 from iresnet_jax.models.model import DecodeInfo
 from iresnet_jax.training import parallel
 from iresnet_jax.training.density import evaluation_keys
@@ -103,6 +103,26 @@ class RoundTrips:
     fraction_converged: float
     mean_evals: float
 
+    @classmethod
+    def of(cls, there: Any, back: Any, info: Any, num_blocks: int, **others: Any) -> Any:
+        """The errors of inputs of the flow that came back.
+
+        The solver bounds the distance to the exact preimage of the computed latents. Encoding
+        rounds these in each block by at most the solver's allowance for rounding of its residual,
+        so twice the solver's bound holds for the round trip.
+        """
+        error = jnp.asarray(back) - jnp.asarray(there)
+        lengths, bounds = example_norm(error), 2 * info.error_bound
+        return cls(
+            max_abs_error=float(jnp.abs(error).max()),
+            max_euclidean_error=float(lengths.max()),
+            max_error_bound=float(bounds.max()),
+            fraction_within_bound=float((lengths <= bounds).mean()),
+            fraction_converged=float(info.converged.mean()),
+            mean_evals=float(info.num_evals.mean() / num_blocks),
+            **others,
+        )
+
 
 @dataclass(frozen=True)
 class Inversion(RoundTrips):
@@ -147,20 +167,6 @@ class Inversion(RoundTrips):
         return found
 
 
-class RoundTrip(NamedTuple):
-    """Errors of each example after a round trip, and the end of its inverse.
-
-    Attributes:
-        max_abs_error: Largest entry of the error, in the units of the flow's input.
-        euclidean_error: Euclidean norm of the error.
-        info: End of the inverse; ``error_bound`` covers the round trip.
-    """
-
-    max_abs_error: Float[Array, " n"] | Float[np.ndarray, " n"]
-    euclidean_error: Float[Array, " n"] | Float[np.ndarray, " n"]
-    info: FixedPointInfo
-
-
 class Reconstructions(NamedTuple):
     """Examples as continuous data, images in [0, 1] or points; their round trips; the summary."""
 
@@ -188,38 +194,28 @@ def reconstruct(
         num_certified: Number of first examples whose inverse `certify.inverse` certifies; 0 means
             that one takes too long, None that it was not requested.
     """
-    num, num_refined, key = len(examples), min(len(examples), NUM_EXAMPLES), jax.random.key(seed)
+    key = jax.random.key(seed)
 
     def batch_of(places):
-        context = None if contexts is None else contexts[places]
-        return examples[places], context, evaluation_keys(key, places, 0, 0)[0]
+        keys = evaluation_keys(key, places, 0, 0)[0]
+        return *parallel.rows_of(examples, contexts)(places), keys
 
-    bounds = model.bounds()
+    bounds, num_blocks = model.bounds(), model.spec.flow.num_blocks
     originals, there, latents, data, info = parallel.over_batches(
-        _there_and_back, (model, bounds), batch_of, num, batch_size
+        _there_and_back, (model, bounds), batch_of, len(examples), batch_size
     )
     precise = model.with_(solver=model.how.solver._replace(atol=REFINED_ATOL, refine=True))
     with jax.enable_x64():
-        refined = parallel.over_batches(
-            _in_float64,
-            (precise, bounds),
-            parallel.rows_of(there, contexts),
-            num_refined,
-            batch_size,
-        )
-    num_blocks = model.spec.flow.num_blocks
-    found = (
-        None
-        if num_certified is None
-        else bound_inverses(model, latents, data, info, num_certified, contexts)
-    )
-    trip = _compared(there, info.flow_input, in_flow(info))
-    summary = Inversion(
-        **asdict(summarize(trip, num_blocks)),
-        num_examples=num,
-        refined=summarize(refined, num_blocks),
-        guarantee=found,
-    )
+        own, rows = (precise, bounds), parallel.rows_of(there, contexts)
+        num = min(len(examples), NUM_EXAMPLES)
+        back, how = parallel.over_batches(_in_float64, own, rows, num, batch_size)
+        refined = RoundTrips.of(there[:num].astype(np.float64), back, how, num_blocks)
+    found = None
+    if num_certified is not None:
+        found = bound_inverses(model, latents, data, info, num_certified, contexts)
+    of_flow = info._replace(error_bound=info.flow_error_bound)
+    others = {"num_examples": len(examples), "refined": refined, "guarantee": found}
+    summary = Inversion.of(there, info.flow_input, of_flow, num_blocks, **others)
     return Reconstructions(originals, info.continuous, summary)
 
 
@@ -233,49 +229,92 @@ def _there_and_back(own, batch):
     return originals, there, latents, *model.decode(latents, context=context, bounds=bounds)
 
 
-def in_flow(info: DecodeInfo) -> FixedPointInfo:
-    """The end of the flow's inverse alone, in the units of its input."""
-    return FixedPointInfo(*info[:4])._replace(error_bound=info.flow_error_bound)
-
-
 def _in_float64(own, batch):
     (model, bounds), batch = own, jax.tree.map(lambda values: values.astype(jnp.float64), batch)
-    return round_trip(model, *batch, bounds=bounds)
+    there, context = batch
+    flow = model.flow(context, bounds=bounds)
+    return flow.inverse(flow.forward(there))
 
 
-def summarize(trip: RoundTrip, num_blocks: int) -> RoundTrips:
-    """Maxima, fractions and means over examples."""
-    return RoundTrips(
-        max_abs_error=float(trip.max_abs_error.max()),
-        max_euclidean_error=float(trip.euclidean_error.max()),
-        max_error_bound=float(trip.info.error_bound.max()),
-        fraction_within_bound=float((trip.euclidean_error <= trip.info.error_bound).mean()),
-        fraction_converged=float(trip.info.converged.mean()),
-        mean_evals=float(trip.info.num_evals.mean() / num_blocks),
-    )
+# --- samples --------------------------------------------------------------------------------------
 
 
-def round_trip(
-    model: Density | Classifier,
-    there: Float[Array, "b ..."],
-    context: Float[Array, "b k"] | None = None,
-    bounds: FlowBounds | None = None,
-) -> RoundTrip:
-    """The model's flow and its inverse, under a context if the model is conditional.
+@dataclass(frozen=True)
+class SampleConvergence:
+    """Convergence of the inverses of a number of samples.
 
-    The solver bounds the distance to the exact preimage of the computed latents. Encoding rounds
-    these in each block by at most the solver's allowance for rounding of its residual, so twice the
-    solver's bound holds for the round trip.
+    Attributes:
+        num: Samples.
+        failed: Numbers of the samples whose inverse did not meet its tolerance.
+        guarantee: Guaranteed errors of the first samples; None if not requested.
     """
-    bijection = model.flow(context, bounds=bounds)
-    back, info = bijection.inverse(bijection.forward(there))
-    return _compared(there, back, info)
+
+    num: int
+    failed: tuple[int, ...] = ()
+    guarantee: Guarantee | None = None
+
+    def __str__(self) -> str:
+        line = f"samples: the inverse converged for {self.num - len(self.failed)} of {self.num}"
+        return "\n".join(
+            [line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()]
+        )
+
+    def warnings(self) -> list[str]:
+        """A sentence that numbers the samples whose inverse did not converge."""
+        if not self.failed:
+            return []
+        named = ", ".join(map(str, self.failed[:10])) + (", ..." if len(self.failed) > 10 else "")
+        return [
+            f"The inverse did not converge for {len(self.failed)} of {self.num} samples, "
+            f"numbers {named}."
+        ]
 
 
-def _compared(there, back, info) -> RoundTrip:
-    error = jnp.asarray(back) - jnp.asarray(there)
-    largest = jnp.max(jnp.abs(error), axis=tuple(range(1, error.ndim)))
-    return RoundTrip(largest, example_norm(error), info._replace(error_bound=2 * info.error_bound))
+def draw(
+    model: Density,
+    num: int,
+    batch_size: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    contexts: Float[np.ndarray, "_ k"] | None = None,
+    num_certified: int | None = None,
+) -> tuple[Num[np.ndarray, "n ..."], SampleConvergence]:
+    """Samples of ``model.sample(jax.random.key(seed), num)`` and their convergence, on all devices.
+
+    Args:
+        num: Samples, at least 1.
+        batch_size: Most samples that are inverted at once.
+        temperature: Factor on the prior's scale, at least 0; 1 samples the model.
+        seed: Seed of the latents.
+        labels: Class of each sample, if the model's classes have priors; drawn by default.
+        contexts: Context of each sample, for a conditional density; fewer contexts than samples are
+            repeated.
+        num_certified: Number of first samples that `certify.inverse` certifies; 0 means that one
+            takes too long, None that it was not requested.
+
+    Example:
+        >>> values, convergence = draw(model, 64, 64, temperature=0.8)  # doctest: +SKIP
+    """
+    of_classes = None if labels is None else np.asarray(labels)
+    latents = np.asarray(
+        model.sample_latents(jax.random.key(seed), num, temperature=temperature, labels=of_classes)
+    )
+    taken = None if contexts is None else contexts[np.arange(num) % len(contexts)]
+    data, info = parallel.over_batches(
+        _decode, (model, model.bounds()), parallel.rows_of(latents, taken), num, batch_size
+    )
+    guarantee = None
+    if num_certified is not None:
+        guarantee = bound_inverses(model, latents, data, info, num_certified, taken)
+    failed = np.flatnonzero(~info.converged).tolist()
+    return data, SampleConvergence(num, tuple(failed), guarantee)
+
+
+def _decode(own, batch):
+    (model, bounds), (latents, context) = own, batch
+    return model.decode(latents, context=context, bounds=bounds)
 
 
 # --- guarantees -----------------------------------------------------------------------------------
@@ -325,29 +364,25 @@ def bound_inverses(
     latents, data, info = jax.tree.map(lambda values: values[:num], (latents, data, info))
     given = None if contexts is None else contexts[: len(latents)]
     found = certified(model, latents, data, info, context=given)
-    cells = model.spec.cells if isinstance(model, Density) else None
-    is_discrete = slice(None)
-    if cells is not None:
-        is_discrete = np.asarray((cells.spacing > 0) | (cells.has_levels > 0))
-    own, reason = found.certificate, ""
-    errors = np.linalg.norm(
-        (np.asarray(info.flow_input) - own.refined).reshape(len(own.refined), -1), axis=1
-    )
+    own, certain, reason = found.certificate, found.certain, ""
+    errors = np.asarray(info.flow_input) - own.refined
     if not np.all(own.applied):
         names = {stage.activation for stage in model.spec.flow.stages}
         jumping = sorted(name for name in names if activations.get(name).slope_lipschitz is None)
         reason = "for the others the bounds of the blocks multiply"
         if jumping:
             reason = f"slopes of {', '.join(jumping)} jump"
-    certain = found.certain
     if certain is not None:
-        certain = float(np.mean(certain[..., is_discrete]))
+        cells = model.spec.cells if isinstance(model, Density) else None
+        if cells is not None:  # of the entries that have levels, or values with cells
+            certain = certain[..., np.asarray((cells.spacing > 0) | (cells.has_levels > 0))]
+        certain = float(np.mean(certain))
     return Guarantee(
         num_examples=len(found.error_bound),
         num_applied=int(np.sum(own.applied)),
         max_bound=float(np.max(own.error_bound)),
         max_data_bound=float(np.max(found.error_bound)),
-        max_error=float(np.max(errors)),
+        max_error=float(np.linalg.norm(errors.reshape(len(errors), -1), axis=1).max()),
         fraction_certain=certain,
         reason=reason,
     )

@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -138,21 +138,15 @@ class Store:
         """
         steps, damage = self.steps(), []
         for step in sorted(steps, key=self._metric) if best else steps:
-            try:
-                with self.path(step).open("rb") as file, np.load(file) as archive:
-                    named = {name: archive[name] for name in archive.files}
-                metric = float(named.pop(_METRIC))
-                about = named.pop(_ABOUT, np.frombuffer(b"{}", np.uint8)).tobytes()
-                about = json.loads(about)
-            except FileNotFoundError:  # deleted by its training just now, for a later one
+            named = self._read(step)
+            if isinstance(named, FileNotFoundError):  # its training deleted it just now
                 continue
-            # of a bucket, which says nothing of its objects
-            except (ConnectionError, PermissionError):
-                raise
-            except Exception as error:  # damage shows as whatever zipfile or NumPy trips over
-                reason = " ".join(str(error).split())
+            if isinstance(named, Exception):
+                reason = " ".join(str(named).split())
                 damage.append(f"The checkpoint {self.path(step)} is damaged ({reason})")
                 continue
+            metric = float(named.pop(_METRIC, math.nan))
+            about = json.loads(named.pop(_ABOUT, np.frombuffer(b"{}", np.uint8)).tobytes())
             notes = tuple(f"{sentence}: step {step} takes its place." for sentence in damage)
             named.pop(_FORMER, None)
             return Restored(from_named(named, target), step, metric, about, notes)
@@ -172,17 +166,22 @@ class Store:
             reverse=True,
         )
 
-    def _metric(self, step: int) -> float:
-        """Reads a metric: infinity if there is none, and minus infinity of a file that cannot be
-        read, so that `restore` says why.
-        """
+    def _read(self, step: int, names: Sequence[str] = ()) -> dict[str, np.ndarray] | Exception:
+        """The arrays of a checkpoint, by default all, or the error that shows its damage."""
         try:
             with self.path(step).open("rb") as file, np.load(file) as archive:
-                metric = float(archive[_METRIC])
-        except (ConnectionError, PermissionError):
+                return {name: archive[name] for name in names or archive.files}
+        except (ConnectionError, PermissionError):  # of a bucket: they say nothing of its objects
             raise
-        except Exception:  # as above
-            return -math.inf
+        except Exception as error:  # whatever zipfile or NumPy trips over
+            return error
+
+    def _metric(self, step: int) -> float:
+        """A metric: infinity if there is none, and minus infinity of a file that cannot be read, so
+        that `restore` says why.
+        """
+        found = self._read(step, [_METRIC])
+        metric = -math.inf if isinstance(found, Exception) else float(found[_METRIC])
         return math.inf if math.isnan(metric) else metric
 
 

@@ -2,7 +2,6 @@
 wrong.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -104,16 +103,8 @@ def test_p_values_of_uniform_ranks_are_small_as_rarely_as_they_say():
         assert low < found < high
 
 
-def test_samples_without_an_inverse_are_told():
-    found = dataclasses.replace(calibrated(), num_failed=3)
-    assert "did not converge for 3 of 19600" in found.warnings()[-1]
-
-
 @pytest.mark.usefixtures("unchecked_annotations")
-def test_too_few_examples_and_too_many_contexts_are_refused():
+def test_too_few_examples_are_refused():
     theta, x = linear_gaussian_pairs(19)
     with pytest.raises(ValueError, match="at least 20"):
         calibration.calibrate(linear_gaussian_model(), theta, x)
-    theta, x = linear_gaussian_pairs(21)
-    with pytest.raises(ValueError, match="context must be a vector for each of 20 examples"):
-        calibration.calibrate(linear_gaussian_model(), theta[:20], x)

@@ -21,8 +21,7 @@ from iresnet_jax.evaluation.report import (
     log_density_on_grid,
     render,
 )
-from iresnet_jax.evaluation.round_trips import Guarantee, Inversion, RoundTrips
-from iresnet_jax.evaluation.samples import SampleConvergence
+from iresnet_jax.evaluation.round_trips import Guarantee, Inversion, RoundTrips, SampleConvergence
 from iresnet_jax.models.certificate import Certificate, Constant
 
 
@@ -94,10 +93,6 @@ CONTRADICTIONS = {
     "errors": (
         changed("inverse", fraction_within_bound=0.98),
         "2 % of the inversion errors in the precision of training",
-    ),
-    "errors in float64": (
-        changed("inverse", refined=dataclasses.replace(TRIPS, fraction_within_bound=0.97)),
-        "3 % of the inversion errors in float64",
     ),
     "convergence": (
         changed("inverse", fraction_converged=0.96),

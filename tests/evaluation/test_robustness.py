@@ -13,7 +13,6 @@ from iresnet_jax.evaluation import robustness
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import classification
 
-ATTACK = (200, 10)  # steps, starts
 RADII = (0.9, 0.3)
 
 
@@ -25,17 +24,9 @@ def digits():
 @pytest.fixture(scope="module")
 def model(digits):
     stage = ir.StageSpec(2, (32,), activation="relu", kind="potential", actnorm=False)
-    settings = {
-        "classifier.mean": (0.0,),
-        "classifier.std": (1.0,),
-        "classifier.head": "linear",
-        "classifier.margin": 0.5,
-    }
-    settings |= {
-        "classifier.temperature": 0.25,
-        "optimizer.learning_rate": 1e-2,
-        "model.coeff": 0.95,
-    }
+    settings = {"classifier.mean": (0.0,), "classifier.std": (1.0,), "classifier.head": "linear"}
+    settings |= {"classifier.margin": 0.5, "classifier.temperature": 0.25}
+    settings |= {"optimizer.learning_rate": 1e-2, "model.coeff": 0.95}
     train = digits.examples["train"], digits.labels["train"]
     return ir.fit(*train, steps=300, architecture=[stage], settings=settings, progress=False)
 
@@ -66,9 +57,8 @@ def test_training_with_a_margin_verifies_and_attacks_find_the_rest(measured):
 def test_the_margin_of_the_loss_is_what_radii_verify(model, digits, measured):
     images, labels = digits.examples["test"], digits.labels["test"]
     for size, proven in zip(sorted(RADII), measured[0].verified, strict=True):
-        seen = classification.accuracy_and_loss(
-            model, images, labels, 256, classification.Margin(size)
-        )
+        margin = classification.Margin(size)
+        seen = classification.measure(model, images, labels, 256, margin).metrics
         assert seen["accuracy"] == measured[0].clean.fraction
         # which bounds rounding
         assert seen["accuracy_at_margin"] == pytest.approx(proven.fraction, abs=2 / len(labels))
@@ -77,14 +67,11 @@ def test_the_margin_of_the_loss_is_what_radii_verify(model, digits, measured):
 def test_no_attack_breaks_a_radius_and_larger_ones_break(model, digits):
     images = digits.examples["test"]
     found = certify.radius(model, images)
-    attack = {"attack": ATTACK, "seed": 0, "batch_size": len(images)}
-    assert np.all(
-        robustness.least_margins(model, images, found.predicted, 0.999 * found.radius, **attack) > 0
-    )
-    assert (
-        np.mean(
-            robustness.least_margins(model, images, found.predicted, 1.5 * found.radius, **attack)
-            > 0
-        )
-        < 0.3
-    )
+
+    def left(share):
+        radii = share * found.radius
+        own = (200, 10), 0, len(images)  # steps and starts, seed, batch size
+        return robustness.least_margins(model, images, found.predicted, radii, *own) > 0
+
+    assert np.all(left(0.999))
+    assert np.mean(left(1.5)) < 0.3
