@@ -208,7 +208,6 @@ MISTAKES = [
     ("sample", "points", ["--context", "x.npy"], "No such file or directory: 'x.npy'"),
     ("sample", "given", ["--certify", "0"], "takes a context of shape (batch, 3), got none"),
     ("sample", "hybrid", ["--label", "3"], "labels must be classes from 0 to 2, got 3"),
-    ("evaluate", "points", ["--importance", "2"], "bound is one of data of integer levels"),
 ]
 
 
