@@ -27,10 +27,10 @@ may leave. The prior is standard normal.
 """  # noqa: E501
 
 import argparse
+import ast
 import itertools
 import math
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ import numpy as np
 
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center
-from iresnet_jax.conversion_stages import Arrays, Layer, Stages, applied_kernel, read_file
+from iresnet_jax.conversion_stages import Arrays, Stages, read_file
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
@@ -94,13 +94,14 @@ class Script(NamedTuple):
         reader: ``(arrays, options) ->`` arguments of `saved.model_of`.
         read: Options that define the network, with the script's defaults; a default of False or
             True may be a switch.
-        refused: Options for which only the default, given here, can be read.
+        fixed: Options that must have their default: with other values the script trains networks
+            that this library does not have.
         ignored: Names of options that do not change the function.
     """
 
     reader: Callable[[Arrays, argparse.Namespace], tuple[Any, dict[str, Any]]]
     read: Mapping[str, Any]
-    refused: Mapping[str, Any]
+    fixed: Mapping[str, Any]
     ignored: str
 
 
@@ -117,30 +118,17 @@ def parse(command: str) -> tuple[Script, argparse.Namespace]:
         )
     name = Path(words[place]).name
     script, parser = SCRIPTS[name], Parser(prog=name, add_help=False)
-    for option, default in {**script.read, **script.refused}.items():
-        flags = (f"-{option}", f"--{option}")
+    for option, default in {**script.read, **script.fixed}.items():
+        how: dict[str, Any] = {"type": type(default)}
         if isinstance(default, tuple):
-            parser.add_argument(*flags, type=int, nargs="+", default=default)
+            how = {"type": int, "nargs": "+"}
         elif isinstance(default, bool):
-            parser.add_argument(*flags, type=_truth, nargs="?", const=True, default=default)
-        else:
-            parser.add_argument(*flags, type=type(default), default=default)
+            how = {"type": ast.literal_eval, "nargs": "?", "const": True}
+        choices = (default,) if option in script.fixed else None
+        parser.add_argument(f"-{option}", f"--{option}", default=default, choices=choices, **how)
     for option in script.ignored.split():
         parser.add_argument(f"-{option}", f"--{option}", nargs="?")
-    options = parser.parse_args(words[place + 1 :])
-    for option, default in script.refused.items():
-        if (value := getattr(options, option.replace("-", "_"))) != default:
-            raise ValueError(
-                f"{name} --{option} {value} is not read, as this library has no such "
-                f"network: only {default} is"
-            )
-    return script, options
-
-
-def _truth(word: str) -> bool:
-    if word not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"it is True or False, got {word}")
-    return word == "True"
+    return script, parser.parse_args(words[place + 1 :])
 
 
 # invertible-resnet --------------------------------------------------------------------------------
@@ -156,80 +144,58 @@ def read_i_resnet(
     arrays: Arrays, options: argparse.Namespace
 ) -> tuple[DensitySpec | ClassifierSpec, dict[str, Any]]:
     """Arguments of `saved.model_of` for a network of ``CIFAR_main.py``."""
-    if options.multiScale and not options.densityEstimation:
+    is_density = options.densityEstimation
+    if (options.multiScale and not is_density) or (
+        options.inj_pad and (is_density or options.init_ds == 2)
+    ):
         raise ValueError(
-            "CIFAR_main.py -multiScale is read with -densityEstimation: classifiers "
-            "here look at the last scale"
-        )
-    if options.inj_pad and (options.densityEstimation or options.init_ds == 2):
-        raise ValueError(
-            "CIFAR_main.py --inj_pad is read of classifiers with --init_ds 1: padding "
-            "comes before squeezes here"
-        )
-    if not options.densityEstimation and options.dataset not in MOMENTS:
-        raise ValueError(
-            f"CIFAR_main.py --dataset {options.dataset} is not read of classifiers: "
-            f"{', '.join(MOMENTS)} are"
+            "CIFAR_main.py -multiScale is read with -densityEstimation, and --inj_pad of "
+            "classifiers with --init_ds 1: there are no such others here"
         )
     side, channels = _side(arrays, options), 3 + options.inj_pad
     stages = Stages((side, side, channels), actnorm=True)
     if options.init_ds == 2:
         stages.squeeze(channel_major=False)
     num_read, last = 0, len(options.nBlocks) - 1
-    if not len(options.nBlocks) == len(options.nStrides) == len(options.nChannels):
-        raise ValueError(
-            "CIFAR_main.py --nBlocks, --nStrides and --nChannels are as many numbers "
-            "each: give all three"
-        )
     for scale, (num_blocks, stride, width) in enumerate(
         zip(options.nBlocks, options.nStrides, options.nChannels, strict=True)
     ):
         if stride == 2:
             stages.squeeze(channel_major=False)
-        if options.multiScale and scale < last:
+        is_split = options.multiScale and scale < last
+        if is_split:
             stages.order(np.roll(np.arange(stages.num_channels), stages.num_channels // 2))
         for k in range(num_blocks):
             name = f"stack.{scale}.stack.{k}" if options.multiScale else f"stack.{num_read}"
             _read_bottleneck(arrays, name, stages, options, width, preactivation=num_read > 0)
             num_read += 1
-        if options.multiScale and scale < last:
+        if is_split:
             stages.factor_out()
     specs, params, latents = stages.finish()
     flow = FlowSpec((side, side, channels), specs, options.coeff)
-    if options.densityEstimation:
-        arrays.ignore(
-            "bn1.weight",
-            "bn1.bias",
-            "bn1.running_mean",
-            "bn1.running_var",
-            "logits.weight",
-            "logits.bias",
+    if is_density:
+        arrays.ignore("bn1.", "logits.")
+        mean, log_std = (
+            jnp.asarray(arrays.take(name, flow.num_dims)[latents], float)
+            for name in ("prior_mu", "prior_logstd")
         )
-        moments = (
-            arrays.take(name, flow.num_dims)[latents] for name in ("prior_mu", "prior_logstd")
-        )
-        prior = Gaussian(*(jnp.asarray(values, float) for values in moments))
-        return DensitySpec(flow, transform=Center(), num_levels=256), {
-            "params": params,
-            "prior": prior,
-            "network": {},
-        }
-    arrays.ignore("prior_mu", "prior_logstd")
+        spec = DensitySpec(flow, transform=Center(), num_levels=256)
+        return spec, {"params": params, "prior": Gaussian(mean, log_std), "network": {}}
+    arrays.ignore("prior_")
     num_classes, width = arrays.shape("logits.weight", (2, stages.num_channels))
+
+    def of_norm(name: str) -> jax.Array:
+        return jnp.asarray(arrays.take(f"bn1.{name}", width), float)
+
+    kernel = arrays.take("logits.weight", num_classes, width).T
     head = {
-        "norm": {"scale": arrays.take("bn1.weight", width), "bias": arrays.take("bn1.bias", width)},
+        "norm": {"scale": of_norm("weight"), "bias": of_norm("bias")},
         "linear": {
-            "kernel": arrays.take("logits.weight", num_classes, width).T,
-            "bias": arrays.take("logits.bias", num_classes),
+            "kernel": jnp.asarray(kernel, float),
+            "bias": jnp.asarray(arrays.take("logits.bias", num_classes), float),
         },
     }
-    statistics = {
-        "head": {
-            "mean": arrays.take("bn1.running_mean", width),
-            "var": arrays.take("bn1.running_var", width),
-        }
-    }
-    head, statistics = jax.tree.map(lambda array: jnp.asarray(array, float), (head, statistics))
+    statistics = {"head": {"mean": of_norm("running_mean"), "var": of_norm("running_var")}}
     mean, std = MOMENTS[options.dataset]
     spec = ClassifierSpec(
         flow, (side, side, 3), num_classes, pad_channels=options.inj_pad, mean=mean, std=std
@@ -253,12 +219,16 @@ def _read_bottleneck(
     stages.actnorm(shift * np.exp(-log_scale), log_scale)
     layers, widths = [], (channels, width, width, channels)
     for i, size in enumerate((3, 1, 3)):
-        layer, (cin, cout) = f"{name}.bottleneck_block.{2 * i + preactivation}", widths[i : i + 2]
-        kernel = arrays.take(f"{layer}.weight_orig", cout, cin, size, size)
-        u, v = arrays.take_vectors(f"{layer}.weight_u", f"{layer}.weight_v", (cout, cin))
-        # That code adds 1e-5 to the divisor of kernels larger than 1 x 1.
-        kernel = applied_kernel(kernel, u, v, coeff=options.coeff, margin=1e-5 if size > 1 else 0.0)
-        layers.append(Layer(kernel, arrays.take(f"{layer}.bias", cout)))
+        layers.append(
+            arrays.take_layer(
+                f"{name}.bottleneck_block.{2 * i + preactivation}",
+                (widths[i + 1], widths[i], size, size),
+                names=("weight_orig", "weight_u", "weight_v"),
+                coeff=options.coeff,
+                # That code adds 1e-5 to the divisor of kernels larger than 1 x 1.
+                margin=1e-5 if size > 1 else 0.0,
+            )
+        )
     stages.block(layers, options.nonlin, preactivation=preactivation)
 
 
@@ -291,11 +261,6 @@ def read_images(arrays: Arrays, options: argparse.Namespace) -> tuple[DensitySpe
     numbers = _numbers(options.nblocks)
     # A scale has images of at least 4 x 4 pixels; smaller scales are left out.
     last = min(len(numbers), side.bit_length() - 2) - 1
-    if last < 0:
-        raise ValueError(
-            f"train_img.py needs images of at least 4 x 4 pixels, got {side} x "
-            f"{side}: check --imagesize"
-        )
     for scale, num_blocks in enumerate(numbers[: last + 1]):
         chain = _Chain(arrays, f"transforms.{scale}.chain", stages, options)
         if scale == 0:
@@ -339,6 +304,11 @@ def _density(
     return spec, {"params": params, "prior": Gaussian.standard(spec.flow.num_dims), "network": {}}
 
 
+_ACTIVATIONS = {"swish": "lipswish"} | {
+    name: name for name in ("relu", "elu", "softplus", "tanh", "identity")
+}
+
+
 class _Chain:
     """Reads the layers of a chain into stages, one after the other."""
 
@@ -348,13 +318,8 @@ class _Chain:
                 f"--vnorms {options.vnorms} is not read: only 2 for every layer is, "
                 "the Euclidean norm"
             )
-        if options.act not in (known := ("relu", "elu", "softplus", "tanh", "identity", "swish")):
-            raise ValueError(
-                f"--act {options.act} is not read, there is none here: those read are "
-                f"{', '.join(known)}"
-            )
         self._arrays, self._stages, self._options = arrays, stages, options
-        self._activation = "lipswish" if options.act == "swish" else options.act
+        self._activation = _ACTIVATIONS[options.act]
         self._names = (f"{name}.{place}" for place in itertools.count())
 
     def skip(self) -> None:
@@ -390,19 +355,20 @@ class _Chain:
             place, beta = 2 * i + preactivation, None
             if self._activation == "lipswish" and place > 0:
                 beta = float(arrays.take(f"{name}.{place - 1}.beta", 1)[0])
-            layer, taps = f"{name}.{place}", (kernel_sizes[i],) * 2 if kernel_sizes else ()
-            u, v = arrays.take_vectors(f"{layer}.u", f"{layer}.v", (cout, cin))
-            kernel = applied_kernel(
-                arrays.take(f"{layer}.weight", cout, cin, *taps), u, v, coeff=self._options.coeff
+            taps = (kernel_sizes[i],) * 2 if kernel_sizes else ()
+            layer = arrays.take_layer(
+                f"{name}.{place}",
+                (cout, cin, *taps),
+                names=("weight", "u", "v"),
+                coeff=self._options.coeff,
             )
-            layers.append(Layer(kernel, arrays.take(f"{layer}.bias", cout), beta))
+            layers.append(layer._replace(beta=beta))
         self._stages.block(layers, self._activation, preactivation=preactivation)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(-\d+)*", text):
-        raise ValueError(f"numbers are joined by -, such as 16-16-16, got {text!r}")
-    return tuple(int(number) for number in text.split("-"))
+    """The numbers of an option such as 16-16-16."""
+    return tuple(map(int, text.split("-")))
 
 
 # The options of all scripts -----------------------------------------------------------------------
@@ -411,17 +377,18 @@ SCRIPTS = {
     "CIFAR_main.py": Script(
         read_i_resnet,
         read={
-            **{
-                "nBlocks": (4, 4, 4),
-                "nStrides": (1, 2, 2),
-                "nChannels": (16, 64, 256),
-                "coeff": 0.9,
-                "init_ds": 2,
-            },
-            **{"inj_pad": 0, "nonlin": "elu", "dataset": "cifar10"},
-            **{"densityEstimation": False, "multiScale": False},
+            "nBlocks": (4, 4, 4),
+            "nStrides": (1, 2, 2),
+            "nChannels": (16, 64, 256),
+            "coeff": 0.9,
+            "init_ds": 2,
+            "inj_pad": 0,
+            "nonlin": "elu",
+            "dataset": "cifar10",
+            "densityEstimation": False,
+            "multiScale": False,
         },
-        refused={"noActnorm": False},
+        fixed={"noActnorm": False},
         ignored="optimizer lr numTraceSamples numSeriesTerms powerIterSpectralNorm weight_decay "
         "drop_rate batch init_batch warmup_epochs epochs resume save_dir vis_port vis_server "
         "log_every fixedPrior evaluate interpolate drop_two nesterov norm analysisTraceEst "
@@ -430,42 +397,35 @@ SCRIPTS = {
     "train_img.py": Script(
         read_images,
         read={
-            **{
-                "data": "cifar10",
-                "imagesize": 32,
-                "nbits": 8,
-                "coeff": 0.98,
-                "vnorms": "2222",
-                "act": "swish",
-                "idim": 512,
-            },
-            **{
-                "nblocks": "16-16-16",
-                "factor-out": False,
-                "squeeze-first": False,
-                "actnorm": True,
-                "fc-end": True,
-            },
-            **{"fc-idim": 128},
+            "data": "cifar10",
+            "imagesize": 32,
+            "nbits": 8,
+            "coeff": 0.98,
+            "vnorms": "2222",
+            "act": "swish",
+            "idim": 512,
+            "nblocks": "16-16-16",
+            "factor-out": False,
+            "squeeze-first": False,
+            "actnorm": True,
+            "fc-end": True,
+            "fc-idim": 128,
         },
-        refused={
-            **{
-                "block": "resblock",
-                "learn-p": False,
-                "fc-actnorm": False,
-                "batchnorm": False,
-                "dropout": 0.0,
-                "fc": False,
-            },
-            **{
-                "add-noise": True,
-                "quadratic": False,
-                "padding": 0,
-                "task": "density",
-                "kernels": "3-1-3",
-                "preact": True,
-            },
-            **{"logit-transform": True, "first-resblock": True},
+        fixed={
+            "block": "resblock",
+            "learn-p": False,
+            "fc-actnorm": False,
+            "batchnorm": False,
+            "dropout": 0.0,
+            "fc": False,
+            "add-noise": True,
+            "quadratic": False,
+            "padding": 0,
+            "task": "density",
+            "kernels": "3-1-3",
+            "preact": True,
+            "logit-transform": True,
+            "first-resblock": True,
         },
         ignored="n-power-series n-dist n-samples n-exact-terms var-reduc-lr neumann-grad mem-eff "
         "n-lipschitz-iters sn-tol dataroot padding-dist cdim optimizer scheduler nepochs "
@@ -482,7 +442,7 @@ SCRIPTS = {
             "nblocks": 100,
             "actnorm": False,
         },
-        refused={"arch": "iresnet", "learn-p": False, "batchnorm": False},
+        fixed={"arch": "iresnet", "learn-p": False, "batchnorm": False},
         ignored="n-power-series n-dist n-samples data n-lipschitz-iters atol rtol mixed "
         "brute-force exact-trace niters batch_size test_batch_size lr weight-decay "
         "annealing-iters save viz_freq val_freq log_freq gpu seed",

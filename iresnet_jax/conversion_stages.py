@@ -19,18 +19,9 @@ from iresnet_jax.models.architecture import StageSpec
 
 # Last parts of the names of arrays that do not enter the network's function.
 UNUSED = (
-    *(
-        "weight_sigma",
-        "num_batches_tracked",
-        "scale",
-        "initialized",
-        "spatial_dims",
-        "geom_p",
-        "lamb",
-        "last_n_samples",
-    ),
-    *("last_firmom", "last_secmom"),
-)
+    "weight_sigma num_batches_tracked scale initialized spatial_dims geom_p lamb last_n_samples "
+    "last_firmom last_secmom"
+).split()
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -79,18 +70,35 @@ class Arrays:
             return array.astype(np.float64)
         return np.zeros(shape)
 
-    def take_vectors(
-        self, left: str, right: str, channels: tuple[int, int]
-    ) -> tuple[Float[np.ndarray, "cout s s"], Float[np.ndarray, "cin s s"]]:
-        """Singular vectors of a layer, flattened from ``(channels, s, s)`` with any side ``s``,
-        which is the same for both.
+    def take_layer(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        names: tuple[str, str, str],
+        coeff: float,
+        margin: float = 0.0,
+    ) -> "Layer":
+        """A layer with its bias, whose kernel is the one that is applied.
+
+        Args:
+            name: Name of the layer.
+            shape: Shape of its kernel.
+            names: Names of the kernel and of its left and right singular vector, which are images
+                of any side, the same for both.
+            coeff: Largest norm.
+            margin: Number that the code adds to the divisor.
         """
-        side = math.isqrt(self.shape(right, (channels[1],))[0] // channels[1])
+        weight, *vectors = (f"{name}.{each}" for each in names)
+        cout, cin = shape[:2]
+        side = math.isqrt(self.shape(vectors[1], (cin,))[0] // cin)
+        kernel = self.take(weight, *shape)
         u, v = (
-            self.take(name, num * side**2)
-            for name, num in zip((left, right), channels, strict=True)
+            self.take(vector, channels * side**2).reshape(channels, side, side)
+            for vector, channels in zip(vectors, (cout, cin), strict=True)
         )
-        return u.reshape(channels[0], side, side), v.reshape(channels[1], side, side)
+        kernel = applied_kernel(kernel, u, v, coeff=coeff, margin=margin)
+        return Layer(kernel, self.take(f"{name}.bias", cout))
 
     def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of an array that will be taken; the default if it is missing or has another
@@ -99,10 +107,10 @@ class Arrays:
         array = self._left.get(name)
         return default if array is None or array.ndim != len(default) else array.shape
 
-    def ignore(self, *names: str) -> None:
-        """Marks arrays, if present, as unused."""
-        for name in names:
-            self._left.pop(name, None)
+    def ignore(self, *beginnings: str) -> None:
+        """Marks the arrays whose names begin like this as unused."""
+        for name in [name for name in self._left if name.startswith(beginnings)]:
+            del self._left[name]
 
     def check(self, source: str) -> None:
         """Raises ``ValueError`` if arrays are missing, left over, of another shape or not
@@ -197,10 +205,6 @@ class Stages:
         if self._squeeze > 1 or self._order is not None:
             self._append_zero_branch()
         space, channels = self._shape[:-1], self.num_channels
-        if any(side % 2 for side in space):
-            raise ValueError(
-                f"images of {space} pixels cannot be squeezed by 2: check the size in the command"
-            )
         self._shape, self._squeeze = (*(side // 2 for side in space), 4 * channels), 2
         self._theirs = np.arange(4 * channels)
         self._move_actnorm(np.tile(np.arange(channels), 4))
@@ -230,12 +234,10 @@ class Stages:
             out = self._theirs if i == len(layers) - 1 else np.arange(len(layer.bias))
             kernel = layer.kernel[out][:, entries]
             kernel = kernel.T if is_dense else kernel.transpose(2, 3, 1, 0)
-            beta = {} if layer.beta is None else {"beta": np.asarray(layer.beta)}
-            weights[f"{'dense' if is_dense else 'conv'}{i}"] = {
-                "kernel": kernel,
-                "bias": layer.bias[out],
-                **beta,
-            }
+            arrays = {"kernel": kernel, "bias": layer.bias[out]}
+            if layer.beta is not None:
+                arrays["beta"] = np.asarray(layer.beta)
+            weights[f"{'dense' if is_dense else 'conv'}{i}"] = arrays
             entries = out
         spec = {
             "hidden": tuple(len(layer.bias) for layer in layers[:-1]),
@@ -243,16 +245,20 @@ class Stages:
             "activation": activation,
             "preactivation": preactivation,
         }
-        self._append(spec, weights)
+        bias, log_scale = self._actnorm or (np.zeros(self.num_channels),) * 2
+        weights["actnorm"] = {"bias": bias, "log_scale": log_scale}
+        before, is_moved = self._specs[-1:], self._squeeze > 1 or self._order is not None
+        if is_moved or not before or before[0] != {**before[0], **spec, "factor_out": False}:
+            order = None if self._order is None else tuple(self._order.tolist())
+            place = {"squeeze": self._squeeze, "channel_order": order, "factor_out": False}
+            self._specs.append({**spec, **place})
+            self._blocks.append([])
+        self._blocks[-1].append(weights)
+        self._squeeze, self._order, self._actnorm = 1, None, None
 
     def factor_out(self) -> None:
         """The second half of the channels here leaves as latents."""
-        half, is_odd = divmod(self.num_channels, 2)
-        if is_odd:
-            raise ValueError(
-                f"one half of {self.num_channels} channels cannot leave as latents: "
-                "squeeze the images first"
-            )
+        half = self.num_channels // 2
         if not self._specs or self._is_pending:
             self._append_zero_branch()
         self._specs[-1]["factor_out"] = True
@@ -298,39 +304,10 @@ class Stages:
 
     def _append_zero_branch(self) -> None:
         """A block that consists of its ActNorm."""
-        channels = self.num_channels
-        taps, name = ((1, 1), "conv") if len(self._shape) == 3 else ((), "dense")
-        weights = {
-            f"{name}{i}": {"kernel": np.zeros((*taps, there, back)), "bias": np.zeros(back)}
-            for i, (there, back) in enumerate([(channels, 1), (1, channels)])
-        }
-        sizes = (1, 1) if taps else None
-        self._append(
-            {
-                "hidden": (1,),
-                "kernel_sizes": sizes,
-                "activation": "identity",
-                "preactivation": False,
-            },
-            weights,
-        )
-
-    def _append(self, spec: dict[str, Any], weights: dict[str, dict[str, np.ndarray]]) -> None:
-        bias, log_scale = self._actnorm or (np.zeros(self.num_channels),) * 2
-        block = {**weights, "actnorm": {"bias": bias, "log_scale": log_scale}}
-        is_new = self._squeeze > 1 or self._order is not None or not self._specs
-        if (
-            is_new
-            or any(self._specs[-1][key] != value for key, value in spec.items())
-            or self._specs[-1]["factor_out"]
-        ):
-            order = None if self._order is None else tuple(self._order.tolist())
-            self._specs.append(
-                {**spec, "squeeze": self._squeeze, "channel_order": order, "factor_out": False}
-            )
-            self._blocks.append([])
-        self._blocks[-1].append(block)
-        self._squeeze, self._order, self._actnorm = 1, None, None
+        channels, taps = self.num_channels, (1, 1) if len(self._shape) == 3 else ()
+        sizes = ((1, channels), (channels, 1))
+        layers = [Layer(np.zeros((out, inside, *taps)), np.zeros(out)) for out, inside in sizes]
+        self.block(layers, "identity", preactivation=False)
 
     def _leave(self, shape: tuple[int, ...], theirs: Int[np.ndarray, " c"]) -> None:
         self._latents.append(sum(map(len, self._latents)) + _flat(shape, theirs))
