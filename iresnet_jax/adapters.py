@@ -36,17 +36,11 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
         context: Context of a conditional density ``(..., k)``, whose leading axes are the batch
             shape.
 
-    Raises:
-        ImportError: If NumPyro is not installed.
-        ValueError: If the model is no density of continuous data, or does not take the context.
-
     Example:
         >>> def model():  # doctest: +SKIP
         ...     theta = numpyro.sample("theta", ir.adapters.to_numpyro(density))
         ...     numpyro.sample("x", dist.Normal(theta[0], 0.1), obs=0.3)
     """
-    if not isinstance(model, Density):
-        raise ValueError(f"a distribution can be made of a Density, got a {type(model).__name__}")
     if model.spec.num_levels is not None or model.spec.cells is not None:
         kind = "integer levels" if model.spec.num_levels is not None else "values with cells"
         raise ValueError(
@@ -57,25 +51,19 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
     if context is not None:
         context = model.spec.context_numbers(context)
         vectors = jnp.asarray(as_vectors(context, dim), jnp.result_type(float))
-    if (dim and vectors is None) or (
-        vectors is not None and (not dim or vectors.shape[-1:] != (dim,))
-    ):
-        wanted = f"a context of shape (..., {dim})" if dim else "no context"
+    if (0 if vectors is None else vectors.shape[-1]) != dim:
         got = "none" if vectors is None else f"one of shape {vectors.shape}"
-        raise ValueError(f"this density takes {wanted}, got {got}")
+        raise ValueError(f"this density takes a context of shape (..., {dim}), got {got}")
     return _numpyro_class()(model, vectors)
 
 
 @functools.cache
 def _numpyro_class() -> Any:
-    """The class of NumPyro's distributions, made here so that only `to_numpyro` imports NumPyro."""
-    try:
-        from numpyro.distributions import Distribution, constraints
-        from numpyro.distributions.util import validate_sample
-    except ImportError as error:
-        raise ImportError(
-            f"NumPyro cannot be imported ({error}): pip install 'iresnet_jax[numpyro]'"
-        ) from error
+    """The class of NumPyro's distributions, made here so that only `to_numpyro` imports NumPyro,
+    of ``pip install 'iresnet_jax[numpyro]'``.
+    """
+    from numpyro.distributions import Distribution, constraints
+    from numpyro.distributions.util import validate_sample
 
     class DensityDistribution(Distribution):
         arg_constraints = {}  # noqa: RUF012 (as NumPyro has it): none of the parameters is a number, and all samples have gradients

@@ -108,12 +108,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     """
 
     def fit(self, X: Any, y: Any = None) -> ResidualFlowDensity:
-        """Trains on samples ``X``; ``y`` is ignored.
-
-        Raises:
-            ValueError: If there are fewer than 3 samples, or a value is out of its bounds; the
-                message names it.
-        """
+        """Trains on samples ``X``; ``y`` is ignored."""
         del y
         check_unmasked(X, "X")
         # Two samples to train on and one to validate.
@@ -152,9 +147,6 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         Args:
             n_samples: Number of samples.
             random_state: Seed; None draws new samples at each call.
-
-        Raises:
-            ValueError: If ``n_samples`` is less than 1.
         """
         check_is_fitted(self)
         n_samples = checked(Count, n_samples, "n_samples")
@@ -192,12 +184,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
     """
 
     def fit(self, X: Any, y: Any) -> ResidualFlowClassifier:
-        """Trains on samples ``X`` with labels ``y`` of any type.
-
-        Raises:
-            ValueError: If there are fewer than 3 samples or 2 classes, or all features are
-                constant.
-        """
+        """Trains on samples ``X`` with labels ``y`` of any type."""
         check_unmasked(X, "X")
         both: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=3)
         x, y = both
@@ -209,8 +196,6 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
                 f"{self.classes_[0]!r}"
             )
         self.varying_features_ = np.flatnonzero(x.max(axis=0) > x.min(axis=0))
-        if not len(self.varying_features_):
-            raise ValueError("all features are constant, so they tell nothing of the classes")
         self._train(x[:, self.varying_features_], labels.astype(np.int32))
         return self
 
