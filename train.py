@@ -1,14 +1,14 @@
 """Trains the model of a config, then reports on it.
 
-    python train.py --config=configs/digits_density.py --workdir=runs/digits_density
-    --config.training.batch_size=128
+    python train.py --config=configs/digits_density.py --config.training.batch_size=128
 
 Flags:
     --config          file with the settings; configs/digits_density.py by default
-    --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into a
-    stage --workdir         folder of the run: config, metrics, checkpoints, model, report;
-    runs/<config file>_<variant> by default;
-                      gs://bucket/run and s3://bucket/run, too
+    --config.FIELD    overrides one of them; --config.model.stages[0].num_blocks=8 reaches into
+                      a stage
+    --workdir         folder of the run: config, metrics, checkpoints, model, report;
+                      runs/<config file>_<variant> by default; gs://bucket/run and
+                      s3://bucket/run, too
     --debug           show the traceback of a failure
 
 Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command
@@ -57,42 +57,29 @@ if __name__ == "__main__":  # before the imports, which take seconds
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop_at_once)
-try:
-    from iresnet_jax.maths import platforms
-    from iresnet_jax.runs import command_line
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"error: there is no package {error.name}: training needs pip install '.[train]'"
-    ) from None
+from iresnet_jax.evaluation.report import write
+from iresnet_jax.maths import platforms
+from iresnet_jax.runs import hosts, job, trained_run
+from iresnet_jax.runs.command_line import explain_failures, parse_train_flags, quiet_backends
+from iresnet_jax.training import parallel
 
 
 def run(argv: list[str]) -> int:
     """Trains and reports, as the command line says."""
-    given = command_line.parse_train_flags(argv)
-    from iresnet_jax.runs import hosts
-    from iresnet_jax.training import parallel
-
+    given = parse_train_flags(argv)
     hosts.initialize(given.coordinator_address, given.num_processes, given.process_id)
     if not hosts.is_shared():
         platforms.use_all_cores(given.config)
-    from iresnet_jax.evaluation.report import write
-    from iresnet_jax.runs.job import train
-    from iresnet_jax.runs.trained_run import load, save
-
     platforms.start_backend()
     platforms.cache_programs()
     with hosts.ending_together():
         if not parallel.is_first():
             logging.getLogger("iresnet_jax").setLevel(logging.WARNING)
-        model = train(given.config, given.workdir)
+        model = job.train(given.config, given.workdir)
     if parallel.is_first():
-        trained = load(given.workdir)
-        print(
-            f"model: {save(trained)}",
-            write(trained),
-            f"report: {given.workdir / 'report.html'}",
-            sep="\n",
-        )
+        trained = trained_run.load(given.workdir)
+        print(f"model: {trained_run.save(trained)}")
+        print(write(trained), f"report: {given.workdir / 'report.html'}", sep="\n")
     return BLOWN_UP if model.history.ended.startswith("blow-up") else 0
 
 
@@ -102,8 +89,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     logging.getLogger("iresnet_jax").setLevel(logging.INFO)
-    command_line.quiet_backends()
-    return command_line.explain_failures(lambda: run(argv), debug="--debug" in argv)
+    quiet_backends()
+    return explain_failures(lambda: run(argv), debug="--debug" in argv)
 
 
 if __name__ == "__main__":

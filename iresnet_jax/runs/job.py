@@ -472,22 +472,14 @@ def _of_model(path: str, spec: Spec) -> dict[str, Any]:
     these stages.
     """
     model, _ = saved.read(path)
-    own, flow = model.spec.flow, spec.flow
-    context_dim = own.context_dim or flow.context_dim  # a model may have been given its context
-    own = replace(
-        own, coeff=flow.coeff, budget=flow.budget, noise=flow.noise, context_dim=context_dim
-    )
     wanted, found = (
         {name: getattr(free, name) for name in _VARIABLES}
         for free in (abstract(spec), Free.of(model))
     )
     # The file may have another precision.
     found = jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), found)
-    if (
-        own != flow
-        or _inputs(model.spec) != _inputs(spec)
-        or _shapes(_updated(wanted, found)) != _shapes(wanted)
-    ):
+    shapes, of_found = (jax.tree.map(jnp.shape, each) for each in (wanted, _updated(wanted, found)))
+    if shapes != of_found or _meaning(model.spec) != _meaning(spec):
         raise ValueError(
             f"config.training.initial_model: {path} has other stages, contexts, preprocessing, "
             "levels, columns or another prior than config and the data ask for"
@@ -503,14 +495,11 @@ def _updated(variables: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str
     }
 
 
-def _inputs(spec: Spec) -> Any:
-    """The meaning of an example's numbers to the flow."""
+def _meaning(spec: Spec) -> tuple[Any, ...]:
+    """What the variables of a model compute, beside their shapes, and from which numbers."""
+    flow, transform = spec.flow, getattr(spec, "transform", None)
     columns = [column.name for column in getattr(spec, "columns", None) or ()]
-    return type(getattr(spec, "transform", None)), spec.num_levels, columns
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    return flow.event_shape, flow.stages, flow.scale, type(transform), spec.num_levels, columns
 
 
 def build_augmentation(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,91 +21,58 @@ FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")
 
 
-class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
-    """Appends measurements to ``workdir/metrics.jsonl`` and to TensorBoard events in
-    ``workdir/tensorboard``.
+@contextlib.contextmanager
+def writing(
+    workdir: Path, step: int = 0
+) -> Iterator[tuple[Callable[[Mapping[str, Any]], None], Callable[[], None]]]:
+    """Yields a function that appends a measurement to ``workdir/metrics.jsonl`` and to TensorBoard
+    events in ``workdir/tensorboard``, and one that publishes them in a bucket, see
+    `storage.growing`.
 
     A line is ``{"step": 100, "split": "train", "wall_time_s": 12.5, "loss": 3.2}``. Every line is
-    flushed at once: a killed process loses at most the line that it was writing. A bucket has the
-    lines up to the last `publish`. Non-finite values are written as Python's ``NaN`` and
-    ``Infinity``.
+    flushed at once: a killed process loses at most the line that it was writing. Non-finite values
+    are written as Python's ``NaN`` and ``Infinity``.
 
     Args:
         workdir: Folder of the run.
         step: Finished updates of the state from which the run goes on; measurements of later steps
             are dropped.
-
-    Attributes:
-        kept: Measurements that led to this state.
-        publish: Function that writes all lines to a bucket; on a disk it does nothing, see
-            `storage.growing`.
-
-    Raises:
-        ValueError: If the folder has measurements that cannot be read, see `read_metrics`.
     """
+    # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread that
+    # a full disk ends, and then waits for it for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: made at run time
+    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __init__(self, workdir: Path, step: int = 0):
-        self._workdir, self._step = workdir, step
-        self.kept = [record for record in read_metrics(workdir) if record["step"] <= step]
-        self._stack = contextlib.ExitStack()
-        self._folder, self.publish = self._stack.enter_context(growing(workdir))
-        path = self._folder / FILENAME
-        with replacing(path) as incoming:
-            incoming.write_text(
-                "".join(json.dumps(record) + "\n" for record in self.kept), encoding="utf-8"
-            )
-        self._lines, self._events = path.open("a", encoding="utf-8"), None
+    kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+    with growing(workdir) as (folder, publish):
+        with replacing(folder / FILENAME) as incoming:
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            incoming.write_text(text, encoding="utf-8")
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        events = EventsWriter(str(folder / "tensorboard" / "events"))
+        # TensorBoard discards older events of these steps.
+        restart = SessionLog(status=SessionLog.START)
+        events.write_event(Event(step=step + 1, session_log=restart))
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one measurement: step, split, time of training so far, and scalars by name."""
-        try:
-            self._lines.write(json.dumps(dict(record)) + "\n")
-            self._lines.flush()
-            self._write_event(record)
-        except OSError as error:
-            reason = error.strerror or error
-            message = (
-                f"{self._workdir} cannot be written to ({reason}): free disk space, then "
-                "give the command again"
-            )
-            raise OSError(message) from error
+        def write(record: Mapping[str, Any]) -> None:
+            lines.write(json.dumps(dict(record)) + "\n")
+            lines.flush()
+            values = [
+                Summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
+                for name, value in record.items()
+                if name not in _RESERVED
+            ]
+            summary = Summary(value=values)
+            events.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
+            events.flush()
 
-    def __exit__(self, *exc_info: object) -> None:
-        with self._stack:
-            for file in (self._lines, self._events):
-                with contextlib.suppress(OSError):  # of a full disk, which `write` has reported
-                    if file is not None:
-                        file.close()
-
-    def _write_event(self, record: Mapping[str, Any]) -> None:
-        # Imported late: it takes longer than the rest of this module. `SummaryWriter` has a thread
-        # that a full disk ends, and then waits for it for ever.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]: made at run time
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-        if self._events is None:
-            folder = self._folder / "tensorboard"
-            folder.mkdir(exist_ok=True)
-            self._events = EventsWriter(str(folder / "events"))
-            # TensorBoard discards older events of these steps.
-            self._events.write_event(
-                Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START))
-            )
-        values = {
-            f"{record['split']}/{name}": value
-            for name, value in record.items()
-            if name not in _RESERVED
-        }
-        summary = Summary(
-            value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        )
-        self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
-        self._events.flush()
+        with (folder / FILENAME).open("a", encoding="utf-8") as lines, contextlib.closing(events):
+            yield write, publish
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Reads the measurements of `MetricWriter`, in order.
+    """Reads the measurements that `writing` wrote, in order.
 
     A half-written last line, left by a killed process, is skipped.
 
@@ -129,8 +96,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class Metrics(Callback):
-    """Writes the records of a training to its folder, see `MetricWriter`; with several processes,
-    the first one writes.
+    """Writes the records of a training to its folder, see `writing`; with several processes, the
+    first one writes.
     """
 
     order = 90
@@ -144,13 +111,12 @@ class Metrics(Callback):
         if not parallel.is_first():
             yield
             return
-        with MetricWriter(self.folder, run.step) as writer:
-            self._publish = writer.publish
-            run.listeners.append(writer.write)
+        with writing(self.folder, run.step) as (write, self._publish):
+            run.listeners.append(write)
             try:
                 yield
             finally:
-                writer.publish()  # the measurements show what went wrong
+                self._publish()  # the measurements show what went wrong
 
     def after_step(self, run: Run) -> None:
         """Publishes before a checkpoint, which then has the measurements that led to it."""
