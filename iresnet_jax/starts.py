@@ -18,10 +18,10 @@ import scipy.stats
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from iresnet_jax.bijections.marginals import Marginals
+from iresnet_jax.bijections.marginals import Marginals, before
 from iresnet_jax.bijections.standardize import Standardize, Whiten, shrunk_covariance
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.tables import choose, fit_marginals
+from iresnet_jax.data.tables import choose, fit_lines, fit_marginals
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.contexts import ContextScale, linear_regression, scaled
 from iresnet_jax.models.density import Density
@@ -45,30 +45,14 @@ KERNEL_NUMBERS = 500_000
 Rows = Float[np.ndarray, "_ d"]
 
 
-class Space(NamedTuple):
-    """Where a prior is fitted: values on lines, or their scores.
-
-    Attributes:
-        cells: Map of values with mass; None without any.
-        ends: Map of the line, or continuous scores; None for the line itself.
-    """
-
-    cells: Marginals | None
-    ends: Any
-
-    @classmethod
-    def of_scores(cls, scores: Marginals) -> "Space":
-        """The space of scores."""
-        return cls(None, scores) if scores.is_continuous else cls(scores, None)
-
-    def place(self, x: Rows, noise: Rows) -> tuple[Rows, Float[np.ndarray, " _"]]:
-        """Rows in this space by noise in [0, 1), and the log-determinant."""
-        log_det = np.zeros(x.shape)
-        for part in (self.cells, self.ends):
-            if part is not None:
-                x, own = part.placed(x, noise, np) if part is self.cells else part.to_line(x, np)
-                log_det = log_det + own
-        return x, log_det.sum(axis=1)
+def placed(
+    marginals: Marginals | None, x: Rows, noise: Rows | float
+) -> tuple[Rows, Float[np.ndarray, " _"]]:
+    """Rows on lines or as scores by noise in [0, 1), and the log-determinants."""
+    if marginals is None:
+        return x, np.zeros(len(x))
+    u, log_det = marginals.placed(x, noise, np)
+    return u, log_det.sum(axis=1)
 
 
 class Start(NamedTuple):
@@ -76,25 +60,26 @@ class Start(NamedTuple):
 
     Attributes:
         name: What it is, for lines of progress.
-        cells: See `Space`.
-        transform: Preprocessing behind the cells.
+        marginals: Columns on lines, or their scores; None of continuous ones as they are.
+        then: The affine map behind them.
         family: Family of the prior.
         prior: The prior.
     """
 
     name: str
-    cells: Marginals | None
-    transform: Any
+    marginals: Marginals | None
+    then: Standardize | Whiten
     family: str
     prior: Any
 
     def spec(self, flow: FlowSpec, columns: Any = None) -> DensitySpec:
         """The density of a flow between preprocessing and prior."""
+        cells, transform = before(self.marginals, self.then)
         return DensitySpec(
             flow,
             self.family,
-            self.transform,
-            cells=self.cells,
+            transform,
+            cells=cells,
             columns=columns,
             num_components=getattr(self.prior, "num_components", None),
         )
@@ -134,8 +119,8 @@ class Starts:
         self.choices, self.sizes = choose(x, data.kinds), {}
         rows, (num, dims) = _some(x, most_rows), x.shape
         names = list(STARTS)
-        if any(not len(kind.values) and kind.is_near_0 for kind in data.kinds):
-            names = [name for name in names if STARTS[name][0]]  # lines would go on below 0
+        if not any(kind.is_line for kind in data.kinds):
+            names = [name for name in names if STARTS[name][0]]
         if num * dims**2 > KERNEL_NUMBERS and KERNELS in names:
             names.remove(KERNELS)
         if dims > MIXTURE_DIMS:
@@ -150,8 +135,8 @@ class Starts:
                 parts.append(self._held_out(name, rows[~is_test], rows[is_test], known))
         self.scores = {name: float(np.concatenate(each).mean()) for name, each in found.items()}
         if KERNELS in names:
-            space, then, z = self._placed(KERNELS, rows, {})
-            u, log_det = space.place(rows, np.random.default_rng(1).random(rows.shape))
+            marginals, then, z = self._placed(KERNELS, rows, {})
+            u, log_det = placed(marginals, rows, np.random.default_rng(1).random(rows.shape))
             left_one_out = GaussianMixture.kernels(z)[1]
             self.scores[KERNELS] = left_one_out + float(log_det.mean()) + _affine(then, u)[1]
 
@@ -164,10 +149,9 @@ class Starts:
         """A start, fitted to the training rows, or to those that validate, too."""
         x = self.data.examples["train"]
         x = np.concatenate([x, self.data.examples["validation"]]) if with_validation else x
-        space, then, z = self._placed(name, _some(x, MOST_FITTED), {})
-        transform = then if space.ends is None else replace(space.ends, then=then)
+        marginals, then, z = self._placed(name, _some(x, MOST_FITTED), {})
         family, prior, _ = self._prior(name, z)
-        return Start(name, space.cells, transform, family, prior)
+        return Start(name, marginals, then, family, prior)
 
     def losses(self, num: int, seed: int) -> Float[np.ndarray, " _"]:
         """Negative log-density of the held-out rows that validate, under the likeliest start."""
@@ -179,31 +163,31 @@ class Starts:
         self, name: str, train: Rows, test: Rows, known: dict[Any, Any], draws: int = 2
     ) -> Any:
         """Log-densities of rows under a start that is fitted to others, the mean of some draws."""
-        space, then, z = self._placed(name, train, known)
+        marginals, then, z = self._placed(name, train, known)
         log_prob = self._prior(name, z)[2]
         found = []
         for seed in range(draws):
-            u, log_det = space.place(test, np.random.default_rng(seed).random(test.shape))
+            u, log_det = placed(marginals, test, np.random.default_rng(seed).random(test.shape))
             z, of_transform = _affine(then, u)
             found.append(log_prob(z) + log_det + of_transform)
         return np.mean(found, axis=0)
 
-    def _placed(self, name: str, x: Rows, known: dict[Any, Any]) -> tuple[Space, Any, Rows]:
-        """The space of a start, the affine map behind it, and where rows lie; ``known`` keeps the
-        spaces of these rows.
+    def _placed(self, name: str, x: Rows, known: dict[Any, Any]) -> tuple[Any, Any, Rows]:
+        """The marginals of a start, the affine map behind them, and where rows lie; ``known``
+        keeps the marginals of these rows.
         """
         are_scores, dims = STARTS[name][0], x.shape[1]
         if are_scores not in known:
-            space = Space(self.data.cells, self.data.ends)
-            if are_scores:
-                space = Space.of_scores(fit_marginals(x, self.data.kinds, self.choices))
-            known[are_scores] = space, space.place(x, np.random.default_rng(1).random(x.shape))[0]
-        space, u = known[are_scores]
+            fit = fit_marginals if are_scores else fit_lines
+            marginals = fit(x, self.data.kinds, self.choices)
+            noise = np.random.default_rng(1).random(x.shape)
+            known[are_scores] = marginals, placed(marginals, x, noise)[0]
+        marginals, u = known[are_scores]
         if dims > WHITENED_DIMS:
             then = Standardize.fit(u)
         else:
             then = Whiten(np.zeros(dims), np.eye(dims)) if are_scores else Whiten.fit(u)
-        return space, then, _affine(then, u)[0]
+        return marginals, then, _affine(then, u)[0]
 
     def _prior(self, name: str, z: Rows) -> tuple[str, Any, Callable[[Rows], Any]]:
         """Family of a start's prior, the prior fitted to latents, and its log-density by NumPy."""
@@ -243,8 +227,8 @@ class Starts:
 
 
 def with_likelier_columns(data: DataSet) -> DataSet:
-    """Data with contexts or classes, with normal scores in place of cells and ends if linear models
-    do better on them: the regression of the examples on contexts, or that of classes on examples.
+    """Data with contexts or classes, with normal scores in place of lines if linear models do
+    better on them: the regression of the examples on contexts, or that of classes on examples.
     """
     from sklearn.linear_model import LogisticRegression  # late: a second
     from sklearn.model_selection import cross_val_score
@@ -256,31 +240,26 @@ def with_likelier_columns(data: DataSet) -> DataSet:
     rows = np.random.default_rng(0).permutation(len(data.examples["train"]))[:MOST_ROWS]
     x = np.asarray(data.examples["train"][rows], np.float64)
     choices = choose(x, data.kinds)
-    spaces = {
-        "line": Space(data.cells, data.ends),
-        "scores": Space.of_scores(fit_marginals(x, data.kinds, choices)),
-    }
+    spaces = {"line": data.marginals, "scores": fit_marginals(x, data.kinds, choices)}
     found = {}
-    for name, space in spaces.items():
+    for name, marginals in spaces.items():
         if data.contexts:
             context = np.asarray(data.contexts["train"][rows], float)
             c = np.asarray(scaled(ContextScale.fit(context), jnp.asarray(context)))
-            u, log_det = space.place(x, np.random.default_rng(1).random(x.shape))
+            u, log_det = placed(marginals, x, np.random.default_rng(1).random(x.shape))
             centred = u - u.mean(axis=0)
             residuals = centred - c @ linear_regression(c, centred)
             z, of_whiten = _affine(Whiten.fit(u, residuals), residuals + u.mean(axis=0))
             found[name] = np.mean(scipy.stats.norm.logpdf(z).sum(axis=1) + log_det) + of_whiten
         else:
-            u, _ = space.place(x, np.full(x.shape, 0.5))
+            u, _ = placed(marginals, x, 0.5)
             model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
             labels = data.labels["train"][rows]
             found[name] = cross_val_score(model, u, labels, scoring="neg_log_loss").mean()
     if not found["scores"] > found["line"]:
         return data
-    space = Space.of_scores(
-        fit_marginals(_some(data.examples["train"], MOST_FITTED), data.kinds, choices)
-    )
-    return replace(data, cells=space.cells, ends=space.ends)
+    rows = _some(data.examples["train"], MOST_FITTED)
+    return replace(data, marginals=fit_marginals(rows, data.kinds, choices))
 
 
 LOGISTIC = scipy.stats.logistic(0, math.sqrt(3) / math.pi)

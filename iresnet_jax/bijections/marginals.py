@@ -23,12 +23,14 @@ levels does not list, or that never occurs with the parent's level, and a number
 exist, have a reserved mass, and their score is normal noise, which tells nothing. No sample shows
 them.
 
-**Lines.** A column that is flat keeps to a line, which whitening starts from: noise is uniform, and
-a number that does not exist has the cell of the nearest one.
+**Lines.** A column that is flat keeps to a line, which whitening starts from: noise is uniform in
+cells and exponential in half-lines, and a number that does not exist has the cell of the nearest
+one.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +51,6 @@ from iresnet_jax.pytrees import pytree
 
 NARROW = 1e-3  # width of scores within which the normal density is as good as constant
 FINE = 3e-5  # width below which a difference of scores is rounded more than a slope times a width
-MORE = 32  # listed values beyond each end of a line
 FAR = 12.0  # distance of scores from 0 beyond which single precision has no probabilities
 # What `Marginals.of` pads tables with, and the fields of one column without cells or knots.
 PADDING = {"at": np.inf, "to": np.inf, "values": np.inf, "lower": np.inf, "upper": -np.inf}
@@ -68,6 +69,7 @@ class Places(NamedTuple):
         low, high: Ends of the interval of a value with mass.
         has_mass: Whether it has one.
         score: Score of a value without.
+        step: Scale of noise in half-lines of flat columns.
         log_factor: ``log dz/dx`` of a value without mass; of others the logarithm of a factor on
             the mass.
     """
@@ -76,6 +78,7 @@ class Places(NamedTuple):
     high: Any
     has_mass: Any
     score: Any
+    step: Any
     log_factor: Any
 
 
@@ -91,7 +94,7 @@ class Marginals(Bounded):
         unit: Logarithm of the unit of values that are not listed.
         has_levels: 1 if no values but those listed exist, 2 if each value counts as the nearest one
             of them, 0 otherwise.
-        flat: Whether noise is uniform between scores.
+        flat: Whether the column keeps to a line, with noise that is uniform between scores.
         parent: Place of the column whose level the masses depend on; -1 for none.
         at: Places of the spline's knots on the line, rising; infinite beyond the last one.
         to: Their scores.
@@ -147,51 +150,19 @@ class Marginals(Bounded):
         return cls(**made, is_continuous=not has_mass)
 
     @classmethod
-    def lines(
-        cls,
-        values: Sequence[Sequence[float]],
-        atoms: Sequence[Mapping[float, float]] = (),
-        **common: Any,
-    ) -> "Marginals":
-        """Flat columns that spread values over cells of the line and leave all others as they are.
+    def lines(cls, spacings: Sequence[float | int], **common: Any) -> "Marginals":
+        """Flat columns of the multiples of each spacing; those with the spacing 0 stay as they are.
 
         Args:
-            values: Rising values of each column that own the numbers half-way to their neighbours:
-                two for a grid, none for a continuous column.
-            atoms: Values of each column that own more of the line than of the numbers, and how
-                much; all that lies above moves up.
+            spacings: Distances of the numbers of each column. The unit of whole numbers is 1, that
+                of others is the spacing.
             **common: Further attributes, an entry a column.
         """
         columns = []
-        for i, (known, wider) in enumerate(zip(values, atoms or [{}] * len(values), strict=True)):
-            v, w = np.array(sorted(wider.items())).reshape(-1, 2).T
-            gaps = np.diff(known) if len(known) else np.zeros(1)
-            half = gaps[0] / 2 * (len(known) == 2)
-            is_whole = np.all(np.rint(known) == known)
-            column: dict[str, Any] = {name: each[i] for name, each in common.items()}
-            column |= {"flat": 1, "spacing": 2 * half}
-            if len(known) == 2:
-                column |= {"origin": known[0], "unit": 0 if is_whole else math.log(2 * half)}
-            if len(known) > 2:  # the outermost gaps go on
-                more = np.arange(1, MORE + 1)
-                known = np.concatenate(
-                    [known[0] - gaps[0] * more[::-1], known, known[-1] + gaps[-1] * more]
-                )
-                edges = np.convolve(known, [0.5, 0.5], "valid")
-                edges = np.array([known[0] - gaps[0] / 2, *edges, known[-1] + gaps[-1] / 2])
-                on_line = edges + np.concatenate([[0], np.cumsum([wider.get(x, 0) for x in known])])
-                units = np.zeros(len(known)) if is_whole else np.log(np.diff(edges))
-                column |= {"values": known, "units": units, "has_levels": 2}
-                column |= {"lower": [on_line[:-1]], "upper": [on_line[1:]]}
-            elif len(v):
-                low = v - half + np.concatenate([[0], np.cumsum(w)[:-1]])
-                high = low + 2 * half + w
-                at = np.stack([v - half, v + half], axis=1).ravel()
-                to = np.stack([low, high], axis=1).ravel()
-                column |= {"at": at, "to": to, "slopes": np.ones(len(at))}
-                if not half:
-                    column |= {"values": v, "units": 0 * v, "lower": [low], "upper": [high]}
-            columns.append(column)
+        for i, spacing in enumerate(spacings):
+            unit = 0 if spacing == round(spacing) else math.log(spacing)
+            columns.append({"flat": 1, "spacing": spacing, "unit": unit})
+            columns[-1] |= {name: values[i] for name, values in common.items()}
         return cls.of(columns)
 
     # -------------------------------------------------------------------------------- the bijection
@@ -228,8 +199,10 @@ class Marginals(Bounded):
         low, high, is_above = _lower_half(places, xp)
         below = special.ndtr(low)
         normal = special.ndtri(below + noise * (special.ndtr(high) - below))
-        is_even = self._is_even(places, xp)
+        is_even, is_half = self._is_even(places, xp), self._is_half(places, xp)
         z = xp.where(is_even, places.low + noise * _width(places, xp), normal * (1 - 2 * is_above))
+        away = -places.step * xp.log(noise)
+        z = xp.where(is_half, xp.where(is_above, places.low + away, places.high - away), z)
         # A rounded score still belongs to the value.
         margin = 8 * xp.finfo(x.dtype).eps * (1 + xp.abs(xp.where(is_even, z, normal)))
         margin = xp.minimum(margin, _width(places, xp) / 4)
@@ -245,6 +218,8 @@ class Marginals(Bounded):
         log_mass = log_high + xp.log1p(-xp.exp(xp.minimum(log_low - log_high, -1e-6)))
         log_ratio = log_mass + 0.5 * z**2 + 0.5 * math.log(2 * math.pi)
         log_ratio = xp.where(self._is_even(places, xp), xp.log(_width(places, xp)), log_ratio)
+        away = xp.minimum(xp.abs(z - places.low), xp.abs(z - places.high)) / places.step
+        log_ratio = xp.where(self._is_half(places, xp), away + xp.log(places.step), log_ratio)
         return xp.where(places.has_mass, log_ratio, 0) + places.log_factor
 
     def _is_even(self, places: Places, xp: Any) -> Any:
@@ -254,12 +229,16 @@ class Marginals(Bounded):
         is_far = _lower_half(places, xp)[1] < -FAR
         return self._row("flat", xp) | (_width(places, xp) < NARROW) | is_far
 
+    def _is_half(self, places: Places, xp: Any) -> Any:
+        """Whether noise is exponential: of lines, in the half-lines of the outermost numbers."""
+        return self._row("flat", xp) & places.has_mass & ~xp.isfinite(places.high - places.low)
+
     def places(self, x: Any, xp: Any = jnp) -> Places:
         """Where values may lie among scores."""
         if self.is_continuous:
             line, log_slopes = super().to_line(x, xp)
             z, slopes = self._spline(line, xp)
-            return Places(z, z, xp.zeros(z.shape, bool), z, log_slopes + xp.log(slopes))
+            return Places(z, z, xp.zeros(z.shape, bool), z, z, log_slopes + xp.log(slopes))
         spacing, origin, least, most = (
             self._row(name, xp, x.dtype) for name in ("spacing", "origin", "least", "most")
         )
@@ -274,8 +253,8 @@ class Marginals(Bounded):
         flat, half = self._row("flat", xp), xp.exp(log_slope) * spacing / 2
         is_fine = (spacing > 0) & (high - low < FINE)
         low, high = xp.where(is_fine, z - half, low), xp.where(is_fine, z + half, high)
-        low = xp.where((value <= least) & ~flat, -xp.inf, low)
-        high = xp.where((value >= most) & ~flat, xp.inf, high)
+        low = xp.where(value <= least, -xp.inf, low)
+        high = xp.where(value >= most, xp.inf, high)
         level, row = self._levels(x, xp)
         first, last, unit, occurring, lacking = self._each(
             xp,
@@ -308,7 +287,7 @@ class Marginals(Bounded):
         factor = xp.where(is_beyond, -xp.inf, factor)
         has_mass = is_listed | has_levels | (spacing > 0)
         low, high = xp.where(has_mass, low, -1), xp.where(has_mass, high, 1)
-        return Places(low, high, has_mass, z, factor)
+        return Places(low, high, has_mass, z, xp.where(half > 0, 2 * half, 1), factor)
 
     def from_line(self, y: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """Values that own scores, and ``log dx/dz`` of continuous ones."""
@@ -505,3 +484,12 @@ def _lower_half(places: Places, xp: Any) -> tuple[Any, Any, Any]:
         xp.where(is_above, -places.low, places.high),
         is_above,
     )
+
+
+def before(marginals: Marginals | None, then: Any) -> tuple[Marginals | None, Any]:
+    """The map of values with mass, None without any, and the transform of what is continuous: of
+    columns that are mapped first, if they are, and then transformed.
+    """
+    if marginals is None or not marginals.is_continuous:
+        return marginals, then
+    return None, replace(marginals, then=then)

@@ -108,7 +108,7 @@ def certified(
         with jax.enable_x64():  # keeps the numbers of `spec` unrounded
             standardize, levels = (
                 Standardize(mean, std),
-                Marginals.lines([(0.0, 1 / steps)] * channels),
+                Marginals.lines([1 / steps] * channels),
             )
         enclosure = enclosing(standardize)(x[..., :channels], certificate.error_bound)
         certain = levels.certain(np.rint(data * steps) / steps, enclosure)

@@ -11,7 +11,7 @@ import numpy as np
 
 from iresnet_jax.arguments import check_unmasked, finite_numbers
 from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
-from iresnet_jax.data.tables import Table, describe
+from iresnet_jax.data.tables import describe, fit_lines, notes_of
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 from iresnet_jax.models.preprocessing import check_told_apart
 
@@ -84,7 +84,7 @@ def from_arrays(
                 f"labels of {num_classes} classes must lie in 0 to {num_classes - 1}, got "
                 f"{present[-1]}: number them with np.unique(labels, return_inverse=True)[1]"
             )
-    levels, table = None, Table(None)
+    levels, kinds, marginals, notes = None, (), None, []
     # These are the examples in the precision in which they were given.
     given = arrays if isinstance(arrays, Arrays) else arrays["train"]
     if np.issubdtype(train.x.dtype, np.integer):
@@ -98,10 +98,12 @@ def from_arrays(
         of_columns = [len(column.categories or ()) for column in columns or ()]
         if np.asarray(given.x).dtype == bool:
             of_columns = [2] * train.x.shape[1]
-        table = describe(seen, names, levels=of_columns, bounds=bounds, is_density=is_table)
+        kinds = describe(seen, names, levels=of_columns, bounds=bounds, has_tails=is_table)
+        marginals = fit_lines(train.x, kinds)
+        notes = list(notes_of(seen["train"], names, kinds)) if is_table else []
     else:
         _check_channels(train.x)
-    notes, context_kinds = list(table.notes), ()
+    context_kinds = ()
     if train.context is not None:
         rows = np.asarray(given.context).reshape(-1, train.context.shape[1])
         check_told_apart(rows, train.context.dtype, "entry {} of the context".format)
@@ -110,9 +112,7 @@ def from_arrays(
             for entry in np.flatnonzero(np.ptp(train.context, axis=0) == 0)
         ]
         of_columns = [len(column.categories or ()) for column in context_columns or ()]
-        context_kinds = describe(
-            {"train": train.context}, levels=of_columns, is_density=False
-        ).kinds
+        context_kinds = describe({"train": train.context}, levels=of_columns, has_tails=False)
     return DataSet.from_arrays(
         name,
         {split: part.x for split, part in parts.items()},
@@ -120,9 +120,8 @@ def from_arrays(
         contexts={split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
         num_classes=num_classes if labels else None,
-        cells=table.cells,
-        ends=table.ends,
-        kinds=table.kinds,
+        marginals=marginals,
+        kinds=kinds,
         columns=columns,
         context_kinds=context_kinds,
         context_columns=context_columns,

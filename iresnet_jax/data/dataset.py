@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PRNGKeyArray, Shaped
 
-from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.data.toys import Toy
 from iresnet_jax.maths.platforms import fast_compile
@@ -47,8 +46,8 @@ class DataSet:
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty
             without contexts.
-        cells: Entries of vectors whose values own cells; None if all are continuous, or levels.
-        ends: Map of entries to the line, if some have ends or heavy tails; None otherwise.
+        marginals: Map of entries of vectors to lines or scores; None if nothing has mass, ends or
+            heavy tails, or if data are levels.
         kinds: What each column of vectors holds, see `iresnet_jax.data.tables.Kind`.
         columns: Columns of the data frame or table that the entries come from; None for arrays.
         context_kinds: What each entry of contexts holds.
@@ -65,8 +64,7 @@ class DataSet:
     examples: Splits = field(default_factory=dict)
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
-    cells: Marginals | None = None
-    ends: Bounded | None = None
+    marginals: Marginals | None = None
     kinds: tuple[Any, ...] = ()
     columns: tuple[Column, ...] | None = None
     context_kinds: tuple[Any, ...] = ()

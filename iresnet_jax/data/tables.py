@@ -3,8 +3,8 @@ ends and heavy tails; and the distribution of each column by itself.
 
 `describe` finds out once what all rows say. `fit_marginals` fits the map of every column to normal
 scores, see `iresnet_jax.bijections.marginals`: shares of levels, or shares of repeated numbers
-mixed with a kernel density, whose weights, widths and line are chosen by cross-validation. NumPy
-computes all of it, in float64.
+mixed with a kernel density, whose weights, widths and line are chosen by cross-validation. Or it
+keeps columns on lines, where that is possible. NumPy computes all of it, in float64.
 """
 
 import math
@@ -39,17 +39,6 @@ Rows = Float[np.ndarray, "_ d"]
 Numbers = Float[np.ndarray, " _"]
 
 
-class Table(NamedTuple):
-    """Description of columns: their cells, the map of their ends and tails to the line, and
-    sentences.
-    """
-
-    cells: Marginals | None
-    ends: Bounded | None = None
-    notes: tuple[str, ...] = ()
-    kinds: tuple["Kind", ...] = ()
-
-
 class Kind(NamedTuple):
     """What one column holds.
 
@@ -60,7 +49,10 @@ class Kind(NamedTuple):
         low: End that the user gave, or 0 if no number is negative; minus infinity without one.
         high: End that the user gave; infinite without one.
         is_given: Whether the user gave one.
-        is_near_0: Whether numbers are not negative, and a normal distribution of them would be.
+        center, scale: See `Bounded`, of the line between given ends or of heavy tails.
+        is_line: Whether the column can be a line: if no value but those of a grid has a mass of its
+            own, and if continuous numbers are not negative only where a normal distribution of them
+            would be, too.
     """
 
     values: Sequence[float]
@@ -69,7 +61,9 @@ class Kind(NamedTuple):
     low: float
     high: float
     is_given: bool
-    is_near_0: bool
+    center: float
+    scale: float
+    is_line: bool
 
     @property
     def spacing(self) -> float:
@@ -90,20 +84,43 @@ class Kind(NamedTuple):
         place = np.searchsorted(middles, numbers)
         return np.append(-np.inf, middles)[place], np.append(middles, np.inf)[place]
 
+    def line(self, num: int) -> dict[str, Any]:
+        """The flat column, see `Marginals`, with a reserved mass of ``1 / (num + 1)``."""
+        ends = (self.levels[0], self.levels[-1]) if self.levels and not self.is_given else None
+        least, most = ends or (self.low, self.high)
+        rare = -np.inf if self.is_given else -math.log(num + 1)
+        column = {"flat": 1, "center": self.center, "scale": self.scale, "least": least}
+        column |= {"most": most, "reserved": [[0, rare]]}
+        if self.spacing:
+            column |= {"spacing": self.spacing, "origin": self.values[0]}
+            column["unit"] = math.log(self.unit)
+        if self.is_given:
+            column |= {"low": self.low - self.spacing / 2, "high": self.high + self.spacing / 2}
+        return column
+
 
 def _kind(
-    numbers: Numbers, values: Sequence[float], atoms: Any, num_levels: int, low: float, high: float
+    numbers: Numbers, eps: float, num_levels: int, low: float, high: float, *, has_tails: bool
 ) -> Kind:
+    values = (0.0, 1.0) if num_levels else values_of(numbers, eps)
+    atoms = [] if num_levels else atoms_of(numbers, values)
     distinct, counts = np.unique(numbers, return_counts=True)
     are_codes = len(distinct) <= MOST_CODES and counts.min() >= EACH_CODE and len(values)
     levels = distinct.tolist() if are_codes or len(distinct) <= 2 else []
     is_given = bool(np.isfinite(low) or np.isfinite(high))
+    center, scale = 0.0, 0.0
     if num_levels:
         levels, is_given = [float(level) for level in range(num_levels)], False
-    elif not np.isfinite(low) and numbers.min() >= 0:
-        low = 0.0
-    is_near_0 = low == 0 and not levels and numbers.mean() < 4 * numbers.std()
-    return Kind(values, list(atoms), levels, low, high, is_given, bool(is_near_0))
+    elif is_given:
+        half = (values[1] - values[0]) / 2 if len(values) == 2 else 0.0
+        scale = float(np.median(np.minimum(numbers - low, high - numbers))) + half
+    else:
+        low = 0.0 if numbers.min() >= 0 else low
+        center, scale = tails_of(numbers) if has_tails else (0.0, 0.0)
+    is_near_0 = has_tails and low == 0 and not is_given and numbers.mean() < 4 * numbers.std()
+    is_grid = len(values) == 2 and len(distinct) > 1
+    is_line = not atoms and (is_grid or not (len(values) or is_near_0))
+    return Kind(values, atoms, levels, low, high, is_given, center, scale, is_line)
 
 
 def describe(
@@ -112,9 +129,9 @@ def describe(
     *,
     levels: Sequence[int] = (),
     bounds: Any = None,
-    is_density: bool = True,
-) -> Table:
-    """Finds the cells and atoms of columns and, for a density, their ends and heavy tails.
+    has_tails: bool = True,
+) -> tuple[Kind, ...]:
+    """What each column holds.
 
     Args:
         splits: Rows by split, training rows first.
@@ -122,52 +139,35 @@ def describe(
         levels: Number of levels of each column, 0 for numbers; empty without booleans and
             categories.
         bounds: Dictionary of ends ``(low, high)`` of columns by name or number; None for no end.
-        is_density: Whether to fit a density; otherwise only cells and atoms are found.
+        has_tails: Whether to look for heavy tails.
     """
     x = next(iter(splits.values()))
     names, levels = list(names) or list(range(x.shape[1])), levels or [0] * x.shape[1]
-    values, atoms = [], []
-    for numbers, num_levels in zip(np.asarray(x, np.float64).T, levels, strict=True):
-        values.append(
-            (0.0, 1.0) if num_levels else values_of(numbers, float(np.finfo(x.dtype).eps))
-        )
-        atoms.append({} if num_levels else atoms_of(numbers, values[-1]))
     low, high = ends_given(bounds or {}, names, levels)
-    kinds = tuple(map(_kind, np.asarray(x, np.float64).T, values, atoms, levels, low, high))
-    ranges = [
-        (k.levels[0], k.levels[-1]) if k.levels and not k.is_given else (k.low, k.high)
-        for k in kinds
-    ]
-    cells, (least, most) = None, np.array(ranges).T
-    if any(map(len, values)) or any(atoms):
-        rare = [[[0, -np.inf if k.is_given else -math.log(len(x) + 1)]] for k in kinds]
-        cells = Marginals.lines(values, atoms, least=least, most=most, reserved=rare)
-    if not is_density:
-        return Table(cells, kinds=kinds)
     for split, rows in splits.items():
         outside = (rows < low.astype(rows.dtype)) | (rows > high.astype(rows.dtype))
+        outside &= np.equal(levels, 0)
         for row, column in np.argwhere(outside)[:1].tolist():
             raise ValueError(
                 f"{rows[row, column]:g} in row {row} of the split {split}, column "
                 f"{names[column]!r}, is outside of its bounds {low[column]:g} and "
                 f"{high[column]:g}: correct the value or the bounds"
             )
-    ends = _on_line(x, cells, low, high)
-    is_bounded = np.isfinite(low) | np.isfinite(high)
-    is_faint = np.std(x, axis=0, dtype=np.float64) < 128 * np.finfo(x.dtype).eps * np.asarray(
-        ends.scale
-    )
-    for column in np.flatnonzero(is_bounded & is_faint & (np.ptp(x, axis=0) > 0)).tolist():
-        raise ValueError(
-            f"{x.dtype} cannot tell the values of column {names[column]!r} apart beside its bounds "
-            f"{low[column]:g} and {high[column]:g}: give closer ones, or None in place of one"
-        )
-    heavy = np.isinf(low) & np.isinf(high) & (np.asarray(ends.scale) > 0)
-    notes = tuple(_notes(np.asarray(x, np.float64), names, kinds, heavy))
-    return Table(cells, ends if np.any(is_bounded | heavy) else None, notes, kinds)
+    eps, kinds = float(np.finfo(x.dtype).eps), []
+    for name, numbers, num, *ends in zip(
+        names, np.asarray(x, np.float64).T, levels, low, high, strict=True
+    ):
+        kind = _kind(numbers, eps, num, *ends, has_tails=has_tails)
+        if kind.is_given and 0 < numbers.std() < 128 * eps * kind.scale:
+            raise ValueError(
+                f"{x.dtype} cannot tell the values of column {name!r} apart beside its bounds "
+                f"{kind.low:g} and {kind.high:g}: give closer ones, or None in place of one"
+            )
+        kinds.append(kind)
+    return tuple(kinds)
 
 
-def _notes(x: Rows, names: Sequence[Any], kinds: Sequence[Kind], heavy: Any) -> Iterator[str]:
+def notes_of(x: Rows, names: Sequence[Any], kinds: Sequence[Kind]) -> Iterator[str]:
     """What each column was taken for, in a line."""
     for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
         low, high = x[:, i].min(), x[:, i].max()
@@ -182,7 +182,7 @@ def _notes(x: Rows, names: Sequence[Any], kinds: Sequence[Kind], heavy: Any) -> 
         elif kind.levels:
             yield f"{name}: {len(kind.levels)} levels"
         else:
-            tails = ", heavy tails" if heavy[i] else ""
+            tails = ", heavy tails" if kind.scale and not kind.is_given else ""
             yield f"{name}: {what}, {low:g} to {high:g}{atoms}{tails}"
 
 
@@ -216,27 +216,26 @@ def values_of(numbers: Numbers, eps: float) -> Sequence[float]:
     return distinct.tolist() if are_few and len(distinct) <= 1024 else ()
 
 
-def atoms_of(numbers: Numbers, values: Sequence[float]) -> dict[float, float]:
-    """Atoms of a column, at most 8, and each one's width on the line, which makes it as dense as
-    the other numbers are on average.
+def atoms_of(numbers: Numbers, values: Sequence[float]) -> list[float]:
+    """Atoms of a column, at most 8.
 
     An atom has at least 10 rows and .5 % of all rows, and within a value's cell its density would
-    exceed the others' by more than a factor of 8.
+    exceed that of the other numbers, on average, by more than a factor of 8.
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     spacing = np.min(np.diff(values)) if len(values) else 0.0
 
-    def widths(chosen):  # if these values alone are atoms
+    def width(chosen):  # of the last one, if these alone are atoms, at the others' density
         others = np.repeat(np.delete(distinct, chosen), np.delete(counts, chosen))
         length = (np.quantile(others, 0.95) - np.quantile(others, 0.05)) / 0.9 + spacing
-        return length * np.minimum(counts[chosen] / len(others), 100)
+        return length * min(counts[chosen[-1]] / len(others), 100)
 
     chosen: list[int] = []
     for place in np.argsort(-counts, kind="stable")[: min(8, len(distinct) - 1)].tolist():
-        if not _is_often(counts)[place] or widths([*chosen, place])[-1] <= 8 * spacing:
+        if not _is_often(counts)[place] or width([*chosen, place]) <= 8 * spacing:
             break
         chosen.append(place)
-    return dict(zip(distinct[chosen].tolist(), widths(chosen).tolist(), strict=True))
+    return distinct[chosen].tolist()
 
 
 def _is_often(counts: np.ndarray) -> np.ndarray:
@@ -274,26 +273,6 @@ def ends_given(
     return found[:, 0], found[:, 1]
 
 
-def _on_line(x: Rows, cells: Marginals | None, low: np.ndarray, high: np.ndarray) -> Bounded:
-    """The map of ends, with all of their cells, and of heavy tails; it takes the median distance
-    from a single end to 0.
-    """
-    line = x
-    if cells is not None:
-        noise = np.random.default_rng(0).random(x.shape)
-        line = cells.placed(np.asarray(x, np.float64), noise, np)[0]
-        low, high = (
-            np.where(np.isfinite(end), _cell_end(cells, end, sign), end)
-            for end, sign in ((low, -1), (high, 1))
-        )
-    center, scale = np.array([tails_of(column) for column in line.T]).T
-    distance = np.median(np.minimum(line - low, high - line), axis=0)
-    is_bounded = np.isfinite(distance)
-    return Bounded(
-        low, high, np.where(is_bounded, 0, center), np.where(is_bounded, distance, scale)
-    )
-
-
 def tails_of(numbers: Numbers) -> tuple[float, float]:
     """Center and scale of the heavy tails of a column; the scale is 0 if asinh gains less than .05
     nats per row.
@@ -317,12 +296,6 @@ def tails_of(numbers: Numbers) -> tuple[float, float]:
     return center, scale if gain > 0.05 + 3 / math.sqrt(len(numbers)) else 0.0
 
 
-def _cell_end(cells: Marginals, values: np.ndarray, sign: int) -> np.ndarray:
-    """Where the cells of values end on the line, below or above."""
-    places = cells.places(np.where(np.isfinite(values), values, 0.0)[None], np)
-    return np.where(places.has_mass, places.low if sign < 0 else places.high, places.score)[0]
-
-
 # --------------------------------------------------------------------------- columns by themselves
 
 
@@ -344,25 +317,44 @@ class Choice(NamedTuple):
     parent: int = -1
 
 
-def choose(x: Rows, kinds: Sequence[Kind]) -> list[Choice]:
-    """What every fit to rows of this table goes by."""
-    parents = _parents(x, kinds)
+def choose(x: Rows, kinds: Sequence[Kind], *, lines: bool = False) -> list[Choice]:
+    """What every fit to rows of this table goes by; with `lines` only of columns that are none."""
+    parents = [-1] * len(kinds) if lines else _parents(x, kinds)
     return [
-        Choice(parent=parent) if kind.levels else _smoothing(numbers, kind, BROAD / len(kinds))
+        Choice(parent=parent)
+        if kind.levels or (lines and kind.is_line)
+        else _smoothing(numbers, kind, BROAD / len(kinds))
         for numbers, kind, parent in zip(np.asarray(x, np.float64).T, kinds, parents, strict=True)
     ]
 
 
-def fit_marginals(x: Rows, kinds: Sequence[Kind], choices: Sequence[Choice]) -> Marginals:
+def fit_lines(x: Rows, kinds: Sequence[Kind], choices: Sequence[Choice] = ()) -> Marginals | None:
+    """Columns on lines, and the scores of those that cannot be lines, as `fit_marginals` has them;
+    None if nothing has mass, ends or heavy tails.
+    """
+    if all(
+        kind.is_line and not len(kind.values) and not kind.is_given and not kind.scale
+        for kind in kinds
+    ):
+        return None
+    return fit_marginals(x, kinds, choices or choose(x, kinds, lines=True), lines=True)
+
+
+def fit_marginals(
+    x: Rows, kinds: Sequence[Kind], choices: Sequence[Choice] = (), *, lines: bool = False
+) -> Marginals:
     """The map of every column to normal scores that is fitted to these rows."""
     x = np.asarray(x, np.float64)
     columns = []
-    for numbers, kind, choice in zip(x.T, kinds, choices, strict=True):
-        if kind.levels:
-            parent = None if choice.parent < 0 else (x[:, choice.parent], kinds[choice.parent])
+    for numbers, kind, choice in zip(x.T, kinds, choices or choose(x, kinds), strict=True):
+        if lines and kind.is_line:
+            columns.append(kind.line(len(x)))
+        elif kind.levels:
+            of = -1 if lines else choice.parent  # which may be a line
+            parent = None if of < 0 else (x[:, of], kinds[of])
             ends = {"low": kind.low, "high": kind.high, "least": kind.low, "most": kind.high}
             columns.append(_levels(numbers, kind, parent) | (ends if kind.is_given else {}))
-            columns[-1]["parent"] = choice.parent
+            columns[-1]["parent"] = of
         else:
             columns.append(_numbers(numbers, kind, choice))
     return Marginals.of(columns)
@@ -431,7 +423,7 @@ def _left_one_out(codes: np.ndarray, given: np.ndarray) -> float:
     """Log-likelihood of levels given others, each by all other rows, as `_levels` has it."""
     counts = np.zeros((given.max() + 1, codes.max() + 1))
     np.add.at(counts, (given, codes), 1)
-    others, total = counts - 1, counts.sum(axis=1, keepdims=True)
+    others, total = counts - 1, np.maximum(counts.sum(axis=1, keepdims=True), 1)
     lacking = np.sum(counts == 0, axis=1, keepdims=True) + 2
     each = np.where(others > 0, others, 1 / lacking) / total
     return float(np.sum(counts * np.log(each)))

@@ -122,14 +122,8 @@ def check_ranges(spec: Any, x: Any) -> None:
     ends = spec.transform if isinstance(spec.transform, Bounded) else spec.cells
     if ends is None:
         return
-    inner = (ends.low, ends.high) if spec.cells is None else (spec.cells.least, spec.cells.most)
-    half = 0.0 if spec.cells is None else np.asarray(spec.cells.spacing) / 2
-    low, high = (
-        np.where(np.isfinite(end), own, end)
-        for end, own in zip((ends.low, ends.high), map(np.asarray, inner), strict=True)
-    )
-    rows = np.asarray(x, np.float64)
-    margin = half + 2.0**-21 * (np.abs(rows) + 1e-30)
+    low, high, rows = (np.asarray(part, np.float64) for part in (ends.low, ends.high, x))
+    margin = 2.0**-21 * (np.abs(rows) + 1e-30)
     outside = (rows < low - margin) | (rows > high + margin)
     if spec.columns is not None:
         outside &= np.array([column.categories is None for column in spec.columns])

@@ -137,22 +137,50 @@ def spec_of(plain: Mapping[str, Any]) -> Spec:
     """A model without its weights, from plain data, also of versions before."""
     cells = plain.get("cells") or {}
     if cells.get("type") == "Cells":
-        plain = {**plain, "cells": tagged(_of_cells(cells, plain["transform"]))}
+        plain = {**plain, "cells": tagged(_of_cells(cells))}
     return from_tagged(plain, _CLASSES)
 
 
-def _of_cells(plain: Mapping[str, Any], transform: Mapping[str, Any]) -> Marginals:
-    """The columns of a model that was saved with cells, which lines of marginals are now."""
-    values, atoms, least, most = [], [], [], []
-    columns = zip(*(plain[name] for name in ("knots", "gaps", "atoms", "widths")), strict=True)
-    for i, (knots, gaps, places, widths) in enumerate(columns):
+def _of_cells(plain: Mapping[str, Any]) -> Marginals:
+    """The columns of a model that was saved with cells, which are lines: values that own the
+    numbers half-way to their neighbours, and atoms that own more of the line.
+    """
+    columns = []
+    tables = zip(*(plain[name] for name in ("knots", "gaps", "atoms", "widths")), strict=True)
+    for knots, gaps, atoms, widths in tables:
         num = int(np.sum(np.greater(gaps, 0)))
-        values.append([*knots[:num], knots[num - 1] + gaps[num - 1]] if num else [])
-        atoms.append({a: width for a, width in zip(places, widths, strict=True) if width > 0})
+        known = np.array([*knots[:num], knots[num - 1] + gaps[num - 1]] if num else [])
+        is_whole = np.all(np.rint(known) == known)
+        v, w = (
+            np.array([pair for pair in zip(atoms, widths, strict=True) if pair[1] > 0])
+            .reshape(-1, 2)
+            .T
+        )
         half = gaps[0] / 2 if num == 1 else 0.0
-        least.append(transform.get("low", {i: -np.inf})[i] + half)
-        most.append(transform.get("high", {i: np.inf})[i] - half)
-    return Marginals.lines(values, atoms, least=least, most=most)
+        column: dict[str, Any] = {"flat": 1}
+        if num == 1:
+            unit = 0 if is_whole else np.log(2 * half)
+            column |= {"spacing": 2 * half, "origin": known[0], "unit": unit}
+        if num > 1:  # the outermost gaps go on
+            more, first, last = np.arange(1, 33), known[1] - known[0], known[-1] - known[-2]
+            known = np.concatenate([known[0] - first * more[::-1], known, known[-1] + last * more])
+            edges = np.convolve(known, [0.5, 0.5], "valid")
+            edges = np.array([known[0] - first / 2, *edges, known[-1] + last / 2])
+            wider = np.sum(np.where(v == known[:, None], w, 0), axis=1)
+            on_line = edges + np.append(0, np.cumsum(wider))
+            units = np.zeros(len(known)) if is_whole else np.log(np.diff(edges))
+            column |= {"values": known, "units": units, "has_levels": 2}
+            column |= {"lower": [on_line[:-1]], "upper": [on_line[1:]]}
+        elif len(v):
+            low = v - half + np.append(0, np.cumsum(w)[:-1])
+            high = low + 2 * half + w
+            column["at"] = np.stack([v - half, v + half], axis=1).ravel()
+            column["to"] = np.stack([low, high], axis=1).ravel()
+            column["slopes"] = np.ones(2 * len(v))
+            if not half:
+                column |= {"values": v, "units": 0 * v, "lower": [low], "upper": [high]}
+        columns.append(column)
+    return Marginals.of(columns)
 
 
 @contextlib.contextmanager

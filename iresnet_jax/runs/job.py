@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.marginals import before
 from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
@@ -266,7 +267,8 @@ def _misfit(config: Config, data: DataSet) -> str:
         return "crops and flips of config.augmentation are for images that are classified"
     if augmentation.noise and (objective != "density" or data.is_endless):
         return "config.augmentation.noise is for densities of arrays"
-    if config.evaluation.num_importance_draws and not are_levels and data.cells is None:
+    has_mass = data.marginals is not None and not data.marginals.is_continuous
+    if config.evaluation.num_importance_draws and not (are_levels or has_mass):
         return (
             f"config.evaluation.num_importance_draws is for discrete data, and {data.name} is "
             "continuous"
@@ -291,15 +293,17 @@ def density_spec(config: Config, data: DataSet) -> DensitySpec:
             context = ContextScores(fit_marginals(rows, kinds, choose(rows, kinds)), num_levels)
         else:
             context = (ContextScale.fit if hidden else Standardize.fit_contexts)(rows)
+    then = build_transform(config.preprocessing, data, context=context, by_class=is_hybrid)
+    cells, transform = before(data.marginals, then)
     return DensitySpec(
         flow=replace(
             flow, noise=config.model.noise if config.model.dequantization == "variational" else None
         ),
         prior_family=config.model.prior,
-        transform=build_transform(config.preprocessing, data, context=context, by_class=is_hybrid),
+        transform=transform,
         num_levels=data.num_levels,
         num_classes=data.num_classes if is_hybrid else None,
-        cells=data.cells,
+        cells=cells,
         columns=data.columns,
         context=context,
         context_columns=data.context_columns,
@@ -346,7 +350,8 @@ def build_transform(
     context: Any = None,
     by_class: bool = False,
 ) -> Transform:
-    """The preprocessing of a data set; "equalize" counts the levels of its training images.
+    """The preprocessing of a data set, behind its marginals; "equalize" counts the levels of its
+    training images.
 
     Args:
         settings: The kind of preprocessing.
@@ -363,7 +368,7 @@ def build_transform(
         else:
             then = Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
     if kind in ("none", "standardize", "whiten"):
-        return then if data.ends is None else replace(data.ends, then=then)
+        return then
     if kind == "center":
         return Center()
     if kind == "logit":
@@ -395,10 +400,10 @@ def data_on_the_line(data: DataSet) -> np.ndarray:
     cells.
     """
     examples = np.asarray(data.examples["train"])
-    if data.cells is not None:
-        noise = np.random.default_rng(0).random(examples.shape)
-        examples = data.cells.placed(examples.astype(np.float64), noise, np)[0]
-    return examples if data.ends is None else data.ends.to_line(examples.astype(np.float64), np)[0]
+    if data.marginals is None:
+        return examples
+    noise = np.random.default_rng(0).random(examples.shape)
+    return data.marginals.placed(examples.astype(np.float64), noise, np)[0]
 
 
 # --- objectives -----------------------------------------------------------------------------------

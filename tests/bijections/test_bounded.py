@@ -63,7 +63,7 @@ def test_slopes_next_to_an_end_at_zero_have_gradients():
 
 
 def test_no_latent_leaves_its_interval_and_single_precision_comes_back():
-    transform, cells = TRANSFORM, Marginals.lines([(), (), (), (0.0, 1.0)])
+    transform, cells = TRANSFORM, Marginals.lines([0, 0, 0, 1])
     y = jnp.asarray(100 * RNG.standard_cauchy(size=(20_000, 4)), jnp.float32)
     bijection, in_cells = transform, cells
 

@@ -243,7 +243,7 @@ def test_levels_are_certain_where_no_edge_is_near():
 
 
 def test_values_are_certain_where_the_ends_of_their_cells_are_far():
-    cells = Marginals.lines([(10.0, 10.5), (), (0.0, 2.0)])
+    cells = Marginals.lines([0.5, 0, 2])
     x = np.array([[10.6, 0.3, 2.9], [10.74, 0.3, 2.9995]])
     found = Identity().enclose_inverse(x, np.full(2, 1e-3))
     rounded = np.array([[10.5, 0.3, 2.0], [10.5, 0.3, 2.0]])

@@ -12,13 +12,22 @@ from scipy import stats
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.data.tables import choose, describe, fit_marginals
 from iresnet_jax.models import preprocessing
+from iresnet_jax.models.saved import _of_cells as saved_cells
 
 SINGLE = 1e-5  # float32
-# A regular grid, a continuous entry, values off any grid, a continuous entry with two atoms, and a
-# grid with one.
+# A regular grid, a continuous entry, numbers that end at 0 and 3, and another grid.
 LINES = Marginals.lines(
-    [(20.0, 21.0), (), (0.0, 1.0, 4.0, 5.0), (), (0.0, 0.05)],
-    [{}, {}, {}, {0.0: 2.0, 1.0: 0.5}, {0.1: 3.0}],
+    [1, 0, 1, 0.05], least=[-np.inf, -np.inf, 0, -np.inf], most=[np.inf, np.inf, 3, np.inf]
+)
+# As models were saved before: a regular grid, a continuous entry, values off any grid, a continuous
+# entry with two atoms, and a grid with one.
+SAVED = saved_cells(
+    {
+        "knots": [[20], [0], [0, 1, 4], [0], [0]],
+        "gaps": [[1], [0], [1, 3, 1], [0], [0.05]],
+        "atoms": [[], [], [], [0, 1], [0.1]],
+        "widths": [[], [], [], [2, 0.5], [3]],
+    }
 )
 SEEN = np.array(
     [[25, -0.3, 4, 0, 0.1], [17, 0.7, 0, 1, 0.05], [20, 9, 1, 0.5, -3.0], [21, 0, 7, -2.5, 0.15]],
@@ -26,10 +35,10 @@ SEEN = np.array(
 )
 
 
-def test_values_are_spread_over_their_cells_and_come_back():
-    x, bijection = np.repeat(SEEN, 500, axis=0), LINES
+def test_values_of_saved_models_are_spread_over_their_cells_and_come_back():
+    x, bijection = np.repeat(SEEN, 500, axis=0), SAVED
     u, log_ratio, _ = jax.jit(bijection.forward_and_logdet)(x, jax.random.key(0))
-    places = jax.tree.map(np.asarray, jax.jit(LINES.places)(x))
+    places = jax.tree.map(np.asarray, jax.jit(SAVED.places)(x))
     width = np.where(places.has_mass, places.high - places.low, 0)
     start = np.where(places.has_mass, places.low, places.score)
     noise = ((np.asarray(u, np.float64) - start) / np.where(width > 0, width, 1)).reshape(4, 500, 5)
@@ -54,24 +63,40 @@ def test_values_are_spread_over_their_cells_and_come_back():
 
 def test_noise_that_is_rounded_stays_in_its_cell():
     x = jnp.repeat(jnp.array([2024.0, 1e5, 4e6, 2**23 - 1.0]), 50_000)[:, None]
-    bijection = Marginals.lines([(0.0, 1.0)])
+    bijection = Marginals.lines([1])
     u, _, _ = jax.jit(bijection.forward_and_logdet)(x, jax.random.key(0))
     np.testing.assert_array_equal(jax.jit(bijection.inverse)(u)[0], x)
 
 
 def test_other_numbers_count_as_the_value_whose_cell_they_lie_in():
     x = jnp.array([[20.4, 0.123, 2.4, 1e-3, 0.07], [-3.6, 5.0, 2.6, -1e-3, 9.01]], jnp.float32)
-    back = jax.jit(lambda x: LINES.inverse(LINES.forward(x))[0])(x)
+    back = jax.jit(lambda x: SAVED.inverse(SAVED.forward(x))[0])(x)
     np.testing.assert_allclose(
         back, [[20, 0.123, 1, 1e-3, 0.05], [-4, 5.0, 4, -1e-3, 9.0]], rtol=1e-4, atol=1e-6
     )
+
+
+def test_the_outermost_numbers_of_a_line_own_half_lines():
+    x = np.repeat(np.float32([[0, 0.5, 0, 0.1], [3, 2, 3, -0.2], [9, -1, 2, 0]]), 2000, axis=0)
+    u, log_factor, _ = jax.jit(LINES.forward_and_logdet)(x, jax.random.key(0))
+    u, log_factor = np.asarray(u, np.float64).reshape(3, 2000, 4), np.reshape(log_factor, (3, 2000))
+    assert stats.kstest(0.5 - u[0, :, 2], "expon").pvalue > 1e-3
+    assert stats.kstest(u[1, :, 2] - 2.5, "expon").pvalue > 1e-3
+    assert stats.kstest(u[2, :, 2] - 1.5, "uniform").pvalue > 1e-3
+    # minus the log-density of noise
+    grid = np.log(0.05) - np.log(0.05)
+    np.testing.assert_allclose(log_factor[0], grid + 0.5 - u[0, :, 2], atol=1e-5)
+    np.testing.assert_allclose(log_factor[1], grid + u[1, :, 2] - 2.5, atol=1e-5)
+    np.testing.assert_allclose(log_factor[2], grid, atol=1e-5)
+    back = jax.jit(LINES.inverse)(jnp.asarray(u.reshape(-1, 4), jnp.float32))[0]
+    np.testing.assert_allclose(back, x, rtol=1e-6, atol=1e-6)
 
 
 def test_a_density_bounds_the_number_of_its_values():
     """Uniform on [0, 3) in cells of width 1/2: every value has probability 1/6, 1/3 per unit,
     which the bound attains.
     """
-    forward_and_logdet = jax.jit(Marginals.lines([(0.25, 0.75)]).forward_and_logdet)
+    forward_and_logdet = jax.jit(Marginals.lines([0.5], origin=[0.25]).forward_and_logdet)
     u, log_ratio, _ = forward_and_logdet(jnp.asarray([[0.25], [2.75]]), jax.random.key(0))
     inside = (u[:, 0] >= 0) & (u[:, 0] < 3)
     np.testing.assert_allclose(
@@ -81,7 +106,7 @@ def test_a_density_bounds_the_number_of_its_values():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_numbers_of_16_bits_keep_their_cells(dtype):
-    spec = dataclasses.replace(kept.POINTS, cells=Marginals.lines([(0.0, 1.0), ()]))
+    spec = dataclasses.replace(kept.POINTS, cells=Marginals.lines([1, 0]))
     x = jnp.array([[199.0, 0], [201, 0], [203, 0], [255, 0]], dtype)
     u = kept.dequantize(kept.model(spec), x, jax.random.key(5))
     np.testing.assert_array_equal(preprocessing.rounded(spec, u)[:, 0], [199, 201, 203, 255])
@@ -124,7 +149,7 @@ N, NUM_SAMPLES = len(X), 40_000
 def scores():
     """The fitted scores, and compiled functions of them."""
     levels = [EXISTING.get(name, 0) for name in NAMES]
-    kinds = describe({"train": X}, NAMES, levels=levels, bounds={"share": (0, 1)}).kinds
+    kinds = describe({"train": X}, NAMES, levels=levels, bounds={"share": (0, 1)})
     found = fit_marginals(X, kinds, choose(X, kinds))
     return found, jax.jit(Marginals.placed), jax.jit(Marginals.from_line)
 
@@ -223,7 +248,7 @@ def test_what_is_unseen_is_rare_and_finite(scores):
 
 def test_gradients_of_the_density_of_continuous_scores_are_those_of_differences(x64):
     x = X[:, NAMES.index("share") :].astype(np.float64)
-    kinds = describe({"train": x}, bounds={0: (0, 1)}).kinds
+    kinds = describe({"train": x}, bounds={0: (0, 1)})
     marginals = fit_marginals(x, kinds, choose(x, kinds))
     assert marginals.is_continuous
 

@@ -30,7 +30,7 @@ DENSITIES = {
     "cells and a context": DensitySpec(
         FlowSpec((2,), (StageSpec(2, hidden=(8,)),), context_dim=3),
         transform=Standardize((3.0, 0.0), (2.0, 0.1)),
-        cells=Marginals.lines([(0.0, 0.5), ()]),
+        cells=Marginals.lines([0.5, 0]),
     ),
 }
 

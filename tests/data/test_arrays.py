@@ -29,7 +29,7 @@ def test_vectors_of_floats_are_continuous_and_split_by_fraction():
         found.event_shape,
         found.num_levels,
         found.num_classes,
-        found.cells,
+        found.marginals,
         found.context_dim,
     ) == ((3,), *[None] * 3, 0)
     together = np.concatenate(list(found.examples.values()))
@@ -96,7 +96,7 @@ def test_cells_are_those_of_all_rows_of_one_array():
     even = 2.0 * RNG.integers(0, 9, 200)
     # alone, in a row that is held out
     even[np.flatnonzero(fraction_masks(200, (0.1, 0.1))["test"])[0]] = 3
-    assert made(beside(even).x, fractions=(0.1, 0.1)).cells.spacing[1] == 1
+    assert made(beside(even).x, fractions=(0.1, 0.1)).marginals.spacing[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,7 @@ def test_log_prob_takes_integers_and_contexts_of_every_kind():
     x, context = RNG.integers(0, 5, (300, 2)), RNG.normal(size=300)
     flow = ir.FlowSpec((2,), QUICK["architecture"], context_dim=1)
     model = kept.model(
-        ir.DensitySpec(
-            flow, transform=Bounded((-0.5, -0.5), 4.5), cells=Marginals.lines([(0.0, 1.0)] * 2)
-        ),
+        ir.DensitySpec(flow, transform=Bounded((-0.5, -0.5), 4.5), cells=Marginals.lines([1, 1])),
     )
     found = model.log_prob(x[:5], context=context[:5])
     np.testing.assert_array_equal(
@@ -123,9 +121,9 @@ def test_log_prob_takes_integers_and_contexts_of_every_kind():
 
 def test_booleans_and_integers_of_an_array_are_discrete():
     data = data_of(np.stack([RNG.integers(0, 100, 150), RNG.integers(0, 2, 150)], axis=1))
-    assert data.cells.spacing.tolist() == [1.0, 1.0]
-    ends = data_of(RNG.random((300, 2)) < 0.5).ends
-    assert (ends.low.tolist(), ends.high.tolist()) == ([-0.5, -0.5], [1.5, 1.5])
+    assert data.marginals.spacing.tolist() == [1.0, 1.0]
+    flags = data_of(RNG.random((300, 2)) < 0.5).marginals
+    assert (flags.least.tolist(), flags.most.tolist()) == ([0, 0], [1, 1])
 
 
 def test_bounds_are_for_densities():

@@ -5,7 +5,16 @@ and what is said of them.
 import numpy as np
 import pytest
 
-from iresnet_jax.data.tables import atoms_of, choose, describe, ends_given, tails_of, values_of
+from iresnet_jax.data.tables import (
+    atoms_of,
+    choose,
+    describe,
+    ends_given,
+    fit_lines,
+    notes_of,
+    tails_of,
+    values_of,
+)
 
 RNG = np.random.default_rng(0)
 NAMES = ["rent", "rest", "income"]
@@ -17,6 +26,10 @@ def described(x, *names, **options):
     return describe({"train": x}, *names, **options)
 
 
+def lines(x, *names, **options):
+    return fit_lines(x, described(x, *names, **options))
+
+
 def beside(column, num=1500):
     return np.stack([NORMAL[:num, 0], column, NORMAL[:num, 1]], axis=1).astype(np.float32)
 
@@ -24,8 +37,8 @@ def beside(column, num=1500):
 FREE = (-np.inf, np.inf)
 
 
-def ends_of(table):
-    return list(zip(table.ends.low.tolist(), table.ends.high.tolist(), strict=True))
+def ends_of(marginals):
+    return list(zip(marginals.low.tolist(), marginals.high.tolist(), strict=True))
 
 
 def values(column):
@@ -72,16 +85,16 @@ def test_few_values_off_any_grid_own_the_numbers_half_way_to_their_neighbours():
 
 def test_a_constant_column_has_a_cell_of_width_1():
     assert values(np.full(9, 0.125)) == (0.125, 1.125)
-    assert described(np.full((9, 1), 3.0, np.float32)).cells is not None
+    assert lines(np.full((9, 1), 3.0, np.float32)).has_levels.tolist() == [1]
 
 
-def test_levels_of_booleans_and_categories_are_their_ends_whether_seen_or_not():
+def test_levels_of_booleans_and_categories_exist_whether_seen_or_not():
     x = np.stack(
         [RNG.integers(0, 2, 50), 2 * RNG.integers(0, 2, 50), RNG.integers(0, 2, 50)], axis=1
     ).astype(np.float32)
-    found = described(x, levels=(2, 3, 0))
-    assert found.cells.spacing.tolist() == [1.0, 1.0, 1.0]
-    assert ends_of(found) == [(-0.5, 1.5), (-0.5, 2.5), FREE]
+    found = lines(x, levels=(2, 3, 0))
+    assert found.spacing.tolist() == [1.0, 1.0, 1.0]
+    assert (found.least.tolist(), found.most.tolist()) == ([0, 0, 0], [1, 2, 1])
 
 
 # --- atoms ---
@@ -90,20 +103,18 @@ def test_levels_of_booleans_and_categories_are_their_ends_whether_seen_or_not():
 def test_a_value_that_many_rows_have_is_an_atom_of_a_continuous_column_and_of_a_rounded_one():
     amounts = np.where(RNG.random(1500) < 0.6, 0, RNG.exponential(10, 1500))
     for x, known in ((amounts, ()), (np.round(amounts, 1), (0.0, 0.1))):
-        [(atom, width)] = atoms_of(x, known).items()
-        assert atom == 0
-        assert 20 < width < 60  # as dense as the others, whose range of some 30 holds .4
+        assert atoms_of(x, known) == [0]
     clipped = np.clip(NORMAL[:, 0], -1.5, 1.5)
     assert set(atoms_of(clipped, ())) == {-1.5, 1.5}
-    assert atoms_of(np.full(50, 3.0), (3.0, 4.0)) == {}
+    assert atoms_of(np.full(50, 3.0), (3.0, 4.0)) == []
 
 
 def test_values_of_counts_and_rare_ties_are_no_atoms():
     for counts in (RNG.poisson(1, 1500), RNG.poisson(20, 1500), RNG.integers(0, 2, 1500)):
-        assert atoms_of(counts.astype(float), (0.0, 1.0)) == {}
+        assert atoms_of(counts.astype(float), (0.0, 1.0)) == []
     x = np.array(NORMAL[:, 0])
     x[:5] = x[0]
-    assert atoms_of(x, ()) == {}
+    assert atoms_of(x, ()) == []
 
 
 # --- ends and tails ---
@@ -111,20 +122,14 @@ def test_values_of_counts_and_rare_ties_are_no_atoms():
 
 def test_ends_are_those_that_are_given_by_name_or_number_with_all_of_their_cells():
     share = RNG.random(1500)
-    table = described(beside(share), NAMES, bounds={"rest": (0, 2), 2: (-9.0, 9.0)})
+    table = lines(beside(share), NAMES, bounds={"rest": (0, 2), 2: (-9.0, 9.0)})
     assert ends_of(table) == [FREE, (0.0, 2.0), (-9.0, 9.0)]
-    assert described(beside(share), NAMES).ends is None
     # what was seen is no end
-    assert described(beside(RNG.integers(0, 3, 1500)), NAMES).ends is None
+    assert ends_of(lines(beside(RNG.integers(0, 3, 1500)), NAMES)) == [FREE] * 3
     # a data frame's names may be numbers
     assert ends_given({1: (0, 2)}, [1, 0], [0, 0])[1].tolist() == [2.0, np.inf]
-    assert ends_of(described(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)}))[1] == (
-        -0.5,
-        4.5,
-    )
-    share[:300], share[300:400] = 0, 1
-    with_atoms = described(beside(share), NAMES, bounds={"rest": (0, 1)})
-    assert with_atoms.ends.high[1] == pytest.approx(np.max(with_atoms.cells.upper[1]))
+    found = lines(beside(RNG.integers(0, 3, 1500)), NAMES, bounds={1: (0, 4)})
+    assert ends_of(found)[1] == (-0.5, 4.5)
 
 
 def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
@@ -132,11 +137,11 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
         ((0, None), RNG.exponential(40, 1500)),
         ((None, 9), 9 - RNG.exponential(40, 1500)),
     ):
-        table = described(beside(column), NAMES, bounds={"rest": bounds})
+        table = lines(beside(column), NAMES, bounds={"rest": bounds})
         assert np.isinf(ends_of(table)[1]).tolist() == [bounds[0] is None, bounds[1] is None]
-        line, _ = table.ends.to_line(beside(column), np)
+        line, _ = table.to_line(beside(column), np)
         assert np.median(line[:, 1]) == pytest.approx(0, abs=1e-3)
-    counts = described(beside(RNG.poisson(3, 1500)), NAMES, bounds={"rest": (0, np.inf)})
+    counts = lines(beside(RNG.poisson(3, 1500)), NAMES, bounds={"rest": (0, np.inf)})
     assert ends_of(counts)[1] == (-0.5, np.inf)
 
 
@@ -189,8 +194,8 @@ def test_heavy_tails_are_found_and_light_ones_are_left():
 
 
 def test_numbers_of_any_size_are_described():
-    assert described(1e30 * beside(NORMAL[:, 2]), NAMES).cells is None  # whose squares overflow
-    assert describe({"train": 1.6e9 + 1000 * NORMAL}, NAMES).ends is None  # double precision can
+    assert lines(1e30 * beside(NORMAL[:, 2]), NAMES) is None  # whose squares overflow
+    assert lines(1.6e9 + 1000 * NORMAL, NAMES) is None  # double precision can
 
 
 def test_a_line_says_what_each_column_is():
@@ -207,9 +212,10 @@ def test_a_line_says_what_each_column_is():
         axis=1,
     )
     x = np.concatenate([x, 5 * x[:, 1:2], x[:, 2:3]], axis=1).astype(np.float32)
-    table = described(x, ["pay", "sex", "heat", "one", "grade", "again"])
+    names = ["pay", "sex", "heat", "one", "grade", "again"]
+    kinds = described(x, names)
     low, high = x[:, 2].min(), x[:, 2].max()
-    assert table.notes == (
+    assert tuple(notes_of(x, names, kinds)) == (
         f"pay: numbers, 0 to {x[:, 0].max():g}, often 0.0, heavy tails",
         "sex: 2 levels",
         f"heat: multiples of 0.1, {low:g} to {high:g}",
@@ -217,5 +223,5 @@ def test_a_line_says_what_each_column_is():
         "grade: 2 levels",
         "again: a copy of heat",
     )
-    parents = [choice.parent for choice in choose(x, table.kinds)]
+    parents = [choice.parent for choice in choose(x, kinds)]
     assert parents in ([-1, 4, -1, -1, -1, -1], [-1, -1, -1, -1, 1, -1])

@@ -225,7 +225,7 @@ def test_classes_of_a_conditional_model_take_contexts():
 
 
 def test_values_between_those_of_a_grid_count_as_the_nearest():
-    model = kept.model(dataclasses.replace(PLANE, cells=Marginals.lines([(0.0, 1.0), ()])))
+    model = kept.model(dataclasses.replace(PLANE, cells=Marginals.lines([1, 0])))
     between, key = POINTS.copy(), jax.random.key(0)
     between[:, 0] = [0.2, 0.8, -1.3]
     nearest = np.stack([between[:, 0].round(), between[:, 1]], axis=1)

@@ -48,7 +48,7 @@ SPECS = {
         context_hidden=(4, 2),
     ),
     "prescribed constants": DensitySpec(ir.FlowSpec.bilipschitz((2,), [STAGE], mu=0.2, nu=5.0)),
-    "grid": DensitySpec(PLANE, cells=Marginals.lines([(0.0, 1.0), ()])),
+    "grid": DensitySpec(PLANE, cells=Marginals.lines([1, 0])),
     "levels": DensitySpec(
         ir.FlowSpec(SHAPE, (dataclasses.replace(CONV, factor_out=True), DENSE)),
         "logistic",

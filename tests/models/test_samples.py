@@ -96,7 +96,7 @@ def test_the_error_of_an_estimate_is_told():
 def test_discrete_data_are_referred_to_their_continuous_density():
     with pytest.raises(ValueError, match=r"of integer levels have no density: model\.continuous"):
         kept.model(kept.IMAGES).sample_and_log_prob(KEY, 2)
-    on_grid = dataclasses.replace(SPECS["normal"], cells=ir.Marginals.lines([(0.0, 1.0), ()]))
+    on_grid = dataclasses.replace(SPECS["normal"], cells=ir.Marginals.lines([1, 0]))
     with pytest.raises(ValueError, match=r"with cells have no density: model\.continuous"):
         kept.model(on_grid).sample_and_log_prob(KEY, 2)
     with pytest.raises(ValueError, match="labels must be 2 integers"):
