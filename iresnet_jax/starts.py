@@ -128,17 +128,12 @@ class Starts:
         for name in names:
             if name.startswith("mixture"):
                 self.sizes[name] = likeliest_size(self._placed(name, rows, {})[2])
-        found: dict[str, list[Any]] = {name: [] for name in names if name != KERNELS}
+        found: dict[str, list[Any]] = {name: [] for name in names}
         for fold in range(NUM_FOLDS):
             is_test, known = np.arange(len(rows)) % NUM_FOLDS == fold, {}
             for name, parts in found.items():
                 parts.append(self._held_out(name, rows[~is_test], rows[is_test], known))
         self.scores = {name: float(np.concatenate(each).mean()) for name, each in found.items()}
-        if KERNELS in names:
-            marginals, then, z = self._placed(KERNELS, rows, {})
-            u, log_det = placed(marginals, rows, np.random.default_rng(1).random(rows.shape))
-            left_one_out = GaussianMixture.kernels(z)[1]
-            self.scores[KERNELS] = left_one_out + float(log_det.mean()) + _affine(then, u)[1]
 
     @property
     def names(self) -> list[str]:
@@ -193,7 +188,7 @@ class Starts:
         """Family of a start's prior, the prior fitted to latents, and its log-density by NumPy."""
         family, dims = STARTS[name][1], z.shape[1]
         if family == "kernels":
-            prior, _ = GaussianMixture.kernels(z)
+            prior = GaussianMixture.kernels(z)
             return "mixture", prior, lambda z: _log_kernels(prior, z)
         if family == "mixture" and STARTS[name][0]:
             if name in self.sizes:

@@ -79,7 +79,7 @@ class GaussianMixture(Mixture):
         """
         z = np.asarray(z, np.float64)
         if len(z) == num_components > 1:
-            return cls.kernels(z)[0]
+            return cls.kernels(z)
         if len(z) < num_components:
             raise ValueError(
                 f"a prior of {num_components} components needs as many examples, got "
@@ -101,9 +101,8 @@ class GaussianMixture(Mixture):
         return cls(*map(floats, (means, log_diagonal, np.tril(factors, -1), np.log(weights))))
 
     @classmethod
-    def kernels(cls, z: Float[np.ndarray, "n d"]) -> tuple["GaussianMixture", float]:
-        """A kernel density estimate: a spherical component for each latent, with its mean
-        log-density left one out.
+    def kernels(cls, z: Float[np.ndarray, "n d"]) -> "GaussianMixture":
+        """A kernel density estimate: a spherical component for each latent.
 
         Bandwidths are ``h r^a``, with the distance r from a latent to its ``sqrt(n)``-th neighbour.
         The bandwidth h and the exponent a, which is 0 for equal bandwidths, are those under which
@@ -126,19 +125,13 @@ class GaussianMixture(Mixture):
                     math.log(bandwidth) + exponent * log_radius + (1 - exponent) * log_radius.mean()
                 )
                 terms = -0.5 * distances * np.exp(-2 * log_std) - num_dims * log_std
-                found.append(
-                    (
-                        float(np.asarray(logsumexp(terms, axis=1)).mean()) - math.log(num - 1),
-                        log_std,
-                    )
-                )
-        log_prob, log_std = max(found, key=lambda case: case[0])
+                found.append((float(np.asarray(logsumexp(terms, axis=1)).mean()), log_std))
+        _, log_std = max(found, key=lambda case: case[0])
         log_diagonal, lower = (
             np.repeat(-log_std[:, None], num_dims, axis=1),
             np.zeros((num, num_dims, num_dims)),
         )
-        mixture = cls(*map(floats, (z, log_diagonal, lower, np.zeros(num))))
-        return mixture, float(log_prob) - 0.5 * num_dims * math.log(2 * math.pi)
+        return cls(*map(floats, (z, log_diagonal, lower, np.zeros(num))))
 
     def log_prob(self, z: Float[Array, "b d"]) -> Float[Array, " b"]:
         """Log-density; natural log, exact."""

@@ -123,6 +123,7 @@ def check_ranges(spec: Any, x: Any) -> None:
     if ends is None:
         return
     low, high, rows = (np.asarray(part, np.float64) for part in (ends.low, ends.high, x))
+    half = np.zeros(len(low)) if spec.cells is None else np.asarray(spec.cells.spacing) / 2
     margin = 2.0**-21 * (np.abs(rows) + 1e-30)
     outside = (rows < low - margin) | (rows > high + margin)
     if spec.columns is not None:
@@ -131,7 +132,7 @@ def check_ranges(spec: Any, x: Any) -> None:
         name = "" if spec.columns is None else f" ({spec.columns[column].name!r})"
         raise ValueError(
             f"{rows[row, column]:g} in row {row}, column {column}{name}, is not within the range "
-            f"{low[column]:g} to {high[column]:g} of the model: its density is 0"
+            f"{low[column] + half[column]:g} to {high[column] - half[column]:g} of the model: its density is 0"
         )
 
 
