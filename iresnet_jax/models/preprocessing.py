@@ -132,7 +132,8 @@ def check_ranges(spec: Any, x: Any) -> None:
         name = "" if spec.columns is None else f" ({spec.columns[column].name!r})"
         raise ValueError(
             f"{rows[row, column]:g} in row {row}, column {column}{name}, is not within the range "
-            f"{low[column] + half[column]:g} to {high[column] - half[column]:g} of the model: its density is 0"
+            f"{low[column] + half[column]:g} to {high[column] - half[column]:g} of the model: its "
+            "density is 0"
         )
 
 
