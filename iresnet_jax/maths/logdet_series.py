@@ -91,15 +91,14 @@ def weighted_series(
             must be 1 in expectation.
 
     Returns:
-        The estimates, and ``|v| |J^T^n v|`` with ``n`` the example's number of terms, for the bound
-        of the remainder.
+        The estimates, and ``|v| |J^T^n v|`` with ``n`` terms of a static number, for the bound of
+        the remainder; infinite for other numbers.
     """
     at = linearize(branch, x)
     pushed, pull = jacobian_product(at, probes), transposed_jacobian(at, len(probes))
-    weights, lengths = (
-        jnp.asarray(weights, x.dtype),
-        jnp.broadcast_to(jnp.asarray(length), (len(x),)),
-    )
+    weights = jnp.asarray(weights, x.dtype)
+    lengths = jnp.broadcast_to(jnp.asarray(length), (len(x),))
+    example_axes = tuple(range(2, probes.ndim))
     if trace is not None:
         weights = weights.at[0].set(0)
 
@@ -111,10 +110,7 @@ def weighted_series(
         return factors.reshape(1, -1, *(1,) * (probes.ndim - 2)) * u
 
     def dot(a, b):
-        return jnp.sum(a * b, axis=tuple(range(2, probes.ndim)))
-
-    def norm(u):
-        return euclidean_norm(u, range(2, probes.ndim))
+        return jnp.sum(a * b, axis=example_axes)
 
     def term(k, carry):
         u, value, neumann = carry
@@ -128,22 +124,16 @@ def weighted_series(
         # <J^T u, v> = <u, J v>, which the gradient needs anyway: only the bound takes another
         # product
         neumann = neumann + of_examples(signed(length), u)
-        value, tail = value + (signed(length) / length)[None] * dot(u, pushed), norm(pull(u))
+        value = value + (signed(length) / length)[None] * dot(u, pushed)
+        tail = euclidean_norm(pull(u), example_axes)
     else:
-        longest = jnp.max(lengths, initial=0)
-
-        def term_and_tail(state):
-            k, carry, tail = state
-            carry = term(k, carry)
-            return k + 1, carry, jnp.where((k <= lengths)[None], norm(carry[0]), tail)
-
-        state = (jnp.ones_like(longest), carry, norm(probes))
-        _, (_, value, neumann), tail = lax.while_loop(
-            lambda state: state[0] <= longest, term_and_tail, state
-        )
+        _, value, neumann = lax.fori_loop(1, jnp.max(lengths, initial=0) + 1, term, carry)
+        tail = jnp.full_like(value, jnp.inf)
     value, neumann, tail = lax.stop_gradient((value, neumann, tail))
     value = with_gradient(value, pushed, neumann)
-    return value if trace is None else value + trace(x)[None], tail * norm(probes)
+    return value if trace is None else value + trace(x)[None], tail * euclidean_norm(
+        probes, example_axes
+    )
 
 
 def remainder_factor(

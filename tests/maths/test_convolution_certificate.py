@@ -12,6 +12,7 @@ import oracles
 import pytest
 
 from iresnet_jax.maths import convolution_certificate as certify
+from iresnet_jax.maths import gram_iteration
 
 EXACT = 1e-11  # "exact" in float64: slack 2.3e-13, and rounding bounds of at most a few 1e-12
 EXACT_F32 = 1e-3  # the same in float32: slack 1.2e-4, and a rounding inflation below 6e-4
@@ -153,6 +154,16 @@ def test_dense_bound(shape, x64):
         norm = np.linalg.norm(scale * matrix, 2)
         bound = certify.dense_norm_bound(jnp.asarray(scale * matrix))
         assert norm <= bound <= norm * (1 + EXACT)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_errors_of_computed_gram_matrices_are_within_their_bound(parts):
+    matrix = np.random.default_rng(0).normal(size=(parts, 20, 300)).astype(np.float32)
+    units = np.array([1, 1j])[:parts]
+    exact = np.tensordot(units, matrix.astype(np.float64), 1)
+    computed = np.tensordot(units, np.asarray(gram_iteration._gram(jnp.asarray(matrix))), 1)
+    error = np.linalg.norm(computed - exact @ exact.conj().T, 2)
+    assert 0 < error <= gram_iteration._gram_error(jnp.asarray(matrix)) <= 1000 * error
 
 
 def test_gradient_of_the_gram_bound_against_differences(x64):
