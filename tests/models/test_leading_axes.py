@@ -13,7 +13,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.leading_axes import as_batch
+from iresnet_jax.models.preprocessing import as_batch
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in programs of other batch sizes
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64
