@@ -34,8 +34,8 @@ from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.history import STOPPED
 from iresnet_jax.models.mixtures import EntryMixtures, GaussianMixture
+from iresnet_jax.models.model import STOPPED
 from iresnet_jax.models.priors import family_of
 from iresnet_jax.starts import MIXTURE_DIMS, WHITENED_DIMS
 from iresnet_jax.training.run import BlowUpError

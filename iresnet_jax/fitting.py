@@ -23,7 +23,7 @@ from iresnet_jax.fit_settings import (
 from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.platforms import cache_programs, prepare_backend, start_backend
 from iresnet_jax.models.architecture import StageSpec
-from iresnet_jax.models.history import STOPPED, Attempt, History
+from iresnet_jax.models.model import STOPPED, Attempt, History
 from iresnet_jax.runs.config import Config
 from iresnet_jax.runs.job import Job, build_flow_spec, finished
 from iresnet_jax.starts import KERNELS, MOST_ROWS, Start, Starts, with_likelier_columns

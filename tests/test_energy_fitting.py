@@ -10,7 +10,7 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax import energy_fitting
 from iresnet_jax.energy_fitting import anneal
-from iresnet_jax.models.history import History
+from iresnet_jax.models.model import History
 from iresnet_jax.training.run import BlowUpError
 
 pytestmark = pytest.mark.slow

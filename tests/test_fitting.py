@@ -25,7 +25,7 @@ from iresnet_jax import fitting
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.fit_settings import Candidate, candidates, choose_settings
 from iresnet_jax.fitting import Run, hardly_trained, next_run
-from iresnet_jax.models.history import Attempt, History
+from iresnet_jax.models.model import Attempt, History
 from iresnet_jax.starts import Starts
 from iresnet_jax.training import train as loop
 from iresnet_jax.training.signals import Stopped

@@ -226,11 +226,6 @@ def _latent_shapes(stages: tuple[Stage, ...], shape: tuple[int, ...]) -> list[tu
             stage.bijection.forward, jax.ShapeDtypeStruct(shape, jnp.result_type(float))
         ).shape
         if stage.factor_out:
-            if shape[-1] % 2:
-                raise ValueError(
-                    f"a stage that factors out half of its channels has {shape[-1]}: "
-                    "squeeze before it"
-                )
             shape = (*shape[:-1], shape[-1] // 2)
             shapes.append(shape[1:])
     return [*shapes, shape[1:]]

@@ -2,13 +2,13 @@ r"""Guaranteed enclosures of preprocessing: bounds of every transform's inverse.
 
 A transform ``t`` has the method ``enclose_inverse(y, radius)``, the `Enclosure` of ``t^-1`` on
 balls ``|y' - y| <= radius`` (Euclidean). It holds for the map of the transform's stored constants
-in exact arithmetic, and covers rounding.
+in exact arithmetic, and covers rounding. `certify.decode` needs it of a transform of one's own.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -49,17 +49,6 @@ class Enclosure(NamedTuple):
             moved = np.where(radius == 0, 0, self.lipschitz * radius)
             bound = (np.sqrt(gap) * UP + self.error + moved) * UP
         return np.nan_to_num(bound, nan=np.inf, posinf=np.inf)
-
-
-def enclosing(transform: Any) -> Callable[..., Enclosure]:
-    """The method ``enclose_inverse`` of a transform."""
-    if not hasattr(transform, "enclose_inverse"):
-        raise ValueError(
-            f"the transform {type(transform).__name__} has no method enclose_inverse, so nothing "
-            "is guaranteed of its values: write it as iresnet_jax.bijections.enclosure says, or "
-            "certify the flow alone by certify.inverse"
-        )
-    return transform.enclose_inverse
 
 
 def on_balls(rule: Callable[..., Enclosure]) -> Callable[..., Enclosure]:

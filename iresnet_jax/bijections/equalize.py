@@ -35,7 +35,6 @@ from iresnet_jax.bijections.dequantize import check_levels, quantize
 from iresnet_jax.bijections.enclosure import Enclosure, ends, increasing, on_balls
 from iresnet_jax.bijections.logit import (
     UNIT_ERROR,
-    check_alpha,
     log_logistic,
     logit_bounds,
     precise_unit,
@@ -61,7 +60,7 @@ class Equalize(ClosedForm):
     outermost cells are continued.
 
     Attributes:
-        frequencies: Frequency of each level, positive, of sum 1; see `level_frequencies`.
+        frequencies: Frequency of each level, positive; they count as divided by their sum.
         shares: Frequency of the commonest level at each entry of an example, in row-major order,
             see `entry_shares`; None gives all entries the same distribution.
         alpha: Distance of the logit's argument from 0 and 1, in (0, 1/2).
@@ -75,17 +74,11 @@ class Equalize(ClosedForm):
     edges: Any = field(init=False, repr=False)
 
     def __post_init__(self):
-        check_alpha(self.alpha)
         set_floats(self, "frequencies", *(["shares"] if self.shares is not None else []))
         f = np.asarray(self.frequencies, np.float64)
-        if f.ndim != 1 or len(f) < 2 or not np.all(f > 0) or abs(f.sum() - 1) > 1e-6:
-            raise ValueError(
-                f"frequencies must be positive and add up to 1, got {len(f)} with the sum {f.sum()}"
-            )
-        if self.shares is not None and not np.all(
-            (np.asarray(self.shares) > 0) & (np.asarray(self.shares) < 1)
-        ):
-            raise ValueError("shares must lie in (0, 1): smooth them as entry_shares does")
+        p = np.asarray(0.5 if self.shares is None else self.shares)
+        if not np.all(f > 0) or not np.all((p > 0) & (p < 1)):
+            raise ValueError("frequencies must be positive and shares in (0, 1): smooth them")
         widths, below, above = self._cells(np.dtype(np.float64), np)
         log_s, log_one_minus_s = (
             np.log(self.alpha + (1 - 2 * self.alpha) * part) for part in (below, above + widths)

@@ -29,9 +29,6 @@ class Logit(ClosedForm):
 
     alpha: float = 0.05
 
-    def __post_init__(self):
-        check_alpha(self.alpha)
-
     def bilipschitz(self) -> BiLipschitz:
         """Bounds on [0, 1]: the slope ``(1 - 2 alpha) / (s (1 - s))`` lies between its values at
         the middle and at the ends.
@@ -106,14 +103,6 @@ def logit_bounds(alpha: float) -> BiLipschitz:
     """
     slope = 1 - 2 * alpha
     return BiLipschitz.of(slope / (alpha * (1 - alpha)), 1 / (4 * slope))
-
-
-def check_alpha(alpha: float) -> None:
-    """Raises ``ValueError`` unless ``alpha`` is in (0, 1/2)."""
-    if not 0 < alpha < 0.5:
-        raise ValueError(
-            f"alpha must lie in (0, 0.5), got {alpha}: the logit of 0 and 1 is infinite"
-        )
 
 
 def sum_event(value: Float[Array, "b ..."]) -> Float[Array, " b"]:

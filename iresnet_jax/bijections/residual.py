@@ -46,9 +46,6 @@ def inverse(
 
     Without a bound of the branch, an inverse stops as if ``L`` were `ASSUMED`. Its error bound is
     infinite and ``converged`` False, as nothing is known of ``L``; its residual tells how it went.
-
-    Raises:
-        ValueError: If the solver refines and float64 is switched off.
     """
     start = y - branch.at_zero() if branch.at_zero is not None and solver.memory else y
     solve = functools.partial(

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax.bijections.dequantize import certain_levels
-from iresnet_jax.bijections.enclosure import enclosing
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.standardize import Standardize
 from iresnet_jax.certification.inverse import InverseCertificate, inverse
@@ -68,9 +67,6 @@ def decode(
         z: Latents, such as `Density.sample_latents` draws; features of a classifier.
         context: Contexts of a conditional density, one for all or one for each.
 
-    Raises:
-        ValueError: Under ``jit``, or for a model that cannot be certified, see `certify.inverse`.
-
     Example:
         >>> x, info = certify.decode(model, z)  # doctest: +SKIP
         >>> info.error_bound, info.certain.all(), info.certificate.applied  # doctest: +SKIP
@@ -94,9 +90,6 @@ def certified(
 ) -> CertifiedInfo:
     """Guarantees of what `Model.decode` made of latents as vectors; on the host, outside of
     ``jit``.
-
-    Raises:
-        ValueError: For the reasons of `decode`.
     """
     certificate = inverse(model, latents, info.flow_input, context=context)
     x, u, data = (np.asarray(part) for part in (info.flow_input, info.continuous, data))
@@ -110,11 +103,11 @@ def certified(
                 Standardize(mean, std),
                 Marginals.lines([1 / steps] * channels),
             )
-        enclosure = enclosing(standardize)(x[..., :channels], certificate.error_bound)
+        enclosure = standardize.enclose_inverse(x[..., :channels], certificate.error_bound)
         certain = levels.certain(np.rint(data * steps) / steps, enclosure)
     else:
         spec = model.spec
-        enclosure = enclosing(spec.transform)(x, certificate.error_bound)
+        enclosure = spec.transform.enclose_inverse(x, certificate.error_bound)
         if spec.num_levels is not None:
             certain = certain_levels(data, enclosure, spec.num_levels)
         else:

@@ -96,10 +96,6 @@ def inverse(
         x: Inputs of the flow, from the computed inverse.
         context: Contexts of a conditional density, one for all or one for each.
 
-    Raises:
-        ValueError: If the model has no certified bounds or a block is no contraction, if shapes do
-            not fit, or under ``jit``.
-
     Example:
         >>> x, info = model.flow().inverse(z)  # doctest: +SKIP
         >>> certify.inverse(model, z, x).error_bound  # doctest: +SKIP

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
@@ -87,20 +86,13 @@ def check(
 
     Args:
         model: The model.
-        given: Batches of examples, which must be concrete arrays, not traced ones.
+        given: Batches of examples.
         context: Contexts of a conditional density, one for all examples of the batches or one for
             each.
         contraction: Whether every block must be certified to be a contraction.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((model, given, context))):
-        raise ValueError(
-            "certificates are computed on the host, outside of jit, vmap and grad: "
-            "call certify out there"
-        )
     weights = bounded(blocks_of(model.spec.flow, model.weights), model.bounds())
     model = dataclasses.replace(model, weights=weights)  # pyright: ignore[reportArgumentType]
-    if any(np.ndim(batch) == 0 for batch in given):
-        raise ValueError("certificates are for batches of examples, got a scalar")
     found: Any = context
     if given:
         dim = getattr(model.spec, "context_dim", 0)
@@ -165,25 +157,13 @@ def vectors_of(
     """Latents or features as vectors in the order of the flow's outputs; given vectors are assumed
     to be in this order.
     """
-    num_dims = model.spec.flow.num_dims
-    if np.ndim(y) < 2 or math.prod(y.shape[1:]) != num_dims:
-        raise ValueError(
-            f"latents must be a batch with {num_dims} entries an example, got an "
-            f"array of shape {np.shape(y)}"
-        )
-    return y.reshape(len(y), num_dims)
+    return y.reshape(len(y), model.spec.flow.num_dims)
 
 
 def inputs_of(
     model: Model, x: Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 ) -> Float[np.ndarray, "b d"]:
     """Inputs of the flow as vectors in float64."""
-    shape = tuple(model.spec.flow.event_shape)
-    if np.shape(x)[1:] != shape:
-        raise ValueError(
-            f"x must have the shape (b, {', '.join(map(str, shape))}) of the flow's "
-            f"input, got {np.shape(x)}"
-        )
     return np.asarray(x, np.float64).reshape(len(x), model.spec.flow.num_dims)
 
 

@@ -61,14 +61,9 @@ def radius(
         model: A classifier with bounds, from `freeze` or `load`.
         images: Images of integer levels.
 
-    Raises:
-        ValueError: If the model has no bounds, or images do not fit.
-
     Example:
         >>> certify.radius(model, images).radius  # doctest: +SKIP
     """
-    if not isinstance(model, Classifier):
-        raise ValueError(f"radii are certified for classifiers, got a {type(model).__name__}")
     with prepared(model, images, contraction=False) as (flow, _):
         # `preprocess` checks the images' shape and levels.
         inputs = np.asarray(model.preprocess(np.asarray(images)))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num
 
-from iresnet_jax.arguments import Count, check_unmasked, checked
+from iresnet_jax.arguments import check_unmasked
 from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.dequantize import check_levels, known_levels
 from iresnet_jax.maths.fixed_point import FixedPointInfo
@@ -33,16 +33,14 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.flow import FlowWeights
 from iresnet_jax.models.head import (
-    HEADS,
     apply_head,
     batch_statistics,
     by_channel,
     initial_head,
     statistics_of,
 )
-from iresnet_jax.models.history import History
-from iresnet_jax.models.leading_axes import Examples, as_batch
-from iresnet_jax.models.model import DecodeInfo, How, Model
+from iresnet_jax.models.model import DecodeInfo, History, How, Model
+from iresnet_jax.models.preprocessing import Examples, as_batch
 from iresnet_jax.pytrees import pytree
 
 Images = Num[Array, "... h w c"] | Num[np.ndarray, "... h w c"]
@@ -76,39 +74,10 @@ class ClassifierSpec:
     head: str = "pooled"
 
     def __post_init__(self):
-        if self.head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
-        if self.num_classes < 2:
-            raise ValueError(
-                f"num_classes must be at least 2, got {self.num_classes}: labels must "
-                "be of several classes"
-            )
-        if self.pad_channels < 0:
-            raise ValueError(
-                f"pad_channels must not be negative, got {self.pad_channels}; 0 is no padding"
-            )
-        height, width, channels = self.image_shape
-        padded = (height, width, channels + self.pad_channels)
-        if tuple(self.flow.event_shape) != padded:
-            raise ValueError(
-                f"the flow of this classifier starts from padded images {padded}, not "
-                f"{self.flow.event_shape}"
-            )
         if any(stage.factor_out for stage in self.flow.stages):
             raise ValueError("a classifier looks at all features: no stage may factor_out channels")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, channels):
-                raise ValueError(
-                    f"{name} must have 1 or {channels} entries for {channels} "
-                    f"channels, got {tuple(values)}"
-                )
-        if self.num_levels < 2:
-            raise ValueError(f"num_levels must be at least 2, got {self.num_levels}: 256 for bytes")
-        if not (np.all(np.isfinite((*self.mean, *self.std))) and min(self.std) > 0):
-            raise ValueError(
-                "mean must be finite and std positive and finite, got "
-                f"{tuple(self.mean)} and {tuple(self.std)}"
-            )
+        if not min(self.std) > 0:  # else its bounds were none
+            raise ValueError(f"std must be positive, got {self.std}")
 
     @property
     def context_dim(self) -> int:
@@ -232,33 +201,16 @@ class Classifier(Model, spec=ClassifierSpec):
             coeff: See `FlowSpec`, also for ``budget``.
             num_levels: See `ClassifierSpec`, also for ``pad_channels``, ``mean``, ``std`` and
                 ``head``.
-
-        Raises:
-            ValueError: If images and stages do not fit together.
         """
         check_unmasked(images, "images")
         images = np.asarray(images)
-        if np.ndim(images) != 4 or not len(images):
-            raise ValueError(f"images must be a batch (n, h, w, c), got shape {np.shape(images)}")
-        height, width, channels = np.shape(images)[1:]
-        num_classes, num_levels = (
-            checked(Count, num_classes, "num_classes"),
-            checked(Count, num_levels, "num_levels"),
-        )
+        height, width, channels = images.shape[1:]
+        flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
         mean, std = (
             tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in (mean, std)
         )
-        flow = FlowSpec((height, width, channels + pad_channels), tuple(stages), coeff, budget)
-        spec = ClassifierSpec(
-            flow,
-            (height, width, channels),
-            num_classes,
-            num_levels,
-            pad_channels,
-            mean,
-            std,
-            head=head,
-        )
+        numbers = num_classes, num_levels, pad_channels
+        spec = ClassifierSpec(flow, (height, width, channels), *numbers, mean, std, head=head)
         check_levels(images, num_levels, spec.image_shape)
         return initial.initial(spec, key, images).certified()
 

@@ -30,10 +30,6 @@ class Column:
     categories: tuple[Any, ...] | None = None
     is_ordered: bool = False
 
-    def __post_init__(self):
-        if isinstance(self.name, list):  # of a saved model, in JSON
-            object.__setattr__(self, "name", tuple(self.name))
-
 
 @runtime_checkable
 class Frame(Protocol):
@@ -43,34 +39,30 @@ class Frame(Protocol):
 
 
 def columns_of(frame: Any) -> tuple[Column, ...]:
-    """The columns of a data frame.
-
-    Raises:
-        ValueError: If there are none, or one holds missing values, or neither numbers nor
-            categories; it names the column.
-    """
+    """The columns of a data frame."""
     series = _series(frame)
-    if not series:
-        raise ValueError("the data frame has no columns: give at least one")
     if unnamed := [name for name in series if str(name).startswith("Unnamed: ")]:
         raise ValueError(
             f"column {unnamed[0]!r} holds row numbers of a written table: read it "
             "with index_col=0, or drop it"
         )
-    return tuple(_column(name, values) for name, values in series.items())
+    columns = tuple(_column(name, values) for name, values in series.items())
+    for column in columns:
+        try:
+            json.dumps((column.name, column.categories))
+        except TypeError as error:  # no file could hold the model
+            raise ValueError(
+                f"names and categories must be text or numbers, and column {column.name!r} has "
+                f"others ({error}): convert it, or drop it"
+            ) from None
+    return columns
 
 
 def numbers_of(frame: Any, columns: tuple[Column, ...]) -> Float[np.ndarray, "n d"]:
-    """A data frame as numbers, its columns found by name.
-
-    Raises:
-        ValueError: If a column is missing, unknown or there twice, or holds missing values or text.
+    """A data frame as numbers, its columns found by name; categories by their places, -1 for one
+    that is not known.
     """
     series = _series(frame)
-    names = [column.name for column in columns]
-    if wrong := [name for name in (*names, *series) if (name in names) != (name in series)]:
-        whose = "table" if wrong[0] in names else "model"
-        raise ValueError(f"the {whose} has no column {wrong[0]!r}: the model takes {listed(names)}")
     return np.stack([_numbers(series[column.name], column) for column in columns], axis=1)
 
 
@@ -80,10 +72,6 @@ def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
     """
     import pandas as pd
 
-    if np.isnan(x).any():
-        raise ValueError(
-            "rows hold NaN, which whole numbers and categories cannot be: leave those rows out"
-        )
     made = {}
     for numbers, column in zip(np.asarray(x, np.float64).T, columns, strict=True):
         values, dtype = numbers, pd.api.types.pandas_dtype(column.dtype)
@@ -95,9 +83,7 @@ def table_of(x: Float[np.ndarray, "n d"], columns: tuple[Column, ...]) -> Any:
         # a continuous density does not end where the type does
         elif pd.api.types.is_integer_dtype(dtype):
             info = np.iinfo(getattr(dtype, "numpy_dtype", dtype))
-            values = np.rint(np.clip(numbers, info.min, np.nextafter(float(info.max), 0))).astype(
-                info.dtype
-            )
+            values = np.rint(np.clip(numbers, info.min, np.nextafter(float(info.max), 0)))
         made[column.name] = pd.Series(values).astype(column.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return pd.DataFrame(made)
 
@@ -112,23 +98,12 @@ def listed(values: Iterable[Any]) -> str:
 def _series(frame: Any) -> dict[Any, Any]:
     """The columns of a data frame by their names, if these differ and no value is missing."""
     frame = frame.to_pandas() if hasattr(frame, "to_pandas") else frame
-    if not hasattr(frame, "iloc"):
-        raise ValueError(
-            "tables must be data frames of pandas, or have a method to_pandas, got a "
-            f"{type(frame).__name__}"
-        )
     names = list(frame.columns)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(
             f"column names must differ, and two columns are called {repeated[0]!r}: "
             "rename one of them"
         )
-    try:
-        json.dumps(names)
-    except TypeError as error:
-        raise ValueError(
-            f"column names must be text or numbers ({error}): rename the columns"
-        ) from None
     for place, name in enumerate(names):
         missing = np.asarray(frame.iloc[:, place].isna(), bool)
         if missing.any():
@@ -147,38 +122,22 @@ def _column(name: Any, values: Any) -> Column:
     if isinstance(dtype, pd.SparseDtype):  # comes back dense
         dtype = dtype.subtype
     if isinstance(dtype, pd.CategoricalDtype):
-        categories = tuple(dtype.categories.tolist())
-        if wrong := [each for each in categories if not isinstance(each, str | int | float)]:
-            raise ValueError(
-                f"categories must be text or numbers, and column {name!r} has "
-                f"{wrong[0]!r}: convert it to text"
-            )
-        return Column(name, "category", categories, bool(dtype.ordered))
+        return Column(name, "category", tuple(dtype.categories.tolist()), bool(dtype.ordered))
     if check.is_bool_dtype(dtype):
         return Column(name, str(dtype), (False, True))
     if check.is_integer_dtype(dtype) or check.is_float_dtype(dtype):
         return Column(name, str(dtype))
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(
-            f"column {name!r} must hold numbers, booleans or text, got {dtype}: convert it to one "
-            "of them, or drop it"
-        )
     counts = values.value_counts()
     if (counts == 1).sum() > len(values) / 2 and len(values) > 2:
         raise ValueError(
-            f"column {name!r} holds text, most of which occurs once, as names do: drop the column"
+            f"most values of column {name!r} occur once, as names do: drop the column, or convert "
+            "it to numbers"
         )
     return Column(name, str(values.dtype), tuple(sorted(counts.index)))
 
 
 def _numbers(values: Any, column: Column) -> Float[np.ndarray, " n"]:
-    """The values of one column; categories by their places, -1 for one that is not known."""
     if column.categories is None:
-        try:
-            return values.to_numpy(np.float64)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"column {column.name!r} must hold numbers, got {values.dtype}"
-            ) from None
+        return values.to_numpy(np.float64)
     places = {category: place for place, category in enumerate(column.categories)}
     return np.array([places.get(value, -1) for value in values], np.float64)

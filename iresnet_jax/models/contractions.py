@@ -165,25 +165,13 @@ def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict
 
 def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:
     """Raises ``ValueError`` unless weights are those of such a flow."""
-
-    def shapes(params):
-        leaves = jax.tree.leaves_with_path(params)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
-            for path, leaf in leaves
-        }
-
-    found, wanted = (
-        shapes(as_params(weights)),
-        shapes(jax.eval_shape(spec.initial_params, jax.random.key(0))),
-    )
-    for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"the weights do not fit the new spec: {name} has shape {found.get(name)} and "
-                f"needs {wanted.get(name)}; make a "
-                "new model with init"
-            )
+    found = jax.tree.map(np.shape, as_params(weights))
+    wanted = jax.tree.map(np.shape, jax.eval_shape(spec.initial_params, jax.random.key(0)))
+    if found != wanted:
+        raise ValueError(
+            f"the weights do not fit the new spec: they have the shapes {found} and need {wanted}; "
+            "make a new model with init"
+        )
 
 
 @functools.partial(fast_compile, static_argnums=(0, 1, 2))
@@ -223,9 +211,6 @@ def under_context(
 ) -> dict[str, Block]:
     """Weights without contexts of a conditional flow given one context, as it takes it; kernels
     stay, and so do their bounds.
-
-    Raises:
-        ValueError: If a branch does not define `BranchSpec.folded`.
     """
     found = dict(weights)
     for stage in spec.layout:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Num, Shaped
@@ -51,9 +50,8 @@ from iresnet_jax.models.contexts import Contexts, Network
 from iresnet_jax.models.contractions import under_context
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.flow import FlowBounds, FlowWeights, as_params, bounded
-from iresnet_jax.models.history import History
-from iresnet_jax.models.leading_axes import Examples, as_batch
-from iresnet_jax.models.model import DecodeInfo, How, Model
+from iresnet_jax.models.model import DecodeInfo, History, How, Model
+from iresnet_jax.models.preprocessing import Examples, as_batch
 
 # folded into the key of probes for the flow of noise; stages of the other flow fold in their
 # numbers
@@ -198,10 +196,6 @@ class Density(Model, spec=DensitySpec):
             estimator: Log-determinant of the blocks; exact by default, which takes time and memory
                 of images.
 
-        Raises:
-            ValueError: If examples, contexts and stages do not fit together, or a branch of one's
-                own stretches examples by more than it claims.
-
         Example:
             >>> stages = [StageSpec(6, (64,), activation="clipswish")]
             >>> model = Density.init(jax.random.key(0), x[:256], stages=stages)
@@ -214,22 +208,16 @@ class Density(Model, spec=DensitySpec):
             )
         if transform is None:
             transform = Standardize.fit(x) if num_levels is None else Logit()
-        num_classes = None if num_classes is None else checked(Count, num_classes, "num_classes")
-        num_components = (
-            None if num_components is None else checked(Count, num_components, "num_components")
-        )
-        family = prior
-        if not isinstance(prior, str):
-            family = priors.family_of(prior)
-            num_components = prior.num_components if family in priors.MIXTURES else None
-        context_dim = 0 if context is None else context.shape[1]
-        taken = context_hidden[-1] if context_hidden else context_dim
+        given = None if isinstance(prior, str) else prior
+        family = prior if given is None else priors.family_of(given)
+        if given is not None:
+            num_components = given.num_components if family in priors.MIXTURES else None
+        width = 0 if context is None else (*context.shape[1:], *context_hidden)[-1]
         if constants is None:
-            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, taken)
+            flow = FlowSpec(x.shape[1:], tuple(stages), coeff, budget, width)
         else:
-            flow = FlowSpec.bilipschitz(
-                x.shape[1:], stages, mu=constants[0], nu=constants[1], context_dim=taken
-            )
+            mu, nu = constants
+            flow = FlowSpec.bilipschitz(x.shape[1:], stages, mu=mu, nu=nu, context_dim=width)
         spec = DensitySpec(
             dataclasses.replace(flow, noise=noise),
             prior_family=family,
@@ -241,19 +229,15 @@ class Density(Model, spec=DensitySpec):
             context_hidden=tuple(context_hidden),
         )
         preprocessing.checked(spec, x)
-        start = [
-            checked(NotNegative, value, what)
-            for value, what in ((sharpness, "sharpness"), (last_scale, "last_scale"))
-        ]
         free = initial.initial(
             spec,
             key,
             x,
             context=context,
             labels=labels,
-            prior=None if isinstance(prior, str) else prior,
-            sharpness=start[0],
-            last_scale=start[1],
+            prior=given,
+            sharpness=checked(NotNegative, sharpness, "sharpness"),
+            last_scale=checked(NotNegative, last_scale, "last_scale"),
         )
         model = free.certified().with_(estimator=estimator or ExactLogdet())
         latents = jax.ShapeDtypeStruct((len(x), flow.num_dims), jnp.float32)
@@ -284,24 +268,12 @@ class Density(Model, spec=DensitySpec):
         """The density ``x -> p(x | context)`` of a conditional model as a model that takes no
         contexts.
 
-        It is the same function: the shift of a layer by the context is added to its bias.
-
-        Raises:
-            ValueError: If the model takes no contexts or not one of this shape, or has branches of
-                one's own.
+        It is the same function: the shift of a layer by the context is added to its bias. Branches
+        of one's own have none.
         """
-        dim, found = self.spec.context_dim, self.spec.context_numbers(context)
-        vector = contexts.as_vectors(found, dim)
-        vector = vector[0] if vector.shape == (1, dim) else vector
-        if not dim:
-            raise ValueError("the model takes no contexts: there is none that it could be given")
-        if vector.shape != (dim,):
-            raise ValueError(
-                f"the model must be given one context of shape ({dim},), got shape "
-                f"{np.shape(found)}"
-            )
-        scaled = self.scale_context(vector[None])
-        assert scaled is not None
+        dim = self.spec.context_dim
+        vector = contexts.as_vectors(self.spec.context_numbers(context), dim)
+        scaled: Any = self.scale_context(vector if vector.shape == (1, dim) else vector[None])
         weights = under_context(self.spec.flow, self.weights, scaled[0])
         flow = dataclasses.replace(self.spec.flow, context_dim=0)
         spec = dataclasses.replace(
@@ -347,11 +319,7 @@ class Density(Model, spec=DensitySpec):
     def log_prior(
         self, z: Float[Array, "n d"], labels: Shaped[Array, " n"] | None = None
     ) -> Float[Array, " n"]:
-        """Log-density of latents, given their classes if there are labels.
-
-        Raises:
-            ValueError: If the prior does not give one number for each.
-        """
+        """Log-density of latents, given their classes if there are labels."""
         found = jnp.asarray(
             self.prior.log_prob(z) if labels is None else self.prior.log_prob(z, labels)
         )
@@ -369,22 +337,10 @@ class Density(Model, spec=DensitySpec):
     ) -> Float[Array, "... k"]:
         """``log p(y) + log p_Z(z | y)`` for every class ``y``: one pass through the flow, no
         determinants. Arguments are those of `encode`.
-
-        Raises:
-            ValueError: If the model has one prior for all.
         """
-        prior, z = self._class_priors, self.encode(x, key, context=context)
-        by_class = prior.log_prob_by_class(z.reshape(-1, z.shape[-1]))
+        z = self.encode(x, key, context=context)
+        by_class = self.prior.log_prob_by_class(z.reshape(-1, z.shape[-1]))
         return by_class.reshape(*z.shape[:-1], by_class.shape[1])
-
-    @property
-    def _class_priors(self) -> priors.ClassPriors:
-        if self.spec.num_classes is None:
-            raise ValueError(
-                "this density has one prior for all, and no classes: fit one to "
-                "labels with the objective hybrid"
-            )
-        return self.prior
 
     # ------------------------------------------------------------------------------------- samples
 
@@ -406,14 +362,8 @@ class Density(Model, spec=DensitySpec):
             temperature: Factor on the prior's scale, at least 0; 1 samples the model.
             context: One context for all samples, or one for each.
             labels: Class of each sample, where classes have priors; drawn from ``p(y)`` by default.
-                Classes that do not exist, which cannot be refused under ``jit``, give an inverse
-                that did not converge.
+                Classes that do not exist give an inverse that did not converge.
             bounds: See `Model.bounds`.
-
-        Raises:
-            ValueError: If labels are given to a model without classes or are not ``num`` integers,
-                if ``num`` or ``temperature`` is out of range, or if a label is and it is known,
-                outside of ``jit``.
         """
         z = self.sample_latents(key, num, temperature=temperature, labels=labels)
         context = contexts.of_samples(
@@ -436,19 +386,14 @@ class Density(Model, spec=DensitySpec):
         Both are differentiable functions of weights, prior and context, by the implicit function
         theorem, as variational objectives and importance weights need. With labels the log-density
         is ``log p(x | label)``. Arguments are those of `sample`.
-
-        Raises:
-            ValueError: If data are integer levels or have cells, whose samples have probabilities
-                and no densities; otherwise as `sample`.
         """
         if self.spec.is_discrete:
-            kind = "of integer levels" if self.spec.num_levels is not None else "with cells"
             raise ValueError(
-                f"samples {kind} have no density: "
+                "samples of integer levels or with cells have probabilities and no density: "
                 "model.continuous.sample_and_log_prob gives continuous ones"
             )
         if labels is not None:
-            labels = self._class_priors.checked_labels(labels, checked(Count, num, "num"))
+            labels = self.prior.checked_labels(labels, num)
         z = self.sample_latents(key, num, labels=labels)
         # latents are drawn from the key itself, or from its first two parts
         key_probe = jax.random.fold_in(typed_key(key), 2)
@@ -465,22 +410,14 @@ class Density(Model, spec=DensitySpec):
         temperature: float = 1.0,
         labels: Labels | None = None,
     ) -> Float[Array, "n d"]:
-        """Latents from the prior; arguments and errors are those of `sample`."""
+        """Latents from the prior; arguments are those of `sample`."""
         num, key = checked(Count, num, "num"), typed_key(key)
         options: dict[str, Any] = {"temperature": checked(NotNegative, temperature, "temperature")}
-        if self.spec.prior_family == priors.OWN:
-            if options.pop("temperature") != 1:
-                raise ValueError(
-                    f"a prior of one's own has no temperature, got {temperature}: leave it at 1"
-                )
+        if self.spec.prior_family == priors.OWN and temperature == 1:
+            options = {}  # those of one's own have none
         if labels is not None:
-            options["labels"] = self._class_priors.checked_labels(labels, num)
-        z = _sample(self.prior, key, num, options)
-        if z.shape != (num, self.spec.flow.num_dims):
-            raise ValueError(
-                f"sample of the prior must give {num} latents as rows, got shape {z.shape}"
-            )
-        return z
+            options["labels"] = self.prior.checked_labels(labels, num)
+        return _sample(self.prior, key, num, options)
 
     # ------------------------------------------------------------------------------------ its parts
 
@@ -495,11 +432,7 @@ class Density(Model, spec=DensitySpec):
         return batch._replace(x=preprocessing.checked(self.spec, batch.x))
 
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
-        """Contexts as the flow takes them: scaled, and through the network on them if there is one.
-
-        Raises:
-            ValueError: If the scale is one of contexts of another length.
-        """
+        """Contexts as the flow takes them, see `DensitySpec.scale_context`."""
         return self.spec.scale_context(context, self.network)
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
@@ -543,14 +476,11 @@ class Density(Model, spec=DensitySpec):
 
     def noise_flow(self, x: Data, bounds: FlowBounds | None = None) -> Bijection:
         """The flow from logistic numbers to the logits of the noise of these levels, see
-        `iresnet_jax.models.noise`.
-
-        Raises:
-            ValueError: If the model has uniform noise.
+        `iresnet_jax.models.noise`; of a model whose noise is not uniform.
         """
         flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
-        if flow is None or levels is None:
-            raise ValueError("the noise of this model is uniform: there is no flow that makes it")
+        assert flow is not None
+        assert levels is not None
         features = noises.features(
             self.spec.flow, self.noise_network, preprocessing.checked(self.spec, x), levels
         )
@@ -570,9 +500,6 @@ class Density(Model, spec=DensitySpec):
     def to_frame(self, x: Data) -> Any:
         """Samples, or other arrays of data, as a pandas data frame with the columns and types that
         the model was fitted to.
-
-        Raises:
-            ValueError: If the model was not fitted to a data frame.
         """
         if self.spec.columns is None:
             raise ValueError("this model was not fitted to a data frame: its samples are arrays")

@@ -66,61 +66,15 @@ class DensitySpec:
     context_hidden: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.cells is not None and (
-            self.num_levels is not None or self.flow.event_shape != (self.cells.num_entries,)
-        ):
-            raise ValueError(
-                f"cells are those of vectors: there are {self.cells.num_entries} for "
-                f"{self.flow.event_shape}"
-            )
-        if self.flow.noise is not None and self.num_levels is None:
-            raise ValueError(
-                "variational dequantisation is for data of integer levels: leave the noise uniform"
-            )
-        if self.columns is not None and self.flow.event_shape != (len(self.columns),):
-            raise ValueError(
-                f"there are {len(self.columns)} columns for examples of shape "
-                f"{self.flow.event_shape}"
-            )
-        taken = self.context_hidden[-1] if self.context_hidden else self.num_features
-        if taken != self.flow.context_dim:
-            made = (
-                "the network on contexts gives"
-                if self.context_hidden
-                else "the scale of contexts has"
-            )
-            raise ValueError(
-                f"{made} {taken} entries, the flow takes contexts of {self.flow.context_dim}"
-            )
-        if self.context_hidden and self.context is None:
-            raise ValueError(
-                "a network on contexts needs their scale: give "
-                "context=Standardize.fit_contexts(contexts)"
-            )
-        entries, shape = getattr(self.transform, "num_entries", None), self.flow.event_shape
-        if entries is not None and (
-            entries != shape[-1] or not (len(shape) == 1 or isinstance(self.transform, Standardize))
-        ):
-            raise ValueError(
-                f"the transform has {entries} entries, which do not fit examples of shape {shape}"
-            )
-        if self.num_classes is not None and self.num_classes < 2:
-            raise ValueError(
-                f"num_classes must be at least 2, got {self.num_classes}: labels must "
-                "be of several classes"
-            )
-        priors.check(self.prior_family, self.num_components, self.num_classes)
-        if isinstance(self.transform, Equalize):
-            levels, shares = self.transform.num_levels, self.transform.shares
-            if self.num_levels not in (None, levels):
+        shape = self.flow.event_shape
+        for part in (self.transform, self.cells):
+            entries = getattr(part, "num_entries", shape[-1])
+            if entries != shape[-1] or (
+                isinstance(part, Whiten | Bounded) and len(shape) != 1
+            ):  # one entry would broadcast
                 raise ValueError(
-                    f"equalize needs the frequency of each of {self.num_levels} "
-                    f"levels, got {levels}"
-                )
-            if shares is not None and len(shares) != self.flow.num_dims:
-                raise ValueError(
-                    "equalize needs a share for each entry of "
-                    f"{self.flow.event_shape}, got {len(shares)}"
+                    f"{type(part).__name__} has {entries} entries, which do not fit examples of "
+                    f"shape {shape}"
                 )
 
     def standard_prior(self) -> Any:
@@ -168,22 +122,19 @@ class DensitySpec:
     def scale_context(
         self, context: Contexts | None, network: Network
     ) -> Float[Array, "b ..."] | None:
-        """Contexts as the flow takes them: scaled, and through the network on them if there is one.
-
-        Raises:
-            ValueError: If the scale is one of contexts of another length.
-        """
+        """Contexts as the flow takes them: scaled, then through the network if there is one."""
         if context is None:
             return None
         vectors = jnp.asarray(contexts.as_vectors(context, self.context_dim))
         if not jnp.issubdtype(vectors.dtype, jnp.floating):
             vectors = vectors.astype(jnp.result_type(float))
-        if self.context is None:
-            return vectors
         if vectors.shape[1:] != (self.context_dim,):
             raise ValueError(
-                f"the model takes contexts of length {self.context_dim}, got shape {vectors.shape}"
+                f"the model takes contexts of length {self.context_dim} (0 for none), got shape "
+                f"{vectors.shape}"
             )
+        if self.context is None:
+            return vectors
         scaled = jax.lax.stop_gradient(self.context).forward(vectors)
         return contexts.apply_network(network, scaled) if self.context_hidden else scaled
 

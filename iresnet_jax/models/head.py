@@ -92,26 +92,16 @@ def initial_head(
     num = feature_shape[-1] if kind == "pooled" else math.prod(feature_shape)
     kernel = jax.random.normal(key, (num, num_classes)) / jnp.sqrt(num)
     linear = {"linear": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}
-    return (
-        linear
-        if kind == "linear"
-        else {"norm": {"scale": jnp.ones(num), "bias": jnp.zeros(num)}, **linear}
-    )
+    norms = {"linear": {}, "pooled": {"norm": {"scale": jnp.ones(num), "bias": jnp.zeros(num)}}}
+    return {**norms[kind], **linear}
 
 
 def cross_entropy(
     logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0
 ) -> Float[Array, " b"]:
     """``-sum_k q_k log p_k`` in nats with ``q = (1 - s) onehot + s / K`` (Szegedy et al. 2016, sec.
-    7).
-
-    Raises:
-        ValueError: If ``label_smoothing``, which is ``s``, is not in [0, 1).
+    7); ``s`` is ``label_smoothing``.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 is none, .1 is usual"
-        )
     log_p = jax.nn.log_softmax(logits)
     of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
     return -(1 - label_smoothing) * of_label - label_smoothing * jnp.mean(log_p, axis=1)

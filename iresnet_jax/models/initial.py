@@ -17,7 +17,7 @@ from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import priors
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.claims import check_claims
+from iresnet_jax.models.certificate import check_claims
 from iresnet_jax.models.contexts import linear_regression, scaled, with_linear_mean
 from iresnet_jax.models.contractions import ConstrainedFlow, Tree
 from iresnet_jax.models.flow import Block, FlowWeights, flow_bijection
@@ -56,10 +56,6 @@ def initial(
         constraint: How blocks are constrained.
         sharpness: See `FeedforwardSpec.initial_weights`.
         last_scale: Initial factor on the last layer of each branch.
-
-    Raises:
-        ValueError: If examples are out of the range of their transform, or a custom branch
-            stretches them by more than it claims.
     """
     key_weights, key_noise, key_learned = jax.random.split(typed_key(key), 3)
     most = VECTORS if len(spec.flow.event_shape) == 1 else IMAGES

@@ -73,18 +73,10 @@ class GaussianMixture(Mixture):
     def fit(cls, z: ArrayLike, num_components: int) -> "GaussianMixture":
         """A mixture that latents are likely under, see `expectation_maximisation`; `kernels` if
         each is a component.
-
-        Raises:
-            ValueError: If there are fewer latents than components.
         """
         z = np.asarray(z, np.float64)
         if len(z) == num_components > 1:
             return cls.kernels(z)
-        if len(z) < num_components:
-            raise ValueError(
-                f"a prior of {num_components} components needs as many examples, got "
-                f"{len(z)}: take fewer"
-            )
         mean, std = z.mean(axis=0), np.where(varies(z), z.std(axis=0), 1)
         # Few steps are enough, as training goes on from them. A component's variance is at least a
         # millionth of all latents'.
@@ -184,10 +176,8 @@ def expectation_maximisation(
     """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the
     more starts.
 
-    It is the likeliest one of all starts of which `no_component_collapsed`, if there is any.
-
-    Raises:
-        ValueError: If a covariance is singular in spite of ``reg_covar`` at every start.
+    It is the likeliest one of all starts of which `no_component_collapsed`, if there is any. A
+    covariance that is singular at every start, in spite of ``reg_covar``, raises ``ValueError``.
     """
     from sklearn import mixture  # late: a second, which only mixtures need
     from sklearn.exceptions import ConvergenceWarning
@@ -207,7 +197,8 @@ def expectation_maximisation(
                 found.append(mixture.GaussianMixture(num_components, **settings).fit(z))
     if not found:
         raise ValueError(
-            f"{num_components} components of {num} vectors have singular covariances: take fewer"
+            f"{num_components} components of {num} vectors have singular covariances, or are more "
+            "than the vectors: take fewer"
         )
     return max(found, key=lambda each: (no_component_collapsed(each, num), each.lower_bound_))
 

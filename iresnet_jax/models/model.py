@@ -1,4 +1,4 @@
-"""The common part of all models: replacing fields, a certificate, saving.
+"""The common part of all models: replacing fields, a certificate, saving, the record of a training.
 
 A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not
 stored, see `bounds`: a file cannot claim a certificate that its weights do not have.
@@ -6,9 +6,11 @@ stored, see `bounds`: a file cannot claim a certificate that its weights do not 
 
 import dataclasses
 import json
+import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -26,8 +28,7 @@ from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.architecture import FlowSpec, check_names
-from iresnet_jax.models.certificate import Certificate, certificate_of
-from iresnet_jax.models.claims import check_claims
+from iresnet_jax.models.certificate import Certificate, certificate_of, check_claims
 from iresnet_jax.models.contractions import check_fit, freeze
 from iresnet_jax.models.flow import (
     FlowBounds,
@@ -38,7 +39,7 @@ from iresnet_jax.models.flow import (
     flow_bijection,
     is_traced,
 )
-from iresnet_jax.models.leading_axes import Examples, as_batch
+from iresnet_jax.models.preprocessing import Examples, as_batch
 from iresnet_jax.pytrees import pytree, tagged
 from iresnet_jax.storage import path_of, replacing
 
@@ -46,6 +47,7 @@ FILE_NAME = "model.npz"
 FORMAT = 2
 HEADER = "header"
 MODELS: dict[type, Any] = {}  # by the class of their spec
+STOPPED = "it was stopped"  # why a training ended that somebody stopped
 
 M = TypeVar("M", bound="Model")
 
@@ -121,6 +123,88 @@ class DecodeInfo(NamedTuple):
     padding_residual: Float[Array, "..."] | None = None
 
 
+class Attempt(NamedTuple):
+    """One of several training runs, the best of which gave the model.
+
+    Attributes:
+        what: What distinguishes it from the others.
+        loss: Lowest validation loss.
+        best_step: Updates that led to it; 0 is the start.
+        num_steps: Updates of the run.
+        seconds: Time of the run, without compilation.
+    """
+
+    what: str
+    loss: float
+    best_step: int
+    num_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """Measurements of a training run.
+
+    Attributes:
+        train: Measurements of training steps, averaged between two of them: a list of values by
+            name, "step" among them.
+        validation: Measurements on the validation split, likewise.
+        step: Step whose parameters the model has, the best on validation.
+        loss: Validation loss of the model; NaN without validation.
+        losses: Its loss on each held-out example; None if only the mean is known.
+        num_steps: Updates of the training.
+        seconds: Its time, without the compilation of the step.
+        attempts: Runs that were tried, in their order; empty if there was one run only.
+        ended: Why no further one was tried.
+    """
+
+    train: Mapping[str, list[float]]
+    validation: Mapping[str, list[float]]
+    step: int
+    loss: float = math.nan
+    losses: np.ndarray | None = None
+    num_steps: int = 0
+    seconds: float = 0.0
+    attempts: tuple[Attempt, ...] = ()
+    ended: str = ""
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]], step: int) -> "History":
+        """The history in the records of `runs.metrics.read_metrics`."""
+        train, validation = (
+            _columns([r for r in records if r["split"] == split])
+            for split in ("train", "validation")
+        )
+        return cls(train, validation, step)
+
+    def __str__(self) -> str:
+        names = [name for name in self.validation if name not in ("step", "wall_time_s")]
+        lines = (
+            ["step  seconds  " + "  ".join(names)]
+            if names
+            else [f"step {self.step}, no validation"]
+        )
+        for i, step in enumerate(self.validation.get("step", [])):
+            values = "  ".join(f"{self.validation[name][i]:.4f}" for name in names)
+            best = "  <- this model" if step == self.step else ""
+            lines.append(f"{step:.0f}  {self.validation['wall_time_s'][i]:.1f}  {values}{best}")
+        for run in self.attempts:
+            lines.append(
+                f"{run.what}: {run.loss:.4f} at step {run.best_step} of {run.num_steps}, "
+                f"{run.seconds:.1f} s"
+            )
+        return "\n".join(lines + [f"ended, as {self.ended}"] * bool(self.ended))
+
+
+def _columns(records: list[Mapping[str, Any]]) -> dict[str, list[float]]:
+    names = [
+        name
+        for name in (records[0] if records else {})
+        if name != "split" and all(name in r for r in records)
+    ]
+    return {name: [float(record[name]) for record in records] for name in names}
+
+
 class Model:
     """A model as a value: `spec`, all that defines it but its weights, and `weights` of its flow,
     see `flow`.
@@ -139,11 +223,7 @@ class Model:
             MODELS[spec] = cls
 
     def with_(self: M, **changes: Any) -> M:
-        """The same model with other fields, also with those of `how`, such as ``solver``.
-
-        Raises:
-            ValueError: If the weights do not fit a new ``spec``.
-        """
+        """The same model with other fields, also with those of `how`, such as ``solver``."""
         how = {field.name for field in dataclasses.fields(How)} & changes.keys()
         if how:
             own = {name: changes.pop(name) for name in how}
@@ -230,9 +310,7 @@ class Model:
             rematerialize=how.rematerialize,
         )
 
-    def _examples(self, x: Any, context: Any = None) -> Examples:
-        """Data and contexts as one batch, checked."""
-        raise NotImplementedError
+    _examples: Callable[..., Examples]  # (x, context) -> both as one batch, checked
 
     # ----------------------------------------------------------------------------------- its bounds
 
@@ -283,16 +361,11 @@ class Model:
 
     def check_branches(self, x: Any, *, context: Any = None) -> None:
         """Checks bounds that are the user's word on data: ratios ``|g(x) - g(y)| / |x - y|`` of
-        every such branch.
-
-        Raises:
-            ValueError: If a branch stretches the data by more than it claims; the message names the
-                block and both numbers.
+        every such branch. ``ValueError`` names the block that stretches data by more than it
+        claims, and both numbers.
         """
         scaled = None
         if context is not None:
-            if not self.spec.flow.context_dim:
-                raise ValueError("this model has no context: leave it out")
             x, context, _ = self._examples(x, context)
             scaled = self.scale_context(context)
         check_claims(self.spec.flow, self.weights, self.preprocess(x), scaled)  # pyright: ignore[reportAttributeAccessIssue]
@@ -304,32 +377,17 @@ class Model:
         Args:
             path: The file; ``.npz`` is its customary end.
             about: JSON data that travel with the model, such as the settings of its training.
-
-        Raises:
-            ValueError: If two branches of one's own have the same name, or a number is not finite.
         """
         check_names(self.spec.flow)
         path = path_of(path)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: give a file, such as {path / FILE_NAME}")
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
-        stored = {
-            "params": as_params(self.weights),
-            **{name: self.learned(name) for name in self.arrays},
-        }
-        arrays: dict[str, Any] = {
-            array_name(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(stored)
-        }
-        arrays = {
-            name: array.astype(np.promote_types(array.dtype, np.float32))
-            for name, array in arrays.items()
-        }
-        if bad := [name for name, array in arrays.items() if not np.all(np.isfinite(array))]:
-            raise ValueError(
-                f"{bad[0]} holds numbers that are not finite, which no file takes: "
-                "give the model finite ones"
-            )
-        arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        learned = {name: self.learned(name) for name in self.arrays}
+        arrays: dict[str, Any] = {HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
+        for key, leaf in jax.tree.leaves_with_path({"params": as_params(self.weights), **learned}):
+            array = np.asarray(leaf)
+            if not np.all(np.isfinite(array)):
+                raise ValueError(f"{array_name(key)} holds numbers that are not finite")
+            arrays[array_name(key)] = array.astype(np.promote_types(array.dtype, np.float32))
         with replacing(path) as incoming, incoming.open("wb") as file:
             np.savez_compressed(file, **arrays)
         return path

@@ -5,11 +5,17 @@
 
 `cells` and `transform` are bijections, the first one in distribution: forward adds noise, the
 inverse rounds. Their numbers come from the data and are no parameters: their gradients are 0. All
-functions take a `DensitySpec`, which imports this file.
+functions of a ``spec`` take a `DensitySpec`, which imports this file.
+
+**Leading axes.** Models run one example, a batch, or any axes of examples as one batch, and give
+the axes back. Axes of examples and of their contexts broadcast against each other: ``(b, d)`` and
+``(k,)`` are a batch under one context, ``(d,)`` and ``(n, k)`` are one example under ``n``
+contexts. A batch with a context for each example takes no operation.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.core
@@ -22,16 +28,16 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import Dequantize, check_levels
 from iresnet_jax.bijections.standardize import Identity
+from iresnet_jax.maths.keys import typed_key
+from iresnet_jax.models import contexts
 from iresnet_jax.models.columns import Frame, numbers_of
+
+T = TypeVar("T")
 
 
 def numbers(spec: Any, x: Any) -> Any:
     """Data as an array of numbers: a data frame by the names, categories and order of the columns
     that were fitted.
-
-    Raises:
-        ValueError: If a column is missing or unknown, or holds a missing value or an unknown
-            category.
     """
     if spec.columns is not None and isinstance(x, Frame):
         return numbers_of(x, spec.columns)
@@ -40,14 +46,8 @@ def numbers(spec: Any, x: Any) -> Any:
 
 
 def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
-    """Examples that a new model is made for, as it will take them, and the number of integer levels
-    of images that have them.
-
-    By default these are 256, and 2 of booleans.
-
-    Raises:
-        ValueError: If they are no batch, hold missing or infinite numbers, or have no levels and
-            ``num_levels`` is given.
+    """Examples that a new model is made for, as it will take them, and the number of their integer
+    levels: of images of integers 256 by default, and 2 of booleans.
     """
     check_unmasked(x, "x")
     x = np.asarray(x)
@@ -58,16 +58,11 @@ def examples(x: Any, num_levels: int | None) -> tuple[np.ndarray, int | None]:
         )
     if x.ndim > 2 and x.dtype == bool:
         x, num_levels = x.astype(np.uint8), num_levels or 2
-    if x.ndim > 2 and np.issubdtype(x.dtype, np.integer):
+    if np.issubdtype(x.dtype, np.integer) and (x.ndim > 2 or num_levels is not None):
         return x, num_levels or 256
-    if num_levels is not None:
-        raise ValueError(
-            f"num_levels is for images of integer levels, got {x.dtype} of shape "
-            f"{x.shape}: leave it out"
-        )
     x = finite_numbers(x, "x", x.dtype if np.issubdtype(x.dtype, np.floating) else float)
     check_told_apart(x.reshape(-1, x.shape[-1]), jnp.result_type(float), "entry {} of x".format)
-    return x, None
+    return x, num_levels
 
 
 def check_told_apart(
@@ -90,11 +85,8 @@ def check_told_apart(
 
 
 def checked(spec: Any, x: Any) -> Array:
-    """The data as an array, if it is what the model takes.
-
-    Raises:
-        ValueError: If data have another shape or type; where they are known, also if a value is out
-            of range.
+    """The data as an array, if it is what the model takes: the one check of examples. Values are
+    checked where they are known.
     """
     shape, x = tuple(spec.flow.event_shape), numbers(spec, x)
     is_table = len(shape) == 1 and x.shape[1:] == shape
@@ -168,3 +160,60 @@ def rounded(spec: Any, u: Float[Array, "b ..."]) -> Num[Array, "b ..."]:
     either as they are.
     """
     return cells(spec).inverse(u)[0]
+
+
+# ----------------------------------------------------------------------------------- leading axes
+
+
+class Examples(NamedTuple):
+    """Examples as one batch, with the axes that they came in.
+
+    Attributes:
+        x: The batch ``(b, ...)``.
+        context: Context of each example ``(b, k)``; None without.
+        axes: Leading axes of the examples, whose product is ``b``.
+    """
+
+    x: Any
+    context: Any
+    axes: tuple[int, ...]
+
+    def keys(self, key: Any) -> Any:
+        """One key or None as it is, or one key per example as a vector of them."""
+        key = None if key is None else typed_key(key)
+        return key if key is None or key.ndim < 2 else key.reshape(-1)
+
+    def restore(self, results: T) -> T:
+        """Arrays of the batch ``(b, ...)``, a tree of them, with the examples' own axes."""
+        if len(self.axes) == 1:
+            return results
+        return jax.tree.map(lambda a: a.reshape(*self.axes, *a.shape[1:]), results)
+
+
+def as_batch(
+    x: Any, event_shape: tuple[int, ...], context: Any = None, context_dim: int = 0
+) -> Examples:
+    """Examples ``(..., *event_shape)`` and contexts ``(..., context_dim)`` as one batch.
+
+    Arrays that do not end in these shapes are left as they are, for the model to refuse.
+    """
+    event_shape = tuple(event_shape)
+    x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+    axes = x.shape[: -len(event_shape)]
+    if x.shape != (*axes, *event_shape):
+        return Examples(x, context, x.shape[:1])
+    if context is not None and context_dim:
+        context = contexts.as_vectors(context, context_dim)
+        if context.shape[-1:] == (context_dim,):
+            axes = np.broadcast_shapes(axes, context.shape[:-1])
+            context = _flat(context, axes, (context_dim,))
+    return Examples(_flat(x, axes, event_shape), context, axes)
+
+
+def _flat(array: Any, axes: tuple[int, ...], own: tuple[int, ...]) -> Any:
+    """An array of ``own`` shape behind axes that broadcast to ``axes``, as a batch."""
+    if len(axes) == 1 and array.shape == (*axes, *own):
+        return array
+    # known numbers stay known under jit, and are checked
+    xp = jnp if isinstance(array, jax.Array) else np
+    return xp.broadcast_to(array, (*axes, *own)).reshape(math.prod(axes), *own)

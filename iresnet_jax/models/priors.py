@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
@@ -189,19 +188,13 @@ class ClassPriors:
         return (labels >= 0) & (labels < len(self.logits))
 
     def checked_labels(self, labels: Any, num: int) -> Array:
-        """Classes of so many samples, if they are that; under ``jit`` their range is not known."""
+        """Classes of so many samples. Numbers that are no classes make results NaN."""
         labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
         if labels.shape != (num,) or not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(
                 f"labels must be {num} integers, one per sample, got {labels.dtype} "
                 f"of shape {labels.shape}"
             )
-        known, last = (
-            [] if isinstance(labels, jax.core.Tracer) else labels.tolist(),
-            len(self.logits) - 1,
-        )
-        if wrong := [label for label in known if not 0 <= label <= last]:
-            raise ValueError(f"labels must be classes from 0 to {last}, got {wrong[0]}")
         return jnp.asarray(labels).astype(int)  # 256 is no number of 8 bits
 
     def sample(
@@ -274,35 +267,12 @@ class OwnPrior:
         return self.module.sample(key, shape)
 
 
-def check(family: str, num_components: int | None, num_classes: int | None) -> None:
-    """Raises ``ValueError`` unless a family exists and has such a member."""
-    if family not in (*FAMILIES, OWN):
-        raise ValueError(
-            f"prior_family must be one of {', '.join((*FAMILIES, OWN))}, got {family!r}"
-        )
-    if (family in MIXTURES) != ((num_components or 0) > 0):
-        raise ValueError(
-            f"num_components is for the priors {', '.join(MIXTURES)}, which need at least 1, and "
-            "for no other: got "
-            f"{num_components} for the prior {family}"
-        )
-    if num_classes is not None and family not in LOCATION_SCALE:
-        raise ValueError(
-            f"priors of classes are {' or '.join(LOCATION_SCALE)}, got {family} with "
-            f"num_classes={num_classes}: leave it out"
-        )
-
-
 def standard(
     family: str, num_dims: int, num_components: int | None = None, num_classes: int | None = None
 ) -> Any:
     """The standard member of a family, of so many components or for each class, which all
     members have the structure of.
     """
-    if family == OWN:
-        raise ValueError(
-            "a prior of one's own has no standard member: give it to the model, as prior=..."
-        )
     if num_classes is not None:
         return ClassPriors.standard(family, num_dims, num_classes)
     return FAMILIES[family].standard(
@@ -321,15 +291,7 @@ def trainable(prior: Any) -> Any:
 
     As in branches of one's own, arrays of JAX are trained; arrays of NumPy, numbers and functions
     are constants.
-
-    Raises:
-        ValueError: If it has not the methods of a prior.
     """
-    if not all(callable(getattr(prior, name, None)) for name in ("log_prob", "sample")):
-        raise ValueError(
-            "a prior has the methods log_prob(z) and sample(key, (n,)), got a "
-            f"{type(prior).__name__}"
-        )
     if isinstance(prior, (*FAMILIES.values(), ClassPriors)):
         return jax.tree.map(floats, prior)
     structure, weights = Structure.of(prior)

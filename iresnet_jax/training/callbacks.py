@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from iresnet_jax.models.history import STOPPED
+from iresnet_jax.models.model import STOPPED
 from iresnet_jax.training import parallel
 from iresnet_jax.training.run import Run, check_finite
 from iresnet_jax.training.signals import SIGNALS, Stopped, StopRequests, heard_in_memory

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from iresnet_jax.maths import platforms
 from iresnet_jax.models.free import Free
-from iresnet_jax.models.history import History
+from iresnet_jax.models.model import History
 from iresnet_jax.training import parallel
 from iresnet_jax.training.step import Fixed, Keys, Loss, State
 

@@ -13,7 +13,6 @@ import pytest
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.dequantize import certain_levels
-from iresnet_jax.bijections.enclosure import enclosing
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.marginals import Marginals
@@ -222,11 +221,6 @@ def test_nothing_is_enclosed_where_nothing_is_known(name):
     assert np.all(np.isneginf(found.low[:2]) & np.isposinf(found.high[:2]))
     bounds = found.distance_bound(found.center, np.array([np.inf, 0.1, 0.1]))
     np.testing.assert_array_equal(np.isfinite(bounds), [False, False, True])
-
-
-def test_a_transform_without_enclosures_is_named():
-    with pytest.raises(ValueError, match="the transform object has no method enclose_inverse"):
-        enclosing(object())
 
 
 def test_levels_are_certain_where_no_edge_is_near():

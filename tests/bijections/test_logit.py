@@ -55,9 +55,3 @@ def test_beyond_the_interval_there_is_no_density(transform):
 def test_lipschitz_constants_in_closed_form(transform, forward, inverse):
     np.testing.assert_allclose(transform.bilipschitz(), (forward, inverse), rtol=1e-5)
     np.testing.assert_allclose(transform.inverse_lipschitz, inverse, rtol=1e-5)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.7])
-def test_caller_mistakes(alpha):
-    with pytest.raises(ValueError, match=rf"\(0, 0.5\), got {alpha}"):
-        Logit(alpha)

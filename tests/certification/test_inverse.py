@@ -14,7 +14,7 @@ from certified_flows import FLOWS, density, times
 
 from iresnet_jax import certify
 from iresnet_jax.bijections.standardize import Standardize
-from iresnet_jax.certification import norms, prepared
+from iresnet_jax.certification import norms
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.density_spec import DensitySpec
 
@@ -150,16 +150,8 @@ CALLS = {
 WRONG = {
     "no contraction": (lambda: times(lipswish(), 3), X, None, "not certified to be"),
     "huge scales": (huge, X, None, "log_scale is not within 600"),
-    "a column too many": (lipswish, np.zeros((2, 3), np.float32), None, "got.* \\(2, 3\\)"),
-    "one axis": (lipswish, X[0], None, "got.* \\(2,\\)"),
-    "a context that is not taken": (lipswish, X, np.zeros((2, 3), np.float32), "takes no context"),
     "no contexts": (conditional, X, None, "got none"),
-    "other contexts": (
-        conditional,
-        X,
-        np.zeros((3, 3), np.float32),
-        "one context of length 3 for all 2 samples",
-    ),
+    "other contexts": (conditional, X, np.zeros((3, 3), np.float32), "for a batch of 2"),
 }
 
 
@@ -172,19 +164,7 @@ def test_wrong_arguments_end_in_one_sentence(call, wrong):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_inside_of_jit_nothing_is_certified(call):
-    model = lipswish()
-    with pytest.raises(ValueError, match="outside of jit"):
-        jax.jit(lambda x: CALLS[call](model, x)[0])(X)
-
-
-@pytest.mark.parametrize("call", CALLS)
 def test_no_examples_have_no_certificates(call):
     assert all(
         len(part) == 0 for part in jax.tree.leaves(CALLS[call](lipswish(), X[:0])) if np.ndim(part)
     )
-
-
-def test_examples_come_in_batches():
-    with pytest.raises(ValueError, match="got a scalar"):
-        prepared.check(lipswish(), np.float32(1))

@@ -157,9 +157,3 @@ def test_rounding_of_logits_only_shrinks_radii():
     np.testing.assert_array_equal(plain.predicted, shifted.predicted)
     assert np.all(shifted.radius <= plain.radius)
     assert np.all(shifted.radius > plain.radius - 1e-4)
-
-
-def test_what_cannot_be_certified_is_refused():
-    own = model("relu")
-    with pytest.raises(ValueError, match="the model takes images"):
-        certify.radius(own, images()[:, :1])

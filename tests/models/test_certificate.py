@@ -2,7 +2,6 @@
 is none.
 """
 
-import copy
 import dataclasses
 import pickle
 from typing import Any
@@ -89,13 +88,6 @@ def of_numpy(model):
     return own
 
 
-def of_dictionary(model):
-    own = bounded(jax.tree.map(jnp.copy, model))
-    blocks = own.weights["stage0"].branch.weights
-    blocks["dense0"]["kernel"] = 1.05 * blocks["dense0"]["kernel"]
-    return own
-
-
 def of_optimizer(model):
     gradient = jax.grad(lambda model: model.decode(jnp.ones((1, 2)))[0].sum(), allow_int=True)(
         model
@@ -116,10 +108,6 @@ def of_vmap(model):
     return jax.tree.map(lambda leaf: leaf[1], many)
 
 
-def of_scan(model):
-    return jax.lax.scan(lambda own, _: (grown(own, 1.02), None), model, length=3)[0]
-
-
 def of_donation(model):
     donated = jax.jit(grown, donate_argnums=0)
     return donated(bounded(jax.tree.map(jnp.copy, model)))
@@ -130,44 +118,21 @@ def of_precision(model):
         return grown(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model))
 
 
-def other(model):
-    return kept.model(model.spec, 1)
-
-
 CHANGES = {
     "with_": lambda model, _: times(model, 1.05),
-    "replace": lambda model, _: dataclasses.replace(model, weights=grown(model.weights)),
     "tree.map": lambda model, _: grown(model),
-    "a few entries": lambda model, _: jax.tree.map(
-        lambda leaf: jnp.clip(1.05 * leaf, -0.9, 0.9), model
-    ),
     "an optimizer": lambda model, _: of_optimizer(model),
-    "an average": lambda model, _: jax.tree.map(
-        lambda a, b: 0.5 * (a + b), model, bounded(other(model))
-    ),
-    "an extrapolation": lambda model, _: jax.tree.map(
-        lambda a, b: 2.5 * a - 1.5 * b, model, bounded(other(model))
-    ),
     "NumPy's arrays": lambda model, _: of_numpy(model),
-    "a dictionary": lambda model, _: of_dictionary(model),
     "carried bounds": lambda model, _: of_carried(model),
     "jit": lambda model, _: jax.jit(grown)(model),
     "vmap": lambda model, _: of_vmap(model),
-    "scan": lambda model, _: of_scan(model),
     "donated": lambda model, _: of_donation(model),
     "a file": lambda model, folder: ir.load(grown(model).save(folder / "model.npz")),
     "pickle": lambda model, _: grown(pickle.loads(pickle.dumps(model))),
-    "copy": lambda model, _: of_numpy(copy.deepcopy(model)),
     "freeze": lambda model, _: times(model, 2).freeze(),
-    "another device": lambda model, _: grown(jax.device_put(model, jax.devices()[-1])),
     "float64": lambda model, _: of_precision(model),
-    "16 bits": lambda model, _: jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), model
-    ),
-    "continuous": lambda model, _: grown(model).continuous,
     "given": lambda model, _: bounded(kept.model(CONDITIONAL)).given(np.ones(3, np.float32)),
     "unconstrained": lambda model, _: grown(ir.Free.of(model)).constrain()[0],
-    "its solver": lambda model, _: grown(model.with_(solver=ir.Solver())),
 }
 EXACT = Solver(atol=1e-12, refine=True)
 Z = 3 * np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
@@ -189,10 +154,9 @@ def test_whoever_changes_weights_gets_their_bounds(change, tmp_path):
     for x, info in found.values():
         errors = np.linalg.norm(np.asarray(x) - np.asarray(exact), axis=1)
         bounds = np.asarray(info.error_bound)
-        is_finite = np.isfinite(bounds)
-        assert np.all(is_exact[is_finite])
-        assert np.all(errors[is_finite] <= bounds[is_finite])
-        assert np.all(is_finite) or change == "an extrapolation"
+        assert np.all(is_exact)
+        assert np.all(errors <= bounds)
+        assert np.all(np.isfinite(bounds))
         assert np.median(errors / bounds) > 1e-3 or change not in ("with_", "NumPy's arrays")
     with jax.enable_x64(change == "float64"):
         _, info = decode(changed, None)

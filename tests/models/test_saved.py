@@ -21,7 +21,7 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import as_params
-from iresnet_jax.models.saved import model_of, spec_of
+from iresnet_jax.models.saved import model_of
 from iresnet_jax.pytrees import tagged
 from iresnet_jax.storage import path_of
 
@@ -46,32 +46,6 @@ def density():
     return model_of(DENSITY, {"params": params(), "prior": DENSITY.standard_prior()})
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda plain: plain | {"type": "Sofa"}, "Sofa"),
-        (lambda plain: plain | {"colour": 1}, "unexpected keyword argument 'colour'"),
-        (
-            lambda plain: plain | {"flow": plain["flow"] | {"coeff": 1.5}},
-            r"coeff must lie in \(0, 1\), got 1.5",
-        ),
-    ],
-)
-def test_plain_data_that_are_no_spec(change, sentence):
-    with pytest.raises((KeyError, TypeError, ValueError), match=sentence):
-        spec_of(change(tagged(DENSITY)))
-
-
-def rewritten(path, change):
-    """The file with other members."""
-    with zipfile.ZipFile(path) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    change(content)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in content.items():
-            archive.writestr(name, data)
-
-
 def npy(array):
     buffer = io.BytesIO()
     np.save(buffer, array)
@@ -85,24 +59,18 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     """Kernels that somebody made larger do not keep their certificate."""
     path = density.save(tmp_path / "model.npz")
     assert ir.load(path).certificate().certified
-    rewritten(
-        path,
-        lambda content: content.update({KERNEL: npy(2 * np.load(io.BytesIO(content[KERNEL])))}),
-    )
+    with np.load(path) as archive:
+        content = {name: archive[name] for name in archive.files}
+    content[KERNEL.removesuffix(".npy")] *= 2
+    np.savez(path, **content)
     loaded = ir.load(path)
-    np.testing.assert_allclose(
-        *(
-            factor * own.certificate().blocks[0].layers[0].bound
-            for own, factor in ((loaded, 1), (density, 2))
-        ),
-        rtol=1e-3,
-    )
+    bound, doubled = (own.certificate().blocks[0].layers[0].bound for own in (density, loaded))
+    np.testing.assert_allclose(doubled, 2 * bound, rtol=1e-3)
     assert not loaded.certificate().certified
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_model_in_half_precision_is_saved_in_single(density, tmp_path, dtype):
-    half = jax.tree.map(lambda leaf: leaf.astype(dtype), density)
+def test_a_model_in_half_precision_is_saved_in_single(density, tmp_path):
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), density)
     loaded = ir.load(half.save(tmp_path / "model.npz"))
     np.testing.assert_array_equal(
         loaded.prior.by_class.mean, half.prior.by_class.mean.astype(np.float32)
@@ -124,13 +92,6 @@ def test_the_spec_says_what_branches_compute_before_and_after_saving(density, tm
     np.testing.assert_allclose(other.log_prob(x), loaded.log_prob(x), rtol=1e-6)
     assert np.abs(other.log_prob(x) - density.log_prob(x)).max() > 0.01
     np.testing.assert_allclose(other.certificate().forward, loaded.certificate().forward, rtol=1e-6)
-    wider = (dataclasses.replace(stages[0], hidden=(5,)), stages[1])
-    with pytest.raises(
-        ValueError, match=r"do not fit the new spec: .*conv0.* has shape .* and needs"
-    ):
-        density.with_(
-            spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=wider))
-        )
 
 
 def test_scales_of_a_flow_with_prescribed_constants_cannot_be_altered(tmp_path):
@@ -149,81 +110,35 @@ def test_scales_of_a_flow_with_prescribed_constants_cannot_be_altered(tmp_path):
 OLD_HEADER = np.frombuffer(b'{"format": 1}', np.uint8)
 
 
-def huge_header(content):
-    """An array that claims 4 TB."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
-    )
-    content[KERNEL] = buffer.getvalue()
-
-
-def with_blocks(content, num):
-    header = json.loads(np.load(io.BytesIO(content["header.npy"])).tobytes())
-    header["spec"]["flow"]["stages"][0]["num_blocks"] = num
-    return np.frombuffer(json.dumps(header).encode(), np.uint8)
-
-
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (huge_header, ""),
-        (
-            lambda content: content.update({KERNEL: npy(np.zeros((2, 3, 3, 4, 3), np.float16))}),
-            "is float16 of shape",
-        ),
-        (
-            lambda content: content.update(
-                {KERNEL: npy(np.full((2, 3, 3, 4, 3), np.nan, np.float32))}
-            ),
-            "numbers that are not finite",
-        ),
-        (lambda content: content.update({KERNEL: content[KERNEL][:-4]}), "buffer|reshape|size|EOF"),
-        (lambda content: content.pop(KERNEL), "conv0/kernel is not a file"),
-        (
-            lambda content: content.update({"more.npy": npy(np.zeros(1))}),
-            "it holds more, which such a model does not have",
-        ),
-        (
-            lambda content: content.update({"header.npy": npy(OLD_HEADER)}),
-            "its format is 1, not 2",
-        ),
-        (
-            lambda content: content.update(
-                {"header.npy": npy(np.frombuffer(b"[" * 100_000, np.uint8))}
-            ),
-            "recursion",
-        ),
-        (lambda content: content.update({"header.npy": npy(with_blocks(content, 2**70))}), ""),
+        ({KERNEL: npy(np.zeros((1, 3, 3, 4, 3)))}, r"conv0/kernel in it is \(1, 3, .* \(2, 3"),
+        ({"more.npy": npy(np.zeros(1))}, r"the shape of more in it is \(1,\), .* needs None"),
+        ({KERNEL: npy(np.zeros((2, 3, 3, 4, 3)))[:-4]}, "buffer|reshape|size|EOF"),
+        ({"header.npy": npy(OLD_HEADER)}, "has the format 1, not 2"),
+        ({"header.npy": None}, r"holds no model that was saved, or is damaged: .*header"),
+        ({KERNEL: None}, "conv0/kernel in it is None"),
     ],
 )
-def test_damage_ends_in_one_sentence(density, tmp_path, damage, sentence):
+def test_damage_is_named(density, tmp_path, damage, sentence):
     path = density.save(tmp_path / "model.npz")
-    rewritten(path, damage)
-    with pytest.raises(
-        ValueError, match=rf"model\.npz is damaged or was written by another version .*{sentence}"
-    ):
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()} | damage
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            if data is not None:
+                archive.writestr(name, data)
+    with pytest.raises(ValueError, match=sentence):
         ir.load(path)
 
 
-def test_files_that_are_no_models(density, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no model .*nowhere\.npz"):
-        ir.load(tmp_path / "nowhere.npz")
-    with pytest.raises(ValueError, match="is a folder: give a file"):
-        density.save(tmp_path)
-    np.savez(tmp_path / "checkpoint.npz", step=3)
-    with pytest.raises(ValueError, match="give the folder that holds config"):
-        ir.load(tmp_path / "checkpoint.npz")
+def test_half_a_file_is_no_model(density, tmp_path):
     path = tmp_path / "model.npz"
     whole = density.save(path).read_bytes()
-    for content in (
-        b"",
-        b"text",
-        whole[: len(whole) // 2],
-        whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :],
-    ):
+    for content in (b"", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"model\.npz is damaged"):
+        with pytest.raises(ValueError, match=r"model\.npz holds no model .* or is damaged"):
             ir.load(path)
 
 

@@ -13,7 +13,7 @@ import pytest
 from one_number import EVERY, NUM_STEPS, At, steps, trained, without_blocks  # noqa: F401 (a fixture)
 
 import iresnet_jax as ir
-from iresnet_jax.models.history import STOPPED
+from iresnet_jax.models.model import STOPPED
 from iresnet_jax.training import callbacks, parallel
 from iresnet_jax.training.callbacks import Callback, Progress, TimeLimit, Validate
 from iresnet_jax.training.run import check_finite
