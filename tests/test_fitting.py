@@ -235,6 +235,7 @@ def test_the_density_is_0_beyond_ends_that_are_given(x, outside):
         model.log_prob(rows)
 
 
+@pytest.mark.slow
 def test_contexts_may_be_a_data_frame_whose_unknown_categories_are_no_error():
     rng = np.random.default_rng(0)
     city, age = rng.choice(["Bern", "Oslo", "Rome"], 200), rng.integers(18, 90, 200)
@@ -291,6 +292,7 @@ def test_independent_flags_have_nearly_their_probabilities():
 ONE_STEP = {"steps": 1, "architecture": TINY, "progress": False}
 
 
+@pytest.mark.slow
 def test_training_starts_at_a_normal_density_that_is_better_than_linear_shrinkage():
     x = RNG.normal(size=(1200, 10)) @ RNG.normal(size=(10, 60)) + 0.5 * RNG.normal(size=(1200, 60))
     shrunk = LedoitWolf().fit(x[:200])
@@ -317,6 +319,7 @@ def test_a_conditional_density_starts_at_a_linear_mean():
     )
 
 
+@pytest.mark.slow
 def test_classes_start_at_a_linear_classifier():
     x, y = load_wine(return_X_y=True)
     train, test = np.arange(0, 178, 2), np.arange(1, 178, 2)
@@ -355,6 +358,7 @@ def test_noise_widens_the_density_by_its_variance():
         np.testing.assert_allclose(np.sum(density * grid**2) / np.sum(density), 2, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_an_interrupt_gives_the_best_model_so_far_in_a_notebook_and_ends_a_script(
     capfd, monkeypatch
 ):
@@ -411,6 +415,7 @@ def test_a_fit_that_is_stopped_goes_on_to_the_same_bits(fitted, number, tmp_path
         ir.fit(10 * BANANA, **options, callbacks=[ir.Checkpoints(tmp_path / "run")])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_rounds")
 def test_callbacks_change_nothing_in_the_search_which_checkpoints_resume(tmp_path):
     def found(*callbacks):
@@ -532,6 +537,7 @@ def test_arguments_are_no_settings(name):
         ir.fit(BANANA, architecture=TINY, settings={"model.stages": []})
 
 
+@pytest.mark.slow
 def test_a_key_decides_and_so_does_a_seed_among_the_settings():
     options = [
         {"key": jax.random.key(1)},

@@ -90,7 +90,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(objective="classification"), "objective classification needs labels"),
         (
             lambda: fit(X, LABELS, context=X, objective="classification"),
-            "classification takes no contexts",
+            "classification needs labels, and no contexts",
         ),
     ],
     "examples": [

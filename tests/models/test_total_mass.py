@@ -157,16 +157,15 @@ def numbers(model):
     log_prob = jax.jit(ir.Density.log_prob)
     if cells is None:
         return x, np.exp(np.asarray(log_prob(model, x), np.float64)), sizes.prod(axis=1)
-    num_noise = NUM_NOISE if x.shape[1] == 1 else 32
+    num_noise = NUM_NOISE if len(x) < 200 else 32
     middles = (np.arange(num_noise) + 0.5) / num_noise
     # a Latin square
     orders = [np.random.default_rng(entry).permutation(middles) for entry in range(x.shape[1])]
-    place = jax.jit(cells.placed)
-    values = 0
-    for noise in np.array(orders, np.float32).T:
-        z, log_factors = place(x, jnp.asarray(noise)[None])
-        log_probs = np.asarray(log_prob(model.continuous, z), np.float64)
-        values += np.exp(log_probs + np.asarray(log_factors, np.float64).sum(axis=1)) / num_noise
+    noise = jnp.repeat(jnp.asarray(np.stack(orders, axis=1), x.dtype), len(x), axis=0)
+    z, log_factors = jax.jit(cells.placed)(jnp.tile(x, (num_noise, 1)), noise)
+    log_probs = np.asarray(log_prob(model.continuous, z), np.float64)
+    log_probs += np.asarray(log_factors, np.float64).sum(axis=1)
+    values = np.exp(log_probs).reshape(num_noise, -1).mean(axis=0)
     return x, values, sizes.prod(axis=1)
 
 

@@ -261,7 +261,7 @@ def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classe
     taken = run.load(folder).with_data_checked()
     np.testing.assert_array_equal(taken.test_examples(), dark["x_test"])
     np.savez(path, **(dark | {"y_test": np.arange(25) % 5}))
-    with pytest.raises(ValueError, match="labels must lie in 0 to 2, got 4: correct them"):
+    with pytest.raises(ValueError, match="labels of 3 classes must lie in 0 to 2, got 4"):
         run.load(folder).with_data_checked()
 
 
