@@ -197,12 +197,6 @@ def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(settings, 
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_run_with_time_for_all_its_steps_takes_them():
-    model, run = trained(minutes=50.0, steps=100)
-    assert (run.step, model.history.ended) == (100, "")
-
-
-@pytest.mark.usefixtures("clock")
 def test_time_that_began_before_the_training_counts():
     _, short = trained(TimeLimit(1.0, began=-30.0), steps=5000, every=100_000)
     _, long = trained(TimeLimit(1.0), steps=5000, every=100_000)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
-import iresnet_jax as ir
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment, load
 from iresnet_jax.evaluation.classification import evaluate
@@ -42,27 +41,6 @@ def test_training_improves_validation_and_counts_every_term(workdir):
     )
     assert train["max_lipschitz"] < 0.81 * (1 + 1e-2)
     assert last_state(workdir)["step"] == 8
-
-
-@pytest.mark.slow
-def test_classes_that_brightness_tells_are_learned():
-    def drawn(num, seed):
-        labels, noise = (
-            np.arange(num) % 2,
-            np.random.default_rng(seed).integers(0, 6, (num, 4, 4, 1)),
-        )
-        return (noise + 4 * labels[:, None, None, None]).astype(np.uint8), labels
-
-    stages = [ir.StageSpec(1, (2,), kernel_sizes=(3, 1), squeeze=2)]
-    settings = {
-        "optimizer.name": "sgd",
-        "optimizer.learning_rate": 0.3,
-        "training.blocks": "unroll",
-    }
-    fitted = ir.fit(*drawn(80, 0), steps=30, architecture=stages, settings=settings, progress=False)
-    assert isinstance(fitted, ir.Classifier)
-    images, labels = drawn(200, 1)
-    assert np.mean(np.argmax(fitted.logits(images), axis=-1) == labels) > 0.95
 
 
 def last_state(workdir):

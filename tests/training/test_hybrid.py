@@ -214,12 +214,6 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
     assert np.linalg.norm(of_kernels) > 0.1
 
 
-def test_weight_goes_from_the_first_to_the_last_in_a_straight_line():
-    weight = runs.config_of(runs.HYBRID_CONFIG).hybrid.weight_of_step()
-    assert [float(weight(step)) for step in (0, 1, 4, 100)] == [4.0, 3.5, 2.0, 2.0]
-    assert float(HybridConfig(weight=2.0, initial_weight=4.0).weight_of_step()(0)) == 2.0
-
-
 def test_training_improves_both_and_logs_both(workdir):
     records = read_metrics(workdir)
     first, last = (record for record in records if record["split"] == "validation")

@@ -9,7 +9,7 @@ import tiny_runs as runs
 from iresnet_jax.data import load
 from iresnet_jax.models.free import Free
 from iresnet_jax.models.priors import Gaussian
-from iresnet_jax.runs.job import Job, identity_context
+from iresnet_jax.runs.job import Job
 
 STAGES = (
     {"num_blocks": 1, "hidden": (3,), "kernel_sizes": (3, 3), "squeeze": 2, "factor_out": True},
@@ -71,23 +71,3 @@ def test_training_goes_on_from_a_saved_model(name, before, now, tmp_path):
             match=f"initial_model: {tmp_path}.* has other stages, contexts, preprocessing",
         ):
             start_of(name, **changes, **other)
-
-
-@pytest.mark.slow
-def test_a_model_that_was_given_its_context_may_be_trained_under_it_again(tmp_path):
-    config = runs.config_of(
-        runs.DIGITS_CONFIG, **{"augmentation.transformations": ("left", "turn")}
-    )
-    data = load(config.data.name)
-    saved = Job.of(config, data).free().certified().given(identity_context(config))
-    saved.save(tmp_path / "model.npz")
-    changes = {
-        "augmentation.transformations": ("left", "turn"),
-        "seed": 1,
-        "training.initial_model": str(tmp_path),
-    }
-    found = Job.of(runs.config_of(runs.DIGITS_CONFIG, **changes), data).free()
-    blocks, own = found.params["stage0"]["blocks"], saved.weights["stage0"].branch.weights
-    for layer in own:
-        np.testing.assert_array_equal(blocks[layer]["kernel"], own[layer]["kernel"])
-        assert np.any(blocks[layer]["context"])  # fresh
