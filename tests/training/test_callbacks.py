@@ -173,7 +173,6 @@ def clock(monkeypatch):
 
 TIME_LIMITS = {
     "minutes": lambda: {"minutes": 1.0, "steps": None},
-    "seconds of steps": lambda: {"of": TimeLimit(steps_s=60.0)},
     "the shorter one": lambda: {"of": TimeLimit(50.0, steps_s=60.0)},
     "an estimate that several processes agree on": lambda: {"minutes": 1.0, "agree": 2},
 }

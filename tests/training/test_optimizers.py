@@ -21,8 +21,6 @@ def params_and_grads():
     rng = np.random.default_rng(0)
     params = {
         "conv1": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)},
-        "actnorm": {"scale": rng.normal(size=2)},
-        "prior": {"mean": rng.normal(size=2)},
         "activation": {"beta": rng.normal(size=())},
     }
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
