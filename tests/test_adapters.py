@@ -59,7 +59,6 @@ def test_it_is_a_distribution_of_numpyro(numpyro):
     assert prior.expand((3, 5)).to_event(1).log_prob(prior.expand((3, 5)).sample(KEY)).shape == (3,)
 
 
-@pytest.mark.slow
 def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance_sampling(numpyro):
     model, context = kept.model(BOUNDED), kept.CONTEXTS[0]
     prior = ir.adapters.to_numpyro(model, context=context)

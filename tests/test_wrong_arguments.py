@@ -149,7 +149,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (
             lambda: ir.FlowSpec((3,), (ir.StageSpec(1, (4,), channel_order=(1, 0)),)),
-            "has 3 channels, and its channel_order 2",
+            "channel_order of stage0 must name each of its 3 channels once",
         ),
         (lambda: ir.StageSpec(0, (4,)), r"num_blocks must lie in \[1, inf\), got 0"),
         (lambda: ir.StageSpec(1, (3,), kind="dens"), "kind must be one of feedforward"),

@@ -27,11 +27,13 @@ from iresnet_jax.maths.platforms import device_summary, prepare_backend
 from iresnet_jax.models import saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.columns import listed
 from iresnet_jax.models.contexts import ContextScale, ContextScores, linear_regression, scaled
 from iresnet_jax.models.density_spec import DensitySpec, Transform
 from iresnet_jax.models.free import Free, num_parameters
 from iresnet_jax.models.initial import VECTORS, abstract, initial
 from iresnet_jax.models.model import How
+from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import tagged
 from iresnet_jax.runs import hosts, trained_run
@@ -257,6 +259,8 @@ def _misfit(config: Config, data: DataSet) -> str:
             "center, logit or equalize, and for arrays of continuous data if it is standardize or "
             f"whiten: {data.name} is neither"
         )
+    if (config.model.prior in MIXTURES) != (config.model.prior_components > 0):
+        return f"config.model.prior_components is for the priors {listed(MIXTURES)}, and for these"
     if augmentation.transformations and (
         objective != "density" or not (are_levels and are_images) or data.context_dim
     ):

@@ -63,12 +63,16 @@ MISTAKES = [
     ("toy", "constraint.norms=none", "a density needs contractions"),
     ("toy", "model.constants=(0.5,)", "constants must be (mu, nu) or (), got (0.5,)"),
     ("classifier", "classifier.margin=1.0", "needs config.classifier.head = linear"),
-    ("toy", "model.prior=mixture", "num_components is for the priors mixture, scales, marginals"),
+    (
+        "toy",
+        "model.prior=mixture",
+        "is for the priors 'mixture', 'scales', 'marginals', and for these",
+    ),
     # settings that do not fit the data or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),
     ("toy", "training.batch_size=15", "multiple of 2 devices times 1 parts, got 15"),
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples"),
-    ("toy", "model.context_hidden=(4,)", "network on contexts"),
+    ("toy", "model.context_hidden=(4,)", "takes a context of shape (batch, 4), got none"),
     ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
     ("toy", "augmentation.noise=0.1", "noise is for densities of arrays"),
     ("toy", "evaluation.num_importance_draws=5", "num_importance_draws is for discrete data"),
