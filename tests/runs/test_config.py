@@ -66,7 +66,7 @@ MISTAKES = [
     (
         "toy",
         "model.prior=mixture",
-        "is for the priors 'mixture', 'scales', 'marginals', and for these",
+        "is for the priors 'mixture', 'scales', 'marginals', and",
     ),
     # settings that do not fit the data or the devices
     ("toy", "data.name=mons", "unknown data set 'mons'"),
