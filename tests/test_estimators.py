@@ -121,7 +121,6 @@ def test_a_score_does_not_depend_on_the_batch(method, density, classifier, blobs
     )
 
 
-@pytest.mark.slow
 def test_features_on_a_grid_are_counted():
     """A die: the log-probability of each face, a bound that is near log(1/6), the same in every
     batch.

@@ -148,7 +148,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_runs_do_not_depend_on_how_devices_are_spread(trained):
     assert jax.local_device_count() == 2
     assert_close(final(trained / "two"), final(trained / "one"))

@@ -249,7 +249,6 @@ def test_a_signal_during_the_imports_ends_training_in_one_sentence():
 # --- what is kept ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_as_they_are(
     tmp_path,
 ):
