@@ -261,6 +261,10 @@ def _misfit(config: Config, data: DataSet) -> str:
         )
     if (config.model.prior in MIXTURES) != (config.model.prior_components > 0):
         return f"config.model.prior_components is for the priors {listed(MIXTURES)}, and for these"
+    if config.model.prior in MIXTURES and objective != "density":
+        return f"config.model.prior {config.model.prior} is for the objective density"
+    if config.model.context_hidden and not data.context_dim:
+        return f"config.model.context_hidden is a network on contexts, and {data.name} has none"
     if augmentation.transformations and (
         objective != "density" or not (are_levels and are_images) or data.context_dim
     ):

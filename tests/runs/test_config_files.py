@@ -1,15 +1,11 @@
-"""The configs that come with the library: what they describe, and one step of each cut-down
-copy.
-"""
+"""The configs that come with the library: what they describe."""
 
 import functools
 import importlib.util
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-import tiny_runs as runs
 from tiny_runs import ROOT
 
 from iresnet_jax.bijections.residual import Solver
@@ -24,7 +20,6 @@ from iresnet_jax.pytrees import first_difference
 from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import parse, to_plain
 from iresnet_jax.runs.job import Job
-from iresnet_jax.training import parallel
 
 SHAPES = {
     "digits": (8, 8, 1),
@@ -80,17 +75,15 @@ def get_config(name, argument):
     return parse(module.get_config(*([] if argument is None else [argument])))
 
 
-def data_of(config, shape=None):
-    """Random images of the data set's shape, unless another is given, random vectors, or the
-    toy.
-    """
+def data_of(config):
+    """Random images of the data set's shape, random vectors, or the toy."""
     name = config.data.name
     if name in toys.TOYS:
         return load(name)
     if name.startswith("npy:"):
         vectors = np.random.default_rng(0).normal(size=(40, 6))
         return from_arrays(name, Arrays(vectors))
-    shape, levels = shape or SHAPES[name], LEVELS.get(name, 256)
+    shape, levels = SHAPES[name], LEVELS.get(name, 256)
     images = np.random.default_rng(0).integers(0, levels, (16, *shape), np.uint8)
     splits = {split: images for split in ("train", "validation", "test")}
     classes = CLASSES.get(name, 10)
@@ -114,36 +107,6 @@ def test_configs_describe_models_that_fit_their_data(name, argument):
     num = num_parameters(abstract(Job.of(config, data_of(config)).spec).params)
     assert num == pytest.approx(PUBLISHED.get((name, argument), num), rel=0.01)
     assert num > 0
-
-
-@pytest.mark.slow
-def test_a_cut_down_copy_takes_a_step():
-    """Of two stages whose blocks are those of all."""
-    config, stages = get_config("residual_flow_density", "mnist"), slice(2, 4)
-    narrow = [
-        replace(stage, num_blocks=1, hidden=(2,) * len(stage.hidden))
-        for stage in config.model.stages[stages]
-    ]
-    config = replace(
-        config,
-        model=replace(config.model, stages=tuple(narrow)),
-        constraint=replace(config.constraint, num_steps=2),
-        logdet=replace(config.logdet, num_terms=2),
-        training=replace(config.training, batch_size=8),
-        optimizer=replace(config.optimizer, warmup_steps=0),  # or the first step would not move
-    )
-    data = data_of(config, (8, 8, 1))
-    job = Job.of(config, data)
-    current, (step, fixed) = runs.random_state(job), job.step()
-    mapped = jax.vmap(step, in_axes=(None, None, 0), out_axes=None, axis_name=parallel.AXIS)
-    batch = jax.tree.map(lambda rows: rows[None, :8], job.examples)
-    after, metrics = jax.device_get(jax.jit(mapped)(current, fixed, batch))
-    assert 0 < float(metrics["bits_per_dim"]) < 50
-    moved = jax.tree.map(
-        lambda a, b: bool(np.any(a != b)), jax.device_get(current.params), after.params
-    )
-    assert any(jax.tree.leaves(moved))
-    assert int(after.step) == 1
 
 
 @pytest.mark.parametrize(

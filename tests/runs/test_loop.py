@@ -30,7 +30,6 @@ from iresnet_jax.runs.job import model_spec
 from iresnet_jax.storage import locked
 from iresnet_jax.training import checkpoints
 from iresnet_jax.training import train as loop
-from iresnet_jax.training.callbacks import Callback
 from iresnet_jax.training.checkpoints import Store
 from iresnet_jax.training.density import evaluate_examples
 from iresnet_jax.training.optimizers import make_optimizer
@@ -295,12 +294,3 @@ def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
         pytest.raises(ValueError, match=f"another process is training in {tmp_path}"),
     ):
         job.train(config, tmp_path)
-
-
-def test_a_folder_that_is_removed_ends_training(config, tmp_path):
-    class Removes(Callback):
-        def after_step(self, run):
-            shutil.rmtree(tmp_path / "run", ignore_errors=True)
-
-    with pytest.raises(OSError, match=f"No such file.*{tmp_path / 'run'}"):
-        job.train(config, tmp_path / "run", callbacks=(Removes(),))
