@@ -201,7 +201,10 @@ def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
     with path.open(encoding="utf-8-sig") as file:
         lines = [line for line in file.read().splitlines() if line]
     first = [cell.strip() for cell in next(csv.reader(lines[:1]), [])]
-    header = [] if all(map(_is_number, first)) else first
+    numbers = [cell for cell in first if _is_number(cell)]
+    # A fraction is no name: NumPy names the cell beside it that is no number.
+    is_data = len(numbers) == len(first) or not all(map(str.isdigit, numbers))
+    header = [] if is_data else first
     if len(first) > 1 and first == [str(i) for i in range(len(first))]:
         raise ValueError(
             f"the first line of {path} numbers the columns, as the header that pandas writes for "
