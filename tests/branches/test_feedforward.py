@@ -12,6 +12,7 @@ import oracles
 import pytest
 from tiny_runs import random_weights
 
+from iresnet_jax.branches.branch import Branch
 from iresnet_jax.branches.feedforward import FeedforwardSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 from iresnet_jax.models import contractions as model
@@ -227,3 +228,14 @@ def test_a_bias_by_pixel_is_a_bias_of_every_pixel_and_leaves_the_bounds_alone():
     np.testing.assert_allclose(difference, jnp.broadcast_to(shift, x.shape), atol=1e-5)
     norms_of = jax.jit(spec.norm_bounds)
     assert norms_of(moved) == norms_of(weights)
+
+
+def test_weights_have_the_variance_they_say_and_a_branch_knows_its_value_at_zero():
+    spec = FeedforwardSpec((50,), (60,), context_dim=40)
+    weights = spec.initial_weights(jax.random.key(0))
+    for own, fan_in in zip(weights.values(), (50, 60), strict=True):
+        np.testing.assert_allclose(np.std(own["kernel"]), fan_in**-0.5, rtol=0.1)
+        np.testing.assert_allclose(np.std(own["context"]), 40**-0.5, rtol=0.1)
+    plain = {name: {**own, "bias": own["bias"] + 0.3} for name, own in weights.items()}
+    branch = Branch(FeedforwardSpec((50,), (60,)), plain, gain=jnp.float32(0.5))
+    np.testing.assert_array_equal(branch.at_zero(), branch(jnp.zeros((1, 50))))

@@ -50,6 +50,7 @@ def test_eigenvalues_are_between_1_minus_the_bound_and_1(name, x64):
     bounds = spec.block_bounds(bound)
     assert bounds.forward == 1
     assert bounds.inverse >= 1 / (1 - bound)
+    assert 1.5 <= spec.block_bounds(2.5).forward <= 1.500001  # an eigenvalue of -1.5
 
 
 def test_a_network_of_any_depth_is_1_lipschitz():

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.maths.lipschitz_bounds import block_bounds, branch_bound, model_bounds
+from iresnet_jax.maths.lipschitz_bounds import (
+    block_bounds,
+    branch_bound,
+    branch_jacobian_bound,
+    model_bounds,
+)
 
 EXACT = 1e-11  # a few roundings of float64, upwards
 
@@ -74,3 +79,8 @@ def test_bounds_of_a_number_of_python_are_no_bounds_of_a_smaller_one():
     for bound in (0.9, 0.9999, 0.99999):
         assert float(model_bounds([block_bounds(bound)]).inverse) >= 1 / (1 - bound)
         assert float(branch_bound([bound, 1.1])) >= 1.1 * bound
+
+
+def test_jacobian_of_two_layers_changes_by_slopes_and_both_norms():
+    assert 0.9**3 <= branch_jacobian_bound([0.9, 0.9], [0.0, 1.0]) <= 0.9**3 * (1 + 1e-8)
+    assert branch_jacobian_bound([0.9, 0.9], [0.0, np.inf]) == np.inf

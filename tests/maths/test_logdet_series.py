@@ -15,6 +15,7 @@ import oracles
 import pytest
 from scipy import stats
 
+from iresnet_jax.maths.keys import keys_of_examples
 from iresnet_jax.maths.logdet_estimator import draw_probes
 from iresnet_jax.maths.logdet_exact import SMALL, ExactLogdet, dense_logdet, log_abs_det
 from iresnet_jax.maths.logdet_krylov import KrylovLogdet, quadratic_form
@@ -360,6 +361,12 @@ def test_a_fixed_length_is_shared_and_does_not_recompile():
         other = next((r for r, n in results[:i] if n == length), logdet)
         np.testing.assert_array_equal(logdet, other)  # same length, same probes, same number
     assert SeriesLogdet().fix_length(key) == SeriesLogdet()
+
+
+def test_equal_examples_have_equal_keys_and_others_have_others():
+    x = np.array([[0.0, 1.0], [1.0, 0.0], [-0.0, 1.0], [0.0, 1.0 + 2e-7]])
+    first, *others = jax.random.key_data(keys_of_examples(jnp.asarray(x, jnp.float32)))
+    assert [bool((first == other).all()) for other in others] == [False, True, False]
 
 
 def test_probes_have_the_moments_they_promise():

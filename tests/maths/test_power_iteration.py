@@ -132,19 +132,24 @@ def test_the_iteration_is_in_the_space_of_fewer_dimensions(shape):
     sigma, v, info = norm_of(dense, kernel, jnp.ones(shape[0]) / 10)
     left, values, _ = np.linalg.svd(kernel)
     np.testing.assert_allclose(sigma, values[0], rtol=ROUNDING if min(shape) == 5 else RTOL)
+    if min(shape) == 60:
+        # 32 vectors a cycle gain cosh(31 acosh(1 + 4 RTOL)) each on all that is lower by RTOL: five
+        # cycles are enough for a start with a leading component of a thousandth of 1 / sqrt(60)
+        assert info.num_steps >= 160
     if min(shape) == 5:
         assert info.num_steps == 5
         np.testing.assert_allclose(np.abs(v @ left[:, 0]), 1, rtol=ROUNDING)
 
 
 def test_the_tolerance_does_not_depend_on_the_warm_start():
-    kernel = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
-    # no start at all, and one orthogonal to the answer
-    starts = jnp.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    sigmas, vectors, info = jax.jit(jax.vmap(lambda v: spectral_norm(dense, kernel, v)))(starts)
-    assert jnp.all(info.converged)
-    np.testing.assert_allclose(sigmas, [3, 3], rtol=RTOL)
-    np.testing.assert_allclose(jnp.abs(vectors), [[0, 1, 0], [0, 1, 0]], atol=0.05)
+    run = jax.jit(jax.vmap(functools.partial(spectral_norm, dense), in_axes=(None, 0)))
+    for rest in (1, 40):  # as a whole matrix, and in cycles
+        kernel = jnp.diag(jnp.array([2.0, 3.0, *[1.0] * rest]))
+        # no start at all, and one orthogonal to the answer
+        sigmas, vectors, info = run(kernel, jnp.zeros((2, len(kernel))).at[1, 0].set(1))
+        assert jnp.all(info.converged)
+        np.testing.assert_allclose(sigmas, [3, 3], rtol=RTOL)
+        np.testing.assert_allclose(jnp.abs(vectors[:, 1]), 1, atol=0.01)
 
 
 def test_one_power_step_follows_a_drifting_kernel():
