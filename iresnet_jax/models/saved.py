@@ -119,6 +119,10 @@ def spec_of(plain: Mapping[str, Any]) -> Spec:
     cells = plain.get("cells") or {}
     if cells.get("type") == "Cells":
         plain = {**plain, "cells": tagged(_of_cells(cells))}
+    elif cells and plain["transform"].get("type") == "Bounded":
+        # The transform has the ends of such lines, on which no number owns a half-line.
+        endless = {"least": [-np.inf] * len(cells["flat"]), "most": [np.inf] * len(cells["flat"])}
+        plain = {**plain, "cells": {**cells, **endless}}
     return from_tagged(plain, _CLASSES)
 
 

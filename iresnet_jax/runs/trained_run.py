@@ -35,8 +35,8 @@ from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import first_difference, tagged
 from iresnet_jax.runs.config import Config, parse, to_plain
-from iresnet_jax.storage import locked, path_of, replacing
-from iresnet_jax.training.checkpoints import Store
+from iresnet_jax.storage import path_of, replacing
+from iresnet_jax.training.checkpoints import Store, alone
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.step import abstract_state
 
@@ -97,20 +97,8 @@ def model_of_run(folder: Path, data: DataSet) -> Spec | None:
 def claimed(
     folder: Path, config: Config, spec: Spec, data: DataSet
 ) -> Iterator[Callable[[], None]]:
-    """Within ``with``, no other process trains in the folder, which holds settings and model; the
-    lock ends with its process.
-
-    Yields the function of `storage.locked`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            check = stack.enter_context(locked(folder / "training", timeout_s=0.0))
-        except TimeoutError:
-            raise ValueError(
-                f"another process is training in {folder}: wait until it has ended, or choose "
-                "another --workdir"
-            ) from None
+    """`checkpoints.alone` in the folder, which holds settings and model."""
+    with alone(folder) as check:
         if has_run(folder):
             check_belongs_to(folder, config)  # a run may have begun since the last check
         else:

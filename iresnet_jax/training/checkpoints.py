@@ -325,16 +325,11 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
-    """Within ``with``, no other process trains in the folder, which says what trains there.
+def alone(folder: Path) -> Iterator[Callable[[], None]]:
+    """Within ``with``, no other process trains in the folder; the lock ends with its process.
 
     Yields what `storage.locked` does.
     """
-    steps = run.most if run.most < LONGEST else None
-    about = {"seed": int(run.fixed.seed), "batch_size": run.batch_size, "steps": steps}
-    rows = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run.data)]
-    about["data"] = functools.reduce(lambda found, leaf: zlib.crc32(leaf, found), rows, 0)
-    about = json.loads(json.dumps(about | {"model": tagged(run.free.spec)}))
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -344,6 +339,18 @@ def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
                 f"another process is training in {folder}: wait until it has ended, or choose "
                 "another folder"
             ) from None
+        yield check
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
+    """`alone` in the folder, which says what trains there."""
+    steps = run.most if run.most < LONGEST else None
+    about = {"seed": int(run.fixed.seed), "batch_size": run.batch_size, "steps": steps}
+    rows = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run.data)]
+    about["data"] = functools.reduce(lambda found, leaf: zlib.crc32(leaf, found), rows, 0)
+    about = json.loads(json.dumps(about | {"model": tagged(run.free.spec)}))
+    with alone(folder) as check:
         path = folder / "training.json"
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))

@@ -16,12 +16,13 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import iresnet_jax as ir
+from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import as_params
-from iresnet_jax.models.saved import model_of
+from iresnet_jax.models.saved import model_of, spec_of
 from iresnet_jax.pytrees import tagged
 from iresnet_jax.storage import path_of
 
@@ -164,3 +165,11 @@ def test_numbers_of_numpy_in_a_spec_are_those_of_python():
 
     found = json.loads(json.dumps(tagged(Numbers(np.int64(2), (np.float32(0.5), 3)))))
     assert found == {"type": "Numbers", "one": 2, "several": [0.5, 3]}
+
+
+def test_lines_of_before_keep_to_the_ends_of_their_transform():
+    ends = Bounded([-0.5, -np.inf], [1.5, np.inf])
+    cells = ir.Marginals.lines([1, 0], least=[0, -np.inf], most=[1, np.inf])
+    found = spec_of(tagged(DensitySpec(FlowSpec((2,), ()), "gaussian", ends, cells=cells)))
+    log_prob = kept.model(found).log_prob(np.float32([[0, 0.3], [1, -2]]), key=jax.random.key(0))
+    assert np.all(np.isfinite(log_prob))
