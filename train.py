@@ -11,8 +11,8 @@ Flags:
                       s3://bucket/run, too
     --debug           show the traceback of a failure
 
-Ctrl-C and SIGTERM save the step that was reached and end with status 130 and 143; the same command
-goes on from there, a run of so many steps to the same result.
+Ctrl-C and SIGTERM save the step that was reached, from the second step on, and end with status 130
+and 143. The same command goes on from there, a run of so many steps to the same result.
 
 A run on many hosts is the same command on each of them, see docs/clusters.md. TPU pods, SLURM, Open
 MPI and Kubernetes are detected; otherwise every process needs
@@ -29,7 +29,7 @@ import signal
 import sys
 
 BLOWN_UP = 2  # exit status of a run that blew up, whose report is of the best model before
-HINT = "the same command goes on from the last checkpoint"
+HINT = "the same command goes on from the last checkpoint, or starts again if there is none yet"
 
 
 def _stop_at_once(number, _):
@@ -78,8 +78,10 @@ def run(argv: list[str]) -> int:
         model = job.train(given.config, given.workdir)
     if parallel.is_first():
         trained = trained_run.load(given.workdir)
-        print(f"model: {trained_run.save(trained)}")
-        print(write(trained), f"report: {given.workdir / 'report.html'}", sep="\n")
+        path = trained_run.save(trained)
+        print(
+            write(trained), f"model: {path}", f"report: {given.workdir / 'report.html'}", sep="\n"
+        )
     return BLOWN_UP if model.history.ended.startswith("blow-up") else 0
 
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as pytrees, and as JSON data with their types."""
+"""Frozen dataclasses as pytrees and as JSON data with their types, and results in one line."""
 
 import dataclasses
 import json
@@ -95,6 +95,32 @@ def from_tagged(plain: Any, classes: Mapping[str, type]) -> Any:
     if isinstance(plain, list):
         return tuple(from_tagged(entry, classes) for entry in plain)
     return plain
+
+
+def in_words(result: Any, facts: Callable[[], str]) -> str:
+    """A named tuple of arrays as a prompt shows it: the facts, instead of all numbers; or shapes,
+    where there are no numbers, as within ``jit``.
+    """
+    try:
+        return f"{type(result).__name__}: {facts()}"
+    except (TypeError, ValueError, RuntimeError):  # of traced, abstract, empty or deleted arrays
+        fields = ", ".join(f"{name}={_shape(entry)}" for name, entry in result._asdict().items())
+        return f"{type(result).__name__}({fields})"
+
+
+def _shape(entry: Any) -> str:
+    is_array = hasattr(entry, "shape") and hasattr(entry, "dtype")
+    return f"{entry.dtype}{list(entry.shape)}" if is_array else repr(entry)
+
+
+def largest(numbers: Any) -> str:
+    """The largest of some numbers, for `in_words`."""
+    return f"{np.max(np.asarray(numbers)):.2g}"
+
+
+def share(is_so: Any) -> str:
+    """How many of some booleans are true, for `in_words`."""
+    return f"{np.sum(np.asarray(is_so), dtype=int)} of {np.size(is_so)}"
 
 
 def first_difference(

@@ -40,7 +40,7 @@ SHORTER = {
     r"mcmc\.run\(.*\)": "",  # which compiles for long, in test_adapters.py
     r'            ir\.StageSpec\(num_blocks=\d+, hidden=\(64,\), activation="clipswish"\),\n': "",
     # a flow whose programs the page has compiled
-    r'\(32,\), activation="clipswish"': '(64,), activation="clipswish"',
+    r'\((32|128),\), activation="clipswish"': '(64,), activation="clipswish"',
     r"key\(0\), 3\)": "key(0), 1)",  # of the models that disagree where data are few
 }
 

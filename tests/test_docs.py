@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -24,7 +25,10 @@ from tiny_runs import ROOT
 from iresnet_jax.__main__ import make_parser
 from iresnet_jax.runs.command_line import parse_train_flags
 
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md"),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in FILES}
 README = PAGES["README.md"].read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -134,6 +138,18 @@ def test_a_block_that_fails_is_named(failures):
     assert "no_such_function" in failures["broken.md"]
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_code_fits_a_narrow_page(page):
+    for block in blocks(PAGES[page].read_text(encoding="utf-8")):
+        for number, line in enumerate(block.code.splitlines(), block.line):
+            assert len(line) <= 80, f"line {number} of {page} has {len(line)} columns"
+
+
+def test_the_tables_of_settings_are_those_of_the_code():
+    found = runpy.run_path(str(ROOT / "docs" / "settings.py"))
+    assert found["PAGE"].read_text("utf-8") == found["page"](), "run python docs/settings.py"
+
+
 def test_every_name_of_the_package_exists():
     names = {
         name
@@ -150,9 +166,8 @@ def test_every_name_of_the_package_exists():
 
 def commands(text):
     """All commands of a page, in blocks and between backticks, as lists of words."""
-    lines = [
-        line for block in blocks(text) if block.language == "sh" for line in block.code.splitlines()
-    ]
+    code = [block.code for block in blocks(text) if block.language == "sh"]
+    lines = "\n".join(code).replace("\\\n", " ").splitlines()
     for line in [*lines, *re.findall(r"`((?:pip|python|pytest|mkdocs) [^`\n]+)`", text)]:
         words = shlex.split(line, comments=True)
         starts = [-1, *(i for i, word in enumerate(words) if word == "&&"), len(words)]

@@ -141,7 +141,7 @@ def test_numbers_of_a_file_are_contexts_of_length_1(tmp_path):
 @pytest.mark.slow
 def test_reconstruct_writes_a_picture_of_images(copied, capsys):
     out = said(capsys, "reconstruct", copied["hybrid"], "--num", "8")
-    assert out.startswith("inverse: inverted; 8 of 8 test examples converged")
+    assert out.startswith("inverse: inverted; 8 of 8 test examples came back")
     assert (copied["hybrid"] / "reconstructions.png").read_bytes().startswith(PNG)
 
 
@@ -158,12 +158,12 @@ def test_failed_inverses_are_named_and_fail_the_command(copied, capsys):
 def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, capsys, monkeypatch):
     lines = said(capsys, "certify", folders["points"]).splitlines()
     assert any(line.startswith("stage0/block01/dense0   0.9000") for line in lines)
-    assert lines[-1].startswith("certified: every one of 2 blocks is a contraction")
+    assert lines[-1].startswith("certified: every one of 2 blocks is invertible, proven")
     loaded = run.load(folders["points"])
     broken = run.Run(loaded.folder, times(loaded.model, 3), loaded.config, loaded.fingerprint, 7)
     monkeypatch.setattr(run, "load", lambda folder: broken)
     assert said(capsys, "certify", folders["points"], status=1).splitlines()[-1] == (
-        "NOT CERTIFIED: no bound below 1 for 2 of 2 blocks, the first is stage0/block00"
+        "NOT CERTIFIED: no bound of Lip(g) below 1 for 2 of 2 blocks, the first is stage0/block00"
     )
 
 

@@ -21,6 +21,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.contexts import Contexts
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.model import DecodeInfo
+from iresnet_jax.pytrees import in_words, largest, share
 
 
 class CertifiedInfo(NamedTuple):
@@ -46,6 +47,16 @@ class CertifiedInfo(NamedTuple):
     converged: Bool[Array, " b"]
     certain: Bool[np.ndarray, "b ..."] | None
     certificate: InverseCertificate
+
+    def __repr__(self) -> str:
+        return in_words(
+            self,
+            lambda: (
+                f"{share(self.converged)} converged, guaranteed error at most "
+                f"{largest(self.error_bound)}"
+                + ("" if self.certain is None else f", {share(self.certain)} entries certain")
+            ),
+        )
 
 
 def decode(

@@ -49,6 +49,7 @@ from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.upward_rounding import UP
 from iresnet_jax.models.contexts import Contexts
 from iresnet_jax.models.model import Model
+from iresnet_jax.pytrees import in_words, largest, share
 
 _MAX_STEPS = 6  # of Newton's method
 _MARGIN = 2.0**-20  # a computed discriminant must exceed this for the theorem to apply
@@ -70,6 +71,15 @@ class InverseCertificate(NamedTuple):
     applied: Bool[np.ndarray, " b"]
     refined: Float[np.ndarray, "b ..."]
     refined_bound: Float[np.ndarray, " b"]
+
+    def __repr__(self) -> str:
+        return in_words(
+            self,
+            lambda: (
+                f"guaranteed error at most {largest(self.error_bound)}, by the sharp theorem for "
+                f"{share(self.applied)}"
+            ),
+        )
 
 
 def inverse(

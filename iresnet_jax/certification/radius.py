@@ -28,6 +28,7 @@ from iresnet_jax.maths.upward_rounding import UP, U, gamma
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.flow import bilipschitz
 from iresnet_jax.models.head import BATCH_NORM_EPS
+from iresnet_jax.pytrees import in_words, largest
 
 _CHUNK = 16  # images that are certified together
 
@@ -47,6 +48,15 @@ class CertifiedRadius(NamedTuple):
     predicted: Int[np.ndarray, " b"]
     margin: Float[np.ndarray, " b"]
     lipschitz: Float[np.ndarray, " b"]
+
+    def __repr__(self) -> str:
+        return in_words(
+            self,
+            lambda: (
+                f"{np.size(self.radius)} images, radii {np.min(self.radius):.2g} to "
+                f"{largest(self.radius)}"
+            ),
+        )
 
 
 def radius(

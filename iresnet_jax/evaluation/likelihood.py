@@ -119,6 +119,18 @@ class Likelihood:
     entropy_floor: float | None = None
     importance: ImportanceBound | None = None
 
+    @property
+    def headline(self) -> str:
+        """One line, without how it was measured."""
+        line = f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit}"
+        if self.entropy_floor is not None:
+            line += f"; no model can be below the entropy of the data, {self.entropy_floor:.4f}"
+        if weighted := self.importance:
+            line += (
+                f"; {weighted.mean:.4f} ± {weighted.stderr:.4f} by the importance-weighted bound"
+            )
+        return line
+
     def __str__(self) -> str:
         by = f" by the {self.bound}" if self.bound else ""
         lines = [

@@ -1,8 +1,8 @@
 """Report of a run: every result as ``report.json``, and with pictures as the page ``report.html``
 that needs nothing else.
 
-A result is a dataclass beside the computation that fills it, and its ``str`` is its line on the
-page and in the terminal.
+A result is a dataclass beside the computation that fills it. Its ``str`` is its text on the page,
+its ``headline`` the line that a training ends with.
 """
 
 import datetime
@@ -151,16 +151,12 @@ class Report:
         return found
 
     def __str__(self) -> str:
-        headlines = [
-            self.likelihood,
-            self.calibration and self.calibration.headline,
-            self.classification,
-            self.robustness,
-            self.inverse,
-            self.lipschitz and self.lipschitz.verdict,
-        ]
-        said = "\n".join(str(headline) for headline in headlines if headline)
-        return "\n".join([said, *(warning for warning in self.warnings() if warning not in said)])
+        measured = [self.likelihood, self.calibration, self.classification, self.inverse]
+        said = [part.headline for part in measured if part]
+        said += [str(self.robustness)] if self.robustness else []
+        said += [self.lipschitz.verdict] if self.lipschitz else []
+        text = "\n".join(said)
+        return "\n".join([text, *(warning for warning in self.warnings() if warning not in text)])
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``report.json``; numbers that are not finite become None."""

@@ -34,6 +34,8 @@ MOST_CERTIFIED, TOO_LONG_S = 64, 120.0  # most examples, and most seconds per ex
 # Rough speed of one step's residuals, and of dense products, on one CPU core.
 STEP_S, OPERATIONS_A_SECOND = 1e-3, 1e10
 
+UNITS = "in the units of the data (grey levels and pixels: [0, 1])"
+
 
 @dataclass(frozen=True)
 class Guarantee:
@@ -76,8 +78,8 @@ class Guarantee:
             certain = f"; {100 * self.fraction_certain:.4g} % of the levels are certain"
         return (
             "guaranteed error of the inverse of given latents, Euclidean: at most "
-            f"{said_up(self.max_bound, 2)} (measured: {self.max_error:.2g}) in the flow's units "
-            f"and {said_up(self.max_data_bound, 2)} in the data's, of {self.num_examples} examples "
+            f"{said_up(self.max_data_bound, 2)} {UNITS}, {said_up(self.max_bound, 2)} in those of "
+            f"the flow's input (measured: {self.max_error:.2g}), of {self.num_examples} examples "
             f"{how}{certain}"
         )
 
@@ -133,20 +135,35 @@ class Inversion(RoundTrips):
         refined: Round trips in float64 of the first test examples.
         guarantee: Guaranteed errors of the first examples, in the precision of training; None if
             not requested.
+        max_data_error: Largest entry of any error in the units of continuous data, or of images on
+            the scale of [0, 1]; None in reports of before.
     """
 
     num_examples: int
     refined: RoundTrips
     guarantee: Guarantee | None = None
+    max_data_error: float | None = None
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """One line."""
         converged = round(self.fraction_converged * self.num_examples)
         verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
+        error = "" if self.max_data_error is None else f", largest error {self.max_data_error:.2g}"
+        found, guaranteed = self.guarantee, ""
+        if found and math.isfinite(found.max_data_bound):
+            bound = said_up(found.max_data_bound, 2)
+            guaranteed = f"; guaranteed for {found.num_examples} of them: at most {bound}"
+        return (
+            f"inverse: {verdict}; {converged} of {self.num_examples} test examples came back"
+            f"{error}{guaranteed}, {UNITS}"
+        )
+
+    def __str__(self) -> str:
         line = (
-            f"inverse: {verdict}; {converged} of {self.num_examples} test examples converged, "
-            f"largest error of a round trip {self.max_abs_error:.2g}, Euclidean "
-            f"{self.max_euclidean_error:.2g}, in float64 {self.refined.max_euclidean_error:.2g}, "
-            f"{self.mean_evals:.1f} evaluations a block"
+            f"{self.headline}\nin the units of the flow's input: largest error of a round trip "
+            f"{self.max_abs_error:.2g}, Euclidean {self.max_euclidean_error:.2g}, in float64 "
+            f"{self.refined.max_euclidean_error:.2g}; {self.mean_evals:.1f} evaluations a block"
         )
         return "\n".join(
             [line, *([str(self.guarantee)] if self.guarantee else []), *self.warnings()]
@@ -215,6 +232,7 @@ def reconstruct(
         found = bound_inverses(model, latents, data, info, num_certified, contexts)
     of_flow = info._replace(error_bound=info.flow_error_bound)
     others = {"num_examples": len(examples), "refined": refined, "guarantee": found}
+    others["max_data_error"] = float(np.abs(info.continuous - originals).max())
     summary = Inversion.of(there, info.flow_input, of_flow, num_blocks, **others)
     return Reconstructions(originals, info.continuous, summary)
 

@@ -30,6 +30,7 @@ from iresnet_jax.maths.upward_rounding import (
     lipschitz_at_least,
     power_of_two,
 )
+from iresnet_jax.pytrees import in_words, largest, share
 
 Branch = Callable[[Array], Array]
 
@@ -52,6 +53,15 @@ class FixedPointInfo(NamedTuple):
     residual: Float[Array, " b"]
     error_bound: Float[Array, " b"]
     converged: Bool[Array, " b"]
+
+    def __repr__(self) -> str:
+        return in_words(
+            self,
+            lambda: (
+                f"{share(self.converged)} converged, error_bound at most "
+                f"{largest(self.error_bound)}, at most {largest(self.num_evals)} evaluations"
+            ),
+        )
 
 
 def invert_residual(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key, Shaped, UInt32
 
 from iresnet_jax.maths.keys import check_keys
 from iresnet_jax.maths.upward_rounding import as_floats
+from iresnet_jax.pytrees import in_words, largest
 
 Branch = Callable[[Array], Array]
 Trace = Callable[[Array], Array]
@@ -89,6 +90,15 @@ class LogdetInfo(NamedTuple):
 
     stderr: Float[Array, " b"]
     truncation_bound: Float[Array, " b"]
+
+    def __repr__(self) -> str:
+        return in_words(
+            self,
+            lambda: (
+                f"{np.size(self.stderr)} examples, stderr at most {largest(self.stderr)} nats, "
+                f"truncation_bound at most {largest(self.truncation_bound)} nats"
+            ),
+        )
 
 
 class LogdetEstimator(ABC):

@@ -31,19 +31,24 @@ class StageSpec:
 
     Attributes:
         num_blocks: Number of blocks, each an ActNorm and a residual branch.
-        hidden, kernel_sizes, activation, preactivation, padding, positional_bias: Architecture of
-            the branches, see `FeedforwardSpec`; without ``kernel_sizes`` branches are dense and
-            take flattened arrays.
+        hidden: Widths of the hidden layers of a branch.
+        kernel_sizes: Sizes of its convolutions, one more than hidden widths; None for dense layers,
+            which take flattened arrays.
+        activation: A name in `iresnet_jax.maths.activations.ACTIVATIONS`.
+        preactivation: Whether a branch begins with the activation.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
+        padding: Padding of convolutions, "SAME" (zeros) or "CIRCULAR".
+        positional_bias: Whether a convolution has a bias for every pixel instead of one per
+            channel.
         channel_order: Order of the channels in front of the blocks, after the squeeze: channel
             ``i`` is the one that was ``channel_order[i]``. It decides which half leaves as latents.
             None keeps their order.
         actnorm: Whether an ActNorm stands in front of every branch. Without it the flow keeps the
             symmetries of its branches.
-        kind: Kind of the branches, a name in `kinds.KINDS`: "feedforward", the paper's; "sandwich",
-            of `SandwichSpec`, whose bound of the Lipschitz constant is smaller for the same
-            weights; "potential", of `PotentialSpec`, whose blocks never stretch.
+        kind: Kind of the branches: "feedforward", the paper's; "sandwich", whose bound of the
+            Lipschitz constant is smaller for the same weights; "potential", whose blocks never
+            stretch; or a name that was registered.
         branch: Branches of one's own instead: a function ``key -> module``, see
             `iresnet_jax.branches.own`, whose modules get arrays of the stage's shape; or a class of
             `BranchSpec`, or an instance. Models with the same function share compiled programs.

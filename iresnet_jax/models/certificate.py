@@ -52,8 +52,8 @@ class Constant:
             branch without layers.
         bound: Upper bound, guaranteed if ``word`` says so.
         layers: Constants of a block's layers; none of a layer.
-        word: Whose word the bound is, see `Branch`: "certified", or "user" for a bound that a kind
-            of branch says of itself.
+        word: Who vouches for the bound, see `BranchSpec.word`: "certified" for a proof, "user" for
+            the author of the branch.
     """
 
     name: str
@@ -66,7 +66,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Lipschitz constants of a whole model. As a string it is a table with a verdict.
+    """Lipschitz constants of a whole model. As a string it is a table with a verdict, and the
+    constants of the whole model.
 
     Attributes:
         coeff: Coefficient of the constraint; None without one.
@@ -84,7 +85,9 @@ class Certificate:
 
     @property
     def certified(self) -> bool:
-        """Whether every block is guaranteed to be a contraction."""
+        """Whether every block's bound is below 1, so that it is invertible; `verdict` tells whether
+        all bounds are proven.
+        """
         return all(block.bound < 1 for block in self.blocks)
 
     @property
@@ -104,26 +107,20 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """One line: whether every block is certified a contraction."""
-        failed = [block.name for block in self.blocks if not block.bound < 1]
-        if failed:
-            found = (
-                f"no bound below 1 for {len(failed)} of {len(self.blocks)} blocks, the first "
-                f"is {failed[0]}"
+        """One line: whether every block is invertible, and whether that is proven."""
+        num, bound = len(self.blocks), said_up(self.max_block, 5)
+        if failed := [block.name for block in self.blocks if not block.bound < 1]:
+            return (
+                f"NOT CERTIFIED: no bound of Lip(g) below 1 for {len(failed)} of {num} blocks, the "
+                f"first is {failed[0]}"
             )
-            return f"NOT CERTIFIED: {found}"
-        claimed = [block.name for block in self.blocks if block.word == "user"]
-        words = (
-            f"; on the user's word for {len(claimed)} blocks, the first is {claimed[0]}"
-            if claimed
-            else ""
-        )
-        return (
-            f"certified: every one of {len(self.blocks)} blocks is a contraction, Lip(g) <= "
-            f"{said_up(self.max_block, 5)}; "
-            f"whole model: Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) <= "
-            f"{said_up(self.inverse, 3)}{words}"
-        )
+        if claimed := [block.name for block in self.blocks if block.word == "user"]:
+            return (
+                f"not proven: {len(claimed)} of {num} blocks, the first is {claimed[0]}, are "
+                "invertible if the bounds hold that you give for your own branches; "
+                f"Lip(g) <= {bound}"
+            )
+        return f"certified: every one of {num} blocks is invertible, proven by Lip(g) <= {bound}"
 
     @property
     def table(self) -> str:
@@ -136,15 +133,22 @@ class Certificate:
         lines = [f"{'':{width}}   target  estimate  certified bound"]
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
-            word = "" if row.word == "certified" else f"  {row.word}'s word"
+            estimate = "" if math.isnan(row.estimate) else f"{row.estimate:.5f}"
+            word = "" if row.word == "certified" else "  by your own bound"
             lines.append(
-                f"{name:{width}}  {limit:>7}  {row.estimate:8.5f}  "
-                f"{said_up(row.bound, 5):>15}{word}"
+                f"{name:{width}}  {limit:>7}  {estimate:>8}  {said_up(row.bound, 5):>15}{word}"
             )
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"Certificate: {self.verdict}"
+
     def __str__(self) -> str:
-        return f"{self.table}\n{self.verdict}"
+        whole = (
+            f"whole model, products over blocks: Lip(F) <= {said_up(self.forward, 5)}, Lip(F^-1) "
+            f"<= {said_up(self.inverse, 3)}"
+        )
+        return f"{self.table}\n{whole}\n{self.verdict}"
 
 
 def certificate_of(

@@ -14,7 +14,7 @@ promised.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -143,7 +143,7 @@ class ClassifierSpec:
     meta_fields=[],
     drop_fields=["history"],
 )
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Classifier(Model, spec=ClassifierSpec):
     """A classifier with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad``
     take it as an argument.
@@ -165,11 +165,11 @@ class Classifier(Model, spec=ClassifierSpec):
     arrays: ClassVar[tuple[str, ...]] = ("head", "statistics")
 
     spec: ClassifierSpec
-    weights: FlowWeights | Tree = field(repr=False)
-    head: Tree = field(repr=False)
-    statistics: Tree = field(repr=False)
+    weights: FlowWeights | Tree
+    head: Tree
+    statistics: Tree
     how: How = How()
-    history: History | None = field(default=None, repr=False)
+    history: History | None = None
 
     @classmethod
     def init(

@@ -105,7 +105,7 @@ class Samples(NamedTuple):
     meta_fields=[],
     drop_fields=["history"],
 )
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Density(Model, spec=DensitySpec):
     """A density with its weights, and how to run it. A pytree: ``jit``, ``vmap`` and ``grad`` take
     it as an argument.
@@ -134,12 +134,12 @@ class Density(Model, spec=DensitySpec):
     arrays: ClassVar[tuple[str, ...]] = ("prior", "network", "noise_network")
 
     spec: DensitySpec
-    weights: FlowWeights = field(repr=False)
-    prior: Any = field(repr=False)
+    weights: FlowWeights
+    prior: Any
     how: How = How(ExactLogdet())
-    history: History | None = field(default=None, repr=False)
-    network: Network = field(default_factory=dict, repr=False)
-    noise_network: Network = field(default_factory=dict, repr=False)
+    history: History | None = None
+    network: Network = field(default_factory=dict)
+    noise_network: Network = field(default_factory=dict)
 
     @classmethod
     def init(

@@ -5,7 +5,7 @@ they make.
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
@@ -15,7 +15,7 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models import contractions
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.flow import as_params, bounded, carried_bounds
-from iresnet_jax.models.model import MODELS, How, Model, remember
+from iresnet_jax.models.model import MODELS, How, Model, described, remember
 from iresnet_jax.pytrees import pytree
 
 M = TypeVar("M", bound=Model)
@@ -90,12 +90,16 @@ class Free(Generic[M]):
         model = free.certified()
     """
 
-    params: dict[str, Any] = field(repr=False)
-    iterates: Any = field(repr=False)
-    statistics: Any = field(repr=False)
+    params: dict[str, Any]
+    iterates: Any
+    statistics: Any
     spec: Any
     how: How
     constraint: ConstraintConfig = ConstraintConfig()
+
+    def __repr__(self) -> str:
+        name, num = MODELS[type(self.spec)].__name__, num_parameters(self.params)
+        return f"Free parameters, {num:,}, of a {name} of {described(self.spec)}"
 
     @classmethod
     def of(cls, model: M) -> "Free[M]":

@@ -27,6 +27,7 @@ from iresnet_jax.maths import platforms
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
+from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of, check_claims
 from iresnet_jax.models.contractions import check_fit, freeze
@@ -40,7 +41,7 @@ from iresnet_jax.models.flow import (
     is_traced,
 )
 from iresnet_jax.models.preprocessing import Examples, as_batch
-from iresnet_jax.pytrees import pytree, tagged
+from iresnet_jax.pytrees import in_words, largest, pytree, share, tagged
 from iresnet_jax.storage import path_of, replacing
 
 FILE_NAME = "model.npz"
@@ -122,6 +123,16 @@ class DecodeInfo(NamedTuple):
     continuous: Float[Array, "..."]
     padding_residual: Float[Array, "..."] | None = None
 
+    def __repr__(self) -> str:
+        return in_words(
+            self,
+            lambda: (
+                f"{share(self.converged)} converged, residuals of blocks at most "
+                f"{largest(self.residual)}\n  error_bound, a product over all blocks, at most "
+                f"{largest(self.error_bound)}; ir.certify.decode has a sharp one"
+            ),
+        )
+
 
 class Attempt(NamedTuple):
     """One of several training runs, the best of which gave the model.
@@ -176,6 +187,13 @@ class History:
             for split in ("train", "validation")
         )
         return cls(train, validation, step)
+
+    def __repr__(self) -> str:
+        ended = f"\n  ended, as {self.ended}" if self.ended else ""
+        return (
+            f"History: the model is that of step {self.step} of {self.num_steps}, validation loss "
+            f"{self.loss:.4f}; print() shows all{ended}"
+        )
 
     def __str__(self) -> str:
         names = [name for name in self.validation if name not in ("step", "wall_time_s")]
@@ -248,6 +266,29 @@ class Model:
         """Numbers in the precision of the weights, if theirs is lower."""
         x = jnp.asarray(x)
         return x.astype(jnp.result_type(x, *jax.tree.leaves(as_params(self.weights))))
+
+    def __repr__(self) -> str:
+        arrays = as_params(self.weights), [self.learned(name) for name in self.arrays]
+        num = sum(np.size(leaf) for leaf in jax.tree.leaves(arrays))
+        return (
+            f"{type(self).__name__} of {described(self.spec)}: "
+            f"{self.spec.flow.num_blocks} residual blocks, {num:,} parameters\n"
+            f"  {self._guarantee()}"
+        )
+
+    def _guarantee(self) -> str:
+        """What is known of the blocks of these very weights, without computing anything."""
+        if not self.spec.constrained:
+            return "without a constraint: no inverse is promised"
+        found = self._known_bounds()
+        if found is None:
+            return "print(model.certificate()) computes whether every block is invertible"
+        bound = max((float(np.max(each.lipschitz)) for each in found.values()), default=0.0)
+        if not bound < 1:
+            return f"NOT CERTIFIED: Lip(g) <= {said_up(bound, 3)}"
+        if any(stage.branch.word == "user" for stage in self.spec.flow.all_stages):
+            return "not proven: invertible if the bounds hold that you give for your own branches"
+        return f"certified: every block is invertible, Lip(g) <= {said_up(bound, 3)}"
 
     # ------------------------------------------------------------------------------- there and back
 
@@ -326,14 +367,20 @@ class Model:
             >>> decode = jax.jit(lambda model, z, bounds: model.decode(z, bounds=bounds))
             >>> x, info = decode(model, z, model.bounds())  # doctest: +SKIP
         """
+        found = self._known_bounds()
+        if found is None:
+            found = bounds_of(self.spec.flow, self.weights)
+            remember(self, found)
+        return found
+
+    def _known_bounds(self) -> FlowBounds | None:
+        """Bounds that were computed of these very arrays before."""
         known = vars(self).get("_known")
         if known is not None and known[0] == self.spec.flow:
             arrays = _bounded_arrays(self)
             if len(arrays) == len(known[1]) and all(map(operator.is_, arrays, known[1])):
                 return known[2]
-        found = bounds_of(self.spec.flow, self.weights)
-        remember(self, found)
-        return found
+        return None
 
     def _own(self, bounds: FlowBounds | None) -> FlowBounds | None:
         """The bounds that were handed in, or those of the weights outside of a program."""
@@ -391,6 +438,18 @@ class Model:
         with replacing(path) as incoming, incoming.open("wb") as file:
             np.savez_compressed(file, **arrays)
         return path
+
+
+def described(spec: Any) -> str:
+    """What a model is of: the shape of an example, and how many levels, classes and contexts."""
+    shape = getattr(spec, "image_shape", spec.flow.event_shape)
+    kind = f"vectors of {shape[0]}" if len(shape) == 1 else f"images {' x '.join(map(str, shape))}"
+    numbers = {
+        "levels": spec.num_levels,
+        "classes": spec.num_classes,
+        "numbers of context": spec.context_dim,
+    }
+    return ", ".join([kind, *(f"{num} {what}" for what, num in numbers.items() if num)])
 
 
 # One program each: outside of ``jit``, every operation would be one of its own, and every loop one

@@ -34,9 +34,10 @@ class DataConfig:
 
     # A name for `iresnet_jax.data.load`: an image data set, a 2-D toy or files.
     name: str = "digits"
-    # Share of the examples, for data without splits.
+    # Share of the validation examples, for data without splits.
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
-    test_fraction: Annotated[float, Range("[0, 1)")] = 0.1  # likewise
+    # Share of the test examples, for data without splits.
+    test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
     # Makes the class, as a one-hot vector, the context of a density p(x | class).
     condition_on_labels: bool = False
 
@@ -181,7 +182,8 @@ class TrainingConfig:
     # Decay of the parameters' moving average, which evaluation uses; 0 evaluates the parameters.
     ema_decay: Decay = 0.999
     actnorm_examples: Count = 1024  # training examples that ActNorm is fitted to
-    # File or folder of a saved model with these stages; training starts from its weights.
+    # File or folder of a saved model with these stages, from whose weights training starts: to go
+    # on with other settings or for longer. A 20 times smaller learning rate suffices.
     initial_model: str = ""
     log_every_steps: Count = 50  # steps that one line of the log averages
     eval_every_steps: Count = 500  # steps between validations, each with a checkpoint

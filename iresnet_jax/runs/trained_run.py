@@ -61,8 +61,9 @@ def check_belongs_to(folder: Path, config: Config) -> None:
     ours = replace(config, training=replace(config.training, **ways))
     if difference := first_difference(to_plain(ours), to_plain(theirs), "config"):
         raise ValueError(
-            f"{folder} holds a run with another config: {difference}; choose another "
-            "--workdir or delete it"
+            f"{folder} holds a run with another config: {difference}; to go on from its weights "
+            f"with other settings or for longer, give another --workdir and "
+            f"--config.training.initial_model={folder}"
         )
 
 

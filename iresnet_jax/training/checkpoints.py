@@ -356,8 +356,8 @@ def claimed(folder: Path, run: Run) -> Iterator[Callable[[], None]]:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             if difference := first_difference(about, theirs, "training"):
                 raise ValueError(
-                    f"{folder} holds another training: {difference}; choose another folder or "
-                    "delete it"
+                    f"{folder} holds another training: {difference}; choose another folder, and "
+                    "start from the model of this one to go on with other settings or for longer"
                 )
         else:
             with replacing(path) as incoming:

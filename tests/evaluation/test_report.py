@@ -100,7 +100,7 @@ CONTRADICTIONS = {
     ),
     "bound above 1": (
         with_blocks(block("b3", bound=1.03), block("b4")),
-        "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks",
+        "NOT CERTIFIED: no bound of Lip(g) below 1 for 1 of 2 blocks",
     ),
     "notes": (with_part(notes=("Validation was still falling.",)), "Validation was still falling."),
 }
@@ -111,6 +111,17 @@ def test_contradictions_are_stated(name):
     report, sentence = CONTRADICTIONS[name]
     assert sentence in " ".join(report.to_json()["warnings"])
     assert sentence in str(report)
+
+
+def test_a_training_ends_with_one_line_a_result_in_words():
+    lines = str(with_part(likelihood=POINTS)).splitlines()
+    assert lines[0].startswith("test: 2.8342 ± 0.0021 nats; no model can be below the entropy")
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        *("calibration", "test error", "inverse", "certified"),
+    ]
+    assert "proven" in lines[-1]
+    assert "F^-1" in str(CERTIFICATE)
+    assert "F^-1" not in lines[-1]
 
 
 def test_a_sound_report_has_no_warnings():

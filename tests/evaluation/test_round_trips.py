@@ -48,13 +48,15 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
     levels = np.floor(256 * reconstructions) if is_density else np.rint(255 * reconstructions)
     assert (levels != images).mean() < 1e-3  # noise may fall next to the border of its cell
     assert 1 < summary.mean_evals < 200
-    assert str(summary).startswith("inverse: inverted; 20 of 20 test examples converged")
+    assert str(summary).startswith("inverse: inverted; 20 of 20 test examples came back")
     assert summary.warnings() == []
 
     assert (found.num_examples, found.num_applied, found.reason) == (12, 12, "")
     assert 0 < found.max_error <= found.max_bound <= summary.max_error_bound
     assert f"(measured: {found.max_error:.2g})" in str(summary)
     assert 0 < found.max_data_bound < 1e-4
+    assert summary.max_data_error == np.abs(reconstructions - originals).max()
+    assert f"largest error {summary.max_data_error:.2g}; guaranteed for 12" in summary.headline
     assert found.fraction_certain > 0.9
     assert "of 12 examples by the theorem for the whole flow" in str(summary)
 

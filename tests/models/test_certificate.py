@@ -32,7 +32,8 @@ def test_one_block_without_a_bound_is_none_for_the_model():
     assert broken.max_block == broken.inverse == np.inf
     assert (
         broken.verdict
-        == "NOT CERTIFIED: no bound below 1 for 1 of 2 blocks, the first is stage0/block01"
+        == "NOT CERTIFIED: no bound of Lip(g) below 1 for 1 of 2 blocks, the first is "
+        "stage0/block01"
     )
 
 
@@ -59,7 +60,7 @@ def test_bounds_are_said_rounded_up():
         >= np.array([row.bound for row in (*certificate.blocks[0].layers, certificate.blocks[0])])
     )
     changed = dataclasses.replace(certificate.blocks[0], bound=0.969994)
-    assert "Lip(g) <= 0.97;" in dataclasses.replace(certificate, blocks=(changed,)).verdict
+    assert "Lip(g) <= 0.97" in dataclasses.replace(certificate, blocks=(changed,)).verdict
 
 
 # --- new weights have their own bounds, or none --------------------------------------------------

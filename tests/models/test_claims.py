@@ -88,6 +88,14 @@ def test_a_bound_that_is_attained_passes():
     density(Rotated).check_branches(X)
 
 
+def test_a_claim_is_called_no_proof():
+    model = density(Rotated)
+    certificate = model.certificate()
+    assert certificate.verdict.startswith("not proven: 2 of 3 blocks, the first is stage1/block00")
+    assert "nan" not in str(certificate)
+    assert "not proven" in repr(model)
+
+
 def test_a_bound_that_is_one_percent_too_low_is_named_with_both_numbers():
     model = density(TooLow)
     scale = float(model.weights["stage1"].branch.weights["scale"][0])

@@ -166,7 +166,7 @@ def test_a_run_on_other_data_or_of_another_config_is_not_gone_on_with(tmp_path):
     path, workdir = tmp_path / "data.npz", tmp_path / "run"
     changes = {"data.name": kept.write_data(path)}
     before = begin(workdir, runs.config_of(runs.DIGITS_CONFIG, **changes)).fingerprint
-    with pytest.raises(ValueError, match=r"holds a run with another config: config.seed is 7 now"):
+    with pytest.raises(ValueError, match=r"another config: config.seed is 7 now.*initial_model="):
         begin(workdir, runs.config_of(runs.DIGITS_CONFIG, **changes, seed=7))
     now = data.load(kept.write_data(path, seed=5)).fingerprint
     said = f"fingerprint {now[:12]} now and had {before[:12]} when training"

@@ -118,7 +118,7 @@ def test_test_error_by_hand(trained):
 def test_commands_after_training(workdir, capsys):
     command = ("--workdir", str(workdir))
     assert main(["report", *command, "--radii", ".002,1e-3"]) == 0
-    assert "inverse: inverted; 360 of 360 test examples converged" in capsys.readouterr().out
+    assert "inverse: inverted; 360 of 360 test examples came back" in capsys.readouterr().out
     report = json.loads((workdir / "report.json").read_text())
     assert report["classification"]["num_examples"] == report["inverse"]["num_examples"] == 360
     assert report["inverse"]["max_abs_error"] < 1e-4
