@@ -161,7 +161,7 @@ def dense_bits(model, examples, seed, noise_draw):
 
 OBJECTIVES = {
     **dict.fromkeys((POINTS, GIVEN, IMAGES), "density"),
-    **dict.fromkeys((HYBRID, CLASSES_OF_POINTS), "hybrid"),
+    **dict.fromkeys((HYBRID, TEN_DIGITS, CLASSES_OF_POINTS), "hybrid"),
     CLASSIFIER: "classification",
 }
 CONFIG = """

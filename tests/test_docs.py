@@ -98,8 +98,8 @@ def run_pages(tmp_path_factory):
     (folder / "bsds300").mkdir()
     np.save(folder / "bsds300" / "train.npy", draw.normal(size=(16, 63)))
     pandas.DataFrame(columns).to_csv(folder / "my_table.csv", index=False)
-    (folder / MODEL).parent.mkdir(parents=True)
-    kept.model(kept.TEN_DIGITS).save(folder / MODEL)
+    (folder / MODEL).parents[1].mkdir(parents=True)
+    kept.folder((folder / MODEL).parent, kept.TEN_DIGITS, "digits")
 
     def run(pages):
         path = folder / "blocks.json"
@@ -148,6 +148,19 @@ def test_code_fits_a_narrow_page(page):
 def test_the_tables_of_settings_are_those_of_the_code():
     found = runpy.run_path(str(ROOT / "docs" / "settings.py"))
     assert found["PAGE"].read_text("utf-8") == found["page"](), "run python docs/settings.py"
+
+
+def test_every_module_is_on_one_page_of_the_reference():
+    package = ROOT / "iresnet_jax"
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if not path.stem.startswith("__")
+    ]
+    texts = [path.read_text("utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")]
+    shown = re.findall(r"^::: (iresnet_jax\.\w+\.?\w*)$", "\n".join(texts), re.MULTILINE)
+    beside = ["iresnet_jax.load", "iresnet_jax.certification", "iresnet_jax.data"]
+    assert sorted(shown) == sorted([*modules, *beside])
 
 
 def test_every_name_of_the_package_exists():

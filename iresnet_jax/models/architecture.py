@@ -34,7 +34,7 @@ class StageSpec:
         hidden: Widths of the hidden layers of a branch.
         kernel_sizes: Sizes of its convolutions, one more than hidden widths; None for dense layers,
             which take flattened arrays.
-        activation: A name in `iresnet_jax.maths.activations.ACTIVATIONS`.
+        activation: Name of an activation, see `iresnet_jax.maths.activations`.
         preactivation: Whether a branch begins with the activation.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.
