@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri == "index.md":  # the README; what is no page loses its link
         markdown = markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
         markdown = re.sub(r"\[([^]]+)\]\((?:notebooks/[^)]*|CONTRIBUTING\.md)\)", r"\1", markdown)
-    if page.file.src_uri.startswith("configs/"):
+    if page.file.src_uri.startswith(("benchmarks/", "configs/")):
         markdown = markdown.replace("](../docs/", "](../")
     if page.file.src_uri.startswith("tests/"):
         markdown = re.sub(r"\[([^]]+)\]\(\.\./CONTRIBUTING[^)]*\)", r"\1", markdown)

@@ -19,7 +19,7 @@ from iresnet_jax.runs import trained_run
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PAGE = (FOLDER.parent / "docs" / "measured.md").read_text(encoding="utf-8")
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 

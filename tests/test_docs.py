@@ -26,7 +26,8 @@ from iresnet_jax.__main__ import make_parser
 from iresnet_jax.runs.command_line import parse_train_flags
 
 FILES = [
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md"),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "configs")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in FILES}
