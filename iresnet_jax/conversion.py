@@ -6,7 +6,7 @@ The command that trained a network defines its architecture. Names of arrays, in
 | invertible-resnet (Behrmann et al. 2019): ``CIFAR_main.py`` | here |
 |---|---|
 | ``stack.K.actnorm._log_scale``, ``_shift``: ``x exp(s) + t`` | ActNorm ``(x + t exp(-s)) exp(s)`` |
-| ``stack.K.bottleneck_block.J.weight_orig``, ``weight_u``, ``weight_v`` | ``kernel``, see `applied_kernel` |
+| ``stack.K.bottleneck_block.J.weight_orig``, ``weight_u``, ``weight_v`` | ``kernel``, see `Arrays.take_layer` |
 | ``prior_mu``, ``prior_logstd``, channels first | prior "gaussian", channels last |
 | ``bn1``, ``logits`` | head of a classifier |
 
@@ -16,7 +16,7 @@ use was never trained and is left out.
 
 | residual-flows (Chen et al. 2019): ``train_img.py``, and ``train_toy.py`` with one ``chain`` | here |
 |---|---|
-| ``transforms.SCALE.chain.J.nnet.M.weight``, ``u``, ``v`` | ``kernel``, see `applied_kernel` |
+| ``transforms.SCALE.chain.J.nnet.M.weight``, ``u``, ``v`` | ``kernel``, see `Arrays.take_layer` |
 | ``transforms.SCALE.chain.J.nnet.M.beta`` of "swish" | ``beta`` of "lipswish", with the same constants |
 | ``transforms.SCALE.chain.J.weight``, ``bias``: ``(x + bias) exp(weight)`` | ActNorm, with the same formula |
 | ``transforms.SCALE.chain.J.nnet.nnet.M``, ``chain.J.fc_module`` | dense layers and their ActNorm, on entries, channels last |
@@ -29,7 +29,6 @@ may leave. The prior is standard normal.
 import argparse
 import ast
 import itertools
-import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +41,7 @@ import numpy as np
 
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center
-from iresnet_jax.conversion_stages import Arrays, Stages, read_file
+from iresnet_jax.conversion_stages import Arrays, Stages
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.density import Density
@@ -67,8 +66,8 @@ def convert(
             ``"train_img.py --data mnist --imagesize 28 --actnorm True"``.
 
     Raises:
-        ValueError: If the file or the command cannot be read, or arrays are missing, left over or
-            of another shape; the message names them.
+        ValueError: If the file or the command cannot be read, or an array is missing, left over or
+            of another shape; the message names it.
 
     Example:
         >>> command = "train_toy.py --nblocks 50 --actnorm True"
@@ -76,12 +75,10 @@ def convert(
         >>> print(model.certificate())  # doctest: +SKIP
     """
     script, options = parse(architecture)
-    arrays = Arrays(weights if isinstance(weights, Mapping) else read_file(weights))
+    arrays = Arrays(weights)
     spec, parts = script.reader(arrays, options)
     arrays.check(architecture)
-    model = model_of(spec, parts)
-    assert isinstance(model, Density | Classifier)
-    return model
+    return model_of(spec, parts)
 
 
 # The command --------------------------------------------------------------------------------------
@@ -133,6 +130,7 @@ def parse(command: str) -> tuple[Script, argparse.Namespace]:
 
 # invertible-resnet --------------------------------------------------------------------------------
 
+SIDE = 32  # of images
 # Mean and standard deviation of pixels in [0, 1], with which classifiers normalise images.
 MOMENTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -152,7 +150,7 @@ def read_i_resnet(
             "CIFAR_main.py -multiScale is read with -densityEstimation, and --inj_pad of "
             "classifiers with --init_ds 1: there are no such others here"
         )
-    side, channels = _side(arrays, options), 3 + options.inj_pad
+    side, channels = SIDE, 3 + options.inj_pad
     stages = Stages((side, side, channels), actnorm=True)
     if options.init_ds == 2:
         stages.squeeze(channel_major=False)
@@ -182,7 +180,8 @@ def read_i_resnet(
         spec = DensitySpec(flow, transform=Center(), num_levels=256)
         return spec, {"params": params, "prior": Gaussian(mean, log_std), "network": {}}
     arrays.ignore("prior_")
-    num_classes, width = arrays.shape("logits.weight", (2, stages.num_channels))
+    width = stages.num_channels
+    num_classes = arrays.size("logits.weight") // width
 
     def of_norm(name: str) -> jax.Array:
         return jnp.asarray(arrays.take(f"bn1.{name}", width), float)
@@ -230,19 +229,6 @@ def _read_bottleneck(
             )
         )
     stages.block(layers, options.nonlin, preactivation=preactivation)
-
-
-def _side(arrays: Arrays, options: argparse.Namespace) -> int:
-    """Side of an image, from the size of the first layer's singular vector, which has the side of
-    the squeezed input.
-
-    With a single scale, that code measures the side in front of the squeeze.
-    """
-    squeezes = (options.init_ds == 2) + (options.multiScale and options.nStrides[0] == 2)
-    channels = (3 + options.inj_pad) * 4 ** ((options.init_ds == 2) + (options.nStrides[0] == 2))
-    first = f"stack.0.{'stack.0.' if options.multiScale else ''}bottleneck_block.0.weight_v"
-    (size,) = arrays.shape(first, (channels * (32 // 2**squeezes) ** 2,))
-    return math.isqrt(size // channels) * 2**squeezes
 
 
 # residual-flows -----------------------------------------------------------------------------------

@@ -24,51 +24,30 @@ UNUSED = (
 ).split()
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a ``.npz`` file by their names.
-
-    Raises:
-        ValueError: If it is no such file: a pickle, as ``torch.save`` writes, could run any program
-            while it is read.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except Exception as error:  # NumPy may raise anything for a damaged file
-        raise ValueError(
-            f"{path} cannot be read as npz ({error}): write the arrays of the network as npz in "
-            "PyTorch, see docs/models.md"
-        ) from error
-
-
 class Arrays:
     """Arrays by their names; each must be taken once or be known as unused.
 
-    Mistakes are collected until `check`, which raises one error for all; until then arrays of zeros
-    replace missing ones.
-
     Args:
-        given: Arrays by name; a wrapper for several GPUs puts "module." in front.
+        given: A ``.npz`` file, or arrays by name; a wrapper for several GPUs puts "module." in
+            front of names.
     """
 
-    def __init__(self, given: Mapping[str, Any]):
+    def __init__(self, given: str | os.PathLike[str] | Mapping[str, Any]):
+        arrays = given if isinstance(given, Mapping) else np.load(given)
         self._left = {
-            name.removeprefix("module."): np.asarray(array) for name, array in given.items()
+            name.removeprefix("module."): np.asarray(array) for name, array in arrays.items()
         }
-        self._missing: list[str] = []
-        self._wrong: list[str] = []
 
     def take(self, name: str, *shape: int) -> Float[np.ndarray, "..."]:
         """The array with this name in float64."""
-        if (array := self._left.pop(name, None)) is None:
-            self._missing.append(name)
-        elif array.shape != shape:
-            self._wrong.append(f"{name} of shape {array.shape} instead of {shape}")
-        elif not (np.issubdtype(array.dtype, np.floating) and np.all(np.isfinite(array))):
-            self._wrong.append(f"{name} of {array.dtype}, not all finite numbers")
-        else:
-            return array.astype(np.float64)
-        return np.zeros(shape)
+        array = self._left.pop(name, None)
+        if array is None or array.shape != shape or not np.all(np.isfinite(array)):
+            found = "none" if array is None else f"{array.dtype} of shape {array.shape}"
+            raise ValueError(
+                f"{name} must be finite numbers of shape {shape}, got {found}: give the command "
+                "that trained the network, and all of its arrays as npz"
+            )
+        return array.astype(np.float64)
 
     def take_layer(
         self,
@@ -79,33 +58,36 @@ class Arrays:
         coeff: float,
         margin: float = 0.0,
     ) -> "Layer":
-        """A layer with its bias, whose kernel is the one that is applied.
+        """A layer with its bias, whose kernel is the one that the other codes apply: ``W / (max(1,
+        <u, W v> / coeff) + margin)``.
 
         Args:
             name: Name of the layer.
             shape: Shape of its kernel.
-            names: Names of the kernel and of its left and right singular vector, which are images
-                of any side, the same for both.
+            names: Names of the kernel that is trained, and of its left and right singular vector by
+                power iteration, which are images of any side, the same for both.
             coeff: Largest norm.
             margin: Number that the code adds to the divisor.
         """
-        weight, *vectors = (f"{name}.{each}" for each in names)
-        cout, cin = shape[:2]
-        side = math.isqrt(self.shape(vectors[1], (cin,))[0] // cin)
-        kernel = self.take(weight, *shape)
-        u, v = (
-            self.take(vector, channels * side**2).reshape(channels, side, side)
-            for vector, channels in zip(vectors, (cout, cin), strict=True)
+        cout, cin, *taps = shape
+        side, (high, wide) = math.isqrt(self.size(f"{name}.{names[2]}") // cin), taps or (1, 1)
+        kernel, u, v = (
+            self.take(f"{name}.{each}", *own)
+            for each, own in zip(names, (shape, (cout * side**2,), (cin * side**2,)), strict=True)
         )
-        kernel = applied_kernel(kernel, u, v, coeff=coeff, margin=margin)
-        return Layer(kernel, self.take(f"{name}.bias", cout))
+        padding = ((0, 0), (high // 2, high // 2), (wide // 2, wide // 2))
+        padded = np.pad(v.reshape(cin, side, side), padding)
+        each_tap = kernel.reshape(cout, cin, high, wide)
+        image = sum(
+            np.tensordot(each_tap[:, :, i, j], padded[:, i : i + side, j : j + side], 1)
+            for i, j in np.ndindex(high, wide)
+        )
+        divisor = max(1.0, float(np.vdot(u, image)) / coeff) + margin
+        return Layer(kernel / divisor, self.take(f"{name}.bias", cout))
 
-    def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of an array that will be taken; the default if it is missing or has another
-        number of axes.
-        """
-        array = self._left.get(name)
-        return default if array is None or array.ndim != len(default) else array.shape
+    def size(self, name: str) -> int:
+        """Number of entries of an array that will be taken; 0 if it is missing."""
+        return np.size(self._left.get(name, ()))
 
     def ignore(self, *beginnings: str) -> None:
         """Marks the arrays whose names begin like this as unused."""
@@ -113,19 +95,12 @@ class Arrays:
             del self._left[name]
 
     def check(self, source: str) -> None:
-        """Raises ``ValueError`` if arrays are missing, left over, of another shape or not
-        finite; the message names them.
-        """
+        """Raises ``ValueError`` if arrays are left over; the message names them."""
         left = [name for name in self._left if name.rpartition(".")[2] not in UNUSED]
-        found = {"missing": self._missing, "left over": left, "not as expected": self._wrong}
-        if said := [
-            f"{len(names)} {what}: {', '.join(names[:12])}"
-            for what, names in found.items()
-            if names
-        ]:
+        if left:
             raise ValueError(
-                f"the arrays do not belong to {source}; {'; '.join(said)}: give the command that "
-                "trained them"
+                f"{', '.join(left[:12])} are no arrays of {source}: give the command that trained "
+                "the network"
             )
 
 
@@ -141,33 +116,6 @@ class Layer(NamedTuple):
     kernel: Float[np.ndarray, "..."]
     bias: Float[np.ndarray, " cout"]
     beta: float | None = None
-
-
-def applied_kernel(
-    kernel: Float[np.ndarray, "cout cin *k"],
-    u: Float[np.ndarray, "cout s s"],
-    v: Float[np.ndarray, "cin s s"],
-    *,
-    coeff: float,
-    margin: float = 0.0,
-) -> Float[np.ndarray, "cout cin *k"]:
-    """The kernel that the other codes apply: ``W / (max(1, <u, W v> / coeff) + margin)``.
-
-    Args:
-        kernel: The kernel that is trained.
-        u: Left singular vector, by power iteration.
-        v: Right singular vector.
-        coeff: Largest norm.
-        margin: Number that the code adds to the divisor.
-    """
-    taps = kernel.reshape(*kernel.shape[:2], *(kernel.shape[2:] or (1, 1)))
-    (high, wide), side = taps.shape[2:], v.shape[1]
-    padded = np.pad(v, ((0, 0), (high // 2, high // 2), (wide // 2, wide // 2)))
-    image = sum(
-        np.tensordot(taps[:, :, i, j], padded[:, i : i + side, j : j + side], 1)
-        for i, j in np.ndindex(high, wide)
-    )
-    return kernel / (max(1.0, float(np.vdot(u, image)) / coeff) + margin)
 
 
 class Stages:

@@ -9,7 +9,6 @@ benchmarks/energies.py. Held-out particles and samples of the model choose betwe
 """
 
 import dataclasses
-import functools
 import math
 import time
 import warnings
@@ -213,7 +212,11 @@ def anneal(
             "step_size": step_size[None],
             "inverse_mass_matrix": (weights @ jnp.square(x - (weights @ x)[None]))[None],
         }
-        resample = functools.partial(_resampled, is_needed=change > 0)
+
+        def resample(key, weights, num):  # each place once if weights are equal
+            drawn = resampling.systematic(key, weights, num)
+            return jnp.where(change > 0, drawn, jnp.arange(num))
+
         kernel = tempered.build_kernel(start, ratio, trajectory, hmc.init, resample)
         state = tempered.TemperedSMCState(x, weights, t)
         # Ten trajectories at t follow a resampling, after which all weights are equal.
@@ -242,15 +245,6 @@ def anneal(
                 f"scale than {scale:g}"
             )
     return found, step
-
-
-def _resampled(
-    key: Key[Array, ""], weights: Float[Array, " n"], num: int, *, is_needed: Any
-) -> Array:
-    """Places of resampled particles, each as often as its weight says; with equal weights, each
-    place once.
-    """
-    return jnp.where(is_needed, resampling.systematic(key, weights, num), jnp.arange(num))
 
 
 def _start(

@@ -18,6 +18,7 @@ from iresnet_jax import conversion
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.conversion import convert
+from iresnet_jax.conversion_stages import Arrays
 from iresnet_jax.models.contractions import unconstrained
 from iresnet_jax.runs import trained_run
 
@@ -349,6 +350,7 @@ def converted(name):
     found = network(name)
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion, "model_of", unbounded)
+        patch.setattr(conversion, "SIDE", 4)
         return convert(
             {f"module.{key}": array for key, array in found.arrays.items()}, found.command
         )
@@ -460,17 +462,30 @@ PUBLISHED = {
 }
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """Names of the arrays that are read, all of which are there and zero."""
+    names = []
+
+    def take(_, name, *shape):
+        names.append(name)
+        return np.zeros(shape)
+
+    monkeypatch.setattr(Arrays, "take", take)
+    return names
+
+
 @pytest.mark.parametrize("command", PUBLISHED)
-def test_published_commands_are_read_to_the_last_array(command):
+def test_published_commands_are_read_to_the_last_array(taken, command):
     narrow = {
         "CIFAR_main": " --nChannels 4 4 4",
         "train_img": " --idim 4 --fc-idim 4",
         "train_toy": "",
     }
     smaller = command + next(options for script, options in narrow.items() if script in command)
-    with pytest.raises(ValueError, match=" missing: ") as error:
-        convert({}, smaller)
-    assert f"; {PUBLISHED[command]} missing: " in str(error.value)
+    script, options = conversion.parse(smaller)
+    script.reader(Arrays({}), options)
+    assert len({*taken}) == len(taken) == PUBLISHED[command]
 
 
 REFUSED = {
@@ -485,36 +500,35 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("command", REFUSED)
 def test_what_is_not_read_is_refused_by_name(command):
     with pytest.raises(ValueError, match=re.escape(REFUSED[command])):
         convert({}, command)
 
 
-def test_arrays_that_do_not_belong_are_all_named():
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("chain.1.nnet.1.bias", None, "of shape (5,), got none"),
+        ("chain.0.bias", np.zeros(3), "of shape (2,), got float64 of shape (3,)"),
+        ("chain.1.nnet.1.weight", np.full((5, 2), np.nan), "must be finite numbers"),
+        ("chain.1.nnet.1.v", np.zeros(7), "of shape (2,), got float64 of shape (7,)"),
+        ("chain.9.extra", np.zeros(2), "are no arrays of train_toy.py"),
+    ],
+)
+def test_an_array_that_does_not_belong_is_named(name, array, said):
     theirs = network("toy")
-    arrays = {name: array for name, array in theirs.arrays.items() if name != "chain.1.nnet.1.bias"}
-    arrays |= {
-        "chain.9.extra": np.zeros(2),
-        "chain.0.bias": np.zeros(3),
-        "chain.1.nnet.1.weight": np.full((5, 2), np.nan),
-    }
-    arrays |= {"chain.1.nnet.1.v": np.zeros(7)}
-    with pytest.raises(
-        ValueError, match=r"1 missing: chain.1.nnet.1.bias; 1 left over: chain.9.extra; 3 not as"
-    ) as error:
+    arrays = {key: own for key, own in theirs.arrays.items() if key != name}
+    arrays |= {} if array is None else {name: array}
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
         convert(arrays, theirs.command)
-    assert all(
-        name in str(error.value)
-        for name in ("chain.0.bias of shape (3,)", "chain.1.nnet.1.weight", "chain.1.nnet.1.v")
-    )
+    assert name in str(error.value)
 
 
-def test_files_that_may_run_code_or_are_damaged_are_refused(tmp_path):
+def test_files_that_may_run_code_are_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes(pickle.dumps({}))
     np.savez(tmp_path / "objects.npz", a=np.array([{}]))
     for name in ("weights.pth", "objects.npz"):
-        with pytest.raises(
-            ValueError, match=r"cannot be read as npz .* write the arrays .* as npz"
-        ):
+        with pytest.raises(ValueError, match="pickle"):
             convert(tmp_path / name, "train_toy.py")

@@ -160,7 +160,8 @@ def load_folder(folder: Path, name: str) -> DataSet:
             path
             for inside in names
             for path in (folder / inside).rglob("*")
-            if _is_image(path.relative_to(folder))
+            if path.suffix.lower() in _SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
         for split, names in _FOLDERS.items()
     }
@@ -181,11 +182,6 @@ def load_folder(folder: Path, name: str) -> DataSet:
     num = {split: len(paths) for split, paths in files.items() if paths}
     num_classes = len(classes) if is_labelled else None
     return decoded(name, folder, everything, lambda: Contents(num, num_classes, read))
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file is named like an image, and neither file nor folders are hidden."""
-    return path.suffix.lower() in _SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def _pixels(path: Path) -> np.ndarray:

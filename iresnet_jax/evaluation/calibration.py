@@ -10,7 +10,6 @@ Each rank belongs to one context, and the test sees many contexts. A model that 
 returns the prior therefore passes the test of its parameters; its likelihood reveals it.
 """
 
-import functools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -164,8 +163,11 @@ def calibrate(
     drawn, convergence = round_trips.draw(
         model, len(repeated), settings.batch_size, seed=seed, contexts=repeated
     )
-    log_prob = functools.partial(likelihood.log_prob, model, settings=settings, seed=seed)
-    of_samples, of_truth = log_prob(drawn, contexts=repeated), log_prob(examples, contexts=contexts)
+    used = likelihood.with_estimator(model, settings)
+    of_samples, of_truth = (
+        -likelihood.objective(used, x, settings, seed, given)[:, 0, 0]
+        for x, given in ((drawn, repeated), (examples, contexts))
+    )
     values, truth = _places(model, drawn).reshape(num, num_samples, -1), _places(model, examples)
     ranked = {f"entry {i}": (values[:, :, i], truth[:, i]) for i in range(examples.shape[1])}
     ranked["log p"] = of_samples.reshape(num, num_samples), of_truth

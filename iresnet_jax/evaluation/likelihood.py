@@ -268,20 +268,6 @@ def objective(
     )
 
 
-def log_prob(
-    model: Density,
-    points: Float[np.ndarray, "n d"],
-    settings: EvaluationConfig,
-    seed: int,
-    *,
-    contexts: Num[np.ndarray, "n k"] | None = None,
-) -> Float[np.ndarray, " n"]:
-    """Log-likelihood of each point under a model of vectors in nats, by one draw of noise and
-    probes.
-    """
-    return -objective(with_estimator(model, settings), points, settings, seed, contexts)[:, 0, 0]
-
-
 def importance_bound(
     model: Density,
     examples: Num[np.ndarray, "n ..."],

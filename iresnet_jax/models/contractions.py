@@ -14,7 +14,7 @@ functions are pure.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,8 +116,7 @@ def _constrain(
     of_stage: Callable[[PlacedStage, Tree], ConstrainedBranch],
 ) -> ConstrainedFlow:
     weights, new_spectral, norms = {}, dict(spectral), {}
-    for stage in spec.all_stages:
-        scale, of_branch = _parts(stage, params)
+    for stage, scale, of_branch in _parts(spec, params):
         with jax.named_scope("norms"):
             found = of_stage(stage, of_branch)
         weights[stage.name] = Block(scale, found.branch)
@@ -127,10 +126,12 @@ def _constrain(
     return ConstrainedFlow(weights, new_spectral, norms)
 
 
-def _parts(stage: PlacedStage, params: Tree) -> tuple[ActNorm, Tree]:
-    """ActNorm, or the fixed scale in its place, and the branch's weights among the parameters."""
-    blocks = dict(params[stage.name]["blocks"])
-    return stage.actnorm(ActNorm(**jax.tree.map(jnp.asarray, blocks.pop("actnorm")))), blocks
+def _parts(spec: FlowSpec, params: Tree) -> Iterator[tuple[PlacedStage, ActNorm, Tree]]:
+    """Of each stage ActNorm, or the fixed scale in its place, and weights of the branch."""
+    for stage in spec.all_stages:
+        blocks = dict(params[stage.name]["blocks"])
+        scale = ActNorm(**jax.tree.map(jnp.asarray, blocks.pop("actnorm")))
+        yield stage, stage.actnorm(scale), blocks
 
 
 def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
@@ -141,11 +142,10 @@ def freeze(spec: FlowSpec, params: Tree) -> dict[str, Block]:
     scaled and rounded kernels. Blocks are computed one after the other, so memory does not grow
     with depth.
     """
-    weights = {}
-    for stage in spec.all_stages:
-        scale, blocks = _parts(stage, params)
-        weights[stage.name] = Block(scale, _frozen(stage.branch, spec.coeff, spec.budget, blocks))
-    return weights
+    return {
+        stage.name: Block(scale, _frozen(stage.branch, spec.coeff, spec.budget, blocks))
+        for stage, scale, blocks in _parts(spec, params)
+    }
 
 
 def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict[str, Block]:
@@ -154,13 +154,11 @@ def of_stored(spec: FlowSpec, params: Tree, *, constrained: bool = True) -> dict
     If they are ``constrained``, a kind of branch that is scaled by its output is brought into the
     budget, as `constrain` does.
     """
-    weights = {}
-    for stage in spec.all_stages:
-        scale, blocks = _parts(stage, params)
-        weights[stage.name] = Block(
-            scale, _of_stored(stage.branch, spec.coeff if constrained else math.inf, blocks)
-        )
-    return weights
+    coeff = spec.coeff if constrained else math.inf
+    return {
+        stage.name: Block(scale, _of_stored(stage.branch, coeff, blocks))
+        for stage, scale, blocks in _parts(spec, params)
+    }
 
 
 def check_fit(spec: FlowSpec, weights: FlowWeights) -> None:

@@ -176,8 +176,10 @@ def expectation_maximisation(
     """scikit-learn's `GaussianMixture` of vectors, with its own settings; the fewer vectors, the
     more starts.
 
-    It is the likeliest one of all starts of which `no_component_collapsed`, if there is any. A
-    covariance that is singular at every start, in spite of ``reg_covar``, raises ``ValueError``.
+    It is the likeliest one of all starts of which each component has more vectors than its mean and
+    covariance have rows, if there is any: nothing is as likely as a component that has collapsed
+    onto a few vectors, and other vectors are all but impossible then. A covariance that is singular
+    at every start, in spite of ``reg_covar``, raises ``ValueError``.
     """
     from sklearn import mixture  # late: a second, which only mixtures need
     from sklearn.exceptions import ConvergenceWarning
@@ -200,7 +202,8 @@ def expectation_maximisation(
             f"{num_components} components of {num} vectors have singular covariances, or are more "
             "than the vectors: take fewer"
         )
-    return max(found, key=lambda each: (no_component_collapsed(each, num), each.lower_bound_))
+    least = np.shape(z)[1] + 1
+    return max(found, key=lambda each: (min(each.weights_) * num > least, each.lower_bound_))
 
 
 def fit_mixture(z: Float[np.ndarray, "n d"], covariance: str, num: int) -> Any:
@@ -231,15 +234,6 @@ def likeliest_size(z: Float[np.ndarray, "n d"]) -> tuple[str, int]:
                 criteria.append(fit_mixture(z, covariance, num).bic(z))
                 found[covariance, num] = criteria[-1]
     return min(found, key=lambda size: found[size])
-
-
-def no_component_collapsed(mixture: Any, num: int) -> bool:
-    """Whether each component has more of ``num`` vectors than its mean and covariance have rows.
-
-    Nothing is as likely as a component that has collapsed onto a few vectors, and other vectors are
-    all but impossible then.
-    """
-    return bool(min(mixture.weights_) * num > mixture.means_.shape[1] + 1)
 
 
 @pytree(arrays=("mean", "log_std", "log_scales", "logits"))

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import math
-import operator
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -207,31 +206,19 @@ class Run:
         if found.fingerprint == self.fingerprint:
             return self
         if isinstance(self.model, Density) and "test" in found.examples:
-            preprocessing.check_ranges(self.model.spec, found.examples["test"])
+            preprocessing.checked(self.model.spec, found.examples["test"])
         if not self.fingerprint:
             return self._with_note(
                 f"The model says nothing of its training data; these are {found.name}."
             )
-        note = (
+        return self._with_note(
             "These are other data than the model was trained on, or other parts of them: "
             f"{found.name} has the fingerprint {found.fingerprint[:12]} now and had "
             f"{self.fingerprint[:12]} then. Give examples that training has not seen."
         )
-        if self._validated_on_the_test():
-            fractions = self.config.data.validation_fraction, self.config.data.test_fraction
-            use = "many of them were trained on"
-            if fractions[1] <= fractions[0]:
-                use = "the checkpoint was chosen on them"
-            note = (
-                f"Training has seen the test examples of {found.name}: {use}. Give --data of "
-                "others."
-            )
-        return self._with_note(note)
 
     def _misfit(self) -> str:
-        """Why the model cannot take its data, or would mistake their columns or classes; empty if
-        it can.
-        """
+        """Why the model would mistake columns or classes of its data; empty if it would not."""
         spec, found = self.model.spec, self.data
         ours: Any = getattr(spec, "columns", None) or ()
         theirs: Any = found.columns or ()
@@ -249,46 +236,18 @@ class Run:
                     f"the model takes column {column.name} as places among {known}, from 0, and "
                     f"{found.name} has numbers"
                 )
-        shape = tuple(
-            spec.image_shape if isinstance(spec, ClassifierSpec) else spec.flow.event_shape
-        )
         # Folders of classes are numbered in order: if one is missing, later classes have other
         # numbers.
-        classes_fit = operator.eq if found.name.startswith("folder:") else _may_be
-        if (
-            shape == found.event_shape
-            and _may_be(found.num_levels, spec.num_levels)
-            and (spec.num_classes is None or classes_fit(found.num_classes, spec.num_classes))
-            and (isinstance(spec, ClassifierSpec) or spec.context_dim == found.context_dim)
-        ):
+        num, taken = found.num_classes, spec.num_classes
+        is_folder = found.name.startswith("folder:")
+        if taken is None or num == taken or (num is not None and num < taken and not is_folder):
             return ""
-        taken, got = (
-            f"shape {shape}, {each.num_levels} levels, {each.num_classes} classes and contexts of "
-            f"length {getattr(each, 'context_dim', 0)}"
-            for shape, each in ((shape, spec), (found.event_shape, found))
-        )
-        return f"the model takes examples of {taken}, and {found.name} has {got} now"
+        return f"the model has {taken} classes, and {found.name} has {num} now"
 
     def _with_note(self, note: str) -> "Run":
         found = replace(self, notes=(*self.notes, note))
         vars(found)["data"] = self.data  # the data have been read
         return found
-
-    def _validated_on_the_test(self) -> bool:
-        """Whether training set aside no test examples from these data, as in `iresnet_jax.fit`.
-
-        Test and validation examples then begin one common order, see `dataset.fraction_masks`.
-        """
-        undivided = replace(self.config.data, test_fraction=0.0)
-        return (
-            not self.data.is_endless
-            and undivided.load(self._num_classes).fingerprint == self.fingerprint
-        )
-
-
-def _may_be(shown: int | None, taken: int | None) -> bool:
-    """Whether a model that takes ``taken`` levels or classes can take data with ``shown``."""
-    return shown == taken or (shown is not None and taken is not None and shown < taken)
 
 
 def load(folder: str | os.PathLike[str]) -> Run:

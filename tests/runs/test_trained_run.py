@@ -234,20 +234,20 @@ def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "change", "found"),
+    ("prefix", "change", "said"),
     [
-        ("x", lambda images: images[:, :3], r"shape \(3, 4, 1\), 256 levels, 3 classes"),
-        ("x", lambda images: images.astype(np.float32), "None levels"),
-        ("y", lambda _: None, "None classes"),
+        ("x", lambda images: images[:, :3], r"shape \(batch, 4, 4, 1\)"),
+        ("x", lambda images: images.astype(np.float32), "integer levels"),
+        ("y", lambda _: None, r"the model has 3 classes, and npz:.* has None now"),
     ],
 )
-def test_data_that_the_model_cannot_take_are_refused(of_images, prefix, change, found):
+def test_data_that_the_model_cannot_take_are_refused(of_images, prefix, change, said):
     folder, path = of_images
     arrays = {
         name: change(own) if name[0] == prefix else own for name, own in np.load(path).items()
     }
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    with pytest.raises(ValueError, match=rf"shape \(4, 4, 1\), 256 levels, 3 .* has .*{found}"):
+    with pytest.raises(ValueError, match=said):
         run.load(folder).with_data_checked()
 
 
@@ -265,13 +265,6 @@ def test_data_that_show_fewer_levels_and_classes_are_taken_and_no_further_classe
         run.load(folder).with_data_checked()
 
 
-def test_data_with_other_contexts_are_refused(tmp_path):
-    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(40, 2)))
-    config = runs.config_of(runs.TOY_CONFIG, **{"data.name": f"npy:{tmp_path}/points.npy"})
-    with pytest.raises(ValueError, match=r"contexts of length 3, and npy:.* contexts of length 0"):
-        run.Run(tmp_path, kept.model(kept.GIVEN), config, "", step=7).with_data_checked()
-
-
 def test_folders_need_every_class_as_they_number_them(of_images, tmp_path):
     for label in "ac":  # the model knows a, b and c
         for number in range(8):
@@ -279,5 +272,5 @@ def test_folders_need_every_class_as_they_number_them(of_images, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((4, 4), 9 * number, np.uint8)).save(path)
     loaded = run.load(of_images[0])
-    with pytest.raises(ValueError, match=r"3 classes .* and folder:.*images has .* 2 classes"):
+    with pytest.raises(ValueError, match=r"3 classes, and folder:.*images has 2 now"):
         loaded.with_data(f"folder:{tmp_path / 'images'}").with_data_checked()
