@@ -1,7 +1,7 @@
 """Hooks of the site's build: files of the repository that pages link to, and names of the package.
 
 A dotted name in backticks, such as `iresnet_jax.load`, becomes a link to its place in the
-reference; the build fails if there is none.
+reference; the build fails if there is none. A page of the reference names its modules in a comment.
 """
 
 import ast
@@ -34,6 +34,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turns what a page says for the repository into what it says on the site."""
     del config, files
     markdown = markdown.replace("<!-- names -->", names_of_the_package())
+    markdown = re.sub(
+        r"<!-- modules:(.*?)-->", lambda found: modules(found[1]), markdown, flags=re.S
+    )
     if page.file.src_uri == "index.md":  # the README; what is no page loses its link
         markdown = markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
         markdown = re.sub(r"\[([^]]+)\]\((?:notebooks/[^)]*|CONTRIBUTING\.md)\)", r"\1", markdown)
@@ -46,6 +49,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     fences = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     fences[::2] = [linked(text) for text in fences[::2]]
     return "".join(fences)
+
+
+def modules(names: str) -> str:
+    """The docstrings of modules, for mkdocstrings."""
+    return "\n".join(f"::: iresnet_jax.{name}\n" for name in names.split())
 
 
 def linked(text: str) -> str:

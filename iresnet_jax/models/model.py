@@ -190,9 +190,10 @@ class History:
 
     def __repr__(self) -> str:
         ended = f"\n  ended, as {self.ended}" if self.ended else ""
+        loss = "no validation" if math.isnan(self.loss) else f"validation loss {self.loss:.4f}"
         return (
-            f"History: the model is that of step {self.step} of {self.num_steps}, validation loss "
-            f"{self.loss:.4f}; print() shows all{ended}"
+            f"History: the model is that of step {self.step} of {self.num_steps}, {loss}; print() "
+            f"shows all{ended}"
         )
 
     def __str__(self) -> str:
@@ -280,15 +281,15 @@ class Model:
         """What is known of the blocks of these very weights, without computing anything."""
         if not self.spec.constrained:
             return "without a constraint: no inverse is promised"
-        found = self._known_bounds()
+        found = self._known_bounds() if self.weights else {}
         if found is None:
             return "print(model.certificate()) computes whether every block is invertible"
         bound = max((float(np.max(each.lipschitz)) for each in found.values()), default=0.0)
         if not bound < 1:
-            return f"NOT CERTIFIED: Lip(g) <= {said_up(bound, 3)}"
+            return f"NOT CERTIFIED: Lip(g) <= {said_up(bound, 4)}"
         if any(stage.branch.word == "user" for stage in self.spec.flow.all_stages):
             return "not proven: invertible if the bounds hold that you give for your own branches"
-        return f"certified: every block is invertible, Lip(g) <= {said_up(bound, 3)}"
+        return f"certified: every block is invertible, Lip(g) <= {said_up(bound, 4)}"
 
     # ------------------------------------------------------------------------------- there and back
 
