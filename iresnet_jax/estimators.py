@@ -65,7 +65,7 @@ class _ResidualFlow(BaseEstimator):
         # Ctrl-C ends a search instead of starting the next fold.
         with interrupts_raised():
             self.model_ = fit(
-                x, labels, key=key, settings=self.settings, progress=bool(self.verbose), **options
+                x, labels, key=key, progress=bool(self.verbose), **options, **(self.settings or {})
             )
 
     def _checked(self, X: Any) -> np.ndarray:
@@ -93,8 +93,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         validation_fraction: Share of the samples that chooses the best step, in (0, 1).
         random_state: Seed.
         bounds: Ends ``(low, high)`` of features by name or number, None for no end.
-        settings: Other settings by name, such as ``{"optimizer.learning_rate": 1e-3}``, see
-            `runs.config.Config`.
+        settings: Further arguments of `iresnet_jax.fit`, such as ``{"learning_rate": 1e-3}``.
         verbose: Whether to write lines of progress to stderr.
 
     Attributes:

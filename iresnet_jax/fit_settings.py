@@ -6,16 +6,19 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 
+from iresnet_jax.arguments import Count, CountOrNone, Decay, NotNegative, Positive, checked
+from iresnet_jax.bijections.equalize import Equalize
+from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.data.augment import TRANSFORMATIONS
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.runs.config import Config, parse, set_field, to_plain
+from iresnet_jax.maths.logdet_config import LogdetConfig
+from iresnet_jax.models.architecture import StageSpec
+from iresnet_jax.models.density_spec import Transform
 from iresnet_jax.starts import WHITENED_DIMS
-from iresnet_jax.training.run import LONGEST, VALIDATIONS
-from iresnet_jax.training.train import STEPS_IN_TIME
 
 STEPS_IN_ROUND = 1000  # updates of each candidate in the first round, and of milder candidates
 # Examples per entry of a covariance, and with classes, with fewer of which the network is small.
@@ -34,87 +37,118 @@ SIZES = {
 }
 
 
-def choose_settings(
-    data: DataSet,
-    *,
-    objective: str | None = None,
-    minutes: float | int | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-) -> Config:
+@dataclass(frozen=True)
+class Settings:
+    """What `fit` chooses and takes by name.
+
+    Attributes:
+        objective: "density", "classification" or "hybrid".
+        stages: Stages of the flow.
+        coeff: Largest operator norm of layers, see `FlowSpec`.
+        prior: Family of the prior, see `Density.init`; also ``num_components``.
+        transform: Preprocessing, or "standardize" or "whiten".
+        context_hidden: Widths of a network on contexts.
+        last_scale: Initial factor on the last layer of each branch, see `Density.init`; also
+            ``sharpness``.
+        logdet: Log-determinant of training.
+        learning_rate: Peak of the learning rate of Muon, which warms up and falls to 0.
+        weight_decay: Decay of kernels.
+        batch_size: Examples of a step.
+        patience: Validations without an improvement after which training ends; 0 never ends it.
+        noise: Standard deviation of noise on vectors of a density, relative to each entry's.
+        transformations: Changes of images that a density is trained on, see `augment.transformed`.
+        likelihood_weight: Weight of the likelihood beside the cross-entropy of "hybrid".
+        label_smoothing: Smoothing of labels.
+    """
+
+    objective: str
+    stages: tuple[StageSpec, ...]
+    coeff: float
+    transform: Transform | str
+    logdet: LogdetConfig
+    learning_rate: Positive = 1e-2
+    batch_size: Count = 64
+    prior: str = "gaussian"
+    num_components: int | None = None
+    context_hidden: tuple[int, ...] = ()
+    last_scale: NotNegative = 1.0
+    sharpness: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0
+    patience: CountOrNone = 6
+    noise: NotNegative = 0.0
+    transformations: tuple[str, ...] = ()
+    likelihood_weight: NotNegative = 1.0
+    label_smoothing: Decay = 0.0
+
+    def with_(self, **changes: Any) -> "Settings":
+        """These settings with others in their place."""
+        return dataclasses.replace(self, **changes)
+
+
+def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a user has given, numbers within their ranges."""
+    kinds = get_type_hints(Settings, include_extras=True)
+    return {
+        name: checked(kinds[name], value, name)
+        if hasattr(kinds.get(name), "__metadata__")
+        else value
+        for name, value in given.items()
+    }
+
+
+def choose_settings(data: DataSet, objective: str | None = None) -> Settings:
     """The settings that `fit` starts from, for the shape, number and kind of examples.
 
     Args:
         data: The data.
         objective: "density", "classification" or "hybrid"; by default "density" without labels, and
             with labels "classification" of images and "hybrid" of vectors.
-        minutes: Limit of the wall-clock time for training.
-        steps: Updates instead of a time.
-        seed: Seed of the run.
     """
     is_vectors = len(data.event_shape) == 1
     objective = objective or (
         "density" if data.num_classes is None else "hybrid" if is_vectors else "classification"
     )
-    if objective in ("classification", "hybrid") and data.num_classes is None:
-        raise ValueError(f"the objective {objective} needs labels: give the class of each example")
+    if objective not in ("density", "classification", "hybrid"):
+        raise ValueError(f"objective must be density, classification or hybrid, got {objective!r}")
+    if objective != "density" and (data.num_classes is None or data.contexts):
+        raise ValueError(
+            f"the objective {objective} needs labels, the class of each example, and no contexts"
+        )
+    if objective == "classification" and (is_vectors or data.num_levels is None):
+        raise ValueError(
+            "the objective classification is for images of integer levels: take hybrid"
+        )
+    chosen = (_for_vectors if is_vectors else _for_images)(data, objective)
     num, devices = len(data.examples["train"]), jax.local_device_count()
-    chosen = _for_vectors(data, objective) if is_vectors else _for_images(data, objective)
-    return with_settings(
-        Config(),
-        {
-            **chosen,
-            "seed": seed,
-            "objective": objective,
-            "data.name": data.name,
-            "optimizer.name": "muon",
-            "optimizer.momentum": 0.95,
-            "optimizer.nesterov": True,
-            "optimizer.warmup_steps": (steps or STEPS_IN_TIME) // 20,
-            "training.batch_size": max(min(chosen["training.batch_size"], num) // devices, 1)
-            * devices,
-            "training.total_steps": steps or 0,
-            "training.minutes": 0.0 if steps else (minutes or 3.0),
-            # Without steps, the clock triggers validations, too.
-            "training.eval_every_steps": max((steps or LONGEST) // VALIDATIONS, 1),
-            # The average covers a tenth of a short run, and at most some hundred steps.
-            "training.ema_decay": 0.99 if (steps or LONGEST) >= 1000 else 0.9,
-            "training.patience": 6,
-            "training.log_every_steps": 10,
-            "training.eval_examples": 4096,
-            "training.actnorm_examples": min(1024, num),
-        },
+    return chosen.with_(
+        batch_size=max(min(chosen.batch_size, num) // devices, 1) * devices,
     )
 
 
-def _for_vectors(data: DataSet, objective: str) -> dict[str, Any]:
+def _for_vectors(data: DataSet, objective: str) -> Settings:
     """Common settings of all candidates, some of which `Candidate.settings` replaces."""
     dims = data.event_shape[0]
     is_exact = dims <= EXACT_DIMS
-    of_hybrid = {
-        "hybrid.weight": 0.1 / dims,  # weight of the log-likelihood beside the cross-entropy
+    settings = Settings(
+        objective,
+        _dense_stages("large"),
+        0.97,
+        "whiten" if dims <= WHITENED_DIMS else "standardize",
+        LogdetConfig("exact") if is_exact else LogdetConfig("krylov", min(6, dims)),
+        # Starts near the identity: whitening and prior alone may be the best model.
+        last_scale=0.01,
+        # Tuned on posteriors of simulators.
+        context_hidden=(128, 128, 32) if data.contexts and objective == "density" else (),
+        batch_size=128 if is_exact else 256,
+    )
+    if objective == "hybrid":
         # A few validation examples may all be classified correctly; without smoothing the most
         # confident model would win.
-        "classifier.label_smoothing": 0.02,
-    }
-    return {
-        "model.stages": _dense_stages("large"),
-        "model.coeff": 0.97,
-        # Starts near the identity: whitening and prior alone may be the best model.
-        "model.last_scale": 0.01,
-        # Tuned on posteriors of simulators.
-        "model.context_hidden": (128, 128, 32) if data.contexts and objective == "density" else (),
-        "preprocessing.transform": "whiten" if dims <= WHITENED_DIMS else "standardize",
-        "logdet.kind": "exact" if is_exact else "krylov",
-        "logdet.num_terms": min(6, dims),
-        **({"evaluation.logdet.kind": "exact"} if dims <= WHITENED_DIMS else {}),
-        **(of_hybrid if objective == "hybrid" else {}),
-        "training.batch_size": 128 if is_exact else 256,
-        "training.blocks": "scan",
-    }
+        settings = settings.with_(likelihood_weight=0.1 / dims, label_smoothing=0.02)
+    return settings
 
 
-def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
+def _for_images(data: DataSet, objective: str) -> Settings:
     """Convolutional blocks on squeezed images, one stage per halving, down to 4 x 4 pixels or
     fewer.
 
@@ -123,52 +157,44 @@ def _for_images(data: DataSet, objective: str) -> dict[str, Any]:
     height, width, _ = data.event_shape
     is_density = objective == "density" and data.num_levels is not None
     is_few, is_small = len(data.examples["train"]) < 10_000, math.prod(data.event_shape) <= 1024
-    block = {
-        "num_blocks": 8 if is_density else 6,
-        "hidden": (48,),
-        "kernel_sizes": (3, 3),
-        "activation": "clipswish",
-    }
+    num_blocks = 8 if is_density else 6
+    block = StageSpec(num_blocks, (48,), kernel_sizes=(3, 3), activation="clipswish")
     stages, side = [], min(height, width)
     while side % 2 == 0 and height % 2 == 0 and width % 2 == 0 and side >= 8 and len(stages) < 3:
         side, height, width = side // 2, height // 2, width // 2
-        stages.append({**block, "squeeze": 2, "positional_bias": is_density})
+        stages.append(dataclasses.replace(block, squeeze=2, positional_bias=is_density))
     if is_density and is_small:
-        stages.append({"num_blocks": 4, "hidden": (64,), "activation": "clipswish"})
-    of_density: dict[str, Any] = {
-        "model.prior": "logistic",
-        "model.sharpness": 1.0,
-        "preprocessing.transform": "equalize",
-        "preprocessing.entrywise": is_small,
-        "preprocessing.alpha": 1e-6,
-        "optimizer.weight_decay": 0.05,
-    }
-    if is_few and not data.contexts:  # a flow would learn unchanged images by heart
-        changes = tuple(TRANSFORMATIONS) if height == width else ("mirror", "left", "right")
-        of_density["augmentation.transformations"] = changes
-    return {
-        "model.stages": stages or [{**block, "num_blocks": 8}],
-        "model.coeff": 0.95,
-        "preprocessing.transform": "standardize" if data.num_levels is None else "logit",
-        "logdet.kind": "krylov",
-        "logdet.num_terms": 6,
-        "optimizer.learning_rate": 3e-2 if is_density and is_few else 1e-2,
-        "training.batch_size": 64,
-        **(of_density if is_density else {}),
-    }
+        stages.append(StageSpec(4, (64,), activation="clipswish"))
+    settings = Settings(
+        objective,
+        tuple(stages) or (dataclasses.replace(block, num_blocks=8),),
+        0.95,
+        "standardize" if data.num_levels is None else Logit(),
+        LogdetConfig("krylov", 6),
+    )
+    if not is_density:
+        return settings
+    # A flow would learn few unchanged images by heart.
+    changes = (
+        tuple(TRANSFORMATIONS)
+        if data.event_shape[0] == data.event_shape[1]
+        else ("mirror", "left", "right")
+    )
+    return settings.with_(
+        prior="logistic",
+        sharpness=1.0,
+        transform=Equalize.fit(
+            data.examples["train"], data.num_levels or 0, entrywise=is_small, alpha=1e-6
+        ),
+        learning_rate=3e-2 if is_few else 1e-2,
+        weight_decay=0.05,
+        transformations=changes if is_few and not data.contexts else (),
+    )
 
 
-def _dense_stages(size: str) -> list[dict[str, Any]]:
+def _dense_stages(size: str) -> tuple[StageSpec, ...]:
     num_blocks, width, _ = SIZES[size]
-    return [{"num_blocks": num_blocks, "hidden": (width,), "activation": "clipswish"}]
-
-
-def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with other values, such as ``{"optimizer.learning_rate": 1e-3}``."""
-    plain = to_plain(config)
-    for name, value in settings.items():
-        set_field(plain, name, value)
-    return parse(plain)
+    return (StageSpec(num_blocks, (width,), activation="clipswish"),)
 
 
 @dataclass(frozen=True)
@@ -200,17 +226,17 @@ class Candidate:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of this candidate in a config."""
+        """The settings of this candidate that differ from others'."""
         chosen: dict[str, Any] = {
-            "model.sharpness": 0.0 if self.size == "small" else 1.0,
-            "optimizer.learning_rate": SIZES[self.size][-1],
+            "sharpness": 0.0 if self.size == "small" else 1.0,
+            "learning_rate": SIZES[self.size][-1],
         }
         if self.size != "given":
-            chosen["model.stages"] = _dense_stages(self.size)
+            chosen["stages"] = _dense_stages(self.size)
         if self.decay is not None:
-            chosen["optimizer.weight_decay"] = self.decay
+            chosen["weight_decay"] = self.decay
         if self.noise is not None:
-            chosen["augmentation.noise"] = self.noise
+            chosen["noise"] = self.noise
         return chosen
 
     def milder(self) -> Iterator["Candidate"]:
@@ -226,31 +252,31 @@ class Candidate:
 
 
 def candidates(
-    config: Config, data: DataSet, given: Iterable[str] = (), starts: Sequence[str] = ()
+    settings: Settings, data: DataSet, given: Iterable[str] = (), starts: Sequence[str] = ()
 ) -> list[Candidate]:
     """Candidates that validation chooses from, the likeliest start first; none for images.
 
     A conditional density has a second candidate with less weight decay, unless the decay is given.
 
     Args:
-        config: Settings of all candidates.
+        settings: Settings of all candidates.
         data: The data.
         given: Names of settings that the user has chosen.
         starts: Names of starts to train from.
     """
-    if len(data.event_shape) != 1 or config.objective == "classification":
+    if len(data.event_shape) != 1 or settings.objective == "classification":
         return []
-    is_density = config.objective == "density"
+    is_density = settings.objective == "density"
     num, dims = len(data.examples["train"]), data.event_shape[0]
     is_few = num < FEW and (data.contexts or not is_density)
-    if "model.stages" in given:
+    if "stages" in given:
         size = "given"
     elif num < PER_COVARIANCE * dims**2 or is_few:
         size = "small"
     else:  # with 1500 examples the medium size is as good, in half the time
         size = "medium" if is_density and num < 10_000 else "large"
     if data.contexts:
-        decays = [None] if "optimizer.weight_decay" in given else [0.3, 0.1]
+        decays = [None] if "weight_decay" in given else [0.3, 0.1]
         return [Candidate(size, decay=decay) for decay in decays]
-    noise = NOISES[0] if is_density and "augmentation.noise" not in given else None
+    noise = NOISES[0] if is_density and "noise" not in given else None
     return [Candidate(size, start, noise) for start in starts or [""]]

@@ -13,20 +13,36 @@ import numpy as np
 from iresnet_jax.arguments import Count, Positive, Range, checked
 from iresnet_jax.data.arrays import data_of
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.objectives import (
+    classification_objective,
+    density_objective,
+    density_spec,
+    fresh_model,
+    unchanged,
+)
 from iresnet_jax.fit_settings import (
     STEPS_IN_ROUND,
     Candidate,
+    Settings,
     candidates,
+    checked_settings,
     choose_settings,
-    with_settings,
 )
 from iresnet_jax.maths.keys import typed_key
-from iresnet_jax.maths.platforms import cache_programs, prepare_backend, start_backend
-from iresnet_jax.models.architecture import StageSpec
-from iresnet_jax.models.model import STOPPED, Attempt, History
-from iresnet_jax.runs.config import Config
-from iresnet_jax.runs.job import Job, build_flow_spec, finished
-from iresnet_jax.starts import KERNELS, MOST_ROWS, Start, Starts, with_likelier_columns
+from iresnet_jax.maths.logdet_exact import ExactLogdet
+from iresnet_jax.maths.logdet_series import RouletteLogdet
+from iresnet_jax.maths.platforms import cache_programs, prepare_backend
+from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.model import STOPPED, Attempt, History, How
+from iresnet_jax.starts import (
+    KERNELS,
+    MOST_ROWS,
+    WHITENED_DIMS,
+    Start,
+    Starts,
+    with_likelier_columns,
+)
 from iresnet_jax.training.callbacks import (
     Callback,
     Lines,
@@ -36,16 +52,18 @@ from iresnet_jax.training.callbacks import (
     Validate,
     is_clearly_better,
 )
-from iresnet_jax.training.run import BlowUpError
+from iresnet_jax.training.density import HybridConfig
+from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from iresnet_jax.training.run import LONGEST, VALIDATIONS, BlowUpError
 from iresnet_jax.training.signals import SIGNALS, StopRequests, heard_in_memory
-from iresnet_jax.training.train import train
+from iresnet_jax.training.train import STEPS, STEPS_IN_TIME, train
 
+MINUTES = 3.0  # longest time by default
 FIRST_SHARE = 0.2
 COMPILING_S = 8.0  # seconds in which a training is compiled; with less left none starts
 ROWS_A_SECOND = 200  # of the cross-validation of starts, by the time limit
 FEW_COMPILATIONS = 6  # with less time than so many only the likeliest start is trained
-# Settings with which the user has chosen the start.
-_FIXED = {"model.prior", "model.prior_components", "preprocessing.transform"}
+VALIDATING, EVALUATED_AT_ONCE, INITIALISING = 4096, 256, 1024  # examples at most
 WORTHWHILE = 1.5  # least time left for a longer run, in units of the last run's time
 IMPROVING = 0.8  # share of its steps at which a run is best, above which a longer one is worthwhile
 OVERFITTED = 0.5  # share below which a milder candidate is worthwhile
@@ -62,6 +80,31 @@ STEEP = 0.05
 Say = Callable[[str], None]  # takes a line of progress
 
 
+class Shared(NamedTuple):
+    """What all trainings of a call of `fit` have in common.
+
+    Attributes:
+        data: The data.
+        seed: Source of randomness.
+        planned: Updates that the user has asked for; None for a time, over which a schedule of
+            `STEPS_IN_TIME` updates is stretched.
+        say: Takes a line of progress.
+        stop: Notes a signal.
+        callbacks: Further callbacks.
+    """
+
+    data: DataSet
+    seed: int
+    planned: int | None
+    say: Say
+    stop: StopRequests
+    callbacks: Sequence[Callback]
+
+    def of(self, name: str) -> "Shared":
+        """The same for one of several trainings."""
+        return self._replace(callbacks=[each.of(name) for each in self.callbacks])
+
+
 def fit(
     x: Any,
     labels: Any = None,
@@ -75,9 +118,9 @@ def fit(
     validation_fraction: float = 0.1,
     validation: Any = None,
     bounds: Any = None,
-    settings: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
+    **settings: Any,
 ) -> Any:
     """Trains a model of an array: the density of ``x``, the classes of ``x``, or the density of
     ``x`` given a context.
@@ -117,11 +160,11 @@ def fit(
         bounds: Ends ``(low, high)`` of columns by name or number, None for no end, for a density of
             vectors: samples stay between the ends. Other columns are unbounded, except booleans and
             categories.
-        settings: Other settings of a config file by their names, such as
-            ``{"optimizer.learning_rate": 1e-3}``.
         callbacks: Objects that act between the steps of each training, see `Callback`. With
             ``Checkpoints(folder)`` the same call goes on after an interruption.
         progress: Whether lines of progress are written to stderr.
+        settings: Others of `fit_settings.Settings`, which no candidate changes, such as
+            ``learning_rate=1e-3``, ``coeff=.9`` or ``batch_size=256``.
 
     Returns:
         The model, with what training saw in its ``history``: the curves of the best run, all
@@ -137,7 +180,7 @@ def fit(
         >>> samples, info = model.sample(jax.random.key(1), 16)  # doctest: +SKIP
     """
     began = time.monotonic()
-    start_backend()
+    prepare_backend("float32")
     cache_programs()
     minutes = None if minutes is None else checked(Positive, minutes, "minutes")
     steps = None if steps is None else checked(Count, steps, "steps")
@@ -146,10 +189,9 @@ def fit(
     validation_fraction = checked(
         Annotated[float, Range("(0, 1)")], validation_fraction, "validation_fraction"
     )
-    given = {
-        "data.validation_fraction": validation_fraction,
-        **_given_settings(settings, architecture),
-    }
+    given = checked_settings(settings)
+    if architecture is not None:
+        given["stages"] = tuple(architecture)
     seed = 0 if key is None else int(jax.random.bits(typed_key(key), dtype="uint32"))
     data = data_of(
         x,
@@ -160,87 +202,41 @@ def fit(
         bounds=bounds,
         is_density=labels is None or objective == "density",
     )
-    config = with_settings(
-        choose_settings(data, objective=objective, minutes=minutes, steps=steps, seed=seed), given
-    )
+    chosen = choose_settings(data, objective).with_(**given)
     say = Lines() if progress else lambda line: None
     num, held_out = (len(data.examples[split]) for split in ("train", "validation"))
     say(
         f"fit: {num} examples of shape {data.event_shape} to train on, {held_out} to validate; "
-        f"{config.objective}"
+        f"{chosen.objective}"
     )
     for note in data.notes:
         say(note)
 
+    limit_s = math.inf if steps else 60 * (minutes or MINUTES)
+    is_start_given = "prior" in given or "transform" in given
     starts = None
-    if (
-        config.objective == "density"
-        and data.kinds
-        and not data.contexts
-        and not _FIXED & set(given)
-    ):
-        limit_s = 60 * config.training.minutes or math.inf
-        starts = Starts(data, int(min(ROWS_A_SECOND * limit_s, MOST_ROWS)))
-    elif (data.contexts or data.labels) and data.kinds and not _FIXED & set(given):
-        data = with_likelier_columns(data)
+    if data.kinds and not is_start_given:
+        if chosen.objective == "density" and not data.contexts:
+            starts = Starts(data, int(min(ROWS_A_SECOND * limit_s, MOST_ROWS)))
+        elif data.contexts or data.labels:
+            data = with_likelier_columns(data)
     names = starts.names if starts else []
     to_train = [name for name in names if name != KERNELS][: 2 if steps is None else 1]
-    table = candidates(config, data, given, to_train)
-    # A number of steps means a single training.
-    table = table if steps is None else table[:1]
+    table = candidates(chosen, data, given, to_train)
     # With checkpoints, SIGTERM is handled, too.
     heard = SIGNALS if any(each.resumes for each in callbacks) else heard_in_memory()
     with StopRequests("training ends after this step", heard) as stop:
+        shared = Shared(data, seed, steps, say, stop, callbacks)
         if steps is None and table:
-            model = best_of(table, config, data, given, say, began, stop, callbacks, starts)
-        else:
-            config = with_settings(config, {**(table[0].settings if table else {}), **given})
-            lengths = {"steps": steps, "minutes": config.training.minutes or None}
+            model = best_of(shared, table, chosen, given, limit_s, began, starts)
+        else:  # a number of steps means a single training
+            own = chosen.with_(**{**table[0].settings, **given}) if table else chosen
             start = starts.fit(to_train[0]) if starts else None
-            model = train_candidate(config, data, say, stop, callbacks, start, **lengths)
+            minutes = None if steps else limit_s / 60
+            model = train_candidate(shared, own, start, steps=steps, minutes=minutes)
     if shortfall := hardly_trained(model.history):
         warnings.warn(shortfall, stacklevel=2)
     return model
-
-
-def _given_settings(settings: Any, architecture: Any) -> dict[str, Any]:
-    """Settings that the user has chosen, by name; a group is split into its fields."""
-    settings = {} if settings is None else settings
-    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
-        raise ValueError(
-            f'settings must be a dictionary such as {{"optimizer.learning_rate": '
-            f"1e-3}}, got {settings!r}"
-        )
-    fields: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            fields |= {f"{name}.{key}": each for key, each in value.items()}
-        else:
-            fields[name] = value
-    for name in fields:
-        if name.startswith("data.") or name in (
-            "objective",
-            "training.total_steps",
-            "training.minutes",
-        ):
-            raise ValueError(
-                f"{name} is no setting of fit: use its arguments for the data, "
-                "objective=, minutes= and steps="
-            )
-    if architecture is not None and "model.stages" in fields:
-        raise ValueError(
-            "give the stages as architecture= or as the setting model.stages, not as both"
-        )
-    stages = fields.pop("model.stages", architecture)
-    for stage in stages or ():
-        if isinstance(stage, StageSpec) and stage.branch is not None:
-            raise ValueError(
-                "fit takes branches by the name of their kind: call "
-                f"kinds.register({stage.branch_name!r}, ...) of iresnet_jax.branches and give "
-                f"StageSpec(kind={stage.branch_name!r}) in place of branch=..."
-            )
-    of_stages = {} if stages is None else {"model.stages": list(stages)}
-    return {**of_stages, **fields}
 
 
 def hardly_trained(history: History) -> str:
@@ -310,14 +306,12 @@ Runs = Mapping[tuple[Candidate, int], Run | None]
 
 
 def best_of(
+    shared: Shared,
     table: Sequence[Candidate],
-    config: Config,
-    data: DataSet,
+    settings: Settings,
     given: Mapping[str, Any],
-    say: Say,
+    limit_s: float,
     began: float,
-    stop: StopRequests,
-    callbacks: Sequence[Callback] = (),
     starts: Starts | None = None,
 ) -> Any:
     """The best model of several candidates by successive halving, with all attempts in its history.
@@ -330,17 +324,15 @@ def best_of(
     is clearly better on held-out ones.
 
     Args:
+        shared: What is the same for all.
         table: The candidates; the first one is the likeliest, or the plain one without starts.
-        config: Settings of all runs.
-        data: The data.
+        settings: Settings of all runs.
         given: Settings that the user has given, which no candidate changes.
-        say: Takes a line of progress.
-        began: Start of the limited time, which includes the choice of starts.
-        stop: Notes a signal.
-        callbacks: Further callbacks of each training.
+        limit_s: Limit of the time in seconds.
+        began: Start of this time, which includes the choice of starts.
         starts: Starts that the candidates name.
     """
-    limit_s = 60 * config.training.minutes
+    data, say = shared.data, shared.say
     longer = LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
     runs: dict[tuple[Candidate, int], Run | None] = {}
 
@@ -360,11 +352,8 @@ def best_of(
         one_began = time.monotonic()
         try:
             model = train_candidate(
-                with_settings(config, {**candidate.settings, **given}),
-                data,
-                say,
-                stop,
-                [each.of(f"{candidate} {num_steps}") for each in callbacks],
+                shared.of(f"{candidate} {num_steps}"),
+                settings.with_(**{**candidate.settings, **given}),
                 starts.fit(candidate.start) if starts else None,
                 steps=num_steps or None,
                 minutes=max(left_s(), 1.0) / 60,
@@ -382,7 +371,7 @@ def best_of(
 
         # 2. Choose what follows.
         ended = "time was over"
-        if stop.received:
+        if shared.stop.received:
             ended, upcoming = STOPPED, []
         elif not upcoming and any(runs.values()):
             following = next_run(runs, table[0], left_s(), longer)
@@ -394,7 +383,7 @@ def best_of(
         ended = "every training blew up"
         warnings.warn(f"{ended}: the model is its start", stacklevel=3)
     if starts:
-        name, own = starts.names[0], starts.losses(config.training.eval_examples, config.seed)
+        name, own = starts.names[0], starts.losses(VALIDATING, shared.seed)
         clear = 0.0 if name == KERNELS else CLEAR  # nothing is trained from a kernel density
         if not attempts or not is_clearly_better(_leader(runs)[1].losses, own, clear):
             loss = float(own.mean())
@@ -402,7 +391,7 @@ def best_of(
             attempts = (Attempt(name, loss, 0, 0, 0.0), *attempts)
             history = History({}, {}, 0, loss, own, attempts=attempts, ended=ended)
             model = starts.fit(name, with_validation=True).model(data)
-            return finished(config, model).with_(history=history)
+            return model.with_(history=history)
     best = _leader(runs)[1]
     among = f", the best of {len(attempts)} runs" if len(attempts) > 1 else ""
     say(
@@ -462,25 +451,19 @@ def _leader(runs: Runs) -> tuple[Candidate, Run]:
 
 
 def train_candidate(
-    config: Config,
-    data: DataSet,
-    say: Say,
-    stop: StopRequests,
-    callbacks: Sequence[Callback],
+    shared: Shared,
+    settings: Settings,
     start: Start | None = None,
     *,
-    steps: int | None,
-    minutes: float | None,
+    steps: int | None = None,
+    minutes: float | None = None,
     steps_s: float = math.inf,
 ) -> Any:
     """One training, whose start competes with its later states.
 
     Args:
-        config: All settings; the program is compiled for their length.
-        data: The data.
-        say: Takes a line of progress.
-        stop: Notes a signal.
-        callbacks: Further callbacks.
+        shared: Data, callbacks, and what else all trainings have in common.
+        settings: The settings.
         start: Preprocessing and prior to begin with; by default those of the settings.
         steps: Most updates; None for no limit but time.
         minutes: Longest time.
@@ -489,25 +472,103 @@ def train_candidate(
     Raises:
         BlowUpError: If training blows up before it is better than its start.
     """
-    began = time.monotonic()
-    prepare_backend(config.training.matmul_precision)
-    spec, prior = None, None
-    if start is not None:
-        flow = build_flow_spec(config.model, data.event_shape)
-        spec, prior = start.spec(flow, data.columns), start.prior
-    job = Job.of(config, data, spec)
+    began, data, planned = time.monotonic(), shared.data, shared.planned
+    length = planned or STEPS_IN_TIME
+    spec, objective, examples = _training_of(shared, settings, start)
+    free = fresh_model(
+        data,
+        spec,
+        seed=shared.seed,
+        num=min(INITIALISING, len(data.examples["train"])),
+        transformations=settings.transformations,
+        prior=None if start is None else start.prior,
+        last_scale=settings.last_scale,
+        sharpness=settings.sharpness,
+    )
+    is_classifier = isinstance(spec, ClassifierSpec)
+    free = free.with_(how=How(None if is_classifier else settings.logdet.build()))
+    optimizer = OptimizerConfig(
+        "muon",
+        settings.learning_rate,
+        warmup_steps=length // 20,
+        momentum=0.95,
+        nesterov=True,
+        weight_decay=settings.weight_decay,
+    )
     watching = [
         Validate(at_start=True, clear=CLEAR),
         TimeLimit(minutes, steps_s=steps_s, began=began),
-        Stop(stop, raises=any(each.resumes for each in callbacks)),
-        Progress(say),
-        *callbacks,
+        Stop(shared.stop, raises=any(each.resumes for each in shared.callbacks)),
+        Progress(shared.say),
+        *shared.callbacks,
     ]
-    arguments = job.arguments | {"steps": steps, "minutes": minutes}
     with warnings.catch_warnings():
         # The history says so.
         warnings.filterwarnings("ignore", ".*The model is the best one of the validations")
         model = train(
-            job.free(prior=prior), job.objective, job.examples, callbacks=watching, **arguments
+            free,
+            objective,
+            examples,
+            key=shared.seed,
+            steps=steps,
+            minutes=minutes,
+            batch_size=settings.batch_size,
+            optimizer=make_optimizer(optimizer),
+            schedule=make_schedule(optimizer, length),
+            schedule_steps=length,
+            # The average covers a tenth of a short run, and at most some hundred steps.
+            ema_decay=0.99 if (planned or LONGEST) >= STEPS else 0.9,
+            patience=settings.patience,
+            every=max((planned or LONGEST) // VALIDATIONS, 1),
+            log_every=10,
+            callbacks=watching,
         )
-    return job.finish(model)
+    if not is_classifier:
+        model = model.with_(estimator=ExactLogdet())
+    changes = settings.transformations
+    return model.given(unchanged(changes)) if changes else model
+
+
+def _training_of(shared: Shared, settings: Settings, start: Start | None) -> tuple[Any, ...]:
+    """A spec, its objective, and the examples that batches are taken from."""
+    data = shared.data
+    flow = FlowSpec(tuple(data.event_shape), settings.stages, settings.coeff)
+    examples = data.examples["train"]
+    common: Any = {"num": VALIDATING, "batch_size": EVALUATED_AT_ONCE}
+    if settings.objective == "classification":
+        height, width, channels = data.event_shape
+        image_shape = height, width, channels
+        spec = ClassifierSpec(flow, image_shape, data.num_classes or 0, data.num_levels or 0)
+        objective = classification_objective(
+            data, label_smoothing=settings.label_smoothing, **common
+        )
+        return spec, objective, (examples, data.labels["train"])
+    is_hybrid = settings.objective == "hybrid"
+    if start is not None:
+        spec = start.spec(flow, data.columns)
+    else:
+        spec = density_spec(
+            data,
+            flow,
+            prior=settings.prior,
+            num_components=settings.num_components,
+            transform=settings.transform,
+            context_hidden=settings.context_hidden,
+            transformations=settings.transformations,
+            has_classes=is_hybrid,
+        )
+    is_exact = len(data.event_shape) == 1 and data.event_shape[0] <= WHITENED_DIMS
+    objective = density_objective(
+        data,
+        spec,
+        logdet=settings.logdet,
+        estimator=ExactLogdet() if is_exact else RouletteLogdet(num_exact_terms=20),
+        seed=shared.seed,
+        noise=settings.noise,
+        transformations=settings.transformations,
+        hybrid=HybridConfig(settings.likelihood_weight) if is_hybrid else None,
+        label_smoothing=settings.label_smoothing,
+        **common,
+    )
+    given = data.labels["train"] if is_hybrid else data.contexts.get("train")
+    return spec, objective, (examples, given)

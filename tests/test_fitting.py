@@ -33,8 +33,8 @@ from iresnet_jax.training.signals import Stopped
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
 # that of 12 steps
-EAGER = {"optimizer.learning_rate": 0.1, "model.last_scale": 0.1, "training.patience": 0}
-QUICK = {"steps": 12, "architecture": TINY, "progress": False, "settings": EAGER}
+EAGER = {"learning_rate": 0.1, "last_scale": 0.1, "patience": 0}
+QUICK = {"steps": 12, "architecture": TINY, "progress": False, **EAGER}
 BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
 BANANA[:, 1] += BANANA[:, 0] ** 2
 
@@ -125,7 +125,7 @@ def test_what_follows_the_runs_so_far(runs, left_s, expected):
 
 
 OF_CANDIDATES = {"minutes": 5, "architecture": TINY, "progress": False}
-SGD = {"optimizer.name": "sgd", "training.batch_size": 32, "training.patience": 2}
+SMALL = {"batch_size": 32, "patience": 2}
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def short_rounds(monkeypatch):
 def test_the_best_of_all_runs_replaces_a_start_that_is_clearly_worse(monkeypatch):
     own = Starts.losses
     monkeypatch.setattr(Starts, "losses", lambda *arguments: own(*arguments) + 10)
-    model = ir.fit(MODES, settings=SGD, **OF_CANDIDATES)
+    model = ir.fit(MODES, **SMALL, **OF_CANDIDATES)
     attempts = model.history.attempts
     assert attempts[0].what.endswith("from mixture")
     best = min(attempts, key=lambda attempt: attempt.loss)
@@ -175,12 +175,13 @@ def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
         monkeypatch,
         lambda run, _, batch: jax.tree.map(lambda x: x * np.nan, batch) if run == 0 else batch,
     )
-    history = ir.fit(MODES, settings=SGD | {"training.patience": 1}, **OF_CANDIDATES).history
+    history = ir.fit(MODES, **SMALL | {"patience": 1}, **OF_CANDIDATES).history
     assert any(attempt.num_steps for attempt in history.attempts)
     with pytest.warns(UserWarning, match="every training blew up: the model is its start"):
         model = ir.fit(
             MODES,
-            settings=SGD | {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0},
+            learning_rate=1e30,
+            **SMALL,
             **OF_CANDIDATES,
         )
     assert not model.spec.flow.stages
@@ -191,7 +192,7 @@ def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
 def test_an_interrupt_in_a_run_keeps_the_models_of_all(monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     with_batches(monkeypatch, interrupting(1, 1))
-    history = ir.fit(MODES, settings=SGD, **OF_CANDIDATES).history
+    history = ir.fit(MODES, **SMALL, **OF_CANDIDATES).history
     assert history.attempts[-2].num_steps > history.attempts[-1].num_steps == 2
     assert history.ended == "it was stopped"
 
@@ -339,16 +340,11 @@ def test_noise_widens_the_density_by_its_variance():
     """
     x = RNG.normal(size=(40, 2)) * [1.0, 100.0]
     held_out = np.repeat(x, 25, axis=0) + x.std(axis=0) * RNG.normal(size=(1000, 2))
-    settings = {
-        "optimizer.learning_rate": 0.05,
-        "training.ema_decay": 0.9,
-        "model.prior": "gaussian",
-        "model.last_scale": 0.1,
-    }
-    settings |= {"augmentation.noise": 1.0, "training.patience": 0}
+    settings = {"learning_rate": 0.05, "prior": "gaussian", "last_scale": 0.1}
+    settings |= {"noise": 1.0, "patience": 0}
     linear = (ir.StageSpec(num_blocks=1, hidden=(4,), activation="identity"),)
     model = ir.fit(
-        x, settings=settings, steps=300, architecture=linear, validation=held_out, progress=False
+        x, steps=300, architecture=linear, validation=held_out, progress=False, **settings
     )
     grid = np.linspace(-6, 6, 241)
     for entry, scale in enumerate(x.std(axis=0)):
@@ -419,7 +415,7 @@ def test_a_fit_that_is_stopped_goes_on_to_the_same_bits(fitted, number, tmp_path
 @pytest.mark.usefixtures("short_rounds")
 def test_callbacks_change_nothing_in_the_search_which_checkpoints_resume(tmp_path):
     def found(*callbacks):
-        model = ir.fit(MODES, settings=SGD, callbacks=callbacks, **OF_CANDIDATES)
+        model = ir.fit(MODES, callbacks=callbacks, **SMALL, **OF_CANDIDATES)
         return model, [attempt[:4] for attempt in model.history.attempts]
 
     model, attempts = found()
@@ -464,7 +460,7 @@ def test_settings_follow_the_array():
     few, many, wide = (
         data_of(RNG.normal(size=shape)) for shape in ((50, 4), (5000, 4), (40, 1001))
     )
-    assert [choose_settings(x).preprocessing.transform for x in (few, many, wide)] == [
+    assert [choose_settings(x).transform for x in (few, many, wide)] == [
         "whiten",
         "whiten",
         "standardize",
@@ -476,25 +472,13 @@ def test_settings_follow_the_array():
     ]
     labels, images = np.arange(50) % 2, RNG.integers(0, 256, (50, 16, 16, 3))
     classes = data_of(images, labels=labels)
-    assert [stage.squeeze for stage in choose_settings(classes).model.stages] == [2, 2]
+    assert [stage.squeeze for stage in choose_settings(classes).stages] == [2, 2]
     density = choose_settings(classes, objective="density")
-    assert (density.preprocessing.transform, density.model.prior) == ("equalize", "logistic")
-    assert choose_settings(classes).training.batch_size <= 45
+    assert (type(density.transform), density.prior) == (ir.Equalize, "logistic")
+    assert choose_settings(classes).batch_size <= 45
     assert choose_settings(classes).objective == "classification"
     assert choose_settings(classes, objective="hybrid").objective == "hybrid"
     assert choose_settings(data_of(RNG.normal(size=(50, 4)), labels=labels)).objective == "hybrid"
-
-
-def test_a_warm_up_has_a_twentieth_of_the_steps_also_of_those_that_time_allows():
-    config = choose_settings(data_of(BANANA))
-    assert (config.training.minutes, config.training.total_steps) == (3.0, 0)
-    assert (config.training.schedule_steps, config.optimizer.warmup_steps) == (10_000, 500)
-    config = choose_settings(data_of(BANANA), steps=2000)
-    assert (
-        config.training.minutes,
-        config.training.total_steps,
-        config.optimizer.warmup_steps,
-    ) == (0.0, 2000, 100)
 
 
 def test_the_network_grows_with_the_examples():
@@ -510,41 +494,20 @@ def test_the_network_grows_with_the_examples():
 def test_candidates_leave_alone_what_is_given():
     data, conditional = data_of(MODES), data_of(MODES, context=MODES[:, :1] ** 2)
     config, of_contexts = choose_settings(data), choose_settings(conditional)
-    [given] = candidates(config, data, ["augmentation.noise", "model.stages"], ["mixture"])
-    assert not {"augmentation.noise", "model.stages"} & given.settings.keys()
+    [given] = candidates(config, data, ["noise", "stages"], ["mixture"])
+    assert not {"noise", "stages"} & given.settings.keys()
     assert str(given) == "network as given, from mixture"
     assert [row.decay for row in candidates(of_contexts, conditional)] == [0.3, 0.1]
-    [given] = candidates(of_contexts, conditional, ["optimizer.weight_decay"])
-    assert "optimizer.weight_decay" not in given.settings
+    [given] = candidates(of_contexts, conditional, ["weight_decay"])
+    assert "weight_decay" not in given.settings
     large = dataclasses.replace(given, size="large")
     assert [row.size for row in (large, *large.milder())] == ["large", "small"]
 
 
-@pytest.mark.parametrize(
-    "name", ["data.validation_fraction", "training.total_steps", "training.minutes"]
-)
-def test_arguments_are_no_settings(name):
-    with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
-        ir.fit(BANANA, settings={name: 0.3})
-    with pytest.raises(ValueError, match="objective is no setting of fit: use its arguments"):
-        ir.fit(BANANA, settings={"objective": "density"})
-    group, field = name.split(".")
-    with pytest.raises(ValueError, match=f"{name} is no setting of fit: use its arguments"):
-        ir.fit(BANANA, settings={group: {field: 0.3}})
-    with pytest.raises(
-        ValueError, match=r"architecture= or as the setting model\.stages, not as both"
-    ):
-        ir.fit(BANANA, architecture=TINY, settings={"model.stages": []})
-
-
 @pytest.mark.slow
-def test_a_key_decides_and_so_does_a_seed_among_the_settings():
-    options = [
-        {"key": jax.random.key(1)},
-        {"key": jax.random.key(1)},
-        {"settings": EAGER | {"seed": 2}},
-    ]
-    first, again, other = (ir.fit(BANANA, **QUICK | own).log_prob(BANANA[:50]) for own in options)
+def test_a_key_decides():
+    keys = [jax.random.key(seed) for seed in (1, 1, 2)]
+    first, again, other = (ir.fit(BANANA, key=key, **QUICK).log_prob(BANANA[:50]) for key in keys)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
 

@@ -6,32 +6,34 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float
 
 from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.bijections.marginals import before
-from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
+from iresnet_jax.bijections.standardize import Center, Identity
 from iresnet_jax.data import augment
 from iresnet_jax.data.dataset import DataSet
-from iresnet_jax.data.tables import choose, fit_marginals
+from iresnet_jax.data.objectives import (
+    classification_objective,
+    density_objective,
+    density_spec,
+    fresh_model,
+    tried,
+)
 from iresnet_jax.maths import platforms
 from iresnet_jax.maths.platforms import device_summary, prepare_backend
 from iresnet_jax.models import saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.columns import listed
-from iresnet_jax.models.contexts import ContextScale, ContextScores, linear_regression, scaled
-from iresnet_jax.models.density_spec import DensitySpec, Transform
+from iresnet_jax.models.density_spec import Transform
 from iresnet_jax.models.free import Free, num_parameters
-from iresnet_jax.models.initial import VECTORS, abstract, initial
+from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import How
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import Spec, spec_of
@@ -45,9 +47,9 @@ from iresnet_jax.runs.config import (
     to_plain,
 )
 from iresnet_jax.runs.metrics import Bar, Metrics
-from iresnet_jax.runs.trained_run import finished, identity_context
+from iresnet_jax.runs.trained_run import finished
 from iresnet_jax.storage import path_of
-from iresnet_jax.training import classification, density, parallel
+from iresnet_jax.training import classification, parallel
 from iresnet_jax.training.callbacks import Callback, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
@@ -82,10 +84,7 @@ class Job(NamedTuple):
     def of(cls, config: Config, data: DataSet, spec: Spec | None = None) -> "Job":
         """The job of a config; by default settings and data determine the model."""
         spec = model_spec(config, data) if spec is None else spec
-        if isinstance(spec, ClassifierSpec):
-            objective = _classification(config, data)
-        else:
-            objective = (_hybrid if config.objective == "hybrid" else _density)(config, data, spec)
+        objective = _objective(config, data, spec)
         if data.is_endless:
             examples = None
         elif config.objective == "density":
@@ -137,31 +136,22 @@ class Job(NamedTuple):
         how = {name: own[name] for name in ("unroll", "rematerialize")}
         return step, Fixed.of(self.config.seed, free, **how)
 
-    def free(self, *, from_model: bool = True, prior: Any = None) -> Free:
+    def free(self, *, from_model: bool = True) -> Free:
         """The model that training starts from: fresh weights, fitted to training data, or replaced
         by the weights of ``training.initial_model``.
 
         Args:
             from_model: Whether to read that file; a resumed training no longer needs it.
-            prior: Prior to begin with; by default one of the model's family is fitted.
         """
         config, spec = self.config, self.spec
         path = config.training.initial_model if from_model else ""
         found = _of_model(path, spec) if path else {}
-        num = config.training.actnorm_examples
-        num = max(num, VECTORS) if len(spec.flow.event_shape) == 1 else num
-        seed = jax.random.key(np.uint32(config.seed))
-        key, key_data = jax.random.split(jax.random.fold_in(seed, 2**31))
-        x, context, labels = jax.tree.map(np.asarray, self.data.random_train(key_data, num))
-        # A model may have been given its context for good.
-        identity = identity_context(config) if spec.flow.context_dim else None
-        free = initial(
+        free = fresh_model(
+            self.data,
             spec,
-            key,
-            x,
-            context=context if identity is None else np.tile(identity, (len(x), 1)),
-            labels=labels,
-            prior=prior,
+            seed=config.seed,
+            num=config.training.actnorm_examples,
+            transformations=config.augmentation.transformations,
             constraint=config.constraint,
             last_scale=config.model.last_scale,
             sharpness=config.model.sharpness,
@@ -236,8 +226,35 @@ def model_spec(config: Config, data: DataSet) -> Spec:
     """The model of a data set, for any objective."""
     if misfit := _misfit(config, data):
         raise ValueError(misfit)
-    make = classifier_spec if config.objective == "classification" else density_spec
-    return make(config, data)
+    if config.objective == "classification":
+        return classifier_spec(config, data)
+    flow = build_flow_spec(config.model, data.event_shape)
+    is_variational = config.model.dequantization == "variational"
+    return density_spec(
+        data,
+        replace(flow, noise=config.model.noise if is_variational else None),
+        prior=config.model.prior,
+        num_components=config.model.prior_components or None,
+        context_hidden=config.model.context_hidden,
+        transformations=config.augmentation.transformations,
+        has_classes=config.objective == "hybrid",
+        transform=_transform(config.preprocessing, data),
+    )
+
+
+def _transform(settings: PreprocessingConfig, data: DataSet) -> Transform | str:
+    """The preprocessing of a config; "standardize" and "whiten" are fitted later."""
+    if settings.transform == "none":
+        return Identity()
+    if settings.transform == "center":
+        return Center()
+    if settings.transform == "logit":
+        return Logit(settings.alpha)
+    if settings.transform == "equalize":
+        images, num_levels = data.examples["train"], data.num_levels or 0
+        how = {"entrywise": settings.entrywise, "alpha": settings.alpha}
+        return Equalize.fit(images, num_levels, **how)
+    return settings.transform
 
 
 def _misfit(config: Config, data: DataSet) -> str:
@@ -284,42 +301,6 @@ def _misfit(config: Config, data: DataSet) -> str:
     return ""
 
 
-def density_spec(config: Config, data: DataSet) -> DensitySpec:
-    """The density of a data set, with a prior for every class if the objective is hybrid."""
-    is_hybrid = config.objective == "hybrid"
-    hidden, transformations = config.model.context_hidden, config.augmentation.transformations
-    context_dim = len(transformations) or (hidden[-1] if hidden else data.context_dim)
-    flow = build_flow_spec(config.model, data.event_shape, context_dim)
-    # A network on contexts takes them scaled by `ContextScale`.
-    context = None
-    if data.contexts:
-        rows, kinds = data.contexts["train"], data.context_kinds
-        if hidden and any(kind.levels or len(kind.values) or kind.atoms for kind in kinds):
-            columns = data.context_columns or [None] * len(kinds)
-            nums = [len(column.categories or ()) if column else 0 for column in columns]
-            num_levels = tuple(num if num > 2 else 0 for num in nums)
-            context = ContextScores(fit_marginals(rows, kinds, choose(rows, kinds)), num_levels)
-        else:
-            context = (ContextScale.fit if hidden else Standardize.fit_contexts)(rows)
-    then = build_transform(config.preprocessing, data, context=context, by_class=is_hybrid)
-    cells, transform = before(data.marginals, then)
-    return DensitySpec(
-        flow=replace(
-            flow, noise=config.model.noise if config.model.dequantization == "variational" else None
-        ),
-        prior_family=config.model.prior,
-        transform=transform,
-        num_levels=data.num_levels,
-        num_classes=data.num_classes if is_hybrid else None,
-        cells=cells,
-        columns=data.columns,
-        context=context,
-        context_columns=data.context_columns,
-        num_components=config.model.prior_components or None,
-        context_hidden=hidden,
-    )
-
-
 def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     """The classifier of a data set."""
     settings = config.classifier
@@ -337,147 +318,39 @@ def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
     )
 
 
-def build_flow_spec(
-    settings: ModelConfig, event_shape: tuple[int, ...], context_dim: int = 0
-) -> FlowSpec:
-    """The architecture for examples of one shape, with contexts of some length."""
+def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> FlowSpec:
+    """The architecture for examples of one shape."""
     if settings.constants:
         mu, nu = settings.constants
-        return FlowSpec.bilipschitz(
-            event_shape, settings.stages, mu=mu, nu=nu, context_dim=context_dim
-        )
-    return FlowSpec(
-        tuple(event_shape), settings.stages, settings.coeff, settings.budget, context_dim
-    )
-
-
-def build_transform(
-    settings: PreprocessingConfig,
-    data: DataSet,
-    *,
-    context: Any = None,
-    by_class: bool = False,
-) -> Transform:
-    """The preprocessing of a data set, behind its marginals; "equalize" counts the levels of its
-    training images.
-
-    Args:
-        settings: The kind of preprocessing.
-        data: The data.
-        context: Scale of contexts; with contexts, "whiten" uses the covariance of residuals of a
-            regression on them.
-        by_class: Whether "whiten" uses the covariance within classes.
-    """
-    kind, then = settings.transform, Identity()
-    if kind in ("standardize", "whiten"):
-        line = data_on_the_line(data)
-        if kind == "standardize":
-            then = Standardize.fit(line)
-        else:
-            then = Whiten.fit(line, _residuals(line, data, context, by_class=by_class))
-    if kind in ("none", "standardize", "whiten"):
-        return then
-    if kind == "center":
-        return Center()
-    if kind == "logit":
-        return Logit(settings.alpha)
-    images, num_levels = data.examples["train"], data.num_levels or 0
-    return Equalize.fit(images, num_levels, entrywise=settings.entrywise, alpha=settings.alpha)
-
-
-def _residuals(
-    line: np.ndarray, data: DataSet, context: Any, *, by_class: bool
-) -> Float[np.ndarray, "n d"] | None:
-    """Examples minus their class mean, or minus the prediction of a linear regression on contexts;
-    None without either.
-    """
-    centred = line - line.mean(axis=0, dtype=np.float64)
-    if by_class:
-        labels = data.labels["train"]
-        for label in np.unique(labels):
-            centred[labels == label] -= centred[labels == label].mean(axis=0)
-        return centred
-    if context is None:
-        return None
-    c = np.asarray(scaled(context, jnp.asarray(data.contexts["train"], float)))
-    return centred - c @ linear_regression(c, centred)
-
-
-def data_on_the_line(data: DataSet) -> np.ndarray:
-    """Training examples for standardize and whiten: on the line, with fixed noise in their
-    cells.
-    """
-    examples = np.asarray(data.examples["train"])
-    if data.marginals is None:
-        return examples
-    noise = np.random.default_rng(0).random(examples.shape)
-    return data.marginals.placed(examples.astype(np.float64), noise, np)[0]
+        return FlowSpec.bilipschitz(event_shape, settings.stages, mu=mu, nu=nu)
+    return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget)
 
 
 # --- objectives -----------------------------------------------------------------------------------
 
-# Each function returns the loss and the measurement of an objective.
 
-
-def _density(config: Config, data: DataSet, spec: Any) -> Objective:
-    noise = config.augmentation.noise
-    if noise:
-        density.noise_scales(spec)  # raises if noise has no scale
-    loss = density.make_loss(
-        data.draw, noise=noise, transform=build_transformations(config.augmentation, data)
+def _objective(config: Config, data: DataSet, spec: Spec) -> Objective:
+    common: dict[str, Any] = {
+        "num": config.training.eval_examples,
+        "batch_size": config.evaluation.batch_size,
+        "augmentation": build_augmentation(config.augmentation, data),
+        "label_smoothing": config.classifier.label_smoothing,
+    }
+    if isinstance(spec, ClassifierSpec):
+        margin = classification.Margin(config.classifier.margin, config.classifier.temperature)
+        parts = config.training.num_parts
+        return classification_objective(data, margin=margin, num_parts=parts, **common)
+    return density_objective(
+        data,
+        spec,
+        logdet=config.logdet,
+        estimator=config.evaluation.logdet.build(),
+        seed=config.seed,
+        noise=config.augmentation.noise,
+        transformations=config.augmentation.transformations,
+        hybrid=config.hybrid if config.objective == "hybrid" else None,
+        **common,
     )
-    return Objective(loss, spec.metric, _measure(config, data))
-
-
-def _hybrid(config: Config, data: DataSet, spec: Any) -> Objective:
-    loss = density.make_hybrid_loss(
-        config.hybrid,
-        label_smoothing=config.classifier.label_smoothing,
-        augment=build_augmentation(config.augmentation, data),
-    )
-    return Objective(loss, "accuracy", _measure(config, data))
-
-
-def _measure(config: Config, data: DataSet) -> Callable[[Any], Any]:
-    num, seed = config.training.eval_examples, config.seed
-
-    @functools.cache
-    def held_out():
-        is_hybrid = config.objective == "hybrid"
-        return {
-            "examples": data.held_out("validation", num, seed),
-            "contexts": data.held_out_contexts("validation", num),
-            "labels": data.held_out_labels("validation", num) if is_hybrid else None,
-        }
-
-    def measure(model):
-        return density.measure(
-            finished(config, model).with_(estimator=config.evaluation.logdet.build()),
-            **held_out(),
-            logdet=config.logdet,
-            batch_size=config.evaluation.batch_size,
-            seed=seed,
-            label_smoothing=config.classifier.label_smoothing,
-        )
-
-    return measure
-
-
-def _classification(config: Config, data: DataSet) -> Objective:
-    settings, num = config.classifier, config.training.eval_examples
-    margin = classification.Margin(settings.margin, settings.temperature)
-    loss = classification.make_loss(
-        build_augmentation(config.augmentation, data),
-        label_smoothing=settings.label_smoothing,
-        margin=margin,
-        num_parts=config.training.num_parts,
-    )
-
-    def measure(model):
-        images, labels = data.held_out("validation", num), data.held_out_labels("validation", num)
-        return classification.measure(model, images, labels, config.evaluation.batch_size, margin)
-
-    return Objective(loss, "accuracy", measure)
 
 
 def _of_model(path: str, spec: Spec) -> dict[str, Any]:
@@ -526,18 +399,4 @@ def build_augmentation(
     if not settings.crop_padding:
         return augment.random_flip
     change = augment.crop_and_flip if settings.flip else augment.random_crop
-    return _tried(functools.partial(change, padding=settings.crop_padding), data)
-
-
-def build_transformations(settings: AugmentationConfig, data: DataSet) -> Callable[..., Any] | None:
-    """``(keys, images) -> (images, contexts)`` of ``config.augmentation.transformations``; None for
-    none.
-    """
-    names = settings.transformations
-    return _tried(functools.partial(augment.transformed, names=names), data) if names else None
-
-
-def _tried(change: Callable[..., Any], data: DataSet) -> Callable[..., Any]:
-    """A change of images, after a trial that raises if their size does not allow it."""
-    jax.eval_shape(change, jax.random.split(jax.random.key(0), 1), data.examples["train"][:1])
-    return change
+    return tried(functools.partial(change, padding=settings.crop_padding), data)

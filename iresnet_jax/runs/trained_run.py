@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.objectives import unchanged
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import prepare_backend
 from iresnet_jax.models import preprocessing, saved
@@ -131,21 +132,13 @@ def _read(path: Path, understand: Callable[[dict[str, Any]], Any]) -> Any:
 # --- after training -------------------------------------------------------------------------------
 
 
-def identity_context(config: Config) -> np.ndarray | None:
-    """Context of unchanged images if ``augmentation.transformations`` are contexts; None
-    otherwise.
-    """
-    num = len(config.augmentation.transformations)
-    return np.zeros(num, np.float32) if num else None
-
-
 def finished(config: Config, model: Any) -> Any:
     """The kept form of a trained model, which takes no transformations as contexts."""
-    identity = identity_context(config)
+    changes = config.augmentation.transformations
     model = model.with_(solver=config.evaluation.solver())
     if not isinstance(model.spec, ClassifierSpec):
         model = model.with_(estimator=ExactLogdet())
-    return model if identity is None else model.given(identity)
+    return model.given(unchanged(changes)) if changes else model
 
 
 @dataclass(frozen=True)

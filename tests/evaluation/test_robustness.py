@@ -9,9 +9,12 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax import certify, data
+from iresnet_jax.data.objectives import classification_objective, fresh_model
 from iresnet_jax.evaluation import robustness
+from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import classification
+from iresnet_jax.training.classification import Margin
 
 RADII = (0.9, 0.3)
 
@@ -24,11 +27,15 @@ def digits():
 @pytest.fixture(scope="module")
 def model(digits):
     stage = ir.StageSpec(2, (32,), activation="relu", kind="potential", actnorm=False)
-    settings = {"classifier.mean": (0.0,), "classifier.std": (1.0,), "classifier.head": "linear"}
-    settings |= {"classifier.margin": 0.5, "classifier.temperature": 0.25}
-    settings |= {"optimizer.learning_rate": 1e-2, "model.coeff": 0.95}
+    shape = 8, 8, 1
+    flow = ir.FlowSpec(shape, (stage,), coeff=0.95)
+    spec = ClassifierSpec(flow, shape, 10, 17, mean=(0.0,), std=(1.0,), head="linear")
+    objective = classification_objective(
+        digits, num=512, batch_size=256, margin=Margin(0.5, temperature=0.25)
+    )
+    free = fresh_model(digits, spec, seed=0, num=1024)
     train = digits.examples["train"], digits.labels["train"]
-    return ir.fit(*train, steps=300, architecture=[stage], settings=settings, progress=False)
+    return ir.train(free, objective, train, key=0, steps=300, batch_size=64, progress=False)
 
 
 @pytest.fixture(scope="module")
