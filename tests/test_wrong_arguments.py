@@ -76,7 +76,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: fit(objective="classification"), "objective classification needs labels"),
         (
             lambda: fit(X, LABELS, context=X, objective="classification"),
-            "classification needs labels, and no contexts",
+            "classification needs labels, the class of each example, and no contexts",
         ),
     ],
     "examples": [
