@@ -31,7 +31,7 @@ from _steps import WARMUP, prepare_jax
 
 from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import default_config, parse, to_plain
-from iresnet_jax.runs.job import density_spec
+from iresnet_jax.runs.job import model_spec
 
 NAIVE = "naive"
 SIZES = ("digits", "64", "128")  # the config, and channels of `colour_config`
@@ -62,7 +62,7 @@ def colour_config(width, num_blocks=4):
 def step_cases(config, folder):
     """Case and arguments of the workers of a training step, by peer."""
     data, size = plan.data_for(config), config.training.batch_size
-    spec = density_spec(config, data)
+    spec = model_spec(config, data)
     examples = np.asarray(data.examples["train"][: NUM_BATCHES * size])
     x = np.moveaxis(np.asarray(jax.jit(spec.preprocess)(examples, jax.random.key(0))), -1, 1)
     np.save(folder / "batches.npy", x.reshape(NUM_BATCHES, size, *x.shape[1:]))

@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
 # that of 12 steps
 EAGER = {"learning_rate": 0.1, "last_scale": 0.1, "patience": 0}
-QUICK = {"steps": 12, "architecture": TINY, "progress": False, **EAGER}
+QUICK: dict[str, Any] = {"steps": 12, "architecture": TINY, "progress": False, **EAGER}
 BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
 BANANA[:, 1] += BANANA[:, 0] ** 2
 
@@ -124,8 +125,8 @@ def test_what_follows_the_runs_so_far(runs, left_s, expected):
     assert found == expected or expected in found
 
 
-OF_CANDIDATES = {"minutes": 5, "architecture": TINY, "progress": False}
-SMALL = {"batch_size": 32, "patience": 2}
+OF_CANDIDATES: dict[str, Any] = {"minutes": 5, "architecture": TINY, "progress": False}
+SMALL: dict[str, Any] = {"batch_size": 32, "patience": 2}
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_independent_flags_have_nearly_their_probabilities():
     assert set(np.unique(model.sample(jax.random.key(0), 2000)[0])) == {0.0, 1.0}
 
 
-ONE_STEP = {"steps": 1, "architecture": TINY, "progress": False}
+ONE_STEP: dict[str, Any] = {"steps": 1, "architecture": TINY, "progress": False}
 
 
 @pytest.mark.slow
@@ -340,7 +341,7 @@ def test_noise_widens_the_density_by_its_variance():
     """
     x = RNG.normal(size=(40, 2)) * [1.0, 100.0]
     held_out = np.repeat(x, 25, axis=0) + x.std(axis=0) * RNG.normal(size=(1000, 2))
-    settings = {"learning_rate": 0.05, "prior": "gaussian", "last_scale": 0.1}
+    settings: dict[str, Any] = {"learning_rate": 0.05, "prior": "gaussian", "last_scale": 0.1}
     settings |= {"noise": 1.0, "patience": 0}
     linear = (ir.StageSpec(num_blocks=1, hidden=(4,), activation="identity"),)
     model = ir.fit(
