@@ -1,6 +1,4 @@
-"""Small flows of every kind with random weights, and dense Jacobians of their steps, for tests
-of certificates.
-"""
+"""Small flows of every kind with random weights, and dense Jacobians of their steps."""
 
 import dataclasses
 import functools
@@ -91,9 +89,7 @@ def entries_of_steps(flow):
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense_steps(flow, weights, points):
-    """Jacobians of all steps at points ``(t, d)`` on the whole vector, by forward
-    differentiation in float64.
-    """
+    """Jacobians of all steps at points ``(t, d)`` by forward differentiation in float64."""
     found, start = [], 0
     for stage, place in zip(flow.layout, steps.places_of(flow).stages, strict=True):
 

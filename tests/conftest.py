@@ -1,6 +1,4 @@
-"""Every test runs on two simulated CPU devices, with shapes checked and implicit broadcasting an
-error.
-"""
+"""Tests run on two simulated devices; shapes are checked, implicit broadcasting is an error."""
 
 import gc
 import os
@@ -41,9 +39,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure(config):
-    """Prepares a process that runs tests; one that only hands them out would make the others
-    wait for its imports.
-    """
+    """Prepares a process that runs tests; one that only hands them out would be slow to."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     from jaxtyping import install_import_hook
@@ -62,9 +58,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files whose few tests take long come first: at the end, one process would wait for the
-    other.
-    """
+    """Files whose few tests take long come first: at the end, one process would wait."""
     long = (
         "test_docs.py",
         "test_notebooks.py",
@@ -77,9 +71,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """Ends a process of xdist, whose results are all sent: to drop what it compiled would take
-    five seconds.
-    """
+    """Ends a process of xdist: to drop what it compiled would take five seconds."""
     if hasattr(config, "workerinput"):
         os._exit(0)
 

@@ -1,6 +1,4 @@
-"""Small models with weights of no meaning, and folders that hold one, for tests of what comes
-after training.
-"""
+"""Small models with weights of no meaning, and folders that hold one."""
 
 import dataclasses
 import functools
@@ -48,15 +46,11 @@ SETTINGS = EvaluationConfig(
 
 
 def random_params(flow, seed=0):
-    """Parameters of a flow, ActNorm included, drawn by NumPy: half of a program that freezes
-    them would draw them.
-    """
+    """Parameters of a flow, drawn by NumPy: a program that draws them compiles for long."""
     rng, params = np.random.default_rng(seed), {}
 
     def drawn(path, leaf):
-        """Kernels, maps of contexts and weights of other kinds have the variance 1 / fan_in, as
-        when they are initialised.
-        """
+        """Weights have the variance 1 / fan_in, as when they are initialised."""
         name, shape = path[-1].key, (num, *leaf.shape)
         if name == "beta":
             return np.full(shape, activations.get("lipswish").initial_beta, np.float32)

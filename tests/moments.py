@@ -1,6 +1,4 @@
-"""First and second moments of draws with their standard errors, to compare two samplers of one
-distribution.
-"""
+"""First and second moments of draws with their standard errors, to compare two samplers."""
 
 import numpy as np
 
@@ -17,9 +15,7 @@ def moments(draws):
 
 
 def mean_and_error(values, weights=None, num_batches=20):
-    """The weighted mean of values in order, and its standard error by the means of batches,
-    which may depend on neighbours.
-    """
+    """The weighted mean, and its standard error by means of batches of neighbours."""
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
     mean = weights @ values / weights.sum()
     own = weights[:, None] * (values - mean) / weights.mean()
@@ -28,9 +24,7 @@ def mean_and_error(values, weights=None, num_batches=20):
 
 
 def disagreement(draws, others, weights=None):
-    """The largest difference of a moment in its standard errors; ``weights`` are those of the
-    others.
-    """
+    """The largest difference of a moment in its standard errors; weights of the others."""
     (own, own_error), (other, other_error) = (
         mean_and_error(moments(draws)),
         mean_and_error(moments(others), weights),

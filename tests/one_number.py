@@ -1,6 +1,4 @@
-"""A training of one number, which compiles in a tenth of a second: for tests of what happens
-between steps.
-"""
+"""A training of one number, which compiles in a tenth of a second."""
 
 import dataclasses
 from typing import Any
@@ -78,9 +76,7 @@ class At(Callback):
 
 
 def objective(held_out=None):
-    """The distance of the number from noisy examples, validated by its distance from 3 or by given
-    losses, each a mean or those of single examples.
-    """
+    """The distance from noisy examples, validated by that from 3 or by given losses."""
 
     def loss(model, batch, keys):
         noise = jax.vmap(jax.random.normal)(keys.examples)

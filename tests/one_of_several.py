@@ -1,6 +1,4 @@
-"""The processes of a run of several, forked from one that has imported the library: its imports
-take a core two seconds.
-"""
+"""Processes of a run, forked from one that has imported the library, which takes two seconds."""
 
 import gc
 import itertools
@@ -25,12 +23,7 @@ FOLDERS = (runs.ROOT, runs.ROOT / "tests")
 
 
 class OneOfSeveral:
-    """A process that trains; what it writes on stderr goes to a file.
-
-    Args:
-        folder: Where to keep ``stderr``.
-        arguments: Those of `work`.
-    """
+    """A process that trains with the arguments of `work`, its stderr in a folder's file."""
 
     def __init__(self, folder, *arguments):
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,16 +58,7 @@ class OneOfSeveral:
 
 
 def start(num_processes, trainings, folder, *, other=None, environment=None):
-    """Starts all processes of a run.
-
-    Args:
-        num_processes: Their number.
-        trainings: What they train one after the other: names in `tiny_runs.CONFIGS`, workdirs and
-            changes of settings.
-        folder: Where to keep what they print.
-        other: What process 1 trains instead of the first.
-        environment: Variables that they all have beside those of this process.
-    """
+    """Starts all processes of trainings one after the other; process 1 may begin with another."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -107,9 +91,7 @@ def work(stderr, environment, address, num_processes, process, trainings):
 
 
 def status_of_one_killed_in_a_save(name, workdir, call):
-    """Trains one of `tiny_runs.CONFIGS` in a process that is killed in its so many-th save; its
-    exit status.
-    """
+    """The exit status of a training that is killed in its so many-th save."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
         process = FORKSERVER.Process(target=_die_in_a_save, args=(name, workdir, call), daemon=True)

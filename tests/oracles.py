@@ -1,6 +1,4 @@
-"""Independent references in NumPy float64: slow, dense and plain. Nothing here imports the
-library.
-"""
+"""Independent references in NumPy float64: slow, dense and plain, without the library."""
 
 import numpy as np
 
@@ -19,18 +17,14 @@ def conv_forward(x, kernel, *, padding="SAME"):
 
 
 def dense_conv_matrix(kernel, height: int, width: int, *, padding="SAME"):
-    """The matrix of the layer on flattened HWC images: column k is the layer's output for the
-    k-th unit image.
-    """
+    """The layer on flattened HWC images: column k is its output for the k-th unit image."""
     num_inputs = height * width * np.shape(kernel)[2]
     units = np.eye(num_inputs).reshape(num_inputs, height, width, -1)
     return conv_forward(units, kernel, padding=padding).reshape(num_inputs, -1).T
 
 
 def power_iteration(apply, transpose, x, num_steps: int) -> float:
-    """A lower bound of the operator norm of ``apply``: ``|A v|`` of a unit vector after that
-    many steps.
-    """
+    """A lower bound of the operator norm: ``|A v|`` of a unit vector after so many steps."""
     for _ in range(num_steps):
         x = transpose(apply(x))
         norm = np.linalg.norm(x)
@@ -61,9 +55,7 @@ def tanh_network(x, w1, bias, w2):
 
 
 def invert_by_newton(branch_and_jacobian, y, num_steps: int = 100):
-    """Solves ``x + g(x) = y`` for one vector by damped Newton steps with dense solves, until
-    none is an improvement.
-    """
+    """Solves ``x + g(x) = y`` for one vector by damped Newton steps with dense solves."""
     x = np.asarray(y, np.float64)
 
     def residual(x):

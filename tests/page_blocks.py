@@ -83,9 +83,7 @@ def energy_of(fit_energy):
 
 
 def run_page(page: str, blocks: list[tuple[int, str]]) -> str | None:
-    """Runs the blocks of a page one after the other, with short trainings of small models; the
-    traceback of what failed.
-    """
+    """Runs the blocks of a page with short trainings; the traceback of what failed."""
     namespace = {"__name__": "__main__"}
     for line, code in blocks:
         for long, short in SHORTER.items():

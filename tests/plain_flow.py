@@ -1,9 +1,4 @@
-"""A flow once more, in plain NumPy on numbers of any precision: what certificates are compared
-with.
-
-Nothing here is the library's. Weights count as the numbers that they are; 1.1 and 1.004 in LipSwish
-and CLipSwish are decimal.
-"""
+"""A flow once more, in plain NumPy on numbers of any precision, without the library."""
 
 import decimal
 from collections.abc import Callable
@@ -15,13 +10,7 @@ decimal.getcontext().prec = 50
 
 
 class Numbers(NamedTuple):
-    """Arrays of some kind of number.
-
-    Attributes:
-        of: Makes them, exactly, of float64 arrays.
-        exp: The exponential function.
-        log: The natural logarithm.
-    """
+    """How to make numbers of some kind of float64 arrays, and two of their functions."""
 
     of: Callable[[Any], Any]
     exp: Callable[[Any], Any]
@@ -71,17 +60,7 @@ def forward(numbers: Numbers, spec: Any, weights: Any, x: Any) -> Any:
 def invert(
     numbers: Numbers, spec: Any, weights: Any, y: Any, near: Any, to_x: np.ndarray, num_steps: int
 ) -> Any:
-    """The preimage of latents ``y`` by Newton's method, from a point that is near.
-
-    Args:
-        numbers: Kind of number.
-        spec: Architecture of the flow.
-        weights: Weights of the flow.
-        y: Latents of one example, numbers of that kind.
-        near: Where to start, in float64.
-        to_x: Inverse of the whole flow's Jacobian there, in float64.
-        num_steps: Steps; each takes the error down by the error of `to_x`.
-    """
+    """The preimage by Newton's method from a near point and the inverse Jacobian ``to_x`` there."""
     x = numbers.of(near)
     for _ in range(num_steps):
         step = numbers.of(to_x) @ (y - forward(numbers, spec, weights, x))

@@ -1,6 +1,4 @@
-"""Densities inside of NumPyro and under NUTS of BlackJAX: with a context, with bounds, and as a
-guide.
-"""
+"""Densities inside of NumPyro and under NUTS of BlackJAX."""
 
 import dataclasses
 
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax import adapters
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import Gaussian
@@ -24,9 +21,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture
 def numpyro():
-    """Imported by the one process that runs this file, and not by all, which collect it; it
-    broadcasts implicitly.
-    """
+    """Imported by the one process that runs this file; it broadcasts implicitly."""
     with jax.numpy_rank_promotion("allow"):
         yield pytest.importorskip("numpyro", reason="NumPyro is not installed")
 
@@ -81,9 +76,7 @@ def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance
 
 
 def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
-    """The target's evidence is known. Its entries have the correlation .83: without a flow the
-    bound is .6 nats below.
-    """
+    """The target's evidence is known; without a flow the bound is .6 nats below."""
     spec = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
     scale = jnp.array([[1.0, 0.0], [0.9, 0.6]])
     params = jax.tree.map(jnp.asarray, kept.random_params(spec.flow))
@@ -132,21 +125,3 @@ def test_nuts_of_blackjax_and_the_model_s_own_samples_have_the_same_moments():
     samples, info = model.sample(jax.random.key(1), 4000)
     assert info.converged.all()
     moments.assert_agree(draws, samples)
-
-
-@pytest.mark.parametrize(
-    ("spec", "context", "sentence"),
-    [
-        (kept.IMAGES, None, r"integer levels, .* give model\.continuous"),
-        (kept.GIVEN, None, r"context of shape \(\.\.\., 3\), got none"),
-        (
-            kept.GIVEN,
-            kept.CONTEXTS[:, :2],
-            r"context of shape \(\.\.\., 3\), got one of shape \(5, 2\)",
-        ),
-        (kept.POINTS, kept.CONTEXTS, r"context of shape \(\.\.\., 0\), got one of shape \(5, 3\)"),
-    ],
-)
-def test_what_is_no_distribution_is_refused(spec, context, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        adapters.to_numpyro(kept.model(spec), context=context)

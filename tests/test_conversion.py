@@ -1,6 +1,4 @@
-"""Networks of the authors' codes: both are written again here, in NumPy, with channels first and
-the names of their arrays.
-"""
+"""Networks of the authors' codes, written again here in NumPy, channels first."""
 
 import functools
 import itertools
@@ -26,9 +24,7 @@ ROUNDING = 1e-12  # the same sums in another order, in float64
 
 
 def logdet(forward, x):
-    """Log-determinant of the Jacobian of each example's latents, by imaginary steps of 1e-30:
-    exact to rounding.
-    """
+    """Of each example's latents, by imaginary steps of 1e-30: exact to rounding."""
     steps = 1e-30j * np.eye(x[0].size).reshape(-1, *x.shape[1:])
     return np.array([np.linalg.slogdet(forward(one + steps).imag / 1e-30)[1] for one in x])
 
@@ -80,9 +76,7 @@ class Drawn(dict):
         return self[name]
 
     def kernel(self, layer, shape, side, coeff, names, margin=0.0):
-        """The kernel that is applied: divided by a norm that power iteration has not quite
-        found.
-        """
+        """The kernel that is applied: divided by a norm that is not quite found."""
         (weight_name, u_name, v_name), cin = names, shape[1]
         weight = self(f"{layer}.{weight_name}", *shape)
         inside = (cin,) if weight.ndim == 2 else (cin, *((side, side) if shape[-1] > 1 else (1, 1)))
@@ -103,16 +97,7 @@ class Drawn(dict):
 
 
 class Network(NamedTuple):
-    """What a network of theirs gives for some data.
-
-    Attributes:
-        command: The command that trained it.
-        arrays: Its arrays.
-        x: Data as the network takes them, channels first.
-        latents: Latents, or features of a classifier.
-        logdet: Log-determinant of the whole network, from data to latents; None of a classifier.
-        head: Log-density of the prior, or logits.
-    """
+    """What a network of theirs gives for data ``x``; `logdet` is of all from data to latents."""
 
     command: str
     arrays: dict
@@ -336,9 +321,7 @@ network = functools.cache(lambda name: NETWORKS[name]())
 
 
 def unbounded(spec, parts):
-    """In the place of `saved.model_of`, as bounds of norms take long to compile: they are tested
-    with the command.
-    """
+    """In the place of `saved.model_of`, as bounds of norms take long to compile."""
     rest = {name: part for name, part in parts.items() if name != "params"}
     kind = ir.Density if isinstance(spec, ir.DensitySpec) else ir.Classifier
     return kind(spec, unconstrained(spec.flow, parts["params"], {}).weights, **rest)
@@ -394,38 +377,14 @@ def test_features_and_logits_are_those_of_the_other_code():
 # --- the command ----------------------------------------------------------------------------------
 
 
-def largest_norm(arrays):
-    """Of the kernels that the toy applies, by the singular value decomposition."""
-    layers = [
-        name.removesuffix(".weight")
-        for name in arrays
-        if name.endswith(".weight") and ".nnet." in name
-    ]
-    names = ("weight", "u", "v")
-    kernels = [
-        arrays.kernel(layer, arrays[f"{layer}.weight"].shape, 1, 0.9, names) for layer in layers
-    ]
-    return max(np.linalg.norm(kernel, 2) for kernel in kernels)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_the_command_says_the_excess_scales_and_writes_a_model_that_inverts(tmp_path, capsys):
+def test_the_command_writes_a_model_that_inverts(tmp_path):
     theirs = network("toy")
     np.savez(tmp_path / "w.npz", **theirs.arrays)
-    arguments = [
-        "--architecture",
-        theirs.command,
-        "--output",
-        str(tmp_path / "new" / "model.npz"),
-        "--scale",
-    ]
+    output = str(tmp_path / "new" / "model.npz")
+    arguments = ["--architecture", theirs.command, "--output", output, "--scale"]
     assert main(["convert", str(tmp_path / "w.npz"), *arguments]) == 0
-    said, excess = capsys.readouterr().out, largest_norm(theirs.arrays)
-    assert (
-        f"above the coefficient 0.9; the largest is {excess:.5f} ({100 * (excess / 0.9 - 1):+.2g} "
-        "%)" in said
-    )
     model = trained_run.load(tmp_path / "new").model  # as other commands do
     assert model.certificate().max_block <= 0.9**3
     x, info = model.decode(model.encode(theirs.x))
@@ -444,20 +403,10 @@ PUBLISHED = {
     "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu "
     "--optimizer sgd "
     "--vis_server your.server.local --vis_port 8097": 21 * (2 + 3 * 4) + 6,
-    "python CIFAR_main.py --nBlocks 16 16 16 --nStrides 1 2 2 --nChannels 512 512 512 --coeff 0.9 "
-    "-densityEstimation "
-    "-multiScale --lr 0.003 --weight_decay 0. --numSeriesTerms 5 --dataset cifar10 --batch 128 "
-    "--warmup_epochs 1 --save_dir d "
-    "--vis_server your.server.local --vis_port 8097": 48 * (2 + 3 * 4) + 2,
     "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiment": 52
     * (3 * 5 + 2)
     - 1
     + 2,
-    "python train_img.py --data celebahq --imagesize 256 --nbits 5 --actnorm True --act elu "
-    "--batchsize 8 --update-freq 5 "
-    "--n-exact-terms 8 --fc-end False --factor-out True --squeeze-first True --nblocks "
-    "16-16-16-16-16-16 "
-    "--save experiments/celebahq256": 96 * (3 * 4 + 2) + 2,
     "python train_toy.py": 100 * 5 * 5,
 }
 
@@ -490,12 +439,8 @@ def test_published_commands_are_read_to_the_last_array(taken, command):
 
 REFUSED = {
     "train_img.py --block coupling": "--block: invalid choice: 'coupling'",
-    "train_img.py --vnorms 122f": "--vnorms 122f",
-    "train_img.py --nblock": "expected one argument",
     "train_toy.py --coeff 1.1 --nblocks 1": "coeff must lie in",
     "CIFAR_main.py -densityEstimation --inj_pad 4": "--inj_pad",
-    "CIFAR_main.py -multiScale": "-multiScale is read with -densityEstimation",
-    "CIFAR_main.py --nonlin sorting": "got 'sorting'",
     "main.py --lr 1": "CIFAR_main.py, train_img.py, train_toy.py",
 }
 

@@ -46,9 +46,7 @@ def test_the_normalising_constant_of_a_gaussian():
 
 
 def test_modes_that_samples_of_the_target_show_are_missing():
-    """The target has a second mode of equal mass, which no sample of the model finds: its
-    weights alone look perfect.
-    """
+    """No sample of the model finds the second mode: its weights alone look perfect."""
 
     def two_modes(x):
         return jnp.logaddexp(target(x), target(x - 30.0))
@@ -65,23 +63,9 @@ def test_modes_that_samples_of_the_target_show_are_missing():
     assert "log Z is at least" in str(found)
 
 
-def test_a_heavy_tail_has_no_number():
-    found = ir.evaluate_energy(with_scale(0.3), target, KEY, 2000)
-    assert math.isnan(found.log_z)
-    assert found.pareto_k > 0.7
-    assert "heavy tail" in str(found)
-
-
-NO_USE = {
-    r"infinite at \d+ of 1000 samples of the model": lambda x: target(x) + jnp.log(x[:, 0]),
-    r"shape \(1000,\), got shape \(1000, 3\)": lambda x: x,
-}
-
-
-@pytest.mark.parametrize(("message", "energy"), NO_USE.items())
-def test_an_energy_that_is_of_no_use_is_refused(message, energy):
-    with pytest.raises(ValueError, match=message):
-        ir.evaluate_energy(with_scale(1.6), energy, KEY, 1000)
+def test_an_energy_that_is_infinite_is_refused():
+    with pytest.raises(ValueError, match=r"infinite at \d+ of 1000 samples of the model"):
+        ir.evaluate_energy(with_scale(1.6), lambda x: target(x) + jnp.log(x[:, 0]), KEY, 1000)
 
 
 @pytest.mark.parametrize("shape", [0.4, 0.6, 1.0])
@@ -101,9 +85,7 @@ def test_the_tail_of_pareto_weights_has_their_shape_and_no_mean_is_given_of_a_he
 
 
 def test_the_constant_and_its_error_of_weights_with_known_moments():
-    """``q = N(0, 1)`` and ``p = exp(-x^2 / 2.4)``: ``w = c exp(a x^2)``, whose moments are
-    known.
-    """
+    """``q = N(0, 1)`` and ``p = exp(-x^2 / 2.4)``: ``w = c exp(a x^2)``."""
     x = np.random.default_rng(0).normal(size=50_000)
     found = weigh(-(x**2) / 2.4 + 0.5 * x**2 + 0.5 * math.log(2 * math.pi))
     a = 0.5 - 1 / 2.4
@@ -132,9 +114,4 @@ def test_equal_weights_are_exact():
     assert found.ess == pytest.approx(1)
     assert found.log_z == pytest.approx(700, abs=1e-12)
     assert found.stderr < 1e-6
-    assert found.pareto_k < 0.5
-    # equal in float32, but for rounding
-    found = weigh(3 + 2.0**-22 * np.random.default_rng(0).integers(-2, 3, size=2000))
-    assert found.ess == pytest.approx(1)
-    assert found.log_z == pytest.approx(3, abs=1e-6)
     assert found.pareto_k < 0.5

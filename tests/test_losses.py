@@ -1,6 +1,4 @@
-"""Losses against an energy: their values in closed form, their gradients, and energies that are
-no use.
-"""
+"""Losses against an energy: their values in closed form, and their gradients."""
 
 import functools
 import math
@@ -33,9 +31,7 @@ def model(prior="gaussian"):
 
 @functools.cache
 def gradient_of(loss):
-    """``(whether the target is the model itself, key) ->`` the gradient by the parameters: one
-    program for both targets.
-    """
+    """The gradient by the parameters, of the target or of the model as target."""
     own = model("mixture")
 
     @jax.jit
@@ -103,18 +99,3 @@ def test_symmetric_kl_adds_the_likelihood():
     value, metrics = jax.jit(ir.losses.symmetric_kl(target, 16))(model(), x, KEY)
     assert float(metrics["forward"]) == pytest.approx(-float(model().log_prob(x).mean()), abs=1e-5)
     assert float(value) == pytest.approx(float(metrics["forward"] + metrics["reverse"]), abs=1e-5)
-
-
-def test_an_energy_that_is_infinite_is_a_loss_that_ends_training():
-    def density(x):
-        return jnp.where(x[:, 0] > 0, target(x), -jnp.inf)
-
-    assert not np.isfinite(jax.jit(ir.losses.reverse_kl(density, 32))(model(), None, KEY))
-
-
-def test_samples_of_levels_have_no_density():
-    images = np.random.default_rng(0).integers(0, 2, (8, 4, 4, 1)) > 0
-    of_levels = ir.Density.init(KEY, images, stages=[ir.StageSpec(1, (2,), kernel_sizes=(1, 1))])
-    assert of_levels.spec.num_levels == 2  # booleans are levels
-    with pytest.raises(ValueError, match=r"have no density: give model\.continuous"):
-        ir.losses.symmetric_kl(target)(of_levels, images, KEY)

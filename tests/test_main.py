@@ -1,8 +1,5 @@
-"""The commands, on folders that hold a model and nothing else: results, exit statuses, and
-mistakes in one sentence.
-"""
+"""The commands, on folders that hold a model: results, exit statuses, mistakes."""
 
-import json
 import shutil
 
 import kept
@@ -10,12 +7,10 @@ import numpy as np
 import pytest
 from certified_flows import times
 
-from iresnet_jax.__main__ import COMMANDS, main, read_contexts
-from iresnet_jax.bijections.residual import Solver
+from iresnet_jax.__main__ import main
 from iresnet_jax.evaluation import round_trips
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import trained_run as run
-from iresnet_jax.runs.config import EvaluationConfig
 
 PNG = b"\x89PNG"
 
@@ -42,14 +37,6 @@ def folders(tmp_path_factory, data_file):
 @pytest.fixture
 def copied(folders, tmp_path):
     return {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
-
-
-@pytest.fixture
-def one_evaluation(monkeypatch):
-    """An inverse that is stopped far too early."""
-    monkeypatch.setattr(
-        EvaluationConfig, "solver", lambda settings: Solver(atol=settings.inverse_atol, max_evals=1)
-    )
 
 
 def said(capsys, command, folder, *options, status=0):
@@ -87,18 +74,6 @@ def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
     )
 
 
-def test_whatever_needs_data_says_that_they_are_others(tmp_path, capsys):
-    path = tmp_path / "images.npz"
-    name = kept.write_data(path)
-    folder = kept.folder(tmp_path / "run", kept.CLASSIFIER, name)
-    assert "other data" not in said(capsys, "evaluate", folder)
-    kept.write_data(path, seed=5)
-    assert said(capsys, "evaluate", folder).startswith(
-        f"These are other data than the model was trained on, or other parts of them: {name} has"
-    )
-    assert "other data" not in said(capsys, "certify", folder)
-
-
 @pytest.mark.slow
 def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, capsys):
     path = tmp_path / "images.npz"
@@ -120,41 +95,6 @@ def test_sample_writes_levels_and_a_picture_and_needs_no_data(copied, tmp_path, 
     assert np.load(copied["points"] / "samples.npy").dtype == np.float32
 
 
-@pytest.mark.slow
-def test_a_hybrid_of_vectors_has_a_report(tmp_path, capsys):
-    labels = np.arange(60) % kept.CLASSES
-    np.savez(
-        tmp_path / "data.npz",
-        x=np.random.default_rng(0).normal(size=(60, 2)) + labels[:, None],
-        y=labels,
-    )
-    folder = kept.folder(tmp_path / "run", kept.CLASSES_OF_POINTS, f"npz:{tmp_path / 'data.npz'}")
-    assert "of 6 examples" in said(capsys, "report", folder)
-
-
-def test_numbers_of_a_file_are_contexts_of_length_1(tmp_path):
-    np.save(tmp_path / "contexts.npy", np.arange(5.0))
-    assert read_contexts(str(tmp_path / "contexts.npy"), 1).tolist() == [[0], [1], [2], [3], [4]]
-    assert read_contexts(str(tmp_path / "contexts.npy"), 5).shape == (1, 5)
-
-
-@pytest.mark.slow
-def test_reconstruct_writes_a_picture_of_images(copied, capsys):
-    out = said(capsys, "reconstruct", copied["hybrid"], "--num", "8")
-    assert out.startswith("inverse: inverted; 8 of 8 test examples came back")
-    assert (copied["hybrid"] / "reconstructions.png").read_bytes().startswith(PNG)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_evaluation")
-def test_failed_inverses_are_named_and_fail_the_command(copied, capsys):
-    out = said(capsys, "sample", copied["points"], "--num", "3", "--certify", "0", status=1)
-    assert "did not converge for 3 of 3 samples, numbers 0, 1, 2." in out
-    out = said(capsys, "reconstruct", copied["points"], "--num", "3", status=1)
-    assert "NOT INVERTED; 0 of 3" in out
-    assert "written" not in out  # points have no picture
-
-
 def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, capsys, monkeypatch):
     lines = said(capsys, "certify", folders["points"]).splitlines()
     assert any(line.startswith("stage0/block01/dense0   0.9000") for line in lines)
@@ -167,29 +107,6 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     )
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_report_of_a_model_alone_says_what_it_has(copied, capsys):
-    folder = copied["points"]
-    assert said(capsys, "report", folder).splitlines()[-1] == f"report: {folder / 'report.html'}"
-    content = json.loads((folder / "report.json").read_text())
-    assert content["train"] == {
-        "steps": 7,
-        "total_steps": 7,
-        "seconds_per_step": None,
-        "compile_seconds": None,
-        "total_seconds": None,
-    }
-    assert content["nll"]["entropy_floor"] == pytest.approx(2.3939)
-    assert content["samples"]["failed"] == []
-    page = (folder / "report.html").read_text()
-    assert "somebody" in page  # the value to compare with, from the settings
-    assert page.count("data:image/") == 3  # samples, density, constants
-    loaded = run.load(folder)
-    mean = -float(np.mean(loaded.model.log_prob(loaded.test_examples())))
-    assert content["nll"]["mean"] == pytest.approx(mean, abs=1e-4)
-
-
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -198,14 +115,9 @@ MISTAKES = [
     ("evalute", None, [], "invalid choice: 'evalute'"),
     ("sample", "points", ["--nun", "3"], "--nun"),
     ("reconstruct", "points", ["--num", "0"], "argument --num: invalid count value: '0'"),
-    ("evaluate", "classifier", ["--radii", "1,-1"], "invalid radii value: '1,-1'"),
-    ("evaluate", "nowhere", [], "No such file or directory"),
-    ("evaluate", None, ["--workdir=nosuch://bucket/run"], "Protocol not known: nosuch"),
     # what a model does not have
     ("sample", "classifier", ["--label", "1"], "holds no density"),
     ("sample", "points", ["--temperature", "nan"], "temperature must lie in [0, inf), got nan"),
-    ("sample", "points", ["--context", "-1.0"], "takes contexts of length 0 (0 for none)"),
-    ("sample", "points", ["--context", "x.npy"], "No such file or directory: 'x.npy'"),
     ("sample", "given", ["--certify", "0"], "takes a context of shape (batch, 3), got none"),
 ]
 
@@ -218,11 +130,6 @@ def test_mistakes_are_answered_in_one_sentence(
     assert sentence in answer(capsys, command, *workdir, *options)
 
 
-def test_a_mistake_has_a_traceback_for_who_asks(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        main(["evaluate", "--workdir", str(tmp_path / "none"), "--debug"])
-
-
 def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path, capsys):
     path = tmp_path / "images.npz"
     folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
@@ -230,11 +137,3 @@ def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path
     assert path.name in answer(capsys, "evaluate", "--workdir", folder)
     (copied["points"] / FILE_NAME).write_bytes(b"")
     assert "or is damaged" in answer(capsys, "sample", "--workdir", copied["points"])
-
-
-def test_help_lists_the_commands(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    assert exit.value.code == 0
-    listed = capsys.readouterr().out
-    assert all(command in listed for command in COMMANDS)

@@ -1,6 +1,4 @@
-"""The notebooks run from top to bottom; own_data.ipynb does with the pages of docs/, whose fits
-it shares, see test_docs.py.
-"""
+"""The notebooks run from top to bottom; own_data.ipynb does in test_docs.py."""
 
 import json
 import re

@@ -1,6 +1,4 @@
-"""The table of `README.md`: every function and every test that it names exists, and `pytest`
-runs these tests.
-"""
+"""Every function and test that `README.md` names exists, and `pytest` runs these tests."""
 
 import ast
 import functools

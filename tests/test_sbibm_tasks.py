@@ -54,42 +54,11 @@ def test_gaussians_have_their_moments(tasks):
     np.testing.assert_allclose(covariance, 0.505 * np.eye(2), atol=0.04)
 
 
-def test_observations_of_two_moons_lie_on_the_crescent(tasks):
-    theta, x = tasks.TASKS["two_moons"].draw(2000)
-    along, across = np.abs(theta.sum(axis=1)) / np.sqrt(2), (theta[:, 1] - theta[:, 0]) / np.sqrt(2)
-    crescent = x - np.stack([0.25 - along, across], axis=1)
-    radius, angle = np.hypot(*crescent.T), np.arctan2(crescent[:, 1], crescent[:, 0])
-    np.testing.assert_allclose([radius.mean(), radius.std()], [0.1, 0.01], atol=1e-3)
-    assert np.abs(angle).max() < np.pi / 2 + 1e-3
-    np.testing.assert_allclose([angle.mean(), angle.std()], [0, np.pi / np.sqrt(12)], atol=0.1)
-
-
 def test_c2st_is_a_half_of_equal_samples_and_one_of_others(tasks):
     a, b = RNG.normal(size=(2, 200, 2))
     assert tasks.c2st(a, b) < 0.6
     assert tasks.c2st(a + 4, b) > 0.95
     assert np.isnan(tasks.c2st(np.full_like(a, np.nan), b))
-
-
-def test_points_of_slcp_are_normal(tasks):
-    theta = np.array([0.5, -1.0, 1.2, -0.8, 0.7])
-    deviations = theta[2:4] ** 2
-    covariance = np.tanh(theta[4]) * np.outer(deviations, deviations)
-    covariance[np.diag_indices(2)] = deviations**2
-    mean, found = moments(tasks.TASKS["slcp"].simulate, theta)
-    np.testing.assert_allclose(mean, np.tile(theta[:2], 4), atol=0.05)
-    np.testing.assert_allclose(found, np.kron(np.eye(4), covariance), atol=0.07)
-
-
-def test_spikes_follow_the_generalised_linear_model(tasks):
-    design, factor = tasks._design()
-    theta = factor @ RNG.normal(size=10)
-    mean, _ = moments(tasks.TASKS["bernoulli_glm_raw"].simulate, theta)
-    np.testing.assert_allclose(
-        mean, 1 / (1 + np.exp(-design @ theta)), atol=5 * 0.5 / np.sqrt(20_000)
-    )
-    summed, _ = moments(tasks.TASKS["bernoulli_glm"].simulate, theta)  # of the same spikes
-    np.testing.assert_allclose(summed, mean @ design, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["lotka_volterra", "sir"])

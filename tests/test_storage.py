@@ -1,6 +1,4 @@
-"""Whole files and locks on disks, and runs in a bucket of a real server, moto's: stopped, killed,
-taken over, refused and cut off, and the same bits as on a disk.
-"""
+"""Whole files and locks, and runs in a bucket of moto's server, to the same bits as on a disk."""
 
 import contextlib
 import os
@@ -18,16 +16,14 @@ import pytest
 import s3fs
 import tiny_runs as runs
 from fsspec.implementations.memory import MemoryFileSystem
-from one_of_several import start, start_training
+from one_of_several import start_training
 
 import iresnet_jax as ir
 from iresnet_jax import storage
 from iresnet_jax.__main__ import main
 from iresnet_jax.data import load
 from iresnet_jax.runs import job
-from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.storage import locked, path_of, replacing
-from iresnet_jax.training.run import BlowUpError
 from iresnet_jax.training.signals import Stopped
 
 # --- files and locks ------------------------------------------------------------------------------
@@ -74,14 +70,6 @@ with locked(pathlib.Path({str(path)!r})):
         holder.communicate()
     with locked(path, timeout_s=0.0):
         assert not path.exists()
-
-
-def test_without_a_lock_file_everybody_may_enter(tmp_path):
-    with locked(tmp_path / "nowhere" / "work", timeout_s=0.0):
-        pass
-    (tmp_path / ".work.lock").mkdir()
-    with locked(tmp_path / "work", timeout_s=0.0):
-        pass
 
 
 # --- objects --------------------------------------------------------------------------------------
@@ -162,14 +150,7 @@ def test_an_upload_is_tried_again_until_the_time_is_up(monkeypatch, caplog):
 
 
 class Server:
-    """The server, on the loopback interface, and what happens at a request.
-
-    Attributes:
-        at: Function of the method and the address of a request that is called before it is
-            answered; a true result cuts the connection after half of the body.
-        put: Addresses of objects that were put.
-        environment: Variables by which a process finds the server.
-    """
+    """The server; `at` is asked at each request, and true cuts the connection in its body."""
 
     def __init__(self):
         from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -249,9 +230,7 @@ def on_disk(tmp_path_factory):
 
 
 def when_put(name, event):
-    """Has something happen once, at the first request that puts an object of this name; the rest
-    of `Server.at`.
-    """
+    """Has something happen once, at the first request that puts an object of this name."""
     left = [event]
 
     def at(method, address):
@@ -334,65 +313,3 @@ def test_a_run_that_a_second_start_takes_over_stops_and_leaves_checkpoints_of_th
     assert runs.newest(workdir) == 2  # its upload was under way
     job.train(config, workdir)
     runs.assert_ends_like(workdir, on_disk)
-
-
-@pytest.mark.slow
-def test_training_goes_on_beside_an_upload_and_outlives_a_server_that_goes_away_in_it(
-    config, server, workdir, on_disk, caplog
-):
-    went_on, waited = threading.Event(), []
-    sentence = f"{workdir}/checkpoints/2.npz cannot be reached"
-
-    class GoesOn(ir.Callback):
-        def after_step(self, run):
-            if run.step == 3:
-                went_on.set()
-
-    # The driver tries again after 15 s.
-    leaving = when_put("checkpoints/2.npz", lambda: waited.append(went_on.wait(10)) or True)
-    server.at = lambda *request: leaving(*request) or (bool(waited) and sentence not in caplog.text)
-    job.train(config, workdir, callbacks=(GoesOn(),))
-    assert waited == [True]
-    assert sentence in caplog.text
-    runs.assert_ends_like(workdir, on_disk)
-
-
-CHEAP = {
-    "model.stages": ({"num_blocks": 1, "hidden": (4,), "actnorm": False},),
-    "logdet.kind": "exact",
-}
-
-
-@pytest.mark.slow
-def test_two_processes_of_one_run_write_one_folder(server, workdir, tmp_path):
-    processes = start(2, [["toy", str(workdir), CHEAP]], tmp_path, environment=server.environment)
-    assert [process.wait(240) for process in processes] == [0, 0]
-    assert runs.newest(workdir) == runs.TOTAL_STEPS
-    assert [address.rpartition("/")[2] for address in server.put].count("config.json") == 1
-    assert not list(workdir.glob(".*"))
-
-
-@pytest.mark.slow
-def test_a_run_that_blows_up_leaves_the_measurements_before(workdir):
-    blown_up = {"optimizer.learning_rate": 1e30, "training.eval_every_steps": 20}
-    with pytest.raises(BlowUpError):
-        job.train(runs.config_of(runs.TOY_CONFIG, **CHEAP, **blown_up), workdir)
-    assert {record["step"] for record in read_metrics(workdir)} >= {1}
-    assert not (workdir / "checkpoints").exists()
-
-
-@pytest.mark.slow
-def test_a_fault_is_one_sentence(server, tmp_path, capsys):
-    (tmp_path / "config.py").write_text(runs.TOY_CONFIG)
-    faults = (
-        ("nobucket/run", lambda: None, "bucket does not exist"),
-        ("bucket/run", lambda: server.permit_requests(0), "s3://bucket/run"),
-        ("bucket/run", lambda: setattr(server, "at", lambda *_: True), "cannot be reached"),
-    )
-    for folder, happens, sentence in faults:
-        happens()
-        assert runs.train_main(f"--config={tmp_path}/config.py", f"--workdir=s3://{folder}") == 2
-        said = capsys.readouterr().err.splitlines()
-        [line] = [line for line in said if line.startswith("error: ")]
-        assert line.startswith(f"error: s3://{folder}")
-        assert sentence in line

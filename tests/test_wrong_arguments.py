@@ -1,6 +1,4 @@
-"""Every wrong argument is refused by a ``ValueError`` that says what is wrong with it, before
-anything is compiled.
-"""
+"""Wrong arguments are refused by a ``ValueError`` before anything is compiled."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from iresnet_jax.maths import activations
 X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
 LABELS = np.arange(60) % 2
 KEY = jax.random.key(0)
-WHOLE = np.round(X)  # on a grid
 
 
 STAGE = ir.StageSpec(1, (4,))
@@ -51,28 +48,17 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     ],
     "minutes and steps": [
         (lambda: fit(minutes=1), "not both"),
-        (lambda: fit(steps=None, minutes=0), "minutes must lie in"),
-        (lambda: fit(steps=0), "steps must lie in"),
-        (
-            lambda: fit(callbacks=[ir.Checkpoints("nosuch://bucket/run")], steps=1),
-            "Protocol not known: nosuch",
-        ),
     ],
     "settings": [
         (lambda: fit(lerning_rate=1), "unexpected keyword argument 'lerning_rate'"),
         (lambda: fit(learning_rate=-1), "learning_rate must lie in"),
     ],
     "validation": [
-        (lambda: fit(validation_fraction=0), "validation_fraction must lie in"),
         (lambda: fit(validation_fraction=0.999), "too few"),
         (lambda: fit(validation=X[:, :1]), "must agree in type and shape"),
         (lambda: fit(validation=(X, LABELS)), "in having no labels"),
     ],
     "objective and folder": [
-        (
-            lambda: fit(objective="regression"),
-            "objective must be density, classification or hybrid, got 'regression'",
-        ),
         (lambda: fit(objective="classification"), "objective classification needs labels"),
         (
             lambda: fit(X, LABELS, context=X, objective="classification"),
@@ -92,31 +78,13 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     ],
     "layers": [
         (lambda: ir.conv(jnp.ones((1, 4, 4, 1)), KERNEL, padding="VALID"), "one of SAME, CIRCULAR"),
-        (lambda: ir.certify.conv_norm_bound(KERNEL, (8, 8), padding="REFLECT"), "got 'REFLECT'"),
-        (lambda: ir.spectral_norm(jnp.dot, jnp.eye(2), jnp.ones(2), num_steps=0), "num_steps=0"),
         (lambda: activations.get("swish"), "one of clipswish, elu, .*, got 'swish'"),
         (lambda: activations.maxmin(jnp.zeros((2, 3))), "even number of them, got 3"),
         (
             lambda: activations.register_activation("elu", activations.ACTIVATIONS["tanh"]),
             "another activation 'elu' already",
         ),
-        (lambda: ir.FlowSpec((2, 0), (STAGE,)), r"event_shape\[1\] must lie in \[1, inf\), got 0"),
-        (
-            lambda: ir.Density.init(KEY, X, stages=[STAGE], last_scale=-1.0),
-            "last_scale must lie in",
-        ),
-        (lambda: ir.Density.init(KEY, X, stages=[STAGE], sharpness=-1.0), "sharpness must lie in"),
-        (
-            lambda: kept.model(kept.CLASSIFIER).check_branches(kept.images(2)[0], context=X[:2]),
-            "has no context: leave it out",
-        ),
-        (
-            lambda: ir.Equalize.fit(np.full((2, 2, 2, 1), 9), 4, entrywise=False, alpha=0.05),
-            "with integer levels 0 to 3",
-        ),
         (lambda: ir.SeriesLogdet()(jnp.tanh, X), "key must be a key"),
-        (lambda: ir.RouletteLogdet(parameter=-1.0), r"must lie in \(0, 500\), got -1"),
-        (lambda: ir.RouletteLogdet("geometric", 1.0), r"must lie in \(0, 1\), got 1"),
         (
             lambda: ir.SeriesLogdet()(jnp.tanh, X, jax.random.split(KEY, 3)),
             "one key, or one for each of 60 examples",
@@ -125,19 +93,6 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "branches": [
         (lambda: ir.FlowSpec((2,), (STAGE,), coeff=1.0), r"coeff must lie in \(0, 1\), got 1.0"),
         (lambda: ir.FlowSpec((2,), (STAGE,), budget="all"), "budget must be layer or block"),
-        (
-            lambda: ir.FlowSpec((3,), (ir.StageSpec(1, (4,), factor_out=True),)),
-            "stage0 factors out half .* has 3",
-        ),
-        (
-            lambda: ir.FlowSpec((5, 4, 1), (ir.StageSpec(1, (4,), (3, 3), squeeze=2),)),
-            "stage0 cannot squeeze",
-        ),
-        (
-            lambda: ir.FlowSpec((3,), (ir.StageSpec(1, (4,), channel_order=(1, 0)),)),
-            "channel_order of stage0 must name each of its 3 channels once",
-        ),
-        (lambda: ir.StageSpec(0, (4,)), r"num_blocks must lie in \[1, inf\), got 0"),
         (lambda: ir.StageSpec(1, (3,), kind="dens"), "kind must be one of feedforward"),
         (lambda: ir.FeedforwardSpec((4, 4, 1), (4,)), "branch of vectors has none; got examples"),
         (lambda: ir.FeedforwardSpec((4, 4, 1), (4,), (3,)), r"kernel_sizes=\(3,\) and hidden"),

@@ -100,9 +100,7 @@ SAID = "said"  # file of such a run with a report: what the command printed, wit
 
 
 def trained(tmp_path_factory, name):
-    """The folder of a run of `CONFIGS`: a copy of the one that the first test trained which
-    asked, in whichever process.
-    """
+    """The folder of a run of `CONFIGS`, trained once for all processes and copied."""
     whole = shared(tmp_path_factory) / name
     with locked(whole):
         if not whole.exists():
@@ -152,9 +150,7 @@ def assert_ends_like(workdir, reference):
 
 
 def fixtures_of(name):
-    """Fixtures of a test module: the folder of a run of `CONFIGS`, and the run that is loaded
-    from it.
-    """
+    """Fixtures of a module: the folder of a run of `CONFIGS`, and the loaded run."""
 
     @pytest.fixture(scope="module")
     def workdir(tmp_path_factory):
@@ -168,9 +164,7 @@ def fixtures_of(name):
 
 
 def shorten_reports(patch, *, drawn=False):
-    """Certifies 8 examples for reports, where they have 64, and unless ``drawn`` makes figures
-    that are not drawn.
-    """
+    """Certifies 8 examples for reports, and unless ``drawn`` figures are not drawn."""
     patch.setattr("iresnet_jax.evaluation.round_trips.MOST_CERTIFIED", 8)
     if not drawn:
         patch.setattr(
@@ -227,9 +221,7 @@ def train_main(*arguments):
 
 
 def config_of(source, **changes):
-    """The parsed config of a config file's text, with settings such as
-    ``{"training.total_steps": 3}`` changed.
-    """
+    """The parsed config of a file's text, with settings such as training.total_steps changed."""
     settings = settings_of(source)
     with settings.unlocked():
         settings.update_from_flattened_dict(changes)
@@ -249,9 +241,7 @@ def environment():
 
 
 def random_state(made):
-    """The state of a job with random numbers: to initialise a model takes as long to compile as
-    a step.
-    """
+    """The state of a job with random numbers: initialisation takes long to compile."""
     rng = np.random.default_rng(0)
     free = abstract(made.spec)
     params, iterates, statistics = jax.tree.map(
@@ -264,9 +254,7 @@ def random_state(made):
 
 
 def one_block(*, training=None, **estimator):
-    """A config of one block of the plane whose log-determinant is trained like this, and exact
-    in validation.
-    """
+    """A config of one block of the plane, trained by this estimator and validated exactly."""
     settings = settings_of(TOY_CONFIG)
     settings.model.stages = ({"num_blocks": 1, "hidden": (8,)},)
     settings.logdet.update(estimator)

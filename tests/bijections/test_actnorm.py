@@ -1,6 +1,4 @@
-"""ActNorm whitens the batch it is initialised from, on one device or several, and inverts with
-the right log-det.
-"""
+"""ActNorm whitens the batch it is initialised from, on one device or several."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,7 @@ def images(seed=0, shape=(6, 3, 4, 5), mean=3.0, std=0.2):
 
 
 def whitening_error(params, x):
-    """Distance of the output's per-channel moments from mean 0 and variance var / (var + eps),
-    in NumPy float64.
-    """
+    """Distance of the channels' moments from mean 0 and variance var / (var + eps), in float64."""
     flat = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
     variance = flat.var(axis=0)
     y = (flat + np.asarray(params.bias)) * np.exp(np.asarray(params.log_scale))

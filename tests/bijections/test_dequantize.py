@@ -1,6 +1,4 @@
-"""Integers and the unit interval: exact cells, uniform noise, and a lower bound of the levels'
-log-likelihood.
-"""
+"""Integers and the unit interval: exact cells, uniform noise, and the bound of likelihoods."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""Enclosures of the preprocessing and of its inverse against numbers of many digits, and which
-rounded values are certain.
-"""
+"""Enclosures of the preprocessing's inverse against numbers of many digits; certain values."""
 
 import decimal
 import itertools
@@ -132,9 +130,7 @@ def below_spline(scores, column, z):
 
 
 def within(low, high, center, scale, v):
-    """The logistic function between ends, the exponential function from one on, and beyond both
-    the hyperbola of a tail.
-    """
+    """The logistic, exponential or sinh function, and beyond both the hyperbola of a tail."""
     ends, is_both = [end for end in (low, high) if np.isfinite(end)], np.isfinite(high - low)
     if not ends:
         return Decimal(center) + Decimal(scale) * (v.exp() - (-v).exp()) / 2 if scale else v

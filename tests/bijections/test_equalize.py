@@ -1,8 +1,4 @@
-"""Histogram equalisation: what it makes of data, what that costs, exact round trips of levels, and
-mistakes.
-
-Round trips and log-determinants of the map are tested with those of the other transforms.
-"""
+"""Histogram equalisation: what it makes of data, what that costs, round trips of levels."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +15,7 @@ ALPHA = 1e-6
 
 
 def equalized(transform, x):
-    """``u`` of the equaliser, uniform where its frequencies are true, and bits/dim of the levels
-    under it.
-    """
+    """``u`` of the equaliser, and bits/dim of the levels under it."""
     y, logdet = jax.jit(transform.map)(x)
     y = np.asarray(y, np.float64)
     s = 1 / (1 + np.exp(-y))
@@ -57,9 +51,7 @@ def test_equalized_data_are_uniform_and_cost_the_entropy_of_their_histogram():
 
 
 def images_with_a_background():
-    """Images of level 2, on which entries are brighter or darker with probabilities of their
-    own; and those of level 2.
-    """
+    """Images of level 2, on which entries are brighter or darker; and the shares of 2."""
     rng = np.random.default_rng(0)
     shares = np.array([[0.9, 0.5], [0.99, 0.2]])[:, :, None]
     ink = rng.choice(8, size=(4000, 2, 2, 1), p=[0.1, 0.2, 0, 0.1, 0.3, 0.1, 0.1, 0.1])
@@ -91,9 +83,7 @@ def test_every_entry_is_equalized_by_its_own_share_of_the_background():
 
 
 def mnist_like():
-    """Frequencies and shares as MNIST has them: mostly background, some white, little grey;
-    corners that are never inked.
-    """
+    """Mostly background, some white, little grey; corners that are never inked."""
     counts = np.concatenate([[800_000], np.full(252, 600), [3000, 9000, 7000]]).astype(float)
     frequencies = tuple(counts / counts.sum())
     return Equalize(frequencies, tuple(np.linspace(0.2, 0.99999, 49)), ALPHA)

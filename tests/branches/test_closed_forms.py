@@ -1,6 +1,4 @@
-"""Closed forms of feed-forward branches, against dense Jacobians and their determinants in
-float64.
-"""
+"""Closed forms of feed-forward branches against dense Jacobians in float64."""
 
 import functools
 import math

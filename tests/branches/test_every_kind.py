@@ -1,8 +1,4 @@
-"""Branches of every kind in a small flow: what the library says of each is held against dense
-Jacobians in float64.
-
-A kind that has a line in `CASES` has these tests.
-"""
+"""Every kind of branch, a line in `CASES`, against dense Jacobians in float64."""
 
 import dataclasses
 import functools
@@ -42,9 +38,7 @@ def shifted(key):
 
 @dataclasses.dataclass(frozen=True)
 class WaveSpec(ir.BranchSpec):
-    """``g(x) = B sin(A x + b)``, with ``Lip(g) <= |A|_F |B|_F``: a kind of one's own with a name
-    in configs.
-    """
+    """``g(x) = B sin(A x + b)``, with ``Lip(g) <= |A|_F |B|_F``: a kind of one's own."""
 
     width: int = 4
 
@@ -146,9 +140,7 @@ def each(context):
 
 @functools.cache
 def found(name):
-    """What a model says of the examples, and Jacobians of the whole flow and of each block's
-    branch, in float64.
-    """
+    """What a model says, and Jacobians of the flow and of each block's branch, in float64."""
 
     def branch_jacobians(block, x, context):
         return jax.vmap(jax.jacfwd(lambda x, c: block.branch.given(each(c))(x[None])[0]))(

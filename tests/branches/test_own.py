@@ -1,6 +1,4 @@
-"""Branches that a function of the user makes: their weights and constants, their files, and what
-is no branch.
-"""
+"""Branches that a function of the user makes: weights, constants, files, what is no branch."""
 
 import dataclasses
 import functools
@@ -90,16 +88,6 @@ def test_a_file_knows_it_by_name(tmp_path):
         ir.Density(twice, {}, PRIOR).save(tmp_path / "twice.npz")
 
 
-def test_models_with_one_function_share_their_programs():
-    model, traces = model_of(FLOW), []
-    count = jax.jit(lambda model, x: traces.append(1) or model.log_prob(x))
-    same = ir.DensitySpec(ir.FlowSpec((DIMS,), (ir.StageSpec(BLOCKS, branch=masked),), coeff=COEFF))
-    for spec in (model.spec, same):
-        count(model.with_(spec=spec), X)
-    assert len(traces) == 1
-    assert ir.StageSpec(BLOCKS, branch=functools.partial(masked)) != model.spec.flow.stages[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class ScaledSpec(ir.BranchSpec):
     """``g(x) = scale * sin(x)``."""
@@ -154,26 +142,6 @@ def test_without_actnorm_the_density_of_odd_branches_is_even():
         )
 
 
-def test_modules_of_other_libraries_are_branches():
-    from flax import nnx  # not at the top: every process would import it, as all collect this file
-
-    class Net(nnx.Module):
-        def __init__(self, key):
-            self.layer = nnx.Linear(DIMS, DIMS, rngs=nnx.Rngs(key))
-
-        def __call__(self, x):
-            return jnp.tanh(self.layer(x))
-
-        def lipschitz_bound(self):
-            return jnp.linalg.norm(self.layer.kernel[...])
-
-    model = model_of(ir.FlowSpec((DIMS,), (ir.StageSpec(2, branch=Net),)))
-    weights = model.weights["stage0"].branch.weights
-    assert set(weights) == {"layer.kernel.value", "layer.bias.value"}
-    assert np.all(model.decode(model.encode(X))[1].converged)
-    model.check_branches(X)
-
-
 def odd_one(**methods):
     """A function that makes modules with other methods than `Masked`."""
     changed = register_dataclass(type("Changed", (Masked,), methods))
@@ -183,15 +151,6 @@ def odd_one(**methods):
 
 
 WRONG = {
-    "an integer": (
-        lambda key: dataclasses.replace(masked(key), bias=jnp.arange(DIMS)),
-        "leaf bias is int32",
-    ),
-    "one name twice": (
-        lambda key: {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}},
-        "leaf a.b has the name of another",
-    ),
-    "the name of ActNorm": (lambda key: {"actnorm": jnp.zeros(2)}, "the name of ActNorm"),
     "another shape": (
         odd_one(__call__=lambda self, x: x[:, :2]),
         r"of the shape of its batch \(2, 3\)",
@@ -208,13 +167,6 @@ def test_what_would_compute_something_else_is_refused(name):
     make, sentence = WRONG[name]
     with pytest.raises(ValueError, match=sentence):
         ir.FlowSpec((DIMS,), (ir.StageSpec(1, branch=make),))
-
-
-def test_a_constant_that_is_nan_is_the_same_at_every_call():
-    stage = ir.StageSpec(
-        1, branch=lambda key: dataclasses.replace(masked(key), graph=np.nan * GRAPH)
-    )
-    assert ir.FlowSpec((DIMS,), (stage,)).layout
 
 
 def test_a_bound_that_is_said_as_a_number_is_rounded_up():

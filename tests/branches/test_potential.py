@@ -1,6 +1,4 @@
-"""Gradient steps of convex potentials: spectra of dense Jacobians, and blocks that never
-stretch, in float64.
-"""
+"""Gradient steps of convex potentials against spectra of dense Jacobians, in float64."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""Sandwich layers: their constant against singular values for slopes in the corners of [0, 1],
-in float64.
-"""
+"""Sandwich layers against singular values for slopes in the corners of [0, 1], in float64."""
 
 import functools
 import itertools

@@ -1,6 +1,4 @@
-"""Certified inverses against Newton's method in decimal numbers of 50 digits, on small flows of
-every kind.
-"""
+"""Certified inverses against Newton's method in 50 digits, on small flows of every kind."""
 
 import dataclasses
 import functools
@@ -109,9 +107,7 @@ def test_what_is_no_number_has_an_infinite_bound():
 
 
 def test_contexts_are_scaled_in_float64():
-    """By a network on them, whatever the precision in which they are given: there is one
-    preimage.
-    """
+    """By a network on them, whatever their precision: there is one preimage."""
     flow = FlowSpec((2,), (StageSpec(2, hidden=(6,), activation="tanh"),), context_dim=2)
     model = kept.model(
         DensitySpec(flow, context=Standardize((0.1,) * 3, (0.3,) * 3), context_hidden=(4, 2))

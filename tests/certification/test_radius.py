@@ -71,9 +71,7 @@ def logits_of(own, pixels):
 
 @jax.jit
 def least_margins(own, pixels, classes, radii, key):
-    """The least margins that projected gradient descent from many starts finds in balls around
-    some images.
-    """
+    """The least margins that gradient descent from many starts finds in balls around images."""
 
     def margins(moves):
         found = logits_of(own, pixels + moves)

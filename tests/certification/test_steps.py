@@ -1,6 +1,4 @@
-"""What certificates know of the steps of a flow: residuals in 50 digits, Jacobians, their norms
-and how fast they vary.
-"""
+"""What certificates know of steps: residuals in 50 digits, Jacobians, norms, how fast they vary."""
 
 import dataclasses
 import functools
@@ -21,9 +19,7 @@ from iresnet_jax.models.architecture import FlowSpec
 
 @pytest.mark.parametrize("name", ["lipswish", "preactivated", "images"])
 def test_residuals_against_decimal_numbers(name):
-    """One step of every kind: its residual in 50 digits is within the bound, which is far below
-    float64's rounding.
-    """
+    """One step of every kind: its residual in 50 digits is within the bound."""
     own = density(name)
     flow, points, found = followed(
         own, np.random.default_rng(0).normal(size=(1, *own.spec.flow.event_shape))
@@ -84,9 +80,7 @@ def test_norms_of_inverses_and_corrections_against_forward_differentiation(name)
 
 @pytest.mark.parametrize("name", sorted(activations.ACTIVATIONS))
 def test_slopes_change_no_faster_than_stated(name):
-    """Sampled differences of slopes on a fine grid, in float64: never above the constant, and
-    close to it.
-    """
+    """Differences of slopes on a fine grid: never above the constant, and close to it."""
     entry = activations.ACTIVATIONS[name]
     if not entry.elementwise:
         assert entry.slope_lipschitz is None
@@ -105,9 +99,7 @@ def test_slopes_change_no_faster_than_stated(name):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_jacobians_change_no_faster_than_stated(name):
-    """Sampled pairs of points at all distances, and pairs that climb: the best pair moves where
-    the quotient grows.
-    """
+    """Sampled pairs of points, and the best pair moves where the quotient grows."""
     own, rng = density(name), np.random.default_rng(0)
     flow = own.spec.flow
     with jax.enable_x64(True):

@@ -1,6 +1,5 @@
 """Arrays in memory as data sets: kinds, splits, cells, and what has no density."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -48,19 +47,6 @@ def test_integer_images_are_levels_and_labels_and_contexts_go_with_their_example
         np.testing.assert_array_equal(found.labels[split], examples[:, 0, 0, 0] % 3)
         np.testing.assert_array_equal(found.contexts[split][:, 0], examples[:, 0, 1, 0])
     np.testing.assert_array_equal(found.held_out_contexts("test", 2), found.contexts["test"][:2])
-
-
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.longdouble])
-def test_floats_of_any_precision_are_numbers(dtype):
-    x = VECTORS.astype(dtype)
-    assert made(x).fingerprint == made(x.astype(np.float32)).fingerprint
-
-
-def test_a_constant_context_is_said():
-    [note] = from_arrays(
-        "mine", Arrays(VECTORS, context=np.stack([VECTORS[:, 0], np.ones(200)], axis=1))
-    ).notes
-    assert "entry 1 of the context is constant" in note
 
 
 @pytest.mark.parametrize(
@@ -111,43 +97,15 @@ def test_cells_are_those_of_all_rows_of_one_array():
             beside(np.where(np.arange(200) == 3, 1e300, RNG.normal(size=200))),
             "too large for .* row 3, column 1",
         ),
-        (
-            Arrays(1e-42 * RNG.random((40, 4, 4, 1))),
-            "float32 cannot tell the values of channel 0 of the images apart",
-        ),
         (Arrays(np.where(np.arange(600).reshape(200, 3) == 7, np.nan, VECTORS)), "row 2, column 1"),
-        (Arrays(VECTORS[:, 0]), r"got shape \(200,\)"),
-        (Arrays(RNG.random((20, 4, 4))), "have a channel as"),
         (Arrays(100 * IMAGES), "levels 0 to 255"),
         (Arrays(np.zeros((40, 4, 4, 1))), "channel 0 of the images has 1 different values"),
-        (
-            Arrays(np.where(RNG.random((40, 4, 4, 1)) > 0.5, RNG.random((40, 4, 4, 1)), 0)),
-            "grow without bound",
-        ),
-        (Arrays(RNG.integers(0, 9, (100, 4, 4, 1)) / 8), "as integers"),
         (Arrays(VECTORS, np.zeros(3, int)), "200 integers"),
         (Arrays(VECTORS, np.full(200, 0.5)), "integers from 0 on"),
-        (
-            Arrays(VECTORS, 5 * (np.arange(200) % 2)),
-            "labels of 2 classes must lie in 0 to 1, got 5: number them",
-        ),
-        (Arrays(RNG.random((20, 3, 8, 8))), r"x.transpose\(0, 2, 3, 1\)"),
         (Arrays(VECTORS, context=np.zeros((3, 2))), "each of 200"),
-        ({"test": Arrays(VECTORS)}, "no training examples"),
         (
             {"train": Arrays(VECTORS), "test": Arrays(VECTORS[:, :2])},
             "must agree in type and shape",
-        ),
-        (
-            {"train": Arrays(VECTORS, np.zeros(200, int)), "test": Arrays(VECTORS)},
-            "in having no labels",
-        ),
-        (
-            {
-                "train": Arrays(VECTORS, context=VECTORS),
-                "test": Arrays(VECTORS, context=VECTORS[:, 0]),
-            },
-            "in the length of contexts",
         ),
         (
             {"train": Arrays(IMAGES), "test": Arrays(IMAGES / 16)},

@@ -1,6 +1,4 @@
-"""What `fit` is given, data frames above all: samples within their support, and models that take
-what was given.
-"""
+"""What `fit` is given, data frames above all: samples and models keep to it."""
 
 import contextlib
 import io
@@ -14,7 +12,6 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.marginals import Marginals
-from iresnet_jax.data.arrays import data_of
 
 RNG = np.random.default_rng(0)
 # One small program for each number of columns.
@@ -117,24 +114,3 @@ def test_log_prob_takes_integers_and_contexts_of_every_kind():
         found, model.log_prob(x[:5].astype(np.longdouble), context=context[:5])
     )
     assert model.log_prob(x[:5] > 1, context=context[:5]).shape == (5,)
-
-
-def test_booleans_and_integers_of_an_array_are_discrete():
-    data = data_of(np.stack([RNG.integers(0, 100, 150), RNG.integers(0, 2, 150)], axis=1))
-    assert data.marginals.spacing.tolist() == [1.0, 1.0]
-    flags = data_of(RNG.random((300, 2)) < 0.5).marginals
-    assert (flags.least.tolist(), flags.most.tolist()) == ([0, 0], [1, 1])
-
-
-def test_bounds_are_for_densities():
-    with pytest.raises(ValueError, match="bounds are for densities"):
-        data_of(RNG.random((40, 2)), np.arange(40) % 2, bounds={0: (0, 1)}, is_density=False)
-
-
-def test_masked_values_are_refused():
-    x = np.ma.masked_greater(RNG.normal(size=(100, 2)), 2)
-    with pytest.raises(ValueError, match=r"x has \d+ masked values"):
-        data_of(x)
-    with pytest.raises(ValueError, match="context has 100 masked values"):
-        data_of(RNG.normal(size=(100, 2)), context=np.ma.masked_all((100, 1)))
-    assert data_of(np.ma.asarray(RNG.normal(size=(100, 2)))).event_shape == (2,)

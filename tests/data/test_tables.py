@@ -1,6 +1,4 @@
-"""Columns of tables: their cells and atoms, the ends that the user gives, the tails that are heavy,
-and what is said of them.
-"""
+"""Columns of tables: cells, atoms, ends, heavy tails, and what is said of them."""
 
 import numpy as np
 import pytest
@@ -66,9 +64,7 @@ def test_a_grid_may_lack_values_and_numbers_of_more_digits_have_none():
 
 
 def test_numbers_that_floats_have_rounded_have_no_grid_of_what_is_left():
-    """Seconds since 1970: their floats are multiples of 128, and a cell of 128 whole numbers
-    would have the unit of one.
-    """
+    """Seconds since 1970: their floats are multiples of 128, which are no cells."""
     seconds = 1_700_000_000 + RNG.integers(0, 10**6, 1500)
     assert set(np.diff(np.unique(np.float32(seconds))) % 128) == {0}
     assert values(seconds) == ()
@@ -81,11 +77,6 @@ def test_few_values_off_any_grid_own_the_numbers_half_way_to_their_neighbours():
     roots = np.sqrt(RNG.integers(1, 9, 1500))
     np.testing.assert_allclose(values(roots), np.sqrt(np.arange(1, 9)), rtol=1e-6)
     assert values(np.sqrt(np.arange(1500))) == ()
-
-
-def test_a_constant_column_has_a_cell_of_width_1():
-    assert values(np.full(9, 0.125)) == (0.125, 1.125)
-    assert lines(np.full((9, 1), 3.0, np.float32)).has_levels.tolist() == [1]
 
 
 def test_levels_of_booleans_and_categories_exist_whether_seen_or_not():
@@ -149,9 +140,7 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
     ("bounds", "message"),
     [
         ({"rset": (0, 1)}, r"columns 'rent', 'rest', 'income', by name or number, got 'rset'"),
-        ({"rest": 1.0}, "two rising numbers"),
         ({"rest": (1, 0)}, "two rising numbers"),
-        ({"rest": (0, float("nan"))}, "two rising numbers"),
         (
             {"rest": (0.0, 0.5)},
             r"in row \d+ of the split train, column 'rest', is outside of its bounds 0 and 0.5",
@@ -161,8 +150,6 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
             "float32 cannot tell the values of column 'rest' apart beside its "
             "bounds -1e.09 and 1e.09",
         ),
-        ({"rest": (-1e30, 1e30)}, "apart beside its bounds .*: give closer ones"),
-        ({"rest": (0.7, None)}, r"column 'rest', is outside of its bounds 0.7 and inf"),
     ],
 )
 def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
@@ -193,15 +180,8 @@ def test_heavy_tails_are_found_and_light_ones_are_left():
     assert tails_of(np.concatenate([NORMAL[:, 0], 9 + NORMAL[:, 1]]))[1] == 0
 
 
-def test_numbers_of_any_size_are_described():
-    assert lines(1e30 * beside(NORMAL[:, 2]), NAMES) is None  # whose squares overflow
-    assert lines(1.6e9 + 1000 * NORMAL, NAMES) is None  # double precision can
-
-
 def test_a_line_says_what_each_column_is():
-    """Numbers that are few and frequent are levels, and a level that another column tells follows
-    it.
-    """
+    """Few and frequent numbers are levels; one that another column tells follows it."""
     x = np.stack(
         [
             np.where(NORMAL[:, 2] < 0, 0, 1e3 ** NORMAL[:, 2]),

@@ -25,9 +25,7 @@ every_toy = pytest.mark.parametrize("name", toys.TOYS)
 
 
 def panels(num_panels=400, order=8):
-    """Composite Gauss-Legendre rule for a mean over u in [0, 1], in t with u = t^2: smooth for
-    sqrt(u), too.
-    """
+    """Composite Gauss-Legendre rule in t with u = t^2: smooth for sqrt(u), too."""
     node, weight = np.polynomial.legendre.leggauss(order)
     t = ((np.arange(num_panels)[:, None] + (node + 1) / 2) / num_panels).ravel()
     return t**2, 2 * t * np.tile(weight / 2 / num_panels, num_panels)
@@ -52,9 +50,7 @@ def spiral(u):
 
 
 def jittered(low):
-    """Noise of a coordinate of an arm: uniform on [low, low + 1/6], convolved with a Gaussian of
-    0.1.
-    """
+    """Noise along an arm: uniform on [low, low + 1/6], convolved with a Gaussian of 0.1."""
     return lambda offset: (
         6 * (stats.norm.cdf((offset - low) / 0.1) - stats.norm.cdf((offset - low - 1 / 6) / 0.1))
     )
@@ -95,9 +91,7 @@ def on_squares(x, y):
 
 
 def on_wheel(x, y):
-    """Sum over all (a, b) that the pinwheel's map takes to a point: the angles of (a, b) that
-    give a whole number of an arm.
-    """
+    """Sum over all (a, b) that the pinwheel's map takes to a point."""
     radius, angle = (part.ravel() for part in (np.hypot(x, y) / 2, np.arctan2(y, x)))
     edges = np.linspace(-np.pi, np.pi, 257)
 
@@ -178,9 +172,7 @@ def test_mistakes_that_look_right_in_a_scatter_plot_are_rejected():
 
 
 def test_points_are_independent():
-    """Equal counts a component, as in the customary generators, would have no variance between
-    draws.
-    """
+    """Equal counts a component would have no variance between draws."""
     keys = jax.random.split(jax.random.key(3), 200)
     x = np.asarray(jax.jit(jax.vmap(lambda key: toys.TOYS["8gaussians"].sample(key, 80)))(keys))
     octant = np.round(np.arctan2(x[..., 1], x[..., 0]) / (2 * np.pi / 8)) % 8

@@ -1,6 +1,4 @@
-"""Test error, its interval and the confusion matrix, against counts and a solver of the
-interval's definition.
-"""
+"""Test error, its interval and the confusion matrix, against counts and a solver."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,4 @@
-"""The likelihood of test data against a dense Jacobian, and by an unbiased estimate beyond the
-dimensions of exactness; the importance-weighted bound against the probabilities of a tiny discrete
-example, and with estimated log-determinants.
-"""
+"""The likelihood against dense Jacobians; the importance-weighted bound against quadrature."""
 
 import dataclasses
 
@@ -131,18 +128,6 @@ def test_estimated_log_determinants_keep_it_a_bound_where_the_plain_formula_is_n
     stderr = found.std() / np.sqrt(len(found))
     assert found.mean() + SIGNIFICANT * stderr < exact < plain.mean() - SIGNIFICANT * stderr
     assert likelihood.mean_bound(estimated, 1.0, "nats").estimation_gap > exact - found.mean()
-
-
-@pytest.mark.slow
-def test_of_an_estimator_it_agrees_with_that_of_exact_log_determinants(monkeypatch):
-    model, (images, _) = kept.model(kept.IMAGES), kept.images(40)
-    settings = dataclasses.replace(kept.SETTINGS, num_importance_draws=4)
-    exact = likelihood.importance_bound(model, images, settings, 3)
-    monkeypatch.setattr(likelihood, "MAX_EXACT_DIMS", 1)
-    found = likelihood.importance_bound(model, images, settings, 3)
-    assert exact.estimation_gap == 0
-    assert 0 < found.estimation_gap < 0.1 * found.gain  # draws share their probes
-    assert abs(found.mean - exact.mean) < found.stderr
 
 
 def test_some_examples_show_what_the_mean_of_all_gains():

@@ -1,6 +1,4 @@
-"""A report says its results' numbers, on a page that opens without a network and in JSON, and
-states their contradictions.
-"""
+"""A report says its results' numbers, on a page and in JSON, and states contradictions."""
 
 import dataclasses
 import json
@@ -10,7 +8,6 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.evaluation import plots
 from iresnet_jax.evaluation.calibration import Calibration, RankTest
 from iresnet_jax.evaluation.classification import summarize
 from iresnet_jax.evaluation.likelihood import Likelihood
@@ -19,7 +16,6 @@ from iresnet_jax.evaluation.report import (
     TrainingTimes,
     describe_environment,
     log_density_on_grid,
-    render,
 )
 from iresnet_jax.evaluation.round_trips import Guarantee, Inversion, RoundTrips, SampleConvergence
 from iresnet_jax.models.certificate import Certificate, Constant
@@ -74,29 +70,13 @@ def with_blocks(*blocks):
 
 
 CONTRADICTIONS = {
-    "likelihood not finite": (
-        changed("likelihood", mean=math.nan),
-        "The likelihood is not finite.",
-    ),
     "entropy": (
         with_part(likelihood=dataclasses.replace(POINTS, mean=2.8210)),
         "allows, by 5.2 standard errors",
     ),
-    "calibration": (
-        changed("calibration", tests=(RankTest("log p", (1, 80), 1e-9, 0.5),)),
-        "the model is not calibrated",
-    ),
     "samples": (
         with_part(samples=FAILED),
         "for 12 of 12 samples, numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ....",
-    ),
-    "errors": (
-        changed("inverse", fraction_within_bound=0.98),
-        "2 % of the inversion errors in the precision of training",
-    ),
-    "convergence": (
-        changed("inverse", fraction_converged=0.96),
-        "did not converge for 4 % of the examples",
     ),
     "bound above 1": (
         with_blocks(block("b3", bound=1.03), block("b4")),
@@ -143,50 +123,6 @@ def test_the_file_holds_every_number_and_null_for_what_json_does_not_have():
     assert facts["inverse"]["max_error_bound"] is None
     assert facts["nll"]["entropy_floor"] == 2.8321
     assert {"bits_per_dim", "classification"}.isdisjoint(facts)
-
-
-@pytest.mark.slow
-def test_the_page_has_the_numbers_and_pictures_and_needs_no_network():
-    draw = np.random.default_rng(0)
-    points, images = draw.normal(size=(50, 3)), draw.random((3, 4, 4, 1))
-    log = [
-        {"step": s, "split": split, "wall_time_s": s, "nll": 8.0 / s}
-        for s in range(1, 9)
-        for split in ("train", "validation")
-    ]
-    drawn = {
-        "train": [plots.learning_curves(log, 4)],
-        "samples": [
-            plots.images(images, None),
-            plots.pairs({"test data": points, "samples": points + 1}),
-            plots.density_map(-points[:3], (0.0, 1.0, 0.0, 2.0)),
-        ],
-        "calibration": [plots.rank_histograms(RANKS)],
-        "classification": [
-            plots.confusion_matrix(np.array(CLASSES.confusion)),
-            plots.images(255 * images, 256),
-        ],
-        "inverse": [plots.reconstructions(images, images + 1e-3)],
-        "lipschitz": [plots.lipschitz_bars(CERTIFICATE)],
-    }
-    figures = {
-        name: {f"{name} {i}": figure for i, figure in enumerate(made)}
-        for name, made in drawn.items()
-    }
-    page = render(REPORT, figures, title="a < b", references={"somebody": 1.25})
-    assert page.count('<img src="data:image/png;base64,') == sum(map(len, drawn.values()))
-    assert "://" not in page
-    assert "<script" not in page
-    for number in (
-        "1.0623 ± 0.0021 bits/dim",
-        "0.9008",
-        "12.3 evaluations",
-        "2.2e-07",
-        "somebody",
-        "0.513",
-        "a &lt; b",
-    ):
-        assert number in page
 
 
 def test_a_map_has_the_density_of_its_places():

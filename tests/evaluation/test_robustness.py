@@ -1,6 +1,4 @@
-"""Verified and attacked accuracy of a network of potentials on digits, and attacks on its own
-radii.
-"""
+"""Verified and attacked accuracy on digits, and attacks on a network's own radii."""
 
 import dataclasses
 

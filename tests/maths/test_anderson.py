@@ -1,9 +1,4 @@
-"""What Anderson's method costs and saves: evaluations of ``g`` against plain Banach iteration, on
-maps of many kinds.
-
-Exact preimages come first and outputs are made from them, so errors are true ones. Evaluations are
-counted in float64.
-"""
+"""Anderson's method needs no more evaluations than Banach iteration, counted in float64."""
 
 import functools
 from collections.abc import Callable
@@ -33,9 +28,7 @@ def tanh_network(weights, x):
 
 
 def maxmin_network(weights, x):
-    """Orthogonal layers and a gradient norm preserving activation: every slope has the same
-    norm, everywhere.
-    """
+    """Orthogonal layers and MaxMin: every slope has the same norm, everywhere."""
     layers, biases = weights
     for w, bias in zip(layers, biases, strict=False):
         pairs = (x @ w.T + bias[None]).reshape(len(x), -1, 2)
@@ -48,9 +41,7 @@ def absolute(slope, x):
 
 
 class Case(NamedTuple):
-    """``g`` with its weights on so many dimensions. Cases that share ``g`` and their shapes
-    share a compiled program.
-    """
+    """``g`` and its weights; cases that share ``g`` and shapes share a program."""
 
     dim: int
     lipschitz: float
@@ -59,9 +50,7 @@ class Case(NamedTuple):
 
 
 def linear_case(matrix, lipschitz):
-    """A matrix scaled to a norm, in 30 dimensions, of which those that it does not have are left
-    at 0.
-    """
+    """A matrix scaled to a norm, in 30 dimensions, the others left at 0."""
     padded = np.zeros((30, 30))
     padded[: len(matrix), : len(matrix)] = lipschitz * matrix / np.linalg.norm(matrix, 2)
     return Case(len(matrix), lipschitz, linear, padded)
@@ -124,9 +113,7 @@ def watched_inverse(g, weights, lipschitz, y, memory):
 
 
 def solve_and_watch(case, weights, y, x_true, memory):
-    """Evaluations of each example until the solver is done, and until what it would return, the
-    Banach step from the iterate of least residual, is within the true tolerance.
-    """
+    """Evaluations until the solver is done, and until its iterate is truly within the tolerance."""
     SEEN.clear()
     x, info = watched_inverse(case.g, weights, jnp.asarray(case.lipschitz), y, memory)
     jax.block_until_ready(x)
@@ -183,9 +170,7 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
 
 
 def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):
-    """Fast and slow examples of a map that mixes entries, without matrix products, whose
-    rounding depends on the batch.
-    """
+    """Without matrix products, whose rounding depends on the batch."""
 
     def g(x):
         return 0.95 * (0.6 * jnp.tanh(jnp.roll(x, 1, axis=1)) - 0.4 * jnp.sin(x))

@@ -1,6 +1,4 @@
-"""Double-double arithmetic against decimal numbers of 60 digits, and exact products against
-fractions.
-"""
+"""Double-double arithmetic against decimal numbers, and exact products against fractions."""
 
 import decimal
 import operator

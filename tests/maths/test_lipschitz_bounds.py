@@ -45,9 +45,7 @@ def test_block_bounds_are_attained_by_scaling_and_know_their_limit(x64):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_model_bounds_against_the_dense_jacobian(seed, x64):
-    """A linear two-stage model: two blocks and an ActNorm, then the same on the first half of
-    the coordinates.
-    """
+    """Two blocks and an ActNorm, then the same on the first half of the coordinates."""
     rng = np.random.default_rng(seed)
 
     def stage(width):

@@ -1,6 +1,4 @@
-"""Krylov log-determinants against dense matrices: exact where they must be, within their bound
-everywhere.
-"""
+"""Krylov log-determinants: exact where they must be, within their bound everywhere."""
 
 import functools
 import math
@@ -89,9 +87,7 @@ def test_errors_lie_within_their_bound(x64, kind):
 
 
 def test_the_bound_is_as_small_as_it_says(x64):
-    """One step on two dimensions, where a bound without the resolvent's norm would be below the
-    error.
-    """
+    """A bound without the resolvent's norm would be below the error here."""
     angle, lipschitz = math.acos(0.9), 0.97
     transposed = scaled(
         np.array([[0.0, lipschitz * math.sin(angle)], [1e-3, -lipschitz * math.cos(angle)]]),
@@ -101,16 +97,6 @@ def test_the_bound_is_as_small_as_it_says(x64):
     value, bound = quadratic_form_of_matrix(transposed.T, v, lipschitz, num_steps=1)
     error = abs(float(value[0, 0]) - np.real(scipy.linalg.logm(np.eye(2) + transposed))[0, 0])
     assert 0.5e-3 < error < float(bound[0, 0]) < 3e-3
-
-
-@pytest.mark.slow
-def test_float32_is_as_good_as_its_rounding():
-    d = 196
-    matrix = matrices("contracting", d, 0.94, 0)
-    v = np.random.default_rng(1).choice([-1.0, 1.0], size=(3, 2, d)).astype(np.float32)
-    values, _ = quadratic_form_of_matrix(matrix.astype(np.float32), v, jnp.inf, num_steps=20)
-    exact = np.einsum("pbi,ij,pbj->pb", v, np.real(scipy.linalg.logm(np.eye(d) + matrix)), v)
-    np.testing.assert_allclose(values, exact, atol=SINGLE * d)
 
 
 @pytest.mark.parametrize("d", [1, 2])
@@ -125,9 +111,7 @@ def test_more_steps_than_dimensions_change_nothing(d):
 
 
 def test_bounds_hold_the_error_of_the_quadrature(x64):
-    """The Krylov space of a multiple of the identity has one dimension: nothing else is left
-    out.
-    """
+    """The Krylov space of a multiple of the identity has one dimension."""
     v = jnp.ones((1, 1, 4))
     for lipschitz in (0.9, 0.98, 0.99, 0.999, 0.9999, 0.99999):
         values, bounds = quadratic_form_of_matrix(-lipschitz * np.eye(4), v, lipschitz, num_steps=2)

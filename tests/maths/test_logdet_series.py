@@ -1,6 +1,4 @@
-"""Log-determinants against dense Jacobians; the truncation tested without noise, the sampling
-against its own target.
-"""
+"""Log-determinants against dense Jacobians; truncation without noise, sampling by its target."""
 
 import dataclasses
 import functools
@@ -17,8 +15,8 @@ from scipy import stats
 
 from iresnet_jax.maths.keys import keys_of_examples
 from iresnet_jax.maths.logdet_estimator import draw_probes
-from iresnet_jax.maths.logdet_exact import SMALL, ExactLogdet, dense_logdet, log_abs_det
-from iresnet_jax.maths.logdet_krylov import KrylovLogdet, quadratic_form
+from iresnet_jax.maths.logdet_exact import SMALL, dense_logdet, log_abs_det
+from iresnet_jax.maths.logdet_krylov import quadratic_form
 from iresnet_jax.maths.logdet_series import (
     RouletteLogdet,
     SeriesLogdet,
@@ -74,9 +72,7 @@ def series_of_network(params, x, num_terms):
 
 
 def estimate(estimator, branch, x, key, **settings):
-    """A call of the estimator as one program: outside of ``jit`` every operation would be
-    compiled by itself.
-    """
+    """A call of the estimator as one program."""
     return jax.jit(functools.partial(estimator, branch, **settings))(x, key)
 
 
@@ -91,9 +87,7 @@ def test_exact_against_slogdet(x64):
 
 @pytest.mark.parametrize("num_dims", [5, 2 * SMALL + 4])
 def test_elimination_without_exchanges_is_stable_for_contractions(x64, num_dims):
-    """Pivots of I + J are at least 1 - L, whatever J: rotations and reflections of norm L
-    included.
-    """
+    """Pivots of I + J are at least 1 - L: rotations and reflections of norm L included."""
     rng, compute = np.random.default_rng(0), jax.jit(log_abs_det)
     gradient_of = jax.jit(jax.grad(lambda m: log_abs_det(m).sum()))
     for lipschitz in (0.5, 0.9999):
@@ -154,12 +148,6 @@ def test_a_priori_bound_against_brute_force(lipschitz, num_terms):
         7 * math.log1p(-lipschitz) - oracles.series_logdet(-lipschitz * np.eye(7), num_terms)
     )
     np.testing.assert_allclose(attained, 7 * tail, atol=EXACT)
-
-
-def test_the_truncation_bound_of_almost_no_contraction_is_above_the_tail_and_takes_no_time():
-    lipschitz = 1 - 1e-9
-    tail = -np.log1p(-lipschitz) - np.sum(lipschitz ** np.arange(1, 6) / np.arange(1, 6))
-    assert 784 * tail <= truncation_bound(784, lipschitz, 5) <= 784 * 3 * tail
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -242,19 +230,6 @@ def test_a_closed_form_trace_takes_part_in_value_and_gradient(x64):
     np.testing.assert_allclose(value, WEIGHTS @ np.array(exact_logdets()), rtol=GRADIENT)
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_terms():
-    def temporary_bytes(num_terms):
-        def loss(params, x):
-            branch = functools.partial(apply, params)
-            return jnp.sum(SeriesLogdet(num_terms)(branch, x, jax.random.key(0))[0])
-
-        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        return program.lower(*network()).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(5) == temporary_bytes(40)
-
-
 # ----------------------------------------------------------------------------------------- roulette
 
 ROULETTES: dict[str, tuple[RouletteLogdet, Any]] = {
@@ -267,9 +242,7 @@ ROULETTES: dict[str, tuple[RouletteLogdet, Any]] = {
 
 @pytest.mark.parametrize("name", ROULETTES)
 def test_expected_weights_are_one(name):
-    """``sum_n P(n) 1{k kept} weight_k = 1`` for every term ``k`` of the table, with SciPy's
-    probabilities.
-    """
+    """``sum_n P(n) 1{k kept} weight_k = 1`` for every ``k``, with SciPy's probabilities."""
     estimator, distribution = ROULETTES[name]
     weights, num_exact = estimator.weights(), estimator.num_exact_terms
     lengths = num_exact + np.minimum(np.arange(200), len(weights) - num_exact)
@@ -337,13 +310,6 @@ def test_with_a_key_an_example_the_batch_does_not_matter(x64):
         np.testing.assert_allclose(alone[0], together[i], rtol=EXACT)
 
 
-@pytest.mark.parametrize("estimator", [ExactLogdet(), KrylovLogdet(3), RouletteLogdet()])
-def test_a_batch_may_be_empty(estimator):
-    branch = functools.partial(apply, network()[0])
-    value, info = estimate(estimator, branch, jnp.zeros((0, DIM)), jax.random.key(0))
-    assert value.shape == info.stderr.shape == info.truncation_bound.shape == (0,)
-
-
 def test_a_fixed_length_is_shared_and_does_not_recompile():
     params, x = network()
     chex.clear_trace_counter()
@@ -378,26 +344,3 @@ def test_probes_have_the_moments_they_promise():
 
 
 # ---------------------------------------------------------------------------------------- arguments
-
-
-def test_an_estimator_is_an_argument_of_jit_like_any_array():
-    leaves, structure = jax.tree.flatten(RouletteLogdet(length=jnp.int32(3)))
-    assert leaves == [3]  # a fixed length is data, settings are static
-    assert jax.tree.unflatten(structure, leaves) == RouletteLogdet(length=jnp.int32(3))
-    x = jnp.ones((2, 3))
-    logdet = jax.jit(lambda e, x: e(lambda x: 0 * x, x, jax.random.key(0))[0])(SeriesLogdet(2), x)
-    np.testing.assert_array_equal(logdet, 0)
-
-
-def test_lists_are_batches_old_keys_are_keys_and_false_bounds_promise_nothing():
-    @jax.jit
-    def run(key, bound=None):
-        batch = np.ones((2, 7)).tolist()
-        return RouletteLogdet()(lambda x: 0.5 * x, batch, key, lipschitz_bound=bound)
-
-    value, info = run(jax.random.key(0), 0.5)
-    np.testing.assert_array_equal(run(jax.random.PRNGKey(0))[0], value)
-    assert run(jax.random.split(jax.random.PRNGKey(0)))[0].shape == (2,)
-    assert np.isfinite(info.truncation_bound).all()
-    for bad in (-0.5, float("nan"), 1.5):
-        assert np.isinf(run(jax.random.key(0), bad)[1].truncation_bound).all()

@@ -1,6 +1,4 @@
-"""How programs are compiled: quickly, unless the user has said how, and within other programs as
-those are; a device for each core, and JAX's cache, in which the next process finds programs.
-"""
+"""How programs are compiled, a device for each core, and the cache of programs."""
 
 import dataclasses
 import subprocess

@@ -21,9 +21,7 @@ COEFF = 0.9
 
 
 def norm_of(apply, kernel, v, **settings):
-    """`spectral_norm` as one program: outside of ``jit`` every operation would be compiled by
-    itself.
-    """
+    """`spectral_norm` as one program."""
     return jax.jit(functools.partial(spectral_norm, apply, **settings))(kernel, v)
 
 
@@ -36,9 +34,7 @@ def gaussian(rng, shape):
 
 
 def kernels_of_every_kind(shape, seed=0):
-    """One kernel of each kind that power iteration may find hard, all larger than the ball of
-    radius ``COEFF``.
-    """
+    """Kernels that power iteration may find hard, all larger than the ball of ``COEFF``."""
     rng = np.random.default_rng(seed)
     kinds = {
         "gaussian": 3 * gaussian(rng, shape),
@@ -66,9 +62,7 @@ def with_spectrum(rng, values):
 
 
 def spiked(rng, size, gap):
-    """One singular value above a crowd that is relatively ``gap`` lower: the case that a stop on
-    small growth gets wrong.
-    """
+    """One singular value a little above a crowd: a stop on small growth gets it wrong."""
     return with_spectrum(rng, np.r_[1, np.full(size - 1, 1 - gap)])
 
 
@@ -86,9 +80,7 @@ DENSE = {
 
 
 def assert_normalises(apply, matrix_of, kernels, in_shape):
-    """Every kernel ends within tolerance of its ball, from an estimate that is never above the
-    norm.
-    """
+    """Every kernel ends within tolerance of its ball, from an estimate below the norm."""
 
     @jax.jit
     @jax.vmap

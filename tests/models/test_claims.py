@@ -1,6 +1,4 @@
-"""Bounds on the user's word: one that data contradict is refused with its block and both
-numbers, and a right one never.
-"""
+"""Bounds on the user's word: one that data contradict is refused, and a right one never."""
 
 import dataclasses
 import functools
@@ -22,9 +20,7 @@ X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
 @register_dataclass
 @dataclasses.dataclass
 class Rotated:
-    """``g(x) = s (x_2, -x_1) + offset``, whose constant is ``|s|``: of every pair and in every
-    direction.
-    """
+    """``g(x) = s (x_2, -x_1) + offset``, whose constant ``|s|`` every pair attains."""
 
     scale: jax.Array
 
@@ -50,18 +46,6 @@ class Kinked(Rotated):
 
     def lipschitz_bound(self):
         return 0.9 * jnp.abs(self.scale)
-
-
-@register_dataclass
-class Infinite(Rotated):
-    def lipschitz_bound(self):
-        return jnp.inf * self.scale
-
-
-@register_dataclass
-class Mixing(Rotated):
-    def __call__(self, x):
-        return self.scale * (x - x.mean(axis=0, keepdims=True))
 
 
 @functools.cache
@@ -104,17 +88,9 @@ def test_a_bound_that_is_one_percent_too_low_is_named_with_both_numbers():
     assert f"{0.99 * scale:.4g}, and {scale:.4g} was measured" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [
-        (Kinked, "was measured on the data"),
-        (Infinite, "constant inf: .* finite"),
-        (Mixing, "computed alone"),
-    ],
-)
-def test_other_wrong_claims_are_refused(kind, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        density(kind).check_branches(X)
+def test_a_claim_that_no_pair_of_data_contradicts_is_refused_by_a_slope():
+    with pytest.raises(ValueError, match="was measured on the data"):
+        density(Kinked).check_branches(X)
 
 
 def test_training_begins_with_the_check():

@@ -1,8 +1,4 @@
-"""Models of every kind: files, axes, programs, gradients, certificates, and in float64 their
-densities by dense Jacobians.
-
-A kind of model that has a line in `SPECS` has all these tests.
-"""
+"""Every kind of model, a line in `SPECS`: files, axes, gradients, certificates, densities."""
 
 import dataclasses
 import functools
@@ -116,9 +112,7 @@ def of_batch(name):
 
 @functools.cache
 def found(name):
-    """What the density of continuous data says of examples and samples, and its dense Jacobians,
-    in float64.
-    """
+    """What the continuous density says, and its dense Jacobians, in float64."""
 
     @jax.jit
     def run(density, x, context, bounds):
@@ -283,11 +277,6 @@ def test_samples_have_the_log_density_of_log_prob(name):
     *_, drawn, at = found(name)
     assert drawn.info.converged.all()
     np.testing.assert_allclose(drawn.log_prob, at.log_prob, **EXACT)
-
-
-def test_samples_alone_are_those_with_log_densities():
-    drawn = model("vectors").sample_and_log_prob(KEY, NUM)
-    np.testing.assert_allclose(model("vectors").sample(KEY, NUM)[0], drawn.x, **SAME)
 
 
 @pytest.mark.parametrize("name", [name for name in DENSITIES if SPECS[name].is_discrete])

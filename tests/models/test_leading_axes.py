@@ -1,6 +1,4 @@
-"""One example, a batch, any leading axes: results are those of the batch, and contexts and keys
-broadcast as documented.
-"""
+"""Any leading axes: results are those of the batch, and contexts broadcast as documented."""
 
 import dataclasses
 
@@ -13,11 +11,8 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.preprocessing import as_batch
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in programs of other batch sizes
-EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64
-DERIVATIVE = {"rtol": 1e-5, "atol": 1e-6}  # float64, differences of step 1e-4
 PLANE = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),)))
 GIVEN = DensitySpec(
     dataclasses.replace(PLANE.flow, context_dim=3),
@@ -29,7 +24,6 @@ GIVEN_A_NUMBER = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=1))
 rng = np.random.default_rng(0)
 POINTS = rng.normal(size=(6, 2)).astype(np.float32)
 CONTEXTS = rng.normal(size=(6, 3)).astype(np.float32)
-IMAGES = kept.images(6)[0]
 
 
 def with_axes(tree, axes):
@@ -46,9 +40,7 @@ def assert_same(found, expected):
     [
         (POINTS, CONTEXTS[0], (6,)),
         (POINTS[0], CONTEXTS, (6,)),
-        (POINTS[0], CONTEXTS[0], ()),
         (POINTS[:2, None], CONTEXTS[:3], (2, 3)),
-        (POINTS.reshape(2, 3, 2), CONTEXTS[:3], (2, 3)),
     ],
 )
 def test_contexts_broadcast_against_examples(x, context, axes):
@@ -80,45 +72,3 @@ def test_samples_under_one_context_are_those_of_as_many_equal_ones():
     sample = jax.jit(Density.sample, static_argnums=2)
     expected, _ = sample(model, key, 6, context=np.tile(CONTEXTS[0], (6, 1)))
     assert_same(sample(model, key, 6, context=CONTEXTS[0])[0], expected)
-
-
-@pytest.mark.slow
-def test_transformations_of_jax_see_one_example(x64):
-    """Values, gradients, Hessians and Jacobians of one example, mapped or not, are those of the
-    batch and of differences.
-    """
-    model = kept.exact_model(GIVEN)
-    x, context = jnp.asarray(POINTS[:3], jnp.float64), jnp.asarray(CONTEXTS[0], jnp.float64)
-
-    def of_one(x):
-        return model.log_prob(x, context=context)
-
-    steps = 1e-4 * jnp.eye(2)
-    around = x[:, None] + jnp.concatenate([steps, -steps, jnp.zeros((1, 2))])[None]
-    values = jax.jit(of_one)(around)
-    mapped, slopes = (
-        a.reshape(3, 5, -1)
-        for a in jax.jit(jax.vmap(jax.value_and_grad(of_one)))(around.reshape(-1, 2))
-    )
-    np.testing.assert_allclose(mapped[..., 0], values, **EXACT)
-    np.testing.assert_allclose(slopes[:, 4], (values[:, :2] - values[:, 2:4]) / 2e-4, **DERIVATIVE)
-    hessians = jax.jit(jax.vmap(jax.hessian(of_one)))(x)
-    assert hessians.dtype == jnp.float64
-    np.testing.assert_allclose(hessians, (slopes[:, :2] - slopes[:, 2:4]) / 2e-4, **DERIVATIVE)
-    there = jax.jit(jax.jacfwd(lambda x: model.encode(x, context=context)))
-    back = jax.jit(jax.jacrev(lambda z: model.decode(z, context=context)[0]))
-    z = model.encode(x[0], context=context)
-    np.testing.assert_allclose(there(x[0]) @ back(z), np.eye(2), atol=1e-8)
-
-
-def test_other_arrays_and_lists_are_read_as_numpy_reads_them():
-    class Foreign:
-        """An array of another library, whose dtypes are its own."""
-
-        dtype, shape = "foreign.float32", IMAGES.shape
-
-        def __array__(self, dtype=None, copy=None):
-            return IMAGES
-
-    for given in (Foreign(), IMAGES.tolist()):
-        np.testing.assert_array_equal(as_batch(given, kept.SHAPE).x, IMAGES)

@@ -1,6 +1,4 @@
-"""Variational dequantisation: noise is a density, by dense Jacobians in float64, and what it
-changes in a model.
-"""
+"""Variational dequantisation: noise is a density, by dense Jacobians in float64."""
 
 import dataclasses
 import functools
@@ -9,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
-import optax
 import pytest
 
 import iresnet_jax as ir
@@ -122,53 +119,25 @@ def with_uniform_noise(model):
     return model.with_(spec=spec, weights={"stage0": model.weights["stage0"]}, noise_network={})
 
 
-@pytest.mark.slow
-def test_noise_starts_uniform_and_trains_to_a_better_bound():
-    x, stage = squares(), StageSpec(1, (16,), activation="clipswish")
+def test_noise_starts_uniform():
     first = Density.init(
         jax.random.key(0),
-        x,
-        stages=[stage],
+        squares(),
+        stages=[StageSpec(1, (16,), activation="clipswish")],
         num_levels=LEVELS,
         noise=NoiseSpec(1, (8,), (8, 4), window=3),
     )
-    keys = jax.random.split(jax.random.key(1), 4)
-    uniform = with_uniform_noise(first)
-    np.testing.assert_allclose(
-        first.log_prob(x, keys[0]), uniform.log_prob(x, keys[0]), rtol=SAME_RTOL
-    )
+    uniform, key = with_uniform_noise(first), jax.random.key(1)
+    expected = uniform.log_prob(squares(), key)
+    np.testing.assert_allclose(first.log_prob(squares(), key), expected, rtol=SAME_RTOL)
     assert (uniform.spec.bound, first.spec.bound) == ("uniform mean", "variational mean")
-
-    def loss(model, batch, key):
-        return -model.log_prob(batch, key).mean()
-
-    adam = optax.adam(1e-2)  # compiles sooner than Muon
-    model = ir.train(
-        first,
-        loss,
-        x,
-        key=jax.random.key(3),
-        steps=150,
-        batch_size=64,
-        ema_decay=0.9,
-        optimizer=adam,
-        progress=False,
-    )
-    means = [
-        np.mean([run.log_prob(x, key) for key in keys])
-        for run in (uniform, with_uniform_noise(model), model)
-    ]
-    assert means[2] > max(means[:2]) + 0.05
-    assert model.certificate().certified
-    assert model.noise_certificate().certified
+    assert first.noise_certificate().certified
     assert uniform.noise_certificate() is None
 
 
 @pytest.mark.slow
 def test_probes_of_the_noise_are_others_than_those_of_the_data():
-    """Both flows are made equal: with the same probes, their log-determinants would err
-    together.
-    """
+    """With the same probes, the errors of two equal flows would be equal."""
     flow = FlowSpec((3, 3, 1), (StageSpec(2, (6,), (3, 3), activation="clipswish"),), noise=NOISE)
     model = kept.model(dataclasses.replace(IMAGES, flow=flow)).with_(
         estimator=ir.SeriesLogdet(2, num_probes=1, exact_trace=False)

@@ -1,6 +1,4 @@
-"""A prior of one's own: a pytree with ``log_prob`` and ``sample``, which a density takes,
-trains, saves and loads.
-"""
+"""A prior of one's own, which a density takes, saves and loads."""
 
 import dataclasses
 import functools
@@ -9,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import kept
 import numpy as np
-import optax
 import pytest
 from jax.tree_util import register_dataclass
 
@@ -60,17 +57,6 @@ def test_its_numbers_have_gradients():
     assert found.log_scale == pytest.approx(np.mean(np.sum(np.abs(z) - 1, axis=1)), rel=1e-4)
 
 
-@pytest.mark.slow
-def test_training_changes_its_arrays():
-    stages, key = FLOW.stages, jax.random.key(0)
-    model = ir.Density.init(key, X, stages=stages, prior=Laplace(jnp.float32(0)))
-    loss = lambda model, batch, key: -model.log_prob(batch, key).mean()  # noqa: E731
-    trained = ir.train(
-        model, loss, X, key=key, steps=2, ema_decay=0, optimizer=optax.sgd(0.1), progress=False
-    )
-    assert trained.prior.log_scale != 0
-
-
 def test_a_file_holds_its_numbers(tmp_path):
     model = density(Laplace(jnp.float32(0.3)))
     path = model.save(tmp_path / "model.npz")
@@ -106,18 +92,3 @@ def test_numbers_and_arrays_of_numpy_are_constants(tmp_path):
         np.testing.assert_allclose(
             jax.jit(ir.Density.log_prob)(loaded, X), density(prior).log_prob(X), rtol=1e-6
         )
-
-
-def test_a_distribution_of_flowjax_is_a_prior(tmp_path):
-    distributions = pytest.importorskip("flowjax.distributions")
-    make = lambda scale: distributions.Normal(jnp.zeros(2), scale)  # noqa: E731 (leaves are arrays, numbers and functions)
-    model = density(priors.trainable(make(3.0)))
-    z = model.encode(X)
-    log_prior = -np.sum(np.square(z) / 18 + np.log(3) + 0.5 * np.log(2 * np.pi), axis=1)
-    terms = model.terms(X, jax.random.key(0), jax.random.key(0))
-    np.testing.assert_allclose(terms.log_prior, log_prior, rtol=1e-5)
-    assert model.sample(jax.random.key(1), 3)[0].shape == (3, 2)
-    gradient = jax.jit(jax.grad(lambda prior: density(prior).log_prob(X).mean()))(model.prior)
-    assert {name.split(".")[-1] for name in gradient.weights} == {"loc", "0"}
-    loaded = ir.load(model.save(tmp_path / "model.npz"), prior=make(1.0))
-    np.testing.assert_allclose(loaded.log_prob(X), model.log_prob(X), rtol=1e-6)

@@ -1,6 +1,4 @@
-"""Flows with prescribed constants: certificates and Jacobians lie within them, and the words of
-configs mean them.
-"""
+"""Flows with prescribed constants: certificates and Jacobians lie within them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,6 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.maths.lipschitz_bounds import block_bounds
-from iresnet_jax.runs.config import default_config, parse
-from iresnet_jax.runs.job import build_flow_spec
 
 MU, NU = 0.2, 5.0
 X = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
@@ -54,15 +50,3 @@ def test_bounds_of_spent_budgets_are_within_constants_near_and_far(mu, nu):
     assert 0.999 * nu < stretch < nu * (1 - 5 * 3e-6)
     shrink = (spec.scale / float(bounds.inverse)) ** spec.num_blocks
     assert mu * (1 + 5 * 3e-6) < shrink < 1.01 * mu
-
-
-def test_configs_prescribe_constants():
-    config = default_config()
-    config.model.constants = (MU, NU)
-    parsed = parse(config)
-    assert build_flow_spec(parsed.model, (8, 8, 1)) == ir.FlowSpec.bilipschitz(
-        (8, 8, 1), parsed.model.stages, mu=MU, nu=NU
-    )
-    config.model.constants = (MU,)
-    with pytest.raises(ValueError, match=r"constants must be \(mu, nu\)"):
-        parse(config)

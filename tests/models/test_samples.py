@@ -1,6 +1,4 @@
-"""Samples with their log-densities: one pass through the inverse beside `log_prob`, gradients
-beside differences.
-"""
+"""Samples with their log-densities beside `log_prob`, gradients beside differences."""
 
 import dataclasses
 
@@ -84,9 +82,3 @@ def test_gradients_by_weights_prior_and_context_are_those_of_differences(x64):
     )
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
     assert all(np.any(gradient) for gradient in jax.tree.leaves(gradients[1:]))
-
-
-def test_the_error_of_an_estimate_is_told():
-    estimated = kept.model(SPECS["normal"]).with_(estimator=ir.SeriesLogdet(3, num_probes=2))
-    found = jax.jit(Density.sample_and_log_prob, static_argnums=2)(estimated, KEY, 4)
-    assert np.all(found.logdet_info.truncation_bound > 0)

@@ -1,19 +1,13 @@
-"""Models as files: nothing is lost, nothing is believed that can be computed, and damage ends in
-one sentence.
-"""
+"""Models as files: nothing is believed that can be computed, and damage is named."""
 
-import dataclasses
 import functools
 import io
-import json
 import zipfile
-from typing import Any
 
 import jax
 import kept
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 import iresnet_jax as ir
 from iresnet_jax.bijections.bounded import Bounded
@@ -24,7 +18,6 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import as_params
 from iresnet_jax.models.saved import model_of, spec_of
 from iresnet_jax.pytrees import tagged
-from iresnet_jax.storage import path_of
 
 FLOW = FlowSpec(
     (4, 4, 1),
@@ -70,31 +63,6 @@ def test_bounds_are_those_of_the_weights_in_the_file(density, tmp_path):
     assert not loaded.certificate().certified
 
 
-def test_a_model_in_half_precision_is_saved_in_single(density, tmp_path):
-    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), density)
-    loaded = ir.load(half.save(tmp_path / "model.npz"))
-    np.testing.assert_array_equal(
-        loaded.prior.by_class.mean, half.prior.by_class.mean.astype(np.float32)
-    )
-
-
-@pytest.mark.slow
-def test_the_spec_says_what_branches_compute_before_and_after_saving(density, tmp_path):
-    spec = density.spec
-    stages = (
-        dataclasses.replace(spec.flow.stages[0], activation="tanh", padding="CIRCULAR"),
-        spec.flow.stages[1],
-    )
-    other = density.with_(
-        spec=dataclasses.replace(spec, flow=dataclasses.replace(spec.flow, stages=stages))
-    )
-    x = np.random.default_rng(0).integers(0, 4, (3, 4, 4, 1), np.uint8)
-    loaded = ir.load(other.save(tmp_path / "model.npz"))
-    np.testing.assert_allclose(other.log_prob(x), loaded.log_prob(x), rtol=1e-6)
-    assert np.abs(other.log_prob(x) - density.log_prob(x)).max() > 0.01
-    np.testing.assert_allclose(other.certificate().forward, loaded.certificate().forward, rtol=1e-6)
-
-
 def test_scales_of_a_flow_with_prescribed_constants_cannot_be_altered(tmp_path):
     x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
     model = kept.model(
@@ -115,8 +83,6 @@ OLD_HEADER = np.frombuffer(b'{"format": 1}', np.uint8)
     ("damage", "sentence"),
     [
         ({KERNEL: npy(np.zeros((1, 3, 3, 4, 3)))}, r"conv0/kernel in it is \(1, 3, .* \(2, 3"),
-        ({"more.npy": npy(np.zeros(1))}, r"the shape of more in it is \(1,\), .* needs None"),
-        ({KERNEL: npy(np.zeros((2, 3, 3, 4, 3)))[:-4]}, "buffer|reshape|size|EOF"),
         ({"header.npy": npy(OLD_HEADER)}, "has the format 1, not 2"),
         ({"header.npy": None}, r"holds no model that was saved, or is damaged: .*header"),
         ({KERNEL: None}, "conv0/kernel in it is None"),
@@ -141,30 +107,6 @@ def test_half_a_file_is_no_model(density, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model\.npz holds no model .* or is damaged"):
             ir.load(path)
-
-
-def test_a_bucket_that_cannot_be_reached_is_no_damage(density, monkeypatch):
-    path = path_of("memory://bucket/model.npz")
-    density.save(path)
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("503 at the moment")
-
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
-    with pytest.raises(
-        ConnectionError, match=r"model\.npz cannot be reached \(503 at the moment\)"
-    ):
-        ir.load(path)
-
-
-def test_numbers_of_numpy_in_a_spec_are_those_of_python():
-    @dataclasses.dataclass
-    class Numbers:
-        one: Any
-        several: Any
-
-    found = json.loads(json.dumps(tagged(Numbers(np.int64(2), (np.float32(0.5), 3)))))
-    assert found == {"type": "Numbers", "one": 2, "several": [0.5, 3]}
 
 
 def test_lines_of_before_keep_to_the_ends_of_their_transform():

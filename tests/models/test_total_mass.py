@@ -1,6 +1,4 @@
-"""Numbers that a density gives sum and integrate to 1, whatever its bounds, cells, atoms, tails
-and weights.
-"""
+"""Densities sum and integrate to 1, whatever their bounds, cells, atoms and tails."""
 
 import dataclasses
 
@@ -52,7 +50,6 @@ CASES = {
         "gaussian",
     ),
     "mixture": (None, ((-3.0, 0.0),), Standardize((0.0,), (2.0,)), "mixture"),
-    "levels": (Marginals.lines([1]), ((-0.5, 4.5),), None, "gaussian"),
     "levels that own half-lines": (
         Marginals.lines([1], least=[0], most=[4]),
         (LINE,),
@@ -77,9 +74,7 @@ CASES = {
 
 
 def mapped(ends):
-    """The map of entries with these ends to the line, and with these centers and scales of heavy
-    tails.
-    """
+    """The map of entries with these ends, centers and scales to the line."""
     return Bounded(*np.array([(*row, 0.0, 0.0)[:4] for row in ends]).T)
 
 
@@ -104,11 +99,7 @@ def density(name):
 
 
 def support(cells, ends, line, num):
-    """Values of one entry, and the size of what each stands for: a cell's width, 1 of an atom, a
-    step of an integral.
-
-    Steps resolve the line of the transform's own, where all densities are smooth.
-    """
+    """Values of one entry, and what each stands for: a cell's width, 1 of an atom, a step."""
     t = np.linspace(line.min() - np.ptp(line) / 2, line.max() + np.ptp(line) / 2, num + 1)[:, None]
     edges = ends.from_line(t, np)[0]
     if cells is None:
@@ -131,9 +122,7 @@ def support(cells, ends, line, num):
 
 
 def numbers(model):
-    """Rows of values, the number that the density gives each, averaged over noise, and the size
-    of what it stands for.
-    """
+    """Rows of values, the density's number for each, averaged over noise, and their sizes."""
     transform, cells = model.spec.transform, model.spec.cells
     samples = np.asarray(model.continuous.sample(jax.random.key(1), NUM_SAMPLES)[0], np.float64)
     line, found = transform.to_line(samples, np)[0], []

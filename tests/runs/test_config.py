@@ -1,6 +1,4 @@
-"""Mistakes in a config file or on the command line are answered in one sentence, before anything
-is written.
-"""
+"""Mistakes in a config file or on the command line are one sentence; nothing is written."""
 
 import json
 import os

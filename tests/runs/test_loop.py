@@ -8,7 +8,6 @@ import sys
 
 import chex
 import jax
-import kept
 import numpy as np
 import pytest
 import tiny_runs as runs
@@ -23,12 +22,8 @@ from tiny_runs import (
     newest,
 )
 
-from iresnet_jax.data import load
 from iresnet_jax.models.initial import abstract
 from iresnet_jax.runs import job, trained_run
-from iresnet_jax.runs.job import model_spec
-from iresnet_jax.storage import locked
-from iresnet_jax.training import checkpoints
 from iresnet_jax.training import train as loop
 from iresnet_jax.training.checkpoints import Store
 from iresnet_jax.training.density import evaluate_examples
@@ -61,50 +56,8 @@ def test_training_improves_validation_and_never_recompiles(uninterrupted):
     assert validation[-1] < validation[0]
 
 
-@pytest.mark.slow
-def test_a_run_that_began_from_a_saved_model_goes_on_without_it(config, tmp_path):
-    path = kept.model(model_spec(config, load("moons"))).save(tmp_path / "model.npz")
-    changes = {
-        "training.total_steps": 1,
-        "training.eval_every_steps": 1,
-        "training.initial_model": str(path),
-    }
-    begun = runs.config_of(runs.TOY_CONFIG, **changes)
-    trained = job.train(begun, tmp_path / "run")
-    path.unlink()
-    chex.assert_trees_all_equal(job.train(begun, tmp_path / "run").weights, trained.weights)
-    with pytest.raises(ValueError, match="there is no model"):
-        job.train(begun, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_finished_run_is_not_trained_further(config, uninterrupted, monkeypatch):
-    monkeypatch.setattr(loop.Run, "take", lambda *_: pytest.fail("a step was taken"))
-    before = measurements(uninterrupted), arrays_of(uninterrupted)
-    model = job.train(config, uninterrupted)
-    chex.assert_trees_all_equal(model.weights, trained_run.load(uninterrupted).model.weights)
-    chex.assert_trees_all_equal((measurements(uninterrupted), arrays_of(uninterrupted)), before)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_has_the_time_that_is_left(tmp_path, happens_before, monkeypatch):
-    config = runs.config_of(runs.TOY_CONFIG, **{"training.minutes": 60.0})
-    happens_before(4, send(signal.SIGTERM))
-    with pytest.raises(Stopped, match="after step 5 of"):
-        job.train(config, tmp_path)
-    rewrite(tmp_path, 5, lambda about: about | {"seconds": 3600.0})
-    # from the second step on it knows their time
-    history = job.train(config, tmp_path).history
-    assert (history.num_steps, history.ended) == (newest(tmp_path), "time was over")
-    assert newest(tmp_path) == 7
-    monkeypatch.setattr(loop.Run, "take", lambda *_: pytest.fail("it had ended"))
-    assert job.train(config, tmp_path).history.num_steps == 7
-
-
 def rewrite(workdir, step, change, **arrays):
-    """Writes a checkpoint anew, with what it says of its training changed, None for nothing, and
-    with further arrays.
-    """
+    """Writes a checkpoint anew, with what it says of its training changed, and more arrays."""
     path = Store(workdir).path(step)
     with np.load(path) as archive:
         found = {name: archive[name] for name in archive.files}
@@ -164,32 +117,6 @@ def test_a_run_told_to_stop_saves_the_step_it_is_in(
     happens_before(step, lambda: pytest.fail("a step was taken twice"))
     job.train(config, tmp_path)
     assert_ends_like(tmp_path, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_run_that_blew_up_is_not_saved_when_told_to_stop(tmp_path, happens_before):
-    changes = {"log_every_steps": 4, "eval_every_steps": 4}
-    changes = {f"training.{name}": steps for name, steps in changes.items()} | {
-        "optimizer.learning_rate": 1e30
-    }
-    happens_before(2, send(signal.SIGTERM))
-    with pytest.raises(
-        RuntimeError,
-        match=r"non-finite between steps 0 and 3: train again with a lower learning rate",
-    ):
-        job.train(runs.config_of(runs.TOY_CONFIG, **changes), tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
-
-
-@pytest.mark.slow
-def test_a_run_is_saved_between_validations_that_are_far_apart(
-    config, tmp_path, happens_before, monkeypatch
-):
-    monkeypatch.setattr(checkpoints, "SAVE_SECONDS", 0.0)
-    happens_before(EVAL_EVERY + 1, lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        job.train(config, tmp_path)
-    assert newest(tmp_path) == EVAL_EVERY + 1
 
 
 def test_a_signal_before_the_first_step_ends_training_at_once(config, tmp_path, happens_before):
@@ -286,11 +213,3 @@ def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_
     ema = Store(tmp_path / "run").restore(state).state.ema
     of_moved = abstract(conditional).certified(ema).given(np.float32([1, 0]))
     assert abs(bits(of_moved) - logged[6]) > 1e-2
-
-
-def test_two_processes_do_not_train_in_one_workdir(config, tmp_path):
-    with (
-        locked(tmp_path / "training"),
-        pytest.raises(ValueError, match=f"another process is training in {tmp_path}"),
-    ):
-        job.train(config, tmp_path)

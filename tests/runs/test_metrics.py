@@ -1,18 +1,13 @@
-"""Metrics files survive kills and resumes without duplicates; the progress bar keeps quiet in
-batch jobs.
-"""
+"""Metrics files survive kills and resumes without duplicates; a bar is for terminals."""
 
-import errno
 import io
 import json
 import math
-import os
 import struct
 import sys
 
 import pytest
 from one_number import trained, without_blocks  # noqa: F401 (a fixture)
-from tensorboardX.event_file_writer import EventsWriter
 
 from iresnet_jax.runs.metrics import Bar, read_metrics, writing
 from iresnet_jax.training import parallel
@@ -23,9 +18,7 @@ def steps(workdir):
 
 
 def tensorboard_events(workdir):
-    """Reads event files by their record format: length, its checksum, a protocol buffer, its
-    checksum.
-    """
+    """Event files by their format: length, its checksum, a protocol buffer, its checksum."""
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: made at run time
 
     events = []
@@ -61,16 +54,6 @@ def test_a_line_holds_everything_and_is_on_disk_at_once(tmp_path):
     assert found == [(10, "train/loss", 2.0), (10, "train/norm", math.inf), (10, "test/loss", 2.0)]
 
 
-def test_a_full_disk_ends_the_run_and_nothing_waits(tmp_path, monkeypatch):
-    def flush(*_):
-        monkeypatch.undo()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(EventsWriter, "flush", flush)
-    with pytest.raises(OSError, match="No space left on device"):
-        write(tmp_path, [1])
-
-
 # --- resuming -------------------------------------------------------------------------------------
 
 
@@ -83,7 +66,7 @@ def test_resuming_drops_the_steps_that_will_be_repeated(tmp_path):
     assert starts[-1] == 21  # from where on TensorBoard discards older events
 
 
-@pytest.mark.parametrize("cut", [1, 2, 20])
+@pytest.mark.parametrize("cut", [1, 20])
 def test_a_killed_process_loses_no_more_than_its_last_line(tmp_path, cut):
     write(tmp_path, (10, 20, 30))
     path = tmp_path / "metrics.jsonl"

@@ -32,14 +32,6 @@ def test_a_step_for_devices_is_the_one_that_trains():
     )
 
 
-def test_the_data_of_a_plan_have_the_shape_that_the_config_describes():
-    config = runs.config_of(
-        runs.DIGITS_CONFIG, **{"data.name": "mnist", "data.condition_on_labels": True}
-    )
-    data = plan.data_for(config)
-    assert (data.event_shape, data.context_dim) == ((28, 28, 1), 10)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, of the extra tpu")
 def test_a_step_for_tpus_fits_and_has_one_reduction_for_all_gradients():

@@ -1,6 +1,4 @@
-"""Training a classifier and everything after it: resumable, equal on any number of devices, and
-reported honestly.
-"""
+"""Training a classifier and everything after it."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Validation of a density sees what training exploits, and an evaluation's keys are those of its
-examples.
-"""
+"""Validation sees what training exploits; an evaluation's keys are those of its examples."""
 
 import functools
 

@@ -1,6 +1,4 @@
-"""A density with a prior for every class: Bayes' rule, samples of a class, and training on
-images and labels at once.
-"""
+"""A prior for every class: Bayes' rule, samples of a class, and training on both."""
 
 import dataclasses
 import functools
@@ -52,9 +50,7 @@ def plane(num_classes=K):
 
 
 def scattered(key, tree):
-    """The tree with independent normal noise on every number: classes start alike, which hides
-    what tells them apart.
-    """
+    """The tree with normal noise on every number: classes start alike."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten(
@@ -158,11 +154,7 @@ def setup(config):
 
 
 def test_the_loss_is_cross_entropy_plus_weighted_bits():
-    """The gradient of a step by hand, from the functions of the model, against the metrics that the
-    step reports.
-
-    Augmentation changes what is classified, and not the likelihood.
-    """
+    """A step's gradient by hand; augmentation changes what is classified alone."""
     changes = {
         "optimizer.name": "sgd",
         "optimizer.clip_norm": 0.0,

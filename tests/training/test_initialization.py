@@ -45,9 +45,7 @@ def test_a_prior_with_components_is_the_one_that_latents_have():
     ],
 )
 def test_training_goes_on_from_a_saved_model(name, before, now, tmp_path):
-    """All of it that the new one has, whatever the budget, the noise and the seed; what the
-    model has not starts fresh.
-    """
+    """All of it that the new model has; what it has not starts fresh."""
     saved = start_of(name, **{"model.dequantization": before}).certified()
     saved.save(tmp_path / "model.npz")
     now = {"seed": 1, "model.dequantization": now}

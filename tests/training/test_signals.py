@@ -4,7 +4,6 @@ import itertools
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -95,11 +94,6 @@ DEFERRED = [
         [signal.SIGTERM] * 2,
         (143, "saved\n", NOTED),
     ),
-    (  # and is one later
-        "until(lambda: stop.received); time.sleep(0.2); ready(); until(lambda: False)",
-        [signal.SIGTERM] * 2,
-        (143, "", NOTED + "stopped by SIGTERM: go on\n"),
-    ),
 ]
 
 
@@ -139,25 +133,3 @@ def test_training_in_memory_hears_an_interrupt_where_somebody_sits(monkeypatch):
     with StopRequests(heard=signals.heard_in_memory()):
         assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
         assert signal.getsignal(signal.SIGINT) is not handlers[signal.SIGINT]
-
-
-def test_a_search_in_several_threads_leaves_interrupts_as_they_were(monkeypatch):
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    barrier = threading.Barrier(2)
-
-    def search(is_first):
-        with signals.interrupts_raised():
-            barrier.wait()
-            if not is_first:
-                first.join()
-            assert signals.heard_in_memory() == ()
-        outcomes.append(signals.heard_in_memory())
-
-    outcomes = []
-    first, second = (
-        threading.Thread(target=search, args=(is_first,)) for is_first in (True, False)
-    )
-    for thread in (first, second):
-        thread.start()
-    second.join()
-    assert [*outcomes, signals.heard_in_memory()] == 3 * [(signal.SIGINT,)]

@@ -144,59 +144,6 @@ def test_validation_without_data_to_train_on_has_its_rows():
     assert set(trained.history.validation["rows"]) == {5}
 
 
-@pytest.mark.slow
-def test_everything_in_float64(tmp_path):
-    with jax.enable_x64(True):
-        x = X.astype(float)
-        first = ir.Density.init(jax.random.key(0), x, stages=STAGES).with_(unroll=True)
-        trained = ir.train(first, nll, x, **PLAIN)
-        own = jax.tree.leaves((trained.weights["stage0"].branch.weights, trained.prior))
-        assert {leaf.dtype for leaf in own} == {np.dtype(float)}
-        loaded = ir.load(trained.save(tmp_path / "model.npz"))
-        expected = np.asarray(trained.log_prob(x))
-        np.testing.assert_array_equal(loaded.log_prob(x), expected)
-    with pytest.warns(UserWarning, match="in float64.* rounded; set JAX_ENABLE_X64=1"):
-        rounded = ir.load(tmp_path / "model.npz")
-    assert rounded.certificate().certified
-    np.testing.assert_allclose(rounded.log_prob(X), expected, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_loss_without_data_draws_its_own():
-    def loss(model, batch, key):
-        assert batch is None
-        return jnp.square(model.decode(jax.random.normal(key, (32, 2)))[0]).mean()
-
-    trained = ir.train(start(), loss, **QUICK | {"steps": 50, "optimizer": optax.adam(3e-2)})
-    z = np.random.default_rng(5).normal(size=(100, 2)).astype(np.float32)
-    assert np.square(trained.decode(z)[0]).mean() < 0.9 * np.square(start().decode(z)[0]).mean()
-
-
-@pytest.mark.slow
-def test_classifiers_train_by_losses_of_ones_own():
-    images = np.random.default_rng(0).integers(0, 256, (32, 4, 4, 1), np.uint8)
-    labels = (images.mean(axis=(1, 2, 3)) > 127).astype(int)
-    stages = [ir.StageSpec(1, (4,), kernel_sizes=(1, 1), squeeze=2)]
-    classifier = ir.Classifier.init(jax.random.key(0), images, 2, stages=stages)
-
-    @jax.jit
-    def cross_entropy(model, batch, key):
-        return optax.softmax_cross_entropy_with_integer_labels(
-            model.logits(batch[0]), batch[1]
-        ).mean()
-
-    trained = ir.train(
-        classifier,
-        cross_entropy,
-        (images, labels),
-        **QUICK | {"steps": 40, "optimizer": optax.adam(2e-2)},
-    )
-    assert cross_entropy(trained, (images, labels), None) < 0.8 * cross_entropy(
-        classifier, (images, labels), None
-    )
-    assert trained.certificate().certified
-
-
 def ignores_the_model(model, batch, key):
     return jnp.square(batch).mean()
 
@@ -208,9 +155,6 @@ WRONG = {
         lambda: (nll, (10**12 * (X > 0)).astype(np.int64)),
         "too large for int32",
     ),
-    "masked values": (lambda: (nll, np.ma.masked_greater(X, 4)), "masked values"),
-    "fewer rows than devices": (lambda: (nll, X[:1]), "batch_size must be at most 1"),
-    "a decay of 1": (lambda: (nll, X, {"ema_decay": 1}), "ema_decay must lie in"),
     "a loss that ignores the model": (lambda: (ignores_the_model, X), "depend on the model"),
 }
 
@@ -220,12 +164,3 @@ def test_what_would_train_in_vain_is_refused(arguments, message):
     loss, data, *options = arguments()
     with pytest.raises(ValueError, match=message):
         ir.train(start(), loss, data, **PLAIN, **dict(*options))
-
-
-def test_names_of_the_log_are_those_of_the_training():
-    def loss(model, batch, key):
-        return nll(model, batch, key), {"loss": jnp.float32(7), "step": jnp.float32(7)}
-
-    found = ir.train(start(), loss, X, **PLAIN, log_every=1, validation=X[:3]).history
-    assert found.train["step"] == [1, 2, 3, 4, 5, 6]
-    assert 7 not in found.train["loss"] + found.validation["loss"]
