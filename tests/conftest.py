@@ -10,12 +10,9 @@ import numpy as np  # noqa: F401 (loads its BLAS)
 import pytest
 import threadpoolctl
 
-# imports and tracing allocate much that lives on: Python looks through it every 700 objects
 gc.set_threshold(50_000, 20, 100)
 
-# Must be set before jax starts. Two devices are no more than the cores of the smallest machine we
-# support. What the tests compile runs for milliseconds: they are faster with code that is not
-# optimised.
+# Before jax starts. What tests compile runs for milliseconds: code is not optimised.
 FLAGS = ["--xla_force_host_platform_device_count=2", "--xla_backend_optimization_level=0"]
 FLAGS += ["--xla_llvm_disable_expensive_passes=true"]  # a twentieth less
 FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # fewer memory maps, see `forget_programs`
@@ -24,16 +21,12 @@ if version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Large pages for test processes, where Linux has them.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-# NumPy's oracles are small: a second thread only waits for them, and takes a core from the other
-# test process. Some plugin of pytest may have loaded NumPy before this file, which then has to be
-# told.
+# A second thread would take a core from the other test process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 threadpoolctl.threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), user_api="blas")
 
-# A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and
-# interrupt.
+# A job in the background ignores Ctrl-C, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -59,13 +52,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Files whose few tests take long come first: at the end, one process would wait."""
-    long = (
-        "test_docs.py",
-        "test_notebooks.py",
-        "test_hosts.py",
-        "test_energy_fitting.py",
-        "test_fitting.py",
-    )
+    long = ("test_docs.py", "test_notebooks.py", "test_hosts.py", "test_fitting.py")
     items.sort(key=lambda item: item.path.name not in long)
 
 
@@ -78,12 +65,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_compilations(tmp_path_factory):
-    """Keeps compiled programs on disk for as long as pytest runs, for all its processes and their
-    subprocesses.
-
-    Only those that take long, as writing does, too. There is no limit: JAX would look at all files
-    before it writes one.
-    """
+    """Keeps programs that compile for long on disk, for all processes of one pytest."""
     import jax  # late, or the process that hands out the tests would import it too
     import tiny_runs as runs
     from jax.experimental.compilation_cache import compilation_cache
@@ -106,11 +88,7 @@ def shared_compilations(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Drops compiled programs before they fill memory maps: Linux allows 65,530 a process, a module
-    adds up to 20,000.
-
-    To drop them takes five seconds, and their functions are compiled again.
-    """
+    """Drops compiled programs before memory maps run out, of which Linux allows 65,530."""
     yield
     import jax
 

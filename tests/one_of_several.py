@@ -28,13 +28,7 @@ class OneOfSeveral:
     def __init__(self, folder, *arguments):
         folder.mkdir(parents=True, exist_ok=True)
         self._stderr = folder / "stderr"
-        self._process = FORKSERVER.Process(
-            target=work, args=(str(self._stderr), *arguments), daemon=True
-        )
-        # for the process that is forked, which the first of all starts
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
-            self._process.start()
+        self._process = _forked(work, str(self._stderr), *arguments)
 
     def send_signal(self, number: signal.Signals) -> None:
         assert self._process.pid is not None
@@ -92,19 +86,21 @@ def work(stderr, environment, address, num_processes, process, trainings):
 
 def status_of_one_killed_in_a_save(name, workdir, call):
     """The exit status of a training that is killed in its so many-th save."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
-        process = FORKSERVER.Process(target=_die_in_a_save, args=(name, workdir, call), daemon=True)
-        process.start()
+    process = _forked(_die_in_a_save, name, workdir, call)
     process.join()
     return process.exitcode
 
 
 def start_training(environment, name, workdir):
     """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables."""
+    return _forked(_train, environment, name, workdir)
+
+
+def _forked(target, *arguments):
+    # the path is for the process that is forked, which the first of all starts
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, FOLDERS)))
-        process = FORKSERVER.Process(target=_train, args=(environment, name, workdir), daemon=True)
+        process = FORKSERVER.Process(target=target, args=arguments, daemon=True)
         process.start()
     return process
 

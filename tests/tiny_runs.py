@@ -94,9 +94,7 @@ def get_config():
 """
 
 CONFIGS = {"toy": TOY_CONFIG, "classifier": CLASSIFIER_CONFIG, "hybrid": HYBRID_CONFIG}
-REPORTED = {"hybrid"}  # trained from the command line, which ends with a report
 TRACES = "traces"  # file of a run from `trained`: how often its step was traced
-SAID = "said"  # file of such a run with a report: what the command printed, with RUN for its folder
 
 
 def trained(tmp_path_factory, name):
@@ -107,11 +105,7 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Step, "__call__", _counted(Step.__call__, traces))
-                shorten_reports(patch)
-                if name in REPORTED:
-                    _train_from_the_command_line(CONFIGS[name], incoming, patch)
-                else:
-                    job.train(config_of(CONFIGS[name]), incoming)
+                job.train(config_of(CONFIGS[name]), incoming)
             (incoming / TRACES).write_text(str(len(traces)))
             incoming.rename(whole)
     return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")
@@ -163,25 +157,10 @@ def fixtures_of(name):
     return workdir, loaded
 
 
-def shorten_reports(patch, *, drawn=False):
-    """Certifies 8 examples for reports, and unless ``drawn`` figures are not drawn."""
+def shorten_reports(patch):
+    """Certifies 8 examples for reports, whose figures are not drawn."""
     patch.setattr("iresnet_jax.evaluation.round_trips.MOST_CERTIFIED", 8)
-    if not drawn:
-        patch.setattr(
-            "iresnet_jax.evaluation.plots.data_uri", lambda figure: "data:image/png;base64,"
-        )
-
-
-def _train_from_the_command_line(source, workdir, patch):
-    path = workdir.parent / f"{workdir.name}_config.py"
-    path.write_text(source)
-    said = []
-    patch.setattr(
-        "builtins.print", lambda *words, sep=" ", **_: said.append(sep.join(map(str, words)))
-    )
-    status = train_main(f"--config={path}", f"--workdir={workdir}")
-    assert status == 0, said
-    (workdir / SAID).write_text("\n".join(said).replace(str(workdir), "RUN"))
+    patch.setattr("iresnet_jax.evaluation.plots.data_uri", lambda figure: "data:image/png;base64,")
 
 
 def _counted(function, calls):

@@ -10,9 +10,12 @@ import iresnet_jax as ir
 pytestmark = pytest.mark.slow
 
 
-def test_training_ends_with_a_report_of_images(tmp_path_factory):
-    workdir = runs.trained(tmp_path_factory, "hybrid")
-    said = (workdir / runs.SAID).read_text()
+def test_training_ends_with_a_report_of_images(tmp_path, capsys, monkeypatch):
+    workdir, config_file = tmp_path / "run", tmp_path / "config.py"
+    config_file.write_text(runs.HYBRID_CONFIG)
+    runs.shorten_reports(monkeypatch)
+    assert runs.train_main(f"--config={config_file}", f"--workdir={workdir}") == 0
+    said = capsys.readouterr().out.strip()
 
     def no_constant(name):
         raise AssertionError(f"{name} is not JSON")
@@ -33,7 +36,7 @@ def test_training_ends_with_a_report_of_images(tmp_path_factory):
     assert "by the variational mean" in (workdir / "report.html").read_text()
     assert content["noise_lipschitz"]["certified"]
     assert "inverse: inverted; 360 of 360" in said
-    assert said.endswith("model: RUN/model.npz\nreport: RUN/report.html")
+    assert said.endswith(f"model: {workdir}/model.npz\nreport: {workdir}/report.html")
     page = (workdir / "report.html").read_text()
     # Curves, samples, confusion, mistakes, samples by class, reconstructions, constants.
     assert page.count("data:image/") == 7
