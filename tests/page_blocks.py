@@ -21,12 +21,11 @@ import matplotlib as mpl
 import numpy as np
 
 import iresnet_jax as ir
-from iresnet_jax import estimators
+from iresnet_jax import estimators, fitting
 from iresnet_jax.training import train as loop
 from iresnet_jax.training.optimizers import OptimizerConfig
 
 FITTED = {}
-PLAIN = {"optimizer.name": "sgd", "training.blocks": "unroll"}
 SHORTER = {
     r"\bsteps=\d+|\bminutes=[\d.]+": "steps=2",
     r"\b(num_blocks=|StageSpec\()\d+": r"\g<1>1",
@@ -55,7 +54,6 @@ def fit_once(fit):
         ]
         if np.ndim(arrays[0]) == 2 and options.get("architecture") is None:
             options["architecture"] = [ir.StageSpec(num_blocks=1, hidden=(4,))]
-        options["settings"] = {**PLAIN, **(options.get("settings") or {})}
         rest = {name: value for name, value in options.items() if name != "context"}
         call = repr(
             (
@@ -101,8 +99,8 @@ def main(path: str) -> None:
     mpl.use("Agg")
     ir.fit = estimators.fit = fit_once(ir.fit)
     ir.fit_energy = energy_of(ir.fit_energy)
-    loop.OptimizerConfig = lambda name, *values, **options: OptimizerConfig(
-        "sgd", *values, **options
+    loop.OptimizerConfig = fitting.OptimizerConfig = lambda name, *values, **options: (
+        OptimizerConfig("sgd", *values, **options)
     )
     outcomes = {}
     for page, blocks in json.loads(Path(path).read_text()).items():

@@ -157,7 +157,8 @@ def test_every_module_is_on_one_page_of_the_reference():
     texts = [path.read_text("utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")]
     lists = re.findall(r"<!-- modules:(.*?)-->", "\n".join(texts), re.DOTALL)
     beside = ["load", "certification", "data"]
-    assert sorted(" ".join(lists).split()) == sorted([*modules, *beside])
+    named = sorted(" ".join(lists).split())
+    assert named == sorted([*modules, *beside]), "name each module on one page of docs/reference/"
 
 
 def test_every_name_of_the_package_exists():
