@@ -10,10 +10,9 @@ sample size and tail still look good. Samples of the target, if there are any, r
 their weights are larger than the weights of all samples of the model.
 """
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -117,18 +116,18 @@ def evaluate_energy(
         The tail of the weights is light enough for their mean (Pareto k is 0.08, at most 0.70).
     """
     model, size = model.with_(estimator=ExactLogdet()), min(num, 1000)
-    keys, bounds = jax.random.split(typed_key(key), -(-num // size)), model.bounds()
-    drawn = [_draw(model, part, size, bounds) for part in keys]
-    values = [log_density_of(log_density, x, "samples of the model") for x, _, _ in drawn]
-    log_probs, converged = ([part[i] for part in drawn] for i in (1, 2))
-    log_weights = (np.concatenate(values).astype(float) - np.concatenate(log_probs))[:num]
+    keys = jax.random.split(typed_key(key), -(-num // size))
+    drawn = [model.sample_and_log_prob(part, size) for part in keys]
+    values = [log_density_of(log_density, each.x, "samples of the model") for each in drawn]
+    log_probs = np.concatenate([each.log_prob for each in drawn])
+    log_weights = (np.concatenate(values).astype(float) - log_probs)[:num]
     weights, upper, lost = weigh(log_weights), None, None
     is_useful, verdict = weights.pareto_k <= weights.threshold, _verdict(weights, num)
     if samples is not None:
         samples = np.asarray(samples)
         values = log_density_of(log_density, samples, "samples of the target")
         parts = np.array_split(samples, -(-len(samples) // size))
-        log_probs = np.concatenate([_log_prob(model, part, key) for part in parts])
+        log_probs = np.concatenate([model.log_prob(part, key) for part in parts])
         of_target = np.asarray(values, np.float64) - log_probs
         upper, lost = float(of_target.mean()), float(np.mean(of_target > log_weights.max()))
         # Where the model does not see a share s of the target, log Z is too small by -log(1 - s),
@@ -140,7 +139,8 @@ def evaluate_energy(
                 f"than all {num} samples of the model, whose mean leaves out what lies there. "
                 "Train against samples that reach all modes."
             )
-    if failed := int(np.sum(~np.concatenate(converged)[:num])):
+    converged = np.concatenate([each.info.converged for each in drawn])
+    if failed := int(np.sum(~converged[:num])):
         verdict += (
             f" The inverse did not converge for {failed} of {num} samples, whose weights "
             "belong to other points."
@@ -150,17 +150,6 @@ def evaluate_energy(
     return EnergyEvaluation(
         ess, log_z, stderr, weights.pareto_k, lower, upper, lost, verdict, log_weights
     )
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _draw(model: Density, key: Key[Array, ""], num: int, bounds: Any) -> tuple[Array, Array, Array]:
-    found = model.sample_and_log_prob(key, num, bounds=bounds)
-    return found.x, found.log_prob, found.info.converged
-
-
-@jax.jit
-def _log_prob(model: Density, x: Array, key: Key[Array, ""]) -> Array:
-    return model.log_prob(x, key)
 
 
 def _verdict(weights: Weights, num: int) -> str:

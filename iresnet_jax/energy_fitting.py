@@ -101,7 +101,8 @@ def fit_energy(
     held_out, x = x[-1, :num_held_out], x[::-1, num_held_out:].reshape(-1, num_dims)
 
     best = _start(key_init, x, held_out, stages)
-    least = _divergence(best, log_density, held_out, key_choice)
+    divergence_of = losses.symmetric_kl(log_density, len(held_out))
+    least, _ = divergence_of(best, held_out, key_choice)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     both = losses.symmetric_kl(log_density, BATCH_SIZE // 2)
     turns: list[dict[str, Any]] = [
@@ -128,7 +129,7 @@ def fit_energy(
             )
             break
         history = trained.history
-        divergence = _divergence(trained, log_density, held_out, key_choice)
+        divergence, _ = divergence_of(trained, held_out, key_choice)
         assert history is not None
         if divergence < least:
             best, least = trained, divergence
@@ -305,14 +306,3 @@ def _likeliest_mixture(
 @jax.jit
 def _mean_log_prob(prior: Any, z: Float[Array, "m d"]) -> Float[Array, ""]:
     return jnp.mean(prior.log_prob(z))
-
-
-def _divergence(
-    model: Density, log_density: LogDensity, held_out: Float[np.ndarray, "n d"], key: Key[Array, ""]
-) -> float:
-    """``KL(p | q) + KL(q | p)`` up to a constant of the target, by held-out particles and as many
-    samples of the model.
-    """
-    of_target = jnp.mean(model.log_prob(held_out, key))
-    x, log_prob, _, _ = model.sample_and_log_prob(key, len(held_out))
-    return float(jnp.mean(log_prob - log_density_of(log_density, x)) - of_target)
