@@ -149,15 +149,14 @@ class Inversion(RoundTrips):
         """One line."""
         converged = round(self.fraction_converged * self.num_examples)
         verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
-        error = "" if self.max_data_error is None else f", largest error {self.max_data_error:.2g}"
+        line = f"inverse: {verdict}; {converged} of {self.num_examples} test examples came back"
+        if self.max_data_error is None:
+            return line
         found, guaranteed = self.guarantee, ""
         if found and math.isfinite(found.max_data_bound):
             bound = said_up(found.max_data_bound, 2)
             guaranteed = f"; guaranteed for {found.num_examples} of them: at most {bound}"
-        return (
-            f"inverse: {verdict}; {converged} of {self.num_examples} test examples came back"
-            f"{error}{guaranteed}, {UNITS}"
-        )
+        return f"{line}, largest error {self.max_data_error:.2g}{guaranteed}, {UNITS}"
 
     def __str__(self) -> str:
         line = (
