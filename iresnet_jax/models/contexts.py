@@ -25,8 +25,7 @@ from jaxtyping import Array, Float, Key, Num
 
 from iresnet_jax.arguments import check_unmasked
 from iresnet_jax.bijections.marginals import Marginals
-from iresnet_jax.bijections.standardize import ROUNDING, Standardize, set_floats
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
+from iresnet_jax.bijections.standardize import set_floats
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Frame
 from iresnet_jax.pytrees import pytree
@@ -77,20 +76,23 @@ def of_samples(context: Any, num: int, dim: int) -> Any:
 
 
 @pytree(arrays=("mean", "scale", "center", "width"))
-class ContextScale(Standardize):
+class ContextScale:
     """``(asinh((c - center) / width) - mean) / scale``, entry by entry.
 
     Attributes:
+        mean: Mean of each squeezed entry.
+        scale: Standard deviation of each squeezed entry.
         center: Where each entry is steepest.
         width: Distance from there at which it turns from linear to logarithmic.
     """
 
-    center: Any = ()
-    width: Any = ()
+    mean: Any
+    scale: Any
+    center: Any
+    width: Any
 
     def __post_init__(self):
-        super().__post_init__()
-        set_floats(self, "center", "width")
+        set_floats(self, "mean", "scale", "center", "width")
 
     @classmethod
     def fit(cls, x: Float[np.ndarray, "n k"]) -> "ContextScale":
@@ -105,24 +107,18 @@ class ContextScale(Standardize):
         std = squeezed.std(axis=0)
         return cls(squeezed.mean(axis=0), np.where(std > 0, std, 1), center, width)
 
-    def map(self, x: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
+    @property
+    def num_entries(self) -> int:
+        """Length of contexts."""
+        return len(self.center)
+
+    def forward(self, c: Float[Array, "b k"]) -> Float[Array, "b k"]:
         """The scaled contexts."""
-        center, width = (values.astype(x.dtype)[None] for values in (self.center, self.width))
-        t = (x - center) / width
-        y, log_det = super().map(jnp.arcsinh(t))
-        return y, log_det - jnp.sum(0.5 * jnp.log1p(t**2) + jnp.log(width), axis=1)
-
-    def unmap(self, y: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Float[Array, " b"]]:
-        """The contexts."""
-        squeezed, _ = super().unmap(y)
-        center, width = (values.astype(y.dtype)[None] for values in (self.center, self.width))
-        x = jnp.sinh(squeezed) * width + center
-        return x, -self.map(x)[1]
-
-    def bilipschitz(self) -> BiLipschitz:
-        """Steepest at the centres; nothing bounds the inverse."""
-        steepest = jnp.max(1 / (self.scale * self.width))
-        return BiLipschitz((1 + ROUNDING) * steepest, jnp.full_like(steepest, jnp.inf))
+        mean, scale, center, width = (
+            values.astype(c.dtype)[None]
+            for values in (self.mean, self.scale, self.center, self.width)
+        )
+        return (jnp.arcsinh((c - center) / width) - mean) / scale
 
 
 @pytree(arrays=("scores",))

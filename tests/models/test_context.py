@@ -88,21 +88,13 @@ def test_scale_is_linear_for_normal_entries_and_logarithmic_for_others(x64):
     x = columns()
     scale = ContextScale.fit(x)
 
-    @jax.jit
-    def there_and_back(x):
-        y, log_det, _ = scale.forward_and_logdet(x)
-        dense = jax.vmap(jax.jacfwd(lambda row: scale.forward(row[None])[0]))(x[:5])
-        return y, log_det, scale.inverse(y)[0], dense
-
-    y, log_det, back, dense = map(np.asarray, there_and_back(x))
+    y = np.asarray(scale.forward(jnp.asarray(x)))
     np.testing.assert_allclose(y[:, :3].mean(axis=0), 0, atol=1e-9)
     np.testing.assert_allclose(y[:, :3].std(axis=0), 1, rtol=1e-9)
     # linear
     np.testing.assert_allclose(y[:, 0], (x[:, 0] - x[:, 0].mean()) / x[:, 0].std(), atol=1e-6)
     assert np.corrcoef(y[:, 1], np.log(x[:, 1]))[0, 1] > 0.99
     assert np.abs(y[:, 2]).max() < 8 < (np.abs(x[:, 2]) / x[:, 2].std()).max()
-    np.testing.assert_allclose(back, x, rtol=1e-6)
-    np.testing.assert_allclose(log_det[:5], np.linalg.slogdet(dense)[1], rtol=1e-9)
 
 
 def test_network_is_its_layers():
