@@ -1,17 +1,13 @@
-"""The scikit-learn estimators: scikit-learn's own checks, and what users of pipelines and
-searches rely on.
-"""
+"""The scikit-learn estimators: scikit-learn's own checks, and what users rely on."""
 
 import pickle
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.stats
 from sklearn.datasets import make_blobs
-from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -141,22 +137,6 @@ def test_features_on_a_grid_are_counted():
 
 
 @pytest.mark.slow
-def test_features_with_bounds_keep_to_them():
-    rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"share": rng.random(1500), "height": rng.normal(size=1500)})
-    flow = ResidualFlowDensity(**TINY, bounds={"share": (0, 1)}).fit(frame)
-    x = flow.sample(1000, random_state=0)
-    assert x[:, 0].min() > 0
-    assert x[:, 0].max() < 1
-    outside = frame.iloc[:2].assign(share=[0.5, 1.5])
-    assert np.isneginf(flow.score_samples(outside)).tolist() == [False, True]
-    direct = flow.model_.log_prob(frame.to_numpy(np.float32)[:20])
-    np.testing.assert_allclose(direct, flow.score_samples(frame[:20]), atol=10 * ROUNDED)
-    with pytest.raises(ValueError, match="masked values"):
-        ResidualFlowDensity(**TINY).fit(np.ma.masked_less(frame.to_numpy(), 0))
-
-
-@pytest.mark.slow
 def test_a_constant_feature_has_a_probability_or_is_ignored():
     x = np.random.RandomState(0).normal(size=(40, 3))
     x[:, 1] = 7
@@ -165,13 +145,6 @@ def test_a_constant_feature_has_a_probability_or_is_ignored():
     classifier = ResidualFlowClassifier(**TINY).fit(x, y)
     assert classifier.varying_features_.tolist() == [0, 2]
     assert classifier.score(x, y) > 0.8
-
-
-@pytest.mark.slow
-def test_a_classifier_takes_tables_of_few_different_rows():
-    x = np.random.default_rng(0).integers(0, 2, (200, 3))
-    found = ResidualFlowClassifier(**TINY).fit(x, x[:, 0])
-    assert np.all(np.isfinite(found.predict_log_proba(x)))
 
 
 def test_a_classifier_separates_two_blobs(classifier, blobs):
@@ -203,15 +176,6 @@ def test_pickles_give_equal_scores(density):
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(density)).score_samples(x), density.score_samples(x)
     )
-
-
-@pytest.mark.slow
-def test_a_search_over_a_pipeline(blobs):
-    pipeline = make_pipeline(StandardScaler(), ResidualFlowClassifier(**TINY))
-    search = GridSearchCV(
-        pipeline, {"residualflowclassifier__validation_fraction": [0.1, 0.3]}, cv=2
-    ).fit(*blobs)
-    assert search.cv_results_["mean_test_score"].min() > 0.9
 
 
 def test_an_interrupt_ends_a_search_in_a_notebook(blobs, monkeypatch):

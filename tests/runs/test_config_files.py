@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tiny_runs import ROOT
 
-from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import load, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
@@ -113,9 +112,7 @@ def test_configs_describe_models_that_fit_their_data(name, argument):
     ("name", "argument", "known"),
     [
         ("toy_2d", "mons", "moons"),
-        ("digits_density", "variatonal", "variational"),
         ("iresnet_classification", "cifar1", "cifar10"),
-        ("digits_classification", "vanila", "vanilla"),
     ],
 )
 def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, known):
@@ -160,18 +157,3 @@ def test_kept_models_are_those_of_their_configs(name):
         # copies of its images, as docs/results.md says
         config["data"]["name"] = "cifar:cifar10_jpeg"
     assert first_difference(config, to_plain(parse(about["config"])), "config") is None
-
-
-@pytest.mark.slow
-def test_a_kept_model_can_be_inverted():
-    kept, _ = read_kept("digits_density")
-    assert kept.certificate().certified
-    levels = kept.spec.num_levels
-    images = np.random.default_rng(0).integers(0, levels, (1, *SHAPES["digits"]), np.uint8)
-    # Noise lies far out in the tails of what each pixel was equalised by: in float32 it comes back
-    # with errors of 1.3e-4.
-    with jax.enable_x64(True):
-        exact = kept.continuous.with_(solver=Solver(atol=1e-10))
-        found, info = exact.decode(exact.encode((images + 0.5) / levels))
-    assert bool(info.converged.all())
-    np.testing.assert_allclose(found, (images + 0.5) / levels, atol=1e-7)
