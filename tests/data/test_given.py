@@ -19,14 +19,8 @@ QUICK = {
     "steps": 4,
     "architecture": (ir.StageSpec(num_blocks=1, hidden=(8,), activation="clipswish"),),
     "progress": False,
-    "settings": {
-        "optimizer.name": "sgd",
-        "optimizer.learning_rate": 1e-3,
-        "training.blocks": "unroll",
-        "training.batch_size": 16,
-        "training.eval_every_steps": 4,
-        "training.eval_examples": 16,
-    },
+    "learning_rate": 1e-3,
+    "batch_size": 16,
 }
 
 
@@ -47,10 +41,7 @@ def table(num=1200):
 def of_table():
     """The model of a data frame that was trained with noise, and what `fit` said."""
     said = io.StringIO()
-    options = {
-        "progress": True,
-        "settings": {**QUICK["settings"], "augmentation.noise": 1.0},
-    }
+    options = {"progress": True, "noise": 1.0}
     with contextlib.redirect_stderr(said):
         model = ir.fit(table(), bounds={"share": (0, 1), "age": (18, None)}, **QUICK | options)
     return model, said.getvalue()
