@@ -25,15 +25,7 @@ TINY = {
     "steps": 2,
     "architecture": (StageSpec(num_blocks=1, hidden=(4,)),),
     "random_state": 0,
-    "settings": {
-        "optimizer.name": "sgd",
-        "training.blocks": "unroll",
-        "training.batch_size": 2,
-        "training.actnorm_examples": 16,
-        "training.eval_every_steps": 2,
-        "training.eval_examples": 2,
-        "evaluation.batch_size": 2,
-    },
+    "settings": {"batch_size": 2},
 }
 
 
@@ -56,8 +48,7 @@ def correlated(num=400, seed=0):
 
 @pytest.fixture(scope="module")
 def density():
-    settings = TINY["settings"] | {"training.actnorm_examples": 256}
-    return ResidualFlowDensity(**TINY | {"settings": settings}).fit(correlated()[1])
+    return ResidualFlowDensity(**TINY).fit(correlated()[1])
 
 
 @pytest.fixture(scope="module")
