@@ -124,19 +124,19 @@ class Certificate:
 
     @property
     def table(self) -> str:
-        """Target, estimate and certified bound of every layer and block, a line each."""
+        """Target, estimate and upper bound of every layer and block, a line each."""
         rows = []
         for block in self.blocks:
             rows += [(f"{block.name}/{layer.name}", layer) for layer in block.layers]
             rows.append((block.name, block))
         width = max((len(name) for name, _ in rows), default=0)
-        lines = [f"{'':{width}}   target  estimate  certified bound"]
+        lines = [f"{'':{width}}   target  estimate  upper bound"]
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
             estimate = "" if math.isnan(row.estimate) else f"{row.estimate:.5f}"
-            word = "" if row.word == "certified" else "  by your own bound"
+            word = "" if row.word == "certified" else "  by your word, not proven"
             lines.append(
-                f"{name:{width}}  {limit:>7}  {estimate:>8}  {said_up(row.bound, 5):>15}{word}"
+                f"{name:{width}}  {limit:>7}  {estimate:>8}  {said_up(row.bound, 5):>11}{word}"
             )
         return "\n".join(lines)
 
