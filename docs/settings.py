@@ -49,7 +49,7 @@ def group(
     )
     inner = [field for field in fields if ast.unparse(field.annotation) == "NoiseSpec"]
     said = (ast.get_docstring(found) or "").partition("\n\nAttributes:")[0]
-    yield from ["", f"### {name}", "", *said.splitlines(), ""]
+    yield from ["", f"### {name}", "", *said.replace("``", "`").splitlines(), ""]
     yield from table(f"{name}.", [field for field in fields if field not in inner], lines)
     if name == "model":
         stage, lines = classes["StageSpec"]

@@ -34,7 +34,8 @@ class StageSpec:
         hidden: Widths of the hidden layers of a branch.
         kernel_sizes: Sizes of its convolutions, one more than hidden widths; None for dense layers,
             which take flattened arrays.
-        activation: Name of an activation, see `iresnet_jax.maths.activations`.
+        activation: "elu", "softplus", "softplus4", "tanh", "relu", "lipswish", "clipswish",
+            "maxmin", "identity", or a name that was registered, see `maths.activations`.
         preactivation: Whether a branch begins with the activation.
         squeeze: Space-to-depth factor in front of the blocks; 1 for none.
         factor_out: Whether half of the channels leave as latents after the blocks.

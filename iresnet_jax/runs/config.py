@@ -103,7 +103,8 @@ class ClassifierConfig:
     pad_channels: CountOrNone = 0
     mean: tuple[float, ...] = (0.5,)  # pixel mean on [0, 1], one per channel or one for all
     std: tuple[Positive, ...] = (0.5,)  # pixel standard deviation, one per channel or one for all
-    label_smoothing: Decay = 0.0  # also for objective "hybrid"
+    # Share of a label's probability that goes to all classes alike, also for objective "hybrid".
+    label_smoothing: Decay = 0.0
     # "linear", on all features, is for certified radii with blocks that never stretch.
     head: Literal["pooled", "linear"] = "pooled"
     # Radius that training aims at, a 2-norm of pixels on [0, 1]: the loss of a linear head raises
