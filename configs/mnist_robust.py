@@ -18,11 +18,11 @@ attack at `evaluation.radii`.
 from iresnet_jax.runs.config import check_name, default_config
 
 COMMON = 36 / 255  # radius of most published comparisons on colour images
-VARIANTS = {  # data, radius of training, 1 - mu, epochs, radii of reports
-    "1.58": ("mnist", 1.58, 0.455, 16, (0.3, 0.5, 1.0, 1.58, 2.0)),
-    "0.3": ("mnist", 0.3, 0.455, 8, (0.1, 0.3, 0.5, 1.0, 1.58)),
-    "fashion_mnist": ("fashion_mnist", COMMON, 0.455, 8, (COMMON, 2 * COMMON, 3 * COMMON)),
-    "cifar10": ("cifar10", COMMON, 0.55, 4, (COMMON, 2 * COMMON, 3 * COMMON)),
+VARIANTS = {  # data, radius of training, blocks, width, 1 - mu, epochs, radii of reports
+    "1.58": ("mnist", 1.58, 16, 512, 0.455, 16, (0.3, 0.5, 1.0, 1.58, 2.0)),
+    "0.3": ("mnist", 0.3, 8, 128, 0.7, 30, (0.1, 0.3, 0.5, 1.0, 1.58)),
+    "fashion_mnist": ("fashion_mnist", COMMON, 16, 512, 0.455, 8, (COMMON, 2 * COMMON, 3 * COMMON)),
+    "cifar10": ("cifar10", COMMON, 16, 512, 0.55, 4, (COMMON, 2 * COMMON, 3 * COMMON)),
 }
 BATCH_SIZE = 256
 EPOCH = 55_000 // BATCH_SIZE  # updates, of MNIST's images for training also on other data
@@ -30,14 +30,14 @@ EPOCH = 55_000 // BATCH_SIZE  # updates, of MNIST's images for training also on 
 
 def get_config(variant="1.58"):
     check_name(variant, VARIANTS)
-    data, margin, step, num_epochs, radii = VARIANTS[variant]
+    data, margin, num_blocks, width, step, num_epochs, radii = VARIANTS[variant]
     config = default_config()
     config.objective = "classification"
     config.data.name = data
     config.model.stages = (
         {
-            "num_blocks": 16,
-            "hidden": (512,),
+            "num_blocks": num_blocks,
+            "hidden": (width,),
             "activation": "relu",
             "kind": "potential",
             "actnorm": False,
