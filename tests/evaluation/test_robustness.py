@@ -1,6 +1,9 @@
 """Verified and attacked accuracy on digits, and attacks on a network's own radii."""
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from iresnet_jax.training import classification
 from iresnet_jax.training.classification import Margin
 
 RADII = (0.9, 0.3)
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +84,15 @@ def test_no_attack_breaks_a_radius_and_larger_ones_break(model, digits):
 
     assert np.all(left(0.999))
     assert np.mean(left(1.5)) < 0.3
+
+
+@pytest.mark.slow
+def test_the_verified_images_of_the_kept_network_are_counted_again():
+    if not (Path(os.environ.get("TFDS_DATA_DIR", "")) / "mnist").exists():
+        pytest.skip("needs MNIST in the folder TFDS_DATA_DIR")
+    mnist, kept = data.load("mnist"), ir.load(RESULTS / "mnist_robust_0.3")
+    found = certify.radius(kept, mnist.examples["test"])
+    is_verified = (found.predicted == mnist.labels["test"]) & (found.radius >= 0.3)
+    report = json.loads((RESULTS / "mnist_robust_0.3/report.json").read_text())
+    at = report["robustness"]["radii"].index(0.3)
+    assert is_verified.mean() == report["robustness"]["verified"][at]["fraction"]
