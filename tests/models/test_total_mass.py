@@ -17,7 +17,8 @@ from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import model_of
 
 TOLERANCE = 1e-3
-NUM_SAMPLES, NUM_NOISE = 20_000, 512
+NUM_SAMPLES, NUM_NOISE, NUM_ROWS = 20_000, 512, 2**17
+log_prob = jax.jit(ir.Density.log_prob)
 LINE = (-np.inf, np.inf)
 # Scores of values off a grid, and of an atom at 0, where scores jump.
 LISTED = Marginals.of(
@@ -143,7 +144,6 @@ def numbers(model):
         for parts in zip(*found, strict=True)
     )
     x = jnp.asarray(x, jnp.float32)
-    log_prob = jax.jit(ir.Density.log_prob)
     if cells is None:
         return x, np.exp(np.asarray(log_prob(model, x), np.float64)), sizes.prod(axis=1)
     num_noise = NUM_NOISE if len(x) < 200 else 32
@@ -152,7 +152,9 @@ def numbers(model):
     orders = [np.random.default_rng(entry).permutation(middles) for entry in range(x.shape[1])]
     noise = jnp.repeat(jnp.asarray(np.stack(orders, axis=1), x.dtype), len(x), axis=0)
     z, log_factors = jax.jit(cells.placed)(jnp.tile(x, (num_noise, 1)), noise)
-    log_probs = np.asarray(log_prob(model.continuous, z), np.float64)
+    # of one number of rows, for a program that cases share
+    padded = np.resize(z, (max(NUM_ROWS, len(z)), z.shape[1]))
+    log_probs = np.asarray(log_prob(model.continuous, padded), np.float64)[: len(z)]
     log_probs += np.asarray(log_factors, np.float64).sum(axis=1)
     values = np.exp(log_probs).reshape(num_noise, -1).mean(axis=0)
     return x, values, sizes.prod(axis=1)
