@@ -39,8 +39,9 @@ NUM_FOLDS, MOST_ROWS, MOST_FITTED = 5, 2000, 10_000  # rows of cross-validation 
 NUM_SCALES = 16
 WHITENED_DIMS = 1000  # most dimensions to whiten: the model stores a matrix of their square
 MIXTURE_DIMS = 64  # most dimensions of a mixture, whose components each have a matrix
-# Most numbers in the matrices of a kernel density, which has a component for each row.
-KERNEL_NUMBERS = 500_000
+# Most numbers in the matrices of a kernel density, which has a component for each row, and of
+# normal scores.
+MOST_NUMBERS = 500_000
 
 Rows = Float[np.ndarray, "_ d"]
 
@@ -121,10 +122,12 @@ class Starts:
         names = list(STARTS)
         if not any(kind.is_line for kind in data.kinds):
             names = [name for name in names if STARTS[name][0]]
-        if num * dims**2 > KERNEL_NUMBERS and KERNELS in names:
-            names.remove(KERNELS)
+        if num * dims**2 > MOST_NUMBERS:
+            names = [name for name in names if name != KERNELS]
         if dims > MIXTURE_DIMS:
-            names = [name for name in names if STARTS[name][1] != "mixture"]
+            names = [name for name in names if not name.startswith("mixture")]
+        if 2 * dims**2 > MOST_NUMBERS:
+            names = [name for name in names if name != "normal scores"]
         for name in names:
             if name.startswith("mixture"):
                 self.sizes[name] = likeliest_size(self._placed(name, rows, {})[2])

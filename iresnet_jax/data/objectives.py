@@ -62,13 +62,11 @@ def density_spec(
             context = ContextScores(fit_marginals(rows, kinds, choose(rows, kinds)), num_levels)
         else:  # a network takes contexts scaled by `ContextScale`
             context = (ContextScale.fit if context_hidden else Standardize.fit_contexts)(rows)
-    if isinstance(transform, str):
+    if transform == "standardize":
+        transform = Standardize.fit(data_on_the_line(data))
+    elif transform == "whiten":
         line = data_on_the_line(data)
-        if transform == "whiten":
-            residuals = _residuals(line, data, context, by_class=has_classes)
-            transform = Whiten.fit(line, residuals)
-        else:
-            transform = Standardize.fit(line)
+        transform = Whiten.fit(line, _residuals(line, data, context, by_class=has_classes))
     cells, preprocessing = before(data.marginals, transform)
     width = len(transformations) or (context_hidden[-1] if context_hidden else data.context_dim)
     return DensitySpec(

@@ -437,7 +437,8 @@ class _Kernels:
     def __init__(self, numbers: Numbers, kind: Kind, choice: Choice, most: int):
         order = np.sort(numbers)
         order = order[np.linspace(0, len(order) - 1, min(len(order), most)).astype(int)]
-        reach = max(BEYOND * (order[-1] - order[0]), kind.spacing / 2)
+        # a column may be constant in a fold
+        reach = max(BEYOND * (order[-1] - order[0]), kind.spacing / 2) or 1.0
         outer = np.array([kind.low - kind.spacing / 2, kind.high + kind.spacing / 2])
         ends = np.clip([order[0] - reach, order[-1] + reach], *outer)
         line = choice.line
