@@ -1,5 +1,5 @@
-"""scikit-learn estimators: a density and a classifier of vectors, for pipelines and searches over
-parameters.
+"""scikit-learn estimators: a density, a classifier and a detector of anomalies among vectors, for
+pipelines and searches over parameters.
 
 They wrap `fitting.fit` and need ``pip install 'iresnet_jax[sklearn]'``. Samples are scored in
 batches of one size, so that a score does not depend on the other samples.
@@ -9,29 +9,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from sklearn.base import BaseEstimator, ClassifierMixin, DensityMixin
+import scipy.stats
+from sklearn.base import BaseEstimator, ClassifierMixin, DensityMixin, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.arguments import Count, check_unmasked, checked
+from iresnet_jax.arguments import Count, Range, check_unmasked, checked
+from iresnet_jax.data.arrays import FEWEST
+from iresnet_jax.evaluation import plots
 from iresnet_jax.fitting import fit
 from iresnet_jax.maths.keys import keys_of_examples
 from iresnet_jax.models.density import Density
+from iresnet_jax.models.preprocessing import numbers
 from iresnet_jax.training.signals import interrupts_raised
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH_SIZE = 256
 NUM_DRAWS = 16  # of noise, whose mean a score is
+LOWEST_SCORE = float(np.finfo(np.float32).min)  # where single precision has no density
+NUM_QUANTILES = 64  # values of each column that stand for its distribution
+MOST_NAMED = 3  # columns in the line that explains a row
 
 
 class _ResidualFlow(BaseEstimator):
-    """Parameters and training of both estimators."""
+    """Parameters and training of all estimators."""
 
     def __init__(
         self,
@@ -222,6 +232,215 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
         """The most likely class of every sample."""
         best = self.predict_log_proba(X).argmax(axis=1)  # raises unless fitted
         return self.classes_[best]
+
+
+class Explanation(NamedTuple):
+    """What makes rows unlikely.
+
+    Attributes:
+        names: Names of the columns.
+        values: Entries of the rows, ``(n, d)``.
+        p_values: p-value of each row.
+        gains: Nats by which each row would be likelier with another value of a column, ``(n, d)``:
+            the logarithm of the row's mean density when the column is drawn anew from its own
+            distribution, minus the logarithm of the row's density.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    p_values: np.ndarray
+    gains: np.ndarray
+
+    def lines(self) -> list[str]:
+        """A line for each row: its p-value, and at most three columns that gain a nat or more."""
+        made = []
+        for row, (values, p_value, gains) in enumerate(
+            zip(self.values, self.p_values, self.gains, strict=True)
+        ):
+            best = [i for i in np.argsort(-gains)[:MOST_NAMED] if gains[i] >= 1]
+            found = [f"{self.names[i]} = {values[i]} ({gains[i]:.1f} nats)" for i in best]
+            made.append(f"row {row}, p = {p_value:.2g}: {', '.join(found) or 'no single column'}")
+        return made
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def plot(self) -> Figure:
+        """Gains of the columns in colour, a line for each row."""
+        rows = [f"row {row}, p = {p_value:.2g}" for row, p_value in enumerate(self.p_values)]
+        return plots.gains(self.gains, rows, self.names)
+
+
+class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
+    """A residual flow that tells which rows are anomalies, with guaranteed rates of false alarms.
+
+    Rows are arrays, or data frames with text, booleans and categories. Values that no row of `fit`
+    has are rare, also unknown categories and values beyond all others, and have a finite score.
+
+    `fit` holds out rows for calibration, which neither train, choose the start, nor validate.
+    `p_values` compares with their scores: for fresh rows from the distribution of `fit`'s rows,
+    ``P(p <= alpha) <= alpha`` for any ``alpha``, on average over the rows that calibrate, however
+    good the model is (Bates et al. 2023, "Testing for outliers with conformal p-values").
+
+    Args:
+        steps: See `ResidualFlowDensity`, as for all arguments but these two.
+        minutes: Longest wall-clock time for training.
+        architecture: Stages of the flow.
+        validation_fraction: Share of the training rows that validates.
+        calibration_fraction: Share of all rows that calibrates, in (0, 1), though ten rows always
+            train: with ``m`` rows the smallest p-value is ``1 / (m + 1)``.
+        contamination: Share of the rows of `fit` that `predict` takes for anomalies without
+            ``alpha``, in (0, .5].
+        random_state: Seed.
+        bounds: Ends of features.
+        settings: Further arguments of `iresnet_jax.fit`.
+        verbose: Whether to write lines of progress to stderr.
+
+    Attributes:
+        model_: The trained `Density`.
+        offset_: Score below which `predict` takes rows for anomalies without ``alpha``.
+        calibration_scores_: Scores of the rows that calibrate, rising.
+        log_rare_: Log-probability of a value off the grid that all rows keep to.
+        quantiles_: Values that stand for the distribution of each column, ``(64, d)``.
+        n_features_in_: Number of features.
+        feature_names_in_: Their names, if `fit` was given a data frame.
+
+    Example:
+        >>> detector = ResidualFlowDetector(minutes=1).fit(frame)  # doctest: +SKIP
+        >>> detector.predict(new, alpha=0.01)  # -1 of 1 in 100 normal rows  # doctest: +SKIP
+        >>> print(detector.explain(new[:5]))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: Any = None,
+        minutes: Any = None,
+        architecture: Any = None,
+        validation_fraction: Any = 0.1,
+        calibration_fraction: Any = 0.2,
+        contamination: Any = 0.1,
+        random_state: Any = None,
+        bounds: Any = None,
+        settings: Any = None,
+        verbose: Any = False,
+    ):
+        super().__init__(
+            steps=steps,
+            minutes=minutes,
+            architecture=architecture,
+            validation_fraction=validation_fraction,
+            random_state=random_state,
+            bounds=bounds,
+            settings=settings,
+            verbose=verbose,
+        )
+        self.calibration_fraction = calibration_fraction
+        self.contamination = contamination
+
+    def fit(self, X: Any, y: Any = None) -> ResidualFlowDetector:
+        """Trains on the rows of ``X`` that do not calibrate; ``y`` is ignored."""
+        del y
+        fraction = Annotated[float, Range("(0, 1)")], self.calibration_fraction
+        fraction = checked(*fraction, "calibration_fraction")
+        contamination = Annotated[float, Range("(0, .5]")], self.contamination
+        contamination = checked(*contamination, "contamination")
+        x = self._rows(X, reset=True)
+        order = check_random_state(self.random_state).permutation(len(x))
+        num = max(min(round(fraction * len(x)), len(x) - FEWEST), 0)
+        calibrate, train = np.split(order, [num])
+        take = x.iloc if hasattr(x, "iloc") else x
+        self._train(take[np.sort(train)])
+        at = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
+        x = numbers(self.model_.spec, x)
+        self.log_rare_ = -float(np.log(len(train) + 1))
+        self.quantiles_ = np.quantile(x[train], at, axis=0, method="inverted_cdf")
+        scores = self._scores(x)
+        self.calibration_scores_ = np.sort(scores[calibrate])
+        self.offset_ = float(np.quantile(scores, contamination))
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Log-likelihood of every row in nats, the mean over 16 draws of noise; it is always
+        finite.
+        """
+        return self._scores(self._numbers(X))
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """`score_samples` minus ``offset_``: negative for anomalies."""
+        return self.score_samples(X) - self.offset_
+
+    def p_values(self, X: Any) -> np.ndarray:
+        """Conformal p-value of every row: the share of calibration rows, itself included, whose
+        score is not higher.
+        """
+        return self._p_values(self.score_samples(X))
+
+    def predict(self, X: Any, *, alpha: float | None = None) -> np.ndarray:
+        """-1 for anomalies and 1 for others.
+
+        Args:
+            X: Rows.
+            alpha: Share of normal rows that may be taken for anomalies; None goes by
+                ``contamination``.
+        """
+        if alpha is None:
+            return np.where(self.decision_function(X) < 0, -1, 1)
+        return np.where(self.p_values(X) <= alpha, -1, 1)
+
+    def discoveries(self, X: Any, alpha: float) -> np.ndarray:
+        """Whether each row is an anomaly, such that at most the share ``alpha`` of those found is
+        normal, on average, by the procedure of Benjamini and Hochberg (1995).
+        """
+        return scipy.stats.false_discovery_control(self.p_values(X)) <= alpha
+
+    def explain(self, X: Any) -> Explanation:
+        """Which columns make each row unlikely; `print` it, or ``plot()`` it.
+
+        It computes the density of 64 rows for each entry, so give it the rows that matter.
+        """
+        x = self._numbers(X)
+        scores, gains = self._scores(x), np.empty(x.shape)
+        for row, own in enumerate(x):
+            drawn = np.where(np.eye(len(own), dtype=bool)[:, None], self.quantiles_, own)
+            found = self._scores(drawn.reshape(-1, len(own))).reshape(len(own), -1)
+            gains[row] = scipy.special.logsumexp(found, axis=1) - np.log(NUM_QUANTILES)
+        gains -= scores[:, None]
+        columns = self.model_.spec.columns
+        names = [column.name for column in columns] if columns else range(x.shape[1])
+        values = x if columns is None else np.asarray(X[list(names)], object)
+        return Explanation(tuple(map(str, names)), values, self._p_values(scores), gains)
+
+    def _rows(self, X: Any, *, reset: bool = False) -> Any:
+        """Rows as a data frame of pandas or as an array."""
+        check_unmasked(X, "X")
+        if not hasattr(X, "columns"):
+            least = 3 if reset else 1
+            return validate_data(self, X, dtype=np.float64, ensure_min_samples=least, reset=reset)
+        validate_data(self, X, reset=reset, skip_check_array=True)
+        return X.to_pandas() if hasattr(X, "to_pandas") else X
+
+    def _numbers(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        return numbers(self.model_.spec, self._rows(X))
+
+    def _scores(self, x: np.ndarray) -> np.ndarray:
+        found = _in_batches(_log_prob, self.model_, x) + self.log_rare_ * self._num_off_grid(x)
+        return np.nan_to_num(found, nan=LOWEST_SCORE, neginf=LOWEST_SCORE)
+
+    def _num_off_grid(self, x: np.ndarray) -> Any:
+        """Entries of each row that the model would round to whole multiples."""
+        cells = self.model_.spec.cells
+        if cells is None:
+            return 0
+        spacing, origin = (np.asarray(part, np.float64) for part in (cells.spacing, cells.origin))
+        places = (x - origin) / np.where(spacing > 0, spacing, np.inf)
+        rounding = 2.0**-20 * np.abs(x) / np.where(spacing > 0, spacing, np.inf)
+        return np.sum(np.abs(places - np.rint(places)) > 2.0**-4 + rounding, axis=1)
+
+    def _p_values(self, scores: np.ndarray) -> np.ndarray:
+        not_higher = np.searchsorted(self.calibration_scores_, scores, side="right")
+        return (1 + not_higher) / (len(self.calibration_scores_) + 1)
 
 
 @jax.jit

@@ -13,7 +13,11 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from iresnet_jax import estimators
 from iresnet_jax.bijections.standardize import Whiten
-from iresnet_jax.estimators import ResidualFlowClassifier, ResidualFlowDensity
+from iresnet_jax.estimators import (
+    ResidualFlowClassifier,
+    ResidualFlowDensity,
+    ResidualFlowDetector,
+)
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.training import signals
 
@@ -29,8 +33,17 @@ TINY = {
 }
 
 
+TINY_DETECTOR = {"minutes": 0.02, "random_state": 0}  # the likeliest start, as nothing trains
+
+
 @pytest.mark.slow
-@parametrize_with_checks([ResidualFlowDensity(**TINY), ResidualFlowClassifier(**TINY)])
+@parametrize_with_checks(
+    [
+        ResidualFlowDensity(**TINY),
+        ResidualFlowClassifier(**TINY),
+        ResidualFlowDetector(**TINY_DETECTOR),
+    ]
+)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
 
@@ -181,3 +194,118 @@ def test_an_interrupt_ends_a_search_in_a_notebook(blobs, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cross_val_score(ResidualFlowDensity(**TINY), blobs[0], cv=3)
     assert fits == [()]
+
+
+# --- anomalies ------------------------------------------------------------------------------------
+
+
+def people(num, seed):
+    """Rows of a data frame whose height tells most of the weight."""
+    rng = np.random.default_rng(seed)
+    height = rng.normal(170, 10, num)
+    columns = {
+        "city": rng.choice(["Bern", "Oslo"], num),
+        "smoker": rng.uniform(size=num) < 0.3,
+        "age": rng.integers(18, 90, num),
+        "share": rng.integers(0, 5, num) / 2,
+        "height": height,
+        "weight": height - 100 + 2 * rng.normal(size=num),
+        "blood": pd.Categorical(rng.choice(["A", "B"], num), ["A", "B"]),
+    }
+    return pd.DataFrame(columns)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return ResidualFlowDetector(**TINY_DETECTOR, calibration_fraction=0.4).fit(people(500, 0))
+
+
+ODD = {
+    "city": "Rome",
+    "smoker": 7,
+    "age": 1000,
+    "share": 0.3,
+    "height": -1e300,
+    "weight": np.finfo(float).max,
+    "blood": "C",
+}
+
+
+@pytest.mark.parametrize("column", ODD)
+def test_an_unseen_value_is_rare_and_no_error(detector, column):
+    rows = people(8, 1)
+    odd = rows.astype({column: object}).assign(**{column: ODD[column]})
+    if column in ("age", "height", "share", "weight"):
+        odd = odd.astype({column: float})
+    scores = detector.score_samples(odd)
+    assert np.all(np.isfinite(scores))
+    assert np.all(scores < detector.score_samples(rows) - 2)
+    assert np.isfinite(detector.decision_function(odd)).all()
+
+
+def test_a_whole_number_among_fractions_is_rare_and_no_error():
+    x = np.random.default_rng(0).choice([0.5, 1.5, 2.5], (100, 2))
+    found = ResidualFlowDetector(**TINY_DETECTOR).fit(x).score_samples([[0.5, 1.5], [0.5, 2]])
+    assert np.isfinite(found[1])
+    assert found[1] < found[0] - 2
+
+
+def test_missing_values_are_named(detector):
+    rows = people(4, 0).astype({"age": float})
+    rows.loc[2, "age"] = np.nan
+    with pytest.raises(ValueError, match="column 'age' has 1 missing values, the first in row 2"):
+        detector.predict(rows)
+
+
+def test_p_values_are_ranks_among_rows_held_out(detector):
+    scores = detector.calibration_scores_
+    assert len(scores) == 200
+    rows = people(50, 2)
+    p_values = detector.p_values(rows)
+    expected = [(1 + np.sum(scores <= own)) / 201 for own in detector.score_samples(rows)]
+    np.testing.assert_allclose(p_values, expected, rtol=SAME)
+    np.testing.assert_array_equal(detector.predict(rows, alpha=0.2) == -1, p_values <= 0.2)
+    far = detector.p_values(rows.assign(height=-1e5))
+    np.testing.assert_allclose(far, 1 / 201, rtol=SAME)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.1])
+def test_false_alarms_are_as_rare_as_stated(detector, alpha):
+    """The rate is a draw of a Beta distribution, given the rows that calibrate."""
+    num = int(201 * alpha)
+    low, high = scipy.stats.betabinom(4000, num, 201 - num).ppf([5e-4, 1 - 5e-4]) / 4000
+    rate = np.mean(detector.p_values(people(4000, 3)) <= alpha)
+    assert low <= rate <= high
+    in_sample = np.mean(detector.score_samples(people(500, 0)) <= detector.offset_)
+    assert in_sample == pytest.approx(detector.contamination, abs=0.002)
+
+
+def test_discoveries_are_those_of_benjamini_and_hochberg(detector):
+    rows = pd.concat([people(90, 4), people(30, 5).assign(height=300.0)], ignore_index=True)
+    p_values = np.sort(detector.p_values(rows))
+    cut = max(p for rank, p in enumerate(p_values, 1) if p <= 0.1 * rank / len(rows))
+    found = detector.discoveries(rows, 0.1)
+    np.testing.assert_array_equal(found, detector.p_values(rows) <= cut)
+    assert found[90:].all()
+    assert found[:90].mean() < 0.2
+
+
+def test_an_explanation_names_the_column(detector):
+    rows = people(3, 6)
+    rows.loc[0, "weight"] = rows.loc[0, "height"] - 85  # by itself a usual weight
+    rows.loc[1, "city"] = "Rome"
+    found = detector.explain(rows)
+    assert found.gains.shape == (3, 7)
+    assert set(np.array(found.names)[np.argsort(-found.gains[0])[:2]]) == {"height", "weight"}
+    assert found.names[found.gains[1].argmax()] == "city"
+    assert "city = Rome" in found.lines()[1]
+    assert str(found).count("\n") == 2
+    assert [text.get_text() for text in found.plot().axes[0].get_xticklabels()] == list(found.names)
+
+
+def test_a_gain_is_that_of_the_mean_density_when_the_column_is_drawn_anew(detector):
+    row = people(1, 7)
+    drawn = pd.concat([row] * 64).assign(age=detector.quantiles_[:, 2])
+    mean = np.exp(detector.score_samples(drawn)).mean()
+    expected = np.log(mean) - detector.score_samples(row)[0]
+    assert detector.explain(row).gains[0, 2] == pytest.approx(expected, abs=1e-6)

@@ -34,6 +34,7 @@ OBJECTIVES = {
 }
 COLUMNS = 8  # images in a row
 MAX_PAIRS, MAX_RANKS = 5, 12  # entries of a vector whose pairs and whose ranks are drawn
+MAX_GAINS = 20  # columns whose gains are drawn
 
 
 def data_uri(figure: "Figure") -> str:
@@ -179,6 +180,21 @@ def rank_histograms(calibration: Calibration) -> "Figure":
         axes.axhspan(*calibration.band(), color=GREY, alpha=0.25, linewidth=0)
         axes.bar((np.arange(num) + 0.5) / num, test.counts, width=0.9 / num, color=BLUE)
         label(axes, "rank", "", f"{test.name}: p = {test.p_value:.2g}")
+    return figure
+
+
+def gains(values: Float[np.ndarray, "n d"], rows: Sequence[str], names: Sequence[str]) -> "Figure":
+    """Nats that each row would gain by another value of a column, in colour from 0 on: the columns
+    of the largest gains, at most 20.
+    """
+    shown = np.sort(np.argsort(-values.max(axis=0))[:MAX_GAINS])
+    width = min(3 + 0.45 * len(shown), 10)
+    figure, [axes] = panels(1, 1, 1.2 + 0.22 * len(rows), width=width)
+    drawn = axes.imshow(np.maximum(values[:, shown], 0), cmap="Blues", aspect="auto", vmin=0)
+    figure.colorbar(drawn, ax=axes, label="gain [nats]")
+    ticks = [names[i] for i in shown]
+    axes.set_xticks(range(len(shown)), ticks, rotation=45, ha="right", size=8)
+    axes.set_yticks(range(len(rows)), rows, size=8)
     return figure
 
 
