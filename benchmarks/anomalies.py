@@ -4,7 +4,7 @@
 
 DIR has the sets of ADBench (Han et al. 2022) as npz files, each with rows ``X`` and ``y``, 1 for
 anomalies. Half of the normal rows train, at most 10,000; the others and the anomalies test, at most
-4000 of each. The detector takes the rows as they are, with its default of a fifth for calibration.
+4000 of each. The detector has its default of a fifth of them for calibration.
 
 - **auroc**: of anomalies among test rows, beside the distance to the fifth nearest training row
   (knn), an isolation forest, local outlier factors, a Gaussian mixture whose number of components

@@ -17,17 +17,19 @@ import numpy as np
 import scipy.special
 import scipy.stats
 from sklearn.base import BaseEstimator, ClassifierMixin, DensityMixin, OutlierMixin
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.arguments import Count, Range, check_unmasked, checked
+from iresnet_jax.arguments import Count, NotNegative, Range, check_unmasked, checked
 from iresnet_jax.data.arrays import FEWEST
+from iresnet_jax.data.tables import values_of
 from iresnet_jax.evaluation import plots
 from iresnet_jax.fitting import fit
 from iresnet_jax.maths.keys import keys_of_examples
+from iresnet_jax.models.columns import columns_of, numbers_of
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.preprocessing import numbers
 from iresnet_jax.training.signals import interrupts_raised
 
 if TYPE_CHECKING:
@@ -277,6 +279,11 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
     Rows are arrays, or data frames with text, booleans and categories. Values that no row of `fit`
     has are rare, also unknown categories and values beyond all others, and have a finite score.
 
+    The model is the density of standardised rows with a little normal noise, and a score is its
+    value at a row without noise. Frequent values and differences that are small beside a column's
+    spread then count as little as they do in distances: as exact densities would have it, a row
+    whose entries happen to be frequent values can be likelier than all others.
+
     `fit` holds out rows for calibration, which neither train, choose the start, nor validate.
     `p_values` compares with their scores: for fresh rows from the distribution of `fit`'s rows,
     ``P(p <= alpha) <= alpha`` for any ``alpha``, on average over the rows that calibrate, however
@@ -291,16 +298,19 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
             train: with ``m`` rows the smallest p-value is ``1 / (m + 1)``.
         contamination: Share of the rows of `fit` that `predict` takes for anomalies without
             ``alpha``, in (0, .5].
+        noise: Standard deviation of the noise on training rows, in units of each column's.
         random_state: Seed.
-        bounds: Ends of features.
         settings: Further arguments of `iresnet_jax.fit`.
         verbose: Whether to write lines of progress to stderr.
 
     Attributes:
-        model_: The trained `Density`.
+        model_: The trained `Density`, of standardised rows.
+        scaler_: The `StandardScaler`, fitted to the rows that train.
         offset_: Score below which `predict` takes rows for anomalies without ``alpha``.
         calibration_scores_: Scores of the rows that calibrate, rising.
-        log_rare_: Log-probability of a value off the grid that all rows keep to.
+        grids_: Two neighbours of the grid of each column, ``(d, 2)``; the second is infinite
+            without a grid.
+        columns_: Columns of the data frame; None of arrays.
         quantiles_: Values that stand for the distribution of each column, ``(64, d)``.
         n_features_in_: Number of features.
         feature_names_in_: Their names, if `fit` was given a data frame.
@@ -320,8 +330,8 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         validation_fraction: Any = 0.1,
         calibration_fraction: Any = 0.2,
         contamination: Any = 0.1,
+        noise: Any = 0.2,
         random_state: Any = None,
-        bounds: Any = None,
         settings: Any = None,
         verbose: Any = False,
     ):
@@ -331,10 +341,10 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
             architecture=architecture,
             validation_fraction=validation_fraction,
             random_state=random_state,
-            bounds=bounds,
             settings=settings,
             verbose=verbose,
         )
+        self.noise = noise
         self.calibration_fraction = calibration_fraction
         self.contamination = contamination
 
@@ -345,15 +355,16 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         fraction = checked(*fraction, "calibration_fraction")
         contamination = Annotated[float, Range("(0, .5]")], self.contamination
         contamination = checked(*contamination, "contamination")
-        x = self._rows(X, reset=True)
-        order = check_random_state(self.random_state).permutation(len(x))
+        noise = checked(NotNegative, self.noise, "noise")
+        x, random = self._rows(X, reset=True), check_random_state(self.random_state)
         num = max(min(round(fraction * len(x)), len(x) - FEWEST), 0)
-        calibrate, train = np.split(order, [num])
-        take = x.iloc if hasattr(x, "iloc") else x
-        self._train(take[np.sort(train)])
+        calibrate, train = np.split(random.permutation(len(x)), [num])
+        self.scaler_ = StandardScaler().fit(x[train])
+        rows = self.scaler_.transform(x[train])
+        self._train(rows + noise * random.normal(size=rows.shape))
+        values = [values_of(column, 2.0**-20) for column in x[train].T]
+        self.grids_ = np.array([each if len(each) == 2 else (0, np.inf) for each in values])
         at = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
-        x = numbers(self.model_.spec, x)
-        self.log_rare_ = -float(np.log(len(train) + 1))
         self.quantiles_ = np.quantile(x[train], at, axis=0, method="inverted_cdf")
         scores = self._scores(x)
         self.calibration_scores_ = np.sort(scores[calibrate])
@@ -361,10 +372,9 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Log-likelihood of every row in nats, the mean over 16 draws of noise; it is always
-        finite.
-        """
-        return self._scores(self._numbers(X))
+        """Log-likelihood of every standardised row in nats; it is always finite."""
+        check_is_fitted(self)
+        return self._scores(self._rows(X))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """`score_samples` minus ``offset_``: negative for anomalies."""
@@ -399,44 +409,43 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
 
         It computes the density of 64 rows for each entry, so give it the rows that matter.
         """
-        x = self._numbers(X)
+        check_is_fitted(self)
+        x = self._rows(X)
         scores, gains = self._scores(x), np.empty(x.shape)
         for row, own in enumerate(x):
             drawn = np.where(np.eye(len(own), dtype=bool)[:, None], self.quantiles_, own)
             found = self._scores(drawn.reshape(-1, len(own))).reshape(len(own), -1)
             gains[row] = scipy.special.logsumexp(found, axis=1) - np.log(NUM_QUANTILES)
         gains -= scores[:, None]
-        columns = self.model_.spec.columns
+        columns = self.columns_
         names = [column.name for column in columns] if columns else range(x.shape[1])
         values = x if columns is None else np.asarray(X[list(names)], object)
         return Explanation(tuple(map(str, names)), values, self._p_values(scores), gains)
 
-    def _rows(self, X: Any, *, reset: bool = False) -> Any:
-        """Rows as a data frame of pandas or as an array."""
+    def _rows(self, X: Any, *, reset: bool = False) -> np.ndarray:
+        """Rows as numbers: booleans and categories by their places, -1 for unknown ones."""
         check_unmasked(X, "X")
-        if not hasattr(X, "columns"):
+        is_frame = hasattr(X, "columns")
+        if reset:
+            self.columns_ = columns_of(X) if is_frame else None
+        if not is_frame or self.columns_ is None:
             least = 3 if reset else 1
-            return validate_data(self, X, dtype=np.float64, ensure_min_samples=least, reset=reset)
+            x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=least, reset=reset)
+            return x
         validate_data(self, X, reset=reset, skip_check_array=True)
-        return X.to_pandas() if hasattr(X, "to_pandas") else X
-
-    def _numbers(self, X: Any) -> np.ndarray:
-        check_is_fitted(self)
-        return numbers(self.model_.spec, self._rows(X))
+        return numbers_of(X, self.columns_)
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
-        found = _in_batches(_log_prob, self.model_, x) + self.log_rare_ * self._num_off_grid(x)
+        """Log-likelihoods; where a column is on a grid, other numbers are as rare as one of all
+        rows.
+        """
+        origin, following = self.grids_.T
+        places = (x - origin) / (following - origin)
+        rounding = 2.0**-4 + 2.0**-20 * np.abs(x / (following - origin))
+        num_off = np.sum(np.abs(places - np.rint(places)) > rounding, axis=1)
+        found = _in_batches(_log_prob, self.model_, self.scaler_.transform(x))
+        found -= num_off * np.log(self.scaler_.n_samples_seen_ + 1)
         return np.nan_to_num(found, nan=LOWEST_SCORE, neginf=LOWEST_SCORE)
-
-    def _num_off_grid(self, x: np.ndarray) -> Any:
-        """Entries of each row that the model would round to whole multiples."""
-        cells = self.model_.spec.cells
-        if cells is None:
-            return 0
-        spacing, origin = (np.asarray(part, np.float64) for part in (cells.spacing, cells.origin))
-        places = (x - origin) / np.where(spacing > 0, spacing, np.inf)
-        rounding = 2.0**-20 * np.abs(x) / np.where(spacing > 0, spacing, np.inf)
-        return np.sum(np.abs(places - np.rint(places)) > 2.0**-4 + rounding, axis=1)
 
     def _p_values(self, scores: np.ndarray) -> np.ndarray:
         not_higher = np.searchsorted(self.calibration_scores_, scores, side="right")
