@@ -126,7 +126,7 @@ def measured(folder, name, seed, minutes):
     auroc = {"ours": float(roc_auc_score(is_anomaly, -scores))}
     p_values = detector.p_values(test[~is_anomaly])
     scaler = StandardScaler().fit(train)
-    train, test = scaler.transform(train), scaler.transform(test)
+    train, test = (np.asarray(scaler.transform(each)) for each in (train, test))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of mixtures that did not converge
         for other, score in {**OTHERS, **(OF_PYOD if has_pyod() else {})}.items():

@@ -360,7 +360,7 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         num = max(min(round(fraction * len(x)), len(x) - FEWEST), 0)
         calibrate, train = np.split(random.permutation(len(x)), [num])
         self.scaler_ = StandardScaler().fit(x[train])
-        rows = self.scaler_.transform(x[train])
+        rows: Any = self.scaler_.transform(x[train])
         self._train(rows + noise * random.normal(size=rows.shape))
         values = [values_of(column, 2.0**-20) for column in x[train].T]
         self.grids_ = np.array([each if len(each) == 2 else (0, np.inf) for each in values])
@@ -443,7 +443,8 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         places = (x - origin) / (following - origin)
         rounding = 2.0**-4 + 2.0**-20 * np.abs(x / (following - origin))
         num_off = np.sum(np.abs(places - np.rint(places)) > rounding, axis=1)
-        found = _in_batches(_log_prob, self.model_, self.scaler_.transform(x))
+        standardised: Any = self.scaler_.transform(x)
+        found = _in_batches(_log_prob, self.model_, standardised)
         found -= num_off * np.log(self.scaler_.n_samples_seen_ + 1)
         return np.nan_to_num(found, nan=LOWEST_SCORE, neginf=LOWEST_SCORE)
 

@@ -4,6 +4,7 @@ import pickle
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from sklearn.datasets import make_blobs
