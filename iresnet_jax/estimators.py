@@ -298,7 +298,8 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
             train: with ``m`` rows the smallest p-value is ``1 / (m + 1)``.
         contamination: Share of the rows of `fit` that `predict` takes for anomalies without
             ``alpha``, in (0, .5].
-        noise: Standard deviation of the noise on training rows, in units of each column's.
+        noise: Standard deviation of the noise on training rows, in units of each column's: more
+            for columns of few values, less for fine structure (benchmarks/results/anomalies.json).
         random_state: Seed.
         settings: Further arguments of `iresnet_jax.fit`.
         verbose: Whether to write lines of progress to stderr.
@@ -330,7 +331,7 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         validation_fraction: Any = 0.1,
         calibration_fraction: Any = 0.2,
         contamination: Any = 0.1,
-        noise: Any = 0.2,
+        noise: Any = 0.05,
         random_state: Any = None,
         settings: Any = None,
         verbose: Any = False,
