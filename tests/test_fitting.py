@@ -269,6 +269,24 @@ def test_independent_flags_have_nearly_their_probabilities():
     assert set(np.unique(model.sample(jax.random.key(0), 2000)[0])) == {0.0, 1.0}
 
 
+def test_a_column_that_is_constant_in_most_rows_has_a_density():
+    """Cross-validation meets folds in which it is constant."""
+    x = np.random.default_rng(0).normal(size=(2000, 2))
+    x[3:, 1] = 0
+    model = ir.fit(x, minutes=0.01, progress=False)
+    assert np.isfinite(model.log_prob(np.array([[0.0, 0.0], [0.0, 1.0]]))).all()
+    samples, _ = model.sample(jax.random.key(0), 1000)
+    assert np.mean(np.asarray(samples)[:, 1] == 0) > 0.9
+
+
+@pytest.mark.slow
+def test_the_scores_of_wide_tables_are_correlated():
+    rng = np.random.default_rng(0)
+    x = np.exp(rng.normal(size=(200, 2)) @ rng.normal(size=(2, 70)) + rng.normal(size=(200, 70)))
+    model = ir.fit(x, minutes=0.01, progress=False)
+    assert model.history.attempts[0].what == "normal scores"
+
+
 ONE_STEP: dict[str, Any] = {"steps": 1, "architecture": TINY, "progress": False}
 
 

@@ -559,9 +559,9 @@ def _numbers(numbers: Numbers, kind: Kind, choice: Choice) -> dict[str, Any]:
     """The spline of a column of numbers, and its atoms."""
     half, line = kind.spacing / 2, choice.line
     values, counts = np.unique(numbers, return_counts=True)
-    rows = _rest(numbers, kind)
-    rows = rows if len(rows) > 1 else numbers
-    is_spike = ~np.isin(values, rows)
+    rest = _rest(numbers, kind)
+    rows = rest if len(rest) > 1 else numbers
+    is_spike = ~np.isin(values, rows if len(kind.values) else rest)
     shares = (
         counts / len(numbers) * np.where(is_spike, len(numbers) / (len(numbers) + 1), choice.weight)
     )
