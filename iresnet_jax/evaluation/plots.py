@@ -188,7 +188,7 @@ def gains(values: Float[np.ndarray, "n d"], rows: Sequence[str], names: Sequence
     of the largest gains, at most 20.
     """
     shown = np.sort(np.argsort(-values.max(axis=0))[:MAX_GAINS])
-    width = min(3 + 0.45 * len(shown), 10)
+    width = min(3 + 0.45 * len(shown), 10.0)
     figure, [axes] = panels(1, 1, 1.2 + 0.22 * len(rows), width=width)
     drawn = axes.imshow(np.maximum(values[:, shown], 0), cmap="Blues", aspect="auto", vmin=0)
     figure.colorbar(drawn, ax=axes, label="gain [nats]")
