@@ -192,7 +192,7 @@ def gains(values: Float[np.ndarray, "n d"], rows: Sequence[str], names: Sequence
     figure, [axes] = panels(1, 1, 1.2 + 0.22 * len(rows), width=width)
     drawn = axes.imshow(np.maximum(values[:, shown], 0), cmap="Blues", aspect="auto", vmin=0)
     figure.colorbar(drawn, ax=axes, label="gain [nats]")
-    ticks = [names[i] for i in shown]
+    ticks = [str(names[i]) for i in shown.tolist()]
     axes.set_xticks(range(len(shown)), ticks, rotation=45, ha="right", size=8)
     axes.set_yticks(range(len(rows)), rows, size=8)
     return figure
