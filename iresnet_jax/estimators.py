@@ -360,6 +360,11 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         x, random = self._rows(X, reset=True), check_random_state(self.random_state)
         num = max(min(round(fraction * len(x)), len(x) - FEWEST), 0)
         calibrate, train = np.split(random.permutation(len(x)), [num])
+        self.columns_ = None
+        if hasattr(x, "iloc"):
+            columns_of(x)  # says in which of all rows values are missing
+            self.columns_ = columns_of(x.iloc[train])
+        x = self._numbers(x)
         self.scaler_ = StandardScaler().fit(x[train])
         rows: Any = self.scaler_.transform(x[train])
         self._train(rows + noise * random.normal(size=rows.shape))
@@ -375,7 +380,7 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
     def score_samples(self, X: Any) -> np.ndarray:
         """Log-likelihood of every standardised row in nats; it is always finite."""
         check_is_fitted(self)
-        return self._scores(self._rows(X))
+        return self._scores(self._numbers(self._rows(X)))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """`score_samples` minus ``offset_``: negative for anomalies."""
@@ -411,7 +416,8 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         It computes the density of 64 rows for each entry, so give it the rows that matter.
         """
         check_is_fitted(self)
-        x = self._rows(X)
+        rows = self._rows(X)
+        x = self._numbers(rows)
         scores, gains = self._scores(x), np.empty(x.shape)
         for row, own in enumerate(x):
             drawn = np.where(np.eye(len(own), dtype=bool)[:, None], self.quantiles_, own)
@@ -420,21 +426,25 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         gains -= scores[:, None]
         columns = self.columns_
         names = [column.name for column in columns] if columns else range(x.shape[1])
-        values = x if columns is None else np.asarray(X[list(names)], object)
+        values = np.asarray(rows[list(names)], object) if hasattr(rows, "columns") else x
         return Explanation(tuple(map(str, names)), values, self._p_values(scores), gains)
 
-    def _rows(self, X: Any, *, reset: bool = False) -> np.ndarray:
-        """Rows as numbers: booleans and categories by their places, -1 for unknown ones."""
+    def _rows(self, X: Any, *, reset: bool = False) -> Any:
+        """Rows as a data frame of pandas or as an array."""
         check_unmasked(X, "X")
-        is_frame = hasattr(X, "columns")
-        if reset:
-            self.columns_ = columns_of(X) if is_frame else None
-        if not is_frame or self.columns_ is None:
+        if not hasattr(X, "columns") or (not reset and self.columns_ is None):
             least = 3 if reset else 1
-            x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=least, reset=reset)
-            return x
+            return validate_data(self, X, dtype=np.float64, ensure_min_samples=least, reset=reset)
         validate_data(self, X, reset=reset, skip_check_array=True)
-        return numbers_of(X, self.columns_)
+        return X.to_pandas() if hasattr(X, "to_pandas") else X
+
+    def _numbers(self, rows: Any) -> np.ndarray:
+        """Booleans and categories by their places, and unknown ones off this grid."""
+        if self.columns_ is None or not hasattr(rows, "columns"):
+            return rows
+        x = numbers_of(rows, self.columns_)
+        is_level = np.array([column.categories is not None for column in self.columns_])
+        return np.where(is_level & (x < 0), -0.5, x)
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         """Log-likelihoods; where a column is on a grid, other numbers are as rare as one of all

@@ -251,6 +251,23 @@ def test_a_whole_number_among_fractions_is_rare_and_no_error():
     assert found[1] < found[0] - 2
 
 
+def test_one_more_level_is_rare_among_many_though_calibration_has_seen_it():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"city": rng.integers(0, 60, 999).astype(str), "size": rng.normal(size=999)}
+    )
+    lone = frame.assign(
+        city=[f"only {row}" if row % 50 == 0 else city for row, city in frame.city.items()]
+    )
+    detector = ResidualFlowDetector(**TINY_DETECTOR).fit(lone)
+    known = detector.score_samples(frame[:50])
+    assert np.all(detector.score_samples(frame[:50].assign(city="Rome")) < known - 3)
+    unknown = ~lone["city"].isin(detector.columns_[0].categories)
+    assert unknown.any()
+    p_values = detector.p_values(lone[unknown])
+    assert np.all(p_values * (1 + len(detector.calibration_scores_)) >= 2)  # each is one of these
+
+
 def test_missing_values_are_named(detector):
     rows = people(4, 0).astype({"age": float})
     rows.loc[2, "age"] = np.nan

@@ -71,12 +71,8 @@ class GaussianMixture(Mixture):
 
     @classmethod
     def fit(cls, z: ArrayLike, num_components: int) -> "GaussianMixture":
-        """A mixture that latents are likely under, see `expectation_maximisation`; `kernels` if
-        each is a component.
-        """
+        """A mixture that latents are likely under, see `expectation_maximisation`."""
         z = np.asarray(z, np.float64)
-        if len(z) == num_components > 1:
-            return cls.kernels(z)
         mean, std = z.mean(axis=0), np.where(varies(z), z.std(axis=0), 1)
         # Few steps are enough, as training goes on from them. A component's variance is at least a
         # millionth of all latents'.
