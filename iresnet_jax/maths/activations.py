@@ -221,8 +221,8 @@ def register_activation(name: str, activation: Activation) -> None:
         slope = float(jnp.max(jnp.linalg.norm(steps, axis=0) / jnp.diff(x)))
         if slope > 1.01:
             raise ValueError(
-                f"the slope of the activation {name!r} reaches {slope:.3g}, where certificates rely "
-                "on [-1, 1]: divide it by its largest slope"
+                f"the slope of the activation {name!r} reaches {slope:.3g}: certificates need "
+                "slopes in [-1, 1], so divide it by the largest"
             )
     _activations[name] = activation
 
