@@ -280,9 +280,8 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
     has are rare, also unknown categories and values beyond all others, and have a finite score.
 
     The model is the density of standardised rows with a little normal noise, and a score is its
-    value at a row without noise. Frequent values and differences that are small beside a column's
-    spread then count as little as they do in distances: as exact densities would have it, a row
-    whose entries happen to be frequent values can be likelier than all others.
+    value at a row without noise. Without noise a frequent value has a mass where others have a
+    density, and rows of frequent values would be likelier than all others.
 
     `fit` holds out rows for calibration, which neither train, choose the start, nor validate.
     `p_values` compares with their scores: for fresh rows from the distribution of `fit`'s rows,
@@ -290,7 +289,7 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
     good the model is (Bates et al. 2023, "Testing for outliers with conformal p-values").
 
     Args:
-        steps: See `ResidualFlowDensity`, as for all arguments but these two.
+        steps: Updates to train for.
         minutes: Longest wall-clock time for training.
         architecture: Stages of the flow.
         validation_fraction: Share of the training rows that validates.
@@ -298,8 +297,7 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
             train: with ``m`` rows the smallest p-value is ``1 / (m + 1)``.
         contamination: Share of the rows of `fit` that `predict` takes for anomalies without
             ``alpha``, in (0, .5].
-        noise: Standard deviation of the noise on training rows, in units of each column's: more
-            for columns of few values, less for fine structure (benchmarks/results/anomalies.json).
+        noise: Standard deviation of the noise on training rows, in units of each column's.
         random_state: Seed.
         settings: Further arguments of `iresnet_jax.fit`.
         verbose: Whether to write lines of progress to stderr.
