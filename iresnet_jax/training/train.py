@@ -183,7 +183,8 @@ def train(
         objective,
         parallel.parallelize(step),
         parallel.broadcast(first_state(free, optimizer, length)),
-        Fixed.of(seed, free, unroll=unroll, rematerialize=rematerialize),
+        # placed once: what is elsewhere is copied to the devices in every step
+        parallel.on_local_devices(Fixed.of(seed, free, unroll=unroll, rematerialize=rematerialize)),
         most,
         length,
         checked(Count, every, "every"),
