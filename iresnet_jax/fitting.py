@@ -147,8 +147,9 @@ def fit(
         context: Context vectors ``(n, k)`` or a data frame: the model is then ``p(x | context)``.
         key: Source of all randomness; by default always the same key. For several models, loop over
             keys.
-        minutes: Longest time for training, compilation included; 3 by default. Training ends
-            earlier once validation no longer improves.
+        minutes: Limit on the time, compilation included; 3 by default. A compilation, a step or a
+            validation that has begun then still ends. Training ends earlier once validation no
+            longer improves.
         steps: Number of updates instead of a time, in one run, which is reproducible to the bit on
             one machine.
         objective: "density", "classification" or "hybrid" (both in one); by default "density"

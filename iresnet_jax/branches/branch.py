@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from iresnet_jax.maths.activations import PROVEN
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz, block_bounds
 from iresnet_jax.maths.logdet_estimator import Jacobian, Logdet, Trace
 from iresnet_jax.maths.upward_rounding import lipschitz_at_least, rounded_up
@@ -321,11 +322,12 @@ class BranchSpec(ABC):
         return ()
 
     @property
-    def word(self) -> str:
-        """Who vouches for the bounds: "certified" for guaranteed norms, "user" for a bound that the
-        kind states.
-        """
-        return "certified" if self.parts else "user"
+    def claim(self) -> str:
+        """What the bounds rely on without a proof, as a clause; empty if they are guaranteed."""
+        if not self.parts:
+            return "the bounds hold that you give for your own branches"
+        own = {layer.activation for layer in self.chain if layer.activation} - PROVEN
+        return f"your activation {', '.join(sorted(own))} is 1-Lipschitz" if own else ""
 
     @property
     def chain(self) -> "tuple[LayerSpec, ...]":

@@ -52,7 +52,13 @@ class OwnSpec(BranchSpec):
         """
         del last_scale, sharpness
         _structure(self.make)  # raises if constants differ from call to call
-        return Structure.of(self.make(key))[1]
+        weights = Structure.of(self.make(key))[1]
+        if not weights:
+            raise ValueError(
+                f"the branch {name_of(self.make)!r} has no weights: its function must return a "
+                "pytree with arrays of JAX, such as a registered dataclass"
+            )
+        return weights
 
     def module(self, weights: Weights) -> Any:
         """The module with these weights."""

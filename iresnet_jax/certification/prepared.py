@@ -105,11 +105,12 @@ def check(
                 f"{stage.name} has an ActNorm whose log_scale is not within {LARGEST_EXPONENT:g}: "
                 "its scale is beyond what certificates compute with"
             )
-        if not branch.spec.chain or branch.norms is None or branch.gain is not None:
+        is_followed = branch.spec.chain and branch.norms is not None and branch.gain is None
+        if branch.spec.claim or not is_followed:
             raise ValueError(
                 f"{stage.name} has branches of kind {stage.spec.branch_name!r}, which certificates "
-                "cannot follow: they take chains of layers and activations; certificate() has the "
-                "bounds on that kind's word"
+                "cannot follow: they take chains of layers with the library's activations, not "
+                "with your own; certificate() has the bounds"
             )
     if contraction and not all(
         np.all(np.asarray(block.branch.lipschitz_bound) < 1) for block in model.weights.values()

@@ -146,17 +146,19 @@ class Inversion(RoundTrips):
 
     @property
     def headline(self) -> str:
-        """One line."""
+        """A line, and one with a guarantee if there is one."""
         converged = round(self.fraction_converged * self.num_examples)
         verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
         line = f"inverse: {verdict}; {converged} of {self.num_examples} test examples came back"
         if self.max_data_error is None:
             return line
-        found, guaranteed = self.guarantee, ""
-        if found and math.isfinite(found.max_data_bound):
-            bound = said_up(found.max_data_bound, 2)
-            guaranteed = f"; guaranteed for {found.num_examples} of them: at most {bound}"
-        return f"{line}, largest error {self.max_data_error:.2g}{guaranteed}, {UNITS}"
+        line = f"{line}, largest error {self.max_data_error:.2g} {UNITS}"
+        found = self.guarantee
+        if not found or not math.isfinite(found.max_data_bound):
+            return line
+        first = f"the inverses of the first {found.num_examples} examples"
+        bound = said_up(found.max_data_bound, 2)
+        return f"{line}\nguaranteed: {first} err by at most {bound}, Euclidean"
 
     def __str__(self) -> str:
         line = (

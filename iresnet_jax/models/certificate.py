@@ -4,9 +4,10 @@ map.
 Every layer has its norm as power iteration sees it, from below, and a guaranteed bound from above;
 every block has their products. The bounds concern the stored weights in exact arithmetic.
 
-A branch of one's own says its constant itself. `check_claims` holds this word against data: ratios
-``|g(x) - g(y)| / |x - y|`` of pairs, and ``|J v| / |v|`` along directions of power iteration, are
-lower bounds. One above the claim proves the claim wrong, none proves it right.
+A branch of one's own says its constant itself, and one with an activation of one's own relies on
+its slopes. `check_claims` compares such claims with data: ratios ``|g(x) - g(y)| / |x - y|`` of
+pairs, and ``|J v| / |v|`` along directions of power iteration, are lower bounds. One above the
+claim proves the claim wrong, none proves it right.
 """
 
 import dataclasses
@@ -50,10 +51,9 @@ class Constant:
         target: Largest constant that the constraint allows; None without one.
         estimate: Norm by power iteration, or the product of the layers', from below; NaN of a
             branch without layers.
-        bound: Upper bound, guaranteed if ``word`` says so.
+        bound: Upper bound, guaranteed if ``claim`` is empty.
         layers: Constants of a block's layers; none of a layer.
-        word: Who vouches for the bound, see `BranchSpec.word`: "certified" for a proof, "user" for
-            the author of the branch.
+        claim: What the bound relies on without a proof, see `BranchSpec.claim`.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Constant:
     estimate: float
     bound: float
     layers: tuple["Constant", ...] = ()
-    word: str = "certified"
+    claim: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,8 @@ class Certificate:
 
     @property
     def certified(self) -> bool:
-        """Whether every block's bound is below 1, so that it is invertible; `verdict` tells whether
-        all bounds are proven.
-        """
-        return all(block.bound < 1 for block in self.blocks)
+        """Whether every block is proven to be invertible: its bound is below 1, and no claim."""
+        return all(block.bound < 1 and not block.claim for block in self.blocks)
 
     @property
     def max_block(self) -> float:
@@ -109,16 +107,18 @@ class Certificate:
     def verdict(self) -> str:
         """One line: whether every block is invertible, and whether that is proven."""
         num, bound = len(self.blocks), said_up(self.max_block, 5)
+        if not num:
+            return "certified: there are no residual blocks, and all else is invertible"
         if failed := [block.name for block in self.blocks if not block.bound < 1]:
             return (
                 f"NOT CERTIFIED: no bound of Lip(g) below 1 for {len(failed)} of {num} blocks, the "
                 f"first is {failed[0]}"
             )
-        if claimed := [block.name for block in self.blocks if block.word == "user"]:
+        if claimed := [block for block in self.blocks if block.claim]:
+            claims = " and ".join(dict.fromkeys(block.claim for block in claimed))
             return (
-                f"not proven: {len(claimed)} of {num} blocks, the first is {claimed[0]}, are "
-                "invertible if the bounds hold that you give for your own branches; "
-                f"Lip(g) <= {bound}"
+                f"not proven: {len(claimed)} of {num} blocks, the first is {claimed[0].name}, are "
+                f"invertible if {claims}; Lip(g) <= {bound}"
             )
         return f"certified: every one of {num} blocks is invertible, proven by Lip(g) <= {bound}"
 
@@ -134,9 +134,9 @@ class Certificate:
         for name, row in rows:
             limit = "" if row.target is None else f"{row.target:.4f}"
             estimate = "" if math.isnan(row.estimate) else f"{row.estimate:.5f}"
-            word = "" if row.word == "certified" else "  by your word, not proven"
+            claim = "  not proven" if row.claim else ""
             lines.append(
-                f"{name:{width}}  {limit:>7}  {estimate:>8}  {said_up(row.bound, 5):>11}{word}"
+                f"{name:{width}}  {limit:>7}  {estimate:>8}  {said_up(row.bound, 5):>11}{claim}"
             )
         return "\n".join(lines)
 
@@ -187,7 +187,7 @@ def certificate_of(
             bound = float(np.asarray(branch.lipschitz_bound)[k])
             blocks.append(
                 Constant(
-                    f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.spec.word
+                    f"{stage.name}/block{k:02d}", target, estimate, bound, parts, branch.spec.claim
                 )
             )
     whole = preprocessing.compose(flow)
@@ -210,15 +210,12 @@ def check_claims(
     x: Float[Array, "b ..."],
     context: Float[Array, "b k"] | None = None,
 ) -> None:
-    """Checks bounds on the user's word on inputs of the flow; there is nothing to check of other
-    branches.
+    """Checks claimed bounds on inputs of the flow; there is nothing to check of proven ones.
 
     Arguments are those of `flow.branch_inputs`. A branch that claims less than is measured, claims
     no number, or mixes the examples of a batch raises ``ValueError``.
     """
-    names = {
-        stage.name: stage.spec.branch_name for stage in spec.layout if stage.branch.word == "user"
-    }
+    names = {stage.name: stage.spec.branch_name for stage in spec.layout if stage.branch.claim}
     if not names:
         return
     contexts = None if context is None else jnp.asarray(context[:EXAMPLES])

@@ -129,7 +129,8 @@ class DecodeInfo(NamedTuple):
             lambda: (
                 f"{share(self.converged)} converged, residuals of blocks at most "
                 f"{largest(self.residual)}\n  error_bound, a product over all blocks, at most "
-                f"{largest(self.error_bound)}; ir.certify.decode has a sharp one"
+                f"{largest(self.error_bound)}; ir.certify.decode has a sharp one of "
+                "certified models"
             ),
         )
 
@@ -198,11 +199,9 @@ class History:
 
     def __str__(self) -> str:
         names = [name for name in self.validation if name not in ("step", "wall_time_s")]
-        lines = (
-            ["step  seconds  " + "  ".join(names)]
-            if names
-            else [f"step {self.step}, no validation"]
-        )
+        lines = ["step  seconds  " + "  ".join(names)] if names else []
+        if not names and not self.attempts:
+            lines = [f"step {self.step}, no validation"]
         for i, step in enumerate(self.validation.get("step", [])):
             values = "  ".join(f"{self.validation[name][i]:.4f}" for name in names)
             best = "  <- this model" if step == self.step else ""
@@ -284,11 +283,14 @@ class Model:
         found = self._known_bounds() if self.weights else {}
         if found is None:
             return "print(model.certificate()) computes whether every block is invertible"
-        bound = max((float(np.max(each.lipschitz)) for each in found.values()), default=0.0)
+        if not found:
+            return "certified: there are no residual blocks, and all else is invertible"
+        bound = max(float(np.max(each.lipschitz)) for each in found.values())
         if not bound < 1:
             return f"NOT CERTIFIED: Lip(g) <= {said_up(bound, 4)}"
-        if any(stage.branch.word == "user" for stage in self.spec.flow.all_stages):
-            return "not proven: invertible if the bounds hold that you give for your own branches"
+        claims = dict.fromkeys(stage.branch.claim for stage in self.spec.flow.all_stages)
+        if claims := [claim for claim in claims if claim]:
+            return f"not proven: invertible if {' and '.join(claims)}"
         return f"certified: every block is invertible, Lip(g) <= {said_up(bound, 4)}"
 
     # ------------------------------------------------------------------------------- there and back
@@ -408,9 +410,10 @@ class Model:
         return remember(self.with_(weights=weights), carried_bounds(weights))
 
     def check_branches(self, x: Any, *, context: Any = None) -> None:
-        """Checks bounds that are the user's word on data: ratios ``|g(x) - g(y)| / |x - y|`` of
-        every such branch. ``ValueError`` names the block that stretches data by more than it
-        claims, and both numbers.
+        """Checks bounds that are not proven on data, by ratios ``|g(x) - g(y)| / |x - y|``:
+        those of branches and activations of your own. ``ValueError`` names the block that
+        stretches data by more than it claims, and both numbers. `Density.init` and
+        `Classifier.init` check on their examples.
         """
         scaled = None
         if context is not None:

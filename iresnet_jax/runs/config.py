@@ -174,7 +174,9 @@ class TrainingConfig:
     # Updates; warm-up and decay of the learning rate are fractions of them. 0 means 1000, or with
     # `minutes` as many as fit, with the schedule of 10,000 updates stretched over the time.
     total_steps: CountOrNone = 0
-    minutes: NotNegative = 0.0  # limit of the wall-clock time, compilation included; 0 is no limit
+    # Limit on the time of training, compilation included; a compilation, a step or a validation
+    # that has begun then still ends. 0 is no limit.
+    minutes: NotNegative = 0.0
     # Validations without an improvement after which training ends; 0 never ends it early.
     patience: CountOrNone = 0
     batch_size: Count = 128  # examples of a step over all devices
@@ -187,7 +189,9 @@ class TrainingConfig:
     # on with other settings or for longer. A 20 times smaller learning rate suffices.
     initial_model: str = ""
     log_every_steps: Count = 50  # steps that one line of the log averages
-    eval_every_steps: Count = 500  # steps between validations, each with a checkpoint
+    # Steps between validations, each with a checkpoint; with `minutes` at most a twentieth of the
+    # steps that are expected to fit, whose number is estimated anew as training goes on.
+    eval_every_steps: Count = 500
     eval_examples: Count = 2048  # largest number of validation examples
     # Has no effect: training_bias in the log says whether more terms are needed.
     max_num_terms: CountOrNone = 20

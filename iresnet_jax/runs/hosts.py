@@ -135,9 +135,9 @@ def ending_together() -> Iterator[None]:
             traceback.print_exc()
         elif is_lost:
             signals.say(
-                "another process has failed or cannot be reached, see what it said: the same "
-                "command on all processes, or on fewer, goes on from the last checkpoint "
-                f"({reason[:200]})"
+                "another process has failed or cannot be reached, and its own output says why: "
+                "start all processes again by the same command, which goes on from the last "
+                f"checkpoint ({reason[:200]})"
             )
         else:
             signals.say(f"error: {reason}")

@@ -100,7 +100,8 @@ def train(
             by its key.
         key: Source of all randomness, batches and the keys of losses; or the seed, an integer.
         steps: Number of updates; 1000 by default, without limit if minutes are given.
-        minutes: Longest time, compilation included.
+        minutes: Limit on the time, compilation included; a compilation, a step or a validation
+            that has begun then still ends.
         batch_size: Examples of a step over all devices; at most as many as there are.
         optimizer: An optimizer of optax with its learning rate. By default Muon at 5e-3 after a
             warm-up, with a cosine to the end and gradients clipped at norm 1.
@@ -125,7 +126,8 @@ def train(
             returns True.
         callbacks: Objects that act between steps, see `Callback`, such as ``Checkpoints(folder)``.
             One of the type of a default takes its place.
-        every: Steps between validations; by default a twentieth of all.
+        every: Steps between validations; by default a twentieth of all, which is the most if there
+            is a limit on time.
         log_every: Steps between lines of the log; by default 50 or ``every``.
         matmul_precision: Precision of matrix products on accelerators.
         progress: Whether lines of progress are written to stderr.

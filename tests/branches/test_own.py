@@ -149,6 +149,7 @@ def odd_one(**methods):
 
 
 WRONG = {
+    "a plain function": (lambda key: jnp.tanh, "has no weights"),
     "another shape": (
         odd_one(__call__=lambda self, x: x[:, :2]),
         r"of the shape of its batch \(2, 3\)",

@@ -10,6 +10,7 @@ import pytest
 from jax.tree_util import register_dataclass
 
 import iresnet_jax as ir
+from iresnet_jax.maths.activations import Activation, register_activation
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.initial import initial
 from iresnet_jax.models.priors import Gaussian
@@ -78,6 +79,30 @@ def test_a_claim_is_called_no_proof():
     assert certificate.verdict.startswith("not proven: 2 of 3 blocks, the first is stage1/block00")
     assert "nan" not in str(certificate)
     assert "not proven" in repr(model)
+
+
+def test_an_activation_of_ones_own_is_called_no_proof():
+    register_activation("sine", Activation(jnp.sin))
+    stages = [ir.StageSpec(1, (4,), activation="sine"), ir.StageSpec(1, (4,))]
+    model = ir.Density.init(jax.random.key(0), X, stages=stages)
+    certificate = model.certificate()
+    assert "1 of 2 blocks, the first is stage0/block00, are invertible if your activation sine" in (
+        certificate.verdict
+    )
+    assert not certificate.certified
+    assert "your activation sine is 1-Lipschitz" in repr(model)
+    with pytest.raises(ValueError, match="with the library's activations, not with your own"):
+        ir.certify.decode(model, model.encode(X[:2]))
+
+
+def test_an_activation_that_is_steep_beyond_where_it_was_measured_is_refused_by_data():
+    steep = Activation(lambda x: jnp.where(jnp.abs(x) > 20, 9 * (x - 20), 0.1 * x))
+    register_activation("steep_far_out", steep)
+    stages = [ir.StageSpec(1, (4,), activation="steep_far_out", preactivation=True, actnorm=False)]
+    with pytest.raises(ValueError, match="was measured on the data"):
+        ir.Density.init(
+            jax.random.key(0), 99 * X, stages=stages, transform=ir.Identity(), coeff=0.9
+        )
 
 
 def test_a_bound_that_is_one_percent_too_low_is_named_with_both_numbers():

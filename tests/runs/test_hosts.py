@@ -31,7 +31,7 @@ LONG = {  # runs that something ends, of what compiles fastest
     "optimizer.clip_norm": 0.0,
 }
 DEADLINE_S = 60
-ADVICE = "the same command on all processes, or on fewer, goes on from the last checkpoint"
+ADVICE = "start all processes again by the same command, which goes on from the last checkpoint"
 
 
 def finish(processes):
@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     statuses, said = finish(processes)
     assert statuses == [hosts.LOST, -signal.SIGKILL]
     assert said[0][-1].startswith(
-        f"another process has failed or cannot be reached, see what it said: {ADVICE} ("
+        f"another process has failed or cannot be reached, and its own output says why: {ADVICE} ("
     )
 
 
