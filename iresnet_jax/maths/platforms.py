@@ -89,9 +89,8 @@ def fast_compile(
     """
 
     def precise(*arguments):
-        if platform() == "cpu" or _settings.jax_default_matmul_precision:
-            return function(*arguments)
-        with jax.default_matmul_precision("float32"):
+        chosen = _settings.jax_default_matmul_precision
+        with contextlib.nullcontext() if chosen else products_in("float32"):
             return function(*arguments)
 
     @functools.cache
@@ -278,6 +277,16 @@ def prepare_backend(matmul_precision: str) -> None:
     start_backend()
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", matmul_precision)
+
+
+def products_in(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products and convolutions of accelerators in a precision, in the body of ``with``.
+
+    CPUs have one precision, and other programs, which are slower, where one is asked for.
+    """
+    if platform() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(precision)
 
 
 def device_summary() -> str:

@@ -207,7 +207,7 @@ def train(
     watching = sorted([*callbacks, *defaults], key=lambda each: each.order)
 
     # 4. One batch after the other.
-    with jax.default_matmul_precision(matmul_precision), contextlib.ExitStack() as stack:
+    with platforms.products_in(matmul_precision), contextlib.ExitStack() as stack:
         for each in reversed(watching):
             stack.enter_context(each.during(run))
         batches = device_batches(data, seed=seed, batch_size=batch_size, first_step=run.step)
