@@ -389,7 +389,8 @@ def logdets(*, num_draws: int = 100) -> Figure:
                 linewidth=0.8,
                 capsize=2,
             )
-            curve(left, which, products, left_out, f"{kind}: bound", marker=None, linewidth=0.8)
+            # the caption says what thin lines are; the legend leaves out names that begin with _
+            curve(left, which, products, left_out, "_bound", marker=None, linewidth=0.8)
             estimates = [np.asarray(draws(branch, make(num_products, p))[0]) for p in probes]
             spread = [float(np.sqrt(values.var(axis=0, ddof=1).mean())) for values in estimates]
             curve(right, which, probes, spread, kind)

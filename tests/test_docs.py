@@ -92,8 +92,6 @@ def run_pages(tmp_path_factory):
         "city": ["Bern", "Oslo"] * 30,
         "share": draw.random(60),
     }
-    (folder / "bsds300").mkdir()
-    np.save(folder / "bsds300" / "train.npy", draw.normal(size=(16, 63)))
     pandas.DataFrame(columns).to_csv(folder / "my_table.csv", index=False)
     (folder / MODEL).parents[1].mkdir(parents=True)
     kept.folder((folder / MODEL).parent, kept.TEN_DIGITS, "digits")

@@ -1,4 +1,4 @@
-"""The certified inverse in the units of the data: what `Density.decode` or `Classifier.reconstruct`
+"""The certified inverse in the units of the data: what `Density.decode` or `Classifier.decode`
 computes, with guarantees.
 
 `certify.inverse` bounds the error of the flow's input, and the transform's ``enclose_inverse``

@@ -12,7 +12,7 @@ from certified_flows import times
 
 import iresnet_jax as ir
 from iresnet_jax.maths.fixed_point import FixedPointInfo
-from iresnet_jax.models.model import History
+from iresnet_jax.models.model import Attempt, History
 
 LONGEST = 300  # characters, of at most three lines
 
@@ -62,5 +62,8 @@ def test_results_say_how_many_converged_and_the_worst_error():
 def test_a_history_and_a_certificate_are_one_line():
     history = History({"step": [float(i) for i in range(99)]}, {}, 40, loss=1.25, num_steps=99)
     assert "step 40 of 99, validation loss 1.2500" in shown(history)
+    start = Attempt("normal distribution", 1.25, 0, 0, 0.0)
+    of_start = str(History({}, {}, 0, 1.25, attempts=(start,)))
+    assert of_start == "normal distribution: 1.2500 at step 0 of 0, 0.0 s"
     certificate = kept.model(kept.POINTS).certificate()
     assert shown(certificate) == f"Certificate: {certificate.verdict}"

@@ -59,6 +59,11 @@ def test_bounds_are_said_rounded_up():
     assert "Lip(g) <= 0.97" in dataclasses.replace(certificate, blocks=(changed,)).verdict
 
 
+def test_without_blocks_nothing_is_left_to_prove():
+    certificate = dataclasses.replace(kept.model(kept.POINTS).certificate(), blocks=())
+    assert certificate.verdict.startswith("certified: there are no residual blocks")
+
+
 # --- new weights have their own bounds, or none --------------------------------------------------
 
 CONDITIONAL = dataclasses.replace(
