@@ -78,7 +78,7 @@ def name_of(run: Run) -> str:
 
 def flow_input(run: Run, num: int) -> Any:
     """The flow's input for the first test examples of the model's data."""
-    examples = run.data.held_out("test", num, run.config.seed)
+    examples = run.data.held_out("test", num, run.config.seed).x
     noise = (jax.random.key(0),) if isinstance(run.model, Density) else ()
     return jax.jit(run.model.preprocess)(examples, *noise)
 

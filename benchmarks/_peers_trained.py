@@ -89,7 +89,7 @@ def likelihoods(arguments):
     for name in MODELS[:1] if arguments.quick else MODELS:
         run = load(RESULTS / name)
         model: Any = run.model
-        images, drawn = run.data.held_out("test", num, run.config.seed), min(num, NUM_DRAWN)
+        images, drawn = run.data.held_out("test", num, run.config.seed).x, min(num, NUM_DRAWN)
         x, z, log_dets, exact = reference(model, images)
         our_flow, their_flow, answers = (
             OurFlow(model, x, z),

@@ -48,7 +48,7 @@ def there_and_back(model, images, bounds):
 
 def invertibility(run, num):
     """Summary of the round trips of test images, by either solver."""
-    images, size, found = run.data.held_out("test", num), run.config.evaluation.batch_size, {}
+    images, size, found = run.data.held_out("test", num).x, run.config.evaluation.batch_size, {}
     for name, solver in SOLVERS.items():
         model = run.model.with_(solver=solver._replace(atol=run.config.evaluation.inverse_atol))
         bounds, starts = model.bounds(), range(0, len(images), size)
@@ -89,7 +89,7 @@ def measure(variant, seed, folder, arguments):
         (32, 32) if arguments.quick else (arguments.num, arguments.num_certified),
     )
     result = classification.evaluate(
-        run.model, run.test_examples(), run.data.labels["test"], config.evaluation.batch_size
+        run.model, run.test_data().x, run.data.labels["test"], config.evaluation.batch_size
     )
     times = TrainingTimes.from_metrics(read_metrics(workdir), run.step)
     row = {

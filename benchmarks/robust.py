@@ -23,7 +23,7 @@ from _models import load_kind, model_parser
 from _record import write
 
 import iresnet_jax as ir
-from iresnet_jax.evaluation.robustness import INSIDE, NUM_CHECKED, Accuracy, least_margins
+from iresnet_jax.evaluation.classification import INSIDE, NUM_CHECKED, Accuracy, least_margins
 from iresnet_jax.evaluation.round_trips import reconstruct
 from iresnet_jax.models.flow import blocks_of
 from iresnet_jax.models.head import apply_head, cross_entropy, distances
@@ -112,7 +112,7 @@ def main():
     arguments = options.parse_args()
     run, model = load_kind(arguments.workdir, ir.Classifier)
     config, attack, num_steps = run.config, ATTACK, run.config.training.total_steps
-    images, labels = run.test_examples(), np.asarray(run.data.labels["test"])
+    images, labels = run.test_data().x, np.asarray(run.data.labels["test"])
     if arguments.quick:
         images, labels, attack, num_steps = images[:100], labels[:100], (10, 1), 50
 

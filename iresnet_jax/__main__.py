@@ -20,19 +20,12 @@ from jaxtyping import Float
 from iresnet_jax import conversion
 from iresnet_jax.arguments import Count, CountOrNone, Positive, checked
 from iresnet_jax.data.arrays import FITTED_ARRAY
-from iresnet_jax.evaluation import (
-    calibration,
-    classification,
-    likelihood,
-    robustness,
-    round_trips,
-)
+from iresnet_jax.evaluation import calibration, round_trips
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
-from iresnet_jax.evaluation.report import write
+from iresnet_jax.evaluation.report import on_test_data, write
 from iresnet_jax.maths import platforms
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.certificate import Certificate
-from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.contexts import as_vectors
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan as plans
@@ -58,22 +51,7 @@ CERTIFY_S = 5.0
 def evaluate(run: Run, arguments: argparse.Namespace) -> bool:
     """Test likelihood, test error of a model with classes, and robustness of a classifier."""
     run = _with_settings(run, arguments).with_data_checked()
-    model, examples = run.model, run.test_examples()
-    settings, seed = run.config.evaluation, run.config.seed
-    lines = []
-    if isinstance(model, Density):
-        floor, contexts = run.data.entropy, run.test_contexts()
-        lines.append(
-            likelihood.measure(
-                model, examples, settings, seed, contexts=contexts, entropy_floor=floor
-            )
-        )
-    if run.model.spec.num_classes is not None:
-        labels = run.data.labels["test"]
-        lines.append(classification.evaluate(model, examples, labels, settings.batch_size))
-        if isinstance(model, Classifier) and settings.radii:
-            lines.append(robustness.measure(model, examples, labels, settings, seed)[0])
-    _say(*run.notes, *lines)
+    _say(*run.notes, *on_test_data(run).values())
     return True
 
 
@@ -122,12 +100,10 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     failed for any.
     """
     run = run.with_data_checked()
-    examples, size = run.test_examples()[: arguments.num], run.config.evaluation.batch_size
-    contexts = run.test_contexts()
-    contexts = None if contexts is None else contexts[: arguments.num]
+    test, size = run.test_data(arguments.num), run.config.evaluation.batch_size
     num = _num_certified(arguments, run.model.spec.flow)
     result = round_trips.reconstruct(
-        run.model, examples, size, run.config.seed, contexts=contexts, num_certified=num
+        run.model, test.x, size, run.config.seed, contexts=test.context, num_certified=num
     )
     figure = reconstructions(result.originals, result.reconstructions)
     lines = [*run.notes, result.summary]

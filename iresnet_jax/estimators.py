@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from iresnet_jax.arguments import Count, NotNegative, Range, check_unmasked, checked
+from iresnet_jax.arguments import Count, Range, check_unmasked, checked
 from iresnet_jax.data.arrays import FEWEST
 from iresnet_jax.data.tables import values_of
 from iresnet_jax.evaluation import plots
@@ -40,44 +41,38 @@ NUM_DRAWS = 16  # of noise, whose mean a score is
 LOWEST_SCORE = float(np.finfo(np.float32).min)  # where single precision has no density
 NUM_QUANTILES = 64  # values of each column that stand for its distribution
 MOST_NAMED = 3  # columns in the line that explains a row
+ALLOWED = {"calibration_fraction": "(0, 1)", "contamination": "(0, .5]", "noise": "[0, inf)"}
 
 
+# scikit-learn wants parameters stored as they are, and checked by `fit`.
+@dataclass(kw_only=True, eq=False, repr=False)
 class _ResidualFlow(BaseEstimator):
     """Parameters and training of all estimators."""
 
-    def __init__(
-        self,
-        *,
-        steps: Any = None,
-        minutes: Any = None,
-        architecture: Any = None,
-        validation_fraction: Any = 0.1,
-        random_state: Any = None,
-        bounds: Any = None,
-        settings: Any = None,
-        verbose: Any = False,
-    ):
-        # scikit-learn wants parameters stored as they are, and checked by `fit`.
-        self.steps = steps
-        self.minutes = minutes
-        self.architecture = architecture
-        self.validation_fraction = validation_fraction
-        self.random_state = random_state
-        self.bounds = bounds
-        self.settings = settings
-        self.verbose = verbose
+    steps: Any = None
+    minutes: Any = None
+    architecture: Any = None
+    validation_fraction: Any = 0.1
+    random_state: Any = None
+    settings: Any = None
+    verbose: Any = False
 
-    def _train(self, x: Any, labels: np.ndarray | None = None) -> None:
+    def _train(self, x: Any, labels: np.ndarray | None = None, **options: Any) -> None:
         """Sets ``model_``."""
-        options = {
-            name: getattr(self, name)
-            for name in ("steps", "minutes", "architecture", "validation_fraction", "bounds")
-        }
         key = jax.random.key(int(check_random_state(self.random_state).randint(2**31 - 1)))
         # Ctrl-C ends a search instead of starting the next fold.
         with interrupts_raised():
             self.model_ = fit(
-                x, labels, key=key, progress=bool(self.verbose), **options, **(self.settings or {})
+                x,
+                labels,
+                key=key,
+                steps=self.steps,
+                minutes=self.minutes,
+                architecture=self.architecture,
+                validation_fraction=self.validation_fraction,
+                progress=bool(self.verbose),
+                **options,
+                **(self.settings or {}),
             )
 
     def _checked(self, X: Any) -> np.ndarray:
@@ -87,6 +82,7 @@ class _ResidualFlow(BaseEstimator):
         return x
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     """A residual flow as a density estimator.
 
@@ -118,6 +114,8 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         >>> flow.score_samples(x_new)  # doctest: +SKIP
     """
 
+    bounds: Any = None
+
     def fit(self, X: Any, y: Any = None) -> ResidualFlowDensity:
         """Trains on samples ``X``; ``y`` is ignored."""
         del y
@@ -129,7 +127,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
             import pandas as pd
 
             x = pd.DataFrame(x, columns=names)
-        self._train(x)
+        self._train(x, bounds=self.bounds)
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -178,7 +176,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
     The model is a density of samples and labels, trained for the labels' cross-entropy and, with a
     tenth of the weight, for the likelihood of the samples: ``model_.log_prob`` is low for samples
     unlike all classes. Constant features are ignored. It has the parameters of
-    `ResidualFlowDensity`, and ``bounds`` must be None.
+    `ResidualFlowDensity` but ``bounds``.
 
     Attributes:
         classes_: Labels of the classes, sorted.
@@ -253,26 +251,26 @@ class Explanation(NamedTuple):
     p_values: np.ndarray
     gains: np.ndarray
 
-    def lines(self) -> list[str]:
-        """A line for each row: its p-value, and at most three columns that gain a nat or more."""
-        made = []
-        for row, (values, p_value, gains) in enumerate(
-            zip(self.values, self.p_values, self.gains, strict=True)
-        ):
-            best = [i for i in np.argsort(-gains)[:MOST_NAMED] if gains[i] >= 1]
-            found = [f"{self.names[i]} = {values[i]} ({gains[i]:.1f} nats)" for i in best]
-            made.append(f"row {row}, p = {p_value:.2g}: {', '.join(found) or 'no single column'}")
-        return made
+    @property
+    def rows(self) -> list[str]:
+        """Number and p-value of each row."""
+        return [f"row {row}, p = {p_value:.2g}" for row, p_value in enumerate(self.p_values)]
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        """A line for each row, with at most three columns that gain a nat or more."""
+        lines = []
+        for row, values, gains in zip(self.rows, self.values, self.gains, strict=True):
+            best = [i for i in np.argsort(-gains)[:MOST_NAMED] if gains[i] >= 1]
+            found = [f"{self.names[i]} = {values[i]} ({gains[i]:.1f} nats)" for i in best]
+            lines.append(f"{row}: {', '.join(found) or 'no single column'}")
+        return "\n".join(lines)
 
     def plot(self) -> Figure:
         """Gains of the columns in colour, a line for each row."""
-        rows = [f"row {row}, p = {p_value:.2g}" for row, p_value in enumerate(self.p_values)]
-        return plots.gains(self.gains, rows, self.names)
+        return plots.gains(self.gains, self.rows, self.names)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
     """A residual flow that tells which rows are anomalies, with guaranteed rates of false alarms.
 
@@ -320,43 +318,17 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         >>> print(detector.explain(new[:5]))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        *,
-        steps: Any = None,
-        minutes: Any = None,
-        architecture: Any = None,
-        validation_fraction: Any = 0.1,
-        calibration_fraction: Any = 0.2,
-        contamination: Any = 0.1,
-        noise: Any = 0.05,
-        random_state: Any = None,
-        settings: Any = None,
-        verbose: Any = False,
-    ):
-        super().__init__(
-            steps=steps,
-            minutes=minutes,
-            architecture=architecture,
-            validation_fraction=validation_fraction,
-            random_state=random_state,
-            settings=settings,
-            verbose=verbose,
-        )
-        self.noise = noise
-        self.calibration_fraction = calibration_fraction
-        self.contamination = contamination
+    calibration_fraction: Any = 0.2
+    contamination: Any = 0.1
+    noise: Any = 0.05
 
     def fit(self, X: Any, y: Any = None) -> ResidualFlowDetector:
         """Trains on the rows of ``X`` that do not calibrate; ``y`` is ignored."""
         del y
-        fraction = Annotated[float, Range("(0, 1)")], self.calibration_fraction
-        fraction = checked(*fraction, "calibration_fraction")
-        contamination = Annotated[float, Range("(0, .5]")], self.contamination
-        contamination = checked(*contamination, "contamination")
-        noise = checked(NotNegative, self.noise, "noise")
+        for name, allowed in ALLOWED.items():
+            checked(Annotated[float, Range(allowed)], getattr(self, name), name)
         x, random = self._rows(X, reset=True), check_random_state(self.random_state)
-        num = max(min(round(fraction * len(x)), len(x) - FEWEST), 0)
+        num = max(min(round(self.calibration_fraction * len(x)), len(x) - FEWEST), 0)
         calibrate, train = np.split(random.permutation(len(x)), [num])
         self.columns_ = None
         if hasattr(x, "iloc"):
@@ -365,14 +337,14 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         x = self._numbers(x)
         self.scaler_ = StandardScaler().fit(x[train])
         rows: Any = self.scaler_.transform(x[train])
-        self._train(rows + noise * random.normal(size=rows.shape))
+        self._train(rows + self.noise * random.normal(size=rows.shape))
         values = [values_of(column, 2.0**-20) for column in x[train].T]
         self.grids_ = np.array([each if len(each) == 2 else (0, np.inf) for each in values])
         at = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
         self.quantiles_ = np.quantile(x[train], at, axis=0, method="inverted_cdf")
         scores = self._scores(x)
         self.calibration_scores_ = np.sort(scores[calibrate])
-        self.offset_ = float(np.quantile(scores, contamination))
+        self.offset_ = float(np.quantile(scores, self.contamination))
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:

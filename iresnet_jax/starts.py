@@ -154,7 +154,7 @@ class Starts:
     def losses(self, num: int, seed: int) -> Float[np.ndarray, " _"]:
         """Negative log-density of the held-out rows that validate, under the likeliest start."""
         train = _some(self.data.examples["train"], MOST_FITTED)
-        test = np.asarray(self.data.held_out("validation", num, seed), np.float64)
+        test = np.asarray(self.data.held_out("validation", num, seed).x, np.float64)
         return -self._held_out(self.names[0], train, test, {}, draws=16)
 
     def _held_out(

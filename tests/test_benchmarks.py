@@ -55,7 +55,7 @@ def test_kept_density_has_the_likelihood_of_its_report():
     settings = replace(run.config.evaluation, num_dequantisations=1)
     # so that no estimate checks it once more
     settings = replace(settings, logdet=replace(settings.logdet, kind="exact"))
-    found = likelihood.measure(run.model, run.test_examples(), settings, run.config.seed)
+    found = likelihood.measure(run.model, run.test_data().x, settings, run.config.seed)
     check = report["bits_per_dim"]["estimate"]
     assert found.mean == pytest.approx(check["mean"] - check["difference"], abs=1e-6)
 
@@ -63,7 +63,7 @@ def test_kept_density_has_the_likelihood_of_its_report():
 def test_kept_hybrid_makes_the_errors_of_its_report():
     run, report = report_of("digits_hybrid")
     found = classification.evaluate(
-        run.model, run.test_examples(), run.data.labels["test"], batch_size=360
+        run.model, run.test_data().x, run.data.labels["test"], batch_size=360
     )
     assert found.error == report["classification"]["error"]
 

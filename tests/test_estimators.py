@@ -316,7 +316,7 @@ def test_an_explanation_names_the_column(detector):
     assert found.gains.shape == (3, 7)
     assert set(np.array(found.names)[np.argsort(-found.gains[0])[:2]]) == {"height", "weight"}
     assert found.names[found.gains[1].argmax()] == "city"
-    assert "city = Rome" in found.lines()[1]
+    assert "city = Rome" in str(found).splitlines()[1]
     assert str(found).count("\n") == 2
     assert [text.get_text() for text in found.plot().axes[0].get_xticklabels()] == list(found.names)
 

@@ -54,7 +54,7 @@ def load(
 
         data = load("digits")
         data.examples["train"].shape  # (1257, 8, 8, 1)
-        load("moons").held_out("test", 1000).shape  # (1000, 2)
+        load("moons").held_out("test", 1000).x.shape  # (1000, 2)
         load("fashion_mnist")  # in $TFDS_DATA_DIR, else ~/tensorflow_datasets
         load("idx:~/mnist")
 
@@ -65,7 +65,7 @@ def load(
             gaps.
     """
     if name in TOYS:
-        return DataSet.endless(TOYS[name])
+        return DataSet(name, generator=TOYS[name])
     if name == "digits":
         return images.load_digits()
     kind, colon, path = name.partition(":")

@@ -4,43 +4,19 @@
 Integer images are levels, floats are continuous. Columns of vectors are described in `tables`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from iresnet_jax.arguments import check_unmasked, finite_numbers
-from iresnet_jax.data.dataset import DataSet, fraction_masks, validation_mask
+from iresnet_jax.data.dataset import Arrays, DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.tables import describe, fit_lines, notes_of
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 from iresnet_jax.models.preprocessing import check_told_apart
 
 FEWEST = 10  # rows of a density
 FITTED_ARRAY = "the array"  # name of data given to `iresnet_jax.fit`; `data.load` does not know it
-
-
-class Arrays(NamedTuple):
-    """Examples with their labels and contexts; None if they have none.
-
-    Attributes:
-        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
-        labels: Classes ``(n,)``.
-        context: Context vectors ``(n, k)``.
-    """
-
-    x: np.ndarray
-    labels: np.ndarray | None = None
-    context: np.ndarray | None = None
-
-    def take(self, chosen: Any) -> "Arrays":
-        """The chosen examples, by places or by a mask."""
-        others = (None if array is None else array[chosen] for array in self[1:])
-        return Arrays(self.x[chosen], *others)
-
-    @property
-    def context_dim(self) -> int:
-        """Entries of a context vector; 0 without contexts."""
-        return 0 if self.context is None else self.context.shape[1]
 
 
 def from_arrays(
@@ -113,11 +89,11 @@ def from_arrays(
         ]
         of_columns = [len(column.categories or ()) for column in context_columns or ()]
         context_kinds = describe({"train": train.context}, levels=of_columns, has_tails=False)
-    return DataSet.from_arrays(
+    return DataSet(
         name,
         {split: part.x for split, part in parts.items()},
         {split: of_split.astype(np.int32) for split, of_split in labels.items()},
-        contexts={split: part.context for split, part in parts.items() if part.context is not None},
+        {split: part.context for split, part in parts.items() if part.context is not None},
         num_levels=levels,
         num_classes=num_classes if labels else None,
         marginals=marginals,
@@ -145,7 +121,7 @@ def _by_split(
         )
     parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
     kinds = {
-        (str(part.x.dtype), part.x.shape[1:], part.labels is None, part.context_dim)
+        (str(part.x.dtype), part.x.shape[1:], part.labels is None, np.shape(part.context)[1:])
         for part in parts.values()
     }
     if len(kinds) > 1:

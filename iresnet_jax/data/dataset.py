@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,24 @@ _SALT = "iresnet_jax/validation"
 _MOST_VALIDATION = 5000
 
 
+class Arrays(NamedTuple):
+    """Examples with their labels and contexts; None if they have none.
+
+    Attributes:
+        x: Vectors ``(n, d)`` or images ``(n, h, w, c)``.
+        labels: Classes ``(n,)``.
+        context: Context vectors ``(n, k)``.
+    """
+
+    x: np.ndarray
+    labels: Any = None
+    context: Any = None
+
+    def take(self, chosen: Any) -> "Arrays":
+        """The chosen examples, by places, by a slice or by a mask."""
+        return jax.tree.map(lambda array: array[chosen], self)
+
+
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """Examples in three disjoint splits, "train", "validation" and "test", or an endless toy.
@@ -34,18 +52,14 @@ class DataSet:
 
     Attributes:
         name: Name for `iresnet_jax.data.load`.
-        event_shape: Shape of one example.
-        num_levels: Grey levels of an image, whose entries are integers in ``[0, num_levels)``; None
-            for continuous data.
-        num_classes: Classes, labelled ``0`` to ``num_classes - 1``; None without labels.
-        fingerprint: Identity of the content in 64 hexadecimal digits. Another pixel, label, order,
-            shape or number of levels gives another fingerprint; name, path, file format and times
-            of change do not matter.
         examples: Arrays by split; empty for endless data. They may be read-only views of files:
             index them batch by batch.
         labels: Classes by split; empty without labels.
         contexts: Context vectors by split, on which a density of the examples may depend; empty
             without contexts.
+        num_levels: Grey levels of an image, whose entries are integers in ``[0, num_levels)``; None
+            for continuous data.
+        num_classes: Classes, labelled ``0`` to ``num_classes - 1``; None without labels.
         marginals: Map of entries of vectors to lines or scores; None if nothing has mass, ends or
             heavy tails, or if data are levels.
         kinds: What each column of vectors holds, see `iresnet_jax.data.tables.Kind`.
@@ -54,16 +68,17 @@ class DataSet:
         context_columns: Columns of the data frame that contexts come from; None for arrays.
         notes: Sentences on how the entries were interpreted.
         generator: Toy that examples of endless data are drawn from; None for arrays.
+        fingerprint: Identity of the content in 64 hexadecimal digits, computed unless it is given.
+            Another pixel, label, order, shape or number of levels gives another fingerprint; name,
+            path, file format and times of change do not matter.
     """
 
     name: str
-    event_shape: tuple[int, ...]
-    num_levels: int | None
-    num_classes: int | None
-    fingerprint: str
     examples: Splits = field(default_factory=dict)
     labels: dict[str, Int32[np.ndarray, " _"]] = field(default_factory=dict)
     contexts: Splits = field(default_factory=dict)
+    num_levels: int | None = None
+    num_classes: int | None = None
     marginals: Marginals | None = None
     kinds: tuple[Any, ...] = ()
     columns: tuple[Column, ...] | None = None
@@ -71,51 +86,16 @@ class DataSet:
     context_columns: tuple[Column, ...] | None = None
     notes: tuple[str, ...] = ()
     generator: Toy | None = None
+    fingerprint: str = ""
 
-    @classmethod
-    def from_arrays(
-        cls,
-        name: str,
-        examples: Splits,
-        labels: dict[str, Int32[np.ndarray, " _"]],
-        *,
-        num_levels: int | None,
-        num_classes: int | None,
-        contexts: Splits | None = None,
-        fingerprint: str | None = None,
-        **others: Any,
-    ) -> "DataSet":
-        """Makes a data set from arrays by split; a fingerprint that is not given is computed from
-        all their bytes. ``others`` are further attributes.
-        """
-        contexts = contexts or {}
-        if fingerprint is None:
-            kinds = {"examples": examples, "labels": labels, "contexts": contexts}
-            described = {
-                f"{split}_{kind}": _content(array)
-                for kind, arrays in kinds.items()
-                for split, array in arrays.items()
-            }
-            fingerprint = _hash(
-                {"num_levels": num_levels, "num_classes": num_classes, "arrays": described}
-            )
-        return cls(
-            name,
-            examples["train"].shape[1:],
-            num_levels,
-            num_classes,
-            fingerprint,
-            examples,
-            labels,
-            contexts,
-            **others,
-        )
+    def __post_init__(self):
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", self._hash())
 
-    @classmethod
-    def endless(cls, generator: Toy) -> "DataSet":
-        """Makes a data set from a 2-D density; its fingerprint comes from name and entropy."""
-        fingerprint = _hash({"toy": generator.name, "entropy": round(generator.entropy, 6)})
-        return cls(generator.name, (2,), None, None, fingerprint, generator=generator)
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return (2,) if self.is_endless else self.examples["train"].shape[1:]
 
     @property
     def is_endless(self) -> bool:
@@ -141,9 +121,15 @@ class DataSet:
         """
         return (lambda key, _: (self._drawn(key, 1)[0], None)) if self.is_endless else None
 
-    def held_out(
-        self, split: str, num: int | None = None, seed: int = 0
-    ) -> Shaped[np.ndarray, "_ ..."]:
+    def part(self, split: str) -> Arrays:
+        """All examples of a split, of data in arrays."""
+        if split not in self.examples:
+            raise ValueError(
+                f"{self.name} has no split {split!r}: it has {', '.join(self.examples)}"
+            )
+        return Arrays(self.examples[split], self.labels.get(split), self.contexts.get(split))
+
+    def held_out(self, split: str, num: int | None = None, seed: int = 0) -> Arrays:
         """Returns ``num`` examples: "validation" draws them from the whole split, as files may be
         sorted; "test" takes the first.
 
@@ -153,65 +139,50 @@ class DataSet:
             seed: Seed of endless data; each split of each seed has its own examples. Arrays ignore
                 it.
         """
-        if not self.is_endless:
-            return self._taken(self.examples, split, num)
-        assert num is not None, "endless data have no whole split"
-        stream = {"validation": 1, "test": 2}[split]
-        return np.asarray(
-            self._drawn(jax.random.fold_in(jax.random.key(seed), 2**31 + stream), num)
-        )
-
-    def held_out_contexts(
-        self, split: str, num: int | None = None
-    ) -> Shaped[np.ndarray, "_ k"] | None:
-        """Returns the contexts of the examples that `held_out` returns for the same arguments; None
-        without contexts.
-        """
-        return self._taken(self.contexts, split, num) if self.contexts else None
-
-    def held_out_labels(self, split: str, num: int | None = None) -> Int32[np.ndarray, " _"]:
-        """Returns the classes of the examples that `held_out` returns for the same arguments."""
-        return self._taken(self.labels, split, num)
-
-    def random_train(self, key: PRNGKeyArray, num: int) -> tuple[Any, Any, Any]:
-        """Draws up to ``num`` distinct training examples with their contexts and classes, or
-        None, to initialise a model.
-        """
         if self.is_endless:
-            return self._drawn(key, num), None, None
-        chosen = np.asarray(_permutation(len(self.examples["train"]), key))[:num]
-        kinds = self.examples, self.contexts, self.labels
-        examples, contexts, labels = (
-            jax.device_put(kind["train"][chosen]) if kind else None for kind in kinds
-        )
-        return examples, contexts, labels
-
-    def _taken(self, arrays: Splits, split: str, num: int | None) -> np.ndarray:
-        """The rows that `held_out` returns."""
-        if split not in arrays:
-            raise ValueError(f"{self.name} has no split {split!r}: it has {', '.join(arrays)}")
+            assert num is not None, "endless data have no whole split"
+            stream = {"validation": 1, "test": 2}[split]
+            key = jax.random.fold_in(jax.random.key(seed), 2**31 + stream)
+            return Arrays(np.asarray(self._drawn(key, num)))
+        found = self.part(split)
         if split != "validation" or num is None:
-            return arrays[split][:num]
-        return arrays[split][some_rows(len(arrays[split]), num)]
+            return found.take(slice(num))
+        return found.take(some_rows(len(found.x), num))
+
+    def random_train(self, key: PRNGKeyArray, num: int) -> Arrays:
+        """Draws up to ``num`` distinct training examples, to initialise a model."""
+        if self.is_endless:
+            return Arrays(np.asarray(self._drawn(key, num)))
+        found = self.part("train")
+        return found.take(np.asarray(_permutation(len(found.x), key))[:num])
 
     def _drawn(self, key: PRNGKeyArray, num: int) -> Array:
         """Examples of endless data."""
         assert self.generator is not None
         return jax.jit(self.generator.sample, static_argnums=1)(key, num)
 
+    def _hash(self) -> str:
+        if self.generator is not None:
+            content = {"toy": self.name, "entropy": round(self.generator.entropy, 6)}
+        else:
+            kinds = {"examples": self.examples, "labels": self.labels, "contexts": self.contexts}
+            arrays = {
+                f"{split}_{kind}": {
+                    "dtype": array.dtype.name,
+                    "shape": list(array.shape),
+                    "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest(),
+                }
+                for kind, by_split in kinds.items()
+                for split, array in by_split.items()
+            }
+            numbers = {"num_levels": self.num_levels, "num_classes": self.num_classes}
+            content = {**numbers, "arrays": arrays}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 @functools.partial(fast_compile, static_argnums=(0,))
 def _permutation(num: int, key: PRNGKeyArray) -> Array:
     return jax.random.permutation(key, num)
-
-
-def _content(array: np.ndarray) -> dict[str, Any]:
-    sha256 = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": sha256}
-
-
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def validation_mask(num_train: int) -> Bool[np.ndarray, " n"]:

@@ -248,11 +248,11 @@ def decoded(
     return _mapped(name, place, **json.loads((place / _RECORD).read_text()))
 
 
-def _mapped(name: str, folder: Path, num_classes: int | None, fingerprint: str | None) -> DataSet:
+def _mapped(name: str, folder: Path, num_classes: int | None, fingerprint: str) -> DataSet:
     arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
     labels = {} if num_classes is None else {split: arrays[f"{split}_labels"] for split in SPLITS}
     examples = {split: arrays[split] for split in SPLITS}
-    return DataSet.from_arrays(
+    return DataSet(
         name, examples, labels, num_levels=256, num_classes=num_classes, fingerprint=fingerprint
     )
 
@@ -265,7 +265,7 @@ def _decode(name: str, contents: Contents, place: Path) -> None:
         made = Path(temporary, "decoded")
         made.mkdir()
         _write(name, contents, made)
-        record = {"num_classes": contents.num_classes, "fingerprint": None}
+        record = {"num_classes": contents.num_classes, "fingerprint": ""}
         record["fingerprint"] = _mapped(name, made, **record).fingerprint
         (made / _RECORD).write_text(json.dumps(record))
         # If the file system cannot lock, another process may have been faster.

@@ -128,7 +128,7 @@ def fresh_model(
     num = max(num, VECTORS) if len(spec.flow.event_shape) == 1 else num
     key = jax.random.fold_in(jax.random.key(np.uint32(seed)), 2**31)
     key, key_data = jax.random.split(key)
-    x, context, labels = jax.tree.map(np.asarray, data.random_train(key_data, num))
+    x, labels, context = data.random_train(key_data, num)
     if transformations and spec.flow.context_dim:
         context = np.tile(unchanged(transformations), (len(x), 1))
     return initial(spec, key, x, context=context, labels=labels, **options)
@@ -171,19 +171,16 @@ def density_objective(
         changed = tried(change, data) if transformations else None
         loss = density.make_loss(data.draw, noise=noise, transform=changed)
 
-    @functools.cache
-    def held_out():
-        return {
-            "examples": data.held_out("validation", num, seed),
-            "contexts": data.held_out_contexts("validation", num),
-            "labels": None if hybrid is None else data.held_out_labels("validation", num),
-        }
+    held_out = functools.cache(lambda: data.held_out("validation", num, seed))
 
     def measure(model):
         model = model.given(unchanged(transformations)) if transformations else model
+        examples, labels, contexts = held_out()
         return density.measure(
             model.with_(estimator=estimator),
-            **held_out(),
+            examples,
+            contexts=contexts,
+            labels=None if hybrid is None else labels,
             logdet=logdet,
             batch_size=batch_size,
             seed=seed,
@@ -211,7 +208,7 @@ def classification_objective(
     )
 
     def measure(model):
-        images, labels = data.held_out("validation", num), data.held_out_labels("validation", num)
+        images, labels, _ = data.held_out("validation", num)
         return classification.measure(model, images, labels, batch_size, margin)
 
     return Objective(loss, "accuracy", measure)

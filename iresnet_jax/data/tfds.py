@@ -73,7 +73,7 @@ def stand_in(name: str) -> DataSet | None:
     labels: Splits = {}
     if num_classes is not None:
         labels = dict.fromkeys(examples, np.arange(_NUM_STAND_INS, dtype=np.int32) % num_classes)
-    return DataSet.from_arrays(name, examples, labels, num_levels=256, num_classes=num_classes)
+    return DataSet(name, examples, labels, num_levels=256, num_classes=num_classes)
 
 
 def _find(root: Path, name: str) -> Path | None:

@@ -121,15 +121,12 @@ def calibrate_run(
     run: Run, num_examples: int = NUM_EXAMPLES, num_samples: int = NUM_SAMPLES
 ) -> Calibration:
     """Calibration of a run's model on its first test examples, see `calibrate`."""
-    contexts = run.test_contexts()
-    if not isinstance(run.model, Density) or contexts is None:
+    test, settings = run.test_data(num_examples), run.config.evaluation
+    if not isinstance(run.model, Density) or test.context is None:
         raise ValueError(
             f"{run.folder} holds no density given contexts: calibration is for posteriors"
         )
-    examples, contexts = run.test_examples()[:num_examples], contexts[:num_examples]
-    return calibrate(
-        run.model, examples, contexts, num_samples, run.config.evaluation, run.config.seed
-    )
+    return calibrate(run.model, test.x, test.context, num_samples, settings, run.config.seed)
 
 
 def calibrate(

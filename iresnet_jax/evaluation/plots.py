@@ -14,8 +14,6 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from iresnet_jax.evaluation.calibration import Calibration
-from iresnet_jax.evaluation.robustness import Robustness
-from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.columns import Frame, columns_of, numbers_of
 from iresnet_jax.storage import replacing
 
@@ -51,7 +49,7 @@ def write_png(figure: "Figure", path: Path) -> Path:
     return path
 
 
-# --- training and bounds --------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -> "Figure":
@@ -77,30 +75,6 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -
         axes.ticklabel_format(axis="y", useOffset=False)
         label(axes, "step", "", OBJECTIVES.get(name, name.replace("_", " ")))
     grid[0].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def lipschitz_bars(certificate: Certificate) -> "Figure":
-    """Lipschitz estimate of every block, its certified bound, the target and the limit of
-    invertibility.
-
-    An estimate comes from power iteration, which approaches the norm from below: only the bound
-    proves anything.
-    """
-    estimates = [block.estimate for block in certificate.blocks]
-    bounds = [block.bound for block in certificate.blocks]
-    figure, [axes] = panels(1, 1, 3.2)
-    place = np.arange(len(bounds))
-    axes.bar(place, estimates, color=BLUE, label="estimate (from below)")
-    axes.scatter(place, bounds, s=26, marker="D", color=ORANGE, zorder=3, label="certified bound")
-    if certificate.target is not None:
-        target = f"target {certificate.target:g}"
-        axes.axhline(certificate.target, color=PLUM, linestyle="--", label=target)
-    axes.axhline(1.0, color=INK, label="invertible below 1")
-    finite = [value for value in (1.0, *estimates, *bounds) if math.isfinite(value)]
-    axes.set_ylim(0.0, 1.04 * max(finite))
-    label(axes, "block, from the data to the latents", "Lipschitz constant of g", "")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
@@ -202,37 +176,14 @@ def gains(values: Float[np.ndarray, "n d"], rows: Sequence[str], names: Sequence
 
 
 def confusion_matrix(counts: Int[np.ndarray, "k k"]) -> "Figure":
-    """Number of examples by class (row) and predicted class (column); colour is the share of the
-    class on a log scale.
-    """
+    """Number of examples by class (row) and predicted class (column), in colours of a log scale."""
+    from matplotlib.colors import LogNorm
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     figure, [axes] = panels(1, 1, 5.0, width=5.6)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    scaled = np.log10(np.maximum(shares, 1e-4))
-    axes.imshow(np.where(counts > 0, scaled, np.nan), cmap="Blues", vmin=-4.5, vmax=0.0)
-    if len(counts) <= 20:
-        axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
-        for row, column in np.argwhere(counts > 0):
-            ink = "white" if scaled[row, column] > -1.5 else INK
-            number = str(counts[row, column])
-            axes.text(column, row, number, ha="center", va="center", size=8, color=ink)
+    how: Any = {"cmap": "Blues", "im_kw": {"norm": LogNorm()}, "include_values": len(counts) <= 20}
+    ConfusionMatrixDisplay(counts).plot(ax=axes, colorbar=False, **how)
     axes.set(xlabel="taken for", ylabel="class")
-    return figure
-
-
-def robustness_curves(found: Robustness, radii: Float[np.ndarray, " n"]) -> "Figure":
-    """Verified accuracy and accuracy under attack by radius; certified radii are 0 for images
-    classified wrongly.
-    """
-    figure, [axes] = panels(1, 1, 3.6, width=5.6)
-    shares = np.arange(1, len(radii) + 1) / len(radii)
-    axes.plot(np.sort(radii)[::-1], shares, color=BLUE, label="verified")
-    left = np.array([own.fraction for own in found.attacked])
-    ends = np.array([own.interval for own in found.attacked]).T
-    errors = np.abs(ends - left[None])
-    axes.errorbar(found.radii, left, errors, fmt="o", color=ORANGE, label="under attack")
-    axes.set(xlim=(0, 1.1 * max(found.radii)), ylim=(0, 1))
-    label(axes, "radius (2-norm of pixels in [0, 1])", "accuracy", "")
-    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

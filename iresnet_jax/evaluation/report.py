@@ -21,22 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from iresnet_jax.evaluation import (
-    calibration,
-    classification,
-    likelihood,
-    plots,
-    robustness,
-    round_trips,
-)
+from iresnet_jax.evaluation import calibration, classification, likelihood, plots, round_trips
 from iresnet_jax.evaluation.calibration import Calibration
-from iresnet_jax.evaluation.classification import Classification
+from iresnet_jax.evaluation.classification import Classification, Robustness
 from iresnet_jax.evaluation.likelihood import Likelihood
-from iresnet_jax.evaluation.robustness import Robustness
 from iresnet_jax.evaluation.round_trips import Inversion, SampleConvergence
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import device_summary, num_cores
 from iresnet_jax.models.certificate import Certificate
+from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.preprocessing import cells
 from iresnet_jax.runs.config import to_plain
@@ -232,17 +225,16 @@ def write(run: Run) -> Report:
         >>> report.likelihood.mean  # doctest: +SKIP
     """
     run = run.with_data_checked()
-    records, examples = read_metrics(run.folder), run.test_examples()
-    results: Results = {}
+    records, results = read_metrics(run.folder), on_test_data(run)
     figures: Figures = {}
     if curves := [record for record in records if record["split"] != "timing"]:
         drawn = plots.learning_curves(curves, run.step)
         figures["train"] = {"Learning curves; the line is the evaluated step": drawn}
     if isinstance(run.model, Density):
-        results |= _density(run, run.model, examples, figures)
-    if run.model.spec.num_classes is not None:
-        results |= _classes(run, examples, figures)
-    results |= _inverse(run, examples, figures)
+        results |= _samples(run, run.model, figures)
+    if found := results.get("classification"):
+        figures["classification"] = _mistakes(run, found)
+    results |= _inverse(run, figures)
     times = TrainingTimes.from_metrics(records, run.step)
     report = Report(times, describe_environment(), to_plain(run.config), notes=run.notes, **results)
     references = dict(run.config.references.values)
@@ -254,28 +246,51 @@ def write(run: Run) -> Report:
     return report
 
 
-def _density(run: Run, model: Density, examples: np.ndarray, figures: Figures) -> Results:
-    """Likelihood and samples of a density, and the calibration of a conditional one of vectors."""
-    settings, seed, contexts = run.config.evaluation, run.config.seed, run.test_contexts()
-    shape, floor = model.spec.flow.event_shape, run.data.entropy
-    num = NUM_IMAGES if len(shape) == 3 else NUM_POINTS
-    values, convergence = round_trips.draw(
-        model, num, settings.batch_size, seed=seed, contexts=contexts
-    )
-    measured = likelihood.measure(
-        model, examples, settings, seed, contexts=contexts, entropy_floor=floor
-    )
-    results: Results = {"likelihood": measured, "samples": convergence}
-    if len(shape) == 3:
-        figures["samples"] = {"Samples": plots.images(values, model.spec.num_levels)}
-        return results
-    points = examples[:NUM_POINTS]
-    beside = plots.pairs({"test data": points, "samples": values})
-    figures["samples"] = {"Samples beside test data": beside}
-    if shape == (2,) and contexts is None:
-        drawn = plots.density_map(*log_density_on_grid(model, points))
+def on_test_data(run: Run) -> Results:
+    """Test likelihood, test error of a model with classes, and robustness of a classifier."""
+    model, settings, seed = run.model, run.config.evaluation, run.config.seed
+    data, results = run.test_data(), {}
+    if isinstance(model, Density):
+        floor = run.data.entropy
+        results["likelihood"] = likelihood.measure(
+            model, data.x, settings, seed, contexts=data.context, entropy_floor=floor
+        )
+    if model.spec.num_classes is not None:
+        size = settings.batch_size
+        results["classification"] = classification.evaluate(model, data.x, data.labels, size)
+    if isinstance(model, Classifier) and settings.radii:
+        results["robustness"] = classification.robustness(
+            model, data.x, data.labels, settings, seed
+        )
+    return results
+
+
+def _samples(run: Run, model: Density, figures: Figures) -> Results:
+    """Samples of a density, also class by class, and the calibration of a conditional one of
+    vectors.
+    """
+    size, seed, spec = run.config.evaluation.batch_size, run.config.seed, model.spec
+    are_images, test = len(spec.flow.event_shape) == 3, run.test_data()
+    num = NUM_IMAGES if are_images else NUM_POINTS
+    values, convergence = round_trips.draw(model, num, size, seed=seed, contexts=test.context)
+    results: Results = {"samples": convergence}
+    if are_images:
+        figures["samples"] = {"Samples": plots.images(values, spec.num_levels)}
+    else:
+        beside = plots.pairs({"test data": test.x[:NUM_POINTS], "samples": values})
+        figures["samples"] = {"Samples beside test data": beside}
+    if spec.flow.event_shape == (2,) and test.context is None:
+        drawn = plots.density_map(*log_density_on_grid(model, test.x[:NUM_POINTS]))
         figures["samples"]["Density"] = drawn
-    if contexts is not None and len(examples) >= calibration.LEAST_EXAMPLES:
+    if spec.num_classes is not None:
+        of_rows = np.repeat(range(min(spec.num_classes, CLASSES_SHOWN)), plots.COLUMNS).tolist()
+        values, results["samples_by_class"] = round_trips.draw(
+            model, len(of_rows), size, seed=seed + 1, labels=of_rows
+        )
+        if are_images:
+            drawn = plots.images(values, spec.num_levels)
+            figures["samples_by_class"] = {"Samples, a class a row": drawn}
+    if not are_images and test.context is not None and len(test.x) >= calibration.LEAST_EXAMPLES:
         results["calibration"] = found = calibration.calibrate_run(run)
         figures["calibration"] = {"Ranks of test examples": plots.rank_histograms(found)}
     return results
@@ -302,51 +317,30 @@ def log_density_on_grid(
     return np.asarray(log_density), (*np.stack([low, high]).T.ravel().tolist(),)
 
 
-def _classes(run: Run, examples: np.ndarray, figures: Figures) -> Results:
-    """Test error of a model with classes; a classifier's robustness, or a density's samples of each
-    class.
-    """
-    model, settings, seed = run.model, run.config.evaluation, run.config.seed
-    labels, levels = run.data.labels["test"], model.spec.num_levels
-    result = classification.evaluate(model, examples, labels, settings.batch_size)
-    results: Results = {"classification": result}
-    drawn = plots.confusion_matrix(np.array(result.confusion))
-    figures["classification"] = {"Classes and what they were taken for": drawn}
-    if result.mistakes and examples.ndim == 4:
-        chosen = examples[[mistake.index for mistake in result.mistakes]]
-        captions = [f"{mistake.label} as {mistake.prediction}" for mistake in result.mistakes]
-        drawn = plots.images(chosen, levels, captions=captions)
-        figures["classification"]["First mistakes"] = drawn
-    if isinstance(model, Density):
-        classes = range(min(model.spec.num_classes or 0, CLASSES_SHOWN))
-        of_rows = np.repeat(classes, plots.COLUMNS).tolist()
-        values, results["samples_by_class"] = round_trips.draw(
-            model, len(of_rows), settings.batch_size, seed=seed + 1, labels=of_rows
-        )
-        if examples.ndim == 4:
-            drawn = plots.images(values, levels)
-            figures["samples_by_class"] = {"Samples, a class a row": drawn}
-    elif settings.radii:
-        found, radii = robustness.measure(model, examples, labels, settings, seed)
-        results["robustness"] = found
-        figures["robustness"] = {"Accuracy by radius": plots.robustness_curves(found, radii)}
-    return results
+def _mistakes(run: Run, found: Classification) -> dict[str, "Figure"]:
+    """Figures of the confusion of classes, and of images that were classified wrongly."""
+    drawn = plots.confusion_matrix(np.array(found.confusion))
+    figures = {"Classes and what they were taken for": drawn}
+    examples = run.test_data().x
+    if found.mistakes and examples.ndim == 4:
+        chosen = examples[[mistake.index for mistake in found.mistakes]]
+        captions = [f"{mistake.label} as {mistake.prediction}" for mistake in found.mistakes]
+        drawn = plots.images(chosen, run.model.spec.num_levels, captions=captions)
+        figures["First mistakes"] = drawn
+    return figures
 
 
-def _inverse(run: Run, examples: np.ndarray, figures: Figures) -> Results:
+def _inverse(run: Run, figures: Figures) -> Results:
     """Round trips and Lipschitz constants."""
-    model, certificate, contexts = run.model, run.model.certificate(), run.test_contexts()
+    model, certificate = run.model, run.model.certificate()
     # The solver of blocks that are no contractions runs to its cap.
-    chosen = examples[: round_trips.NUM_EXAMPLES if certificate.max_block < 1 else 64]
-    contexts = None if contexts is None else contexts[: len(chosen)]
-    size = run.config.evaluation.batch_size
-    num_certified = round_trips.affordable(model.spec.flow, CERTIFY_S)
+    test = run.test_data(round_trips.NUM_EXAMPLES if certificate.max_block < 1 else 64)
+    num, size = round_trips.affordable(model.spec.flow, CERTIFY_S), run.config.evaluation.batch_size
     result = round_trips.reconstruct(
-        model, chosen, size, run.config.seed, contexts=contexts, num_certified=num_certified
+        model, test.x, size, run.config.seed, contexts=test.context, num_certified=num
     )
     if shown := plots.reconstructions(result.originals, result.reconstructions):
         figures["inverse"] = {"Test images and what came back": shown}
-    figures["lipschitz"] = {"Lipschitz constants of the blocks": plots.lipschitz_bars(certificate)}
     of_noise = model.noise_certificate() if isinstance(model, Density) else None
     return {"inverse": result.summary, "lipschitz": certificate, "noise_lipschitz": of_noise}
 

@@ -19,9 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from iresnet_jax.data.dataset import DataSet
+from iresnet_jax.data.dataset import Arrays, DataSet
 from iresnet_jax.data.objectives import unchanged
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import prepare_backend
@@ -166,30 +164,20 @@ class Run:
         """The data that the settings name, in their present state; samples and certificates need no
         data.
         """
-        return self.config.data.load(self._num_classes)
+        spec = self.model.spec
+        is_context = isinstance(spec, DensitySpec) and self.config.data.condition_on_labels
+        return self.config.data.load(spec.context_dim if is_context else spec.num_classes)
 
     def with_data(self, name: str) -> "Run":
         """The same run on other data, by a name that `iresnet_jax.data.load` knows."""
         return replace(self, config=replace(self.config, data=replace(self.config.data, name=name)))
 
-    def test_examples(self) -> np.ndarray:
-        """All test examples; for a toy, as many new examples as the settings ask for."""
-        return self.data.held_out("test", self._num_test, self.config.seed)
-
-    def test_contexts(self) -> np.ndarray | None:
-        """The contexts of `test_examples`; None if the model takes none."""
-        return self.data.held_out_contexts("test", self._num_test)
-
-    @property
-    def _num_classes(self) -> int | None:
-        spec = self.model.spec
-        if isinstance(spec, DensitySpec) and self.config.data.condition_on_labels:
-            return spec.context_dim
-        return spec.num_classes
-
-    @property
-    def _num_test(self) -> int | None:
-        return self.config.evaluation.num_examples if self.data.is_endless else None
+    def test_data(self, num: int | None = None) -> Arrays:
+        """The first test examples, all by default; those of a toy are new, as many as the
+        settings ask for.
+        """
+        most = self.config.evaluation.num_examples if self.data.is_endless else None
+        return self.data.held_out("test", most, self.config.seed).take(slice(num))
 
     def with_data_checked(self) -> "Run":
         """The same run, with a note if its data have changed since training."""
@@ -200,15 +188,16 @@ class Run:
             return self
         if isinstance(self.model, Density) and "test" in found.examples:
             preprocessing.checked(self.model.spec, found.examples["test"])
-        if not self.fingerprint:
-            return self._with_note(
-                f"The model says nothing of its training data; these are {found.name}."
+        note = f"The model says nothing of its training data; these are {found.name}."
+        if self.fingerprint:
+            note = (
+                "These are other data than the model was trained on, or other parts of them: "
+                f"{found.name} has the fingerprint {found.fingerprint[:12]} now and had "
+                f"{self.fingerprint[:12]} then. Give examples that training has not seen."
             )
-        return self._with_note(
-            "These are other data than the model was trained on, or other parts of them: "
-            f"{found.name} has the fingerprint {found.fingerprint[:12]} now and had "
-            f"{self.fingerprint[:12]} then. Give examples that training has not seen."
-        )
+        noted = replace(self, notes=(*self.notes, note))
+        vars(noted)["data"] = found  # they have been read
+        return noted
 
     def _misfit(self) -> str:
         """Why the model would mistake columns or classes of its data; empty if it would not."""
@@ -236,11 +225,6 @@ class Run:
         if taken is None or num == taken or (num is not None and num < taken and not is_folder):
             return ""
         return f"the model has {taken} classes, and {found.name} has {num} now"
-
-    def _with_note(self, note: str) -> "Run":
-        found = replace(self, notes=(*self.notes, note))
-        vars(found)["data"] = self.data  # the data have been read
-        return found
 
 
 def load(folder: str | os.PathLike[str]) -> Run:

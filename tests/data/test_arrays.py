@@ -46,7 +46,7 @@ def test_integer_images_are_levels_and_labels_and_contexts_go_with_their_example
         assert examples.dtype == np.uint8
         np.testing.assert_array_equal(found.labels[split], examples[:, 0, 0, 0] % 3)
         np.testing.assert_array_equal(found.contexts[split][:, 0], examples[:, 0, 1, 0])
-    np.testing.assert_array_equal(found.held_out_contexts("test", 2), found.contexts["test"][:2])
+    np.testing.assert_array_equal(found.held_out("test", 2).context, found.contexts["test"][:2])
 
 
 @pytest.mark.parametrize(

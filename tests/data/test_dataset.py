@@ -16,7 +16,7 @@ LABELS = {"train": np.arange(12, dtype=np.int32) % 3, "test": np.arange(5, dtype
 
 
 def make(images=IMAGES, labels=LABELS, num_levels=256, num_classes=3, name="x"):
-    return DataSet.from_arrays(name, images, labels, num_levels=num_levels, num_classes=num_classes)
+    return DataSet(name, images, labels, num_levels=num_levels, num_classes=num_classes)
 
 
 # Fingerprints -------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_fingerprints_are_pinned():
 def test_validation_takes_examples_from_the_whole_split_with_their_labels_and_contexts():
     """Files may be sorted: patches by the picture that they are of, rows by class."""
     rows = np.arange(12, dtype=np.float32)[:, None]
-    dataset = DataSet.from_arrays(
+    dataset = DataSet(
         "x",
         {"train": rows, "validation": rows},
         {"train": rows[:, 0].astype(np.int32), "validation": rows[:, 0].astype(np.int32)},
@@ -74,13 +74,12 @@ def test_validation_takes_examples_from_the_whole_split_with_their_labels_and_co
         num_levels=None,
         num_classes=12,
     )
-    taken = dataset.held_out, dataset.held_out_contexts, dataset.held_out_labels
     for num in (1, 5, 11, 12, 99, None):
-        examples, contexts, labels = (np.ravel(take("validation", num)) for take in taken)
+        examples, labels, contexts = map(np.ravel, dataset.held_out("validation", num))
         assert len(examples) == len(set(examples)) == min(num or 12, 12)
         np.testing.assert_array_equal(examples, contexts)
         np.testing.assert_array_equal(examples, labels)
-    halves = dataset.held_out("validation", 6) >= 6
+    halves = dataset.held_out("validation", 6).x >= 6
     assert 0 < halves.sum() < 6
 
 
@@ -91,10 +90,14 @@ def test_held_out_examples_of_endless_data_belong_to_their_split_and_seed():
         TOYS["moons"].entropy,
         0,
     )
-    found = dataset.held_out("test", 7, seed=1)
+
+    def drawn(split, seed):
+        return dataset.held_out(split, 7, seed=seed).x
+
+    found = drawn("test", 1)
     assert (found.shape, found.dtype) == ((7, 2), np.float32)
-    np.testing.assert_array_equal(found, dataset.held_out("test", 7, seed=1))
-    for other in (dataset.held_out("validation", 7, seed=1), dataset.held_out("test", 7, seed=2)):
+    np.testing.assert_array_equal(found, drawn("test", 1))
+    for other in (drawn("validation", 1), drawn("test", 2)):
         assert not np.any(found == other)
 
 

@@ -38,7 +38,7 @@ def test_training_ends_with_a_report_of_images(tmp_path, capsys, monkeypatch):
     assert "inverse: inverted; 360 of 360" in said
     assert said.endswith(f"model: {workdir}/model.npz\nreport: {workdir}/report.html")
     page = (workdir / "report.html").read_text()
-    # Curves, samples, confusion, mistakes, samples by class, reconstructions, constants.
-    assert page.count("data:image/") == 7
+    # Curves, samples, confusion, mistakes, samples by class, reconstructions.
+    assert page.count("data:image/") == 6
     assert "://" not in page  # it needs nothing from elsewhere
     assert not list(workdir.glob("*.incoming"))

@@ -87,7 +87,7 @@ def data_of(config):
     splits = {split: images for split in ("train", "validation", "test")}
     classes = CLASSES.get(name, 10)
     labels = {split: np.arange(16, dtype=np.int32) % classes for split in splits}
-    return DataSet.from_arrays(name, splits, labels, num_levels=levels, num_classes=classes)
+    return DataSet(name, splits, labels, num_levels=levels, num_classes=classes)
 
 
 @pytest.mark.slow

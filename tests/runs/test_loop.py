@@ -200,7 +200,7 @@ def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_
     def bits(model):
         model, images = (
             model.with_(estimator=config.evaluation.logdet.build()),
-            run.data.held_out("validation"),
+            run.data.held_out("validation").x,
         )
         outputs = evaluate_examples(
             model, images, jax.random.key(config.seed), config.evaluation.batch_size

@@ -105,8 +105,8 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     np.testing.assert_allclose(
         alone.model.certificate().max_block, toy.model.certificate().max_block, rtol=1e-6
     )
-    np.testing.assert_array_equal(alone.test_examples(), toy.test_examples())
-    assert alone.test_examples().shape == (256, 2)
+    np.testing.assert_array_equal(alone.test_data().x, toy.test_data().x)
+    assert alone.test_data().x.shape == (256, 2)
     run.save(run.Run(copied, kept.model(kept.POINTS), toy.config, toy.fingerprint, step=7))
     assert run.load(copied).step == 20
 

@@ -31,7 +31,7 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     many = {"kind": "series", "num_probes": 1000}
     with caplog.at_level("WARNING"):
         means, model = untrained(num_terms=1, **many)  # whose trace is exact
-    x = jnp.asarray(load("moons").held_out("validation", 32, 0))
+    x = jnp.asarray(load("moons").held_out("validation", 32, 0).x)
     jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: model.flow().forward(x[None])[0])))(x)
     scales = np.exp(model.weights["stage0"].actnorm.log_scale[0])
     of_block = np.asarray(jacobians / scales[None, None, :], np.float64)

@@ -32,7 +32,7 @@ def start_of(name, **changes):
 def test_a_prior_with_components_is_the_one_that_latents_have():
     model = start_of("toy", **{"model.prior": "mixture", "model.prior_components": 3}).certified()
     # of modes that no single normal distribution has
-    z = model.encode(load("moons").held_out("test", 256))
+    z = model.encode(load("moons").held_out("test", 256).x)
     assert np.mean(model.prior.log_prob(z)) > np.mean(Gaussian.fit(z).log_prob(z)) + 0.1
 
 
