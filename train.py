@@ -60,7 +60,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 from iresnet_jax.evaluation.report import write
 from iresnet_jax.maths import platforms
 from iresnet_jax.runs import hosts, job, trained_run
-from iresnet_jax.runs.command_line import explain_failures, parse_train_flags, quiet_backends
+from iresnet_jax.runs.config import parse_train_flags
 from iresnet_jax.training import parallel
 
 
@@ -91,8 +91,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     logging.getLogger("iresnet_jax").setLevel(logging.INFO)
-    quiet_backends()
-    return explain_failures(lambda: run(argv), debug="--debug" in argv)
+    return hosts.explain_failures(lambda: run(argv), debug="--debug" in argv)
 
 
 if __name__ == "__main__":

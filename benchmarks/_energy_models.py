@@ -27,7 +27,7 @@ from _densities import CLIP_NORM, LEARNING_RATE, in_batches, spline_flow
 from _energies import Target
 
 import iresnet_jax as ir
-from iresnet_jax.energy_fitting import particles
+from iresnet_jax.energies import particles
 
 BATCH_SIZE, AT_ONCE = 256, 1000
 FLOWJAX = {**_densities.FLOWJAX, "nn_width": 128}

@@ -19,8 +19,7 @@ from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.flow import as_params, bounded, branch_inputs
 from iresnet_jax.runs import trained_run
-from iresnet_jax.runs.command_line import parse_train_flags
-from iresnet_jax.runs.config import Config
+from iresnet_jax.runs.config import Config, parse_train_flags
 from iresnet_jax.runs.trained_run import Run
 
 sys.path.append(str(ROOT / "tests"))  # for `plain_flow`, which tests have, too

@@ -24,7 +24,7 @@ from _energies import TARGETS
 from _energy_models import MODELS
 from _record import parser, resume
 
-from iresnet_jax import energy_evaluation
+from iresnet_jax.energies import weigh
 
 MINUTES, QUICK_MINUTES = 1.0, 0.05
 RIGHT = 3  # standard errors
@@ -42,7 +42,7 @@ def measure(target, model, seed, minutes, num):
     log_weights = np.asarray(known.log_density(x), np.float64) - log_prob
     if bad := int(np.sum(~np.isfinite(log_weights))):
         return {"not_finite": bad, "fit_seconds": seconds, **trained.details}
-    weights = energy_evaluation.weigh(log_weights)
+    weights = weigh(log_weights)
     found = {
         **weights._asdict(),
         "is_reliable": weights.pareto_k <= weights.threshold,
@@ -59,7 +59,7 @@ def measure(target, model, seed, minutes, num):
     if trained.draw_by_one_probe is not None:
         x, log_prob = trained.draw_by_one_probe(num)
         log_weights = np.asarray(known.log_density(x), np.float64) - log_prob
-        found["log_z_one_probe"] = energy_evaluation.weigh(log_weights).log_z
+        found["log_z_one_probe"] = weigh(log_weights).log_z
     found = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in found.items()

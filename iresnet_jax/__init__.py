@@ -45,8 +45,7 @@ from iresnet_jax.storage import path_of
 if TYPE_CHECKING:
     from iresnet_jax import adapters, losses
     from iresnet_jax import certification as certify
-    from iresnet_jax.energy_evaluation import evaluate_energy
-    from iresnet_jax.energy_fitting import fit_energy
+    from iresnet_jax.energies import evaluate_energy, fit_energy
     from iresnet_jax.fitting import fit
     from iresnet_jax.training.callbacks import Callback
     from iresnet_jax.training.checkpoints import Checkpoints
@@ -111,9 +110,9 @@ Unconstrained = Free  # its former name
 _TRAINING = {
     "Callback": "iresnet_jax.training.callbacks",
     "Checkpoints": "iresnet_jax.training.checkpoints",
-    "evaluate_energy": "iresnet_jax.energy_evaluation",
+    "evaluate_energy": "iresnet_jax.energies",
     "fit": "iresnet_jax.fitting",
-    "fit_energy": "iresnet_jax.energy_fitting",
+    "fit_energy": "iresnet_jax.energies",
     "train": "iresnet_jax.training.train",
 }
 

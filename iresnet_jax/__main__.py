@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from iresnet_jax import conversion
-from iresnet_jax.arguments import Count, CountOrNone, Positive, checked
+from iresnet_jax.arguments import Count, CountOrNone, Parser, Positive, checked
 from iresnet_jax.data.arrays import FITTED_ARRAY
 from iresnet_jax.evaluation import calibration, round_trips
 from iresnet_jax.evaluation.plots import reconstructions, write_png, write_samples
@@ -30,13 +30,8 @@ from iresnet_jax.models.contexts import as_vectors
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan as plans
 from iresnet_jax.runs import trained_run
-from iresnet_jax.runs.command_line import (
-    Parser,
-    explain_failures,
-    parse_train_flags,
-    quiet_backends,
-)
-from iresnet_jax.runs.config import Config, DataConfig
+from iresnet_jax.runs.config import Config, DataConfig, parse_train_flags
+from iresnet_jax.runs.hosts import explain_failures
 from iresnet_jax.runs.trained_run import Run
 from iresnet_jax.storage import path_of
 from iresnet_jax.training.signals import end_at_signals
@@ -342,7 +337,6 @@ def run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and answers its mistakes in a sentence; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    quiet_backends()
     return explain_failures(lambda: run(argv), debug="--debug" in argv)
 
 

@@ -47,14 +47,10 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
             f"this is a model of {kind}, which have probabilities and no density: "
             "give model.continuous"
         )
-    dim, vectors = model.spec.context_dim, None
     if context is not None:
-        context = model.spec.context_numbers(context)
-        vectors = jnp.asarray(as_vectors(context, dim), jnp.result_type(float))
-    if (0 if vectors is None else vectors.shape[-1]) != dim:
-        got = "none" if vectors is None else f"one of shape {vectors.shape}"
-        raise ValueError(f"this density takes a context of shape (..., {dim}), got {got}")
-    return _numpyro_class()(model, vectors)
+        context = as_vectors(model.spec.context_numbers(context), model.spec.context_dim)
+        context = jnp.asarray(context, jnp.result_type(float))
+    return _numpyro_class()(model, context)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""Checks of arguments: numbers in their ranges, arrays without gaps."""
+"""Checks of arguments: numbers in their ranges, arrays without gaps, command lines."""
 
+import argparse
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 
@@ -74,3 +75,13 @@ def finite_numbers(given: np.ndarray, name: str, dtype: Any) -> np.ndarray:
             f"{name} holds NaN or infinite numbers, {place}: fill them in, or leave such rows out"
         )
     return numbers
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of command lines that raises ``ValueError`` with a sentence instead of printing
+    its usage.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Says what was wrong and where to look."""
+        raise ValueError(f"{message}; see {self.prog} --help")

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iresnet_jax.arguments import Parser
 from iresnet_jax.bijections.logit import Logit
 from iresnet_jax.bijections.standardize import Center
 from iresnet_jax.conversion_stages import Arrays, Stages
@@ -48,7 +49,6 @@ from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.models.saved import model_of
-from iresnet_jax.runs.command_line import Parser
 
 
 def convert(

@@ -13,7 +13,6 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.runs import hosts
-from iresnet_jax.runs.command_line import explain_failures
 from iresnet_jax.runs.job import train
 from iresnet_jax.training import checkpoints, signals
 
@@ -81,7 +80,7 @@ def work(stderr, environment, address, num_processes, process, trainings):
                 train(runs.config_of(runs.CONFIGS[name], **changes), workdir)
         return 0
 
-    sys.exit(explain_failures(run))
+    sys.exit(hosts.explain_failures(run))
 
 
 def status_of_one_killed_in_a_save(name, workdir, call):

@@ -30,9 +30,9 @@ EDGES = (
         "adapters",
         "conversion",
         "conversion_stages",
-        "energy_evaluation",
+        "energies",
     ),
-    *("energy_fitting", "estimators", "fit_settings", "fitting", "losses", "starts"),
+    *("estimators", "fit_settings", "fitting", "losses", "starts"),
 )
 HEAVY = {
     "absl",
@@ -50,7 +50,7 @@ OTHER_LIBRARIES = {"numpyro", "blackjax"}
 PLACES = {
     "flax": {"models/linen.py"},
     "numpyro": {"adapters.py"},
-    "blackjax": {"energy_evaluation.py", "energy_fitting.py"},
+    "blackjax": {"energies.py"},
 }
 
 

@@ -21,7 +21,7 @@ import tiny_runs as runs
 from tiny_runs import ROOT
 
 from iresnet_jax.__main__ import make_parser
-from iresnet_jax.runs.command_line import parse_train_flags
+from iresnet_jax.runs.config import parse_train_flags
 
 FILES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.energy_evaluation import weigh
+from iresnet_jax.energies import weigh
 from iresnet_jax.models.priors import Gaussian
 
 KEY = jax.random.key(0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax import energy_fitting
-from iresnet_jax.energy_fitting import anneal
+from iresnet_jax import energies
+from iresnet_jax.energies import anneal
 from iresnet_jax.models.model import History
 from iresnet_jax.training.run import BlowUpError
 
@@ -45,7 +45,7 @@ def test_modes_that_are_far_apart_keep_their_shares_when_annealed_and_moved():
 
 
 def test_fit_energy_finds_both_modes(monkeypatch):
-    monkeypatch.setattr(energy_fitting, "COMPONENTS", (1, 2))
+    monkeypatch.setattr(energies, "COMPONENTS", (1, 2))
 
     def target(x):
         return jnp.logaddexp(
@@ -61,7 +61,7 @@ def test_fit_energy_finds_both_modes(monkeypatch):
 
 
 def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monkeypatch):
-    monkeypatch.setattr(energy_fitting, "COMPONENTS", (1, 2))
+    monkeypatch.setattr(energies, "COMPONENTS", (1, 2))
     trained = []
 
     def train(model, **options):
@@ -73,7 +73,7 @@ def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monk
     def normal(x):
         return -0.5 * jnp.sum(jnp.square(x), axis=1)
 
-    monkeypatch.setattr(energy_fitting, "train", train)
+    monkeypatch.setattr(energies, "train", train)
     with pytest.warns(UserWarning, match="by the energy, loss became non-finite"):
         found = ir.fit_energy(normal, 3, **QUICK)
     assert found.history.step in (0, 2)

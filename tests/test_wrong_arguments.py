@@ -147,7 +147,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"for gs:// pip install 'iresnet_jax\[gcs\]'"):
         ir.load("gs://bucket/model.npz")
-    monkeypatch.setitem(sys.modules, "iresnet_jax.energy_fitting", None)
+    monkeypatch.setitem(sys.modules, "iresnet_jax.energies", None)
     with pytest.raises(
         ModuleNotFoundError,
         match=r"^iresnet_jax.fit_energy needs .*: pip install 'iresnet_jax\[energies\]'$",

@@ -25,8 +25,6 @@ always belong together. Images of TFDS and image files are decoded once (`images
 
 import csv
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,12 +101,9 @@ def conditioned_on_labels(data: DataSet) -> DataSet:
 
 def _loaded(path: Path) -> Any:
     """The array of an ``.npy`` file, or the arrays of an ``.npz`` file by name."""
-    try:
-        with path.open("rb") as file:
-            found = np.load(file)
-            return found if isinstance(found, np.ndarray) else dict(found)
-    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no intact file of plain arrays: {error}") from None
+    with path.open("rb") as file:
+        found = np.load(file)
+        return found if isinstance(found, np.ndarray) else dict(found)
 
 
 def _read_npz(path: Path) -> tuple[_Given, None]:
@@ -117,7 +112,7 @@ def _read_npz(path: Path) -> tuple[_Given, None]:
 
     Labels and contexts may be left out. Images may lack the axis of channels.
     """
-    arrays = dict(_loaded(path))
+    arrays = _loaded(path)
 
     def part(x: str, y: str, context: str) -> Arrays:
         examples = arrays.pop(x)

@@ -13,6 +13,7 @@ from iresnet_jax.arguments import check_unmasked, finite_numbers
 from iresnet_jax.data.dataset import Arrays, DataSet, fraction_masks, validation_mask
 from iresnet_jax.data.tables import describe, fit_lines, notes_of
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
+from iresnet_jax.models.contexts import for_examples
 from iresnet_jax.models.preprocessing import check_told_apart
 
 FEWEST = 10  # rows of a density
@@ -115,10 +116,6 @@ def _by_split(
         checked = _checked(arrays)
         masks = fraction_masks(len(checked.x), fractions)
         return {split: checked.take(mask) for split, mask in masks.items()}, {"train": checked.x}
-    if "train" not in arrays:
-        raise ValueError(
-            f"{name} has no training examples: its splits are {', '.join(arrays) or 'none'}"
-        )
     parts = {split: _checked(arrays[split]) for split in sorted(arrays, key="train".__ne__)}
     kinds = {
         (str(part.x.dtype), part.x.shape[1:], part.labels is None, np.shape(part.context)[1:])
@@ -187,12 +184,7 @@ def _checked(arrays: Arrays) -> Arrays:
                 "return_inverse=True)[1], or one-hot vectors with labels.argmax(axis=1)"
             )
     if context is not None:
-        context = context[:, None] if context.ndim == 1 else context
-        if context.ndim != 2 or len(context) != len(x) or not context.shape[1]:
-            raise ValueError(
-                f"context must hold a vector for each of {len(x)} examples, got shape "
-                f"{context.shape}"
-            )
+        context = for_examples(context, len(x))
         context = finite_numbers(context, "the context", jnp.result_type(float))
     return Arrays(x, labels, context)
 

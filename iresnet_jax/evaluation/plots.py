@@ -93,9 +93,9 @@ def density_map(
         extent: (left, right, bottom, top) of the grid.
     """
     figure, [axes] = panels(1, 1, 4.6, width=5.4)
-    density = np.exp(np.where(np.isfinite(log_density), log_density, -np.inf))
-    top = float(np.quantile(density, 0.995)) or float(density.max()) or 1.0
-    shown = axes.imshow(density, origin="lower", extent=extent, aspect="auto", vmin=0.0, vmax=top)
+    density = np.nan_to_num(np.exp(log_density))
+    colours = {"vmin": 0.0, "vmax": np.quantile(density, 0.995)}
+    shown = axes.imshow(density, origin="lower", extent=extent, aspect="auto", **colours)
     figure.colorbar(shown, ax=axes, label="density", extend="max")
     return figure
 

@@ -307,13 +307,14 @@ def log_density_on_grid(
         top).
     """
     points = np.asarray(cells(model.spec).forward(jnp.asarray(points)), np.float64)
-    low, high = points.min(axis=0), points.max(axis=0)
-    margin = np.maximum(0.05 * (high - low), 1e-6)
-    low, high = low - margin, high + margin
-    edges = low + (np.arange(side)[:, None] + 0.5) / side * (high - low)
-    grid = np.stack(np.meshgrid(*edges.T), axis=-1).astype(np.float32)
+    margin = 0.05 * np.ptp(points, axis=0) + 1e-6
+    low, high = points.min(axis=0) - margin, points.max(axis=0) + margin
+    shares = (np.arange(side) + 0.5) / side
+    grid = low + (high - low) * np.stack(np.meshgrid(shares, shares), axis=-1)
     exact = model.continuous.with_(estimator=ExactLogdet())
-    log_density = jax.jit(lambda model, grid: jax.lax.map(model.log_prob, grid))(exact, grid)
+    log_density = jax.jit(lambda model, grid: jax.lax.map(model.log_prob, grid))(
+        exact, np.float32(grid)
+    )
     return np.asarray(log_density), (*np.stack([low, high]).T.ravel().tolist(),)
 
 

@@ -228,9 +228,7 @@ def reconstruct(
         num = min(len(examples), NUM_EXAMPLES)
         back, how = parallel.over_batches(_in_float64, own, rows, num, batch_size)
         refined = RoundTrips.of(there[:num].astype(np.float64), back, how, num_blocks)
-    found = None
-    if num_certified is not None:
-        found = bound_inverses(model, latents, data, info, num_certified, contexts)
+    found = bound_inverses(model, latents, data, info, num_certified, contexts)
     of_flow = info._replace(error_bound=info.flow_error_bound)
     others = {"num_examples": len(examples), "refined": refined, "guarantee": found}
     others["max_data_error"] = float(np.abs(info.continuous - originals).max())
@@ -324,9 +322,7 @@ def draw(
     data, info = parallel.over_batches(
         _decode, (model, model.bounds()), parallel.rows_of(latents, taken), num, batch_size
     )
-    guarantee = None
-    if num_certified is not None:
-        guarantee = bound_inverses(model, latents, data, info, num_certified, taken)
+    guarantee = bound_inverses(model, latents, data, info, num_certified, taken)
     failed = np.flatnonzero(~info.converged).tolist()
     return data, SampleConvergence(num, tuple(failed), guarantee)
 
@@ -359,18 +355,20 @@ def bound_inverses(
     latents: Any,
     data: Any,
     info: DecodeInfo,
-    num: int,
+    num: int | None,
     contexts: Num[np.ndarray, "n k"] | None = None,
-) -> Guarantee:
+) -> Guarantee | None:
     """Guarantees of the first decoded examples, or the reason why there are none.
 
     Args:
         latents: Latents as vectors, as NumPy's arrays.
         data: What `Model.decode` made of them.
         info: How it ended.
-        num: Examples to certify, at most; 0 where one takes too long.
+        num: Examples to certify, at most; 0 if one takes too long; None if it was not requested.
         contexts: Their contexts, of a conditional density.
     """
+    if num is None:
+        return None
     try:
         check(model)
     except ValueError as error:

@@ -1,21 +1,25 @@
-"""Every setting of a run with its default and meaning.
+"""Every setting of a run with its default and meaning, and how it is read and changed.
 
 A file in ``configs/`` changes some fields of `default_config`, a dictionary with attributes.
 `parse` checks the result and makes it a `Config`, which the rest of the library takes.
 """
 
+import ast
 import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+import runpy
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ml_collections
 import pydantic
 
-from iresnet_jax.arguments import Count, CountOrNone, Decay, NotNegative, Positive, Range
+from iresnet_jax.arguments import Count, CountOrNone, Decay, NotNegative, Parser, Positive, Range
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data import load as load_data
@@ -23,6 +27,7 @@ from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.free import ConstraintConfig
+from iresnet_jax.storage import path_of
 from iresnet_jax.training.density import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
 from iresnet_jax.training.train import STEPS, STEPS_IN_TIME
@@ -309,6 +314,59 @@ def _contradiction(config: Config) -> str:
     return ""
 
 
+# --- the command line ------------------------------------------------------------------------
+
+
+def parse_train_flags(argv: Sequence[str]) -> Namespace:
+    """Reads the flags of `train.py`, which are described there, the config file, and overrides of
+    its settings, such as ``--config.model.stages[0].num_blocks=8``.
+
+    A variant follows the file after a colon, as in ``configs/toy_2d.py:moons``. ``--config.FIELD``
+    is true, ``--noconfig.FIELD`` false.
+
+    Args:
+        argv: The command line, program name first.
+
+    Returns:
+        The flags by name: a `Config`, the workdir as a path, ``debug``, and the arguments of
+            `hosts.initialize`.
+    """
+    program, *arguments = argv
+    overrides = [argument for argument in arguments if re.match(r"--?(no)?config\.", argument)]
+    parser = Parser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="configs/digits_density.py")
+    parser.add_argument("--workdir")
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--coordinator_address")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    given = parser.parse_args([argument for argument in arguments if argument not in overrides])
+    path, _, variant = given.config.partition(":")
+    name = "_".join(filter(None, (Path(path).stem, variant)))
+    given.workdir = path_of(given.workdir or Path("runs", name))
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        settings = to_plain(get_config(*([variant] if variant else [])))
+    except Exception as error:  # a config file may raise anything
+        raise ValueError(
+            f"the config file {path} fails: {type(error).__name__}: {error}"
+        ) from error
+    for override in overrides:
+        field_name, has_value, text = override.lstrip("-").partition("=")
+        root, _, field_name = field_name.partition(".")
+        set_field(settings, field_name, _read(text) if has_value else root == "config")
+    given.config = parse(settings)
+    return given
+
+
+def _read(text: str) -> Any:
+    """A number, a tuple or whatever else Python reads; other texts are strings."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def set_field(plain: Any, name: str, value: Any) -> None:
     """Changes a field in the plain data of a config, or fields of a group by a dictionary; `parse`
     checks the values.
@@ -329,6 +387,9 @@ def set_field(plain: Any, name: str, value: Any) -> None:
         plain[last] = value
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"there is no config.{name}{_suggestion(str(error.args[0]))}") from None
+
+
+# --- variants of config files --------------------------------------------------------------------
 
 
 def check_name(name: str, known: Iterable[str]) -> None:

@@ -1,22 +1,24 @@
-"""Processes of one run: they find one another, agree, and end together.
+"""Processes of one run: they find one another, agree, end together, and say why in a sentence.
 
 A run on many hosts is the same command on each of them. `initialize` joins the processes before JAX
 touches a device. `training.parallel` has their common work in a training. JAX's coordinator, in
 process 0, watches the processes: if one fails, is stopped or does not answer, JAX ends the rest,
 which would otherwise wait in a reduction for ever.
 
-In a single process the functions of this file do nothing, or the obvious.
+In a single process these functions do nothing, or the obvious.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,7 +32,8 @@ SHUTDOWN_S = 60  # longest wait until all processes have reached the end
 # Exit status of a process that lost another one: "try again later" in sysexits.h.
 LOST = 75
 
-_FAILED = 2  # exit status, the same as after a mistake in a single process
+FAILED = 2  # exit status
+LONGEST = 600  # characters of a message
 _LAST_WORDS_S = 3.0  # time for other failing processes to report before process 0 ends them
 _TRANSPORTS = (
     "Gloo",
@@ -144,8 +147,45 @@ def ending_together() -> Iterator[None]:
         sys.stdout.flush()
         if parallel.is_first():
             time.sleep(_LAST_WORDS_S)
-        os._exit(LOST if is_lost else _FAILED)
+        os._exit(LOST if is_lost else FAILED)
     finally:  # waits until all processes get here
         if is_shared():
             jax.distributed.shutdown()
             parallel.go_on_alone()
+
+
+def explain_failures(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Runs a command and returns its exit status; failures and warnings are shown as one sentence
+    each on stderr.
+
+    ``ValueError``, ``RuntimeError`` and ``OSError`` are failures that a user can fix and give
+    status 2. `Stopped` gives the status of a process that its signal ends, such as 143. Other
+    exceptions are bugs and pass through; with ``debug``, failures pass through, too. JAX's messages
+    about accelerators that this machine does not have are silenced.
+    """
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {message}", file=sys.stderr
+        )
+        try:
+            return command()
+        except signals.Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.status
+        except (ModuleNotFoundError, ValueError, RuntimeError, OSError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ModuleNotFoundError):
+                text = f"there is no package {error.name}: pip install 'iresnet_jax[train]'"
+                debug = debug or (error.name or "").startswith("iresnet_jax")
+            if debug:
+                raise
+            if "RESOURCE_EXHAUSTED" in text:
+                text = (
+                    "the device is out of memory: lower training.batch_size or "
+                    f"evaluation.batch_size or --num, or raise training.num_parts ({text})"
+                )
+            # Messages of compilers contain whole programs.
+            more = " ... (--debug shows all)" if len(text) > LONGEST else ""
+            print(f"error: {text[:LONGEST]}{more}", file=sys.stderr)
+            return FAILED

@@ -74,7 +74,7 @@ def writing(
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Reads the measurements that `writing` wrote, in order.
 
-    A half-written last line, left by a killed process, is skipped.
+    Other lines, such as a half-written one that a killed process left, are skipped.
 
     Args:
         workdir: Folder of the run; without measurements the list is empty.
@@ -82,16 +82,11 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / FILENAME
     lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
+    for line in lines:
+        # It may not be JSON or UTF-8, be no object, or lack a common field.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             records.append({**{name: record[name] for name in _RESERVED}, **record})
-        # It is not JSON, not UTF-8, not an object, or lacks a common field.
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise ValueError(
-                    f"line {number} of {path} is not a measurement: delete or repair that line"
-                ) from None
     return records
 
 

@@ -12,8 +12,7 @@ from tiny_runs import ROOT
 
 from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import job
-from iresnet_jax.runs.command_line import parse_train_flags
-from iresnet_jax.runs.config import default_config, parse, to_plain
+from iresnet_jax.runs.config import default_config, parse, parse_train_flags, to_plain
 
 
 @pytest.fixture(scope="module")
