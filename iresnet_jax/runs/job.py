@@ -23,10 +23,8 @@ from iresnet_jax.data.objectives import (
     density_objective,
     density_spec,
     fresh_model,
-    tried,
 )
 from iresnet_jax.maths import platforms
-from iresnet_jax.maths.platforms import device_summary, prepare_backend
 from iresnet_jax.models import saved
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
@@ -42,12 +40,10 @@ from iresnet_jax.runs import hosts, trained_run
 from iresnet_jax.runs.config import (
     AugmentationConfig,
     Config,
-    ModelConfig,
     PreprocessingConfig,
     to_plain,
 )
 from iresnet_jax.runs.metrics import Bar, Metrics
-from iresnet_jax.runs.trained_run import finished
 from iresnet_jax.storage import path_of
 from iresnet_jax.training import classification, parallel
 from iresnet_jax.training.callbacks import Callback, Stop, TimeLimit
@@ -159,10 +155,6 @@ class Job(NamedTuple):
         variables = _updated({name: getattr(free, name) for name in _VARIABLES}, found)
         return free.with_(how=self.how, **variables)
 
-    def finish(self, model: Any) -> Any:
-        """The model that is kept, with the settings of the evaluation."""
-        return finished(self.config, model)
-
 
 def train(
     config: Config, workdir: str | os.PathLike[str], *, callbacks: tuple[Callback, ...] = ()
@@ -186,7 +178,7 @@ def train(
         Stopped: On Ctrl-C or SIGTERM, with a checkpoint of the last step.
     """
     began, folder = time.monotonic(), path_of(workdir)
-    prepare_backend(config.training.matmul_precision)
+    platforms.prepare_backend(config.training.matmul_precision)
     data = config.data.load()
     if data.examples and len(data.examples.get("test", ())) < 2:
         raise ValueError(
@@ -206,7 +198,7 @@ def train(
     examples = job.examples and job.examples[0]
     check_batch_size(config.training.batch_size, config.training.num_parts, examples)
     free = job.free(from_model=not has_begun and parallel.is_first())
-    _logger.info("%d parameters on %s", num_parameters(free.params), device_summary())
+    _logger.info("%d parameters on %s", num_parameters(free.params), platforms.device_summary())
     claim = lambda _: trained_run.claimed(folder, config, job.spec, data)  # noqa: E731
     watching = [
         *(Checkpoints(folder, claim), Metrics(folder), Stop(raises=True), Bar()),
@@ -216,7 +208,7 @@ def train(
     model = train_model(
         free, job.objective, job.examples, callbacks=watching, progress=False, **job.arguments
     )
-    return job.finish(model)
+    return trained_run.finished(config, model)
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -226,16 +218,34 @@ def model_spec(config: Config, data: DataSet) -> Spec:
     """The model of a data set, for any objective."""
     if misfit := _misfit(config, data):
         raise ValueError(misfit)
-    if config.objective == "classification":
-        return classifier_spec(config, data)
-    flow = build_flow_spec(config.model, data.event_shape)
-    is_variational = config.model.dequantization == "variational"
+    settings, classifier, shape = config.model, config.classifier, data.event_shape
+    is_classifier = config.objective == "classification"
+    padded = (*shape[:2], shape[2] + classifier.pad_channels) if is_classifier else shape
+    if settings.constants:
+        mu, nu = settings.constants
+        flow = FlowSpec.bilipschitz(padded, settings.stages, mu=mu, nu=nu)
+    else:
+        flow = FlowSpec(padded, settings.stages, settings.coeff, settings.budget)
+    if is_classifier:
+        height, width, channels = shape
+        return ClassifierSpec(
+            flow,
+            (height, width, channels),
+            data.num_classes or 0,
+            data.num_levels or 0,
+            pad_channels=classifier.pad_channels,
+            mean=classifier.mean,
+            std=classifier.std,
+            constrained=config.constraint.norms != "none",
+            head=classifier.head,
+        )
+    is_variational = settings.dequantization == "variational"
     return density_spec(
         data,
-        replace(flow, noise=config.model.noise if is_variational else None),
-        prior=config.model.prior,
-        num_components=config.model.prior_components or None,
-        context_hidden=config.model.context_hidden,
+        replace(flow, noise=settings.noise if is_variational else None),
+        prior=settings.prior,
+        num_components=settings.prior_components or None,
+        context_hidden=settings.context_hidden,
         transformations=config.augmentation.transformations,
         has_classes=config.objective == "hybrid",
         transform=_transform(config.preprocessing, data),
@@ -301,31 +311,6 @@ def _misfit(config: Config, data: DataSet) -> str:
     return ""
 
 
-def classifier_spec(config: Config, data: DataSet) -> ClassifierSpec:
-    """The classifier of a data set."""
-    settings = config.classifier
-    height, width, channels = data.event_shape
-    return ClassifierSpec(
-        flow=build_flow_spec(config.model, (height, width, channels + settings.pad_channels)),
-        image_shape=(height, width, channels),
-        num_classes=data.num_classes or 0,
-        num_levels=data.num_levels or 0,
-        pad_channels=settings.pad_channels,
-        mean=settings.mean,
-        std=settings.std,
-        constrained=config.constraint.norms != "none",
-        head=settings.head,
-    )
-
-
-def build_flow_spec(settings: ModelConfig, event_shape: tuple[int, ...]) -> FlowSpec:
-    """The architecture for examples of one shape."""
-    if settings.constants:
-        mu, nu = settings.constants
-        return FlowSpec.bilipschitz(event_shape, settings.stages, mu=mu, nu=nu)
-    return FlowSpec(tuple(event_shape), settings.stages, settings.coeff, settings.budget)
-
-
 # --- objectives -----------------------------------------------------------------------------------
 
 
@@ -333,7 +318,7 @@ def _objective(config: Config, data: DataSet, spec: Spec) -> Objective:
     common: dict[str, Any] = {
         "num": config.training.eval_examples,
         "batch_size": config.evaluation.batch_size,
-        "augmentation": build_augmentation(config.augmentation, data),
+        "augmentation": build_augmentation(config.augmentation),
         "label_smoothing": config.classifier.label_smoothing,
     }
     if isinstance(spec, ClassifierSpec):
@@ -388,15 +373,11 @@ def _meaning(spec: Spec) -> tuple[Any, ...]:
     return flow.event_shape, flow.stages, flow.scale, type(transform), spec.num_levels, columns
 
 
-def build_augmentation(
-    settings: AugmentationConfig, data: DataSet
-) -> classification.Augment | None:
+def build_augmentation(settings: AugmentationConfig) -> classification.Augment | None:
     """The random change of training images that ``config.augmentation`` describes; None for no
     change.
     """
-    if not settings.crop_padding and not settings.flip:
-        return None
     if not settings.crop_padding:
-        return augment.random_flip
+        return augment.random_flip if settings.flip else None
     change = augment.crop_and_flip if settings.flip else augment.random_crop
-    return tried(functools.partial(change, padding=settings.crop_padding), data)
+    return functools.partial(change, padding=settings.crop_padding)

@@ -6,7 +6,6 @@ that needs the extra ``tpu``, whose compiler knows how much memory a step takes.
 device's share is only lowered, as their compiler needs the GPU.
 """
 
-import math
 import os
 import time
 import warnings
@@ -132,40 +131,31 @@ def make(config: Config, on: Machine, *, say: Callable[[str], None] = print) -> 
         on: The machine, from `machine`.
         say: Called with a line of progress; the compilation may take minutes.
     """
-    began = time.monotonic()
-    training = config.training
-    check_batch_size(training.batch_size, training.num_parts, None, on.num_devices)
-    lowered, about = lower(config, on, data_for(config))
+    began, batch_size = time.monotonic(), config.training.batch_size
+    check_batch_size(batch_size, config.training.num_parts, None, on.num_devices)
+    lowered, num_params, argument_bytes = lower(config, on, data_for(config))
     temporary_bytes, problem = None, None
     if on.platform == "tpu":
         say(
-            f"compiling a step of {config.training.batch_size} examples for {on.topology}: a deep "
-            "model takes minutes"
+            f"compiling a step of {batch_size} examples for {on.topology}: a deep model takes "
+            "minutes"
         )
         try:
             # JAX's cache on disk cannot read programs for absent devices.
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "Error (reading|writing) persistent compilation cache"
-                )
+                cache = "Error (reading|writing) persistent compilation cache"
+                warnings.filterwarnings("ignore", cache)
                 temporary_bytes = lowered.compile().memory_analysis().temp_size_in_bytes
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             problem = " ".join(str(error).split("RESOURCE_EXHAUSTED:")[-1].split())[:200]
-    return Plan(
-        on.topology,
-        on.num_devices,
-        config.training.batch_size,
-        **about,
-        seconds=time.monotonic() - began,
-        temporary_bytes=temporary_bytes,
-        problem=problem,
-    )
+    seconds, where = time.monotonic() - began, (on.topology, on.num_devices, batch_size)
+    return Plan(*where, num_params, argument_bytes, seconds, temporary_bytes, problem)
 
 
-def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, dict[str, int]]:
-    """The training step lowered for a machine, and its parameters and the bytes of its
+def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, int, int]:
+    """The training step lowered for a machine, the number of its parameters, and the bytes of its
     arguments.
     """
     share = config.training.batch_size // on.num_devices
@@ -179,13 +169,8 @@ def lower(config: Config, on: Machine, data: DataSet) -> tuple[Any, dict[str, in
         traced = parallel.for_devices(step, on.devices).trace(state, fixed, batch)
         lowered = traced.lower(lowering_platforms=(on.platform,))
     argument_bytes = _num_bytes((state, fixed)) + _num_bytes(batch) // len(on.devices)
-    return lowered, {
-        "num_parameters": num_parameters(state.params),
-        "argument_bytes": argument_bytes,
-    }
+    return lowered, num_parameters(state.params), argument_bytes
 
 
 def _num_bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

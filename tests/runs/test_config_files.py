@@ -93,7 +93,7 @@ def data_of(config):
 @pytest.mark.slow
 def test_the_training_step_lowers_for_tpus():
     config = get_config("digits_density", None)
-    lowered, _ = plan.lower(
+    lowered, *_ = plan.lower(
         config, plan.Machine("eight of tpu", "tpu", (jax.devices()[0],), 8), data_of(config)
     )
     assert "all_reduce" in lowered.as_text()  # of gradients

@@ -39,7 +39,7 @@ def test_a_step_for_tpus_fits_and_has_one_reduction_for_all_gradients():
     made = plan.make(config, plan.machine("v5e:2x2"))
     assert made.problem is None
     assert "fits v5e:2x2 with 8 examples a device" in str(made)
-    lowered, _ = plan.lower(config, plan.machine("v5e:2x2"), plan.data_for(config))
+    lowered, *_ = plan.lower(config, plan.machine("v5e:2x2"), plan.data_for(config))
     assert 1 <= lowered.compile().as_text().count(" all-reduce(") <= 3
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_runs as runs
 
 from iresnet_jax.__main__ import main
-from iresnet_jax.data import augment, load
+from iresnet_jax.data import augment
 from iresnet_jax.evaluation.classification import evaluate
 from iresnet_jax.models.head import apply_head
 from iresnet_jax.runs.config import AugmentationConfig
@@ -50,7 +50,7 @@ def last_state(workdir):
 def test_augmentation_is_what_the_config_says(padding, flip):
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (6, 8, 8, 1), np.uint8))
     keys = jax.random.split(jax.random.key(1), 6)
-    change = build_augmentation(AugmentationConfig(padding, flip), load("digits"))
+    change = build_augmentation(AugmentationConfig(padding, flip))
     found = images if change is None else change(keys, images)
     expected = {
         (0, False): lambda: images,
