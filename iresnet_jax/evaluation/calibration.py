@@ -81,14 +81,12 @@ class Calibration:
         low, high = binom.interval(0.99, self.num_examples, 1 / len(self.tests[0].counts))
         return int(low), int(high)
 
-    @property
-    def headline(self) -> str:
-        """One line."""
-        of = f"ranks of {self.num_examples} test examples among {self.num_samples} samples each"
-        return f"calibration: p = {self.p_value:.2g} for all {len(self.tests)} tests of {of}"
-
     def __str__(self) -> str:
-        lines = [self.headline, f"{'':10}{'mean rank':>10}{'p':>10}   counts"]
+        lines = [
+            f"calibration: p = {self.p_value:.2g} for all {len(self.tests)} tests of ranks of "
+            f"{self.num_examples} test examples among {self.num_samples} samples each",
+            f"{'':10}{'mean rank':>10}{'p':>10}   counts",
+        ]
         for test in self.tests:
             lines.append(
                 f"{test.name:10}{test.mean_rank:10.3f}{test.p_value:10.2g}   "

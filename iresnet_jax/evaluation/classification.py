@@ -59,17 +59,13 @@ class Classification:
     confusion: tuple[tuple[int, ...], ...]
     mistakes: tuple[Mistake, ...]
 
-    @property
-    def headline(self) -> str:
-        """One line."""
-        low, high = self.interval
-        return (
-            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} "
-            f"examples; {100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %)"
-        )
-
     def __str__(self) -> str:
-        line = f"{self.headline}, cross-entropy {self.loss:.4f} nats"
+        low, high = self.interval
+        line = (
+            f"test error: {100 * self.error:.2f} % ({self.num_errors} of {self.num_examples} "
+            f"examples; {100 * CONFIDENCE:.0f} % interval {100 * low:.2f} to {100 * high:.2f} %), "
+            f"cross-entropy {self.loss:.4f} nats"
+        )
         return "\n".join([line, *self.warnings()])
 
     def warnings(self) -> list[str]:

@@ -119,30 +119,17 @@ class Likelihood:
     entropy_floor: float | None = None
     importance: ImportanceBound | None = None
 
-    @property
-    def headline(self) -> str:
-        """One line, without how it was measured."""
-        line = f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit}"
-        if self.entropy_floor is not None:
-            line += f"; no model can be below the entropy of the data, {self.entropy_floor:.4f}"
-        if weighted := self.importance:
-            line += (
-                f"; {weighted.mean:.4f} ± {weighted.stderr:.4f} by the importance-weighted bound"
-            )
-        return line
-
     def __str__(self) -> str:
         by = f" by the {self.bound}" if self.bound else ""
+        floor = ""
+        if self.entropy_floor is not None:
+            floor = f"; no model can be below the entropy of the data, {self.entropy_floor:.4f}"
         lines = [
             f"test: {self.mean:.4f} ± {self.stderr:.4f} {self.unit}{by} ({self.num_examples} "
-            f"examples; {self.estimator})"
+            f"examples; {self.estimator}){floor}"
         ]
         if self.importance:
             lines.append(f"test: {self.importance}")
-        if self.entropy_floor is not None:
-            lines.append(
-                f"entropy of the data, below which no model can go: {self.entropy_floor:.4f} nats"
-            )
         if self.truncation_bound:
             lines.append(
                 "terms beyond those always computed change it by at most "

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, GREY = "#2a2f36", "#727b87"
+GREY = "#727b87"
 # These colours are distinct to readers with the common colour deficiencies.
-BLUE, ORANGE, PLUM = "#3f83d1", "#de7c22", "#b0479b"
+BLUE, ORANGE = "#3f83d1", "#de7c22"
 OBJECTIVES = {
     "bits_per_dim": "bits/dim",
     "nll": "NLL [nats]",
@@ -258,11 +258,6 @@ def panels(
 
 
 def label(axes: "Axes", x: str, y: str, title: str) -> None:
-    """Labels axes and draws their frame and grid in the style of all figures."""
-    axes.set_xlabel(x, size=9, color=INK)
-    axes.set_ylabel(y, size=9, color=INK)
-    axes.set_title(title, size=9, color=INK, loc="left")
-    axes.tick_params(labelsize=8, color=GREY)
-    axes.grid(visible=True, color=GREY, alpha=0.2, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Labels axes and draws their grid."""
+    axes.set(xlabel=x, ylabel=y, title=title, axisbelow=True)
+    axes.grid(alpha=0.2)

@@ -1,8 +1,8 @@
 """Report of a run: every result as ``report.json``, and with pictures as the page ``report.html``
 that needs nothing else.
 
-A result is a dataclass beside the computation that fills it. Its ``str`` is its text on the page,
-its ``headline`` the line that a training ends with.
+A result is a dataclass beside the computation that fills it. Its ``str`` is its text on the
+page, of which a training ends with the first line.
 """
 
 import datetime
@@ -144,8 +144,9 @@ class Report:
         return found
 
     def __str__(self) -> str:
-        measured = [self.likelihood, self.calibration, self.classification, self.inverse]
-        said = [part.headline for part in measured if part]
+        measured = self.likelihood, self.calibration, self.classification
+        said = [str(part).partition("\n")[0] for part in measured if part]
+        said += [self.inverse.headline] if self.inverse else []
         said += [str(self.robustness)] if self.robustness else []
         said += [self.lipschitz.verdict] if self.lipschitz else []
         text = "\n".join(said)

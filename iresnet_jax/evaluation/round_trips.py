@@ -136,23 +136,23 @@ class Inversion(RoundTrips):
         guarantee: Guaranteed errors of the first examples, in the precision of training; None if
             not requested.
         max_data_error: Largest entry of any error in the units of continuous data, or of images on
-            the scale of [0, 1]; None in reports of before.
+            the scale of [0, 1].
     """
 
     num_examples: int
     refined: RoundTrips
-    guarantee: Guarantee | None = None
-    max_data_error: float | None = None
+    guarantee: Guarantee | None
+    max_data_error: float
 
     @property
     def headline(self) -> str:
         """A line, and one with a guarantee if there is one."""
         converged = round(self.fraction_converged * self.num_examples)
         verdict = "inverted" if converged == self.num_examples else "NOT INVERTED"
-        line = f"inverse: {verdict}; {converged} of {self.num_examples} test examples came back"
-        if self.max_data_error is None:
-            return line
-        line = f"{line}, largest error {self.max_data_error:.2g} {UNITS}"
+        line = (
+            f"inverse: {verdict}; {converged} of {self.num_examples} test examples came back, "
+            f"largest error {self.max_data_error:.2g} {UNITS}"
+        )
         found = self.guarantee
         if not found or not math.isfinite(found.max_data_bound):
             return line

@@ -37,9 +37,8 @@ LIKELIHOOD = Likelihood(
 )
 POINTS = dataclasses.replace(LIKELIHOOD, unit="nats", mean=2.8342, entropy_floor=2.8321)
 TRIPS = RoundTrips(1.3e-13, 2.4e-13, 5.7e-12, 1.0, 1.0, 35.79)
-INVERSE = Inversion(
-    1.9e-6, 4.1e-6, 8.8e-6, 1.0, 1.0, 12.34, 512, TRIPS, Guarantee(8, 8, 3.3e-7, 6.1e-7, 2.2e-7)
-)
+FOUND = Guarantee(8, 8, 3.3e-7, 6.1e-7, 2.2e-7)
+INVERSE = Inversion(1.9e-6, 4.1e-6, 8.8e-6, 1.0, 1.0, 12.34, 512, TRIPS, FOUND, 7e-7)
 CERTIFICATE = Certificate(0.97, "layer", (block("b3"), block("b4")), 1.9, 3.6)
 RANKS = Calibration((RankTest("log p", (11, 9), 0.16, 0.51),), 20, 99)
 CLASSES = summarize(2.0 * np.eye(3)[[0, 1, 1, 2]], np.array([0, 0, 1, 2]), loss=0.513)
@@ -95,9 +94,9 @@ def test_contradictions_are_stated(name):
 
 def test_a_training_ends_with_one_line_a_result_in_words():
     lines = str(with_part(likelihood=POINTS)).splitlines()
-    assert lines[0].startswith("test: 2.8342 ± 0.0021 nats; no model can be below the entropy")
+    assert lines[0].startswith("test: 2.8342 ± 0.0021 nats (9973 examples; exact log-determinant)")
     assert [line.partition(":")[0] for line in lines[1:]] == [
-        *("calibration", "test error", "inverse", "certified"),
+        *("calibration", "test error", "inverse", "guaranteed", "certified"),
     ]
     assert "proven" in lines[-1]
     assert "F^-1" in str(CERTIFICATE)
