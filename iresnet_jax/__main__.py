@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +24,6 @@ from iresnet_jax.evaluation.plots import reconstructions, write_png, write_sampl
 from iresnet_jax.evaluation.report import on_test_data, write
 from iresnet_jax.maths import platforms
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.contexts import as_vectors
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs import plan as plans
@@ -158,34 +156,15 @@ def convert(arguments: argparse.Namespace) -> bool:
     The other commands take the model with ``--data``.
     """
     model = conversion.convert(arguments.FILE, arguments.architecture)
+    model = model.freeze() if arguments.scale else model
     certificate = model.certificate()
-    excess = _excess(certificate)
-    if arguments.scale:
-        model = model.freeze()
-        certificate, excess = model.certificate(), f"{excess}; now they are within it"
     objective = "density" if isinstance(model, Density) else "classification"
     folder = path_of(arguments.output).parent
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, model, Config(objective=objective, data=DataConfig(FITTED_ARRAY)), "", 0)
     path = trained_run.save(run, arguments.output)
-    _say(excess, certificate.verdict, f"written: {path} ({len(path.read_bytes()) / 1e6:.2g} MB)")
+    _say(certificate.verdict, f"written: {path} ({len(path.read_bytes()) / 1e6:.2g} MB)")
     return certificate.certified
-
-
-def _excess(certificate: Certificate) -> str:
-    """A sentence on the excess of certified norms of layers over the coefficient."""
-    layers = [
-        (f"{block.name}/{layer.name}", layer.bound)
-        for block in certificate.blocks
-        for layer in block.layers
-    ]
-    coeff = certificate.coeff or math.nan
-    num_above = sum(bound > coeff for _, bound in layers)
-    name, largest = max(layers, key=lambda layer: layer[1])
-    return (
-        f"{num_above} of {len(layers)} layers have a certified norm above the coefficient "
-        f"{coeff:g}; the largest is {largest:.5f} ({100 * (largest / coeff - 1):+.2g} %), of {name}"
-    )
 
 
 def plan(arguments: argparse.Namespace) -> bool:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from iresnet_jax.data import images, tfds
+from iresnet_jax.data import images
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import SPLITS, DataSet
 from iresnet_jax.data.toys import TOYS, Toy
@@ -74,11 +74,11 @@ def load(
         )
     if colon and kind in _IMAGES:
         return _IMAGES[kind](Path(path).expanduser(), name)
-    if (found := tfds.load(name)) is None:
+    if (found := images.load_tfds(name)) is None:
         raise ValueError(
-            f"unknown data set {name!r}: known are the images digits, {', '.join(tfds.CUSTOMARY)} "
-            f"and others of TFDS, the toys {', '.join(TOYS)}, and own data as "
-            f"{', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
+            f"unknown data set {name!r}: known are the images digits, "
+            f"{', '.join(images.CUSTOMARY)} and others of TFDS, the toys {', '.join(TOYS)}, "
+            f"and own data as {', '.join(f'{kind}:PATH' for kind in [*_IMAGES, *_ARRAYS])}"
         )
     return found
 
@@ -120,13 +120,8 @@ def _read_npz(path: Path) -> tuple[_Given, None]:
         return Arrays(examples, arrays.pop(y, None), arrays.pop(context, None))
 
     splits: dict[str, Arrays] = {}
-    names = (
-        ("train", "train"),
-        ("validation", "validation"),
-        ("validation", "val"),
-        ("test", "test"),
-    )
-    for split, name in names:
+    for name in ("train", "validation", "val", "test"):
+        split = "validation" if name == "val" else name
         for x, y in ((f"x_{name}", f"y_{name}"), (f"{name}_images", f"{name}_labels")):
             if x in arrays and split not in splits:
                 splits[split] = part(x, y, f"context_{name}")

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import conditioned_on_labels, tfds
+from iresnet_jax.data import conditioned_on_labels, images
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.platforms import compiling_for
 from iresnet_jax.models.free import num_parameters
@@ -117,7 +117,7 @@ def data_for(config: Config) -> DataSet:
     """The data of a config; random data of the same shape replace data sets of TensorFlow
     Datasets.
     """
-    data = tfds.stand_in(config.data.name)
+    data = images.stand_in(config.data.name)
     if data is None:
         return config.data.load()
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
