@@ -206,58 +206,39 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "FILE": {"help": "state_dict of the network, as npz"},
     "architecture": {
         "required": True,
-        "metavar": "COMMAND",
         "help": "the command that trained the network, in quotes: its script and options",
     },
     "scale": {
         "action": "store_true",
-        "default": False,
         "help": "scale kernels by their certified norms into the budget",
     },
-    "workdir": {
-        "required": True,
-        "metavar": "DIR",
-        "help": "folder of the training run, or of a model",
-    },
-    "data": {"metavar": "NAME", "help": "data other than the training's, such as npy:FILE"},
+    "workdir": {"required": True, "help": "folder of the training run, or of a model"},
+    "data": {"help": "data other than the training's, such as npy:FILE"},
     "num": {
         "type": count,
         "help": "how many examples, images of each side or samples (%(default)s)",
     },
     "certify": {
         "type": count_or_none,
-        "metavar": "N",
         "help": "how many, from the first, get a guaranteed error; 0 for none (what takes some "
         "seconds, at most 64)",
     },
-    "temperature": {"type": float, "default": 1.0, "help": "factor on the prior's scale (1)"},
-    "seed": {"type": int, "default": 0, "help": "of the latents (0)"},
-    "samples": {
-        "type": count,
-        "default": 99,
-        "help": "of the model for each example (%(default)s)",
-    },
-    "context": {
-        "metavar": "NUMBERS",
-        "help": "context, as --context=1.0,2.0,... or a .npy file with one per row",
-    },
+    "temperature": {"type": float, "help": "factor on the prior's scale (%(default)s)"},
+    "seed": {"type": int, "help": "of the latents (%(default)s)"},
+    "samples": {"type": count, "help": "of the model for each example (%(default)s)"},
+    "context": {"help": "context, as --context=1.0,2.0,... or a .npy file with one per row"},
     "label": {"type": int, "help": "of which class, of a hybrid (any)"},
     "importance": {
         "type": count,
-        "metavar": "K",
-        "help": "also the importance-weighted bound of discrete data, with K draws of noise an "
-        "example",
+        "help": "also the importance-weighted bound of discrete data, with so many draws of noise "
+        "an example",
     },
     "radii": {
         "type": radii,
-        "metavar": "NUMBERS",
         "help": "radii at which accuracy is verified and attacked, as .3,1.58: 2-norms of pixels "
         "on [0, 1], of a classifier",
     },
-    "output": {
-        "metavar": "PATH",
-        "help": "where to write (%(default)s)",
-    },
+    "output": {"help": "where to write (%(default)s)"},
     "topology": {
         "required": True,
         "help": "v5e:4x8 and other TPU topologies; cuda:8 for eight GPUs",
@@ -268,10 +249,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Functions, and names in `OPTIONS`, some with a default; arguments without dashes are in capitals.
 COMMANDS: dict[str, tuple[Callable[..., bool], str]] = {
     "evaluate": (evaluate, "workdir data importance radii"),
-    "sample": (sample, "workdir num=64 temperature seed context label certify"),
+    "sample": (sample, "workdir num=64 temperature=1.0 seed=0 context label certify"),
     "reconstruct": (reconstruct, "workdir data num=512 certify"),
     "certify": (certify, "workdir"),
-    "calibrate": (calibrate, "workdir data num=500 samples"),
+    "calibrate": (calibrate, "workdir data num=500 samples=99"),
     "report": (report, "workdir data importance radii"),
     "convert": (convert, "FILE architecture scale output=model.npz"),
     "plan": (plan, "topology"),
@@ -291,7 +272,7 @@ def make_parser() -> Parser:
         command = parsers.add_parser(name, help=text, description=text)
         for option in options.split():
             flag, _, default = option.partition("=")
-            settings = OPTIONS[flag] | (dict[str, Any](default=default) if default else {})
+            settings = OPTIONS[flag] | ({"default": default} if default else {})
             command.add_argument(flag if flag.isupper() else f"--{flag}", **settings)
         command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser

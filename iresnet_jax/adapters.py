@@ -1,4 +1,5 @@
-"""Densities of continuous data as distributions of NumPyro.
+"""Densities of continuous data as distributions of NumPyro, of ``pip install
+'iresnet_jax[numpyro]'``.
 
 Other samplers, such as BlackJAX's, take ``model.log_prob``. ``model.continuous`` is the density of
 a model of integer levels or of values that own cells. Values are unknown while a function is
@@ -6,13 +7,14 @@ compiled, so values outside of a bounded density's ranges are no error: their lo
 infinity.
 """
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import Distribution, constraints
+from numpyro.distributions.util import validate_sample
 
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.maths.keys import typed_key
@@ -23,7 +25,7 @@ _log_prob = jax.jit(Density.log_prob)
 _sample_and_log_prob = jax.jit(Density.sample_and_log_prob, static_argnames="num")
 
 
-def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
+def to_numpyro(model: Density, *, context: Contexts | None = None) -> "DensityDistribution":
     """The density as a NumPyro distribution: a prior inside of a model, or the guide of a
     variational inference.
 
@@ -50,71 +52,65 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> Any:
     if context is not None:
         context = as_vectors(model.spec.context_numbers(context), model.spec.context_dim)
         context = jnp.asarray(context, jnp.result_type(float))
-    return _numpyro_class()(model, context)
+    return DensityDistribution(model, context)
 
 
-@functools.cache
-def _numpyro_class() -> Any:
-    """The class of NumPyro's distributions, made here so that only `to_numpyro` imports NumPyro,
-    of ``pip install 'iresnet_jax[numpyro]'``.
-    """
-    from numpyro.distributions import Distribution, constraints
-    from numpyro.distributions.util import validate_sample
+class DensityDistribution(Distribution):
+    """A density given a context, or none, as a distribution."""
 
-    class DensityDistribution(Distribution):
-        arg_constraints = {}  # noqa: RUF012 (as NumPyro has it): none of the parameters is a number, and all samples have gradients
-        pytree_data_fields = ("model", "context")
+    arg_constraints = {}  # noqa: RUF012 (as NumPyro has it): none of the parameters is a number, and all samples have gradients
+    pytree_data_fields = ("model", "context")
 
-        def __init__(
-            self, model: Density, context: jax.Array | None, *, validate_args: bool | None = None
+    def __init__(
+        self, model: Density, context: jax.Array | None, *, validate_args: bool | None = None
+    ):
+        self.model, self.context = model, context
+        batch_shape = () if context is None else context.shape[:-1]
+        super().__init__(
+            batch_shape, tuple(model.spec.flow.event_shape), validate_args=validate_args
+        )
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real arrays, or vectors whose entries stay within their bounds."""
+        transform = self.model.spec.transform
+        if not isinstance(transform, Bounded) or not (
+            np.isfinite(transform.low).any() or np.isfinite(transform.high).any()
         ):
-            self.model, self.context = model, context
-            batch_shape = () if context is None else context.shape[:-1]
-            super().__init__(
-                batch_shape, tuple(model.spec.flow.event_shape), validate_args=validate_args
-            )
+            if self.event_dim == 1:
+                # Mixtures compare the types of their components' supports.
+                return constraints.real_vector
+            return constraints.independent(constraints.real, self.event_dim)
+        entries = []
+        for low, high in zip(transform.low.tolist(), transform.high.tolist(), strict=True):
+            if math.isfinite(high - low):
+                entries.append(constraints.interval(low, high))
+            elif math.isfinite(low):
+                entries.append(constraints.greater_than(low))
+            else:
+                entries.append(
+                    constraints.less_than(high) if math.isfinite(high) else constraints.real
+                )
+        return constraints.independent(constraints.cat(entries, dim=-1), 1)
 
-        @property
-        def support(self) -> constraints.Constraint:
-            """All real arrays, or vectors whose entries stay within their bounds."""
-            transform = self.model.spec.transform
-            if not isinstance(transform, Bounded) or not (
-                np.isfinite(transform.low).any() or np.isfinite(transform.high).any()
-            ):
-                if self.event_dim == 1:
-                    # Mixtures compare the types of their components' supports.
-                    return constraints.real_vector
-                return constraints.independent(constraints.real, self.event_dim)
-            entries = []
-            for low, high in zip(transform.low.tolist(), transform.high.tolist(), strict=True):
-                if math.isfinite(high - low):
-                    entries.append(constraints.interval(low, high))
-                elif math.isfinite(low):
-                    entries.append(constraints.greater_than(low))
-                else:
-                    entries.append(
-                        constraints.less_than(high) if math.isfinite(high) else constraints.real
-                    )
-            return constraints.independent(constraints.cat(entries, dim=-1), 1)
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        """Samples of the model."""
+        return self.sample_with_intermediates(key, sample_shape)[0]
 
-        def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
-            return self.sample_with_intermediates(key, sample_shape)[0]
+    def sample_with_intermediates(
+        self, key: Any, sample_shape: tuple[int, ...] = ()
+    ) -> tuple[Any, list[Any]]:
+        """Samples, and their log-densities, which `log_prob` then need not compute."""
+        axes, context = (*sample_shape, *self.batch_shape), self.context
+        num = math.prod(axes)
+        if context is not None:
+            context = jnp.broadcast_to(context, (*axes, context.shape[-1])).reshape(num, -1)
+        x, log_prob = _sample_and_log_prob(self.model, typed_key(key), num, context=context)[:2]
+        return x.reshape(*axes, *self.event_shape), [log_prob.reshape(axes)]
 
-        def sample_with_intermediates(
-            self, key: Any, sample_shape: tuple[int, ...] = ()
-        ) -> tuple[Any, list[Any]]:
-            """Samples, and their log-densities, which `log_prob` then need not compute."""
-            axes, context = (*sample_shape, *self.batch_shape), self.context
-            num = math.prod(axes)
-            if context is not None:
-                context = jnp.broadcast_to(context, (*axes, context.shape[-1])).reshape(num, -1)
-            x, log_prob = _sample_and_log_prob(self.model, typed_key(key), num, context=context)[:2]
-            return x.reshape(*axes, *self.event_shape), [log_prob.reshape(axes)]
-
-        @validate_sample
-        def log_prob(self, value: Any, intermediates: list[Any] | None = None) -> Any:
-            if intermediates:
-                return intermediates[0]
-            return _log_prob(self.model, value, context=self.context)
-
-    return DensityDistribution
+    @validate_sample
+    def log_prob(self, value: Any, intermediates: list[Any] | None = None) -> Any:
+        """Log-density, or the one that came with samples."""
+        if intermediates:
+            return intermediates[0]
+        return _log_prob(self.model, value, context=self.context)

@@ -23,6 +23,7 @@ bounds the loss.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -179,9 +180,8 @@ def measure(
     estimator = used.how.estimator or ExactLogdet()
     num_noise = settings.num_dequantisations if spec.is_discrete else 1
     num_probes = 1 if isinstance(estimator, ExactLogdet) else settings.num_probe_draws
-    values = objective(
-        used, examples, settings, seed, contexts, noise=range(num_noise), probes=range(num_probes)
-    )
+    draws = {"num_noise": num_noise, "num_probes": num_probes}
+    values = objective(used, examples, settings, seed, contexts, **draws)
     by_example = values.mean(axis=(1, 2))
     mean, stderr = float(by_example.mean()), float(by_example.std(ddof=1)) / math.sqrt(num)
     (words, cut), truncation_bound = described(estimator), 0.0
@@ -230,8 +230,8 @@ def objective(
     seed: int,
     contexts: Num[np.ndarray, "n k"] | None = None,
     *,
-    noise: range = range(1),
-    probes: range = range(1),
+    num_noise: int = 1,
+    num_probes: int = 1,
     same_probes: bool = False,
 ) -> Float[np.ndarray, "n s p"]:
     """The objective of examples by the model's estimator, for each draw of noise and of probes.
@@ -239,8 +239,8 @@ def objective(
     Every example has its own keys, so its value does not depend on its batch.
 
     Args:
-        noise: Numbers of the draws of noise.
-        probes: Numbers of the draws of probes for each draw of noise.
+        num_noise: Draws of noise.
+        num_probes: Draws of probes for each draw of noise.
         same_probes: Whether all draws of noise use the first one's probes.
     """
 
@@ -250,9 +250,8 @@ def objective(
             model, examples, jax.random.key(seed), settings.batch_size, **options
         )[model.spec.metric]
 
-    return np.moveaxis(
-        np.array([[drawn(s, p) for p in probes] for s in noise], dtype=np.float64), -1, 0
-    )
+    values = [[drawn(s, p) for p in range(num_probes)] for s in range(num_noise)]
+    return np.moveaxis(np.array(values, dtype=np.float64), -1, 0)
 
 
 def importance_bound(
@@ -273,12 +272,11 @@ def importance_bound(
     if 0 < num < len(examples):
         rows = np.linspace(0, len(examples) - 1, num, dtype=int)
         examples, contexts = parallel.rows_of(examples, contexts)(rows)
-    used, noise = with_estimator(model, settings), range(settings.num_importance_draws)
+    used = with_estimator(model, settings)
     is_exact = isinstance(used.how.estimator, ExactLogdet)
-    probes = range(1 if is_exact else max(settings.num_probe_draws, 2))
-    values = objective(
-        used, examples, settings, seed, contexts, noise=noise, probes=probes, same_probes=True
-    )
+    num_probes = 1 if is_exact else max(settings.num_probe_draws, 2)
+    draws: Any = {"num_noise": settings.num_importance_draws, "num_probes": num_probes}
+    values = objective(used, examples, settings, seed, contexts, **draws, same_probes=True)
     return mean_bound(-values / spec.unit_of_a_nat, spec.unit_of_a_nat, spec.unit)
 
 

@@ -73,7 +73,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -
                 axes.plot(steps, values, color=color, marker=marker, markersize=3, label=split)
         axes.axvline(evaluated_step, color=GREY, linewidth=0.8)
         axes.ticklabel_format(axis="y", useOffset=False)
-        label(axes, "step", "", OBJECTIVES.get(name, name.replace("_", " ")))
+        axes.set(xlabel="step", title=OBJECTIVES.get(name, name.replace("_", " ")))
     grid[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -137,8 +137,10 @@ def pairs(points: Mapping[str, Any]) -> "Figure":
                 axes.scatter(x, y, s=2.0, color=color, alpha=0.35, linewidths=0)
                 axes.set_ylim(low[row], high[row])
         axes.set_xlim(low[column], high[column])
-        below, left = row == shown - 1, column == 0 < row
-        label(axes, names[column] if below else "", names[row] if left else "", "")
+        if row == shown - 1:
+            axes.set_xlabel(names[column])
+        if column == 0 < row:
+            axes.set_ylabel(names[row])
     grid[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -153,7 +155,7 @@ def rank_histograms(calibration: Calibration) -> "Figure":
         num = len(test.counts)
         axes.axhspan(*calibration.band(), color=GREY, alpha=0.25, linewidth=0)
         axes.bar((np.arange(num) + 0.5) / num, test.counts, width=0.9 / num, color=BLUE)
-        label(axes, "rank", "", f"{test.name}: p = {test.p_value:.2g}")
+        axes.set(xlabel="rank", title=f"{test.name}: p = {test.p_value:.2g}")
     return figure
 
 
@@ -255,9 +257,3 @@ def panels(
     for axes in grid.flat[num:]:
         axes.set_axis_off()
     return figure, list(grid.flat[:num])
-
-
-def label(axes: "Axes", x: str, y: str, title: str) -> None:
-    """Labels axes and draws their grid."""
-    axes.set(xlabel=x, ylabel=y, title=title, axisbelow=True)
-    axes.grid(alpha=0.2)

@@ -302,12 +302,6 @@ def _misfit(config: Config, data: DataSet) -> str:
         return "crops and flips of config.augmentation are for images that are classified"
     if augmentation.noise and (objective != "density" or data.is_endless):
         return "config.augmentation.noise is for densities of arrays"
-    has_mass = data.marginals is not None and not data.marginals.is_continuous
-    if config.evaluation.num_importance_draws and not (are_levels or has_mass):
-        return (
-            f"config.evaluation.num_importance_draws is for discrete data, and {data.name} is "
-            "continuous"
-        )
     return ""
 
 

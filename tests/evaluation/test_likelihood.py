@@ -94,7 +94,7 @@ def test_in_expectation_it_grows_with_the_draws_and_stays_below_the_probabilitie
     settings = dataclasses.replace(kept.SETTINGS, batch_size=4096, num_importance_draws=DRAWS)
     exactly, images = likelihood.with_estimator(model, settings), np.repeat(ALL, REPEATS, axis=0)
     weights = (
-        -likelihood.objective(exactly, images, settings, 0, noise=range(DRAWS), same_probes=True)
+        -likelihood.objective(exactly, images, settings, 0, num_noise=DRAWS, same_probes=True)
         / spec.unit_of_a_nat
     )
     bounds = {
