@@ -272,7 +272,7 @@ def make_parser() -> Parser:
         command = parsers.add_parser(name, help=text, description=text)
         for option in options.split():
             flag, _, default = option.partition("=")
-            settings = OPTIONS[flag] | ({"default": default} if default else {})
+            settings: Any = OPTIONS[flag] | ({"default": default} if default else {})
             command.add_argument(flag if flag.isupper() else f"--{flag}", **settings)
         command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser

@@ -334,16 +334,16 @@ def _write(name: str, contents: Contents, folder: Path) -> None:
 
 _FORMAT = "array_record"
 _CHUNK = 1024  # images read at once
-_SQUARE, _COLOUR = (28, 28, 1), (32, 32, 3)
+_OF_MNIST, _OF_CIFAR = (28, 28, 1), (32, 32, 3)
 # Shape of an image and number of classes, by name.
 CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {
-    "mnist": (_SQUARE, 10),
-    "fashion_mnist": (_SQUARE, 10),
-    "kmnist": (_SQUARE, 10),
-    "cifar10": (_COLOUR, 10),
-    "cifar100": (_COLOUR, 100),
-    "svhn_cropped": (_COLOUR, 10),
-    "downsampled_imagenet/32x32": (_COLOUR, None),
+    "mnist": (_OF_MNIST, 10),
+    "fashion_mnist": (_OF_MNIST, 10),
+    "kmnist": (_OF_MNIST, 10),
+    "cifar10": (_OF_CIFAR, 10),
+    "cifar100": (_OF_CIFAR, 100),
+    "svhn_cropped": (_OF_CIFAR, 10),
+    "downsampled_imagenet/32x32": (_OF_CIFAR, None),
     "downsampled_imagenet/64x64": ((64, 64, 3), None),
 }
 _NUM_STAND_INS = 256

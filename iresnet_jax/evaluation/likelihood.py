@@ -180,7 +180,7 @@ def measure(
     estimator = used.how.estimator or ExactLogdet()
     num_noise = settings.num_dequantisations if spec.is_discrete else 1
     num_probes = 1 if isinstance(estimator, ExactLogdet) else settings.num_probe_draws
-    draws = {"num_noise": num_noise, "num_probes": num_probes}
+    draws: Any = {"num_noise": num_noise, "num_probes": num_probes}
     values = objective(used, examples, settings, seed, contexts, **draws)
     by_example = values.mean(axis=(1, 2))
     mean, stderr = float(by_example.mean()), float(by_example.std(ddof=1)) / math.sqrt(num)
