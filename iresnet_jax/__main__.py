@@ -6,7 +6,6 @@ first paragraph of its docstring is its help.
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -174,8 +173,7 @@ def plan(arguments: argparse.Namespace) -> bool:
     # The compiler for TPUs compiles without running anything.
     jax.config.update("jax_platforms", "cpu")
     config = parse_train_flags(["python -m iresnet_jax plan", *arguments.flags]).config
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    made = plans.make(config, plans.machine(arguments.topology), say=say)
+    made = plans.make(config, plans.machine(arguments.topology))
     _say(made)
     return made.problem is None
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -80,9 +80,8 @@ class TrainingTimes:
     total_seconds: float | None = None
 
     @classmethod
-    def from_metrics(cls, records: Iterable[Mapping[str, Any]], steps: int) -> "TrainingTimes":
+    def from_metrics(cls, records: Sequence[Mapping[str, Any]], steps: int) -> "TrainingTimes":
         """Times of a run from the records of its metrics."""
-        records = list(records)
 
         def logged(name: str) -> list[float]:
             return [record[name] for record in records if name in record]

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -35,18 +36,7 @@ LOST = 75
 FAILED = 2  # exit status
 LONGEST = 600  # characters of a message
 _LAST_WORDS_S = 3.0  # time for other failing processes to report before process 0 ends them
-_TRANSPORTS = (
-    "Gloo",
-    "NCCL",
-    "RCCL",
-    "collective",
-    "coordination service",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-)
-# Variables with the number of processes, in schedulers that JAX detects.
-_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_POD, _SHARED_PODS = "KUBERNETES_SERVICE_HOST", ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
+_TRANSPORTS = "Gloo|NCCL|RCCL|collective|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED"
 
 
 def initialize(
@@ -91,10 +81,12 @@ def initialize(
 
 def _is_single() -> bool:
     """Whether a scheduler has started only this process, with all devices of its host."""
-    counts = [os.environ[name] for name in _COUNTS if name in os.environ]
-    if counts:
-        return counts[0] == "1"
-    return _POD in os.environ and not any(name in os.environ for name in _SHARED_PODS)
+    # Variables of schedulers that JAX detects: numbers of processes, and those of Kubernetes.
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return os.environ[name] == "1"
+    is_shared = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
+    return "KUBERNETES_SERVICE_HOST" in os.environ and not is_shared
 
 
 def is_shared() -> bool:
@@ -133,7 +125,7 @@ def ending_together() -> Iterator[None]:
         if not is_shared():
             raise
         reason = " ".join(str(error).split())
-        is_lost = any(sign in reason for sign in _TRANSPORTS)
+        is_lost = re.search(_TRANSPORTS, reason)
         if not isinstance(error, parallel.FAILURES):
             traceback.print_exc()
         elif is_lost:

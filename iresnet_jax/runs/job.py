@@ -46,7 +46,7 @@ from iresnet_jax.runs.config import (
 from iresnet_jax.runs.metrics import Bar, Metrics
 from iresnet_jax.storage import path_of
 from iresnet_jax.training import classification, parallel
-from iresnet_jax.training.callbacks import Callback, Stop, TimeLimit
+from iresnet_jax.training.callbacks import Callback, Progress, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.run import Objective
@@ -189,8 +189,7 @@ def train(
     hosts.agree_on("run", {"config": to_plain(config), "data": about})
 
     def begin():  # runs in process 0, whose model the others receive
-        trained_run.check_belongs_to(folder, config)
-        spec = trained_run.model_of_run(folder, data) or model_spec(config, data)
+        spec = trained_run.begun(folder, config, data) or model_spec(config, data)
         return tagged(spec), bool(Store(folder).steps())
 
     plain, has_begun = parallel.from_first(begin)
@@ -201,7 +200,8 @@ def train(
     _logger.info("%d parameters on %s", num_parameters(free.params), platforms.device_summary())
     claim = lambda _: trained_run.claimed(folder, config, job.spec, data)  # noqa: E731
     watching = [
-        *(Checkpoints(folder, claim), Metrics(folder), Stop(raises=True), Bar()),
+        *(Checkpoints(folder, claim), Metrics(folder), Stop(raises=True)),
+        *(Bar(), Progress(_logger.info)),
         TimeLimit(config.training.minutes, began=began),
         *callbacks,
     ]

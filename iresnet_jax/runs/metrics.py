@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 
 from iresnet_jax.storage import growing, replacing
 from iresnet_jax.training import parallel
-from iresnet_jax.training.callbacks import Callback, Progress
+from iresnet_jax.training.callbacks import Callback
 from iresnet_jax.training.run import Run
-
-_logger = logging.getLogger(__name__)
 
 FILENAME = "metrics.jsonl"
 _RESERVED = ("step", "split", "wall_time_s")
@@ -121,31 +118,23 @@ class Metrics(Callback):
 
 class Bar(Callback):
     """A progress bar with the newest measurements, the time of a step and the time left, if stderr
-    is a terminal; and a line of the log at each validation.
+    is a terminal.
     """
 
     order = 80
-
-    def __init__(self):
-        self._lines = Progress(lambda line: _logger.info("%s", line))
 
     @contextlib.contextmanager
     def during(self, run: Run) -> Iterator[None]:
         """Shows the bar."""
         from tqdm import tqdm  # late: it takes longer than the rest of this module
 
-        layout = (
-            "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
-            "{rate_fmt}{postfix}]"
-        )
         disable = None if parallel.is_first() else True  # None disables it without a terminal
-        options = {"unit": "step", "bar_format": layout, "disable": disable, "dynamic_ncols": True}
+        options = {"unit": "step", "disable": disable, "dynamic_ncols": True}
         with tqdm(total=run.horizon, initial=run.step, **options) as self._bar:
             yield
 
     def after_step(self, run: Run) -> None:
         """Moves the bar once results of the step are on the host."""
-        self._lines.after_step(run)
         if run.logged_at != run.step:
             return
         name = run.objective.name

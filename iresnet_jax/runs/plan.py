@@ -7,9 +7,9 @@ device's share is only lowered, as their compiler needs the GPU.
 """
 
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,23 +123,17 @@ def data_for(config: Config) -> DataSet:
     return conditioned_on_labels(data) if config.data.condition_on_labels else data
 
 
-def make(config: Config, on: Machine, *, say: Callable[[str], None] = print) -> Plan:
-    """Compiles the training step of a config for a machine and returns its needs.
-
-    Args:
-        config: All settings.
-        on: The machine, from `machine`.
-        say: Called with a line of progress; the compilation may take minutes.
+def make(config: Config, on: Machine) -> Plan:
+    """Compiles the training step of a config for a machine, which may take minutes, and returns
+    its needs.
     """
     began, batch_size = time.monotonic(), config.training.batch_size
     check_batch_size(batch_size, config.training.num_parts, None, on.num_devices)
     lowered, num_params, argument_bytes = lower(config, on, data_for(config))
     temporary_bytes, problem = None, None
     if on.platform == "tpu":
-        say(
-            f"compiling a step of {batch_size} examples for {on.topology}: a deep model takes "
-            "minutes"
-        )
+        what = f"a step of {batch_size} examples for {on.topology}"
+        print(f"compiling {what}: a deep model takes minutes", file=sys.stderr, flush=True)
         try:
             # JAX's cache on disk cannot read programs for absent devices.
             with warnings.catch_warnings():

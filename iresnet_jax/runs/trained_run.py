@@ -48,12 +48,20 @@ WAYS_TO_COMPUTE = ("num_parts", "rematerialize", "blocks")
 # --- while it trains ------------------------------------------------------------------------------
 
 
-def check_belongs_to(folder: Path, config: Config) -> None:
-    """Raises ``ValueError`` if the folder holds a run with another config; the message names the
-    first difference that matters.
+def read_model(folder: Path) -> tuple[Spec, str]:
+    """The model of a run without its weights, and the fingerprint of its data."""
+    return _read(
+        folder / MODEL_FILE,
+        lambda plain: (spec_of(plain["model"]), str(plain["data"]["fingerprint"])),
+    )
+
+
+def begun(folder: Path, config: Config, data: DataSet) -> Spec | None:
+    """The model of the run that has begun in this folder, or None; raises ``ValueError`` if it is
+    one with another config, naming the first difference that matters, or on other data.
     """
-    if not has_run(folder):
-        return
+    if not (folder / CONFIG_FILE).exists():
+        return None
     theirs = read_config(folder)
     ways = {name: getattr(theirs.training, name) for name in WAYS_TO_COMPUTE}
     ours = replace(config, training=replace(config.training, **ways))
@@ -63,25 +71,6 @@ def check_belongs_to(folder: Path, config: Config) -> None:
             f"with other settings or for longer, give another --workdir and "
             f"--config.training.initial_model={folder}"
         )
-
-
-def has_run(folder: Path) -> bool:
-    """Whether a run has begun in this folder."""
-    return (folder / CONFIG_FILE).exists()
-
-
-def read_model(folder: Path) -> tuple[Spec, str]:
-    """The model of a run without its weights, and the fingerprint of its data."""
-    return _read(
-        folder / MODEL_FILE,
-        lambda plain: (spec_of(plain["model"]), str(plain["data"]["fingerprint"])),
-    )
-
-
-def model_of_run(folder: Path, data: DataSet) -> Spec | None:
-    """The model that the run in this folder began with; None for a folder without a run."""
-    if not has_run(folder):
-        return None
     spec, fingerprint = read_model(folder)
     if fingerprint != data.fingerprint:
         raise ValueError(
@@ -98,9 +87,7 @@ def claimed(
 ) -> Iterator[Callable[[], None]]:
     """`checkpoints.alone` in the folder, which holds settings and model."""
     with alone(folder) as check:
-        if has_run(folder):
-            check_belongs_to(folder, config)  # a run may have begun since the last check
-        else:
+        if begun(folder, config, data) is None:  # it may have begun since the last check
             about = {"name": data.name, "fingerprint": data.fingerprint}
             model = {"model": tagged(spec), "data": about}
             # The model is written first: only a folder with a config holds a run, and a model
@@ -246,15 +233,12 @@ def load(folder: str | os.PathLike[str]) -> Run:
         >>> run = load("runs/digits_density")  # doctest: +SKIP
         >>> samples, info = run.model.sample(jax.random.key(0), 64)  # doctest: +SKIP
     """
-    folder = path_of(folder)
+    folder, config = path_of(folder), read_config(folder)
+    prepare_backend(config.training.matmul_precision)
     if _is_model_alone(folder):
         model, about = saved.read(folder / FILE_NAME)
-        config, fingerprint, step = _parsed(folder / FILE_NAME, about)
-        prepare_backend(config.training.matmul_precision)
         model = model.with_(solver=config.evaluation.solver())
-        return Run(folder, model, config, fingerprint, step)
-    config = read_config(folder)
-    prepare_backend(config.training.matmul_precision)
+        return Run(folder, model, config, about["fingerprint"], about["step"])
     spec, fingerprint = read_model(folder)
     state = abstract_state(spec, make_optimizer(config.optimizer))
     best = Store(folder).restore(state, best=True)
@@ -276,10 +260,15 @@ def load(folder: str | os.PathLike[str]) -> Run:
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
     """Reads the settings of a folder, with the errors of `load`; no device starts."""
-    folder = path_of(folder)
-    if not _is_model_alone(folder):
-        return _read(folder / CONFIG_FILE, parse)
-    return _parsed(folder / FILE_NAME, saved.read_about(folder / FILE_NAME))[0]
+    path = path_of(folder) / FILE_NAME
+    if not _is_model_alone(path.parent):
+        return _read(path.with_name(CONFIG_FILE), parse)
+    try:
+        return parse(saved.read_about(path)["config"])
+    except KeyError:
+        raise ValueError(
+            f"{path} says nothing of a training: iresnet_jax.load reads the model alone"
+        ) from None
 
 
 def _is_model_alone(folder: Path) -> bool:
@@ -300,14 +289,3 @@ def save(run: Run, path: str | os.PathLike[str] | None = None) -> Path:
         "step": run.step,
     }
     return run.model.save(run.folder / FILE_NAME if path is None else path, about)
-
-
-def _parsed(path: Path, about: dict[str, Any]) -> tuple[Config, str, int]:
-    """Settings, fingerprint of the data and step that `save` wrote beside a model."""
-    try:
-        return parse(about["config"]), str(about["fingerprint"]), int(about["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} says nothing of a training in this version ({error}): iresnet_jax.load reads "
-            "the model alone"
-        ) from None
