@@ -145,9 +145,10 @@ class DataSet:
             key = jax.random.fold_in(jax.random.key(seed), 2**31 + stream)
             return Arrays(np.asarray(self._drawn(key, num)))
         found = self.part(split)
-        if split != "validation" or num is None:
+        if split != "validation" or num is None or num >= len(found.x):
             return found.take(slice(num))
-        return found.take(some_rows(len(found.x), num))
+        rows = np.random.default_rng(0).choice(len(found.x), num, replace=False)
+        return found.take(np.sort(rows))
 
     def random_train(self, key: PRNGKeyArray, num: int) -> Arrays:
         """Draws up to ``num`` distinct training examples, to initialise a model."""
@@ -235,10 +236,3 @@ def by_digest(num: int, salt: str = _SALT) -> Int[np.ndarray, " n"]:
     """
     digests = [hashlib.sha256(f"{salt}:{index}".encode()).digest() for index in range(num)]
     return np.array(sorted(range(num), key=digests.__getitem__), int)
-
-
-def some_rows(num: int, most: int) -> Int[np.ndarray, " _"]:
-    """Sorted places of at most ``most`` of ``num`` rows, drawn at random: files may be sorted, or
-    periodic.
-    """
-    return np.sort(np.random.default_rng(0).choice(num, min(num, most), replace=False))

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from iresnet_jax.data.arrays import Arrays, from_arrays
-from iresnet_jax.data.dataset import SPLITS, DataSet, Splits, by_digest, validation_mask
+from iresnet_jax.data.dataset import SPLITS, DataSet, by_digest, validation_mask
 from iresnet_jax.storage import locked, user_folder
 
 _log = logging.getLogger(__name__)
@@ -346,7 +346,6 @@ CUSTOMARY: dict[str, tuple[tuple[int, int, int], int | None]] = {
     "downsampled_imagenet/32x32": (_OF_CIFAR, None),
     "downsampled_imagenet/64x64": ((64, 64, 3), None),
 }
-_NUM_STAND_INS = 256
 
 
 def load_tfds(name: str) -> DataSet | None:
@@ -372,21 +371,6 @@ def load_tfds(name: str) -> DataSet | None:
         path for path in folder.iterdir() if path.suffix == ".json" or f".{_FORMAT}-" in path.name
     ]
     return decoded(name, folder, files, lambda: _contents(name, folder))
-
-
-def stand_in(name: str) -> DataSet | None:
-    """Random images with the shape and the classes of a customary data set, as a stand-in; None for
-    another name.
-    """
-    if name not in CUSTOMARY:
-        return None
-    shape, num_classes = CUSTOMARY[name]
-    drawn = np.random.default_rng(0).integers(0, 256, (_NUM_STAND_INS, *shape), np.uint8)
-    examples: Splits = dict.fromkeys(("train", "validation", "test"), drawn)
-    labels: Splits = {}
-    if num_classes is not None:
-        labels = dict.fromkeys(examples, np.arange(_NUM_STAND_INS, dtype=np.int32) % num_classes)
-    return DataSet(name, examples, labels, num_levels=256, num_classes=num_classes)
 
 
 def _find(root: Path, name: str) -> Path | None:
