@@ -20,7 +20,7 @@ from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.columns import Column
 
 Splits = dict[str, Shaped[np.ndarray, "_ ..."]]
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 # The salt defines the split: changing it invalidates every reported number.
 _SALT = "iresnet_jax/validation"
 _MOST_VALIDATION = 5000
