@@ -127,7 +127,7 @@ def main():
         "invertible": accuracies(own, radius),
         "attacks_within_own_radius": {"num": len(margins), "broken": int((margins < 0).sum())},
         "inverse": asdict(
-            reconstruct(model, images, size, config.seed, num_certified=NUM_CERTIFIED).summary
+            reconstruct(model, images, size, config.seed, num_certified=NUM_CERTIFIED)[2]
         ),
     }
     if arguments.twin:

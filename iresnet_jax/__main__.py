@@ -94,15 +94,13 @@ def reconstruct(run: Run, arguments: argparse.Namespace) -> bool:
     run = run.with_data_checked()
     test, size = run.test_data(arguments.num), run.config.evaluation.batch_size
     num = _num_certified(arguments, run.model.spec.flow)
-    result = round_trips.reconstruct(
+    originals, back, result = round_trips.reconstruct(
         run.model, test.x, size, run.config.seed, contexts=test.context, num_certified=num
     )
-    figure = reconstructions(result.originals, result.reconstructions)
-    lines = [*run.notes, result.summary]
-    if figure is not None:
-        lines.append(f"written: {write_png(figure, run.folder / 'reconstructions.png')}")
-    _say(*lines)
-    return result.summary.fraction_converged == 1
+    _say(*run.notes, result)
+    if figure := reconstructions(originals, back):
+        _say(f"written: {write_png(figure, run.folder / 'reconstructions.png')}")
+    return result.fraction_converged == 1
 
 
 def _num_certified(arguments: argparse.Namespace, flow: FlowSpec) -> int | None:

@@ -221,8 +221,7 @@ def data_of(
         )
         for name, given in {"x": x, "labels": labels, "context": context}.items():
             check_unmasked(given, name)
-        others = (None if given is None else np.asarray(given) for given in (labels, context))
-        return Arrays(np.asarray(x), *others)
+        return Arrays(np.asarray(x), labels, context)
 
     arrays = in_memory(x, labels, context)
     is_table = is_density and arrays.x.ndim == 2

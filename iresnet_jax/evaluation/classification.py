@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from iresnet_jax import certification as certify
@@ -298,25 +299,22 @@ def _descend(state: Any, batch: Any) -> Float[Array, " b"]:
 
     def along(directions, lengths):  # scales each example's direction to a Euclidean norm
         norms = jnp.maximum(example_norm(directions), jnp.finfo(directions.dtype).tiny)
-        return directions * (lengths / norms).reshape(-1, 1, 1, 1), norms
+        return directions * (lengths / norms).reshape(-1, 1, 1, 1)
 
     def into_ball(x):
-        moves = x - pixels
-        inside, norms = along(moves, radii)
-        return jnp.clip(
-            pixels + jnp.where((norms > radii).reshape(-1, 1, 1, 1), inside, moves), 0, 1
-        )
+        moves = jax.vmap(optax.projections.projection_l2_ball)(x - pixels, radii)
+        return jnp.clip(pixels + moves, 0, 1)
 
     def descend(start, least):
         draws = jax.vmap(
             lambda key: jax.random.normal(jax.random.fold_in(key, start), pixels.shape[1:])
         )(keys)
-        first = into_ball(pixels + along(draws, radii)[0])
+        first = into_ball(pixels + along(draws, radii))
 
         def step(_, state):
             x, least = state
             slopes, margins = jax.grad(summed, has_aux=True)(x)
-            x = into_ball(x - along(slopes, 2.5 * radii / num_steps)[0])
+            x = into_ball(x - along(slopes, 2.5 * radii / num_steps))
             return x, jnp.minimum(least, margins)
 
         x, least = jax.lax.fori_loop(0, num_steps, step, (first, least))

@@ -62,7 +62,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], evaluated_step: int) -
         evaluated_step: Step of the evaluated checkpoint, a vertical line.
     """
     logged = {name for record in records for name in record} - {"step", "split", "wall_time_s"}
-    names = [*(name for name in OBJECTIVES if name in logged), *sorted(logged - {*OBJECTIVES})]
+    names = sorted(logged, key=lambda name: (name not in OBJECTIVES, name))
     styles = {"train": (BLUE, ""), "validation": (ORANGE, "o")}
     figure, grid = panels(len(names), columns=4, height=1.9)
     for axes, name in zip(grid, names, strict=True):
@@ -131,8 +131,8 @@ def pairs(points: Mapping[str, Any]) -> "Figure":
         for (name, values), color in zip(points.items(), (BLUE, ORANGE), strict=False):
             x, y = values[:, column], values[:, row]
             if row == column:
-                bins = np.linspace(low[row], high[row], 41).tolist()
-                axes.hist(x, bins=bins, density=True, histtype="step", color=color, label=name)
+                how: Any = {"bins": 40, "range": (low[row], high[row]), "density": True}
+                axes.hist(x, **how, histtype="step", color=color, label=name)
             else:
                 axes.scatter(x, y, s=2.0, color=color, alpha=0.35, linewidths=0)
                 axes.set_ylim(low[row], high[row])
@@ -168,7 +168,7 @@ def gains(values: Float[np.ndarray, "n d"], rows: Sequence[str], names: Sequence
     figure, [axes] = panels(1, 1, 1.2 + 0.22 * len(rows), width=width)
     drawn = axes.imshow(np.maximum(values[:, shown], 0), cmap="Blues", aspect="auto", vmin=0)
     figure.colorbar(drawn, ax=axes, label="gain [nats]")
-    ticks = [str(names[i]) for i in shown.tolist()]
+    ticks = np.array(names)[shown].tolist()
     axes.set_xticks(range(len(shown)), ticks, rotation=45, ha="right", size=8)
     axes.set_yticks(range(len(rows)), rows, size=8)
     return figure

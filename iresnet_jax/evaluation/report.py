@@ -337,13 +337,13 @@ def _inverse(run: Run, figures: Figures) -> Results:
     # The solver of blocks that are no contractions runs to its cap.
     test = run.test_data(round_trips.NUM_EXAMPLES if certificate.max_block < 1 else 64)
     num, size = round_trips.affordable(model.spec.flow, CERTIFY_S), run.config.evaluation.batch_size
-    result = round_trips.reconstruct(
+    originals, back, result = round_trips.reconstruct(
         model, test.x, size, run.config.seed, contexts=test.context, num_certified=num
     )
-    if shown := plots.reconstructions(result.originals, result.reconstructions):
+    if shown := plots.reconstructions(originals, back):
         figures["inverse"] = {"Test images and what came back": shown}
     of_noise = model.noise_certificate() if isinstance(model, Density) else None
-    return {"inverse": result.summary, "lipschitz": certificate, "noise_lipschitz": of_noise}
+    return {"inverse": result, "lipschitz": certificate, "noise_lipschitz": of_noise}
 
 
 # --- the page -------------------------------------------------------------------------------------

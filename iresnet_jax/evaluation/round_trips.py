@@ -8,7 +8,7 @@ error may be larger.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jaxtyping import Float, Num
 
 from iresnet_jax.certification.decode import certified
 from iresnet_jax.certification.prepared import check
-from iresnet_jax.maths import activations
 from iresnet_jax.maths.fixed_point import example_norm
 from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.architecture import FlowSpec
@@ -54,7 +53,7 @@ class Guarantee:
             latents, in the units of the flow's input; None if it is not known.
         fraction_certain: Fraction of the discrete entries whose level, or value with a cell, is
             guaranteed; None without discrete entries.
-        reason: Why the theorem did not apply, or nothing was certified; empty if it applied to all.
+        reason: Why nothing was certified; empty if something was.
     """
 
     num_examples: int = 0
@@ -69,10 +68,10 @@ class Guarantee:
         if not self.num_examples:
             return f"guaranteed error of the inverse: none, {self.reason}"
         how = "by the bounds of the blocks, which multiply"
-        if self.num_applied:
+        if self.num_applied == self.num_examples:
             how = "by the theorem for the whole flow"
-        how += f" for {self.num_applied}" if 0 < self.num_applied < self.num_examples else ""
-        how += f" ({self.reason})" if self.reason else ""
+        elif self.num_applied:
+            how = f"by the theorem for the whole flow for {self.num_applied} of them, else {how}"
         certain = ""
         if self.fraction_certain is not None:
             certain = f"; {100 * self.fraction_certain:.4g} % of the levels are certain"
@@ -185,14 +184,6 @@ class Inversion(RoundTrips):
         return found
 
 
-class Reconstructions(NamedTuple):
-    """Examples as continuous data, images in [0, 1] or points; their round trips; the summary."""
-
-    originals: Float[np.ndarray, "n ..."]
-    reconstructions: Float[np.ndarray, "n ..."]
-    summary: Inversion
-
-
 def reconstruct(
     model: Density | Classifier,
     examples: Num[np.ndarray, "n ..."],
@@ -201,7 +192,7 @@ def reconstruct(
     *,
     contexts: Num[np.ndarray, "n k"] | None = None,
     num_certified: int | None = None,
-) -> Reconstructions:
+) -> tuple[np.ndarray, np.ndarray, Inversion]:
     """Encodes examples and inverts their latents on all devices, in the precision of training and
     in float64.
 
@@ -211,6 +202,9 @@ def reconstruct(
         contexts: Context of each example, for a conditional density.
         num_certified: Number of first examples whose inverse `certify.inverse` certifies; 0 means
             that one takes too long, None that it was not requested.
+
+    Returns:
+        The examples as continuous data, images in [0, 1] or points; what came back; the summary.
     """
     key = jax.random.key(seed)
 
@@ -233,7 +227,7 @@ def reconstruct(
     others = {"num_examples": len(examples), "refined": refined, "guarantee": found}
     others["max_data_error"] = float(np.abs(info.continuous - originals).max())
     summary = Inversion.of(there, info.flow_input, of_flow, num_blocks, **others)
-    return Reconstructions(originals, info.continuous, summary)
+    return originals, info.continuous, summary
 
 
 def _there_and_back(own, batch):
@@ -378,17 +372,12 @@ def bound_inverses(
         return Guarantee(
             reason=f"an example would take about {minutes:.0f} min, see certify.inverse"
         )
-    latents, data, info = jax.tree.map(lambda values: values[:num], (latents, data, info))
-    given = None if contexts is None else contexts[: len(latents)]
+    latents, data, info, given = jax.tree.map(
+        lambda values: values[:num], (latents, data, info, contexts)
+    )
     found = certified(model, latents, data, info, context=given)
-    own, certain, reason = found.certificate, found.certain, ""
+    own, certain = found.certificate, found.certain
     errors = np.asarray(info.flow_input) - own.refined
-    if not np.all(own.applied):
-        names = {stage.activation for stage in model.spec.flow.stages}
-        jumping = sorted(name for name in names if activations.get(name).slope_lipschitz is None)
-        reason = "for the others the bounds of the blocks multiply"
-        if jumping:
-            reason = f"slopes of {', '.join(jumping)} jump"
     if certain is not None:
         cells = model.spec.cells if isinstance(model, Density) else None
         if cells is not None:  # of the entries that have levels, or values with cells
@@ -401,5 +390,4 @@ def bound_inverses(
         max_data_bound=float(np.max(found.error_bound)),
         max_error=float(np.linalg.norm(errors.reshape(len(errors), -1), axis=1).max()),
         fraction_certain=certain,
-        reason=reason,
     )

@@ -46,10 +46,11 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
 
 def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
     points = np.asarray(jax.random.normal(jax.random.key(0), (3, 2)))
-    result = reconstruct(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), points, 2, 0)
-    assert "NOT INVERTED; 0 of 3" in str(result.summary)
-    assert "did not converge for 100 % of the examples" in str(result.summary)
-    _, convergence = draw(kept.model(kept.POINTS).with_(solver=Solver(max_evals=1)), 3, 2)
+    model = kept.model(kept.POINTS).with_(solver=Solver(max_evals=1))
+    *_, summary = reconstruct(model, points, 2, 0)
+    assert "NOT INVERTED; 0 of 3" in str(summary)
+    assert "did not converge for 100 % of the examples" in str(summary)
+    _, convergence = draw(model, 3, 2)
     assert convergence.failed == (0, 1, 2)
 
 
