@@ -135,13 +135,9 @@ def _by_split(
 
 def _check_channels(images: np.ndarray) -> None:
     """Raises ``ValueError`` if continuous images have a channel without a density."""
-    for channel in range(images.shape[-1]):
-        values = np.asarray(images[..., channel]).reshape(-1)
-        check_told_apart(
-            values[:, None],
-            images.dtype,
-            lambda _, channel=channel: f"channel {channel} of the images",
-        )
+    pixels = images.reshape(-1, images.shape[-1])
+    check_told_apart(pixels, images.dtype, "channel {} of the images".format)
+    for channel, values in enumerate(pixels.T):
         distinct, counts = np.unique(values, return_counts=True)
         is_coarse = len(distinct) <= 256 and len(values) >= 1000
         if len(distinct) < 2 or is_coarse or counts.max() > len(values) / 4:
