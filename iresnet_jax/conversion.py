@@ -78,7 +78,7 @@ def convert(
     arrays = Arrays(weights)
     spec, parts = script.reader(arrays, options)
     arrays.check(architecture)
-    return model_of(spec, parts)
+    return model_of(spec, jax.tree.map(lambda array: jnp.asarray(array, float), parts))
 
 
 # The command --------------------------------------------------------------------------------------
@@ -174,27 +174,23 @@ def read_i_resnet(
     if is_density:
         arrays.ignore("bn1.", "logits.")
         mean, log_std = (
-            jnp.asarray(arrays.take(name, flow.num_dims)[latents], float)
-            for name in ("prior_mu", "prior_logstd")
+            arrays.take(name, flow.num_dims)[latents] for name in ("prior_mu", "prior_logstd")
         )
         spec = DensitySpec(flow, transform=Center(), num_levels=256)
         return spec, {"params": params, "prior": Gaussian(mean, log_std), "network": {}}
     arrays.ignore("prior_")
     width = stages.num_channels
     num_classes = arrays.size("logits.weight") // width
-
-    def of_norm(name: str) -> jax.Array:
-        return jnp.asarray(arrays.take(f"bn1.{name}", width), float)
-
-    kernel = arrays.take("logits.weight", num_classes, width).T
-    head = {
-        "norm": {"scale": of_norm("weight"), "bias": of_norm("bias")},
-        "linear": {
-            "kernel": jnp.asarray(kernel, float),
-            "bias": jnp.asarray(arrays.take("logits.bias", num_classes), float),
-        },
+    scale, bias, running_mean, running_var = (
+        arrays.take(f"bn1.{name}", width)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    linear = {
+        "kernel": arrays.take("logits.weight", num_classes, width).T,
+        "bias": arrays.take("logits.bias", num_classes),
     }
-    statistics = {"head": {"mean": of_norm("running_mean"), "var": of_norm("running_var")}}
+    head = {"norm": {"scale": scale, "bias": bias}, "linear": linear}
+    statistics = {"head": {"mean": running_mean, "var": running_var}}
     mean, std = MOMENTS[options.dataset]
     spec = ClassifierSpec(
         flow, (side, side, 3), num_classes, pad_channels=options.inj_pad, mean=mean, std=std

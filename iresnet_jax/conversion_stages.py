@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -222,14 +222,9 @@ class Stages:
         stages, params = [], {}
         for i, (spec, blocks) in enumerate(zip(self._specs, self._blocks, strict=True)):
             stages.append(StageSpec(num_blocks=len(blocks), actnorm=self._has_actnorm, **spec))
-            stacked = {
-                name: {
-                    key: jnp.asarray(np.stack([block[name][key] for block in blocks]), float)
-                    for key in layer
-                }
-                for name, layer in blocks[0].items()
+            params[f"stage{i}"] = {
+                "blocks": jax.tree.map(lambda *arrays: np.stack(arrays), *blocks)
             }
-            params[f"stage{i}"] = {"blocks": stacked}
         return tuple(stages), params, np.concatenate(self._latents)
 
     @property
