@@ -81,12 +81,10 @@ class Job(NamedTuple):
         """The job of a config; by default settings and data determine the model."""
         spec = model_spec(config, data) if spec is None else spec
         objective = _objective(config, data, spec)
-        if data.is_endless:
-            examples = None
-        elif config.objective == "density":
-            examples = data.examples["train"], data.contexts.get("train")
-        else:
-            examples = data.examples["train"], data.labels["train"]
+        examples = None
+        if not data.is_endless:
+            x, labels, context = data.part("train")
+            examples = (x, context) if config.objective == "density" else (x, labels)
         return cls(config, spec, objective, examples, data)
 
     @property
