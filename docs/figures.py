@@ -596,11 +596,9 @@ def loosest_block(num_examples: int) -> tuple[str, Branch, Array]:
         (model.weights, model.preprocess(data.load("digits").examples["test"][:num_examples])),
     )
     inputs = jax.jit(branch_inputs, static_argnums=0)(model.spec.flow, weights, x)
-    return (
-        f"{name}/block{k:02d}",
-        jax.tree.map(lambda leaf: leaf[k], weights[name].branch),
-        inputs[name][k],
-    )
+    branch = jax.tree.map(lambda leaf: leaf[k], weights[name].branch)
+    branch = dataclasses.replace(branch, lipschitz_bound=jnp.asarray(bounds[name, k]))
+    return f"{name}/block{k:02d}", branch, inputs[name][k]
 
 
 def in_float64(leaf: Any) -> Array:

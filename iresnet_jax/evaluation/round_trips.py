@@ -155,9 +155,9 @@ class Inversion(RoundTrips):
         found = self.guarantee
         if not found or not math.isfinite(found.max_data_bound):
             return line
-        first = f"the inverses of the first {found.num_examples} examples"
+        latents = f"decoding the latents of the first {found.num_examples} examples"
         bound = said_up(found.max_data_bound, 2)
-        return f"{line}\nguaranteed: {first} err by at most {bound}, Euclidean"
+        return f"{line}\nguaranteed: {latents} errs by at most {bound}, Euclidean"
 
     def __str__(self) -> str:
         line = (

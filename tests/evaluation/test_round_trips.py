@@ -39,7 +39,7 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
     assert 0 < found.max_data_bound < 1e-4
     assert summary.max_data_error == np.abs(reconstructions - originals).max()
     assert f"largest error {summary.max_data_error:.2g} in the units" in summary.headline
-    assert "guaranteed: the inverses of the first 12 examples err by" in summary.headline
+    assert "decoding the latents of the first 12 examples errs by" in summary.headline
     assert found.fraction_certain > 0.9
     assert "of 12 examples by the theorem for the whole flow" in str(summary)
 
