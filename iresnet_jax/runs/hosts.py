@@ -94,21 +94,15 @@ def is_shared() -> bool:
     return jax.distributed.is_initialized()
 
 
-def agree_on(name: str, value: Any) -> None:
-    """Raises a ValueError in all processes if JSON data that must be the same differ between them.
-
-    Args:
-        name: Name of the data, for the message.
-        value: The data in this process.
-    """
+def agree_on(value: Any) -> None:
+    """Raises a ValueError in all processes if JSON data of a run differ between them."""
     if jax.process_count() == 1:
         return
     first, *others = map(json.loads, parallel.texts_of_all(json.dumps(value)))
     for process, other in enumerate(others, start=1):
-        if difference := first_difference(
-            other, first, name, (f"in process {process}", "in process 0")
-        ):
-            raise ValueError(f"all processes need the same {name}: {difference}")
+        where = f"in process {process}", "in process 0"
+        if difference := first_difference(other, first, "run", where):
+            raise ValueError(f"all processes need the same run: {difference}")
 
 
 @contextlib.contextmanager

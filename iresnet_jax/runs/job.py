@@ -46,7 +46,7 @@ from iresnet_jax.runs.config import (
 from iresnet_jax.runs.metrics import Bar, Metrics
 from iresnet_jax.storage import path_of
 from iresnet_jax.training import classification, parallel
-from iresnet_jax.training.callbacks import Callback, Progress, Stop, TimeLimit
+from iresnet_jax.training.callbacks import Progress, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.run import Objective
@@ -154,9 +154,7 @@ class Job(NamedTuple):
         return free.with_(how=self.how, **variables)
 
 
-def train(
-    config: Config, workdir: str | os.PathLike[str], *, callbacks: tuple[Callback, ...] = ()
-) -> Any:
+def train(config: Config, workdir: str | os.PathLike[str]) -> Any:
     """Trains the model of a config in a folder, or goes on from its newest checkpoint.
 
     A folder belongs to one config.
@@ -164,7 +162,6 @@ def train(
     Args:
         config: All settings, from `config.parse`.
         workdir: Folder of the run: config, model, metrics, checkpoints.
-        callbacks: Further callbacks.
 
     Returns:
         The best model, certified.
@@ -184,7 +181,7 @@ def train(
             "test or, where there are no splits, set data.test_fraction"
         )
     about = {"name": data.name, "fingerprint": data.fingerprint}
-    hosts.agree_on("run", {"config": to_plain(config), "data": about})
+    hosts.agree_on({"config": to_plain(config), "data": about})
 
     def begin():  # runs in process 0, whose model the others receive
         spec = trained_run.begun(folder, config, data) or model_spec(config, data)
@@ -198,10 +195,12 @@ def train(
     _logger.info("%d parameters on %s", num_parameters(free.params), platforms.device_summary())
     claim = lambda _: trained_run.claimed(folder, config, job.spec, data)  # noqa: E731
     watching = [
-        *(Checkpoints(folder, claim), Metrics(folder), Stop(raises=True)),
-        *(Bar(), Progress(_logger.info)),
+        Checkpoints(folder, claim),
+        Metrics(folder),
+        Stop(raises=True),
+        Bar(),
+        Progress(_logger.info),
         TimeLimit(config.training.minutes, began=began),
-        *callbacks,
     ]
     model = train_model(
         free, job.objective, job.examples, callbacks=watching, progress=False, **job.arguments
