@@ -26,7 +26,7 @@ NUM_FOLDS, MOST_ROWS, MOST_TESTED = 5, 10_000, 80  # of rows that choose a colum
 MOST_KERNELS = 200, 2000  # kernels while it is chosen, and afterwards
 WIDTHS = (0.03, 0.07, 0.15, 0.3, 0.5, 0.9)  # of kernels, in units of the column's scale
 WEIGHTS = (0.0, 0.3, 0.7, 0.9, 0.97)  # of repeated numbers beside the kernel density
-HEAP, MOST_HEAPS = 1e-4, 1024  # least share of a number that knots stand around, and their number
+MOST_HEAPS = 1024  # repeated numbers that knots stand around
 # Weight of a broad normal distribution, of all columns together, which bounds the slope of scores;
 # and how far kernels reach beyond the numbers, in units of their range.
 BROAD, BEYOND = 0.003, 0.08
@@ -46,8 +46,9 @@ class Kind(NamedTuple):
         values: See `values_of`.
         atoms: Values that many rows of a continuous column have.
         levels: Its levels if no other values exist; empty for numbers.
-        low: End that the user gave, or 0 if no number is negative; minus infinity without one.
-        high: End that the user gave; infinite without one.
+        low: End that the user gave, the first level, or 0 if no number is negative; minus infinity
+            without any.
+        high: End that the user gave, or the last level; infinite without any.
         is_given: Whether the user gave one.
         center, scale: See `Bounded`, of the line between given ends or of heavy tails.
         is_line: Whether the column can be a line: if no value but those of a grid has a mass of its
@@ -77,47 +78,58 @@ class Kind(NamedTuple):
         return 1.0 if is_whole or not self.spacing else self.spacing
 
     def cells(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
-        """Ends of the cells of numbers, which are equal for a continuous column."""
-        if len(self.values) <= 2:
-            return numbers - self.spacing / 2, numbers + self.spacing / 2
+        """Ends of the cells of numbers, which are equal for a continuous column; on a grid one
+        float is the end of both its neighbours.
+        """
+        if not len(self.values):
+            return numbers, numbers
+        if self.spacing:
+            place, first = np.rint((numbers - self.values[0]) / self.spacing), self.values[0]
+            return first + (place - 0.5) * self.spacing, first + (place + 0.5) * self.spacing
         middles = np.convolve(self.values, [0.5, 0.5], "valid")
         place = np.searchsorted(middles, numbers)
         return np.append(-np.inf, middles)[place], np.append(middles, np.inf)[place]
 
+    @property
+    def grid(self) -> dict[str, Any]:
+        """The numbers that exist, see `Marginals`."""
+        column = {"least": self.low, "most": self.high, "spacing": self.spacing}
+        column["origin"] = self.values[0] if self.spacing else 0
+        return column | {"unit": math.log(self.unit)}
+
     def line(self, num: int) -> dict[str, Any]:
         """The flat column, see `Marginals`, with a reserved mass of ``1 / (num + 1)``."""
-        ends = (self.levels[0], self.levels[-1]) if self.levels and not self.is_given else None
-        least, most = ends or (self.low, self.high)
         rare = -np.inf if self.is_given else -math.log(num + 1)
-        column = {"flat": 1, "center": self.center, "scale": self.scale, "least": least}
-        column |= {"most": most, "reserved": [[0, rare]]}
-        if self.spacing:
-            column |= {"spacing": self.spacing, "origin": self.values[0]}
-            column["unit"] = math.log(self.unit)
-        if self.is_given:
-            column |= {"low": self.low - self.spacing / 2, "high": self.high + self.spacing / 2}
-        return column
+        column = {"flat": 1, "center": self.center, "scale": self.scale, "reserved": [[0, rare]]}
+        ends = {"low": self.low - self.spacing / 2, "high": self.high + self.spacing / 2}
+        return column | self.grid | (ends if self.is_given else {})
 
 
 def _kind(
     numbers: Numbers, eps: float, num_levels: int, low: float, high: float, *, has_tails: bool
 ) -> Kind:
-    values = (0.0, 1.0) if num_levels else values_of(numbers, eps)
-    atoms = [] if num_levels else atoms_of(numbers, values)
     distinct, counts = np.unique(numbers, return_counts=True)
+    if num_levels:
+        levels = np.arange(num_levels, dtype=float).tolist()
+        varies = len(distinct) > 1
+        return Kind(
+            (0.0, 1.0), [], levels, low, high, is_given=False, center=0.0, scale=0.0, is_line=varies
+        )
+    values = values_of(numbers, eps)
+    atoms = atoms_of(numbers, values)
     are_codes = len(distinct) <= MOST_CODES and counts.min() >= EACH_CODE and len(values)
     levels = distinct.tolist() if are_codes or len(distinct) <= 2 else []
     is_given = bool(np.isfinite(low) or np.isfinite(high))
-    center, scale = 0.0, 0.0
-    if num_levels:
-        levels, is_given = [float(level) for level in range(num_levels)], False
-    elif is_given:
+    is_positive = numbers.min() >= 0 and not is_given
+    center, scale = tails_of(numbers) if has_tails and not is_given else (0.0, 0.0)
+    if is_given:
         half = (values[1] - values[0]) / 2 if len(values) == 2 else 0.0
         scale = float(np.median(np.minimum(numbers - low, high - numbers))) + half
-    else:
-        low = 0.0 if numbers.min() >= 0 else low
-        center, scale = tails_of(numbers) if has_tails else (0.0, 0.0)
-    is_near_0 = has_tails and low == 0 and not is_given and numbers.mean() < 4 * numbers.std()
+    elif levels:
+        low, high = levels[0], levels[-1]
+    elif is_positive:
+        low = 0.0
+    is_near_0 = has_tails and is_positive and numbers.mean() < 4 * numbers.std()
     is_grid = len(values) == 2 and len(distinct) > 1
     is_line = not atoms and (is_grid or not (len(values) or is_near_0))
     return Kind(values, atoms, levels, low, high, is_given, center, scale, is_line)
@@ -431,7 +443,7 @@ def _left_one_out(codes: np.ndarray, given: np.ndarray) -> float:
 
 class _Kernels:
     """A kernel density of numbers on a line, which ends a little beyond them, and a broad normal
-    distribution of a small weight.
+    distribution of a small weight, the last of the kernels.
     """
 
     def __init__(self, numbers: Numbers, kind: Kind, choice: Choice, most: int):
@@ -439,44 +451,45 @@ class _Kernels:
         order = order[np.linspace(0, len(order) - 1, min(len(order), most)).astype(int)]
         # a column may be constant in a fold
         reach = max(BEYOND * (order[-1] - order[0]), kind.spacing / 2) or 1.0
-        outer = np.array([kind.low - kind.spacing / 2, kind.high + kind.spacing / 2])
-        ends = np.clip([order[0] - reach, order[-1] + reach], *outer)
-        line = choice.line
-        self.centers, self.ends = _on(line, order)[0], _on(line, ends)[0]
-        if kind.is_given:  # an end of the line is infinitely far
-            self.outer = np.array([-np.inf, np.inf])
-        else:
-            on_line = _on(line, np.clip(outer, -1e300, 1e300))[0]
-            self.outer = np.where(np.isfinite(outer), on_line, outer)
-        self.middle, self.broad = np.mean(self.centers[[0, -1]]), 0.75 * np.ptp(self.centers) or 1.0
-        self.width, self.weight = choice.width * _scale(self.centers), choice.broad
-        self.cut = self._smaller(self.ends)
-        self.broad_cut = ndtr([1, -1] * (self.outer - self.middle) / self.broad)
+        low, high = kind.low - kind.spacing / 2, kind.high + kind.spacing / 2
+        ends = np.clip([order[0] - reach, order[-1] + reach], low, high)
+        on_line = _on(choice.line, np.concatenate([order, ends, [max(low, -1e300)]]))[0]
+        centers, self.ends, num = on_line[:-3], on_line[-3:-1], len(order)
+        # an end that the user gave is infinitely far on its line
+        self.lowest = on_line[-1] if np.isfinite(low) and not kind.is_given else -np.inf
+        self.middle, self.broad = np.mean(centers[[0, -1]]), 0.75 * np.ptp(centers) or 1.0
+        self.width = choice.width * _scale(centers)
+        self.centers = np.append(centers, self.middle)
+        self.widths = np.append(np.full(num, self.width), self.broad)
+        self.low = np.append(np.full(num, self.ends[0]), self.lowest)
+        self.high = np.append(np.full(num, self.ends[1]), np.inf)
+        self.cut = ndtr(self._away(self.low)), ndtr(-self._away(self.high))
+        inside = 1 - self.cut[0] - self.cut[1]
+        inside[:num] = inside[:num].mean()
+        self.weights = np.append(np.full(num, (1 - choice.broad) / num), choice.broad) / inside
 
-    def _smaller(self, y: Any) -> Any:
-        """Probability of the kernels beyond places, on the side that is farther from the middle."""
-        side = np.where(y < self.middle, 1, -1)
-        return ndtr(
-            (side * y)[:, None] / self.width - side[:, None] * self.centers / self.width
-        ).mean(1)
+    def _away(self, y: Any) -> Any:
+        return (y - self.centers) / self.widths
 
     def shares(self, y: Any) -> tuple[Any, Any]:
-        """Probabilities below and above."""
-        is_low, cut = y < self.middle, self.cut
-        narrow = self._smaller(np.clip(y, *self.ends)) - np.where(is_low, *cut)
-        broad = ndtr(np.where(is_low, 1, -1) * (y - self.middle) / self.broad)
-        broad = (broad - np.where(is_low, *self.broad_cut)) / (1 - self.broad_cut.sum())
-        smaller = (1 - self.weight) * narrow / (1 - cut.sum()) + self.weight * broad
-        smaller = np.clip(smaller, 0, 1)
+        """Probabilities below and above, of which the smaller one is precise."""
+        is_low = y < self.middle
+        side, cut = np.where(is_low, 1, -1)[:, None], np.where(is_low[:, None], *self.cut)
+        away = self._away(np.clip(y[:, None], self.low, self.high))
+        smaller = np.clip((ndtr(side * away) - cut) @ self.weights, 0, 1)
         return np.where(is_low, smaller, 1 - smaller), np.where(is_low, 1 - smaller, smaller)
+
+    def mass(self, low: Any, high: Any) -> Any:
+        """Probability between places."""
+        (below, above), (below_high, above_high) = self.shares(low), self.shares(high)
+        return np.where(below < 0.5, below_high - below, above - above_high)
 
     def density(self, y: Any) -> Any:
         """Density on the line."""
-        t = (y[:, None] - self.centers) / self.width
-        narrow = np.exp(-0.5 * t**2).mean(axis=1) / (self.width * (1 - self.cut.sum()))
-        narrow = np.where((y >= self.ends[0]) & (y <= self.ends[1]), narrow, 0)
-        broad = np.exp(-0.5 * ((y - self.middle) / self.broad) ** 2) / self.broad
-        return ((1 - self.weight) * narrow + self.weight * broad) / math.sqrt(2 * math.pi)
+        y = y[:, None]
+        heights = np.exp(-0.5 * self._away(y) ** 2) / self.widths
+        is_inside = (y >= self.low) & (y <= self.high)
+        return np.where(is_inside, heights, 0) @ self.weights / math.sqrt(2 * math.pi)
 
 
 def _lines(numbers: Numbers, kind: Kind) -> list[Bounded]:
@@ -527,17 +540,12 @@ def _smoothing(numbers: Numbers, kind: Kind, broad: float) -> Choice:
             tested = rows[is_test][:MOST_TESTED]
             at, log_slopes = _on(line, tested)
             low, high = (_on(line, end)[0] for end in kind.cells(tested))
-            values, counts = np.unique(rows[~is_test], return_counts=True)
-            place = np.minimum(np.searchsorted(values, tested), len(values) - 1)
-            seen = np.where(values[place] == tested, counts[place], 0) / counts.sum()
+            seen = np.mean(rows[~is_test] == tested[:, None], axis=1)
             for i, width in enumerate(WIDTHS):
                 choice = Choice(line, width, broad=broad)
                 kernels = _Kernels(rows[~is_test], kind, choice, MOST_KERNELS[0])
-                if len(kind.values):
-                    (below, above), (below_high, above_high) = map(kernels.shares, (low, high))
-                    mass = np.where(below < 0.5, below_high - below, above - above_high)
-                else:
-                    mass = kernels.density(at) * np.exp(log_slopes)
+                density = kernels.density(at) * np.exp(log_slopes)
+                mass = kernels.mass(low, high) if len(kind.values) else density
                 mixed = weights * seen[:, None] + (1 - weights) * mass[:, None]
                 total[i] += np.log(np.maximum(mixed, 1e-30)).sum(axis=0)
         i, j = np.unravel_index(total.argmax(), total.shape)
@@ -557,55 +565,40 @@ def _rest(numbers: Numbers, kind: Kind) -> Numbers:
 
 def _numbers(numbers: Numbers, kind: Kind, choice: Choice) -> dict[str, Any]:
     """The spline of a column of numbers, and its atoms."""
-    half, line = kind.spacing / 2, choice.line
+    line, num, rest = choice.line, len(numbers), _rest(numbers, kind)
     values, counts = np.unique(numbers, return_counts=True)
-    rest = _rest(numbers, kind)
-    rows = rest if len(rest) > 1 else numbers
-    is_spike = ~np.isin(values, rows if len(kind.values) else rest)
-    shares = (
-        counts / len(numbers) * np.where(is_spike, len(numbers) / (len(numbers) + 1), choice.weight)
-    )
-    least = max(HEAP * (half > 0), np.sort(shares)[-MOST_HEAPS:][0])
-    is_heap = is_spike | (bool(kind.values) & (shares >= least))
-    heaps, shares = values[is_heap], shares[is_heap]
-    if half:  # without the rounding of floats, so that neighbours share a side
-        heaps = values[0] + np.rint((heaps - values[0]) / kind.spacing) * kind.spacing
-    kernels = _Kernels(rows, kind, choice, MOST_KERNELS[1])
+    of_spikes = num / (num + 1)
+    shares = counts / num * np.where(np.isin(values, rest), choice.weight, of_spikes)
+    is_heap = (shares > 0) & (shares >= np.sort(shares)[-MOST_HEAPS:][0])
+    heaps, shares, count = values[is_heap], shares[is_heap], np.arange(np.sum(is_heap))
+    kernels = _Kernels(rest if len(rest) > 1 else numbers, kind, choice, MOST_KERNELS[1])
 
     def scores_at(places, num_below):  # with so many repeated numbers below
-        below, above = kernels.shares(places)
-        step, rest = np.concatenate([[0], np.cumsum(shares)]), 1 - shares.sum()
+        below, above = kernels.shares(_on(line, places)[0])
+        step, rest = np.append(0, np.cumsum(shares)), 1 - shares.sum()
         found = step[num_below] + rest * below, step[-1] - step[num_below] + rest * above
         return np.clip(normal_scores(*found), -FARTHEST, FARTHEST)
 
+    low, high = kind.cells(heaps)
+    lower, upper = scores_at(low, count), scores_at(high, count + 1)
     if len(kind.values) > 2:
-        low, high = (_on(line, end)[0] for end in kind.cells(heaps))
-        count = np.arange(len(heaps))
-        lower, upper = scores_at(low, count), scores_at(high, count + 1)
         lower[0], upper[-1] = -np.inf, np.inf
         column = {"values": heaps, "units": log_units(heaps), "has_levels": 2}
         return column | {"lower": [lower], "upper": [upper]}
     # Knots stand at quantiles of the kernel density, and on both sides of each repeated number.
-    ends, outer = kernels.ends, kernels.outer
+    ends, lowest = kernels.ends, kernels.lowest
     fine = np.unique(np.concatenate([np.linspace(ends[0], ends[1], 512), kernels.centers[::8]]))
-    at = np.unique(np.interp(SCORES, normal_scores(*kernels.shares(fine)), fine))
+    at = np.interp(SCORES, normal_scores(*kernels.shares(fine)), fine)
     far = kernels.middle + np.array([-2, -1, 1, 2]) * kernels.broad
-    if np.isfinite(outer[0]):  # where scores fall without end
-        far = np.append(far, outer[0] + (kernels.centers[0] - outer[0]) * 10.0 ** -np.arange(7))
-    at = np.unique(np.concatenate([ends, at, np.clip(far, *outer), outer[np.isfinite(outer)]]))
-    axis = line.from_line(at[:, None], np)[0][:, 0]
-    num = np.searchsorted(heaps, axis - half)
-    is_between = num == np.searchsorted(heaps, axis + half, side="right")
-    sides = _on(line, np.stack([heaps - half, heaps + half]))[0]
-    count = np.arange(len(heaps))
-    lower, upper = scores_at(sides[0], count), scores_at(sides[1], count + 1)
-    scores = np.concatenate([scores_at(at, num)[is_between], lower, upper])
-    at = np.concatenate([at[is_between], sides[0], sides[1]])
-    order = np.lexsort((scores, at))
-    at, scores = at[order], scores[order]
-    if half:
-        is_new = np.append(True, np.diff(at) > 1e-9 * (1 + abs(at[1:])))
-        at, scores = at[is_new], scores[is_new]
+    if np.isfinite(lowest):  # where scores fall without end
+        near = (kernels.centers[0] - lowest) * 10.0 ** -np.arange(7)
+        far = np.concatenate([np.maximum(far, lowest), lowest + near, [lowest]])
+    at = np.concatenate([ends, at, far])[:, None]
+    knots = kind.cells(line.from_line(at, np)[0][:, 0])[0]
+    places = np.concatenate([knots, low, high])
+    num_below = np.concatenate([np.searchsorted(heaps, knots), count, count + 1])
+    places, num_below = np.unique([places, num_below], axis=1)
+    at, scores = _on(line, places)[0], scores_at(places, num_below.astype(int))
     least = np.cumsum(2.0**-20 * (1 + abs(scores)))  # which single precision tells apart
     scores = np.maximum.accumulate(scores - least) + least
     slopes = (1 - shares.sum()) * kernels.density(at) * np.exp(0.5 * scores**2)
@@ -614,14 +607,12 @@ def _numbers(numbers: Numbers, kind: Kind, choice: Choice) -> dict[str, Any]:
     for end, inner in ((0, 1), (-1, -2)):
         if abs(scores[end]) > FARTHEST - 1 and at[end] != at[inner]:
             slopes[end] = (scores[end] - scores[inner]) / (at[end] - at[inner])
-    column = {
-        name: np.asarray(getattr(line, name))[0] for name in ("low", "high", "center", "scale")
-    }
-    column |= {"at": at, "to": scores, "slopes": slopes, "least": kind.low, "most": kind.high}
+    names = "low", "high", "center", "scale"
+    column = {name: np.asarray(getattr(line, name))[0] for name in names} | kind.grid
+    column |= {"at": at, "to": scores, "slopes": slopes}
     if np.isfinite(kind.low) and not kind.is_given:
-        column |= {"reserved": [[math.log1p(-1 / (len(numbers) + 1)), -math.log(len(numbers) + 1)]]}
-    column |= {"spacing": 2 * half, "origin": values[0] * (half > 0), "unit": math.log(kind.unit)}
-    if not half and len(heaps):
+        column |= {"reserved": [[math.log(of_spikes), -math.log(num + 1)]]}
+    if not kind.spacing and len(heaps):
         lower[heaps <= kind.low], upper[heaps >= kind.high] = -np.inf, np.inf
         column |= {"values": heaps, "units": 0 * heaps, "lower": [lower], "upper": [upper]}
     return column
