@@ -11,7 +11,6 @@ import pytest
 
 import iresnet_jax as ir
 from iresnet_jax.models.contractions import ConstrainedFlow
-from iresnet_jax.models.free import Free
 from iresnet_jax.models.model import MODELS, How, Model
 from iresnet_jax.training.callbacks import Callback
 from iresnet_jax.training.run import Measured, Objective
@@ -42,10 +41,12 @@ def without_blocks(monkeypatch):
 
     monkeypatch.setitem(MODELS, ir.DensitySpec, Number)
     monkeypatch.setattr(
-        Free, "constraint_of_step", lambda self, params, iterates: ConstrainedFlow({}, iterates, {})
+        ir.Free,
+        "constraint_of_step",
+        lambda self, params, iterates: ConstrainedFlow({}, iterates, {}),
     )
-    monkeypatch.setattr(Free, "validated", built)
-    monkeypatch.setattr(Free, "certified", built)
+    monkeypatch.setattr(ir.Free, "validated", built)
+    monkeypatch.setattr(ir.Free, "certified", built)
 
 
 class Sees(Callback):
@@ -94,7 +95,7 @@ def objective(held_out=None):
 
 def trained(*callbacks, held_out=None, batch=3.0, **options):
     """The trained number, whose `history` tells how it went, and the run that callbacks saw."""
-    free = Free({"number": jnp.zeros(())}, {}, {}, options.pop("spec", SPEC), How())
+    free = ir.Free({"number": jnp.zeros(())}, {}, {}, options.pop("spec", SPEC), How())
     settings = {"key": 0, "steps": NUM_STEPS, "every": EVERY, "log_every": 2, "patience": 0}
     settings |= {"batch_size": 8, "ema_decay": 0.5, "progress": False} | options
     length = settings["steps"] or 1000

@@ -50,7 +50,7 @@ class OneOfSeveral:
         return self._stderr.read_text().splitlines() if self._stderr.exists() else []
 
 
-def start(num_processes, trainings, folder, *, other=None, environment=None):
+def start(num_processes, trainings, folder, *, other=None):
     """Starts all processes of trainings one after the other; process 1 may begin with another."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -58,14 +58,13 @@ def start(num_processes, trainings, folder, *, other=None, environment=None):
     started = []
     for process in range(num_processes):
         own = [other, *trainings[1:]] if process == 1 and other else trainings
-        arguments = environment or {}, address, num_processes, process, own
+        arguments = address, num_processes, process, own
         started.append(OneOfSeveral(folder / f"process{process}", *arguments))
     return started
 
 
-def work(stderr, environment, address, num_processes, process, trainings):
+def work(stderr, address, num_processes, process, trainings):
     """Trains as one of several processes."""
-    os.environ.update(environment)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     others = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     os.environ["XLA_FLAGS"] = " ".join([*others, "--xla_force_host_platform_device_count=1"])
@@ -90,11 +89,6 @@ def status_of_one_killed_in_a_save(name, workdir, call):
     return process.exitcode
 
 
-def start_training(environment, name, workdir):
-    """Starts a process that trains one of `tiny_runs.CONFIGS` with these variables."""
-    return _forked(_train, environment, name, workdir)
-
-
 def _forked(target, *arguments):
     # the path is for the process that is forked, which the first of all starts
     with pytest.MonkeyPatch.context() as patch:
@@ -102,11 +96,6 @@ def _forked(target, *arguments):
         process = FORKSERVER.Process(target=target, args=arguments, daemon=True)
         process.start()
     return process
-
-
-def _train(environment, name, workdir):
-    os.environ.update(environment)
-    train(runs.config_of(runs.CONFIGS[name]), workdir)
 
 
 def _die_in_a_save(name, workdir, call):

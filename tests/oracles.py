@@ -23,17 +23,6 @@ def dense_conv_matrix(kernel, height: int, width: int, *, padding="SAME"):
     return conv_forward(units, kernel, padding=padding).reshape(num_inputs, -1).T
 
 
-def power_iteration(apply, transpose, x, num_steps: int) -> float:
-    """A lower bound of the operator norm: ``|A v|`` of a unit vector after so many steps."""
-    for _ in range(num_steps):
-        x = transpose(apply(x))
-        norm = np.linalg.norm(x)
-        if norm == 0:
-            return 0.0
-        x = x / norm
-    return float(np.linalg.norm(apply(x)))
-
-
 def operator_norm(matrix) -> float:
     """The largest singular value."""
     return float(np.linalg.norm(np.asarray(matrix, np.float64), 2))

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import Gaussian
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32
@@ -77,13 +75,13 @@ def test_a_posterior_under_a_conditional_prior_with_bounds_is_that_of_importance
 
 def test_a_guide_is_trained_by_gradients_of_its_samples(numpyro):
     """The target's evidence is known; without a flow the bound is .6 nats below."""
-    spec = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
+    spec = ir.DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, (6,), activation="tanh"),)))
     scale = jnp.array([[1.0, 0.0], [0.9, 0.6]])
     params = jax.tree.map(jnp.asarray, kept.random_params(spec.flow))
     start = {"flow": params, "prior": Gaussian(jnp.array([1.0, -1.0]), jnp.zeros(2))}
 
     def density(parameters):
-        return Density(spec, ir.freeze(spec.flow, parameters["flow"]), parameters["prior"])
+        return ir.Density(spec, ir.freeze(spec.flow, parameters["flow"]), parameters["prior"])
 
     def target():
         numpyro.sample(

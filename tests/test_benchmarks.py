@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from iresnet_jax.evaluation import classification, likelihood
@@ -69,12 +68,3 @@ def test_kept_hybrid_makes_the_errors_of_its_report():
 
 
 # --- what is compared -----------------------------------------------------------------------------
-
-
-def test_density_of_ridges_integrates_to_one(benchmark):
-    x = 2 * np.random.default_rng(0).normal(size=(400_000, 6))
-    log_proposal = -0.5 * (x**2 / 4 + np.log(8 * np.pi)).sum(axis=1)
-    weights = np.exp(benchmark("_tables").Ridges.log_prob(x) - log_proposal)
-    stderr = weights.std() / len(x) ** 0.5
-    assert stderr < 0.06
-    assert abs(weights.mean() - 1) < 5 * stderr

@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import pickle
-import re
 from typing import NamedTuple
 
 import jax
@@ -16,7 +14,6 @@ from iresnet_jax import conversion
 from iresnet_jax.__main__ import main
 from iresnet_jax.bijections.chain import Chain
 from iresnet_jax.conversion import convert
-from iresnet_jax.conversion_stages import Arrays
 from iresnet_jax.models.contractions import unconstrained
 from iresnet_jax.runs import trained_run
 
@@ -374,9 +371,6 @@ def test_features_and_logits_are_those_of_the_other_code():
     )
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_command_writes_a_model_that_inverts(tmp_path):
@@ -390,90 +384,3 @@ def test_the_command_writes_a_model_that_inverts(tmp_path):
     x, info = model.decode(model.encode(theirs.x))
     np.testing.assert_allclose(x, theirs.x, rtol=0, atol=1e-5)  # the solver's tolerance is 1e-6
     assert info.converged.all()
-
-
-# --- what is not read -----------------------------------------------------------------------------
-
-# Commands of both codes' README and scripts, and the number of arrays that define the network: a
-# layer has a kernel, a bias and two singular vectors, and "swish" one more. That of 32 x 32
-# ImageNet has the options of that of CIFAR-10.
-PUBLISHED = {
-    "python ./CIFAR_main.py --nBlocks 7 7 7 --nStrides 1 2 2 --nChannels 32 64 128 --coeff 0.9 "
-    "--batch 128 --dataset cifar10 "
-    "--init_ds 1 --inj_pad 13 --powerIterSpectralNorm 1 --save_dir ./results/clf --nonlin elu "
-    "--optimizer sgd "
-    "--vis_server your.server.local --vis_port 8097": 21 * (2 + 3 * 4) + 6,
-    "python train_img.py --data mnist --imagesize 28 --actnorm True --wd 0 --save experiment": 52
-    * (3 * 5 + 2)
-    - 1
-    + 2,
-    "python train_toy.py": 100 * 5 * 5,
-}
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Names of the arrays that are read, all of which are there and zero."""
-    names = []
-
-    def take(_, name, *shape):
-        names.append(name)
-        return np.zeros(shape)
-
-    monkeypatch.setattr(Arrays, "take", take)
-    return names
-
-
-@pytest.mark.parametrize("command", PUBLISHED)
-def test_published_commands_are_read_to_the_last_array(taken, command):
-    narrow = {
-        "CIFAR_main": " --nChannels 4 4 4",
-        "train_img": " --idim 4 --fc-idim 4",
-        "train_toy": "",
-    }
-    smaller = command + next(options for script, options in narrow.items() if script in command)
-    script, options = conversion.parse(smaller)
-    script.reader(Arrays({}), options)
-    assert len({*taken}) == len(taken) == PUBLISHED[command]
-
-
-REFUSED = {
-    "train_img.py --block coupling": "--block: invalid choice: 'coupling'",
-    "train_toy.py --coeff 1.1 --nblocks 1": "coeff must lie in",
-    "CIFAR_main.py -densityEstimation --inj_pad 4": "--inj_pad",
-    "main.py --lr 1": "CIFAR_main.py, train_img.py, train_toy.py",
-}
-
-
-@pytest.mark.usefixtures("taken")
-@pytest.mark.parametrize("command", REFUSED)
-def test_what_is_not_read_is_refused_by_name(command):
-    with pytest.raises(ValueError, match=re.escape(REFUSED[command])):
-        convert({}, command)
-
-
-@pytest.mark.parametrize(
-    ("name", "array", "said"),
-    [
-        ("chain.1.nnet.1.bias", None, "of shape (5,), got none"),
-        ("chain.0.bias", np.zeros(3), "of shape (2,), got float64 of shape (3,)"),
-        ("chain.1.nnet.1.weight", np.full((5, 2), np.nan), "must be finite numbers"),
-        ("chain.1.nnet.1.v", np.zeros(7), "of shape (2,), got float64 of shape (7,)"),
-        ("chain.9.extra", np.zeros(2), "are no arrays of train_toy.py"),
-    ],
-)
-def test_an_array_that_does_not_belong_is_named(name, array, said):
-    theirs = network("toy")
-    arrays = {key: own for key, own in theirs.arrays.items() if key != name}
-    arrays |= {} if array is None else {name: array}
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
-        convert(arrays, theirs.command)
-    assert name in str(error.value)
-
-
-def test_files_that_may_run_code_are_refused(tmp_path):
-    (tmp_path / "weights.pth").write_bytes(pickle.dumps({}))
-    np.savez(tmp_path / "objects.npz", a=np.array([{}]))
-    for name in ("weights.pth", "objects.npz"):
-        with pytest.raises(ValueError, match="pickle"):
-            convert(tmp_path / name, "train_toy.py")

@@ -75,12 +75,9 @@ def cells(path):
     ]
 
 
-# --- Python ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def run_pages(tmp_path_factory):
-    """Runs blocks by page in the folder of a reader, and gives what failed by page."""
+def failures(tmp_path_factory):
+    """What fails by page, run in the folder of a reader."""
     folder = tmp_path_factory.mktemp("reader")
     draw = np.random.default_rng(0)
     np.save(folder / "my_array.npy", draw.normal(size=(256, 2)))
@@ -96,41 +93,20 @@ def run_pages(tmp_path_factory):
     (folder / MODEL).parents[1].mkdir(parents=True)
     kept.folder((folder / MODEL).parent, kept.TEN_DIGITS, "digits")
 
-    def run(pages):
-        path = folder / "blocks.json"
-        path.write_text(
-            json.dumps(
-                {
-                    name: [(block.line, block.code) for block in found]
-                    for name, found in pages.items()
-                }
-            )
-        )
-        flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")
-        environment = {**runs.environment(), "XLA_FLAGS": flags}
-        command = [sys.executable, str(ROOT / "tests" / "page_blocks.py"), str(path)]
-        subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
-        return json.loads(path.read_text())
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def failures(run_pages):
-    broken = [Block("python", "import iresnet_jax as ir\n\nir.no_such_function()\n", 10)]
-    return run_pages({**blocks_of("python"), OWN_DATA: cells(ROOT / OWN_DATA), "broken.md": broken})
+    pages, path = blocks_of("python") | {OWN_DATA: cells(ROOT / OWN_DATA)}, folder / "blocks.json"
+    numbered = {page: [(each.line, each.code) for each in found] for page, found in pages.items()}
+    path.write_text(json.dumps(numbered))
+    flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")
+    environment = {**runs.environment(), "XLA_FLAGS": flags}
+    command = [sys.executable, str(ROOT / "tests" / "page_blocks.py"), str(path)]
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    return json.loads(path.read_text())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [*blocks_of("python"), OWN_DATA])
 def test_python_blocks_run(failures, page):
     assert failures[page] is None, failures[page]
-
-
-@pytest.mark.slow
-def test_a_block_that_fails_is_named(failures):
-    assert 'File "broken.md", line 12' in failures["broken.md"]
-    assert "no_such_function" in failures["broken.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -160,17 +136,11 @@ def test_every_module_is_on_one_page_of_the_reference():
 
 
 def test_every_name_of_the_package_exists():
-    names = {
-        name
-        for path in PAGES.values()
-        for name in re.findall(r"`(iresnet_jax(?:\.\w+)+)`", path.read_text())
-    }
+    pages = "\n".join(path.read_text() for path in PAGES.values())
+    names = re.findall(r"`(iresnet_jax(?:\.\w+)+)`", pages)
     assert names
     for name in names:
         pkgutil.resolve_name(name)
-
-
-# --- commands -------------------------------------------------------------------------------------
 
 
 def commands(text):
@@ -225,25 +195,6 @@ def test_commands_parse(page, monkeypatch):
         check_command(command)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "python train.py --config.model.coeff=1.5",
-        "python -m iresnet_jax plan --topology=v5e:2x2 --config.training.batchsize=3",
-        "python -m iresnet_jax sample --workdir runs/x --nun 3",
-        "pytest tests/no_such",
-        "make docs",
-    ],
-)
-def test_a_wrong_command_is_noticed(line, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises((AssertionError, ValueError, SystemExit)):
-        check_command(shlex.split(line))
-
-
-# --- numbers and links ----------------------------------------------------------------------------
-
-
 README_ROWS = {
     "MNIST density, 28 x 28": "mnist_density_variational",
     "MNIST classes": "mnist_classification_muon",
@@ -292,10 +243,6 @@ def test_results_are_those_of_the_records():
     for row, folder in rows:
         assert_row_agrees(row, folder)
         assert_time_agrees(row, folder)
-    with pytest.raises(AssertionError, match=r"mnist_density has 1\.090"):
-        assert_row_agrees("| MNIST | 1.080 ± .003 |", "mnist_density")
-    with pytest.raises(AssertionError, match="took 73 s"):
-        assert_time_agrees("| digits | 1.5 min |", "digits_density")
 
 
 def assert_time_agrees(row, folder):
@@ -313,20 +260,14 @@ def assert_time_agrees(row, folder):
 
 
 def test_largest_errors_of_reconstructions_are_those_of_the_linked_sweeps():
-    rows = re.findall(
-        r"^(\|.*/(lipschitz_sweep_\w+\.json).*)$",
-        PAGES["docs/results.md"].read_text(),
-        re.MULTILINE,
-    )
+    page = PAGES["docs/results.md"].read_text()
+    rows = re.findall(r"^(\|.*/(lipschitz_sweep_\w+\.json).*)$", page, re.MULTILINE)
     assert rows
     for row, record in rows:
         results = json.loads((ROOT / "benchmarks/results" / record).read_text())["results"]
-        largest = max(
-            run["inverse"]["banach"]["max_error"] for run in results if run["variant"] == "0.9"
-        )
-        assert f"{largest:.1e}".replace("e-0", "e-") in row, (
-            f"{record} has {largest:.1e}, the row is {row}"
-        )
+        of_variant = [run["inverse"]["banach"] for run in results if run["variant"] == "0.9"]
+        largest = f"{max(errors['max_error'] for errors in of_variant):.1e}".replace("e-0", "e-")
+        assert largest in row, f"{record} has {largest}, the row is {row}"
 
 
 def test_the_readme_has_the_results_of_the_records():

@@ -63,11 +63,6 @@ def test_modes_that_samples_of_the_target_show_are_missing():
     assert "log Z is at least" in str(found)
 
 
-def test_an_energy_that_is_infinite_is_refused():
-    with pytest.raises(ValueError, match=r"infinite at \d+ of 1000 samples of the model"):
-        ir.evaluate_energy(with_scale(1.6), lambda x: target(x) + jnp.log(x[:, 0]), KEY, 1000)
-
-
 @pytest.mark.parametrize("shape", [0.4, 0.6, 1.0])
 def test_the_tail_of_pareto_weights_has_their_shape_and_no_mean_is_given_of_a_heavy_one(shape):
     # P(w > t) = t^(-1 / k): the tail is generalised Pareto with shape k above any threshold, and E
@@ -94,19 +89,6 @@ def test_the_constant_and_its_error_of_weights_with_known_moments():
     assert abs(found.log_z - 0.5 * math.log(2.4 * math.pi)) < 4 * found.stderr
     assert found.ess == pytest.approx(mean**2 / square, abs=0.005)
     assert found.stderr == pytest.approx(math.sqrt((square / mean**2 - 1) / len(x)), rel=0.3)
-
-
-BAD = {
-    "one is NaN": np.append(np.random.default_rng(0).normal(size=500), math.nan),
-    "one is infinite": np.append(np.random.default_rng(0).normal(size=500), math.inf),
-    "few beside which the others vanish": -1e8 * np.random.default_rng(0).exponential(size=10_000),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_weights_whose_tail_cannot_be_seen_are_of_no_use(name):
-    found = weigh(BAD[name])
-    assert not found.pareto_k <= found.threshold
 
 
 def test_equal_weights_are_exact():

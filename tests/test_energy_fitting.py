@@ -10,8 +10,6 @@ import pytest
 import iresnet_jax as ir
 from iresnet_jax import energies
 from iresnet_jax.energies import anneal
-from iresnet_jax.models.model import History
-from iresnet_jax.training.run import BlowUpError
 
 pytestmark = pytest.mark.slow
 
@@ -58,24 +56,3 @@ def test_fit_energy_finds_both_modes(monkeypatch):
     assert found.log_z == pytest.approx(log_z, abs=4 * found.stderr)
     assert found.ess > 0.5
     assert fitted.certificate().certified
-
-
-def test_training_by_the_energy_that_blows_up_leaves_the_flow_by_likelihood(monkeypatch):
-    monkeypatch.setattr(energies, "COMPONENTS", (1, 2))
-    trained = []
-
-    def train(model, **options):
-        if trained:
-            raise BlowUpError("loss became non-finite")
-        trained.append(model)
-        return model.with_(history=History.from_records([], 2))
-
-    def normal(x):
-        return -0.5 * jnp.sum(jnp.square(x), axis=1)
-
-    monkeypatch.setattr(energies, "train", train)
-    with pytest.warns(UserWarning, match="by the energy, loss became non-finite"):
-        found = ir.fit_energy(normal, 3, **QUICK)
-    assert found.history.step in (0, 2)
-    with pytest.raises(BlowUpError):  # before there is such a flow
-        ir.fit_energy(normal, 3, **QUICK)

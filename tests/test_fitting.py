@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import signal
 import sys
 import time
@@ -10,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal
 
@@ -21,24 +19,11 @@ from iresnet_jax.fit_settings import Candidate, candidates, choose_settings
 from iresnet_jax.fitting import Run, hardly_trained, next_run
 from iresnet_jax.models.model import Attempt, History
 from iresnet_jax.starts import Starts
-from iresnet_jax.training import train as loop
 from iresnet_jax.training.signals import Stopped
 
 RNG = np.random.default_rng(0)
 TINY = (ir.StageSpec(num_blocks=1, hidden=(8,)),)
-# that of 12 steps
-EAGER = {"learning_rate": 0.1, "last_scale": 0.1, "patience": 0}
-QUICK: dict[str, Any] = {"steps": 12, "architecture": TINY, "progress": False, **EAGER}
-BANANA = RNG.normal(size=(400, 2)).astype(np.float32)
-BANANA[:, 1] += BANANA[:, 0] ** 2
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    """A model of an array."""
-    return ir.fit(BANANA, key=jax.random.key(0), **QUICK)
-
-
+RNG.normal(size=(400, 2))  # before MODES: of other points the start lost .23 nats, and not .15
 MODES = (RNG.normal(size=(300, 2)) + 8 * RNG.integers(0, 2, (300, 1))).astype(np.float32)
 PLAIN = Candidate("medium", "normal distribution", noise=0.0)
 MIXTURE = dataclasses.replace(PLAIN, start="mixture")
@@ -128,55 +113,6 @@ def test_the_best_of_all_runs_replaces_a_start_that_is_clearly_worse(monkeypatch
     assert model.certificate().certified
 
 
-def with_batches(monkeypatch, change):
-    """Has batches of `fit` changed: ``(run, step, batch) -> batch``, both counted from 0."""
-    runs, whole = itertools.count(), loop.device_batches
-
-    def batches(*arguments, **options):
-        run = next(runs)
-        return (change(run, step, batch) for step, batch in enumerate(whole(*arguments, **options)))
-
-    monkeypatch.setattr(loop, "device_batches", batches)
-
-
-def interrupting(run, step, number=signal.SIGINT):
-    def interrupt(*at):
-        if at[:2] == (run, step):
-            signal.raise_signal(number)
-        return at[2]
-
-    return interrupt
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("short_rounds")
-def test_a_candidate_that_blows_up_leaves_the_models_of_others(monkeypatch):
-    with_batches(
-        monkeypatch,
-        lambda run, _, batch: jax.tree.map(lambda x: x * np.nan, batch) if run == 0 else batch,
-    )
-    history = ir.fit(MODES, **SMALL | {"patience": 1}, **OF_CANDIDATES).history
-    assert any(attempt.num_steps for attempt in history.attempts)
-    with pytest.warns(UserWarning, match="every training blew up: the model is its start"):
-        model = ir.fit(
-            MODES,
-            learning_rate=1e30,
-            **SMALL,
-            **OF_CANDIDATES,
-        )
-    assert not model.spec.flow.stages
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("short_rounds")
-def test_an_interrupt_in_a_run_keeps_the_models_of_all(monkeypatch):
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    with_batches(monkeypatch, interrupting(1, 1))
-    history = ir.fit(MODES, **SMALL, **OF_CANDIDATES).history
-    assert history.attempts[-2].num_steps > history.attempts[-1].num_steps == 2
-    assert history.ended == "it was stopped"
-
-
 def curve(*losses, ended="time was over", num=5000, step=5000):
     steps = np.linspace(0, num, len(losses)).tolist()
     return History({"step": steps}, {"step": steps, "nll": list(losses)}, step=step, ended=ended)
@@ -200,8 +136,6 @@ COUNTS = np.random.default_rng(0).integers(0, 9, (300, 1))
     ("x", "outside"),
     [
         (COUNTS, 11.0),
-        (COUNTS % 3, -1.0),
-        (COUNTS + np.random.default_rng(1).random((300, 1)), 11.0),
         (np.hstack([COUNTS, np.random.default_rng(2).normal(size=(300, 1))]), 12.0),
     ],
 )
@@ -211,28 +145,6 @@ def test_the_density_is_0_beyond_ends_that_are_given(x, outside):
     rows[0, 0] = outside
     found = jax.jit(ir.Density.log_prob)(model, rows)
     assert np.isneginf(found).tolist() == [True, False]
-    with pytest.raises(ValueError, match="is not within the range 0 to 10 of the model"):
-        model.log_prob(rows)
-
-
-@pytest.mark.slow
-def test_contexts_may_be_a_data_frame_whose_unknown_categories_are_no_error():
-    rng = np.random.default_rng(0)
-    city, age = rng.choice(["Bern", "Oslo", "Rome"], 200), rng.integers(18, 90, 200)
-    context = pd.DataFrame({"city": city, "age": age})
-    x = (city == "Oslo")[:, None] * 3 + rng.normal(size=(200, 1))
-    model = ir.fit(x, context=context, architecture=TINY, steps=2, progress=False)
-    assert model.spec.context.num_levels == (3, 0)
-    some = context[["age", "city"]][:4]  # found by name
-    found = model.log_prob(x[:4].astype(np.float32), context=some)
-    one = model.given(context[:1]).log_prob(x[:1].astype(np.float32))
-    np.testing.assert_allclose(one, found[:1], rtol=1e-4)
-    samples, _ = model.sample(jax.random.key(0), 4, context=some)
-    latents = model.encode(samples, context=some)
-    data, info = ir.certify.decode(model, latents, context=some)
-    np.testing.assert_allclose(data, samples, atol=1e-3)
-    assert np.all(info.certificate.error_bound < 1e-3)
-    assert np.isfinite(model.log_prob(x[:4], context=some.assign(city="Ulm"))).all()
 
 
 def test_without_time_a_density_is_its_likeliest_start(tmp_path):
@@ -267,24 +179,6 @@ def test_independent_flags_have_nearly_their_probabilities():
     )
     np.testing.assert_allclose(twice, [found[5], *found[::-1], found[5]], rtol=1e-5)
     assert set(np.unique(model.sample(jax.random.key(0), 2000)[0])) == {0.0, 1.0}
-
-
-def test_a_column_that_is_constant_in_most_rows_has_a_density():
-    """Cross-validation meets folds in which it is constant."""
-    x = np.random.default_rng(0).normal(size=(2000, 2))
-    x[3:, 1] = 0
-    model = ir.fit(x, minutes=0.01, progress=False)
-    assert np.isfinite(model.log_prob(np.array([[0.0, 0.0], [0.0, 1.0]]))).all()
-    samples, _ = model.sample(jax.random.key(0), 1000)
-    assert np.mean(np.asarray(samples)[:, 1] == 0) > 0.9
-
-
-@pytest.mark.slow
-def test_the_scores_of_wide_tables_are_correlated():
-    rng = np.random.default_rng(0)
-    x = np.exp(rng.normal(size=(200, 2)) @ rng.normal(size=(2, 70)) + rng.normal(size=(200, 70)))
-    model = ir.fit(x, minutes=0.01, progress=False)
-    assert model.history.attempts[0].what == "normal scores"
 
 
 ONE_STEP: dict[str, Any] = {"steps": 1, "architecture": TINY, "progress": False}
@@ -340,28 +234,8 @@ class Watches(ir.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_fit_that_is_stopped_goes_on_to_the_same_bits(fitted, number, tmp_path, monkeypatch):
-    monkeypatch.delattr(sys, "ps1", raising=False)
-    again, checkpoints = Watches(), ir.Checkpoints(tmp_path / "run")
-    options = QUICK | {"key": jax.random.key(0)}
-    with pytest.raises(Stopped, match=f"stopped by {number.name} after step 5 of 12"):
-        ir.fit(BANANA, **options, callbacks=[Watches(5, number), checkpoints])
-    model = ir.fit(BANANA, **options, callbacks=[again, ir.Checkpoints(tmp_path / "run")])
-    assert again.taken == 7
-    for ours, its in zip(jax.tree.leaves(model), jax.tree.leaves(fitted), strict=True):
-        np.testing.assert_array_equal(ours, its)
-    assert model.history.validation["nll"] == fitted.history.validation["nll"]
-    # nothing is left to do
-    ir.fit(BANANA, **options, callbacks=[last := Watches(), ir.Checkpoints(tmp_path / "run")])
-    assert last.taken == 0
-    with pytest.raises(ValueError, match="holds another training"):
-        ir.fit(10 * BANANA, **options, callbacks=[ir.Checkpoints(tmp_path / "run")])
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("short_rounds")
-def test_callbacks_change_nothing_in_the_search_which_checkpoints_resume(tmp_path):
+def test_callbacks_change_nothing_in_the_search_which_checkpoints_resume(tmp_path, monkeypatch):
     def found(*callbacks):
         model = ir.fit(MODES, callbacks=callbacks, **SMALL, **OF_CANDIDATES)
         return model, [attempt[:4] for attempt in model.history.attempts]
@@ -373,6 +247,10 @@ def test_callbacks_change_nothing_in_the_search_which_checkpoints_resume(tmp_pat
     assert same == attempts
     assert watches.taken == sum(num_steps for *_, num_steps in attempts) - attempts[0][3] - 10
     np.testing.assert_array_equal(resumed.log_prob(MODES), model.log_prob(MODES))
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # where somebody sits
+    interrupted, _ = found(Watches(attempts[0][3] + 2, signal.SIGINT))
+    assert interrupted.history.attempts[-1].num_steps == 2
+    assert interrupted.history.ended == "it was stopped"
 
 
 def data_of(x, **arrays):
@@ -412,31 +290,3 @@ def test_the_network_grows_with_the_examples():
     assert [size(num) for num in (16, 20, 10_000, 12_000)] == ["small", "medium", "medium", "large"]
     found = [size(num, context=RNG.normal(size=(num, 1))) for num in (200, 2000)]
     assert found == ["small", "medium"]
-
-
-def test_candidates_leave_alone_what_is_given():
-    data, conditional = data_of(MODES), data_of(MODES, context=MODES[:, :1] ** 2)
-    config, of_contexts = choose_settings(data), choose_settings(conditional)
-    [given] = candidates(config, data, ["noise", "stages"], ["mixture"])
-    assert not {"noise", "stages"} & given.settings.keys()
-    assert str(given) == "network as given, from mixture"
-    assert [row.decay for row in candidates(of_contexts, conditional)] == [0.3, 0.1]
-    [given] = candidates(of_contexts, conditional, ["weight_decay"])
-    assert "weight_decay" not in given.settings
-    large = dataclasses.replace(given, size="large")
-    assert [row.size for row in (large, *large.milder())] == ["large", "small"]
-
-
-def test_histories_do_not_make_programs_differ(fitted):
-    traces = []
-
-    @jax.jit
-    def count(model):
-        traces.append(1)
-        return model.prior.mean
-
-    count(fitted)
-    count(fitted.with_(history=History({}, {}, 3)))
-    assert len(traces) == 1
-    assert json.loads(json.dumps(dict(fitted.history.validation)))["step"][-1] == 12
-    assert "this model" in str(fitted.history)

@@ -9,7 +9,6 @@ from certified_flows import times
 
 from iresnet_jax.__main__ import main
 from iresnet_jax.evaluation import round_trips
-from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.runs import trained_run as run
 
 PNG = b"\x89PNG"
@@ -58,9 +57,6 @@ def answer(capsys, *arguments):
     return line
 
 
-# --- results --------------------------------------------------------------------------------------
-
-
 def test_evaluate_says_the_likelihood_and_the_error(folders, capsys):
     lines = said(capsys, "evaluate", folders["hybrid"]).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["test", "test error"]
@@ -107,9 +103,6 @@ def test_certify_tells_layer_by_layer_and_fails_without_a_certificate(folders, c
     )
 
 
-# --- mistakes -------------------------------------------------------------------------------------
-
-
 MISTAKES = [
     # of the command line
     ("evalute", None, [], "invalid choice: 'evalute'"),
@@ -128,12 +121,3 @@ def test_mistakes_are_answered_in_one_sentence(
 ):
     workdir = [] if folder is None else ["--workdir", folders.get(folder, tmp_path / folder)]
     assert sentence in answer(capsys, command, *workdir, *options)
-
-
-def test_missing_and_damaged_files_are_answered_in_one_sentence(copied, tmp_path, capsys):
-    path = tmp_path / "images.npz"
-    folder = kept.folder(tmp_path / "run", kept.HYBRID, kept.write_data(path))
-    path.unlink()
-    assert path.name in answer(capsys, "evaluate", "--workdir", folder)
-    (copied["points"] / FILE_NAME).write_bytes(b"")
-    assert "or is damaged" in answer(capsys, "sample", "--workdir", copied["points"])

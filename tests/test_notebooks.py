@@ -35,11 +35,6 @@ def code_of(path):
     return code
 
 
-def test_there_are_notebooks_and_each_shortening_shortens_one():
-    code = "".join("".join(cell["source"]) for path in NOTEBOOKS for cell in cells_of(path))
-    assert all(re.search(long, code) for long in SHORTER)
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_kept_without_outputs(path):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells_of(path))

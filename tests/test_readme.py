@@ -6,8 +6,6 @@ import importlib
 import re
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).parent
 ROWS = [
     line
@@ -68,12 +66,3 @@ def test_every_name_exists():
             assert name in quick_tests(file), f"{file} has no {name}, or it is slow"
         num_tests += len(named)
     assert num_tests > 50
-
-
-def test_a_name_that_does_not_exist_is_noticed():
-    with pytest.raises(AttributeError):
-        find("maths.lipschitz.no_such_bound")
-    assert list(named_tests("`a.py::test_one`, `::test_two`")) == [
-        ("a.py", "test_one"),
-        ("a.py", "test_two"),
-    ]

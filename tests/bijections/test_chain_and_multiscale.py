@@ -11,21 +11,14 @@ import numpy as np
 import oracles
 import pytest
 
+import iresnet_jax as ir
 from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.bijections.bijection import (
     fold_in,
 )
-from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.chain import Chain, Multiscale, Repeat, Stage
-from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Logit
+from iresnet_jax.bijections.chain import Chain, Multiscale, Repeat
 from iresnet_jax.bijections.reshape import Isometry, flatten_bijection, squeeze_bijection
-from iresnet_jax.bijections.residual import Residual, Solver
-from iresnet_jax.bijections.standardize import Standardize, Whiten
-from iresnet_jax.branches.branch import CallableBranch
-from iresnet_jax.maths.logdet_exact import ExactLogdet
-from iresnet_jax.maths.logdet_series import SeriesLogdet
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
+from iresnet_jax.bijections.residual import Residual
 from iresnet_jax.models.contractions import freeze
 from iresnet_jax.models.flow import flow_bijection
 
@@ -34,11 +27,11 @@ LAYOUT = 1e-12  # the same operations in the same order, fused differently
 INVERSE_ATOL = 1e-8  # asked of the solver
 PREIMAGE = 1e-6  # what that leaves after a handful of blocks, in a latent or a log-determinant
 BATCH = 3
-SOLVER = Solver(atol=INVERSE_ATOL)
+SOLVER, DENSE = ir.Solver(atol=INVERSE_ATOL), ir.ExactLogdet()
 
 
-def residual(g, lipschitz_bound, estimator=ExactLogdet(), solver=SOLVER):
-    return Residual(CallableBranch(g, lipschitz_bound), estimator, solver)
+def residual(g, lipschitz_bound, estimator=DENSE, solver=SOLVER):
+    return Residual(ir.CallableBranch(g, lipschitz_bound), estimator, solver)
 
 
 def random_actnorm(rng, channels):
@@ -71,7 +64,7 @@ def network_weights(num_blocks, width=4, dim=3):
     )
 
 
-def network(weights, estimator=ExactLogdet(), **layout):
+def network(weights, estimator=DENSE, **layout):
     def make(w):
         block = residual(lambda x: jnp.tanh(x @ w["first"]) @ w["second"], 0.8, estimator)
         return Chain([ActNorm(w["bias"], w["log_scale"]), block])
@@ -82,7 +75,7 @@ def network(weights, estimator=ExactLogdet(), **layout):
 def multiscale_case():
     first = Chain([squeeze_bijection(2), random_actnorm(np.random.default_rng(4), 8)])
     return Multiscale(
-        [Stage(first, factor_out=True), Stage(residual(lambda x: 0.6 * jnp.tanh(x), 0.6))],
+        [ir.Stage(first, factor_out=True), ir.Stage(residual(lambda x: 0.6 * jnp.tanh(x), 0.6))],
         (2, 4, 2),
     )
 
@@ -90,10 +83,10 @@ def multiscale_case():
 def model_case():
     """A flow of convolutions, then of a dense branch, with weights away from its start."""
     layout = {"squeeze": 2, "channel_order": (5, 1, 7, 0, 2, 4, 6, 3), "factor_out": True}
-    first = StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), padding="CIRCULAR", **layout)
-    spec = FlowSpec((4, 2, 2), (first, StageSpec(1, hidden=(6,), preactivation=True)))
+    first = ir.StageSpec(1, hidden=(3,), kernel_sizes=(3, 1), padding="CIRCULAR", **layout)
+    spec = ir.FlowSpec((4, 2, 2), (first, ir.StageSpec(1, hidden=(6,), preactivation=True)))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), kept.random_params(spec))
-    return flow_bijection(spec, freeze(spec, params), ExactLogdet(), SOLVER)
+    return flow_bijection(spec, freeze(spec, params), ir.ExactLogdet(), SOLVER)
 
 
 FREQUENCIES = (0.15, 0.5, 0.1, 0.25)
@@ -111,31 +104,31 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "scanned blocks": ((3,), lambda: network(network_weights(4))),
     "multi-scale": ((2, 4, 2), multiscale_case),
     "image model": ((4, 2, 2), model_case),
-    "logit .05": ((2, 2, 1), lambda: Logit(0.05)),
+    "logit .05": ((2, 2, 1), lambda: ir.Logit(0.05)),
     "equalize, entrywise": (
         (2, 2, 1),
-        lambda: Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6),
+        lambda: ir.Equalize(FREQUENCIES, (0.999, 0.3, 0.5, 0.01), alpha=1e-6),
     ),
-    "standardize": ((4,), lambda: Standardize.fit(DATA)),
-    "standardize images": ((2, 2, 4), lambda: Standardize.fit(DATA)),
-    "whiten": ((4,), lambda: Whiten.fit(DATA)),
-    "bounded": ((4,), lambda: Bounded(*INTERVALS)),
+    "standardize": ((4,), lambda: ir.Standardize.fit(DATA)),
+    "standardize images": ((2, 2, 4), lambda: ir.Standardize.fit(DATA)),
+    "whiten": ((4,), lambda: ir.Whiten.fit(DATA)),
+    "bounded": ((4,), lambda: ir.Bounded(*INTERVALS)),
     "one end": (
         (4,),
-        lambda: Bounded(
+        lambda: ir.Bounded(
             (-9.0, 0.0, -np.inf, -np.inf), (np.inf, np.inf, 9.0, np.inf), 0.0, (0.1, 0.0, 3.0, 2.0)
         ),
     ),
     "heavy tails": (
         (4,),
-        lambda: Bounded(
+        lambda: ir.Bounded(
             (-np.inf, -np.inf, 0.0, -np.inf),
             (np.inf, np.inf, 1.0, np.inf),
             (0.3, 0, 0, -2),
             (0.01, 0, 0, 5),
         ),
     ),
-    "bounded, whitened": ((4,), lambda: Bounded(*INTERVALS, then=Whiten.fit(DATA))),
+    "bounded, whitened": ((4,), lambda: ir.Bounded(*INTERVALS, then=ir.Whiten.fit(DATA))),
 }
 
 
@@ -200,9 +193,6 @@ def test_logdet_and_lipschitz_constants_against_the_jacobian(name):
     )
 
 
-# ------------------------------------------------------------------------------------------ layouts
-
-
 @pytest.mark.slow
 def test_layouts_change_neither_values_nor_gradients(x64):
     weights, x = network_weights(2), jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, 3)))
@@ -212,7 +202,7 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         def run(weights, x):
             # with random probes: every layout must draw the same
-            bijection = network(weights, SeriesLogdet(2), **layout)
+            bijection = network(weights, ir.SeriesLogdet(2), **layout)
             z, logdet, info = bijection.forward_and_logdet(x, jax.random.key(0))
             return jnp.sum(jnp.sin(z)) + jnp.sum(logdet * jnp.arange(1.0, 4.0)), (
                 z,
@@ -230,11 +220,8 @@ def test_layouts_change_neither_values_nor_gradients(x64):
         )
 
 
-# -------------------------------------------------------------------------------------- information
-
-
 def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inverses(x64):
-    coarse = Solver(atol=1e-3)  # so that errors stand out from rounding
+    coarse = ir.Solver(atol=1e-3)  # so that errors stand out from rounding
     parts = [
         residual(lambda x: -0.8 * jnp.sin(x), 0.8, solver=coarse),
         ActNorm(jnp.zeros(2), jnp.array([-1.0, 0.5])),
@@ -266,7 +253,7 @@ def test_error_bounds_of_a_chain_compose_by_the_lipschitz_constants_of_the_inver
 
 def test_one_failed_block_fails_the_Chain():
     good, bad = (
-        residual(lambda x: 0.5 * x, bound, solver=Solver(max_evals=50)) for bound in (0.5, 1.0)
+        residual(lambda x: 0.5 * x, bound, solver=ir.Solver(max_evals=50)) for bound in (0.5, 1.0)
     )
     _, info = jax.jit(Chain([good, bad, good]).inverse)(jnp.ones((1, 2)))
     assert not info.converged[0]
@@ -274,7 +261,7 @@ def test_one_failed_block_fails_the_Chain():
 
 
 def test_errors_of_logdets_add_up(x64):
-    part = residual(lambda x: 0.5 * jnp.sin(x[:, ::-1]), 0.5, SeriesLogdet(2, num_probes=16))
+    part = residual(lambda x: 0.5 * jnp.sin(x[:, ::-1]), 0.5, ir.SeriesLogdet(2, num_probes=16))
     x, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3))), jax.random.key(0)
 
     @jax.jit
@@ -302,21 +289,18 @@ def test_errors_of_logdets_add_up(x64):
 def test_a_latent_that_leaves_early_skips_the_later_inverses(x64):
     shrinking_inverse = ActNorm(jnp.zeros(1), jnp.full(1, 2.0))
     identity = Isometry(lambda x: x, lambda y: y)
-    split = Multiscale([Stage(identity, factor_out=True), Stage(shrinking_inverse)], (2,))
+    split = Multiscale([ir.Stage(identity, factor_out=True), ir.Stage(shrinking_inverse)], (2,))
     jacobian = jax.jit(jax.jacfwd(lambda z: split.inverse(z[None])[0][0]))(jnp.ones(2))
     np.testing.assert_allclose(oracles.operator_norm(jacobian), 1, rtol=EXACT)
     np.testing.assert_allclose(split.inverse_lipschitz, 1, rtol=EXACT)
-
-
-# -------------------------------------------------------------------------------------- multi-scale
 
 
 def test_latents_are_the_parts_in_the_order_in_which_they_leave():
     x = jnp.arange(2 * 16.0).reshape(2, 2, 4, 2)
     bijection = Multiscale(
         [
-            Stage(squeeze_bijection(2), factor_out=True),
-            Stage(squeeze_bijection(1), factor_out=True),
+            ir.Stage(squeeze_bijection(2), factor_out=True),
+            ir.Stage(squeeze_bijection(1), factor_out=True),
         ],
         (2, 4, 2),
     )

@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.bounded import Bounded
+import iresnet_jax as ir
 from iresnet_jax.bijections.dequantize import certain_levels
-from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.bijections.marginals import Marginals
-from iresnet_jax.bijections.standardize import Center, Identity, Standardize, Whiten
 
 EXACT = 1e-14  # relative error of centres: some units of rounding
 ROUGH = {"scores": 1e-10}  # bounded by the rounding of the whole spline over its least slope
@@ -22,45 +18,45 @@ BELOW = 1e-60  # rounding of the decimal numbers
 KNOTS = {"at": [-3.0, 0.0, 1.0, 4.0], "to": [-2.0, -0.5, 1.0, 2.0], "slopes": [0.2, 1.5, 1.0, 0.1]}
 FEW = (0.2, 1e-6, 0.7 - 1e-6, 0.1)
 TRANSFORMS = {
-    "identity": Identity(),
-    "center": Center(),
-    "logit": Logit(0.05),
-    "logit, small alpha": Logit(1e-6),
-    "standardize": Standardize((1.0, -2.0, 1e3), (0.1, 3.0, 7.0)),
-    "whiten": Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
-    "bounded": Bounded(
+    "identity": ir.Identity(),
+    "center": ir.Center(),
+    "logit": ir.Logit(0.05),
+    "logit, small alpha": ir.Logit(1e-6),
+    "standardize": ir.Standardize((1.0, -2.0, 1e3), (0.1, 3.0, 7.0)),
+    "whiten": ir.Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
+    "bounded": ir.Bounded(
         (-1.0, -np.inf, 1e3),
         (3.0, np.inf, 1e3 + 0.5),
-        then=Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7)),
+        then=ir.Standardize((0.2, -2.0, 0.0), (1.0, 3.0, 1.7)),
     ),
-    "bounded and whitened": Bounded(
+    "bounded and whitened": ir.Bounded(
         (0.0, -0.5, -np.inf),
         (1e-3, 9.5, np.inf),
-        then=Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
+        then=ir.Whiten((1.0, -2.0, 5.0), ((2.0, 0.0, 0.0), (-1.5, 0.3, 0.0), (0.2, 0.4, 5.0))),
     ),
-    "one end": Bounded(
+    "one end": ir.Bounded(
         (-2.0, -np.inf, 0.0),
         (np.inf, 1e3, np.inf),
         0.0,
         (3.0, 0.5, 0.0),
-        Standardize((0.2, -2.0, 0.0), (0.9, 0.5, 0.7)),
+        ir.Standardize((0.2, -2.0, 0.0), (0.9, 0.5, 0.7)),
     ),
-    "heavy tails": Bounded(
+    "heavy tails": ir.Bounded(
         (-np.inf, -np.inf, 0.0),
         (np.inf, np.inf, 1.0),
         (5.0, 0, 0),
         (0.1, 0, 0),
-        Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7)),
+        ir.Standardize((0.2, -2.0, 0.0), (0.3, 3.0, 1.7)),
     ),
-    "scores": Marginals.of(
+    "scores": ir.Marginals.of(
         [
             {**KNOTS, "center": 5.0, "scale": 0.1},
             {"at": [-1.0, 0.5, 2.0], "to": [-2.0, 0.25, 1.0], "slopes": [1.0, 2.0, 0.25]},
             {**KNOTS, "low": 0.0, "high": 1.0},
         ]
     ),
-    "equalize": Equalize(FEW, alpha=0.05),
-    "equalize by entry": Equalize(FEW, (0.5, 0.99, 0.02), alpha=1e-3),
+    "equalize": ir.Equalize(FEW, alpha=0.05),
+    "equalize by entry": ir.Equalize(FEW, (0.5, 0.99, 0.02), alpha=1e-3),
 }
 # By how much a constant may exceed what is attained in the directions that are tried: none is that
 # of a matrix, and the largest slopes of two maps may be those of two entries.
@@ -82,9 +78,9 @@ def _many_digits():
 
 def exact_inverse(transform, y):
     """``t^-1`` of one vector of decimal numbers."""
-    if isinstance(transform, Bounded):
+    if isinstance(transform, ir.Bounded):
         line = exact_inverse(transform.then, y)
-        if isinstance(transform, Marginals):
+        if isinstance(transform, ir.Marginals):
             line = [below_spline(transform, i, v) for i, v in enumerate(line)]
         rows = zip(
             *(
@@ -94,21 +90,23 @@ def exact_inverse(transform, y):
             strict=True,
         )
         return [within(*row, v) for v, row in zip(line, rows, strict=True)]
-    if isinstance(transform, Standardize):
+    if isinstance(transform, ir.Standardize):
         return [
             v * Decimal(float(s)) + Decimal(float(m))
             for v, s, m in zip(y, transform.scale, transform.mean, strict=True)
         ]
-    if isinstance(transform, Whiten):
+    if isinstance(transform, ir.Whiten):
         rows = [[Decimal(float(a)) for a in row] for row in transform.factor]
         products = [sum(a * v for a, v in zip(row, y, strict=True)) for row in rows]
         return [v + Decimal(float(m)) for v, m in zip(products, transform.mean, strict=True)]
-    if not isinstance(transform, Logit | Equalize):
-        return [v + Decimal("0.5") * isinstance(transform, Center) for v in y]
+    if not isinstance(transform, ir.Logit | ir.Equalize):
+        return [v + Decimal("0.5") * isinstance(transform, ir.Center) for v in y]
     alpha = Decimal(float(transform.alpha))
     u = [(1 / (1 + (-v).exp()) - alpha) / (1 - 2 * alpha) for v in y]
     return (
-        u if isinstance(transform, Logit) else [quantile(transform, i, v) for i, v in enumerate(u)]
+        u
+        if isinstance(transform, ir.Logit)
+        else [quantile(transform, i, v) for i, v in enumerate(u)]
     )
 
 
@@ -221,30 +219,30 @@ def test_nothing_is_enclosed_where_nothing_is_known(name):
 
 def test_levels_are_certain_where_no_edge_is_near():
     x = np.array([[0.1, 0.25, 0.2501, 0.7, -0.1, 1.2]])
-    found = Identity().enclose_inverse(x, np.full(1, 1e-3))
+    found = ir.Identity().enclose_inverse(x, np.full(1, 1e-3))
     levels = np.array([[0, 1, 1, 2, 0, 3]], np.uint8)  # of 4: edges at .25, .5, .75
     np.testing.assert_array_equal(
         certain_levels(levels, found, 4), [[True, False, False, True, True, True]]
     )
     assert not certain_levels(levels + 1, found, 4)[0, :1].any()  # a wrong level is not certain
-    at_edge = Identity().enclose_inverse(x, np.zeros(1))
+    at_edge = ir.Identity().enclose_inverse(x, np.zeros(1))
     # without any error the edge itself is within the rounding
     assert not certain_levels(levels, at_edge, 4)[0, 1]
 
 
 def test_values_are_certain_where_the_ends_of_their_cells_are_far():
-    cells = Marginals.lines([0.5, 0, 2])
+    cells = ir.Marginals.lines([0.5, 0, 2])
     x = np.array([[10.6, 0.3, 2.9], [10.74, 0.3, 2.9995]])
-    found = Identity().enclose_inverse(x, np.full(2, 1e-3))
+    found = ir.Identity().enclose_inverse(x, np.full(2, 1e-3))
     rounded = np.array([[10.5, 0.3, 2.0], [10.5, 0.3, 2.0]])
     np.testing.assert_array_equal(
         cells.certain(rounded, found), [[True, False, True], [True, False, False]]
     )
     assert not cells.certain(rounded + 0.5, found)[0, 0]
-    scores = Marginals.of(
+    scores = ir.Marginals.of(
         [{"values": [0, 1], "has_levels": 1, "lower": [[-np.inf, 0]], "upper": [[0, np.inf]]}]
     )
-    near = Identity().enclose_inverse(np.array([[-0.1], [1e-4], [3.0]]), np.full(3, 1e-3))
+    near = ir.Identity().enclose_inverse(np.array([[-0.1], [1e-4], [3.0]]), np.full(3, 1e-3))
     assert scores.certain(np.array([[0.0], [1.0], [1.0]]), near)[:, 0].tolist() == [
         True,
         False,

@@ -98,9 +98,6 @@ def test_a_density_bounds_the_number_of_its_values():
     )
 
 
-# --- normal scores ---
-
-
 def columns():
     """Columns of 1500 rows by name; a copy depends on the flag."""
     rng, n = np.random.default_rng(0), 1500

@@ -111,6 +111,11 @@ CASES = {
 }
 
 
+# what is in test_closed_forms.py, test_feedforward.py and test_sandwich.py, too
+SLOW = ("pre-activated", "periodic", "sandwich")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+
+
 def on_its_word(name):
     return name in ("function", "registered")
 
@@ -175,7 +180,7 @@ def matrices(jacobians, num_dims):
     return jacobians.reshape(-1, num_dims, num_dims)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_bounds_hold_for_dense_jacobians(name):
     flow, (*_, whole, own) = CASES[name], found(name)
     assert certificate(name).certified != on_its_word(name)
@@ -199,7 +204,7 @@ def test_bounds_hold_for_dense_jacobians(name):
     model(name).check_branches(x.astype(np.float32), context=context)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_inverts_and_has_its_log_determinant(name):
     log_det, (back, info), whole, _ = found(name)
     assert info.converged.all()
@@ -230,16 +235,7 @@ def test_every_estimator_finds_the_log_determinant(name):
         assert np.all(np.abs(terms.log_det - exact) < 5 * stderr + 1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("dense", "convolutional", "contexts", "function", "registered"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("pre-activated", "periodic", "sandwich", "potential")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_has_a_gradient_and_is_in_the_file(name, tmp_path):
     """The gradient of the latents of a training step, with kernels that are beyond the budget."""
     flow, (x, context) = CASES[name], examples(name)
@@ -268,20 +264,6 @@ def test_every_weight_has_a_gradient_and_is_in_the_file(name, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, as_params(loaded.weights), as_params(model(name).weights)
     )
-
-
-def test_certificates_of_inverses_say_which_kinds_they_cannot_follow():
-    x, _ = examples("registered")
-    for call in (lambda m: ir.certify.inverse(m, x, x), lambda m: ir.certify.decode(m, x)):
-        with pytest.raises(
-            ValueError, match="branches of kind 'wave', which certificates cannot follow"
-        ):
-            call(model("registered"))
-
-
-def test_a_branch_of_a_function_cannot_be_folded():
-    with pytest.raises(ValueError, match="or define folded"):
-        model("function").given(np.zeros(CONTEXT_DIM, np.float32))
 
 
 @pytest.mark.parametrize("kind", ["feedforward", "sandwich", "potential"])

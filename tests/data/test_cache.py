@@ -72,29 +72,6 @@ def test_the_second_time_is_mapped_and_not_decoded(load, home, tmp_path):
     assert decodings == ["train", "test"] * 2
 
 
-def test_interrupted_decoding_leaves_nothing(load, home):
-    def fail():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        load(after_each=fail)
-    assert caches(home) == []
-    load()
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"labels": LABELS - 1}, "has the class -1, and classes of x lie in 0 to 3"),
-        ({"images": IMAGES[:45], "labels": LABELS[:45]}, "shorter"),
-    ],
-)
-def test_images_that_break_the_word_of_their_source_are_refused(load, home, changed, message):
-    with pytest.raises(ValueError, match=message):
-        load(**changed)
-    assert caches(home) == []
-
-
 def test_writers_that_start_at_once_agree(load):
     decodings = []
     with ThreadPoolExecutor(2) as pool:

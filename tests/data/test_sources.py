@@ -12,16 +12,13 @@ from sklearn.datasets import load_digits
 
 from iresnet_jax import data
 from iresnet_jax.data.dataset import SPLITS, validation_mask
-from iresnet_jax.data.images import read_idx, split_digits
+from iresnet_jax.data.images import split_digits
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("IRESNET_JAX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-
-
-# Images in all formats ----------------------------------------------------------------------------
 
 
 def examples(num, shape, seed=0):
@@ -211,18 +208,6 @@ def test_npz_with_the_names_of_medmnist_keeps_its_validation_split(tmp_path):
         np.testing.assert_array_equal(loaded.labels[split], labels)
 
 
-def test_idx_header_is_big_endian(tmp_path):
-    """Bytes as they stand in the description of the format, not made by the writer above."""
-    path = tmp_path / "file"
-    path.write_bytes(
-        bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 10, 11, 12, 20, 21, 22])
-    )
-    np.testing.assert_array_equal(read_idx(path), [[[10, 11, 12]], [[20, 21, 22]]])
-
-
-# Digits -------------------------------------------------------------------------------------------
-
-
 def test_digits_keep_their_labels_and_lose_no_image_and_every_split_has_its_share_of_each():
     pixels, classes = load_digits(return_X_y=True)
     digits, splits = data.load("digits"), split_digits(classes)
@@ -234,23 +219,6 @@ def test_digits_keep_their_labels_and_lose_no_image_and_every_split_has_its_shar
         assert np.all(
             np.abs(np.bincount(classes[splits[split]]) - share * np.bincount(classes)) < 2
         )
-
-
-# TFDS ---------------------------------------------------------------------------------------------
-
-
-def test_images_without_labels_and_test_split_as_downsampled_imagenet(tmp_path):
-    train, valid = (COLOUR[0][0], None), (COLOUR[1][0], None)
-    assert_holds(
-        data.load(write_tfds(tmp_path / "set", train, valid, test_split="validation")), train, valid
-    )
-
-
-def test_the_newest_version_is_read_unless_one_is_named(tmp_path):
-    write_tfds(tmp_path / "set", examples(20, (28, 28, 1), seed=5), GREY[1], version="3.0.9")
-    write_tfds(tmp_path / "set", *GREY, version="3.0.10")
-    assert_holds(data.load("mnist"), *GREY)
-    assert len(data.load("mnist:3.0.9").examples["train"]) == 18
 
 
 def test_what_is_not_prepared_is_prepared_once(tmp_path, monkeypatch):
@@ -266,8 +234,6 @@ def test_what_is_not_prepared_is_prepared_once(tmp_path, monkeypatch):
         assert_holds(data.load("mnist"), *GREY)
     assert prepared == ["array_record"]
 
-
-# Arrays and tables --------------------------------------------------------------------------------
 
 X = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
 
@@ -322,76 +288,3 @@ def test_a_header_names_columns_classes_and_contexts(tmp_path):
 
 
 # Mistakes -----------------------------------------------------------------------------------------
-
-IMAGES = np.zeros((20, 4, 4), np.uint8)
-
-
-def table(text):
-    def write(folder):
-        (folder / "a.csv").write_text(text)
-        return f"csv:{folder}/a.csv"
-
-    return write
-
-
-def tables(**texts):
-    def write(folder):
-        for split, text in texts.items():
-            (folder / f"{split}.csv").write_text(text)
-        return f"csv:{folder}"
-
-    return write
-
-
-def npz(**arrays):
-    def write(folder):
-        np.savez(folder / "a.npz", **arrays)
-        return f"npz:{folder}/a.npz"
-
-    return write
-
-
-def idx_of_floats(folder):
-    write_idx(folder, *GREY)
-    (folder / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((2, 3), np.float32), 13))
-    return f"idx:{folder}"
-
-
-def image(pixels, file):
-    def write(folder):
-        name = write_folder(folder, *GREY)
-        save(folder / file, pixels)
-        return name
-
-    return write
-
-
-WRONG = {
-    "missing cell": (table("a,b\n1,2\n3,\n"), "string '' to float64 at row 1, column 2"),
-    "missing number": (table("1,2\n3,nan\n" * 9), "the data holds NaN"),
-    "numbered columns": (table("0,1\n0.5,2\n1,3\n"), "first line of .* numbers the columns"),
-    "other columns": (tables(train="a,b\n1,2\n", test="b,a\n1,2\n"), "before it .'a', 'b'."),
-    "idx of floats": (idx_of_floats, "no IDX file of unsigned bytes"),
-    "size": (
-        image(np.zeros((28, 26, 1), np.uint8), "train/class0/x.png"),
-        "x.png has uint8 pixels",
-    ),
-    "typing error": (
-        npz(x_train=IMAGES, contexts_train=IMAGES),
-        "holds contexts_train, which nothing reads beside train",
-    ),
-    # a pickle, which could run anything
-    "pickle": (npz(x_train=np.array([{"code": 1}])), "Object arrays cannot be loaded"),
-    "unknown": (
-        lambda _: "h5:/a/b",
-        "unknown data set 'h5:/a/b': .*digits, mnist.*moons.*idx:PATH",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_would_be_read_wrongly_is_refused(tmp_path, case):
-    write, message = WRONG[case]
-    with pytest.raises(ValueError, match=message):
-        data.load(write(tmp_path))
-    assert not list(tmp_path.glob("cache/decoded*"))

@@ -43,9 +43,6 @@ def values(column):
     return values_of(np.asarray(column, np.float32).astype(np.float64), EPS)
 
 
-# --- cells ---
-
-
 @pytest.mark.parametrize(
     ("mean", "std", "digits", "num"),
     [(24, 4, 2, 50), (5000, 900, 1, 100_000), (0, 1, 3, 9000), (7, 9, 0, 9)],
@@ -88,9 +85,6 @@ def test_levels_of_booleans_and_categories_exist_whether_seen_or_not():
     assert (found.least.tolist(), found.most.tolist()) == ([0, 0, 0], [1, 2, 1])
 
 
-# --- atoms ---
-
-
 def test_a_value_that_many_rows_have_is_an_atom_of_a_continuous_column_and_of_a_rounded_one():
     amounts = np.where(RNG.random(1500) < 0.6, 0, RNG.exponential(10, 1500))
     for x, known in ((amounts, ()), (np.round(amounts, 1), (0.0, 0.1))):
@@ -106,9 +100,6 @@ def test_values_of_counts_and_rare_ties_are_no_atoms():
     x = np.array(NORMAL[:, 0])
     x[:5] = x[0]
     assert atoms_of(x, ()) == []
-
-
-# --- ends and tails ---
 
 
 def test_ends_are_those_that_are_given_by_name_or_number_with_all_of_their_cells():
@@ -134,34 +125,6 @@ def test_a_column_may_have_one_end_whose_map_takes_the_median_to_0():
         assert np.median(line[:, 1]) == pytest.approx(0, abs=1e-3)
     counts = lines(beside(RNG.poisson(3, 1500)), NAMES, bounds={"rest": (0, np.inf)})
     assert ends_of(counts)[1] == (-0.5, np.inf)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ({"rset": (0, 1)}, r"columns 'rent', 'rest', 'income', by name or number, got 'rset'"),
-        ({"rest": (1, 0)}, "two rising numbers"),
-        (
-            {"rest": (0.0, 0.5)},
-            r"in row \d+ of the split train, column 'rest', is outside of its bounds 0 and 0.5",
-        ),
-        (
-            {"rest": (-1e9, 1e9)},
-            "float32 cannot tell the values of column 'rest' apart beside its "
-            "bounds -1e.09 and 1e.09",
-        ),
-    ],
-)
-def test_bounds_that_do_not_fit_are_refused_by_name(bounds, message):
-    x = beside(np.linspace(0, 1, 1500))
-    with pytest.raises(ValueError, match=message):
-        described(x, NAMES, bounds=bounds)
-    with pytest.raises(ValueError, match=r"2 in row 0 of the split validation, column 'rest'"):
-        describe(
-            {"train": x, "validation": np.full((1, 3), 2.0, np.float32)},
-            NAMES,
-            bounds={"rest": (0, 1)},
-        )
 
 
 def test_heavy_tails_are_found_and_light_ones_are_left():

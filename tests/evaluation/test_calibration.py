@@ -9,11 +9,9 @@ import kept
 import numpy as np
 import pytest
 
+import iresnet_jax as ir
 from iresnet_jax.evaluation import calibration
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs.config import EvaluationConfig
 
@@ -22,7 +20,7 @@ NUM, SAMPLES = 400, 49
 
 
 DIMS, DEVIATION = 10, math.sqrt(0.1)  # task T.1 of the SBI benchmark (Lueckmann et al. 2021)
-LINEAR_FLOW = FlowSpec((DIMS,), (StageSpec(1, hidden=(2,)),), context_dim=DIMS)
+LINEAR_FLOW = ir.FlowSpec((DIMS,), (ir.StageSpec(1, hidden=(2,)),), context_dim=DIMS)
 
 
 def linear_gaussian_pairs(num):
@@ -47,7 +45,7 @@ def linear_gaussian_model(shift=0.0, scale=1.0):
     weights = jax.tree.map(jnp.asarray, zero_weights())
     weights["stage0"].branch.weights["dense1"]["context"] = -0.5 * jnp.eye(DIMS)[None]
     prior = Gaussian(jnp.full((DIMS,), shift), jnp.full((DIMS,), math.log(scale * math.sqrt(0.05))))
-    return Density(DensitySpec(LINEAR_FLOW), weights, prior)
+    return ir.Density(ir.DensitySpec(LINEAR_FLOW), weights, prior)
 
 
 @functools.cache

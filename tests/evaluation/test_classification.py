@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from iresnet_jax.evaluation.classification import NUM_MISTAKES, fraction_interval, summarize
+from iresnet_jax.evaluation.classification import fraction_interval, summarize
 
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -28,10 +28,3 @@ def test_confusion_has_classes_along_its_rows_and_classes_that_do_not_occur():
     result = summarize(2.0 * np.eye(4)[[0, 1, 1, 0]], np.array([0, 0, 1, 2]), loss=0.5)
     assert result.confusion == ((1, 1, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 0, 0))
     assert (result.error, result.num_errors, result.interval) == (0.5, 2, fraction_interval(2, 4))
-
-
-def test_mistakes_are_the_first():
-    result = summarize(2.0 * np.eye(3)[[0, 2] * 40], np.zeros(80, int), loss=0.5)
-    assert len(result.mistakes) == NUM_MISTAKES < result.num_errors == 40
-    first = result.mistakes[0]
-    assert (first.index, first.label, first.prediction) == (1, 0, 2)

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from iresnet_jax.bijections.logit import Logit
+import iresnet_jax as ir
 from iresnet_jax.evaluation import likelihood
-from iresnet_jax.maths.logdet_series import SeriesLogdet
-from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
-from iresnet_jax.models.density_spec import DensitySpec
 
 SAME_RTOL = 1e-5  # the same maths by another route, float32
 DIFFERENCE_RTOL = 1e-3  # differences of such float32 numbers
@@ -51,21 +48,23 @@ def test_an_estimate_is_unbiased_or_said_to_be_biased_beyond(monkeypatch):
     # two dimensions, two blocks, eight terms
     assert 0 < result.truncation_bound < 2 * 2 * bound**9 / 9 / (1 - bound)
     assert "terms beyond those always computed change it by at most" in str(result)
-    assert "biased by at most the truncation bound" in likelihood.described(SeriesLogdet(8))[0]
+    assert "biased by at most the truncation bound" in likelihood.described(ir.SeriesLogdet(8))[0]
 
-
-# --- the importance-weighted bound ----------------------------------------------------------------
 
 # A mean over REPEATS estimates lies within so many of its standard errors of its expectation.
 SIGNIFICANT = 5.0
 EXACT_RTOL = 1e-12  # the same float64 sums in another order
 LEVELS, REPEATS, DRAWS = 4, 200, 8
-TWO_PIXELS = DensitySpec(
-    FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),)), transform=Logit(0.05), num_levels=LEVELS
+TWO_PIXELS = ir.DensitySpec(
+    ir.FlowSpec((2,), (ir.StageSpec(2, hidden=(8, 8)),)),
+    transform=ir.Logit(0.05),
+    num_levels=LEVELS,
 )
 VARIATIONAL = dataclasses.replace(
     TWO_PIXELS,
-    flow=dataclasses.replace(TWO_PIXELS.flow, noise=NoiseSpec(1, (4,), network=(4, 2), window=3)),
+    flow=dataclasses.replace(
+        TWO_PIXELS.flow, noise=ir.NoiseSpec(1, (4,), network=(4, 2), window=3)
+    ),
 )
 ALL = (
     np.stack(np.meshgrid(*2 * [np.arange(LEVELS)], indexing="ij"), axis=-1)

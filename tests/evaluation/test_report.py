@@ -92,17 +92,6 @@ def test_contradictions_are_stated(name):
     assert sentence in str(report)
 
 
-def test_a_training_ends_with_one_line_a_result_in_words():
-    lines = str(with_part(likelihood=POINTS)).splitlines()
-    assert lines[0].startswith("test: 2.8342 ± 0.0021 nats (9973 examples; exact log-determinant)")
-    assert [line.partition(":")[0] for line in lines[1:]] == [
-        *("calibration", "test error", "inverse", "guaranteed", "certified"),
-    ]
-    assert "proven" in lines[-1]
-    assert "F^-1" in str(CERTIFICATE)
-    assert "F^-1" not in lines[-1]
-
-
 def test_a_sound_report_has_no_warnings():
     for report in (REPORT, with_part(likelihood=POINTS)):
         assert report.warnings() == []

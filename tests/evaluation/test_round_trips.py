@@ -6,12 +6,9 @@ import kept
 import numpy as np
 import pytest
 
-from iresnet_jax.bijections.residual import Solver
+import iresnet_jax as ir
 from iresnet_jax.evaluation import round_trips
 from iresnet_jax.evaluation.round_trips import draw, reconstruct
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 
 
 def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_from_the_first():
@@ -46,7 +43,7 @@ def test_reconstructions_are_exact_to_rounding_within_their_bound_and_certified_
 
 def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
     points = np.asarray(jax.random.normal(jax.random.key(0), (3, 2)))
-    model = kept.model(kept.POINTS).with_(solver=Solver(max_evals=1))
+    model = kept.model(kept.POINTS).with_(solver=ir.Solver(max_evals=1))
     *_, summary = reconstruct(model, points, 2, 0)
     assert "NOT INVERTED; 0 of 3" in str(summary)
     assert "did not converge for 100 % of the examples" in str(summary)
@@ -57,16 +54,14 @@ def test_an_inverse_that_is_stopped_too_early_is_said_to_be():
 def test_the_number_of_certified_examples_follows_from_their_cost():
     small, large = (
         kept.POINTS.flow,
-        FlowSpec((32, 32, 3), (StageSpec(48, hidden=(8,), kernel_sizes=(3, 3)),)),
+        ir.FlowSpec((32, 32, 3), (ir.StageSpec(48, hidden=(8,), kernel_sizes=(3, 3)),)),
     )
     assert round_trips.affordable(small, 10.0) == round_trips.MOST_CERTIFIED
     assert round_trips.affordable(small, 1e-6) == 1
     assert round_trips.affordable(large, 1e9) == 0
 
 
-# --- samples --------------------------------------------------------------------------------------
-
-CONDITIONAL = DensitySpec(FlowSpec((2,), (StageSpec(1, hidden=(4,)),), context_dim=1))
+CONDITIONAL = ir.DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(1, hidden=(4,)),), context_dim=1))
 # ten times the tolerance of the solver, whose rounding depends on the share of a device
 DEVICE_ATOL = 1e-5
 CONTEXTS = np.array([[-2.0], [3.0]], np.float32)
@@ -80,7 +75,7 @@ DRAWS = {  # model, options of a draw of 3, and those of `Density.sample`
 def test_two_devices_draw_the_samples_of_the_model(spec, options, own):
     assert jax.local_device_count() == 2
     model = kept.model(spec)
-    expected, info = Density.sample(model, jax.random.key(3), 3, **own)
+    expected, info = ir.Density.sample(model, jax.random.key(3), 3, **own)
     values, convergence = draw(model, 3, 2, seed=3, **options)
     assert values.dtype == expected.dtype
     if spec.num_levels is None:
@@ -89,15 +84,3 @@ def test_two_devices_draw_the_samples_of_the_model(spec, options, own):
         assert np.abs(values.astype(int) - expected).max() <= 1
         assert np.mean(values != expected) < 0.03
     assert convergence.failed == tuple(np.flatnonzero(~info.converged))
-
-
-def test_samples_of_images_are_levels_and_the_first_are_certified():
-    values, convergence = draw(kept.model(kept.IMAGES), 5, 3, num_certified=4)
-    found = convergence.guarantee
-    assert (values.shape, values.dtype) == ((5, *kept.SHAPE), np.uint8)
-    assert (convergence.num, convergence.failed) == (5, ())
-    assert (found.num_examples, found.num_applied) == (4, 4)
-    assert found.max_data_bound < 1e-4
-    assert "guaranteed error of the inverse" in str(convergence)
-    cold, _ = draw(kept.model(kept.IMAGES), 2, 2, temperature=0.0)
-    np.testing.assert_array_equal(*cold)  # the mean of the prior

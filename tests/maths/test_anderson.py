@@ -73,16 +73,11 @@ def make_cases():
     angles = rng.uniform(0, np.pi, 5)
     turns = np.kron(np.diag(np.cos(angles)), np.eye(2)) + np.kron(np.diag(np.sin(angles)), quarter)
     return {
-        "random, 1-D": random_network(rng, 1, 0.9),
         "random, 10-D": random_network(rng, 10, 0.99),
-        "MaxMin, 2-D": random_maxmin_network(rng, 2, 0.99),
         "MaxMin, 6-D": random_maxmin_network(rng, 6, 0.99),
         "-.99 x": linear_case(-np.eye(3), 0.99),
-        ".99 x": linear_case(np.eye(3), 0.99),
         "-.99 |x|": Case(3, 0.99, absolute, -0.99),
-        "a quarter turn": linear_case(np.kron(np.eye(2), quarter), 0.95),
         "turns by other angles in each plane": linear_case(turns, 0.95),
-        "random triangular": linear_case(np.tril(rng.normal(size=(20, 20))), 0.95),
         "random symmetric": linear_case(symmetric + symmetric.T, 0.95),
         "slopes 0 to -.99": linear_case(np.diag(-np.linspace(0, 0.99, 30)), 0.99),
     }
@@ -145,8 +140,7 @@ def test_never_more_evaluations_than_banach_iteration(x64, name):
     assert np.all(anderson <= banach + 1)
 
 
-@pytest.mark.parametrize("refine", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_starting_behind_what_a_branch_always_adds(x64, refine):
+def test_starting_behind_what_a_branch_always_adds(x64):
     rng = np.random.default_rng(0)
     weights = jax.tree.map(jnp.asarray, random_network(rng, 6, 0.9).weights)
     far, x = 30 * jnp.asarray(rng.normal(size=(1, 6))), jnp.asarray(rng.normal(size=(BATCH, 6)))
@@ -156,7 +150,7 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
 
     def solve(at_zero=None, memory=4):
         whole = CallableBranch(branch, 0.9, at_zero=at_zero)
-        solver = Solver(atol=TOLERANCE, memory=memory, refine=refine)
+        solver = Solver(atol=TOLERANCE, memory=memory)
         found, info = jax.jit(lambda x: residual.inverse(whole, x + branch(x), solver))(x)
         assert info.converged.all()
         assert (np.linalg.norm(found - x, axis=1) <= info.error_bound).all()
@@ -164,9 +158,8 @@ def test_starting_behind_what_a_branch_always_adds(x64, refine):
 
     shared = functools.partial(branch, jnp.zeros((1, 6)))
     assert (solve(at_zero=shared) < solve()).all()
-    if not refine:
-        # the paper's iteration
-        np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))
+    # the paper's iteration
+    np.testing.assert_array_equal(solve(at_zero=shared, memory=0), solve(memory=0))
 
 
 def test_a_result_does_not_depend_on_batch_mates_or_their_order(x64):

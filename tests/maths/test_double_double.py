@@ -4,8 +4,6 @@ import decimal
 import operator
 from fractions import Fraction
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +19,6 @@ from iresnet_jax.maths.double_double import (
     exp,
     log,
     product,
-    softplus,
 )
 
 CONTEXT = decimal.Context(prec=60)
@@ -124,19 +121,6 @@ def test_activations_and_slopes_against_decimal_numbers(name):
         for value, slope, (right, right_slope) in zip(found, slopes[i], wanted, strict=True):
             assert abs(value - right) <= Decimal(ACTIVATION_ERROR) * (1 + abs(t))
             assert abs(Decimal(float(slope)) - right_slope) <= Decimal(SLOPE_ERROR)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_those_of_the_library(name):
-    x = np.random.default_rng(0).normal(size=(5, 4))
-    with jax.enable_x64(True):
-        entry, beta = ACTIVATIONS[name], 0.3
-        wanted = (
-            entry.apply(jnp.asarray(x), beta) if entry.has_beta else entry.apply(jnp.asarray(x))
-        )
-        sharpness = softplus(DoubleDouble.of(beta)) if entry.has_beta else None
-        found, _ = activate(name, DoubleDouble.of(x), sharpness)
-        np.testing.assert_allclose(found.high, wanted, rtol=1e-14, atol=1e-15)
 
 
 def test_products_are_within_their_bound_of_fractions():

@@ -143,14 +143,6 @@ def test_random_contractions_against_newton(seed, dim, coeff, double):
         assert np.all(np.asarray(info.error_bound) <= 1.01 * ATOL)
 
 
-def test_images_keep_their_shape_and_their_own_norm(x64):
-    y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 2)))
-    x, info = invert_multiple(0.5, y, 0.5, memory=0)
-    assert_bound_holds(info, error(x, np.asarray(y) / 1.5))
-    # x is one step further
-    np.testing.assert_allclose(info.residual / 2, error(1.5 * x, np.asarray(y)), rtol=1e-6)
-
-
 def half(x):
     return 0.5 * x
 

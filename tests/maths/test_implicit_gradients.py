@@ -129,12 +129,6 @@ def test_of_the_inverse_and_its_log_determinant(x64):
     assert_same(jax.jit(jax.grad(ours))(problem()), jax.jit(jax.grad(reference))(problem()))
 
 
-# ------------------------------------------------------------------------------------------- memory
-
-
-# ----------------------------------------------------------------------- derivatives not solved for
-
-
 def test_a_linear_solve_that_is_cut_short_says_so(x64):
     slopes, x = jnp.array([0.0, 0.9, 0.0]), jnp.ones((3, 2))
     turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])

@@ -76,9 +76,6 @@ def estimate(estimator, branch, x, key, **settings):
     return jax.jit(functools.partial(estimator, branch, **settings))(x, key)
 
 
-# ------------------------------------------------------------------------------------------- values
-
-
 def test_exact_against_slogdet(x64):
     params, x = network()
     logdet = jax.jit(lambda x: dense_logdet(functools.partial(apply, params), x))(jnp.asarray(x))
@@ -120,9 +117,6 @@ def test_the_truncated_series_has_the_terms_it_says(x64, num_terms):
     np.testing.assert_allclose(actual, expected, rtol=EXACT, atol=EXACT)
 
 
-# -------------------------------------------------------------------------------- truncation bounds
-
-
 @pytest.mark.parametrize("num_terms", [1, 6])
 def test_the_remainder_of_every_probe_is_within_its_bound(x64, num_terms):
     params, x = network(lipschitz=0.8)
@@ -148,9 +142,6 @@ def test_a_priori_bound_against_brute_force(lipschitz, num_terms):
         7 * math.log1p(-lipschitz) - oracles.series_logdet(-lipschitz * np.eye(7), num_terms)
     )
     np.testing.assert_allclose(attained, 7 * tail, atol=EXACT)
-
-
-# ---------------------------------------------------------------------------------------- gradients
 
 
 def weighted_sum(logdet):
@@ -230,8 +221,6 @@ def test_a_closed_form_trace_takes_part_in_value_and_gradient(x64):
     np.testing.assert_allclose(value, WEIGHTS @ np.array(exact_logdets()), rtol=GRADIENT)
 
 
-# ----------------------------------------------------------------------------------------- roulette
-
 ROULETTES: dict[str, tuple[RouletteLogdet, Any]] = {
     "poisson": (RouletteLogdet("poisson", 2.0), stats.poisson(2.0)),
     "no exact term": (RouletteLogdet("poisson", 0.5, num_exact_terms=0), stats.poisson(0.5)),
@@ -296,9 +285,6 @@ def test_standard_errors_over_probes_are_those_of_the_samples(x64):
     np.testing.assert_allclose(info.stderr, np.std(samples, axis=0, ddof=1) / 8, rtol=EXACT)
 
 
-# --------------------------------------------------------------------------------- keys and lengths
-
-
 def test_with_a_key_an_example_the_batch_does_not_matter(x64):
     estimator, (params, x) = RouletteLogdet("geometric", 0.3), network()
     branch, x = functools.partial(apply, params), jnp.asarray(x)
@@ -341,6 +327,3 @@ def test_probes_have_the_moments_they_promise():
     assert np.all(np.abs(draws) == 1)
     np.testing.assert_allclose(draws.mean(0), 0, atol=SIGMAS / math.sqrt(4000))
     np.testing.assert_allclose(draws.T @ draws / 4000, np.eye(6), atol=SIGMAS * math.sqrt(2 / 4000))
-
-
-# ---------------------------------------------------------------------------------------- arguments

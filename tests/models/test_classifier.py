@@ -1,5 +1,6 @@
 """The classifier against a plain NumPy network in float64, and the way back to the images."""
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -8,22 +9,21 @@ import numpy as np
 import plain_flow
 import pytest
 
+import iresnet_jax as ir
 from iresnet_jax.bijections import reshape
 from iresnet_jax.models import contractions
 from iresnet_jax.models import head as heads
 from iresnet_jax.models import linen as modules
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 
 EXACT = 1e-10  # the same maths by another route, float64
 SINGLE = 1e-5  # in float32
 ROUND_TRIP = 1e-4  # float32, a few blocks
 NORM_RTOL = 1e-3  # the tolerance of the norms
 
-STAGE = StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
-SPEC = ClassifierSpec(
-    FlowSpec(
-        (4, 4, 3), (STAGE, StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))
+STAGE = ir.StageSpec(2, hidden=(3,), kernel_sizes=(3, 1), squeeze=2)
+SPEC = ir.ClassifierSpec(
+    ir.FlowSpec(
+        (4, 4, 3), (STAGE, ir.StageSpec(1, hidden=(5,), kernel_sizes=(1, 3), preactivation=True))
     ),
     image_shape=(4, 4, 2),
     num_classes=3,
@@ -57,10 +57,10 @@ def preprocess(spec, images):
 
 
 # Compiled: one operation at a time, loops take seconds.
-features_of = jax.jit(Classifier.encode)
-features_of_input = jax.jit(Classifier.features_of_input)
-logits_of = jax.jit(Classifier.logits)
-decode = jax.jit(Classifier.decode)
+features_of = jax.jit(ir.Classifier.encode)
+features_of_input = jax.jit(ir.Classifier.features_of_input)
+logits_of = jax.jit(ir.Classifier.logits)
+decode = jax.jit(ir.Classifier.decode)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def variables():
 @pytest.fixture(scope="module")
 def model(variables):
     frozen = jax.jit(lambda params: contractions.freeze(SPEC.flow, params))(variables["params"])
-    return Classifier(SPEC, frozen, variables["params"]["head"], variables["batch_stats"])
+    return ir.Classifier(SPEC, frozen, variables["params"]["head"], variables["batch_stats"])
 
 
 def naive_features(weights, images):
@@ -89,9 +89,6 @@ def naive_head(head, mean, var, features):
     mean, var = (np.asarray(a, np.float64) for a in (mean, var))
     h = (features - mean) / np.sqrt(var + 1e-5) * head["norm"]["scale"] + head["norm"]["bias"]
     return np.maximum(h, 0).mean(axis=(1, 2)) @ head["linear"]["kernel"] + head["linear"]["bias"]
-
-
-# --- forward --------------------------------------------------------------------------------------
 
 
 def test_features_and_logits_agree_with_a_plain_network(model):
@@ -121,7 +118,15 @@ def test_modules_apply_what_the_model_computes(variables, model):
     assert (constrained.weights["stage0"].branch.lipschitz_bound <= 0.81 * (1 + NORM_RTOL)).all()
 
 
-# --- head and loss --------------------------------------------------------------------------------
+def test_a_fresh_one_is_certified_and_its_head_knows_the_moments_of_features():
+    images, stage = images_of(64), ir.StageSpec(1, (3,), (3, 1), squeeze=2)
+    preprocessing = {"num_levels": 17, "pad_channels": 1, "mean": (0.3, 0.6), "std": (0.2, 0.5)}
+    fresh = ir.Classifier.init(jax.random.key(0), images, 3, stages=[stage], **preprocessing)
+    assert fresh.spec == dataclasses.replace(SPEC, flow=ir.FlowSpec((4, 4, 3), (stage,)))
+    assert fresh.certificate().certified
+    features, head = np.reshape(features_of(fresh, images), (-1, 12)), fresh.statistics["head"]
+    np.testing.assert_allclose(features.mean(axis=0), head["mean"], atol=1e-4)
+    np.testing.assert_allclose(features.var(axis=0), head["var"], rtol=1e-3)
 
 
 def test_cross_entropy_with_smoothing_against_its_definition():
@@ -134,9 +139,6 @@ def test_cross_entropy_with_smoothing_against_its_definition():
             jnp.asarray(logits, jnp.float32), labels, label_smoothing=smoothing
         )
         np.testing.assert_allclose(found, -(target * log_p).sum(axis=1), rtol=SINGLE)
-
-
-# --- back -----------------------------------------------------------------------------------------
 
 
 def test_features_of_images_lead_back_to_them(model):

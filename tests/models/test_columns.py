@@ -72,17 +72,3 @@ def test_columns_are_found_by_name_and_unknown_categories_have_no_place():
     )
     found = numbers_of(FRAME.assign(city=["Oslo", "Rome", "Oslo"]), COLUMNS)
     assert found[:, [column.name for column in COLUMNS].index("city")].tolist() == [1, -1, 1]
-
-
-@pytest.mark.parametrize(
-    ("frame", "message"),
-    [
-        (pd.DataFrame({pd.Timestamp("2020-01-01"): [1.0]}), "must be text or numbers"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns are called 'a'"),
-        (FRAME.assign(height=[1.0, 2.0, np.nan]), "'height' has 1 missing values, .* in row 2"),
-        (pd.DataFrame({"name": ["Ada", "Bo", "Cy"]}), "'name' occur once, as names do"),
-    ],
-)
-def test_columns_that_are_no_numbers_and_no_categories_are_refused(frame, message):
-    with pytest.raises(ValueError, match=message):
-        columns_of(frame)

@@ -6,19 +6,18 @@ import kept
 import numpy as np
 import pytest
 
+import iresnet_jax as ir
 from iresnet_jax import load
-from iresnet_jax.bijections.standardize import Standardize
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contexts import ContextScale, apply_network, initial_network
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 
 BATCH, CONTEXT_DIM = 3, 4
-PLANE = FlowSpec((2,), (StageSpec(3, hidden=(8,), activation="tanh"),), context_dim=CONTEXT_DIM)
-IMAGES = FlowSpec(
+PLANE = ir.FlowSpec(
+    (2,), (ir.StageSpec(3, hidden=(8,), activation="tanh"),), context_dim=CONTEXT_DIM
+)
+IMAGES = ir.FlowSpec(
     (4, 4, 1),
     (
-        StageSpec(
+        ir.StageSpec(
             1,
             (3,),
             (3, 3),
@@ -28,30 +27,30 @@ IMAGES = FlowSpec(
             positional_bias=True,
             kind="sandwich",
         ),
-        StageSpec(1, (4,), activation="clipswish"),
+        ir.StageSpec(1, (4,), activation="clipswish"),
     ),
     context_dim=CONTEXT_DIM,
 )
 
 
 # Compiled: one operation at a time, loops take seconds.
-encode, decode = jax.jit(Density.encode), jax.jit(Density.decode)
-log_prob = jax.jit(Density.log_prob)
+encode, decode = jax.jit(ir.Density.encode), jax.jit(ir.Density.decode)
+log_prob = jax.jit(ir.Density.log_prob)
 
 
 def test_a_conditional_density_integrates_to_one(x64):
     side = np.linspace(-12, 12, 240)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     values = np.exp(
-        log_prob(kept.exact_model(DensitySpec(PLANE)), grid, context=np.arange(CONTEXT_DIM) / 2)
+        log_prob(kept.exact_model(ir.DensitySpec(PLANE)), grid, context=np.arange(CONTEXT_DIM) / 2)
     )
     np.testing.assert_allclose(np.sum(values) * (side[1] - side[0]) ** 2, 1, atol=1e-3)
 
 
 def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
     """Convolutional and dense, of two kinds, with a scale of contexts and a network on them."""
-    scale = Standardize((1.0,) * CONTEXT_DIM, (2.0,) * CONTEXT_DIM)
-    whole = kept.exact_model(DensitySpec(IMAGES, context=scale, context_hidden=(5, CONTEXT_DIM)))
+    scale = ir.Standardize((1.0,) * CONTEXT_DIM, (2.0,) * CONTEXT_DIM)
+    whole = kept.exact_model(ir.DensitySpec(IMAGES, context=scale, context_hidden=(5, CONTEXT_DIM)))
     rng = np.random.default_rng(0)
     x, context = rng.uniform(size=(BATCH, *IMAGES.event_shape)), rng.normal(size=(2, CONTEXT_DIM))
     given = whole.given(context[0])
@@ -68,9 +67,6 @@ def test_a_density_given_a_context_is_the_same_function(x64, tmp_path):
             np.testing.assert_array_equal, block.branch.weights, given.weights[name].branch.weights
         )
     assert given.certificate().max_block == whole.certificate().max_block
-
-
-# --- scales of contexts and networks on them ------------------------------------------------------
 
 
 def columns():
@@ -110,7 +106,7 @@ def test_network_is_its_layers():
 def model():
     """A conditional density with a network on contexts of length 4."""
     return kept.model(
-        DensitySpec(PLANE, context=ContextScale.fit(columns()), context_hidden=(6, 4))
+        ir.DensitySpec(PLANE, context=ContextScale.fit(columns()), context_hidden=(6, 4))
     )
 
 
@@ -120,7 +116,7 @@ def test_the_flow_gets_what_the_network_makes_of_contexts(model):
         columns()[:3].astype(np.float32),
     )
     features = apply_network(model.network, model.spec.context.forward(jnp.asarray(context)))
-    bare = model.with_(spec=DensitySpec(PLANE), network={})
+    bare = model.with_(spec=ir.DensitySpec(PLANE), network={})
     np.testing.assert_allclose(
         model.log_prob(x, context=context), bare.log_prob(x, context=features), rtol=1e-6
     )

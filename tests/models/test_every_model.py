@@ -11,11 +11,6 @@ import pytest
 from oracles import dense_conv_matrix, operator_norm
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.equalize import Equalize
-from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.bijections.marginals import Marginals
-from iresnet_jax.models.classifier import ClassifierSpec
-from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.saved import read
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}  # the same by another route, float64; inverses to 1e-12
@@ -30,42 +25,40 @@ DENSE, CONV = (
 )
 PLANE = ir.FlowSpec((2,), (STAGE,))
 SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
-PADDED = ClassifierSpec(ir.FlowSpec((4, 4, 2), (CONV,)), SHAPE, 3, LEVELS, pad_channels=1)
+PADDED = ir.ClassifierSpec(ir.FlowSpec((4, 4, 2), (CONV,)), SHAPE, 3, LEVELS, pad_channels=1)
 SPECS = {
-    "vectors": DensitySpec(PLANE, transform=SCALED),
-    "bounds": DensitySpec(
+    "vectors": ir.DensitySpec(PLANE, transform=SCALED),
+    "bounds": ir.DensitySpec(
         PLANE, "logistic", ir.Bounded((-9.0, -np.inf), (9.0, np.inf), then=SCALED)
     ),
-    "no blocks": DensitySpec(ir.FlowSpec((2,), ()), transform=SCALED),
-    "mixture": DensitySpec(PLANE, "mixture", num_components=2),
-    "contexts": DensitySpec(
+    "no blocks": ir.DensitySpec(ir.FlowSpec((2,), ()), transform=SCALED),
+    "mixture": ir.DensitySpec(PLANE, "mixture", num_components=2),
+    "contexts": ir.DensitySpec(
         dataclasses.replace(PLANE, context_dim=2),
         context=ir.Standardize((0.1,) * 3, (2.0,) * 3),
         context_hidden=(4, 2),
     ),
-    "prescribed constants": DensitySpec(ir.FlowSpec.bilipschitz((2,), [STAGE], mu=0.2, nu=5.0)),
-    "grid": DensitySpec(PLANE, cells=Marginals.lines([1, 0])),
-    "levels": DensitySpec(
+    "prescribed constants": ir.DensitySpec(ir.FlowSpec.bilipschitz((2,), [STAGE], mu=0.2, nu=5.0)),
+    "grid": ir.DensitySpec(PLANE, cells=ir.Marginals.lines([1, 0])),
+    "levels": ir.DensitySpec(
         ir.FlowSpec(SHAPE, (dataclasses.replace(CONV, factor_out=True), DENSE)),
         "logistic",
-        Equalize((0.3, *(0.1,) * 7), alpha=1e-3),
+        ir.Equalize((0.3, *(0.1,) * 7), alpha=1e-3),
         LEVELS,
     ),
-    "classes": DensitySpec(
-        ir.FlowSpec(SHAPE, (DENSE,)), transform=Logit(0.05), num_levels=LEVELS, num_classes=3
+    "classes": ir.DensitySpec(
+        ir.FlowSpec(SHAPE, (DENSE,)), transform=ir.Logit(0.05), num_levels=LEVELS, num_classes=3
     ),
-    "noise": DensitySpec(
+    "noise": ir.DensitySpec(
         ir.FlowSpec(SHAPE, (DENSE,), noise=ir.NoiseSpec(1, (3,), (4, 2), window=3)),
-        transform=Logit(0.05),
+        transform=ir.Logit(0.05),
         num_levels=LEVELS,
     ),
     "classifier": PADDED,
     "unconstrained": dataclasses.replace(PADDED, constrained=False),
 }
-DENSITIES = [name for name, spec in SPECS.items() if isinstance(spec, DensitySpec)]
+DENSITIES = [name for name, spec in SPECS.items() if isinstance(spec, ir.DensitySpec)]
 OF_LEVELS = ("levels", "classes", "noise")  # whose programs take long to compile
-# also as one example without axes; vectors are in test_leading_axes.py
-ALONE = ("levels", "classifier")
 KEY = jax.random.key(0)
 
 
@@ -157,30 +150,6 @@ def test_it_comes_back_from_its_file_bit_for_bit(name, tmp_path):
     with jax.enable_x64(True):
         loaded = jax.tree.leaves(ir.load(tmp_path).weights)
         assert all(leaf.dtype == np.float32 for leaf in loaded)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("vectors", "bounds", "mixture", "contexts", "prescribed constants", "grid"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("classifier", *OF_LEVELS)),
-    ],
-)
-def test_results_have_the_axes_of_the_examples(name):
-    x, context = examples(name)
-
-    def given(axes):
-        return jax.tree.map(lambda a: a.reshape(*axes, *a.shape[1:]), (x, context))
-
-    for found, expected in zip(outputs(model(name), *given((2, 3))), of_batch(name), strict=True):
-        np.testing.assert_allclose(found, expected.reshape(2, 3, *expected.shape[1:]), **SAME)
-    if name in ALONE:
-        for found, expected in zip(
-            outputs(model(name), *jax.tree.map(lambda a: a[2], (x, context))),
-            of_batch(name),
-            strict=True,
-        ):
-            np.testing.assert_allclose(found, expected[2], **SAME)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -9,7 +9,6 @@ import numpy as np
 import plain_flow
 
 import iresnet_jax as ir
-from iresnet_jax.models.density_spec import DensitySpec
 
 CLOSE = 1e-8  # float64, absolute; the Hessians' entries are of size 1
 COUPLING = np.array([[2.0, 0.5], [0.5, 1.0]])
@@ -19,7 +18,7 @@ Z = np.array([0.3, -0.7])
 def model():
     """Two dimensions and two blocks, which are scanned, in float64."""
     stage = ir.StageSpec(2, (3,), activation="clipswish")
-    return kept.exact_model(DensitySpec(ir.FlowSpec((2,), (stage,))), atol=1e-14)
+    return kept.exact_model(ir.DensitySpec(ir.FlowSpec((2,), (stage,))), atol=1e-14)
 
 
 def energy(x):

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same sums in programs of other batch sizes
-PLANE = DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),)))
-GIVEN = DensitySpec(
+PLANE = ir.DensitySpec(ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),)))
+GIVEN = ir.DensitySpec(
     dataclasses.replace(PLANE.flow, context_dim=3),
     context=ir.Standardize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)),
 )
-GIVEN_A_NUMBER = DensitySpec(dataclasses.replace(PLANE.flow, context_dim=1))
+GIVEN_A_NUMBER = ir.DensitySpec(dataclasses.replace(PLANE.flow, context_dim=1))
 
 
 rng = np.random.default_rng(0)
@@ -69,6 +67,19 @@ def test_a_number_is_a_context_of_length_one():
 
 def test_samples_under_one_context_are_those_of_as_many_equal_ones():
     model, key = kept.model(GIVEN), jax.random.key(3)
-    sample = jax.jit(Density.sample, static_argnums=2)
+    sample = jax.jit(ir.Density.sample, static_argnums=2)
     expected, _ = sample(model, key, 6, context=np.tile(CONTEXTS[0], (6, 1)))
     assert_same(sample(model, key, 6, context=CONTEXTS[0])[0], expected)
+
+
+def test_classes_have_the_axes_of_the_examples():
+    images, _ = kept.images(6)
+    logits = jax.jit(ir.Classifier.logits)
+    for compute, spec, x in (
+        (logits, kept.CLASSIFIER, images),
+        (ir.Density.class_log_probs, kept.CLASSES_OF_POINTS, POINTS),
+    ):
+        model = kept.model(spec)
+        whole = compute(model, x)
+        assert_same(compute(model, with_axes(x, (2, 3))), with_axes(whole, (2, 3)))
+        assert_same(compute(model, x[2]), whole[2])

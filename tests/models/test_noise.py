@@ -10,28 +10,24 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.logit import Logit
-from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 
 DENSE_RTOL = 1e-9  # the same maths by another route, float64
 DIFFERENCE_RTOL = 1e-6  # central differences in float64
 SAME_RTOL = 1e-5  # the same maths by another route, float32
 QUADRATURE_ATOL = 1e-4  # of a smooth density on a grid
 LEVELS, NUM = 4, 5
-NOISE = NoiseSpec(num_blocks=2, hidden=(6,), network=(8, 3), window=3)
-VECTORS = DensitySpec(
-    FlowSpec((2,), (StageSpec(2, hidden=(8, 8)),), noise=NOISE),
-    transform=Logit(0.05),
+NOISE = ir.NoiseSpec(num_blocks=2, hidden=(6,), network=(8, 3), window=3)
+VECTORS = ir.DensitySpec(
+    ir.FlowSpec((2,), (ir.StageSpec(2, hidden=(8, 8)),), noise=NOISE),
+    transform=ir.Logit(0.05),
     num_levels=LEVELS,
 )
 IMAGES = dataclasses.replace(
-    VECTORS, flow=FlowSpec((3, 2, 1), (StageSpec(1, hidden=(8,)),), noise=NOISE)
+    VECTORS, flow=ir.FlowSpec((3, 2, 1), (ir.StageSpec(1, hidden=(8,)),), noise=NOISE)
 )
 KEYS = functools.cache(lambda: tuple(jax.random.split(jax.random.key(5), 2)))
 
-terms = jax.jit(Density.terms)
+terms = jax.jit(ir.Density.terms)
 
 
 def case(spec):
@@ -59,11 +55,11 @@ def log_density_of_noise(model, x, noise, bounds):
 def test_log_likelihoods_are_those_of_the_dense_density_of_the_noise(x64):
     model, x = case(IMAGES)
     found = terms(model, x, *KEYS())
-    u = jax.jit(Density.dequantize)(model, x, KEYS()[0])
+    u = jax.jit(ir.Density.dequantize)(model, x, KEYS()[0])
     np.testing.assert_array_equal(np.floor(u * LEVELS), x)
     log_q, converged = log_density_of_noise(model, x, u * LEVELS - x, model.bounds())
     assert converged.all()
-    of_point = jax.jit(Density.log_prob)(model.continuous, u)
+    of_point = jax.jit(ir.Density.log_prob)(model.continuous, u)
     expected = of_point - log_q - IMAGES.flow.num_dims * np.log(LEVELS)
     np.testing.assert_allclose(found.log_prob, expected, rtol=DENSE_RTOL)
     assert np.ptp(log_q) > 0.1  # noise is not uniform
@@ -120,12 +116,12 @@ def with_uniform_noise(model):
 
 
 def test_noise_starts_uniform():
-    first = Density.init(
+    first = ir.Density.init(
         jax.random.key(0),
         squares(),
-        stages=[StageSpec(1, (16,), activation="clipswish")],
+        stages=[ir.StageSpec(1, (16,), activation="clipswish")],
         num_levels=LEVELS,
-        noise=NoiseSpec(1, (8,), (8, 4), window=3),
+        noise=ir.NoiseSpec(1, (8,), (8, 4), window=3),
     )
     uniform, key = with_uniform_noise(first), jax.random.key(1)
     expected = uniform.log_prob(squares(), key)
@@ -138,7 +134,9 @@ def test_noise_starts_uniform():
 @pytest.mark.slow
 def test_probes_of_the_noise_are_others_than_those_of_the_data():
     """With the same probes, the errors of two equal flows would be equal."""
-    flow = FlowSpec((3, 3, 1), (StageSpec(2, (6,), (3, 3), activation="clipswish"),), noise=NOISE)
+    flow = ir.FlowSpec(
+        (3, 3, 1), (ir.StageSpec(2, (6,), (3, 3), activation="clipswish"),), noise=NOISE
+    )
     model = kept.model(dataclasses.replace(IMAGES, flow=flow)).with_(
         estimator=ir.SeriesLogdet(2, num_probes=1, exact_trace=False)
     )

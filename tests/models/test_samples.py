@@ -8,16 +8,14 @@ import kept
 import numpy as np
 
 import iresnet_jax as ir
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
 
 SAME = {"rtol": 1e-8, "atol": 1e-8}  # float64; inverses to 1e-12
 FLOW = ir.FlowSpec((2,), (ir.StageSpec(2, (6,), activation="tanh"),))
 SCALED = ir.Standardize((0.5, -1.0), (2.0, 0.3))
 SPECS = {
-    "normal": DensitySpec(FLOW, transform=SCALED),
-    "conditional": DensitySpec(dataclasses.replace(FLOW, context_dim=3), transform=SCALED),
-    "classes": DensitySpec(FLOW, transform=SCALED, num_classes=3),
+    "normal": ir.DensitySpec(FLOW, transform=SCALED),
+    "conditional": ir.DensitySpec(dataclasses.replace(FLOW, context_dim=3), transform=SCALED),
+    "classes": ir.DensitySpec(FLOW, transform=SCALED, num_classes=3),
 }
 CONTEXTS = np.random.default_rng(0).normal(size=(4, 3))
 LABELS = np.array([2, 0, 1, 1])
@@ -37,7 +35,7 @@ def drawn(model, context, labels):
     return model.sample_and_log_prob(KEY, 4, context=context, labels=labels)
 
 
-terms = jax.jit(Density.terms)
+terms = jax.jit(ir.Density.terms)
 
 
 def test_with_labels_the_log_density_is_that_of_the_class(x64):

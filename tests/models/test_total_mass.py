@@ -8,11 +8,6 @@ import numpy as np
 import pytest
 
 import iresnet_jax as ir
-from iresnet_jax.bijections.bounded import Bounded
-from iresnet_jax.bijections.marginals import Marginals
-from iresnet_jax.bijections.standardize import Standardize, Whiten
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import model_of
 
@@ -21,7 +16,7 @@ NUM_SAMPLES, NUM_NOISE, NUM_ROWS = 20_000, 512, 2**17
 log_prob = jax.jit(ir.Density.log_prob)
 LINE = (-np.inf, np.inf)
 # Scores of values off a grid, and of an atom at 0, where scores jump.
-LISTED = Marginals.of(
+LISTED = ir.Marginals.of(
     [
         {
             "values": [-2, -1.7, 0, 0.1, 3, 4],
@@ -32,7 +27,7 @@ LISTED = Marginals.of(
         }
     ]
 )
-ATOM = Marginals.of(
+ATOM = ir.Marginals.of(
     [
         {
             **{"at": [0, 0], "to": [-0.2, 0.9], "slopes": [1, 1]},
@@ -42,33 +37,38 @@ ATOM = Marginals.of(
 )
 # Cells, ends and preprocessing of one or two entries, and the prior.
 CASES = {
-    "logistic, wide on the line": (None, ((-1.0, 3.0),), Standardize((0.5,), (2.5,)), "logistic"),
-    "one end": (None, ((0.0, np.inf, 0.0, 2.0),), Standardize((0.0,), (0.7,)), "logistic"),
+    "logistic, wide on the line": (
+        None,
+        ((-1.0, 3.0),),
+        ir.Standardize((0.5,), (2.5,)),
+        "logistic",
+    ),
+    "one end": (None, ((0.0, np.inf, 0.0, 2.0),), ir.Standardize((0.0,), (0.7,)), "logistic"),
     "counts from 0 on": (
-        Marginals.lines([5]),
+        ir.Marginals.lines([5]),
         ((-2.5, np.inf, 0.0, 20.0),),
-        Standardize((0.0,), (0.5,)),
+        ir.Standardize((0.0,), (0.5,)),
         "gaussian",
     ),
-    "mixture": (None, ((-3.0, 0.0),), Standardize((0.0,), (2.0,)), "mixture"),
+    "mixture": (None, ((-3.0, 0.0),), ir.Standardize((0.0,), (2.0,)), "mixture"),
     "levels that own half-lines": (
-        Marginals.lines([1], least=[0], most=[4]),
+        ir.Marginals.lines([1], least=[0], most=[4]),
         (LINE,),
-        Standardize((2.0,), (0.8,)),
+        ir.Standardize((2.0,), (0.8,)),
         "gaussian",
     ),
     "decimals with heavy tails": (
-        Marginals.lines([0.5]),
+        ir.Marginals.lines([0.5]),
         ((*LINE, 3.0, 1.0),),
-        Standardize((0.0,), (0.4,)),
+        ir.Standardize((0.0,), (0.4,)),
         "gaussian",
     ),
-    "values off a grid": (LISTED, (LINE,), Standardize((0.0,), (0.6,)), "gaussian"),
-    "an atom of a continuous entry": (ATOM, (LINE,), Standardize((0.3,), (0.8,)), "gaussian"),
+    "values off a grid": (LISTED, (LINE,), ir.Standardize((0.0,), (0.6,)), "gaussian"),
+    "an atom of a continuous entry": (ATOM, (LINE,), ir.Standardize((0.3,), (0.8,)), "gaussian"),
     "a rounded amount and a free entry": (
-        Marginals.lines([0.5, 0]),
+        ir.Marginals.lines([0.5, 0]),
         (LINE, LINE),
-        Whiten((4.0, 1.0), ((3.0, 0.0), (0.4, 1.0))),
+        ir.Whiten((4.0, 1.0), ((3.0, 0.0), (0.4, 1.0))),
         "gaussian",
     ),
 }
@@ -76,18 +76,18 @@ CASES = {
 
 def mapped(ends):
     """The map of entries with these ends, centers and scales to the line."""
-    return Bounded(*np.array([(*row, 0.0, 0.0)[:4] for row in ends]).T)
+    return ir.Bounded(*np.array([(*row, 0.0, 0.0)[:4] for row in ends]).T)
 
 
 def density(name):
     """A density of random weights that reach far from the identity."""
     cells, ends, then, prior = CASES[name]
     rng, key = np.random.default_rng(len(name)), jax.random.key(0)
-    flow = FlowSpec(
-        (len(ends),), (StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9
+    flow = ir.FlowSpec(
+        (len(ends),), (ir.StageSpec(num_blocks=4, hidden=(16,), activation="clipswish"),), coeff=0.9
     )
     transform = mapped(ends) if then is None else dataclasses.replace(mapped(ends), then=then)
-    spec = DensitySpec(
+    spec = ir.DensitySpec(
         flow, prior, transform, cells=cells, num_components=3 if prior in MIXTURES else None
     )
     params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
@@ -186,7 +186,7 @@ def test_all_numbers_add_up_to_1_and_samples_have_the_shares_that_they_say(name)
 
 def test_a_density_of_potentials_integrates_to_1_on_a_grid():
     stage, x = (
-        StageSpec(6, (8,), activation="softplus4", kind="potential"),
+        ir.StageSpec(6, (8,), activation="softplus4", kind="potential"),
         np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32),
     )
     model = ir.Density.init(jax.random.key(0), x, stages=[stage], coeff=0.95)

@@ -1,18 +1,13 @@
 """Mistakes in a config file or on the command line are one sentence; nothing is written."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_runs as runs
 from tiny_runs import ROOT
 
-from iresnet_jax.models.architecture import StageSpec
 from iresnet_jax.runs import job
-from iresnet_jax.runs.config import default_config, parse, parse_train_flags, to_plain
+from iresnet_jax.runs.config import parse_train_flags
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +87,6 @@ def test_a_config_file_that_fails_is_answered_in_one_sentence(answer, tmp_path, 
     assert fragment in found
 
 
-def test_stages_of_a_config_file_may_be_specs():
-    config = default_config()
-    config.model.stages = (StageSpec(2, (4,)),)
-    assert (
-        parse(to_plain(config)).model.stages == parse(config).model.stages == (StageSpec(2, (4,)),)
-    )
-
-
 def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(
     config_files, answer, tmp_path, monkeypatch
 ):
@@ -117,34 +104,6 @@ def test_failures_of_a_run_are_sentences_unless_debugging_and_bugs_are_not(
     fail(TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
         runs.train_main(*arguments)
-
-
-@pytest.mark.slow
-def test_the_real_command_line_of_a_mistake(config_files, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config={config_files['toy']}",
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    # A thread that has not ended, as those of transports may, is waited for where Python ends in an
-    # orderly way.
-    (tmp_path / "sitecustomize.py").write_text(
-        "from threading import Event, Thread\nThread(target=Event().wait).start()"
-    )
-    environment = {
-        **runs.environment(),
-        "JAX_PLATFORMS": "cuda",
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 2
-    assert (
-        "error: JAX was told to use 'cuda' and finds no such device" in done.stderr.splitlines()[-1]
-    )
-    assert "Traceback" not in done.stderr
 
 
 def test_flags_override_fields_and_name_the_workdir_after_the_config(config_files, monkeypatch):
@@ -172,18 +131,3 @@ def test_flags_override_fields_and_name_the_workdir_after_the_config(config_file
 
 
 # --- the folder of a run --------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_workdir_holds_the_config_that_was_trained_and_refuses_another(
-    config_files, tmp_path_factory, answer
-):
-    workdir = runs.trained(tmp_path_factory, "toy")
-    written = (workdir / "config.json").read_text()
-    assert json.loads(written) == {"format": 1, **to_plain(runs.config_of(runs.TOY_CONFIG))}
-    override = "--config.optimizer.learning_rate=0.5"
-    line = answer(
-        f"--config={config_files['toy']}", f"--workdir={workdir}", override, workdir=workdir
-    )
-    assert "config.optimizer.learning_rate is 0.5 now and 0.001 before" in line
-    assert (workdir / "config.json").read_text() == written

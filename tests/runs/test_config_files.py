@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 
-import jax
 import numpy as np
 import pytest
 from tiny_runs import ROOT
@@ -16,7 +15,6 @@ from iresnet_jax.models.free import num_parameters
 from iresnet_jax.models.initial import abstract
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.pytrees import first_difference
-from iresnet_jax.runs import plan
 from iresnet_jax.runs.config import parse, to_plain
 from iresnet_jax.runs.job import Job
 
@@ -91,46 +89,12 @@ def data_of(config):
 
 
 @pytest.mark.slow
-def test_the_training_step_lowers_for_tpus():
-    config = get_config("digits_density", None)
-    lowered, *_ = plan.lower(
-        config, plan.Machine("eight of tpu", "tpu", (jax.devices()[0],), 8), data_of(config)
-    )
-    assert "all_reduce" in lowered.as_text()  # of gradients
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), CONFIGS)
 def test_configs_describe_models_that_fit_their_data(name, argument):
     config = get_config(name, argument)
     num = num_parameters(abstract(Job.of(config, data_of(config)).spec).params)
     assert num == pytest.approx(PUBLISHED.get((name, argument), num), rel=0.01)
     assert num > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "argument", "known"),
-    [
-        ("toy_2d", "mons", "moons"),
-        ("iresnet_classification", "cifar1", "cifar10"),
-    ],
-)
-def test_an_unknown_variant_is_answered_with_those_there_are(name, argument, known):
-    with pytest.raises(ValueError, match=f"{argument}.*{known}|{known}.*{argument}"):
-        get_config(name, argument)
-
-
-@pytest.mark.parametrize(("name", "rate"), [("digits", 0.1), ("cifar10", 0.02)])
-def test_a_variant_changes_the_constraint_and_at_most_the_learning_rate(name, rate):
-    name += "_classification"
-    plain, half, vanilla = (
-        to_plain(get_config(name, variant)) for variant in (None, "0.5", "vanilla")
-    )
-    half["model"]["coeff"] = 0.9
-    assert vanilla["optimizer"]["learning_rate"] == rate
-    vanilla["constraint"]["norms"] = "estimated"
-    vanilla["optimizer"]["learning_rate"] = plain["optimizer"]["learning_rate"]
-    assert plain == half == vanilla
 
 
 RESULTS = ROOT / "benchmarks/results"

@@ -1,6 +1,5 @@
 """Several processes train as one does; what ends one of them ends all, in one sentence."""
 
-import shutil
 import signal
 import time
 
@@ -13,7 +12,6 @@ from one_of_several import start
 from iresnet_jax.runs import hosts, job
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training import parallel
-from iresnet_jax.training.checkpoints import Store
 
 # float32 sums over another number of devices, amplified by 8 steps, of an array's largest entry
 ROUNDING = 2e-5
@@ -69,9 +67,6 @@ def assert_close(found, expected):
         )
 
 
-# --- ends -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """The folder of a run whose process 1 was told to stop, exit statuses, and what was said."""
@@ -112,9 +107,6 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     )
 
 
-# --- results --------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The same training by one process with two devices, and by two with one each."""
@@ -135,14 +127,6 @@ def test_runs_do_not_depend_on_how_devices_are_spread(trained):
     ):
         assert found.pop("split") == expected.pop("split")
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_one_process_goes_on_where_two_were(trained, tmp_path):
-    shutil.copytree(trained / "two", tmp_path / "run")
-    Store(tmp_path / "run").path(runs.newest(tmp_path / "run")).unlink()
-    job.train(runs.config_of(runs.CONFIGS["classifier"]), tmp_path / "run")
-    assert_close(final(tmp_path / "run"), final(trained / "one"))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import chex
 import jax
@@ -14,7 +12,6 @@ import tiny_runs as runs
 from one_of_several import status_of_one_killed_in_a_save
 from tiny_runs import (
     EVAL_EVERY,
-    ROOT,
     TOTAL_STEPS,
     arrays_of,
     assert_ends_like,
@@ -41,9 +38,6 @@ def config():
 def uninterrupted(tmp_path_factory):
     """The workdir of the run that was never stopped."""
     return runs.trained(tmp_path_factory, "toy")
-
-
-# --- one run --------------------------------------------------------------------------------------
 
 
 def test_training_improves_validation_and_never_recompiles(uninterrupted):
@@ -74,9 +68,6 @@ def test_a_run_of_an_earlier_version_goes_on_to_the_same_bits(config, uninterrup
     assert trained_run.load(workdir).step == newest(workdir) < TOTAL_STEPS
     job.train(config, workdir)
     assert_ends_like(workdir, uninterrupted)
-
-
-# --- told to stop ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -119,14 +110,6 @@ def test_a_run_told_to_stop_saves_the_step_it_is_in(
     assert_ends_like(tmp_path, uninterrupted)
 
 
-def test_a_signal_before_the_first_step_ends_training_at_once(config, tmp_path, happens_before):
-    happens_before(0, send(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        job.train(config, tmp_path)
-    assert not isinstance(interrupt.value, Stopped)
-    assert not (tmp_path / "checkpoints").exists()
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, uninterrupted, tmp_path):
     assert status_of_one_killed_in_a_save("toy", tmp_path / "run", call=2) == -signal.SIGKILL
@@ -135,44 +118,6 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_stopped(config, uninterrup
     assert_ends_like(tmp_path / "run", uninterrupted)
     # what is returned is what is saved
     chex.assert_trees_all_equal(resumed.weights, trained_run.load(uninterrupted).model.weights)
-
-
-IMPORT_PROGRAM = """
-import runpy, sys
-
-def trace(frame, event, arg):
-    if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.endswith("jax/__init__.py"):
-        sys.settrace(None)
-        print("ready", flush=True)
-
-sys.settrace(trace)
-sys.argv = ["train.py"]
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_a_signal_during_the_imports_ends_training_in_one_sentence():
-    process = subprocess.Popen(
-        [sys.executable, "-c", IMPORT_PROGRAM],
-        cwd=ROOT,
-        env=runs.environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (
-        143,
-        "",
-        f"stopped by SIGTERM: {runs.train_script().HINT}\n",
-    )
-
-
-# --- what is kept ---------------------------------------------------------------------------------
 
 
 def test_a_density_of_transformed_images_is_validated_and_kept_as_one_of_images_as_they_are(

@@ -54,9 +54,6 @@ def test_a_line_holds_everything_and_is_on_disk_at_once(tmp_path):
     assert found == [(10, "train/loss", 2.0), (10, "train/norm", math.inf), (10, "test/loss", 2.0)]
 
 
-# --- resuming -------------------------------------------------------------------------------------
-
-
 def test_resuming_drops_the_steps_that_will_be_repeated(tmp_path):
     write(tmp_path, (10, 20, 30, 40))
     write(tmp_path, (30, 40), since=20, loss=3.0)
@@ -75,18 +72,6 @@ def test_a_killed_process_loses_no_more_than_its_last_line(tmp_path, cut):
     assert steps(tmp_path) == survivors
     write(tmp_path, [40], since=30)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*survivors, 40]
-
-
-@pytest.mark.parametrize("damaged", [b'{"st', b'{"step": 2, "split": "train"}'])
-def test_a_damaged_line_is_skipped(tmp_path, damaged):
-    line = b'{"step": 1, "split": "train", "wall_time_s": 0.5}\n'
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(line + damaged + b"\n")
-    write(tmp_path, [], since=1)
-    assert path.read_bytes() == line
-
-
-# --- progress -------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):

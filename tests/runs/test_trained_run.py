@@ -53,9 +53,6 @@ def same(a, b):
     )
 
 
-# --- which parameters -----------------------------------------------------------------------------
-
-
 def test_the_parameters_are_the_average_of_the_best_checkpoint(toy, trained):
     named = runs.arrays_of(trained, 20)
     assert (toy.step, toy.notes) == (20, ())
@@ -86,9 +83,6 @@ def test_a_best_checkpoint_that_is_damaged_is_said_to_be(toy, copied):
     assert note.endswith("step 40 takes its place.")
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     toy, copied, tmp_path
 ):
@@ -109,37 +103,6 @@ def test_a_model_alone_is_the_same_run_and_one_beside_a_run_does_not_replace_it(
     assert alone.test_data().x.shape == (256, 2)
     run.save(run.Run(copied, kept.model(kept.POINTS), toy.config, toy.fingerprint, step=7))
     assert run.load(copied).step == 20
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("config.json", b'{"format": 0}', "its format is 0, not 1"),
-        ("model.json", b'{"format": 1, "model": {"type": "Desnity"}}', "'Desnity'"),
-    ],
-)
-def test_a_file_that_is_no_use_is_said_to_be(tmp_path, name, content, reason):
-    (tmp_path / name).write_bytes(content)
-    read = run.read_config if name == "config.json" else run.read_model
-    with pytest.raises(ValueError, match=f"{name} is damaged or .* another version") as raised:
-        read(tmp_path)
-    assert reason in str(raised.value)
-
-
-def test_what_is_no_folder_of_a_run_is_said_to_be_none(tmp_path, copied):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        run.load(tmp_path / "none")
-    kept.model(kept.POINTS).save(tmp_path / FILE_NAME)
-    with pytest.raises(ValueError, match="says nothing of a training"):
-        run.load(tmp_path)
-    with pytest.raises(ValueError, match="JAX_ENABLE_X64"), jax.enable_x64(True):
-        run.load(copied)
-    shutil.rmtree(copied / "checkpoints")
-    with pytest.raises(RuntimeError, match="has no checkpoints: its training has not reached"):
-        run.load(copied)
-
-
-# --- data -----------------------------------------------------------------------------------------
 
 
 def test_a_run_on_other_data_or_of_another_config_is_not_gone_on_with(tmp_path):
@@ -179,20 +142,3 @@ def test_other_data_are_noticed_and_needed_by_nothing_else(of_images):
     assert (without.model.spec, without.fingerprint) == (loaded.model.spec, loaded.fingerprint)
     with pytest.raises(FileNotFoundError, match=str(path)):
         without.with_data_checked()
-
-
-@pytest.mark.parametrize(
-    ("prefix", "change", "said"),
-    [
-        ("x", lambda images: images[:, :3], r"shape \(batch, 4, 4, 1\)"),
-        ("y", lambda _: None, r"the model has 3 classes, and npz:.* has None now"),
-    ],
-)
-def test_data_that_the_model_cannot_take_are_refused(of_images, prefix, change, said):
-    folder, path = of_images
-    arrays = {
-        name: change(own) if name[0] == prefix else own for name, own in np.load(path).items()
-    }
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    with pytest.raises(ValueError, match=said):
-        run.load(folder).with_data_checked()

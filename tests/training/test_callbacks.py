@@ -34,9 +34,6 @@ def test_metrics_are_means_over_the_steps_since_the_last_line():
     np.testing.assert_allclose(np.reshape(every, (6, 2)).mean(axis=1), second, rtol=1e-6)
 
 
-# --- ends -----------------------------------------------------------------------------------------
-
-
 def test_patience_ends_training_and_the_best_model_is_kept():
     model, run = trained(held_out=[3.0, 1.0, 2.0, 4.0, 5.0], steps=100, patience=2)
     assert steps(run, "validation") == [3, 6, 9, 12]
@@ -86,18 +83,6 @@ def test_ctrl_c_ends_a_training_where_somebody_sits(monkeypatch):
     assert model.history.ended == STOPPED
 
 
-# --- callbacks and defaults -----------------------------------------------------------------------
-
-
-def test_a_default_is_replaced_by_a_callback_of_its_type():
-    class Own(Validate):
-        pass
-
-    model, run = trained(Own(at_start=True))
-    assert steps(run, "validation") == [0, 3, 6, 9, 12]
-    assert len(model.history.validation["loss"]) == 5
-
-
 def test_callbacks_act_in_their_order_and_surround_each_other_in_the_opposite_one():
     done: list[tuple[object, int]] = []
 
@@ -139,9 +124,6 @@ def test_a_start_is_kept_until_a_model_is_clearly_better():
     assert not callbacks.is_clearly_better(better[:1], start[:1])  # one tells nothing
 
 
-# --- time -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """Has every reading of the clock take a tenth of a second."""
@@ -169,9 +151,6 @@ def test_a_time_limit_ends_training_at_a_learning_rate_of_nearly_zero(settings, 
     rates = model.history.train["learning_rate"]
     assert rates[-1] < 0.05 * max(rates)
     assert 15 <= len(steps(run, "validation")) <= 25
-
-
-# --- one function ---------------------------------------------------------------------------------
 
 
 def test_a_function_is_called_at_every_validation_with_the_averaged_model_and_ends_training():

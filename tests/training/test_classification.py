@@ -1,7 +1,5 @@
 """Training a classifier and everything after it."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import kept
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
-from iresnet_jax.__main__ import main
 from iresnet_jax.data import augment
 from iresnet_jax.evaluation.classification import evaluate
 from iresnet_jax.models.head import apply_head
@@ -23,9 +20,6 @@ SAME = 1e-5  # the same maths by another route, float32
 
 
 workdir, trained = runs.fixtures_of("classifier")
-
-
-# --- training -------------------------------------------------------------------------------------
 
 
 def test_training_improves_validation_and_counts_every_term(workdir):
@@ -80,9 +74,6 @@ def test_models_are_chosen_by_accuracy_and_ties_broken_by_the_loss(monkeypatch):
     assert measured(90, 0.0, Margin(1.0), 80) < measured(100, 0.0, Margin(1.0), 70)
 
 
-# --- results --------------------------------------------------------------------------------------
-
-
 def test_test_error_by_hand(trained):
     model, images, labels = (
         trained.model,
@@ -109,24 +100,3 @@ def test_test_error_by_hand(trained):
     assert np.trace(confusion) == 360 - len(wrong)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     np.testing.assert_allclose(result.loss, -log_p[np.arange(360), labels].mean(), rtol=SAME)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_commands_after_training(workdir, capsys):
-    command = ("--workdir", str(workdir))
-    assert main(["report", *command, "--radii", ".002,1e-3"]) == 0
-    assert "inverse: inverted; 360 of 360 test examples came back" in capsys.readouterr().out
-    report = json.loads((workdir / "report.json").read_text())
-    assert report["classification"]["num_examples"] == report["inverse"]["num_examples"] == 360
-    assert report["inverse"]["max_abs_error"] < 1e-4
-    assert report["lipschitz"]["certified"]
-    assert report["robustness"]["radii"] == [0.001, 0.002]
-    [small] = report["warnings"]  # such a network is none with radii that mean something
-    assert "Radii are small because the certified Lipschitz constant of margins is" in small
-    page = (workdir / "report.html").read_text()
-    # Curves, confusion, mistakes, reconstructions.
-    assert page.count("data:image/") == 4
-    assert "somebody" in page
-    assert main(["sample", *command]) == 2
-    assert "holds no density, so there are no samples" in capsys.readouterr().err

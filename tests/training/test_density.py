@@ -5,15 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny_runs as runs
 
+import iresnet_jax as ir
 from iresnet_jax.data import load
 from iresnet_jax.data.augment import transformed
-from iresnet_jax.maths.logdet_estimator import LogdetInfo
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
-from iresnet_jax.models.density import Density, LogProb
-from iresnet_jax.models.density_spec import DensitySpec
+from iresnet_jax.models.density import LogProb
 from iresnet_jax.runs.job import Job
 from iresnet_jax.training.density import ALARMING_BIAS, evaluation_keys, make_loss
 from iresnet_jax.training.step import Keys
@@ -49,26 +46,32 @@ def test_validation_says_what_training_gains_by_what_it_cuts_off(caplog):
     assert not caplog.text
 
 
+class Watched(ir.Density):
+    """A density that keeps what it is asked about."""
+
+    def terms(self, x, key_noise, key_probe, *, context):
+        self.seen.append((x, context))
+        zeros = jnp.zeros(len(x))
+        info = ir.LogdetInfo(zeros, zeros)
+        return LogProb(jnp.mean(x.reshape(len(x), -1), axis=1), zeros, zeros, zeros, info)
+
+
+def asked(spec, loss, x):
+    """What a loss asks a density of a spec about, contexts, and its metrics."""
+    model, key = Watched(spec, {}, {}), jax.random.key(0)
+    object.__setattr__(model, "seen", [])
+    keys = Keys(jnp.int32(0), key, key, jax.random.split(jax.random.key(1), len(x)))
+    metrics = loss(model, (jnp.asarray(x), None), keys).metrics
+    return *model.seen[0], metrics
+
+
 def test_the_loss_is_that_of_transformed_images_given_their_transformations():
-    seen = []
-
-    class Watched(Density):
-        def terms(self, x, key_noise, key_probe, *, context):
-            seen.append((x, context))
-            zeros = jnp.zeros(len(x))
-            return LogProb(
-                jnp.mean(x, axis=(1, 2, 3)), zeros, zeros, zeros, LogdetInfo(zeros, zeros)
-            )
-
-    flow = FlowSpec((2, 3, 1), (StageSpec(1, (2,), (3, 3)),), context_dim=2)
-    model = Watched(DensitySpec(flow, num_levels=17), {}, {})
+    flow = ir.FlowSpec((2, 3, 1), (ir.StageSpec(1, (2,), (3, 3)),), context_dim=2)
     loss = make_loss(transform=functools.partial(transformed, names=("right", "mirror")))
     images = np.random.default_rng(0).integers(1, 17, (40, 2, 3, 1), dtype=np.uint8)
-    key = jax.random.key(0)
-    keys = Keys(jnp.int32(0), key, key, jax.random.split(jax.random.key(1), 40))
-    value = loss(model, (jnp.asarray(images), None), keys).metrics["bits_per_dim"]
-    np.testing.assert_allclose(value, -jnp.mean(seen[0][0]) / (6 * np.log(2)), rtol=1e-6)
-    x, context = map(np.asarray, seen[0])
+    x, context, metrics = asked(ir.DensitySpec(flow, num_levels=17), loss, images)
+    np.testing.assert_allclose(metrics["bits_per_dim"], -x.mean() / (6 * np.log(2)), rtol=1e-6)
+    x, context = np.asarray(x), np.asarray(context)
     moved = np.pad(images, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :3]
     for vector, expected in (((0, 0), images), ((1, 0), moved), ((0, 1), images[:, :, ::-1])):
         is_this = (context == vector).all(axis=1)
@@ -76,9 +79,17 @@ def test_the_loss_is_that_of_transformed_images_given_their_transformations():
         np.testing.assert_array_equal(x[is_this], expected[is_this])
 
 
-@pytest.mark.parametrize("kind", ["roulette", "exact"])
-def test_an_unbiased_training_has_no_bias_to_show(kind):
-    assert set(untrained(kind=kind)[0]) == {"nll", "log_prior", "log_det"}
+def test_noise_has_the_scale_of_the_data_on_the_line_where_entries_have_bounds():
+    scaled = ir.Standardize((0.0, 0.0), (2.0, 0.3))
+    spec = ir.DensitySpec(
+        ir.FlowSpec((2,), ()), transform=ir.Bounded((0.0, -np.inf), (1.0, np.inf), then=scaled)
+    )
+    x, _, _ = asked(spec, make_loss(noise=0.5), np.tile(np.float32([0.3, 5.0]), (4000, 1)))
+    line = np.stack([np.log(x[:, 0] / (1 - x[:, 0])), x[:, 1]], axis=1)
+    errors = np.array([1.0, 0.15]) / np.sqrt(4000)
+    assert np.all(np.abs(line.mean(axis=0) - [np.log(0.3 / 0.7), 5.0]) < 5 * errors)
+    np.testing.assert_allclose(line.std(axis=0), [1.0, 0.15], rtol=0.06)
+    assert abs(np.corrcoef(line.T)[0, 1]) < 0.08
 
 
 def test_probe_draws_share_their_noise_and_nothing_else_is_shared():

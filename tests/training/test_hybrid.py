@@ -11,12 +11,9 @@ import scipy.special
 import scipy.stats
 import tiny_runs as runs
 
+import iresnet_jax as ir
 from iresnet_jax.data import augment, load
-from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import constrain
-from iresnet_jax.models.density import Density
-from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.free import Free
 from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.model import How
 from iresnet_jax.models.priors import Gaussian
@@ -31,13 +28,13 @@ K, D = 3, 2
 
 
 workdir, _ = runs.fixtures_of("hybrid")
-PLANE = FlowSpec((D,), (StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7)
+PLANE = ir.FlowSpec((D,), (ir.StageSpec(num_blocks=2, hidden=(8,)),), coeff=0.7)
 
 
 @functools.cache
 def plane(num_classes=K):
     """A model of the plane with a random prior for every class, and points of it, in float32."""
-    spec = DensitySpec(PLANE, prior_family="logistic", num_levels=None, num_classes=num_classes)
+    spec = ir.DensitySpec(PLANE, prior_family="logistic", num_levels=None, num_classes=num_classes)
 
     @jax.jit
     def make(key):
@@ -46,7 +43,7 @@ def plane(num_classes=K):
 
     with jax.enable_x64(False):  # the first test that asks may be one in float64
         prior, points = make(jax.random.key(3))
-        return Density(spec, kept.weights(PLANE), prior), points
+        return ir.Density(spec, kept.weights(PLANE), prior), points
 
 
 def scattered(key, tree):
@@ -56,9 +53,6 @@ def scattered(key, tree):
     return structure.unflatten(
         [leaf + jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
-
-
-# --- the model ------------------------------------------------------------------------------------
 
 
 def by_hand(prior, z):
@@ -143,9 +137,6 @@ def test_without_labels_classes_come_as_often_as_the_model_says():
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
 def setup(config):
     """The job of a run, a state whose classes differ, and the images and labels of a batch."""
     job = Job.of(config, load(config.data.name))
@@ -179,7 +170,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_bits():
         return keys, estimator, augment.random_crop(keys[:, 2], images, padding=3)
 
     keys, estimator, cropped = drawn(images)
-    free = Free({}, {}, {}, job.spec, How(estimator), config.constraint)
+    free = ir.Free({}, {}, {}, job.spec, How(estimator), config.constraint)
     assert np.any(cropped != images)
 
     def terms(params):

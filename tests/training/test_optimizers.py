@@ -45,9 +45,6 @@ def run(optimizer, params, grads_of_step):
     return params
 
 
-# --- schedules ------------------------------------------------------------------------------------
-
-
 def schedule_of(total_steps, **settings):
     return make_schedule(
         OptimizerConfig(**{"learning_rate": PEAK, "warmup_steps": 0, **settings}), total_steps
@@ -96,9 +93,6 @@ def test_warmup_is_linear_and_meets_the_peak_exactly(schedule):
 def test_schedules_pass_these_points(total_steps, settings, steps, expected):
     eta = schedule_of(total_steps, **settings)
     np.testing.assert_allclose(jax.jit(eta)(np.array(steps)) / PEAK, expected, rtol=RTOL)
-
-
-# --- optimisers -----------------------------------------------------------------------------------
 
 
 def kernels(params):
@@ -195,9 +189,6 @@ def test_clipping_bounds_the_global_norm_of_the_gradient_before_decay():
     result = run(optimizer, params, [grads])
     np.testing.assert_allclose(result["kernel"], [3.0 - 0.6 - 1.5], rtol=RTOL)
     np.testing.assert_allclose(result["bias"], [5.0 - 0.8], rtol=RTOL)
-
-
-# --- moving average -------------------------------------------------------------------------------
 
 
 def test_ema_ramps_up_to_its_decay():

@@ -124,9 +124,6 @@ def test_example_keys_do_not_depend_on_the_number_of_devices():
     np.testing.assert_array_equal(over_batches(keys_of, 0, lambda places: places, 6, 6), expected)
 
 
-# --- batches --------------------------------------------------------------------------------------
-
-
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 4, 3, 2), np.uint8)
 LABELS = np.arange(50, dtype=np.int32)
 

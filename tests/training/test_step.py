@@ -84,18 +84,6 @@ def test_parts_on_two_devices_train_like_the_whole_on_one(name):
     chex.assert_trees_all_close(parts, whole, rtol=RTOL, atol=ATOL)
 
 
-@pytest.mark.slow
-def test_parts_take_the_memory_of_one():
-    def temporary_bytes(num_parts):
-        config = runs.config_of(
-            runs.CLASSIFIER_CONFIG, **{"training.batch_size": 512, "training.num_parts": num_parts}
-        )
-        compiled = on_one_device(Job.of(config, load(config.data.name)), "lower").compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(8) < temporary_bytes(1) / 4
-
-
 def test_without_a_constraint_no_norm_is_measured():
     for norms, measured in (("none", False), ("estimated", True)):
         _, metrics = on_one_device(

@@ -142,25 +142,3 @@ def test_validation_without_data_to_train_on_has_its_rows():
     trained = ir.train(start(), loss, **PLAIN, validation=X[:5])
     assert set(trained.history.train["rows"]) == {0}
     assert set(trained.history.validation["rows"]) == {5}
-
-
-def ignores_the_model(model, batch, key):
-    return jnp.square(batch).mean()
-
-
-WRONG = {
-    "rows that differ in number": (lambda: (nll, (X, X[:3])), "equally many rows"),
-    "NaN in the validation": (lambda: (nll, X, {"validation": X * np.nan}), "validation holds NaN"),
-    "integers beyond 32 bits": (
-        lambda: (nll, (10**12 * (X > 0)).astype(np.int64)),
-        "too large for int32",
-    ),
-    "a loss that ignores the model": (lambda: (ignores_the_model, X), "depend on the model"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_what_would_train_in_vain_is_refused(arguments, message):
-    loss, data, *options = arguments()
-    with pytest.raises(ValueError, match=message):
-        ir.train(start(), loss, data, **PLAIN, **dict(*options))
