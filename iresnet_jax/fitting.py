@@ -221,8 +221,7 @@ def fit(
             starts = Starts(data, int(min(ROWS_A_SECOND * limit_s, MOST_ROWS)))
         elif data.contexts or data.labels:
             data = with_likelier_columns(data)
-    names = starts.names if starts else []
-    to_train = [name for name in names if name != KERNELS][: 2 if steps is None else 1]
+    to_train = starts.to_train[: 2 if steps is None else 1] if starts else []
     table = candidates(chosen, data, given, to_train)
     # With checkpoints, SIGTERM is handled, too.
     heard = SIGNALS if any(each.resumes for each in callbacks) else heard_in_memory()
