@@ -147,6 +147,7 @@ def uploads(monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     monkeypatch.setattr(s3fs.S3FileSystem, "_put_file", watched)
+    s3fs.S3FileSystem.clear_instance_cache()  # one of another test would not be watched
     fsspec.filesystem("s3").mkdir("bucket")
     yield done, events
     server.stop()
