@@ -16,7 +16,7 @@ from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.models.flow import as_params
 from iresnet_jax.training import parallel
-from iresnet_jax.training.density import evaluate_examples
+from iresnet_jax.training.objectives import evaluate_examples
 
 
 def architecture(spec):

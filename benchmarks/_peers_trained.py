@@ -31,7 +31,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.linen import ResidualFlow
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs.trained_run import load
-from iresnet_jax.training.density import evaluation_keys
+from iresnet_jax.training.objectives import evaluation_keys
 
 OURS, NORMFLOWS = "ours", "normflows"
 MODELS = ("digits_density", "mnist_density")

@@ -25,9 +25,9 @@ from _record import write
 import iresnet_jax as ir
 from iresnet_jax.evaluation.classification import INSIDE, NUM_CHECKED, Accuracy, least_margins
 from iresnet_jax.evaluation.round_trips import reconstruct
+from iresnet_jax.models.classifier import apply_head, cross_entropy, distances
 from iresnet_jax.models.flow import blocks_of
-from iresnet_jax.models.head import apply_head, cross_entropy, distances
-from iresnet_jax.training.classification import Margin
+from iresnet_jax.training.objectives import Margin
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 
 ATTACK = (200, 10)  # steps and random starts

@@ -34,8 +34,8 @@ from iresnet_jax.data.toys import TOYS
 from iresnet_jax.evaluation.classification import fraction_interval
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_series import truncation_bound
+from iresnet_jax.models.classifier import cross_entropy
 from iresnet_jax.models.flow import branch_inputs
-from iresnet_jax.models.head import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -52,7 +52,7 @@ from iresnet_jax.training.callbacks import (
     Validate,
     is_clearly_better,
 )
-from iresnet_jax.training.density import HybridConfig
+from iresnet_jax.training.objectives import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from iresnet_jax.training.run import LONGEST, VALIDATIONS, BlowUpError
 from iresnet_jax.training.signals import SIGNALS, StopRequests, heard_in_memory

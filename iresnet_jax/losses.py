@@ -38,10 +38,7 @@ def reverse_kl(log_density: LogDensity, num: int = 128) -> Loss:
 
     def loss(model: Density, batch: Any, key: Key[Array, ""]) -> Array:
         del batch
-        if model.spec.is_discrete:
-            raise ValueError(
-                "samples of integer levels or with cells have no density: give model.continuous"
-            )
+        model.spec.check_continuous()
         key_sample, key_probe = jax.random.split(key)
         fixed = jax.tree.map(jax.lax.stop_gradient, model)
         z = model.sample_latents(key_sample, num)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.tree_util import GetAttrKey
 
 T = TypeVar("T")
 
@@ -28,23 +29,15 @@ def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
         made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
         static = tuple(field.name for field in dataclasses.fields(made) if field.name not in arrays)
 
-        def flatten(value):
-            return [getattr(value, name) for name in arrays], tuple(
-                getattr(value, name) for name in static
-            )
+        def known(value):
+            return tuple(getattr(value, name) for name in static)
 
-        def flatten_with_keys(value):
-            children, known = flatten(value)
-            return [
-                (jax.tree_util.GetAttrKey(name), child)
-                for name, child in zip(arrays, children, strict=True)
-            ], known
+        def flatten(value):
+            return [(GetAttrKey(name), getattr(value, name)) for name in arrays], known(value)
 
         def unflatten(known, children):
             value = object.__new__(made)
-            value.__dict__.update(
-                zip(static, known, strict=True), **dict(zip(arrays, children, strict=True))
-            )
+            vars(value).update(zip((*static, *arrays), (*known, *children), strict=True))
             return value
 
         def equal(value, other):
@@ -53,8 +46,8 @@ def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
             (ours, structure), (theirs, of_other) = jax.tree.flatten(value), jax.tree.flatten(other)
             return structure == of_other and all(map(np.array_equal, ours, theirs))
 
-        made.__eq__, made.__hash__ = equal, lambda value: hash((made, flatten(value)[1]))
-        jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        made.__eq__, made.__hash__ = equal, lambda value: hash((made, known(value)))
+        jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
         return made
 
     return register

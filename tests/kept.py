@@ -22,7 +22,7 @@ from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import bounded
 from iresnet_jax.runs import trained_run as run
 from iresnet_jax.runs.config import EvaluationConfig, LogdetConfig
-from iresnet_jax.training.density import evaluation_keys
+from iresnet_jax.training.objectives import evaluation_keys
 
 CLASSES, LEVELS, SHAPE = 3, 256, (4, 4, 1)
 STAGES = (StageSpec(2, hidden=(3,), kernel_sizes=(3, 3)),)

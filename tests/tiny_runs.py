@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from iresnet_jax.models.initial import abstract
+from iresnet_jax.models.free import abstract
 from iresnet_jax.runs import job, trained_run
 from iresnet_jax.runs.config import parse
 from iresnet_jax.runs.metrics import read_metrics

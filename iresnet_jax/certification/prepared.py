@@ -20,9 +20,9 @@ from iresnet_jax.certification.residuals import PreciseStage, precise_stages
 from iresnet_jax.certification.steps import Places, places_of
 from iresnet_jax.maths.double_double import LARGEST_EXPONENT
 from iresnet_jax.models.architecture import FlowSpec
-from iresnet_jax.models.contexts import Contexts, of_samples
+from iresnet_jax.models.contexts import Contexts
 from iresnet_jax.models.flow import FlowWeights, blocks_of, bounded
-from iresnet_jax.models.model import M, Model
+from iresnet_jax.models.model import M, Model, as_batch
 
 # Entries of the widest layer, over all blocks of a stage and all examples refined together.
 _CHUNK_ENTRIES = 2**17
@@ -95,8 +95,8 @@ def check(
     model = dataclasses.replace(model, weights=weights)  # pyright: ignore[reportArgumentType]
     found: Any = context
     if given:
-        dim = getattr(model.spec, "context_dim", 0)
-        found = of_samples(model.spec.context_numbers(context), len(given[0]), dim)
+        dim, numbers = model.spec.context_dim, model.spec.context_numbers(context)
+        found = as_batch(given[0], np.shape(given[0])[1:], numbers, dim).context
         check_context(dim, len(given[0]), found)
     for stage in model.spec.flow.layout:
         scale, branch = model.weights[stage.name]

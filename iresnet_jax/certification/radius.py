@@ -25,9 +25,8 @@ from iresnet_jax.certification.residuals import residuals
 from iresnet_jax.certification.steps import follow
 from iresnet_jax.maths.double_double import DoubleDouble
 from iresnet_jax.maths.upward_rounding import UP, U, gamma
-from iresnet_jax.models.classifier import Classifier
+from iresnet_jax.models.classifier import BATCH_NORM_EPS, Classifier
 from iresnet_jax.models.flow import bilipschitz
-from iresnet_jax.models.head import BATCH_NORM_EPS
 from iresnet_jax.pytrees import in_words, largest
 
 _CHUNK = 16  # images that are certified together

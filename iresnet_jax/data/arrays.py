@@ -14,7 +14,7 @@ from iresnet_jax.data.dataset import Arrays, DataSet, fraction_masks, validation
 from iresnet_jax.data.tables import describe, fit_lines, notes_of
 from iresnet_jax.models.columns import Column, Frame, columns_of, numbers_of
 from iresnet_jax.models.contexts import for_examples
-from iresnet_jax.models.preprocessing import check_told_apart
+from iresnet_jax.models.density_spec import check_told_apart
 
 FEWEST = 10  # rows of a density
 FITTED_ARRAY = "the array"  # name of data given to `iresnet_jax.fit`; `data.load` does not know it

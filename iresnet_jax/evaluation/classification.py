@@ -20,7 +20,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import parallel
-from iresnet_jax.training.classification import classify
+from iresnet_jax.training.objectives import classify
 
 CONFIDENCE = 0.95  # probability that the interval of an error covers the true error
 NUM_MISTAKES = 32  # listed and shown

@@ -37,7 +37,7 @@ from iresnet_jax.maths.upward_rounding import said_up
 from iresnet_jax.models.density import Density
 from iresnet_jax.runs.config import EvaluationConfig
 from iresnet_jax.training import parallel
-from iresnet_jax.training.density import evaluate_examples
+from iresnet_jax.training.objectives import evaluate_examples
 
 # For each noise draw, an exact log-determinant takes D products per block, and an estimate by 4
 # draws of 22 terms 88 products and has an error. At 256 dimensions the exact one costs 3 times as

@@ -31,7 +31,6 @@ from iresnet_jax.maths.platforms import device_summary, num_cores
 from iresnet_jax.models.certificate import Certificate
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
-from iresnet_jax.models.preprocessing import cells
 from iresnet_jax.runs.config import to_plain
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.runs.trained_run import Run
@@ -306,7 +305,7 @@ def log_density_on_grid(
         Natural log of the density, rows along the second coordinate, and (left, right, bottom,
         top).
     """
-    points = np.asarray(cells(model.spec).forward(jnp.asarray(points)), np.float64)
+    points = np.asarray(model.spec.dequantizer.forward(jnp.asarray(points)), np.float64)
     margin = 0.05 * np.ptp(points, axis=0) + 1e-6
     low, high = points.min(axis=0) - margin, points.max(axis=0) + margin
     shares = (np.arange(side) + 0.5) / side

@@ -24,7 +24,7 @@ from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.model import DecodeInfo
 from iresnet_jax.training import parallel
-from iresnet_jax.training.density import evaluation_keys
+from iresnet_jax.training.objectives import evaluation_keys
 
 # Most examples inverted in float64: enough to see a rare failure, few enough for a laptop.
 NUM_EXAMPLES = 512

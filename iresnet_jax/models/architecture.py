@@ -19,7 +19,7 @@ from iresnet_jax.bijections import reshape
 from iresnet_jax.bijections.actnorm import ActNorm
 from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.branches import kinds
-from iresnet_jax.branches.branch import BranchSpec, Weights
+from iresnet_jax.branches.branch import BranchSpec
 from iresnet_jax.branches.own import name_of
 
 PREFIX = "noise_"  # of the names of the stages of the flow of noise
@@ -141,23 +141,6 @@ class PlacedStage(NamedTuple):
         """Shape of one example as the stage hands it on, without latents that leave."""
         *space, channels = self.branch.in_shape
         return (*space, channels // 2 if self.spec.factor_out else channels)
-
-    def initial_params(
-        self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0
-    ) -> dict[str, Any]:
-        """Random weights of all blocks, stacked, see `BranchSpec.initial_weights`, and an
-        ActNorm that is the identity.
-        """
-        initial = functools.partial(
-            self.branch.initial_weights, sharpness=sharpness, last_scale=last_scale
-        )
-        zeros = jnp.zeros((self.spec.num_blocks, self.branch.in_shape[-1]))
-        weights = jax.vmap(initial)(jax.random.split(key, self.spec.num_blocks))
-        return {"blocks": {**weights, "actnorm": {"bias": zeros, "log_scale": zeros}}}
-
-    def initial_iterates(self, key: Key[Array, ""]) -> Weights:
-        """Random starts of the power iterations of all blocks, stacked."""
-        return jax.vmap(self.branch.initial_iterates)(jax.random.split(key, self.spec.num_blocks))
 
     def actnorm(self, params: ActNorm) -> ActNorm:
         """The parameters of the blocks' ActNorm; in a stage without one those of the fixed
@@ -302,28 +285,36 @@ class FlowSpec:
     def initial_params(
         self, key: Key[Array, ""], *, sharpness: float = 0.0, last_scale: float = 1.0
     ) -> dict[str, Any]:
-        """Random parameters of all stages, as `contractions.constrain` takes them; ActNorm is the
-        identity, noise is uniform.
+        """Random parameters of all stages, each array stacked over the blocks of one, as
+        `contractions.constrain` takes them; ActNorm is the identity, noise is uniform.
 
         Arguments are those of `BranchSpec.initial_weights`.
         """
-        keys = iter(jax.random.split(key, len(self.all_stages)))
-        params = {
-            stage.name: stage.initial_params(next(keys), sharpness=sharpness, last_scale=last_scale)
-            for stage in self.layout
-        }
-        of_noise = self.all_stages[len(self.layout) :]
-        return params | {
-            stage.name: stage.initial_params(next(keys), last_scale=0.0) for stage in of_noise
-        }
+        settings = {"sharpness": sharpness, "last_scale": last_scale}
+        params, of_noise = {}, {"sharpness": 0.0, "last_scale": 0.0}
+        for stage, own in zip(
+            self.all_stages, jax.random.split(key, len(self.all_stages)), strict=True
+        ):
+            how = of_noise if stage.name.startswith(PREFIX) else settings
+            initial = functools.partial(stage.branch.initial_weights, **how)
+            weights = jax.vmap(initial)(jax.random.split(own, stage.spec.num_blocks))
+            zeros = jnp.zeros((stage.spec.num_blocks, stage.branch.in_shape[-1]))
+            actnorm = {"bias": zeros, "log_scale": zeros}
+            params[stage.name] = {"blocks": {**weights, "actnorm": actnorm}}
+        return params
 
     def initial_iterates(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Random starts of the power iterations of all layers, as `contractions.constrain` takes
         them.
         """
-        stages = zip(self.all_stages, jax.random.split(key, len(self.all_stages)), strict=True)
-        found = {stage.name: stage.initial_iterates(own) for stage, own in stages}
-        return {name: {"blocks": iterates} for name, iterates in found.items() if iterates}
+        found = {}
+        for stage, own in zip(
+            self.all_stages, jax.random.split(key, len(self.all_stages)), strict=True
+        ):
+            keys = jax.random.split(own, stage.spec.num_blocks)
+            if iterates := jax.vmap(stage.branch.initial_iterates)(keys):
+                found[stage.name] = {"blocks": iterates}
+        return found
 
 
 def check_names(spec: FlowSpec) -> None:

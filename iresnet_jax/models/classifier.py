@@ -1,5 +1,5 @@
 """A classifier as a value: the features of an invertible network and a head, and the way from
-features back to images.
+features back to images; and the loss of its logits.
 
     levels --scale to [0, 1], normalise, pad with channels of zeros--> F --> features --head-->
     logits
@@ -10,40 +10,42 @@ how far they are from those of any image.
 
 Without a constraint ``F`` is an ordinary residual network to compare with, and no inverse is
 promised.
+
+The head "pooled" is BatchNorm, ReLU, average over all positions, linear. "linear" is products of
+all features with unit vectors: the difference of two logits is ``|w_i - w_j|``-Lipschitz in the
+features, at most by a factor of 2 (Singla et al. 2022).
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, Num
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, Num
 
-from iresnet_jax.arguments import check_unmasked
+from iresnet_jax.arguments import Positive, check_unmasked, checked
 from iresnet_jax.bijections import reshape
+from iresnet_jax.bijections.actnorm import channel_moments
 from iresnet_jax.bijections.dequantize import check_levels, known_levels
 from iresnet_jax.maths.fixed_point import FixedPointInfo
 from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import initial
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.contractions import Tree
 from iresnet_jax.models.flow import FlowWeights
-from iresnet_jax.models.head import (
-    apply_head,
-    batch_statistics,
-    by_channel,
-    initial_head,
-    statistics_of,
-)
+from iresnet_jax.models.free import initial
 from iresnet_jax.models.model import DecodeInfo, History, How, Model
-from iresnet_jax.models.preprocessing import Examples, as_batch
 from iresnet_jax.pytrees import pytree
 
+BATCH_NORM_EPS = 1e-5
+
 Images = Num[Array, "... h w c"] | Num[np.ndarray, "... h w c"]
+Statistics = Mapping[str, Float[Array, " c"]]  # "mean" and "var" of every channel
 
 
 @pytree()
@@ -60,7 +62,7 @@ class ClassifierSpec:
         std: Divisor of the difference, in the same form.
         constrained: Whether blocks are contractions. False is an ordinary residual network, of
             which no inverse is promised.
-        head: "pooled" or "linear", see `iresnet_jax.models.head`.
+        head: "pooled" or "linear".
     """
 
     flow: FlowSpec
@@ -76,8 +78,8 @@ class ClassifierSpec:
     def __post_init__(self):
         if any(stage.factor_out for stage in self.flow.stages):
             raise ValueError("a classifier looks at all features: no stage may factor_out channels")
-        if not min(self.std) > 0:  # else its bounds were none
-            raise ValueError(f"std must be positive, got {self.std}")
+        for each in self.std:  # else its bounds were none
+            checked(Positive, each, "std")
 
     @property
     def context_dim(self) -> int:
@@ -87,6 +89,20 @@ class ClassifierSpec:
     def context_numbers(self, context: Any) -> Any:
         """Contexts as they are, for the flow to refuse."""
         return context
+
+    def numbers(self, images: Any) -> Any:
+        """Images as they are."""
+        return images
+
+    def checked(self, images: Any) -> Any:
+        """Images, if they are what the model takes."""
+        check_levels(images, self.num_levels, self.image_shape)
+        return images
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return self.image_shape
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -108,17 +124,35 @@ class ClassifierSpec:
     def initial_arrays(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Fresh arrays of a `Classifier` beside its weights, by its fields: a random head,
         statistics of normal features.
+
+        Logits of normalised features have a variance of about one half if the head is pooled.
         """
         channels = self.feature_shape[-1]
-        of_features = {"head": {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}}
-        head = initial_head(key, self.feature_shape, self.num_classes, self.head)
-        return {"head": head, "statistics": of_features if "norm" in head else {}}
+        num = {"pooled": channels, "linear": math.prod(self.feature_shape)}[self.head]
+        kernel = jax.random.normal(key, (num, self.num_classes)) / jnp.sqrt(num)
+        head = {"linear": {"kernel": kernel, "bias": jnp.zeros(self.num_classes)}}
+        if self.head == "linear":
+            return {"head": head, "statistics": {}}
+        zeros, ones = jnp.zeros(channels), jnp.ones(channels)
+        head = {"norm": {"scale": ones, "bias": zeros}, **head}
+        return {"head": head, "statistics": {"head": {"mean": zeros, "var": ones}}}
+
+    def statistics_of(
+        self, features: Float[Array, "b ... c"], *, axis_name: str | None = None
+    ) -> dict[str, Statistics]:
+        """What `apply_head` needs of a batch beside the parameters: mean and (biased) variance of
+        every channel over all positions and the batch, which may be spread over a mapped axis;
+        nothing if the head is linear.
+        """
+        if self.head == "linear":
+            return {}
+        mean, var = channel_moments(features, axis_name)
+        return {"head": {"mean": mean, "var": var}}
 
     def fitted(self, z: Float[Array, "b d"], labels: Any = None) -> dict[str, Any]:
-        """What of `initial_arrays` is fitted to features: the statistics of the "head"."""
+        """What of `initial_arrays` is fitted to features: the statistics of the head."""
         del labels
-        features = reshape.unflatten(z, self.feature_shape)
-        return {"statistics": {"head": batch_statistics(features)}} if self.head == "pooled" else {}
+        return {"statistics": self.statistics_of(reshape.unflatten(z, self.feature_shape))}
 
     def preprocess(self, images: Images, key: Any = None) -> Float[Array, "b h w d"]:
         """The network's input for images: scaled to [0, 1], normalised, padded; levels out of
@@ -156,7 +190,7 @@ class Classifier(Model, spec=ClassifierSpec):
         spec: All that defines the model but its weights.
         weights: Weights of the flow, as `freeze`, `constrain` or `unconstrained` of `contractions`
             give them.
-        head: Parameters of the head, see `head.apply_head`.
+        head: Parameters of the head, see `apply_head`.
         statistics: Running averages of the BatchNorm in the "head"; empty if it is linear.
         how: How it runs: inverse of the blocks.
         history: What the training of a fitted model saw; programs and ``tree.map`` drop it.
@@ -211,14 +245,13 @@ class Classifier(Model, spec=ClassifierSpec):
         )
         numbers = num_classes, num_levels, pad_channels
         spec = ClassifierSpec(flow, (height, width, channels), *numbers, mean, std, head=head)
-        check_levels(images, num_levels, spec.image_shape)
-        return initial.initial(spec, key, images).certified()
+        return initial(spec, key, spec.checked(images)).certified()
 
     def encode(self, x: Images, key: Any = None, *, context: Any = None) -> Float[Array, "... d"]:
         """Features of images, as vectors; a classifier takes no key and no context."""
         del key
         examples = self._examples(x, context)
-        return examples.restore(_features(self, self.preprocess(examples.x)))
+        return examples.restore(_features(self, self.preprocess(examples.x), examples.context))
 
     def logits(
         self, images: Images, key: Any = None, *, context: Any = None
@@ -226,16 +259,9 @@ class Classifier(Model, spec=ClassifierSpec):
         """Logits of images, by running averages; a classifier takes no key and no context."""
         del key
         examples = self._examples(images, context)
-        return examples.restore(_logits(self, self.preprocess(examples.x)))
+        return examples.restore(_logits(self, self.preprocess(examples.x), examples.context))
 
     # ------------------------------------------------------------------------------------ its parts
-
-    def _examples(self, x: Any, context: Any = None) -> Examples:
-        if context is not None:
-            raise ValueError("a classifier has no context: leave it out")
-        batch = as_batch(x, self.spec.image_shape)
-        check_levels(batch.x, self.spec.num_levels, self.spec.image_shape)
-        return batch
 
     def preprocess(self, images: Images, key: Any = None) -> Float[Array, "b h w d"]:
         """The network's input for images: scaled to [0, 1], normalised, padded; levels out of
@@ -259,41 +285,79 @@ class Classifier(Model, spec=ClassifierSpec):
         residual = reshape.padding_residual(x, padding)
         return images, DecodeInfo(*whole[:4], x, info.error_bound, images, residual)
 
-    def features_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    def features_of_input(
+        self, x: Float[Array, "b ..."], context: Any = None
+    ) -> Float[Array, "b ..."]:
         """Features of an input of the network, such as `preprocess` gives."""
-        return reshape.unflatten(
-            self.flow_of(self.spec.flow, self.weights).forward(x), self.spec.feature_shape
-        )
+        features = self.flow_of(self.spec.flow, self.weights, context).forward(x)
+        return reshape.unflatten(features, self.spec.feature_shape)
 
-    def logits_of_input(self, x: Float[Array, "b ..."]) -> Float[Array, "b k"]:
+    def logits_of_input(self, x: Float[Array, "b ..."], context: Any = None) -> Float[Array, "b k"]:
         """Logits of an input of the network."""
-        return apply_head(self.head, self.statistics, self.features_of_input(x))
+        return apply_head(self.head, self.statistics, self.features_of_input(x, context))
 
 
 # One program each, as those of a density are.
-_logits = fast_compile(lambda model, x: model.logits_of_input(x))
-_features = fast_compile(lambda model, x: model.flow().forward(x))
+_logits = fast_compile(lambda model, x, context: model.logits_of_input(x, context))
+_features = fast_compile(lambda model, x, context: model.flow(context).forward(x))
 
 
-def training_logits(
-    model: Classifier, x: Float[Array, "b ..."], *, axis_name: str | None = None, num_parts: int = 1
-) -> tuple[Float[Array, "b k"], dict[str, Any]]:
-    """Logits of inputs of the network by the statistics of their batch, and those statistics.
+# --------------------------------------------------------------------------------- head and loss
+
+
+def apply_head(
+    params: Any, statistics: Mapping[str, Statistics], features: Float[Array, "b ... c"]
+) -> Float[Array, "b k"]:
+    """Logits of features.
+
+    BatchNorm is ``scale (x - mean) / sqrt(var + eps) + bias`` by channel (Ioffe and Szegedy 2015).
 
     Args:
-        model: The classifier, whose own statistics are not used.
-        x: The inputs.
-        axis_name: Mapped axis of devices, see `head.statistics_of`.
-        num_parts: Equal parts of the batch whose features are computed one after the other, and
-            again in the backward pass, so that no more than the arrays of one are in memory at a
-            time.
+        params: ``{"norm": {"scale", "bias"}, "linear": {"kernel", "bias"}}``, of a linear head
+            without "norm".
+        statistics: `ClassifierSpec.statistics_of` the batch in training; running averages
+            after it.
+        features: Array with channels last.
     """
-    if num_parts == 1:
-        features = model.features_of_input(x)
-    else:
-        parts = jax.lax.map(
-            jax.checkpoint(model.features_of_input), x.reshape(num_parts, -1, *x.shape[1:])
-        )
-        features = parts.reshape(-1, *parts.shape[2:])
-    own = statistics_of(model.head, features, axis_name=axis_name)
-    return apply_head(model.head, own, features), own
+    linear = params["linear"]
+    if "norm" not in params:
+        return reshape.flatten(features) @ _unit_columns(params) + linear["bias"].reshape(1, -1)
+    norm, own = params["norm"], statistics["head"]
+    mean, var, scale, bias = (
+        by_channel(a, features) for a in (own["mean"], own["var"], norm["scale"], norm["bias"])
+    )
+    h = jax.nn.relu((features - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPS)) + bias)
+    pooled = jnp.mean(h, axis=tuple(range(1, h.ndim - 1)))
+    return pooled @ linear["kernel"] + linear["bias"].reshape(1, -1)
+
+
+def _unit_columns(params: Any) -> Float[Array, "d k"]:
+    kernel = params["linear"]["kernel"]
+    return kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
+
+
+def distances(params: Any) -> Float[Array, "k k"]:
+    """``|w_i - w_j|`` of a linear head: Lipschitz constants of differences of logits in the
+    features.
+    """
+    unit = _unit_columns(params)
+    same = jnp.eye(unit.shape[1], dtype=bool)
+    # a root of 0 has no slope
+    squares = jnp.where(same, 1, jnp.maximum(2 - 2 * unit.T @ unit, jnp.finfo(unit.dtype).eps))
+    return jnp.where(same, 0, jnp.sqrt(squares))
+
+
+def cross_entropy(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"], *, label_smoothing: float = 0.0
+) -> Float[Array, " b"]:
+    """``-sum_k q_k log p_k`` in nats with ``q = (1 - s) onehot + s / K`` (Szegedy et al. 2016, sec.
+    7); ``s`` is ``label_smoothing``.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    of_label = jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return -(1 - label_smoothing) * of_label - label_smoothing * jnp.mean(log_p, axis=1)
+
+
+def by_channel(values: tuple[float, ...] | Float[Array, " c"], x: Array) -> Float[Array, "..."]:
+    """Gives one value a channel, or one for all, as many axes as ``x``."""
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -65,16 +65,6 @@ def for_examples(context: Any, num: int) -> Float[np.ndarray, "n k"]:
     return context
 
 
-def of_samples(context: Any, num: int, dim: int) -> Any:
-    """A context for each of so many samples, from one for all or one for each."""
-    if context is None or not dim:
-        return context  # the flow refuses what it does not take
-    found = as_vectors(context, dim)
-    if found.shape not in ((dim,), (1, dim)):
-        return found
-    return (jnp if isinstance(found, jax.Array) else np).broadcast_to(found, (num, dim))
-
-
 @pytree(arrays=("mean", "scale", "center", "width"))
 class ContextScale:
     """``(asinh((c - center) / width) - mean) / scale``, entry by entry.

@@ -41,17 +41,22 @@ from iresnet_jax.maths.lipschitz_bounds import model_bounds
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator, LogdetInfo
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import contexts, initial, preprocessing, priors
+from iresnet_jax.models import contexts, priors
 from iresnet_jax.models import noise as noises
 from iresnet_jax.models.architecture import FlowSpec, NoiseSpec, StageSpec
 from iresnet_jax.models.certificate import Certificate, certificate_of
 from iresnet_jax.models.columns import Frame, table_of
 from iresnet_jax.models.contexts import Contexts, Network
 from iresnet_jax.models.contractions import under_context
-from iresnet_jax.models.density_spec import DensitySpec, Transform
+from iresnet_jax.models.density_spec import (
+    DensitySpec,
+    Transform,
+    check_told_apart,
+    examples,
+)
 from iresnet_jax.models.flow import FlowBounds, FlowWeights, as_params, bounded
+from iresnet_jax.models.free import initial
 from iresnet_jax.models.model import DecodeInfo, History, How, Model
-from iresnet_jax.models.preprocessing import Examples, as_batch
 
 # folded into the key of probes for the flow of noise; stages of the other flow fold in their
 # numbers
@@ -200,12 +205,10 @@ class Density(Model, spec=DensitySpec):
             >>> stages = [StageSpec(6, (64,), activation="clipswish")]
             >>> model = Density.init(jax.random.key(0), x[:256], stages=stages)
         """
-        x, num_levels = preprocessing.examples(x, num_levels)
+        x, num_levels = examples(x, num_levels)
         if context is not None:
             context = contexts.for_examples(context, len(x))
-            preprocessing.check_told_apart(
-                context, jnp.result_type(float), "entry {} of context".format
-            )
+            check_told_apart(context, jnp.result_type(float), "entry {} of context".format)
         if transform is None:
             transform = Standardize.fit(x) if num_levels is None else Logit()
         given = None if isinstance(prior, str) else prior
@@ -228,8 +231,8 @@ class Density(Model, spec=DensitySpec):
             num_components=num_components,
             context_hidden=tuple(context_hidden),
         )
-        preprocessing.checked(spec, x)
-        free = initial.initial(
+        spec.checked(x)
+        free = initial(
             spec,
             key,
             x,
@@ -244,11 +247,10 @@ class Density(Model, spec=DensitySpec):
         jax.eval_shape(model.log_prior, latents)  # raises for a prior of other vectors
         return model
 
-    def learned(self, name: str) -> Any:
-        """The arrays of a field in `arrays`; those of a prior of one's own without its
-        constants.
-        """
-        return priors.trainable(self.prior) if name == "prior" else super().learned(name)
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The fields in `arrays`; a prior of one's own without its constants."""
+        return {**super().learned, "prior": priors.trainable(self.prior)}
 
     @property
     def continuous(self) -> "Density":
@@ -366,9 +368,6 @@ class Density(Model, spec=DensitySpec):
             bounds: See `Model.bounds`.
         """
         z = self.sample_latents(key, num, temperature=temperature, labels=labels)
-        context = contexts.of_samples(
-            self.spec.context_numbers(context), num, self.spec.context_dim
-        )
         return self.decode(z, context=context, bounds=bounds)
 
     def sample_and_log_prob(
@@ -387,20 +386,16 @@ class Density(Model, spec=DensitySpec):
         theorem, as variational objectives and importance weights need. With labels the log-density
         is ``log p(x | label)``. Arguments are those of `sample`.
         """
-        if self.spec.is_discrete:
-            raise ValueError(
-                "samples of integer levels or with cells have probabilities and no density: "
-                "model.continuous.sample_and_log_prob gives continuous ones"
-            )
+        self.spec.check_continuous()
         if labels is not None:
             labels = self.prior.checked_labels(labels, num)
-        z = self.sample_latents(key, num, labels=labels)
+        latents = self._latents(self.sample_latents(key, num, labels=labels), context)
         # latents are drawn from the key itself, or from its first two parts
         key_probe = jax.random.fold_in(typed_key(key), 2)
-        context = contexts.of_samples(
-            self.spec.context_numbers(context), num, self.spec.context_dim
+        bounds = self._own(bounds)
+        return latents.restore(
+            _decode_and_log_prob(self, latents.x, latents.context, labels, key_probe, bounds)
         )
-        return _decode_and_log_prob(self, z, context, labels, key_probe, self._own(bounds))
 
     def sample_latents(
         self,
@@ -421,32 +416,22 @@ class Density(Model, spec=DensitySpec):
 
     # ------------------------------------------------------------------------------------ its parts
 
-    def _examples(self, x: Any, context: Contexts | None = None) -> Examples:
-        """Data and contexts as one batch, checked."""
-        batch = as_batch(
-            preprocessing.numbers(self.spec, x),
-            self.spec.flow.event_shape,
-            self.spec.context_numbers(context),
-            self.spec.context_dim,
-        )
-        return batch._replace(x=preprocessing.checked(self.spec, batch.x))
-
     def scale_context(self, context: Contexts | None) -> Float[Array, "b ..."] | None:
         """Contexts as the flow takes them, see `DensitySpec.scale_context`."""
         return self.spec.scale_context(context, self.network)
 
     def preprocess(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """The flow's input for data: noise from the key, or none."""
-        return preprocessing.transform(self.spec).forward(self.dequantize(x, key))
+        return self.spec.to_flow.forward(self.dequantize(x, key))
 
     def to_data(
         self, x: Float[Array, "b ..."], info: FixedPointInfo
     ) -> tuple[Num[Array, "b ..."], DecodeInfo]:
         """Data of inputs of the flow that its inverse found, and `info` of that in their units."""
-        transform = preprocessing.transform(self.spec)
-        u, own = transform.inverse(x)
-        whole = follow_inverse_info(info, own, transform.inverse_lipschitz)
-        return preprocessing.rounded(self.spec, u), DecodeInfo(*whole[:4], x, info.error_bound, u)
+        to_flow = self.spec.to_flow
+        u, own = to_flow.inverse(x)
+        whole = follow_inverse_info(info, own, to_flow.inverse_lipschitz)
+        return self.spec.rounded(u), DecodeInfo(*whole[:4], x, info.error_bound, u)
 
     def dequantize(self, x: Data, key: Keys | None = None) -> Float[Array, "b ..."]:
         """Continuous data: levels as points of [0, 1) with noise from the key, or in the middle
@@ -454,9 +439,7 @@ class Density(Model, spec=DensitySpec):
         """
         if key is not None:
             return self.dequantize_and_logdet(x, key, key)[0]
-        return self.promoted(
-            preprocessing.cells(self.spec).forward(preprocessing.checked(self.spec, x))
-        )
+        return self.promoted(self.spec.dequantizer.forward(self.spec.checked(x)))
 
     def dequantize_and_logdet(
         self, x: Data, key_noise: Keys, key_probe: Keys, bounds: FlowBounds | None = None
@@ -464,14 +447,14 @@ class Density(Model, spec=DensitySpec):
         """`dequantize`, what it adds to the log-likelihood, and the error of that: of levels
         ``-log q - d log(num_levels)``.
         """
-        x, levels = preprocessing.checked(self.spec, x), self.spec.num_levels
+        x, levels = self.spec.checked(x), self.spec.num_levels
         if self.spec.flow.noise is not None and levels is not None:
             dtype = jnp.result_type(*jax.tree.leaves(as_params(self.weights)))
             key_probe = fold_in(typed_key(key_probe), OF_NOISE)
             return noises.place_and_logdet(
                 self.noise_flow(x, bounds), x, key_noise, key_probe, levels, dtype
             )
-        u, log_det, info = preprocessing.cells(self.spec).forward_and_logdet(x, key_noise)
+        u, log_det, info = self.spec.dequantizer.forward_and_logdet(x, key_noise)
         return self.promoted(u), log_det, info
 
     def noise_flow(self, x: Data, bounds: FlowBounds | None = None) -> Bijection:
@@ -481,9 +464,7 @@ class Density(Model, spec=DensitySpec):
         flow, levels = self.spec.flow.noise_flow, self.spec.num_levels
         assert flow is not None
         assert levels is not None
-        features = noises.features(
-            self.spec.flow, self.noise_network, preprocessing.checked(self.spec, x), levels
-        )
+        features = noises.features(self.spec.flow, self.noise_network, self.spec.checked(x), levels)
         weights = noises.weights_of(bounded(self.weights, bounds))
         return self.flow_of(flow, weights, features)
 
@@ -526,7 +507,7 @@ def _terms(
     model: Density, x: Array, context: Any, key_noise: Keys, key_probe: Keys, bounds: Any = None
 ) -> LogProb:
     u, log_det_cells, info_of_noise = model.dequantize_and_logdet(x, key_noise, key_probe, bounds)
-    y, log_det_transform, _ = preprocessing.transform(model.spec).forward_and_logdet(u, key_probe)
+    y, log_det_transform, _ = model.spec.to_flow.forward_and_logdet(u)
     z, log_det, info = model.flow(context, bounds=bounds).forward_and_logdet(y, key_probe)
     by_class = None if model.spec.num_classes is None else model.prior.log_prob_by_class(z)
     log_prior = model.log_prior(z) if by_class is None else jax.nn.logsumexp(by_class, axis=1)
@@ -546,7 +527,7 @@ def _terms(
 def _decode_and_log_prob(
     model: Density, z: Array, context: Any, labels: Any, key_probe: Keys, bounds: Any
 ) -> Samples:
-    whole = Chain([preprocessing.transform(model.spec), model.flow(context, bounds=bounds)])
+    whole = Chain([model.spec.to_flow, model.flow(context, bounds=bounds)])
     x, log_det, logdet_info, info = whole.inverse_and_logdet(z, key_probe)
     return Samples(x, model.log_prior(z, labels) - log_det, info, logdet_info)
 

@@ -77,9 +77,11 @@ def blocks_of(spec: FlowSpec, weights: FlowWeights) -> dict[str, Block]:
     }
 
 
-def is_traced(weights: Any) -> bool:
-    """Whether an array of the weights is an argument of a program that is being traced."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights))
+def is_traced(tree: Any) -> bool:
+    """Whether an array, such as one of weights, is an argument of a program that is being
+    traced.
+    """
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def as_params(weights: FlowWeights) -> dict[str, Any]:

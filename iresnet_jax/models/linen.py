@@ -1,6 +1,6 @@
 """Flax modules of the networks, for Flax's users: the only file that imports Linen.
 
-A module holds no mathematics: it gives names to the arrays that the pure functions of `initial`
+A module holds no mathematics: it gives names to the arrays that the pure functions of `free`
 make and those of `flow` take, stacked over the blocks of a stage. Collections: "params", trained;
 "spectral", the power iterates; "batch_stats", running averages of a classifier's BatchNorm.
 """
@@ -11,12 +11,10 @@ from jaxtyping import Array, Float
 from iresnet_jax.bijections import reshape
 from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import Classifier as ClassifierModel
-from iresnet_jax.models.classifier import ClassifierSpec
+from iresnet_jax.models.classifier import ClassifierSpec, apply_head
 from iresnet_jax.models.contractions import constrain, unconstrained
 from iresnet_jax.models.flow import flow_bijection
-from iresnet_jax.models.free import ConstraintConfig
-from iresnet_jax.models.head import apply_head, initial_head, statistics_of
-from iresnet_jax.models.initial import fresh
+from iresnet_jax.models.free import ConstraintConfig, fresh
 from iresnet_jax.models.priors import Gaussian
 
 
@@ -56,7 +54,7 @@ class ResidualFlow(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A residual network, invertible if it is constrained, with the head of `head`.
+    """A residual network, invertible if it is constrained, with its head.
 
     ``init(key, x)`` fits ActNorm and the head's statistics to ``x``, inputs of the network.
 
@@ -78,13 +76,8 @@ class Classifier(nn.Module):
         if self.is_initializing():
             z = _create(self, flow, x, is_constrained=is_constrained)
             features = reshape.unflatten(z, self.spec.feature_shape)
-            head = self.param(
-                "head",
-                lambda key: initial_head(
-                    key, features.shape[1:], self.spec.num_classes, self.spec.head
-                ),
-            )
-            statistics = statistics_of(head, features)
+            head = self.param("head", lambda key: self.spec.initial_arrays(key)["head"])
+            statistics = self.spec.statistics_of(features)
             for name, own in statistics.items():
                 self.variable("batch_stats", name, lambda own=own: own)
             return apply_head(head, statistics, features)

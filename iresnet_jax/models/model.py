@@ -2,6 +2,11 @@
 
 A file holds the spec as JSON and the arrays, and nothing of the training. Bounds of norms are not
 stored, see `bounds`: a file cannot claim a certificate that its weights do not have.
+
+**Leading axes.** Models run one example, a batch, or any axes of examples as one batch, and give
+the axes back. Axes of examples and of their contexts broadcast against each other: ``(b, d)`` and
+``(k,)`` are a batch under one context, ``(d,)`` and ``(n, k)`` are one example under ``n``
+contexts. A batch with a context for each example takes no operation.
 """
 
 import dataclasses
@@ -9,7 +14,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -24,10 +29,12 @@ from iresnet_jax.bijections.bijection import Bijection
 from iresnet_jax.bijections.chain import Rematerialize
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.maths import platforms
+from iresnet_jax.maths.keys import typed_key
 from iresnet_jax.maths.logdet_estimator import LogdetEstimator
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.maths.upward_rounding import said_up
+from iresnet_jax.models import contexts
 from iresnet_jax.models.architecture import FlowSpec, check_names
 from iresnet_jax.models.certificate import Certificate, certificate_of, check_claims
 from iresnet_jax.models.contractions import check_fit, freeze
@@ -40,7 +47,6 @@ from iresnet_jax.models.flow import (
     flow_bijection,
     is_traced,
 )
-from iresnet_jax.models.preprocessing import Examples, as_batch
 from iresnet_jax.pytrees import in_words, largest, pytree, share, tagged
 from iresnet_jax.storage import path_of, replacing
 
@@ -51,6 +57,7 @@ MODELS: dict[type, Any] = {}  # by the class of their spec
 STOPPED = "it was stopped"  # why a training ended that somebody stopped
 
 M = TypeVar("M", bound="Model")
+T = TypeVar("T")
 
 
 @pytree(arrays=("estimator",))
@@ -223,6 +230,60 @@ def _columns(records: list[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {name: [float(record[name]) for record in records] for name in names}
 
 
+class Examples(NamedTuple):
+    """Examples as one batch, with the axes that they came in.
+
+    Attributes:
+        x: The batch ``(b, ...)``.
+        context: Context of each example ``(b, k)``; None without.
+        axes: Leading axes of the examples, whose product is ``b``.
+    """
+
+    x: Any
+    context: Any
+    axes: tuple[int, ...]
+
+    def keys(self, key: Any) -> Any:
+        """One key or None as it is, or one key per example as a vector of them."""
+        key = None if key is None else typed_key(key)
+        return key if key is None or key.ndim < 2 else key.reshape(-1)
+
+    def restore(self, results: T) -> T:
+        """Arrays of the batch ``(b, ...)``, a tree of them, with the examples' own axes."""
+        if len(self.axes) == 1:
+            return results
+        return jax.tree.map(lambda a: a.reshape(*self.axes, *a.shape[1:]), results)
+
+
+def as_batch(
+    x: Any, event_shape: tuple[int, ...], context: Any = None, context_dim: int = 0
+) -> Examples:
+    """Examples ``(..., *event_shape)`` and contexts ``(..., context_dim)`` as one batch.
+
+    Arrays that do not end in these shapes are left as they are, for the model to refuse.
+    """
+    event_shape = tuple(event_shape)
+    x = x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x)
+    axes = x.shape[: -len(event_shape)]
+    if x.shape != (*axes, *event_shape):
+        return Examples(x, context, x.shape[:1])
+    if context is not None and context_dim:
+        context = contexts.as_vectors(context, context_dim)
+        if context.shape[-1:] == (context_dim,):
+            axes = np.broadcast_shapes(axes, context.shape[:-1])
+            context = _flat(context, axes, (context_dim,))
+    return Examples(_flat(x, axes, event_shape), context, axes)
+
+
+def _flat(array: Any, axes: tuple[int, ...], own: tuple[int, ...]) -> Any:
+    """An array of ``own`` shape behind axes that broadcast to ``axes``, as a batch."""
+    if len(axes) == 1 and array.shape == (*axes, *own):
+        return array
+    # known numbers stay known under jit, and are checked
+    xp = jnp if isinstance(array, jax.Array) else np
+    return xp.broadcast_to(array, (*axes, *own)).reshape(math.prod(axes), *own)
+
+
 class Model:
     """A model as a value: `spec`, all that defines it but its weights, and `weights` of its flow,
     see `flow`.
@@ -258,9 +319,10 @@ class Model:
         """The fields."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
 
-    def learned(self, name: str) -> Any:
-        """The arrays of a field in `arrays`."""
-        return getattr(self, name)
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The fields in `arrays`."""
+        return {name: getattr(self, name) for name in self.arrays}
 
     def promoted(self, x: Any) -> Array:
         """Numbers in the precision of the weights, if theirs is lower."""
@@ -268,8 +330,7 @@ class Model:
         return x.astype(jnp.result_type(x, *jax.tree.leaves(as_params(self.weights))))
 
     def __repr__(self) -> str:
-        arrays = as_params(self.weights), [self.learned(name) for name in self.arrays]
-        num = sum(np.size(leaf) for leaf in jax.tree.leaves(arrays))
+        num = sum(map(np.size, jax.tree.leaves((as_params(self.weights), self.learned))))
         return (
             f"{type(self).__name__} of {described(self.spec)}: "
             f"{self.spec.flow.num_blocks} residual blocks, {num:,} parameters\n"
@@ -323,10 +384,8 @@ class Model:
             context: Contexts of a conditional model.
             bounds: See `bounds`.
         """
-        num, dim = self.spec.flow.num_dims, self.spec.context_dim
-        examples = as_batch(jnp.asarray(z), (num,), self.spec.context_numbers(context), dim)
-        bounds = self._own(bounds)
-        return examples.restore(_decode(self, examples.x, examples.context, bounds))
+        latents, bounds = self._latents(z, context), self._own(bounds)
+        return latents.restore(_decode(self, latents.x, latents.context, bounds))
 
     def flow(self, context: Any = None, *, bounds: FlowBounds | None = None) -> Bijection:
         """The residual flow alone, from preprocessed data to latents."""
@@ -354,7 +413,18 @@ class Model:
             rematerialize=how.rematerialize,
         )
 
-    _examples: Callable[..., Examples]  # (x, context) -> both as one batch, checked
+    def _examples(self, x: Any, context: Any = None) -> Examples:
+        """Data and contexts as one batch, checked."""
+        spec = self.spec
+        context = spec.context_numbers(context)
+        batch = as_batch(spec.numbers(x), spec.example_shape, context, spec.context_dim)
+        return batch._replace(x=spec.checked(batch.x))
+
+    def _latents(self, z: Any, context: Any) -> Examples:
+        """Latents and contexts as one batch."""
+        spec = self.spec
+        context = spec.context_numbers(context)
+        return as_batch(jnp.asarray(z), (spec.flow.num_dims,), context, spec.context_dim)
 
     # ----------------------------------------------------------------------------------- its bounds
 
@@ -432,9 +502,9 @@ class Model:
         check_names(self.spec.flow)
         path = path_of(path)
         header = {"format": FORMAT, "spec": tagged(self.spec), "about": dict(about or {})}
-        learned = {name: self.learned(name) for name in self.arrays}
         arrays: dict[str, Any] = {HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
-        for key, leaf in jax.tree.leaves_with_path({"params": as_params(self.weights), **learned}):
+        learned = {"params": as_params(self.weights), **self.learned}
+        for key, leaf in jax.tree.leaves_with_path(learned):
             array = np.asarray(leaf)
             if not np.all(np.isfinite(array)):
                 raise ValueError(f"{array_name(key)} holds numbers that are not finite")
@@ -446,7 +516,7 @@ class Model:
 
 def described(spec: Any) -> str:
     """What a model is of: the shape of an example, and how many levels, classes and contexts."""
-    shape = getattr(spec, "image_shape", spec.flow.event_shape)
+    shape = spec.example_shape
     kind = f"vectors of {shape[0]}" if len(shape) == 1 else f"images {' x '.join(map(str, shape))}"
     numbers = {
         "levels": spec.num_levels,

@@ -54,18 +54,15 @@ def read(
     """
     with _opened(path) as (archive, header):
         spec = spec_of(_with_branches(header["spec"], branches or {}))
-        is_own = isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN
-        if is_own and prior is None:
-            raise ValueError(f"the prior of {path} is one's own: give one like it, as prior=...")
+        own_prior = {}
+        if isinstance(spec, DensitySpec) and spec.prior_family == priors.OWN:
+            if prior is None:
+                raise ValueError(f"the prior of {path} is one's own: give one like it, as prior=")
+            own_prior = {"prior": priors.trainable(prior)}
 
         def empty():
-            key = jax.random.key(0)
-            own_prior = {"prior": priors.trainable(prior)} if is_own else {}
-            return {
-                "params": spec.flow.initial_params(key),
-                **spec.initial_arrays(key),
-                **own_prior,
-            }
+            params = spec.flow.initial_params(key := jax.random.key(0))
+            return {"params": params, **spec.initial_arrays(key), **own_prior}
 
         with jax.enable_x64(False):  # noqa: FBT003 (JAX's own signature); what is expected is float32, wherever it is read
             expected = jax.eval_shape(empty)
@@ -173,8 +170,6 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]
     """The file of a model and its header."""
     path = path_of(path)
     path = path / FILE_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"there is no model {path}: train.py and model.save write one")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             header = json.loads(archive[HEADER].tobytes())

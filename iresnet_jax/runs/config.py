@@ -28,7 +28,7 @@ from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.models.architecture import NoiseSpec, StageSpec
 from iresnet_jax.models.free import ConstraintConfig
 from iresnet_jax.storage import path_of
-from iresnet_jax.training.density import HybridConfig
+from iresnet_jax.training.objectives import HybridConfig
 from iresnet_jax.training.optimizers import OptimizerConfig
 from iresnet_jax.training.train import STEPS, STEPS_IN_TIME
 

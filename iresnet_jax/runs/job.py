@@ -30,8 +30,7 @@ from iresnet_jax.models.architecture import FlowSpec
 from iresnet_jax.models.classifier import ClassifierSpec
 from iresnet_jax.models.columns import listed
 from iresnet_jax.models.density_spec import Transform
-from iresnet_jax.models.free import Free, num_parameters
-from iresnet_jax.models.initial import abstract
+from iresnet_jax.models.free import Free, abstract, num_parameters
 from iresnet_jax.models.model import How
 from iresnet_jax.models.priors import MIXTURES
 from iresnet_jax.models.saved import Spec, spec_of
@@ -45,9 +44,10 @@ from iresnet_jax.runs.config import (
 )
 from iresnet_jax.runs.metrics import Bar, Metrics
 from iresnet_jax.storage import path_of
-from iresnet_jax.training import classification, parallel
+from iresnet_jax.training import parallel
 from iresnet_jax.training.callbacks import Progress, Stop, TimeLimit
 from iresnet_jax.training.checkpoints import Checkpoints, Store
+from iresnet_jax.training.objectives import Augment, Margin
 from iresnet_jax.training.optimizers import make_optimizer, make_schedule
 from iresnet_jax.training.run import Objective
 from iresnet_jax.training.step import Fixed, Step
@@ -313,7 +313,7 @@ def _objective(config: Config, data: DataSet, spec: Spec) -> Objective:
         "label_smoothing": config.classifier.label_smoothing,
     }
     if isinstance(spec, ClassifierSpec):
-        margin = classification.Margin(config.classifier.margin, config.classifier.temperature)
+        margin = Margin(config.classifier.margin, config.classifier.temperature)
         parts = config.training.num_parts
         return classification_objective(data, margin=margin, num_parts=parts, **common)
     return density_objective(
@@ -364,7 +364,7 @@ def _meaning(spec: Spec) -> tuple[Any, ...]:
     return flow.event_shape, flow.stages, flow.scale, type(transform), spec.num_levels, columns
 
 
-def build_augmentation(settings: AugmentationConfig) -> classification.Augment | None:
+def build_augmentation(settings: AugmentationConfig) -> Augment | None:
     """The random change of training images that ``config.augmentation`` describes; None for no
     change.
     """

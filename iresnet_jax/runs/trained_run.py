@@ -23,12 +23,12 @@ from iresnet_jax.data.dataset import Arrays, DataSet
 from iresnet_jax.data.objectives import unchanged
 from iresnet_jax.maths.logdet_exact import ExactLogdet
 from iresnet_jax.maths.platforms import prepare_backend
-from iresnet_jax.models import preprocessing, saved
+from iresnet_jax.models import saved
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.columns import listed
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
-from iresnet_jax.models.initial import abstract
+from iresnet_jax.models.free import abstract
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.models.saved import Spec, spec_of
 from iresnet_jax.pytrees import first_difference, tagged
@@ -174,7 +174,7 @@ class Run:
         if found.fingerprint == self.fingerprint:
             return self
         if isinstance(self.model, Density) and "test" in found.examples:
-            preprocessing.checked(self.model.spec, found.examples["test"])
+            self.model.spec.checked(found.examples["test"])
         note = f"The model says nothing of its training data; these are {found.name}."
         if self.fingerprint:
             note = (

@@ -20,8 +20,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from iresnet_jax.maths.platforms import fast_compile
 from iresnet_jax.models.contractions import ConstrainedFlow
-from iresnet_jax.models.free import Free
-from iresnet_jax.models.initial import abstract
+from iresnet_jax.models.free import Free, abstract
 from iresnet_jax.training.optimizers import ema_update
 from iresnet_jax.training.parallel import AXIS, example_keys
 

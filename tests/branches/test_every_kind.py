@@ -242,9 +242,7 @@ def test_every_weight_has_a_gradient_and_is_in_the_file(name, tmp_path):
     params = jax.tree.map(
         lambda a: np.float32(1.5) * a, jax.device_get(as_params(model(name).weights))
     )
-    iterates = {
-        stage.name: {"blocks": stage.initial_iterates(jax.random.key(0))} for stage in flow.layout
-    }
+    iterates = flow.initial_iterates(jax.random.key(0))
 
     @jax.jit
     def gradient(params, x):

@@ -14,7 +14,6 @@ from iresnet_jax.bijections.equalize import Equalize
 from iresnet_jax.bijections.marginals import Marginals
 from iresnet_jax.bijections.residual import Solver
 from iresnet_jax.bijections.standardize import Standardize
-from iresnet_jax.models import preprocessing
 from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier
 from iresnet_jax.models.density import Density
@@ -62,7 +61,7 @@ def distance(x, exact):
 
 def levels_of(model, exact):
     with jax.enable_x64(True):
-        return np.asarray(preprocessing.rounded(model.spec, jnp.asarray(exact)))
+        return np.asarray(model.spec.rounded(jnp.asarray(exact)))
 
 
 @pytest.mark.parametrize("name", DENSITIES)
@@ -72,7 +71,7 @@ def test_bounds_hold_in_the_units_of_the_data_and_certain_levels_are_those_of_fl
         model.continuous.decode(z, context=context),
         certify.decode(model, z, context=context),
     )
-    np.testing.assert_array_equal(preprocessing.rounded(model.spec, continuous), x)
+    np.testing.assert_array_equal(model.spec.rounded(continuous), x)
     np.testing.assert_array_equal(info.num_evals, found.num_evals)
     assert found.certificate.applied.all()
     error = distance(continuous, exact)

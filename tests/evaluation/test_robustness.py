@@ -12,8 +12,7 @@ from iresnet_jax import certify, data
 from iresnet_jax.data.objectives import classification_objective, fresh_model
 from iresnet_jax.evaluation.classification import least_margins, robustness
 from iresnet_jax.runs.config import EvaluationConfig
-from iresnet_jax.training import classification
-from iresnet_jax.training.classification import Margin
+from iresnet_jax.training.objectives import Margin, measure_classes
 
 RADII = (0.9, 0.3)
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -64,7 +63,7 @@ def test_training_with_a_margin_verifies_and_attacks_find_the_rest(model, digits
 def test_the_margin_of_the_loss_is_what_radii_verify(model, digits, certified):
     images, labels = digits.examples["test"], digits.labels["test"]
     is_right = certified.predicted == labels
-    seen = classification.measure(model, images, labels, 256, Margin(0.3)).metrics
+    seen = measure_classes(model, images, labels, 256, Margin(0.3)).metrics
     assert seen["accuracy"] == np.mean(is_right)
     proven = np.mean(is_right & (certified.radius >= 0.3))
     # radii bound rounding

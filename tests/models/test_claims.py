@@ -12,7 +12,7 @@ from jax.tree_util import register_dataclass
 import iresnet_jax as ir
 from iresnet_jax.maths.activations import Activation, register_activation
 from iresnet_jax.models.contractions import freeze
-from iresnet_jax.models.initial import initial
+from iresnet_jax.models.free import initial
 from iresnet_jax.models.priors import Gaussian
 
 X = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)

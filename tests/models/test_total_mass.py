@@ -90,7 +90,7 @@ def density(name):
     spec = ir.DensitySpec(
         flow, prior, transform, cells=cells, num_components=3 if prior in MIXTURES else None
     )
-    params = {stage.name: stage.initial_params(key) for stage in flow.all_stages}
+    params = flow.initial_params(key)
     # Normal noise in half-lines reaches a density that is not much wider.
     size = 0.15 if cells is LISTED else 0.5
     params = jax.tree.map(

@@ -55,7 +55,7 @@ MISTAKES = [
     ("hybrid", "training.batch_size=2000", "must be at most 1257, the training examples"),
     ("toy", "preprocessing.transform=logit", "is for data with grey levels"),
     ("toy", "augmentation.noise=0.1", "noise is for densities of arrays"),
-    ("toy", "training.initial_model=nowhere", "there is no model nowhere: train.py and model.sa"),
+    ("toy", "training.initial_model=nowhere", "No such file or directory: 'nowhere'"),
 ]
 
 

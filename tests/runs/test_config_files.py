@@ -11,8 +11,7 @@ from iresnet_jax.data import load, toys
 from iresnet_jax.data.arrays import Arrays, from_arrays
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.models import saved
-from iresnet_jax.models.free import num_parameters
-from iresnet_jax.models.initial import abstract
+from iresnet_jax.models.free import abstract, num_parameters
 from iresnet_jax.models.model import FILE_NAME
 from iresnet_jax.pytrees import first_difference
 from iresnet_jax.runs.config import parse, to_plain

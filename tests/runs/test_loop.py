@@ -19,11 +19,11 @@ from tiny_runs import (
     newest,
 )
 
-from iresnet_jax.models.initial import abstract
+from iresnet_jax.models.free import abstract
 from iresnet_jax.runs import job, trained_run
 from iresnet_jax.training import train as loop
 from iresnet_jax.training.checkpoints import Store
-from iresnet_jax.training.density import evaluate_examples
+from iresnet_jax.training.objectives import evaluate_examples
 from iresnet_jax.training.optimizers import make_optimizer
 from iresnet_jax.training.signals import SIGNALS, Stopped
 from iresnet_jax.training.step import abstract_state

@@ -9,12 +9,12 @@ import tiny_runs as runs
 
 from iresnet_jax.data import augment
 from iresnet_jax.evaluation.classification import evaluate
-from iresnet_jax.models.head import apply_head
+from iresnet_jax.models.classifier import apply_head
 from iresnet_jax.runs.config import AugmentationConfig
 from iresnet_jax.runs.job import build_augmentation
 from iresnet_jax.runs.metrics import read_metrics
-from iresnet_jax.training import classification
-from iresnet_jax.training.classification import Margin
+from iresnet_jax.training import objectives
+from iresnet_jax.training.objectives import Margin
 
 SAME = 1e-5  # the same maths by another route, float32
 
@@ -63,8 +63,8 @@ def test_models_are_chosen_by_accuracy_and_ties_broken_by_the_loss(monkeypatch):
             "loss": np.full(100, loss),
             "at_margin": np.arange(100) < num_at_margin,
         }
-        monkeypatch.setattr(classification, "classify", lambda *_: outputs)
-        return classification.measure(model, images, np.zeros(100, int), 256, margin).loss
+        monkeypatch.setattr(objectives, "classify", lambda *_: outputs)
+        return objectives.measure_classes(model, images, np.zeros(100, int), 256, margin).loss
 
     model, (images, _) = kept.model(kept.CLASSIFIER), kept.images(1)
 

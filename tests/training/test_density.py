@@ -10,9 +10,10 @@ import tiny_runs as runs
 import iresnet_jax as ir
 from iresnet_jax.data import load
 from iresnet_jax.data.augment import transformed
+from iresnet_jax.data.objectives import ALARMING_BIAS
 from iresnet_jax.models.density import LogProb
 from iresnet_jax.runs.job import Job
-from iresnet_jax.training.density import ALARMING_BIAS, evaluation_keys, make_loss
+from iresnet_jax.training.objectives import density_loss, evaluation_keys
 from iresnet_jax.training.step import Keys
 
 
@@ -67,7 +68,7 @@ def asked(spec, loss, x):
 
 def test_the_loss_is_that_of_transformed_images_given_their_transformations():
     flow = ir.FlowSpec((2, 3, 1), (ir.StageSpec(1, (2,), (3, 3)),), context_dim=2)
-    loss = make_loss(transform=functools.partial(transformed, names=("right", "mirror")))
+    loss = density_loss(transform=functools.partial(transformed, names=("right", "mirror")))
     images = np.random.default_rng(0).integers(1, 17, (40, 2, 3, 1), dtype=np.uint8)
     x, context, metrics = asked(ir.DensitySpec(flow, num_levels=17), loss, images)
     np.testing.assert_allclose(metrics["bits_per_dim"], -x.mean() / (6 * np.log(2)), rtol=1e-6)
@@ -84,7 +85,7 @@ def test_noise_has_the_scale_of_the_data_on_the_line_where_entries_have_bounds()
     spec = ir.DensitySpec(
         ir.FlowSpec((2,), ()), transform=ir.Bounded((0.0, -np.inf), (1.0, np.inf), then=scaled)
     )
-    x, _, _ = asked(spec, make_loss(noise=0.5), np.tile(np.float32([0.3, 5.0]), (4000, 1)))
+    x, _, _ = asked(spec, density_loss(noise=0.5), np.tile(np.float32([0.3, 5.0]), (4000, 1)))
     line = np.stack([np.log(x[:, 0] / (1 - x[:, 0])), x[:, 1]], axis=1)
     errors = np.array([1.0, 0.15]) / np.sqrt(4000)
     assert np.all(np.abs(line.mean(axis=0) - [np.log(0.3 / 0.7), 5.0]) < 5 * errors)

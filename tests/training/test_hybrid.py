@@ -13,14 +13,14 @@ import tiny_runs as runs
 
 import iresnet_jax as ir
 from iresnet_jax.data import augment, load
+from iresnet_jax.models.classifier import cross_entropy
 from iresnet_jax.models.contractions import constrain
-from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.models.model import How
 from iresnet_jax.models.priors import Gaussian
 from iresnet_jax.runs.job import Job
 from iresnet_jax.runs.metrics import read_metrics
 from iresnet_jax.training import parallel
-from iresnet_jax.training.density import HybridConfig, make_hybrid_loss
+from iresnet_jax.training.objectives import HybridConfig, hybrid_loss
 from iresnet_jax.training.step import Keys
 
 SAME = 1e-5  # the same maths by another route, float32
@@ -70,7 +70,7 @@ def test_prior_and_posterior_are_those_of_bayes_rule_and_the_loss_has_both(x64):
 
     @jax.jit
     def compute(model, x):
-        z, loss = model.encode(x), make_hybrid_loss(HybridConfig(weight=2.0))
+        z, loss = model.encode(x), hybrid_loss(HybridConfig(weight=2.0))
         return (
             z,
             model.prior.log_prob_by_class(z),

@@ -1,5 +1,5 @@
-"""The objectives of densities: losses of a batch by likelihood, alone or beside a cross-entropy,
-and the likelihood of held-out data.
+"""The objectives: losses of a batch by likelihood, alone or beside a cross-entropy, and what models
+do on held-out data.
 
 The hybrid objective trains one network that classifies examples and models their density (Nalisnick
 et al. 2019),
@@ -10,45 +10,103 @@ with both from the joint density ``p(x, y) = p(y) p(x | y)`` of a model with a p
 class. Continuous data have nats in place of bits/dim, see `DensitySpec.unit`.
 """
 
-import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from iresnet_jax.arguments import CountOrNone, NotNegative
 from iresnet_jax.bijections.bounded import Bounded
 from iresnet_jax.bijections.standardize import Identity, Standardize, Whiten
-from iresnet_jax.maths.logdet_config import LogdetConfig
 from iresnet_jax.maths.platforms import fast_compile
-from iresnet_jax.models import preprocessing
+from iresnet_jax.models.classifier import Classifier, cross_entropy, distances
 from iresnet_jax.models.density import Density
 from iresnet_jax.models.density_spec import DensitySpec
 from iresnet_jax.models.flow import FlowBounds
-from iresnet_jax.models.head import cross_entropy
 from iresnet_jax.training import parallel
-from iresnet_jax.training.classification import Augment, classify
 from iresnet_jax.training.run import Measured
 from iresnet_jax.training.step import Keys, Loss
 
-REFERENCE_TERMS = 60  # of the series: at an eigenvalue of -.9 they leave .0002 of -2.3
-ALARMING_BIAS = 0.01  # beyond it a warning is logged
-WARNING = (
-    "on validation data the log-determinant of training reads %s lower by %.3f than one that is "
-    "not cut off: training "
-    "exploited what its %d terms cut off; start with a larger logdet.num_terms, lower model.coeff "
-    "or use logdet.kind = roulette"
-)
-_logger = logging.getLogger(__name__)
+Augment = Callable[[Key[Array, " b"], Shaped[Array, "b h w c"]], Shaped[Array, "b h w c"]]
+
+# ---------------------------------------------------------------------------------- classification
 
 
-def make_loss(
+class Margin(NamedTuple):
+    """The margin that a loss asks for (Lipschitz-margin training, Tsuzuku et al. 2018).
+
+    Attributes:
+        radius: Distance in pixels of [0, 1], for a linear head. Differences of logits grow by at
+            most ``|w_i - w_j|`` times it, over the divisor of pixels, if features never stretch: by
+            that the loss raises the logits of wrong classes.
+        temperature: Divisor of the logits then.
+    """
+
+    radius: float = 0.0
+    temperature: float = 1.0
+
+    def apply(self, model: Any, logits: Float[Array, "b k"], labels: Any) -> Float[Array, "b k"]:
+        """The logits that the loss of a model sees."""
+        if getattr(model.spec, "head", None) == "linear":
+            logits += self.radius / min(model.spec.std) * distances(model.head)[labels]
+        return logits / self.temperature
+
+
+def measure_classes(
+    model: Classifier, images: np.ndarray, labels: np.ndarray, batch_size: int, margin: Margin
+) -> Measured:
+    """Share of held-out images that are classified rightly, also with a margin, and their mean
+    cross-entropy.
+
+    The best model has the least error, of images without their margin where there is one, and
+    where errors tie the least cross-entropy.
+    """
+    outputs = classify(model, images, labels, batch_size, margin)
+    found = {
+        "accuracy": float((outputs["logits"].argmax(axis=1) == labels).mean()),
+        "loss": float(outputs["loss"].mean(dtype=np.float64)),
+    }
+    if margin.radius:
+        found["accuracy_at_margin"] = float(outputs["at_margin"].mean())
+    error = 1 - found.get("accuracy_at_margin", found["accuracy"])
+    return Measured(found, error + 1e-6 * min(found["loss"], 10.0))
+
+
+def classify(
+    model: Classifier | Density,
+    x: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    margin: Margin = Margin(),
+) -> dict[str, np.ndarray]:
+    """Cross-entropies in nats, logits, and who is right with the margin; a density takes the
+    middle of grey levels.
+    """
+    return parallel.over_batches(
+        _classify, (model, margin), parallel.rows_of(x, labels), len(x), batch_size
+    )
+
+
+def _classify(own: tuple[Classifier | Density, Margin], batch: tuple[Any, Any]) -> dict[str, Any]:
+    (model, margin), (x, labels) = own, batch
+    logits = model.logits(x)
+    less = margin.apply(model, logits, labels)
+    return {
+        "loss": cross_entropy(less, labels),
+        "logits": logits,
+        "at_margin": jnp.argmax(less, axis=1) == labels,
+    }
+
+
+# ------------------------------------------------------------------------------------- likelihood
+
+
+def density_loss(
     draw: Callable[[Any, Any], Any] | None = None,
     *,
     noise: float = 0.0,
@@ -104,7 +162,7 @@ class HybridConfig:
         return optax.linear_schedule(self.initial_weight, self.weight, self.ramp_steps)
 
 
-def make_hybrid_loss(
+def hybrid_loss(
     settings: HybridConfig, *, label_smoothing: float = 0.0, augment: Augment | None = None
 ) -> Callable[[Density, Any, Keys], Loss]:
     """The loss ``(model, (examples, labels), keys) -> Loss``: cross-entropy and likelihood,
@@ -112,7 +170,7 @@ def make_hybrid_loss(
 
     Args:
         settings: The weight of the likelihood.
-        label_smoothing: Smoothing of the labels, see `head.cross_entropy`.
+        label_smoothing: Smoothing of the labels, see `classifier.cross_entropy`.
         augment: Random change of the images that are classified, in a pass of their own: a
             likelihood is one of images as they are. None classifies those.
     """
@@ -155,9 +213,9 @@ def _moved(model: Density, x: Any, noise: Any, key: Key[Array, " b"]) -> Array:
     """
     transform, u = model.spec.transform, model.dequantize(x, key)
     if not isinstance(transform, Bounded):
-        return preprocessing.rounded(model.spec, u + noise)
+        return model.spec.rounded(u + noise)
     line, _ = transform.to_line(u)
-    return preprocessing.rounded(model.spec, transform.from_line(line + noise)[0])
+    return model.spec.rounded(transform.from_line(line + noise)[0])
 
 
 def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
@@ -179,67 +237,6 @@ def noise_scales(spec: DensitySpec) -> Float[Array, " d"]:
         )
     scales = np.ones(shape) if isinstance(transform, Identity) else transform.entry_scales()
     return jnp.asarray(scales, jnp.float32)
-
-
-def measure(
-    model: Density,
-    examples: np.ndarray,
-    *,
-    contexts: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-    logdet: LogdetConfig,
-    batch_size: int,
-    seed: int,
-    label_smoothing: float = 0.0,
-) -> Measured:
-    """Mean of every term of held-out data, and the loss of each example.
-
-    Training may learn to widen the gap between a log-determinant that is cut off and the true one,
-    and nothing else shows it before the loss on held-out data rises. ``training_bias`` shows it:
-    the objective by the log-determinant of training less the objective by `REFERENCE_TERMS` terms
-    of the series, on one batch with the same noise and probes.
-
-    Args:
-        model: The model, with the log-determinant of validation.
-        examples: Held-out examples.
-        contexts: Their contexts, of a conditional density.
-        labels: Their classes, which the objective "hybrid" measures accuracy and cross-entropy
-            with, and is chosen by; None of other objectives.
-        logdet: Log-determinant of training.
-        batch_size: Most examples at once.
-        seed: Seed of noise and probes.
-        label_smoothing: Smoothing of the labels in the cross-entropy, as in training.
-    """
-    metric, key = model.spec.metric, jax.random.key(seed)
-    outputs = evaluate_examples(model, examples, key, batch_size, contexts=contexts)
-    del outputs["truncation_bound"]
-    means = {name: float(np.mean(values, dtype=np.float64)) for name, values in outputs.items()}
-    losses = outputs[metric]
-    if labels is not None:
-        logits = classify(model, examples, labels, batch_size)["logits"]
-        losses = np.asarray(
-            cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing=label_smoothing)
-        )
-        means |= {
-            "accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
-            "cross_entropy": float(losses.mean()),
-        }
-    loss = means[metric if labels is None else "cross_entropy"]
-    if not logdet.build().unbiased:
-        # examples spread over all, as they are in files' order
-        rows = np.unique(np.linspace(0, len(examples) - 1, batch_size, dtype=int))
-        some, given = parallel.rows_of(examples, contexts)(rows)
-        without_cut = dataclasses.replace(logdet, kind="series").build(REFERENCE_TERMS)
-        cut, reference = (
-            evaluate_examples(
-                model.with_(estimator=estimator), some, key, batch_size, contexts=given
-            )[metric].astype(np.float64)
-            for estimator in (logdet.build(), without_cut)
-        )
-        means["training_bias"] = bias = float((cut - reference).mean())
-        if bias < -ALARMING_BIAS:
-            _logger.warning(WARNING, metric, -bias, logdet.num_terms)
-    return Measured(means, loss, losses)
 
 
 def evaluate_examples(
