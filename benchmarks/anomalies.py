@@ -14,7 +14,7 @@ anomalies. Half of the normal rows train, at most 10,000; the others and the ano
 - **false_alarms**: share of normal test rows whose p-value is at most alpha. Given ``m`` rows that
   calibrate, it is a draw of Beta(k, m + 1 - k), with ``k`` the whole part of ``(m + 1) alpha``,
   if no scores are equal, and lower otherwise (Bates et al. 2023). The standard error counts this
-  and the number of test rows. The summary has the ten sets with most rows, of the first seed.
+  and the number of test rows. The summary has the ten sets with most rows.
 
 Differences are ours minus the other, means over seeds, with the standard error over sets. Whatever
 has been measured is in the record, and the same command goes on behind it; one seed of all sets
@@ -191,13 +191,11 @@ def summarize(runs):
             minus = of_sets["ours"] - of_sets[method]
             stderr = minus.std(ddof=1) / math.sqrt(len(names))
             summary[f"minus_{method}"] = {"mean": float(minus.mean()), "stderr": float(stderr)}
-    first = [run for run in runs if run["seed"] == 0]
-    size = {run["name"]: run["train_rows"] + run["normal_rows"] for run in first}
-    largest = sorted(first, key=lambda run: (-size[run["name"]], run["name"]))[:LARGEST]
+    size = {run["name"]: run["train_rows"] + run["normal_rows"] for run in runs}
+    largest = sorted(names, key=lambda name: (-size[name], name))[:LARGEST]
     summary["false_alarms"] = {
-        alpha: of_false_alarms([run["false_alarms"][alpha] for run in largest])
+        alpha: of_false_alarms([r["false_alarms"][alpha] for r in runs if r["name"] in largest])
         for alpha in map("{:g}".format, ALPHAS)
-        if largest
     }
     return summary
 
@@ -206,7 +204,7 @@ def of_false_alarms(found):
     """The mean rate, the one to expect, its standard error, and the farthest in standard errors."""
     errors = [(each["rate"] - each["expected"]) / (each["stderr"] or 1) for each in found]
     return {
-        "sets": len(found),
+        "runs": len(found),
         "rate": float(np.mean([each["rate"] for each in found])),
         "expected": float(np.mean([each["expected"] for each in found])),
         "stderr": float(np.linalg.norm([each["stderr"] for each in found]) / len(found)),
