@@ -102,6 +102,8 @@ STARTS = {
     "normal scores": (True, "mixture"),
     "mixture of scores": (True, "mixture"),
 }
+# Starts of one component.
+SINGLE = ("normal distribution", "logistic distribution", "normal scores")
 
 
 class Starts:
@@ -145,15 +147,15 @@ class Starts:
 
     @property
     def to_train(self) -> list[str]:
-        """Names of two starts to train from: the likeliest, and a normal distribution of the same
-        columns, on lines or as scores, or the second likeliest where the first is that.
+        """Names of two starts to train from: the likeliest, and the likeliest of one component with
+        the same columns, on lines or as scores; the second likeliest where the first has one.
 
-        A network shapes a normal distribution more easily than a mixture, which starts ahead and
-        is soon overtaken. Nothing is trained from a kernel density.
+        A network shapes one component more easily than a mixture, which starts ahead and is
+        soon overtaken. Nothing is trained from a kernel density.
         """
         first, *others = [name for name in self.names if name != KERNELS]
-        plain = "normal scores" if STARTS[first][0] else "normal distribution"
-        return [first, plain] if plain in others else [first, *others[:1]]
+        alike = [name for name in others if STARTS[name][0] == STARTS[first][0] and name in SINGLE]
+        return [first, *(others if first in SINGLE else [*alike, *others])[:1]]
 
     def fit(self, name: str, *, with_validation: bool = False) -> Start:
         """A start, fitted to the training rows, or to those that validate, too."""

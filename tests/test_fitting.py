@@ -147,7 +147,7 @@ def test_the_density_is_0_beyond_ends_that_are_given(x, outside):
     assert np.isneginf(found).tolist() == [True, False]
 
 
-def test_a_normal_distribution_is_trained_beside_a_likelier_mixture():
+def test_one_component_is_trained_beside_a_likelier_mixture():
     random = np.random.default_rng(0)
     x = random.normal(size=(400, 2)) + 6 * random.integers(0, 2, size=(400, 1))
     data = from_arrays("a", Arrays(x.astype(np.float32)), fractions=(0.1, 0.0))
