@@ -278,8 +278,7 @@ class Run(NamedTuple):
 
     Attributes:
         attempt: How it went.
-        is_cut_short: Whether the time limit for updates ended it, which makes its loss
-            inconclusive.
+        is_cut_short: Whether time ended it, which makes its loss inconclusive.
         model: Its best model, certified, with its history.
     """
 
@@ -288,12 +287,11 @@ class Run(NamedTuple):
     model: Any = None
 
     @classmethod
-    def of(cls, what: str, model: Any, steps_s: float) -> "Run":
-        """The run of a candidate from its model; ``steps_s`` limited the time of its updates."""
+    def of(cls, what: str, model: Any) -> "Run":
+        """The run of a candidate from its model."""
         history = model.history
         attempt = Attempt(what, history.loss, history.step, history.num_steps, history.seconds)
-        is_over = history.ended == "time was over"
-        return cls(attempt, is_over and history.seconds > 0.9 * steps_s, model)
+        return cls(attempt, history.ended == "time was over", model)
 
     @property
     def losses(self) -> np.ndarray | None:
@@ -325,7 +323,7 @@ def best_of(
 
     Args:
         shared: What is the same for all.
-        table: The candidates; the first one is the likeliest, or the plain one without starts.
+        table: The candidates, the likeliest first, and with starts the one to train for long last.
         settings: Settings of all runs.
         given: Settings that the user has given, which no candidate changes.
         limit_s: Limit of the time in seconds.
@@ -365,7 +363,7 @@ def best_of(
             runs[candidate, num_steps] = None
             say(f"{candidate}: given up, {error}")
         else:
-            runs[candidate, num_steps] = Run.of(str(candidate), model, steps_s)
+            runs[candidate, num_steps] = Run.of(str(candidate), model)
             # Counts the time of this training from before it was resumed.
             began -= max(model.history.seconds - (time.monotonic() - one_began), 0.0)
 
@@ -373,8 +371,8 @@ def best_of(
         ended = "time was over"
         if shared.stop.received:
             ended, upcoming = STOPPED, []
-        elif not upcoming and any(runs.values()):
-            following = next_run(runs, table[0], left_s(), longer)
+        elif any(runs.values()) and (not upcoming or _were_cut_short(runs)):
+            following = next_run(runs, table[-1] if starts else table[0], left_s(), longer)
             ended, upcoming = (
                 (following, []) if isinstance(following, str) else (ended, [following])
             )
@@ -409,14 +407,12 @@ def next_run(
 
     Args:
         runs: Runs so far, at least one with a model.
-        plain: The candidate that trains for the remaining time if first runs were cut short, as a
-            good start, such as a mixture, leads after few updates.
+        plain: The candidate that trains for the remaining time if a first run was cut short, as a
+            good start, such as a mixture, leads after few updates only.
         left_s: Seconds that are left.
         longer: Factor on the updates of a run whose validation still improved at its end.
     """
-    if (plain, 0) not in runs and any(
-        run is not None and run.is_cut_short for run in runs.values()
-    ):
+    if (plain, 0) not in runs and _were_cut_short(runs):
         return plain, 0
     candidate, best = _leader(runs)
     # If training only made the best start worse, another candidate that still improves may overtake
@@ -440,6 +436,11 @@ def next_run(
             if (milder, STEPS_IN_ROUND) not in runs:
                 return milder, STEPS_IN_ROUND
     return "validation no longer improved"
+
+
+def _were_cut_short(runs: Runs) -> bool:
+    """Whether time ended a run."""
+    return any(run is not None and run.is_cut_short for run in runs.values())
 
 
 def _leader(runs: Runs) -> tuple[Candidate, Run]:
