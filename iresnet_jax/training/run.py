@@ -259,12 +259,13 @@ class Run:
     @property
     def is_validation_due(self) -> bool:
         """Whether to validate: at the last step, every so many steps, and with a time limit after a
-        twentieth of them.
+        twentieth of them, or a line of the log if that is longer.
         """
         if self.step >= self.horizon or self.step % self.every == 0:
             return True
         since = self.step - max(self.validated_at, self.first_step)
-        return math.isfinite(self.clock.limit_s) and since >= self.horizon / VALIDATIONS
+        is_late = since >= max(self.horizon / VALIDATIONS, self.log_every)
+        return math.isfinite(self.clock.limit_s) and is_late
 
     @property
     def is_validated(self) -> bool:
