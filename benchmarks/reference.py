@@ -194,7 +194,7 @@ class Folder:
     def arrays(self, step):
         """The arrays of a checkpoint."""
         with np.load(self.path / "checkpoints" / f"{step}.npz") as archive:
-            return dict(archive)
+            return _without_times(archive)
 
     def measurements(self):
         """Lines of the log by step and split, without times."""
@@ -205,6 +205,11 @@ class Folder:
             for name, value in line.items()
             if not TIMES.search(name) and name not in ("step", "split")
         }
+
+
+def _without_times(archive):
+    """Arrays without what a checkpoint says of its training, in which there are times."""
+    return {name: array for name, array in archive.items() if name != "(about)"}
 
 
 class Bucket(Folder):
@@ -274,7 +279,7 @@ class Bucket(Folder):
             self._client().download_fileobj("bucket", key, file)
             file.seek(0)
             with np.load(file) as archive:
-                return dict(archive)
+                return _without_times(archive)
 
     def close(self):
         """Stops the server."""

@@ -199,9 +199,10 @@ class Patience(Callback):
 
     def after_step(self, run: Run) -> None:
         """Looks at the losses so far."""
-        since = len(run.losses) - 1 - int(np.argmin(run.losses or [0.0]))
-        is_over = self.validations and since >= self.validations and run.step < run.horizon
-        if run.is_validated and is_over:
+        if not (self.validations and run.is_validated and run.losses):
+            return
+        since = len(run.losses) - 1 - int(np.argmin(run.losses))
+        if since >= self.validations and run.step < run.horizon:
             run.end("validation no longer improved")
 
 

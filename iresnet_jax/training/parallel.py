@@ -63,10 +63,10 @@ def parallelize(step_fn: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable
 
     def step(state: Any, fixed: Any, batch: Any) -> tuple[Any, Any]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
-        # Placed where a step returns it: a program is for one placement.
-        state, fixed = on_local_devices((state, fixed), num_devices=shapes[0][0][0])
         if shapes not in programs:
             programs[shapes] = mapped
+            # placed where a step returns it, as a program is for one placement
+            state, fixed = on_local_devices((state, fixed), num_devices=shapes[0][0][0])
             # ``pmap`` takes no options of the compiler, and what it compiles no shares of processes
             if jax.process_count() == 1:
                 lowered = mapped.lower(state, fixed, batch)
