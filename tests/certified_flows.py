@@ -35,10 +35,9 @@ FLOWS = {
         ),
     ),
 }
-JUMPS = {
-    name: FlowSpec((2,), (StageSpec(2, hidden=(6,), activation=name),))
-    for name in ("relu", "maxmin")
-}
+JUMPS = FlowSpec(
+    (2,), tuple(StageSpec(1, hidden=(6,), activation=name) for name in ("tanh", "maxmin"))
+)
 
 
 @functools.cache
@@ -50,7 +49,7 @@ def weights(flow):
 @functools.cache
 def density(spec):
     """A density with a random prior, of a `DensitySpec` or of the name of a flow."""
-    spec = DensitySpec({**FLOWS, **JUMPS}[spec]) if isinstance(spec, str) else spec
+    spec = DensitySpec({**FLOWS, "jumps": JUMPS}[spec]) if isinstance(spec, str) else spec
     rng = np.random.default_rng(0)
     prior = jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32),

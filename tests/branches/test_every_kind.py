@@ -41,6 +41,7 @@ class WaveSpec(ir.BranchSpec):
     """``g(x) = B sin(A x + b)``, with ``Lip(g) <= |A|_F |B|_F``: a kind of one's own."""
 
     width: int = 4
+    knows = frozenset({"jacobian"})
 
     @classmethod
     def of_stage(cls, stage, in_shape, context_dim):
@@ -55,6 +56,10 @@ class WaveSpec(ir.BranchSpec):
 
     def lipschitz_bound(self, weights):
         return jnp.linalg.norm(weights["there"]) * jnp.linalg.norm(weights["back"])
+
+    def jacobian(self, weights, x, context):
+        slopes = jnp.cos(x @ weights["there"] + weights["bias"][None])
+        return jnp.einsum("ki,bk,jk->bij", weights["back"], slopes, weights["there"])
 
 
 kinds.register("wave", WaveSpec)

@@ -77,9 +77,10 @@ def test_bounds_hold_far_from_the_data_and_far_from_the_preimage(name):
 
 
 def test_slopes_that_jump_leave_the_bounds_of_the_blocks():
-    y, preimages = exact_inverse("maxmin", 1.0)
+    """In the last step; in the one before, the theorem applies."""
+    y, preimages = exact_inverse("jumps", 1.0)
     x = rounded(preimages, np.float32)
-    found, errors = certify.inverse(density("maxmin"), y, x), errors_of(x, preimages)
+    found, errors = certify.inverse(density("jumps"), y, x), errors_of(x, preimages)
     assert not found.applied.any()
     assert np.all(errors <= found.error_bound)
     assert np.all(found.error_bound <= errors + 1e-12)

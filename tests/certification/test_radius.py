@@ -13,13 +13,13 @@ from iresnet_jax.models.architecture import FlowSpec, StageSpec
 from iresnet_jax.models.classifier import Classifier, ClassifierSpec
 from iresnet_jax.models.contractions import freeze
 
-LEVELS, SHAPE, CLASSES = 5, (2, 2, 1), 3
+LEVELS, SHAPE, CLASSES = 5, (2, 2, 2), 3
 NUM_IMAGES, NUM_STARTS, NUM_STEPS = 6, 64, 60
 
 
 def spec_of(*stages, **fields):
-    fields = {"pad_channels": 3, "mean": (0.4,), "std": (0.3,), **fields}
-    shape = (2, 2, 1 + fields["pad_channels"])
+    fields = {"pad_channels": 2, "mean": (0.4, 0.5), "std": (0.3, 0.6), **fields}
+    shape = (2, 2, 2 + fields["pad_channels"])
     return ClassifierSpec(FlowSpec(shape, stages), SHAPE, CLASSES, LEVELS, **fields)
 
 
@@ -139,7 +139,7 @@ def test_constants_are_those_of_the_head_for_potentials_alone():
     own, found = model("potentials"), certified("potentials")
     kernel = np.asarray(own.head["linear"]["kernel"], np.float64)
     unit = kernel / np.linalg.norm(kernel, axis=0)
-    # the divisor of pixels
+    # the least divisor of pixels
     distances = np.linalg.norm(unit[:, found.predicted].T[:, :, None] - unit, axis=1) / 0.3
     closest = np.abs(distances / found.lipschitz[:, None] - 1).min(axis=1)
     assert np.all(closest < 1e-5)

@@ -24,6 +24,7 @@ def test_it_logs_validates_and_tells_what_it_does():
     assert run.step == int(run.state.step) == model.history.num_steps == NUM_STEPS
     assert model.history.validation["loss"] == run.losses
     assert run.losses[-1] < run.losses[0] < 3
+    assert abs(float(model.number) - 3) == model.history.loss == run.losses[-1]
     assert len(said) == 5
     assert "first step after" in said[0]
     assert "step 12 of 12: validation loss" in said[-1]
