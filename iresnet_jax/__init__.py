@@ -106,7 +106,7 @@ __all__ = [
     "train",
 ]
 
-Unconstrained = Free  # its former name
+_MODULES = {"adapters": "adapters", "certify": "certification", "losses": "losses"}
 _TRAINING = {
     "Callback": "iresnet_jax.training.callbacks",
     "Checkpoints": "iresnet_jax.training.checkpoints",
@@ -121,10 +121,8 @@ def __getattr__(name: str) -> Any:
     """Imports `certify`, `adapters`, `losses` and training on first use: they need more packages
     than the mathematics.
     """
-    if name in ("adapters", "losses"):
-        return importlib.import_module(f"iresnet_jax.{name}")
-    if name == "certify":
-        return importlib.import_module("iresnet_jax.certification")
+    if name in _MODULES:
+        return importlib.import_module(f"iresnet_jax.{_MODULES[name]}")
     if name in _TRAINING:
         try:
             return getattr(importlib.import_module(_TRAINING[name]), name)

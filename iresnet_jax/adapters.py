@@ -43,12 +43,7 @@ def to_numpyro(model: Density, *, context: Contexts | None = None) -> "DensityDi
         ...     theta = numpyro.sample("theta", ir.adapters.to_numpyro(density))
         ...     numpyro.sample("x", dist.Normal(theta[0], 0.1), obs=0.3)
     """
-    if model.spec.num_levels is not None or model.spec.cells is not None:
-        kind = "integer levels" if model.spec.num_levels is not None else "values with cells"
-        raise ValueError(
-            f"this is a model of {kind}, which have probabilities and no density: "
-            "give model.continuous"
-        )
+    model.spec.check_continuous()
     if context is not None:
         context = as_vectors(model.spec.context_numbers(context), model.spec.context_dim)
         context = jnp.asarray(context, jnp.result_type(float))
@@ -61,14 +56,10 @@ class DensityDistribution(Distribution):
     arg_constraints = {}  # noqa: RUF012 (as NumPyro has it): none of the parameters is a number, and all samples have gradients
     pytree_data_fields = ("model", "context")
 
-    def __init__(
-        self, model: Density, context: jax.Array | None, *, validate_args: bool | None = None
-    ):
+    def __init__(self, model: Density, context: jax.Array | None):
         self.model, self.context = model, context
         batch_shape = () if context is None else context.shape[:-1]
-        super().__init__(
-            batch_shape, tuple(model.spec.flow.event_shape), validate_args=validate_args
-        )
+        super().__init__(batch_shape, tuple(model.spec.flow.event_shape))
 
     @property
     def support(self) -> constraints.Constraint:
@@ -87,10 +78,10 @@ class DensityDistribution(Distribution):
                 entries.append(constraints.interval(low, high))
             elif math.isfinite(low):
                 entries.append(constraints.greater_than(low))
+            elif math.isfinite(high):
+                entries.append(constraints.less_than(high))
             else:
-                entries.append(
-                    constraints.less_than(high) if math.isfinite(high) else constraints.real
-                )
+                entries.append(constraints.real)
         return constraints.independent(constraints.cat(entries, dim=-1), 1)
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:

@@ -150,7 +150,7 @@ class Stages:
         """A squeeze by 2, whose channels list the pixels of a patch, or with ``channel_major``
         each channel's pixels.
         """
-        if self._squeeze > 1 or self._order is not None:
+        if self._is_moved:
             self._append_zero_branch()
         space, channels = self._shape[:-1], self.num_channels
         self._shape, self._squeeze = (*(side // 2 for side in space), 4 * channels), 2
@@ -195,8 +195,8 @@ class Stages:
         }
         bias, log_scale = self._actnorm or (np.zeros(self.num_channels),) * 2
         weights["actnorm"] = {"bias": bias, "log_scale": log_scale}
-        before, is_moved = self._specs[-1:], self._squeeze > 1 or self._order is not None
-        if is_moved or not before or before[0] != {**before[0], **spec, "factor_out": False}:
+        before = self._specs[-1:]
+        if self._is_moved or not before or before[0] != {**before[0], **spec, "factor_out": False}:
             order = None if self._order is None else tuple(self._order.tolist())
             place = {"squeeze": self._squeeze, "channel_order": order, "factor_out": False}
             self._specs.append({**spec, **place})
@@ -207,8 +207,7 @@ class Stages:
     def factor_out(self) -> None:
         """The second half of the channels here leaves as latents."""
         half = self.num_channels // 2
-        if not self._specs or self._is_pending:
-            self._append_zero_branch()
+        self._complete_stage()
         self._specs[-1]["factor_out"] = True
         space = self._shape[:-1]
         self._leave((*space, half), self._theirs[half:] - self._theirs[half:].min())
@@ -216,8 +215,7 @@ class Stages:
 
     def finish(self) -> tuple[tuple[StageSpec, ...], dict[str, Any], Int[np.ndarray, " d"]]:
         """The stages, their parameters, and for each latent here its place among theirs."""
-        if not self._specs or self._is_pending:
-            self._append_zero_branch()
+        self._complete_stage()
         self._leave(self._shape, self._theirs)
         stages, params = [], {}
         for i, (spec, blocks) in enumerate(zip(self._specs, self._blocks, strict=True)):
@@ -227,9 +225,15 @@ class Stages:
             }
         return tuple(stages), params, np.concatenate(self._latents)
 
+    def _complete_stage(self) -> None:
+        """Makes sure that a branch follows all maps so far."""
+        if not self._specs or self._is_moved or self._actnorm is not None:
+            self._append_zero_branch()
+
     @property
-    def _is_pending(self) -> bool:
-        return self._squeeze > 1 or self._order is not None or self._actnorm is not None
+    def _is_moved(self) -> bool:
+        """Whether a squeeze or an order of channels waits for a branch."""
+        return self._squeeze > 1 or self._order is not None
 
     def _flatten(self) -> None:
         *space, channels = self._shape

@@ -59,13 +59,12 @@ class _ResidualFlow(BaseEstimator):
 
     def _train(self, x: Any, labels: np.ndarray | None = None, **options: Any) -> None:
         """Sets ``model_``."""
-        key = jax.random.key(int(check_random_state(self.random_state).randint(2**31 - 1)))
         # Ctrl-C ends a search instead of starting the next fold.
         with interrupts_raised():
             self.model_ = fit(
                 x,
                 labels,
-                key=key,
+                key=_key(self.random_state),
                 steps=self.steps,
                 minutes=self.minutes,
                 architecture=self.architecture,
@@ -75,11 +74,10 @@ class _ResidualFlow(BaseEstimator):
                 **(self.settings or {}),
             )
 
-    def _checked(self, X: Any) -> np.ndarray:
-        check_is_fitted(self)
+    def _validated(self, X: Any, *y: Any, **options: Any) -> Any:
+        """Samples, and labels if they are given, as arrays."""
         check_unmasked(X, "X")
-        x: Any = validate_data(self, X, dtype=np.float64, reset=False)
-        return x
+        return validate_data(self, X, *y, dtype=np.float64, **options)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -119,9 +117,8 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
     def fit(self, X: Any, y: Any = None) -> ResidualFlowDensity:
         """Trains on samples ``X``; ``y`` is ignored."""
         del y
-        check_unmasked(X, "X")
         # Two samples to train on and one to validate.
-        x: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=3)
+        x = self._validated(X, ensure_min_samples=3)
         names = getattr(self, "feature_names_in_", None)
         if names is not None:  # bounds and messages use the names
             import pandas as pd
@@ -137,9 +134,9 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         It is minus infinity if a feature's value is out of its bounds, or so far from the training
         samples that single precision overflows.
         """
-        return np.nan_to_num(
-            _in_batches(_log_prob, self.model_, self._checked(X)), nan=-np.inf, neginf=-np.inf
-        )
+        check_is_fitted(self)
+        x = self._validated(X, reset=False)
+        return np.nan_to_num(_in_batches(_log_prob, self.model_, x), nan=-np.inf, neginf=-np.inf)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of the samples in nats, as in `sklearn.mixture.GaussianMixture`;
@@ -159,8 +156,7 @@ class ResidualFlowDensity(DensityMixin, _ResidualFlow):
         """
         check_is_fitted(self)
         n_samples = checked(Count, n_samples, "n_samples")
-        key = jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
-        x, info = self.model_.sample(key, n_samples)
+        x, info = self.model_.sample(_key(random_state), n_samples)
         if failed := int(np.sum(~np.asarray(info.converged))):
             warnings.warn(
                 f"the inverse of {failed} of {n_samples} samples did not converge: they "
@@ -194,9 +190,7 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
 
     def fit(self, X: Any, y: Any) -> ResidualFlowClassifier:
         """Trains on samples ``X`` with labels ``y`` of any type."""
-        check_unmasked(X, "X")
-        both: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=3)
-        x, y = both
+        x, y = self._validated(X, y, ensure_min_samples=3)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -215,7 +209,8 @@ class ResidualFlowClassifier(ClassifierMixin, _ResidualFlow):
             ValueError: If a sample is so far from the training samples that single precision
                 overflows.
         """
-        x = self._checked(X)[:, self.varying_features_]
+        check_is_fitted(self)
+        x = self._validated(X, reset=False)[:, self.varying_features_]
         found = _in_batches(_class_log_probs, self.model_, x)
         if len(rows := np.flatnonzero(np.isnan(found).any(axis=1))):
             raise ValueError(
@@ -401,10 +396,8 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
 
     def _rows(self, X: Any, *, reset: bool = False) -> Any:
         """Rows as a data frame of pandas or as an array."""
-        check_unmasked(X, "X")
         if not hasattr(X, "columns") or (not reset and self.columns_ is None):
-            least = 3 if reset else 1
-            return validate_data(self, X, dtype=np.float64, ensure_min_samples=least, reset=reset)
+            return self._validated(X, ensure_min_samples=3 if reset else 1, reset=reset)
         validate_data(self, X, reset=reset, skip_check_array=True)
         return X.to_pandas() if hasattr(X, "to_pandas") else X
 
@@ -434,6 +427,11 @@ class ResidualFlowDetector(OutlierMixin, _ResidualFlow):
         return (1 + not_higher) / (len(self.calibration_scores_) + 1)
 
 
+def _key(random_state: Any) -> jax.Array:
+    """A key from what scikit-learn takes as a seed."""
+    return jax.random.key(int(check_random_state(random_state).randint(2**31 - 1)))
+
+
 @jax.jit
 def _log_prob(model: Density, x: jax.Array) -> jax.Array:
     if not model.spec.is_discrete:
@@ -443,9 +441,7 @@ def _log_prob(model: Density, x: jax.Array) -> jax.Array:
     return jax.lax.map(lambda i: model.log_prob(x, draw(keys, i)), jnp.arange(NUM_DRAWS)).mean(0)
 
 
-@jax.jit
-def _class_log_probs(model: Density, x: jax.Array) -> jax.Array:
-    return model.class_log_probs(x)
+_class_log_probs = jax.jit(Density.class_log_probs)
 
 
 def _in_batches(

@@ -61,16 +61,12 @@ def tagged(value: Any) -> Any:
     returns its name; the field is left out if that is None.
     """
     if dataclasses.is_dataclass(value):
-        entries = [
-            (field, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
-        ]
-        kept = [
-            (field, entry)
-            for field, entry in entries
-            if entry is not None or "name" not in field.metadata
-        ]
-        plain = {field.name: field.metadata.get("name", tagged)(entry) for field, entry in kept}
-        return {"type": type(value).__name__, **plain}
+        plain = {"type": type(value).__name__}
+        for field in dataclasses.fields(value):
+            entry = getattr(value, field.name)
+            if field.init and (entry is not None or "name" not in field.metadata):
+                plain[field.name] = field.metadata.get("name", tagged)(entry)
+        return plain
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()
     if isinstance(value, tuple):

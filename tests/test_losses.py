@@ -39,7 +39,7 @@ def gradient_of(loss):
         value = loss(lambda x: jnp.where(is_own, own.log_prob(x), target(x)))
         return jax.grad(lambda params: value(free.constrain(params)[0], None, key))(free.params)
 
-    return functools.partial(at, ir.Unconstrained.of(own))
+    return functools.partial(at, ir.Free.of(own))
 
 
 def gradient(loss, keys, *, is_own=False):

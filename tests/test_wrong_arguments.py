@@ -178,7 +178,7 @@ def run_without_training():
 # What is called, in an empty folder, and a fragment of the sentence that answers it.
 WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "key": [
-        (lambda: fit(key=7), r"jax.random.key\(7\), got 7"),
+        (lambda: fit(key=7), r"jax.random.key\(0\), got 7"),
         (lambda: fit(key=jax.random.split(KEY, (2, 2))), r"a key array of shape \(2, 2\)"),
         (lambda: points().sample(0, 3), "key must be a key"),
         (lambda: ir.SeriesLogdet()(jnp.tanh, X), "key must be a key"),

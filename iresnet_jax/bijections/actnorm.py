@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from iresnet_jax.bijections.bijection import ClosedForm, no_inverse_error
 from iresnet_jax.maths.fixed_point import example_norm
-from iresnet_jax.maths.lipschitz_bounds import BiLipschitz
-from iresnet_jax.maths.upward_rounding import rounded_up
+from iresnet_jax.maths.lipschitz_bounds import scaling_bounds
 from iresnet_jax.pytrees import pytree
 
 EPS = 1e-5  # added to variances, which caps scales at 316
@@ -63,9 +62,8 @@ class ActNorm(ClosedForm):
         return x, -self._logdet(y)
 
     def bilipschitz(self):
-        """The largest scale and the inverse of the least one, rounded up."""
-        least, largest = jnp.min(self.log_scale), jnp.max(self.log_scale)
-        return BiLipschitz(rounded_up(jnp.exp(largest)), rounded_up(jnp.exp(-least)))
+        """See `scaling_bounds`."""
+        return scaling_bounds(self.log_scale)
 
     def inverse_error(self, x):
         """Rounding of ``y exp(-log_scale)``, which is as large as ``x + bias``, and of the

@@ -74,11 +74,6 @@ class Bounded(ClosedForm):
                     f"single precision cannot tell values between {low} and {high} "
                     "apart: subtract their mean"
                 )
-        if not isinstance(self.then, Identity) and self.then.num_entries != self.num_entries:
-            raise ValueError(
-                f"there are bounds for {self.num_entries} entries and a transform of "
-                f"{self.then.num_entries}"
-            )
 
     @property
     def num_entries(self) -> int:

@@ -117,19 +117,17 @@ def check_levels(
         f"images of shape (batch, {', '.join(map(str, event_shape))}) with integer levels 0 "
         f"to {num_levels - 1}"
     )
+    got = None
     if x.shape[1:] != tuple(event_shape):
-        raise ValueError(f"the model takes {wanted}, got an array of shape {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(
-            f"the model takes {wanted}, got {x.dtype}: undo the scaling to [0, 1] (of a density, "
-            "model.continuous takes [0, 1))"
-        )
-    if isinstance(x, jax.core.Tracer) or not x.size:
-        return
-    known = np.asarray(x)  # under jit, JAX's operations would trace concrete arrays
-    lowest, highest = known.min(), known.max()
-    if lowest < 0 or highest >= num_levels:
-        raise ValueError(f"the model takes {wanted}, got levels from {lowest} to {highest}")
+        got = f"an array of shape {x.shape}"
+    elif not jnp.issubdtype(x.dtype, jnp.integer):
+        got = f"{x.dtype}: undo the scaling to [0, 1] (of a density, model.continuous takes [0, 1))"
+    elif x.size and not isinstance(x, jax.core.Tracer):
+        known = np.asarray(x)  # under jit, JAX's operations would trace concrete arrays
+        if known.min() < 0 or known.max() >= num_levels:
+            got = f"levels from {known.min()} to {known.max()}"
+    if got:
+        raise ValueError(f"the model takes {wanted}, got {got}")
 
 
 class Dequantize(Bijection):

@@ -274,18 +274,10 @@ def _holding(below: DoubleDouble, u: DoubleDouble) -> np.ndarray:
     """The level ``(b, d)`` whose cell holds ``u``; the first and the last cell go on outside [0,
     1].
     """
-    if len(below.high) == 1:
-        k = np.searchsorted(below.high[0], u.high, side="right") - 1
-    else:
-        k = np.stack(
-            [
-                np.searchsorted(row, u.high[:, i], side="right") - 1
-                for i, row in enumerate(below.high)
-            ],
-            axis=1,
-        )
     last = below.high.shape[1] - 1
-    k = np.clip(k, 0, last)
+    rows = np.broadcast_to(below.high, (u.high.shape[1], last + 1))
+    found = [np.searchsorted(*pair, side="right") for pair in zip(rows, u.high.T, strict=True)]
+    k = np.clip(np.stack(found, axis=1) - 1, 0, last)
     k = np.where((k > 0) & ((u - below.map(lambda part: _at(part, k))).high < 0), k - 1, k)
     following = np.minimum(k + 1, last)
     return np.where((u - below.map(lambda part: _at(part, following))).high >= 0, following, k)
@@ -298,7 +290,9 @@ def _rational(values: Sequence[Fraction]) -> DoubleDouble:
     )
 
 
-def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int) -> tuple[float, ...]:
+def level_frequencies(
+    images: Integer[np.ndarray, "..."], num_levels: int
+) -> Float[np.ndarray, " k"]:
     """Frequency of each level of training images, none 0: ``(count + 1) / (total +
     num_levels)``.
     """
@@ -307,12 +301,12 @@ def level_frequencies(images: Integer[np.ndarray, "..."], num_levels: int) -> tu
     for part in np.array_split(images, max(1, images.size // 2**26)):
         check_levels(part, num_levels, part.shape[1:])
         counts += np.bincount(part.ravel(), minlength=num_levels)
-    return tuple(((counts + 1) / (counts.sum() + num_levels)).tolist())
+    return (counts + 1) / (counts.sum() + num_levels)
 
 
 def entry_shares(
-    images: Integer[np.ndarray, "n ..."], frequencies: Sequence[float]
-) -> tuple[float, ...]:
+    images: Integer[np.ndarray, "n ..."], frequencies: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, " d"]:
     """Frequency of the commonest level at each entry of an example, mixed with 1 % of its frequency
     over all entries.
 
@@ -328,4 +322,4 @@ def entry_shares(
     for part in np.array_split(images, max(1, images.size // 2**26)):
         counts += (part == commonest).sum(axis=0)
     shares = (1 - WEIGHT_OF_ALL) * counts / len(images) + WEIGHT_OF_ALL * frequencies[commonest]
-    return tuple(shares.ravel().tolist())
+    return shares.ravel()

@@ -252,7 +252,7 @@ class FeedforwardSpec(BranchSpec):
         }
 
     def singular_vectors(
-        self, weights: Weights, iterates: Weights, *, num_steps: int | None = None
+        self, weights: Weights, iterates: Weights, *, num_steps: int | None
     ) -> dict[str, VectorPair]:
         """The singular vectors ``(u, v)`` of every part's operator, by power iteration without a
         gradient.
@@ -265,7 +265,7 @@ class FeedforwardSpec(BranchSpec):
         }
 
     def constrained(
-        self, weights: Weights, vectors: Weights, *, coeff: float, budget: str = "layer"
+        self, weights: Weights, vectors: Weights, *, coeff: float, budget: str
     ) -> ConstrainedBranch:
         """The branch whose kernels are scaled into the budget by the norms along
         `singular_vectors`.
@@ -302,7 +302,7 @@ class FeedforwardSpec(BranchSpec):
         return {part.name: bound_of(part) for part in self.parts}
 
     def certified(
-        self, weights: Weights, bounds: Norms, *, coeff: float, budget: str = "layer"
+        self, weights: Weights, bounds: Norms, *, coeff: float, budget: str
     ) -> ConstrainedBranch:
         """The branch whose kernels are scaled into the budget by guaranteed bounds, from the
         first step on, for any weights.
@@ -316,7 +316,7 @@ class FeedforwardSpec(BranchSpec):
         """The product of the parts' constants, rounded up."""
         return branch_bound(jnp.stack(list(bounds.values())))
 
-    def of_stored(self, weights: Weights, *, coeff: float = 0.9) -> Branch:
+    def of_stored(self, weights: Weights, *, coeff: float) -> Branch:
         """The branch of these weights, which are scaled already."""
         del coeff
         return Branch(self, weights)
@@ -397,10 +397,8 @@ class FeedforwardSpec(BranchSpec):
         self, weights: Weights, x: Float[Array, "b ..."], context: Context = None
     ) -> Float[Array, " b"]:
         """``tr J_g(x)`` in closed form, see `two_layers.trace`."""
-        d0, d1 = self._slopes(weights, x, context)
-        return two_layers.trace(
-            two_layers.mirrored_taps(*self._kernels(weights)), d0, d1, self.padding
-        )
+        (there, back), (d0, d1) = self._kernels(weights), self._slopes(weights, x, context)
+        return two_layers.trace(there, back, d0, d1, self.padding)
 
     def jacobian(
         self, weights: Weights, x: Float[Array, "b d"], context: Context = None

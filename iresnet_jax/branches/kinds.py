@@ -3,8 +3,6 @@ modules.
 """
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from iresnet_jax.branches.branch import BranchSpec
@@ -14,12 +12,11 @@ from iresnet_jax.branches.potential import PotentialSpec
 from iresnet_jax.branches.sandwich import SandwichSpec
 
 Kind = type[BranchSpec] | Make
-_kinds: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {  # `register` adds; a name means one kind
     "feedforward": FeedforwardSpec,
     "sandwich": SandwichSpec,
     "potential": PotentialSpec,
 }
-KINDS: Mapping[str, Kind] = MappingProxyType(_kinds)  # `register` adds; a name means one kind
 
 
 def register(name: str, kind: Kind) -> None:
@@ -35,7 +32,7 @@ def register(name: str, kind: Kind) -> None:
         raise ValueError(
             f"there is a kind of branch {name!r} already, {KINDS[name]!r}: choose another name"
         )
-    _kinds[name] = kind
+    KINDS[name] = kind
 
 
 def get(name: str) -> Kind:

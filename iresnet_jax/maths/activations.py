@@ -7,8 +7,7 @@ docstring has the proof. Channels are on the last axis.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,11 +43,6 @@ class Activation(NamedTuple):
     channel_factor: int = 1
     elementwise: bool = True
     monotone: bool = False
-
-    @property
-    def has_beta(self) -> bool:
-        """Whether the activation has a ``beta``."""
-        return self.initial_beta is not None
 
     def apply(
         self, x: Float[Array, "..."], beta: Float[Array, "..."] | float | None = None
@@ -176,7 +170,7 @@ def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
 # even, 1/2 at 0, where both factors are largest, and at least -0.08: |s'| <= 1/2. Slopes of the two
 # outputs of `clipswish` differ by a constant.
 _SWISH_SLOPE = 0.5 / _LIPSWISH_BOUND
-_activations: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {  # `register_activation` adds entries
     # slope exp(min(x, 0)): continuous, its own slope at most 1
     "elu": Activation(elu, 1.0, monotone=True),
     "softplus": Activation(jax.nn.softplus, 0.25, monotone=True),  # slope sigmoid(x)
@@ -191,9 +185,7 @@ _activations: dict[str, Activation] = {
     "maxmin": Activation(maxmin, None, elementwise=False),
     "identity": Activation(identity, 0.0, monotone=True),
 }
-PROVEN = frozenset(_activations)  # to be 1-Lipschitz, by the docstrings above
-# `register_activation` adds entries.
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(_activations)
+PROVEN = frozenset(ACTIVATIONS)  # to be 1-Lipschitz, by the docstrings above
 
 
 def register_activation(name: str, activation: Activation) -> None:
@@ -218,8 +210,7 @@ def register_activation(name: str, activation: Activation) -> None:
         )
     if activation.elementwise:
         x = jnp.linspace(-20.0, 20.0, 4001)  # whose differences rounding changes by 1e-3 at most
-        beta = activation.initial_beta
-        y = activation.function(x) if beta is None else activation.function(x, beta)
+        y = activation.apply(x, activation.initial_beta)
         steps = jnp.diff(jnp.reshape(y, (activation.channel_factor, -1)))
         slope = float(jnp.max(jnp.linalg.norm(steps, axis=0) / jnp.diff(x)))
         if slope > 1.01:
@@ -227,7 +218,7 @@ def register_activation(name: str, activation: Activation) -> None:
                 f"the slope of the activation {name!r} reaches {slope:.3g}: certificates need "
                 "slopes in [-1, 1], so divide it by the largest"
             )
-    _activations[name] = activation
+    ACTIVATIONS[name] = activation
 
 
 def get(name: str) -> Activation:

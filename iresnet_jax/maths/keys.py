@@ -17,10 +17,7 @@ def typed_key(key: Any) -> Key[Array, "..."]:
         return key
     if dtype == jnp.uint32 and key.shape[-1:] == (2,):
         return jax.random.wrap_key_data(key)
-    got = repr(key) if isinstance(key, int) else f"a {type(key).__name__}"
-    raise ValueError(
-        f"key must be a key such as jax.random.key({key if isinstance(key, int) else 0}), got {got}"
-    )
+    raise ValueError(f"key must be a key such as jax.random.key(0), got {key!r}")
 
 
 def check_keys(key: Any, num: int) -> Key[Array, "..."]:

@@ -17,7 +17,7 @@ what rounding contributes is bounded where they are used.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -41,18 +41,32 @@ class RowBlocks(NamedTuple):
     blocks: dict[tuple[int, int], Float[Array, "n m"]]
     num_rows: int
 
-    def columns_of(self, i: int) -> list[int]:
-        """Places of the blocks in a block row, in order."""
-        return sorted(column for row, column in self.blocks if row == i)
-
     def __matmul__(self, other: "RowBlocks") -> "RowBlocks":
-        by_row = {j: other.columns_of(j) for j in range(other.num_rows)}
+        columns = {k: [j for i, j in other.blocks if i == k] for k in range(other.num_rows)}
         product: dict[tuple[int, int], Array] = {}
         for (i, k), block in self.blocks.items():
-            for j in by_row[k]:
-                part = block @ other.blocks[k, j]
-                product[i, j] = product[i, j] + part if (i, j) in product else part
+            for j in columns[k]:
+                product[i, j] = product.get((i, j), 0.0) + block @ other.blocks[k, j]
         return RowBlocks(product, self.num_rows)
+
+    @property
+    def transposed(self) -> "RowBlocks":
+        """The transpose of a square matrix."""
+        return RowBlocks({(j, i): block.T for (i, j), block in self.blocks.items()}, self.num_rows)
+
+    def plus(self, other: "RowBlocks", factor: float) -> "RowBlocks":
+        """The sum with a multiple of a matrix of as many rows."""
+        blocks: dict[tuple[int, int], Any] = {
+            place: self.blocks.get(place, 0.0) + factor * other.blocks.get(place, 0.0)
+            for place in {*self.blocks, *other.blocks}
+        }
+        return RowBlocks(blocks, self.num_rows)
+
+    @property
+    def identity(self) -> "RowBlocks":
+        """The identity, of the size of a square matrix."""
+        own = {(i, i): np.eye(len(self.blocks[i, i])) for i in range(self.num_rows)}
+        return RowBlocks(own, self.num_rows)
 
     @property
     def num_dims(self) -> int:
@@ -101,7 +115,7 @@ def layer_blocks(
             source = row + up - (num_taps - 1) // 2
             if padding == "CIRCULAR" or 0 <= source < height:
                 place = row, source % height
-                blocks[place] = blocks[place] + across if place in blocks else across
+                blocks[place] = blocks.get(place, 0.0) + across
     return RowBlocks(blocks, height)
 
 
@@ -133,14 +147,7 @@ def behind_activation(
 
 def identity_and_symmetric_part(matrix: RowBlocks) -> RowBlocks:
     """``I + (G + G^T) / 2`` of a square matrix; each entry rounds twice at most."""
-    blocks = {}
-    for i, j in {*matrix.blocks, *((j, i) for i, j in matrix.blocks)}:
-        there, back = matrix.blocks.get((i, j)), matrix.blocks.get((j, i))
-        both = [part for part in (there, None if back is None else back.T) if part is not None]
-        blocks[i, j] = sum(both[1:], both[0]) * 0.5
-    for i in range(matrix.num_rows):
-        blocks[i, i] = blocks[i, i] + np.eye(len(blocks[i, i]))
-    return RowBlocks(blocks, matrix.num_rows)
+    return matrix.identity.plus(matrix, 0.5).plus(matrix.transposed, 0.5)
 
 
 def least_eigenvalue_estimate(matrix: RowBlocks) -> tuple[float, float]:
@@ -187,29 +194,17 @@ def _bound_at(matrix: RowBlocks, shift: float) -> float:
     """``s - |E|`` with the factor of ``H - s I``, for matrices within two roundings of the given
     entries; -inf if there is no factor.
     """
-    shifted = {place: block for place, block in matrix.blocks.items() if place[0] >= place[1]}
-    for i in range(matrix.num_rows):
-        shifted[i, i] = shifted[i, i] - shift * np.eye(len(shifted[i, i]))
+    shifted, num_dims = matrix.plus(matrix.identity, -shift), matrix.num_dims
     try:
-        factor = cholesky(RowBlocks(shifted, matrix.num_rows))
+        factor = cholesky(shifted)
     except np.linalg.LinAlgError:
         return -np.inf
-    rows = [factor.columns_of(i) for i in range(matrix.num_rows)]
-    total, num_dims = 0.0, matrix.num_dims
-    for i in range(matrix.num_rows):
-        for j in range(i + 1):
-            common = [k for k in rows[j] if k in rows[i]]
-            if not common and (i, j) not in shifted:
-                continue
-            rest = shifted.get((i, j), 0.0) - sum(
-                factor.blocks[i, k] @ factor.blocks[j, k].T for k in common
-            )
-            total += (1 if i == j else 2) * float(np.vdot(rest, rest))
+    rest = shifted.plus(factor @ factor.transposed, -1.0)
     size, of_factor = matrix.frobenius() * UP, factor.frobenius() * UP
     rounding = (
         gamma(num_dims + 4) * (size + abs(shift) * num_dims**0.5 + of_factor**2) + 4 * U * size
     )
-    return float(shift * (1 - 4 * U) - (np.sqrt(total) + rounding) * UP)
+    return float(shift * (1 - 4 * U) - (rest.frobenius() + rounding) * UP)
 
 
 def cholesky(matrix: RowBlocks) -> RowBlocks:

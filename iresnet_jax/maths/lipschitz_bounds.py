@@ -155,9 +155,14 @@ def model_bounds(
     for block in blocks:
         bounds = bounds.compose(block)
     for log_scale in log_scales:
-        scale = BiLipschitz(jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale)))
-        tiny = jnp.finfo(scale.forward.dtype).tiny
-        bounds = bounds.compose(
-            BiLipschitz(*(rounded_up(jnp.maximum(value, tiny)) for value in scale))
-        )
+        bounds = bounds.compose(scaling_bounds(log_scale))
     return bounds
+
+
+def scaling_bounds(log_scale: Float[Array, " _"]) -> BiLipschitz:
+    """Bounds of ``y = x exp(log_scale)``, rounded up: the largest scale, and the inverse of the
+    least one.
+    """
+    scales = jnp.exp(jnp.max(log_scale)), jnp.exp(-jnp.min(log_scale))
+    tiny = jnp.finfo(log_scale.dtype).tiny
+    return BiLipschitz(*(rounded_up(jnp.maximum(scale, tiny)) for scale in scales))

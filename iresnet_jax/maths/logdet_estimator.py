@@ -4,7 +4,6 @@ and products with a Jacobian.
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -101,15 +100,17 @@ class LogdetInfo(NamedTuple):
         )
 
 
-class LogdetEstimator(ABC):
+class LogdetEstimator:
     """Estimates ``log det(I + J)`` of a branch at every example of a batch.
 
     Attributes:
         unbiased: True if the mean over all random choices is the log-determinant (for
             `RouletteLogdet`, the series up to its last weight); False for a truncated estimate.
+        _estimate: The arguments of a call, in this order, without defaults -> its results.
     """
 
     unbiased: ClassVar[bool]
+    _estimate: ClassVar[Callable[..., tuple[Array, LogdetInfo]]]
 
     def fix_length(self, key: Keys) -> "LogdetEstimator":
         """The estimator with its random length drawn once for all blocks, examples and devices;
@@ -144,18 +145,6 @@ class LogdetEstimator(ABC):
         bound = jnp.inf if lipschitz_bound is None else lipschitz_bound
         return self._estimate(branch, as_floats(x), key, bound, trace, jacobian, logdet)
 
-    @abstractmethod
-    def _estimate(
-        self,
-        branch: Branch | Linearized,
-        x: Float[Array, "b ..."],
-        key: Keys | None,
-        lipschitz_bound: Scalar,
-        trace: Trace | None,
-        jacobian: Jacobian | None,
-        logdet: Logdet | None,
-    ) -> tuple[Float[Array, " b"], LogdetInfo]: ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingEstimator(LogdetEstimator):
@@ -165,10 +154,13 @@ class ProbingEstimator(LogdetEstimator):
         num_probes: Probes for each example.
         exact_trace: Whether a trace in closed form replaces the estimate of ``tr J`` where there is
             one.
+        _samples: ``(branch, x, key, lipschitz_bound, trace) ->`` one estimate per probe, ``(p,
+            b)``, and the bound of the terms left out, ``(b,)``.
     """
 
     num_probes: int = 1
     exact_trace: bool = True
+    _samples: ClassVar[Callable[..., tuple[Array, Array]]]
 
     def _estimate(self, branch, x, key, lipschitz_bound, trace, jacobian, logdet):
         del jacobian, logdet
@@ -176,17 +168,6 @@ class ProbingEstimator(LogdetEstimator):
         samples, bound = self._samples(branch, x, check_keys(key, len(x)), lipschitz_bound, trace)
         value, stderr = mean_and_stderr(samples)
         return value, LogdetInfo(stderr, bound)
-
-    @abstractmethod
-    def _samples(
-        self,
-        branch: Branch | Linearized,
-        x: Float[Array, "b ..."],
-        key: Key[Array, "..."],
-        lipschitz_bound: Scalar,
-        trace: Trace | None,
-    ) -> tuple[Float[Array, "p b"], Float[Array, " b"]]:
-        """One estimate per probe, and the bound of the terms left out."""
 
 
 def draw_probes(

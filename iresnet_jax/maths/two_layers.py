@@ -14,38 +14,27 @@ from jaxtyping import Array, Float
 from iresnet_jax.maths.convolution import Padding, conv
 
 
-def mirrored_taps(there: Array, back: Array) -> Array:
-    """``M[t]_(c, j) = W_1[t]_(c, j) W_2[-t]_(j, c)``.
+def trace(
+    there: Float[Array, "*taps m h"],
+    back: Float[Array, "*taps n c"],
+    d0: Float[Array, "_ ..."],
+    d1: Float[Array, "b ..."],
+    padding: Padding,
+) -> Float[Array, " b"]:
+    r"""``tr J = sum_p <D_1(p), z(p)>`` with ``z = conv(D_0; M)`` and ``M[t]_(c, j) = W_1[t]_(c, j)
+    W_2[-t]_(j, c)``, for a fraction of what ``g`` costs.
 
     A pixel's output comes back to its own input through the tap ``t`` of ``W_1`` and the mirrored
-    tap ``-t`` of ``W_2`` alone.
+    tap ``-t`` of ``W_2`` alone. The padding of the convolutions takes care of the border. Where
+    ``D_0`` is 1, ``z`` is the same for all examples.
     """
     taps, channels, width = there.shape[:-2], back.shape[-1], there.shape[-1]
-    back = jnp.flip(back, range(len(taps)))
-    product = jnp.einsum(
+    mirrored = jnp.einsum(
         "...scj,...tjc->...sctj",
         there.reshape(*taps, -1, channels, width),
-        back.reshape(*taps, -1, width, channels),
-    )
-    return product.reshape(*taps, there.shape[-2], back.shape[-2])
-
-
-def trace(
-    taps: Array, d0: Float[Array, "_ ..."], d1: Float[Array, "b ..."], padding: Padding
-) -> Float[Array, " b"]:
-    r"""``tr J = sum_p <D_1(p), z(p)>`` with ``z = conv(D_0; M)``, for a fraction of what ``g``
-    costs.
-
-    The convolution's padding takes care of the border. Where ``D_0`` is 1, ``z`` is the same for
-    all examples.
-
-    Args:
-        taps: ``M`` of `mirrored_taps`.
-        d0: Slopes at the input.
-        d1: Slopes at the hidden units.
-        padding: Padding of the convolutions.
-    """
-    z = d0 @ taps if taps.ndim == 2 else conv(d0, taps, padding=padding)
+        jnp.flip(back, range(len(taps))).reshape(*taps, -1, width, channels),
+    ).reshape(*taps, there.shape[-2], back.shape[-2])
+    z = conv(d0, mirrored, padding=padding) if taps else d0 @ mirrored
     return jnp.sum(d1 * z, axis=tuple(range(1, d1.ndim)))
 
 

@@ -106,7 +106,7 @@ def test_a_budget_by_block_scales_all_layers_by_one_factor():
 
     @jax.jit
     def by_estimate(weights, iterates):
-        vectors = spec.singular_vectors(weights, iterates)
+        vectors = spec.singular_vectors(weights, iterates, num_steps=None)
         return spec.constrained(weights, vectors, coeff=COEFF, budget="block").branch
 
     estimated = by_estimate(weights, spec.initial_iterates(jax.random.key(5)))

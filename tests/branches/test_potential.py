@@ -26,7 +26,9 @@ def test_eigenvalues_are_between_1_minus_the_bound_and_1(name, x64):
 
     @jax.jit
     def certified(weights):
-        branch = spec.certified(weights, spec.norm_bounds(weights), coeff=COEFF).branch
+        branch = spec.certified(
+            weights, spec.norm_bounds(weights), coeff=COEFF, budget="layer"
+        ).branch
         return branch.with_bounds(spec.norm_bounds(branch.weights))
 
     branch = certified(jax.tree.map(lambda a: a + rng.normal(size=a.shape), first))

@@ -53,7 +53,7 @@ def largest_norm(there, back, low=0.0):
 @functools.partial(jax.jit, static_argnums=0, static_argnames="budget")
 def both(spec, weights, starts, *, budget):
     """The branch within its budget by guaranteed bounds, and by power iteration to a tolerance."""
-    vectors = spec.singular_vectors(weights, starts)
+    vectors = spec.singular_vectors(weights, starts, num_steps=None)
     certified = spec.certified(weights, spec.norm_bounds(weights), coeff=COEFF, budget=budget)
     return certified, spec.constrained(weights, vectors, coeff=COEFF, budget=budget)
 

@@ -86,14 +86,14 @@ def test_slopes_change_no_faster_than_stated(name):
         assert entry.slope_lipschitz is None
         return
     x, beta = np.linspace(-8, 8, 4001), 1.3
-    apply = functools.partial(entry.apply, beta=beta) if entry.has_beta else entry.apply
+    apply = functools.partial(entry.apply, beta=beta) if entry.initial_beta else entry.apply
     with jax.enable_x64(True):
         slopes = np.asarray(jax.jit(jax.vmap(jax.jacfwd(lambda t: apply(t[None]))))(jnp.asarray(x)))
     steepness = np.linalg.norm(np.diff(slopes, axis=0), axis=1) / np.diff(x)[0]
     if entry.slope_lipschitz is None:
         assert steepness.max() > 100
         return
-    stated = entry.slope_lipschitz * (np.log1p(np.exp(beta)) if entry.has_beta else 1)
+    stated = entry.slope_lipschitz * (np.log1p(np.exp(beta)) if entry.initial_beta else 1)
     assert 0.99 * stated <= steepness.max() <= stated * (1 + 1e-6) + 1e-12
 
 

@@ -31,7 +31,7 @@ def slopes(function, x):
 def jacobians_of_all(x, beta):
     """Jacobian of every activation by name, in one program."""
     return {
-        name: jax.jacfwd(lambda x, a=activation: a.apply(x, beta if a.has_beta else None))(x)
+        name: jax.jacfwd(lambda x, a=activation: a.apply(x, beta if a.initial_beta else None))(x)
         for name, activation in ACTIVATIONS.items()
     }
 
@@ -44,7 +44,7 @@ def test_slopes_stay_within_one_on_a_dense_grid(x64, dtype):
         slopes_of = jax.jit(
             lambda x, beta, a=ACTIVATIONS[name]: slopes(lambda x: a.apply(x, beta), x)
         )
-        for beta in BETAS if ACTIVATIONS[name].has_beta else [None]:
+        for beta in BETAS if ACTIVATIONS[name].initial_beta else [None]:
             norm = np.linalg.norm(slopes_of(x, beta), axis=-1)
             assert 0.999 < norm.max() <= 1, (name, beta)
 
@@ -103,7 +103,7 @@ def test_two_derivatives_are_finite_and_saturate_quietly():
 
     def of_one(activation, x, beta):
         def function(x):
-            return activation.apply(x, beta if activation.has_beta else None)
+            return activation.apply(x, beta if activation.initial_beta else None)
 
         second = slopes(lambda x: slopes(function, x), x)
         return slopes(function, x), second, jax.grad(lambda x: jnp.sum(function(x)))(x)

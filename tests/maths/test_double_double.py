@@ -112,7 +112,7 @@ def test_activations_and_slopes_against_decimal_numbers(name):
     values, slopes = activate(
         name,
         x.map(lambda part: part[:, None]),
-        DoubleDouble.of(sharpness) if ACTIVATIONS[name].has_beta else None,
+        DoubleDouble.of(sharpness) if ACTIVATIONS[name].initial_beta else None,
     )
     for i, t in enumerate(exact(x)):
         wanted = reference(name, t, Decimal(sharpness))

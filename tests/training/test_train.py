@@ -1,4 +1,4 @@
-"""Models by any loss: `train`, and loops of your own on `Unconstrained`."""
+"""Models by any loss: `train`, and loops of your own on `Free`."""
 
 import functools
 import signal
@@ -46,7 +46,7 @@ def test_train_lowers_the_loss_of_a_certified_model_and_a_callback_ends_it():
 
 
 def test_a_loop_of_ones_own_gives_the_same_model():
-    free, optimizer = ir.Unconstrained.of(start()), optax.adam(1e-2)
+    free, optimizer = ir.Free.of(start()), optax.adam(1e-2)
     options = QUICK | {"batch_size": len(X), "optimizer": optimizer, "ema_decay": 0}
     trained = ir.train(free, nll, X, **options | {"key": 3})  # also a seed
 
