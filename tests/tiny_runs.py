@@ -94,6 +94,7 @@ def get_config():
 """
 
 CONFIGS = {"toy": TOY_CONFIG, "classifier": CLASSIFIER_CONFIG, "hybrid": HYBRID_CONFIG}
+RETURNED = "returned.npz"  # file of a run from `trained`: the model that the training returned
 TRACES = "traces"  # file of a run from `trained`: how often its step was traced
 
 
@@ -105,7 +106,7 @@ def trained(tmp_path_factory, name):
             incoming, traces = tmp_path_factory.mktemp("incoming"), []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Step, "__call__", _counted(Step.__call__, traces))
-                job.train(config_of(CONFIGS[name]), incoming)
+                job.train(config_of(CONFIGS[name]), incoming).save(incoming / RETURNED)
             (incoming / TRACES).write_text(str(len(traces)))
             incoming.rename(whole)
     return shutil.copytree(whole, tmp_path_factory.mktemp(name) / "run")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
+import iresnet_jax as ir
 from iresnet_jax.data import augment
 from iresnet_jax.evaluation.classification import evaluate
 from iresnet_jax.models.classifier import apply_head
@@ -38,6 +39,14 @@ def test_training_improves_validation_and_counts_every_term(workdir):
 def last_state(workdir):
     """The arrays of the last checkpoint by name."""
     return runs.arrays_of(workdir, 8)
+
+
+def test_the_model_has_the_running_averages_of_its_step(workdir, trained):
+    """Whether the training returned it or its folder has it."""
+    arrays = runs.arrays_of(workdir, trained.step)
+    for model in (trained.model, ir.load(workdir / runs.RETURNED)):
+        for name, own in model.statistics["head"].items():
+            np.testing.assert_array_equal(own, arrays[f"batch_stats/head/{name}"])
 
 
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (1, False), (0, True), (2, True)])
