@@ -333,6 +333,7 @@ def best_of(
     data, say = shared.data, shared.say
     longer = LONGER_GIVEN_CONTEXTS if data.contexts else LONGER
     runs: dict[tuple[Candidate, int], Run | None] = {}
+    own = starts.losses(VALIDATING, shared.seed) if starts else None
 
     def left_s():
         return limit_s - (time.monotonic() - began)
@@ -380,8 +381,8 @@ def best_of(
     if runs and not attempts:
         ended = "every training blew up"
         warnings.warn(f"{ended}: the model is its start", stacklevel=3)
-    if starts:
-        name, own = starts.names[0], starts.losses(VALIDATING, shared.seed)
+    if starts and own is not None:
+        name = starts.names[0]
         clear = 0.0 if name == KERNELS else CLEAR  # nothing is trained from a kernel density
         if not attempts or not is_clearly_better(_leader(runs)[1].losses, own, clear):
             loss = float(own.mean())

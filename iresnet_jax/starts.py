@@ -169,7 +169,8 @@ class Starts:
         """Negative log-density of the held-out rows that validate, under the likeliest start."""
         train = _some(self.data.examples["train"], MOST_FITTED)
         test = np.asarray(self.data.held_out("validation", num, seed).x, np.float64)
-        return -self._held_out(self.names[0], train, test, {}, draws=16)
+        has_masses = any(len(kind.values) or len(kind.atoms) for kind in self.data.kinds)
+        return -self._held_out(self.names[0], train, test, {}, draws=16 if has_masses else 1)
 
     def _held_out(
         self, name: str, train: Rows, test: Rows, known: dict[Any, Any], draws: int = 2
