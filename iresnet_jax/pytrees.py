@@ -33,7 +33,11 @@ def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
             return tuple(getattr(value, name) for name in static)
 
         def flatten(value):
-            return [(GetAttrKey(name), getattr(value, name)) for name in arrays], known(value)
+            return [getattr(value, name) for name in arrays], known(value)
+
+        def flatten_with_keys(value):
+            children, others = flatten(value)
+            return [*zip(map(GetAttrKey, arrays), children, strict=True)], others
 
         def unflatten(known, children):
             value = object.__new__(made)
@@ -47,7 +51,7 @@ def pytree(arrays: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
             return structure == of_other and all(map(np.array_equal, ours, theirs))
 
         made.__eq__, made.__hash__ = equal, lambda value: hash((made, known(value)))
-        jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+        jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
         return made
 
     return register
