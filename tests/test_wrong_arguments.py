@@ -340,6 +340,7 @@ WRONG: dict[str, list[tuple[Callable[[], Any], str]]] = {
             "must agree in type and shape",
         ),
         (lambda: data.conditioned_on_labels(arrays(X)), "no labels"),
+        (lambda: data.padded(arrays(X), 2, 3), "are for images"),
         (lambda: fraction_masks(30, (0.6, 0.5)), "30 examples are too few"),
     ],
     "columns": [

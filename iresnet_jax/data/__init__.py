@@ -38,7 +38,7 @@ from iresnet_jax.data.toys import TOYS, Toy
 from iresnet_jax.models.columns import Column
 from iresnet_jax.storage import path_of
 
-__all__ = ["DataSet", "Toy", "conditioned_on_labels", "load"]
+__all__ = ["DataSet", "Toy", "conditioned_on_labels", "load", "padded"]
 
 _Given = Arrays | dict[str, Arrays]
 
@@ -94,6 +94,20 @@ def conditioned_on_labels(data: DataSet) -> DataSet:
     vectors = np.eye(data.num_classes, dtype=np.float32)
     contexts = {split: vectors[labels] for split, labels in data.labels.items()}
     return dataclasses.replace(data, contexts=contexts)
+
+
+def padded(data: DataSet, padding: int, copies: int) -> DataSet:
+    """The images with ``padding`` pixels of zeros on each side and ``copies`` copies of their
+    channels.
+    """
+    if len(data.event_shape) != 3:
+        raise ValueError(f"data.padding and data.copies are for images, which {data.name} has not")
+    sides = (0, 0), (padding, padding), (padding, padding), (0, 0)
+    examples = {
+        split: np.tile(np.pad(images, sides), (1, 1, 1, copies))
+        for split, images in data.examples.items()
+    }
+    return dataclasses.replace(data, examples=examples, fingerprint="")
 
 
 # Arrays in files ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pydantic
 
 from iresnet_jax.arguments import Count, CountOrNone, Decay, NotNegative, Parser, Positive, Range
 from iresnet_jax.bijections.residual import Solver
-from iresnet_jax.data import conditioned_on_labels
+from iresnet_jax.data import conditioned_on_labels, padded
 from iresnet_jax.data import load as load_data
 from iresnet_jax.data.dataset import DataSet
 from iresnet_jax.maths.logdet_config import LogdetConfig
@@ -43,13 +43,22 @@ class DataConfig:
     validation_fraction: Annotated[float, Range("(0, 1)")] = 0.1
     # Share of the test examples, for data without splits.
     test_fraction: Annotated[float, Range("[0, 1)")] = 0.1
+    # Pixels of zeros that are added on each side of an image.
+    padding: CountOrNone = 0
+    # Copies of an image's channels, one behind the other.
+    copies: Count = 1
     # Makes the class, as a one-hot vector, the context of a density p(x | class).
     condition_on_labels: bool = False
 
     def load(self, num_classes: int | None = None) -> DataSet:
         """The data set; ``num_classes`` is the number of classes of an existing model."""
         fractions = self.validation_fraction, self.test_fraction
-        data = load_data(self.name, fractions=fractions, num_classes=num_classes)
+        return self.changed(load_data(self.name, fractions=fractions, num_classes=num_classes))
+
+    def changed(self, data: DataSet) -> DataSet:
+        """The loaded data set with padding, copies, and labels as contexts."""
+        if self.padding or self.copies > 1:
+            data = padded(data, self.padding, self.copies)
         return conditioned_on_labels(data) if self.condition_on_labels else data
 
 

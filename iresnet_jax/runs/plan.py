@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from iresnet_jax.data import conditioned_on_labels
 from iresnet_jax.data.dataset import SPLITS, DataSet
 from iresnet_jax.data.images import CUSTOMARY
 from iresnet_jax.maths.platforms import compiling_for
@@ -128,7 +127,7 @@ def data_for(config: Config) -> DataSet:
         classes = np.arange(NUM_STAND_INS, dtype=np.int32) % num_classes
         labels = dict.fromkeys(SPLITS, classes)
     data = DataSet(name, examples, labels, num_levels=256, num_classes=num_classes)
-    return conditioned_on_labels(data) if config.data.condition_on_labels else data
+    return config.data.changed(data)
 
 
 def make(config: Config, on: Machine) -> Plan:

@@ -65,6 +65,17 @@ def test_labels_become_contexts():
     assert conditioned.context_dim == 3
 
 
+def test_images_are_padded_with_zeros_and_their_channels_copied():
+    found = data.padded(made(IMAGES), padding=2, copies=3)
+    images = found.examples["train"]
+    assert found.event_shape == (IMAGES.shape[1] + 4, IMAGES.shape[2] + 4, 3)
+    for copy in range(3):
+        own = images[..., copy : copy + 1]
+        np.testing.assert_array_equal(own[:, 2:-2, 2:-2], made(IMAGES).examples["train"])
+        assert not own[:, :2].any()
+        assert not own[:, :, -2:].any()
+
+
 def test_cells_are_those_of_all_rows_of_one_array():
     even = 2.0 * RNG.integers(0, 9, 200)
     # alone, in a row that is held out

@@ -32,7 +32,7 @@ CONFIGS = [
     ("digits_density", "variational"),
     ("digits_hybrid", None),
     ("mnist_density", None),
-    ("mnist_density", "variational"),
+    *(("mnist_density", name) for name in ("variational", "long", "padded")),
     ("fashion_mnist_density", None),
     ("cifar10_density", None),
     ("bsds300", None),
@@ -49,7 +49,7 @@ CONFIGS = [
         for name in ("mnist", "fashion_mnist")
         for variant in (None, "vanilla")
     ),
-    ("mnist_classification", "muon"),
+    *(("mnist_classification", name) for name in ("muon", "muon_0.7", "muon_vanilla")),
     ("cifar10_classification", None),
     *(("mnist_robust", variant) for variant in (None, "0.3", "fashion_mnist", "cifar10")),
     *(
@@ -84,7 +84,8 @@ def data_of(config):
     splits = {split: images for split in ("train", "validation", "test")}
     classes = CLASSES.get(name, 10)
     labels = {split: np.arange(16, dtype=np.int32) % classes for split in splits}
-    return DataSet(name, splits, labels, num_levels=levels, num_classes=classes)
+    data = DataSet(name, splits, labels, num_levels=levels, num_classes=classes)
+    return config.data.changed(data)
 
 
 @pytest.mark.slow
