@@ -55,7 +55,7 @@ def get_config(variant="uniform"):
     if variant == "padded":
         config.data.update({"padding": 2, "copies": 3})
         # pixel by pixel, in which copies are alike, before neighbours
-        pixelwise = {"num_blocks": 8, "hidden": (32,), "kernel_sizes": (1, 1)}
+        pixelwise = {"num_blocks": 12, "hidden": (32,), "kernel_sizes": (1, 1)}
         first, *others = config.model.stages
         config.model.stages = (
             {**pixelwise, "activation": "clipswish"},
@@ -63,7 +63,7 @@ def get_config(variant="uniform"):
             *others,
         )
         config.logdet.num_terms = 4
-        config.training.update({"minutes": 120.0, "batch_size": 16, "eval_examples": 512})
+        config.training.update({"minutes": 120.0, "batch_size": 16, "eval_examples": 128})
         config.training.total_steps = 0
         config.references.values = (
             ("i-ResNet (Behrmann et al. 2019)", 1.06),
@@ -96,7 +96,7 @@ def get_config(variant="uniform"):
             }
         )
         config.training.update({"total_steps": 100_000, "ema_decay": 0.9995})
-        config.training.update({"eval_every_steps": 2500, "eval_examples": 1024})
+        config.training.eval_every_steps = 2500
     config.references.values = (
         ("i-ResNet (Behrmann et al. 2019)", 1.06),
         ("Residual Flow (Chen et al. 2019)", 0.970),
