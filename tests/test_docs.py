@@ -197,6 +197,7 @@ def test_commands_parse(page, monkeypatch):
 
 README_ROWS = {
     "MNIST density, 28 x 28": "mnist_density_variational",
+    "the same, padded and copied to 32 x 32 x 3 as in the paper": "mnist_density_padded",
     "MNIST classes": "mnist_classification_muon",
     "CIFAR-10 density, JPEG copies": "cifar10_density",
     "digits, density and classes": "digits_hybrid",
